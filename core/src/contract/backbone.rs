@@ -1,0 +1,165 @@
+//! From crops to features.
+
+use std::fmt;
+
+use super::pos_encoding::Grid;
+use crate::params::Params;
+use crate::rng::Rng;
+use crate::{Result, Tensor};
+
+/// Crops of one size: the global ones, the local ones, or the Gram teacher's.
+#[derive(Clone, Debug)]
+pub struct Crops {
+    /// `[B, C, height, width]`, normalised; crop-major: crop 0 of every image, then crop 1.
+    pub pixels: Tensor,
+    /// Patches replaced by the mask token: `[B * P]` of 0 and 1 in row-major order, u32.
+    pub masks: Option<Tensor>,
+    /// Whether these are local crops (which may have a norm of their own for the CLS token).
+    pub local: bool,
+}
+
+impl Crops {
+    /// Unmasked global crops.
+    pub fn global(pixels: Tensor) -> Self {
+        Self { pixels, masks: None, local: false }
+    }
+}
+
+/// The random numbers of one training forward, drawn before it begins.
+///
+/// They are data, not a generator: a step can be replayed with the draws of another implementation.
+#[derive(Clone, Debug, Default)]
+pub struct Draws {
+    /// Position augmentation, `[block][kind of crop]`: see
+    /// [`PosEncoding::draw`](super::PosEncoding::draw).
+    pub position: Vec<Vec<Vec<f64>>>,
+    /// Stochastic depth by sample subset, `[block][kind of crop][branch]`: the images that are kept, out of that kind's
+    /// `B`. Empty: nothing is dropped.
+    pub kept: Vec<Vec<[Vec<u32>; 2]>>,
+}
+
+/// Whether a forward trains.
+#[derive(Clone, Copy, Debug)]
+pub enum Mode<'a> {
+    /// Evaluation: no augmentation inside the model, the teacher's and the probes' way.
+    Eval,
+    /// Training, with the draws of this step.
+    Train(&'a Draws),
+}
+
+/// What a backbone gives for one kind of crop.
+#[derive(Clone, Debug)]
+pub struct Features {
+    /// CLS token after the final norm: `[B, D]`.
+    pub cls: Tensor,
+    /// Register (storage) tokens after the final norm: `[B, R, D]`.
+    pub registers: Tensor,
+    /// Patch tokens after the final norm, row-major over the grid: `[B, P, D]`.
+    pub patches: Tensor,
+    /// All tokens before the final norm: `[B, 1 + R + P, D]`.
+    pub prenorm: Tensor,
+    /// The patch grid.
+    pub grid: Grid,
+}
+
+/// What a model costs, by the formula of the book's performance chapter.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Cost {
+    /// Floating-point operations of one forward over the given tokens.
+    pub forward_flops: f64,
+    /// Numbers kept from forward to backward, for one image's tokens.
+    pub activations: f64,
+}
+
+/// From crops to features: a vision transformer, or anything else that gives a global and dense features.
+///
+/// A backbone owns no weights. It declares parameters when it is built (see
+/// [`BackboneContext`](crate::registry::BackboneContext)) and is given a flat buffer at every call, so that one object
+/// serves student, EMA teacher and Gram teacher.
+///
+/// All kinds of crops go through one call, so that an implementation can pack their tokens for its linear layers.
+///
+/// ```
+/// use dinolab_core::contract::{Backbone, Cost, Crops, Draws, Features, Grid, Mode};
+/// use dinolab_core::params::{Init, ParamBuilder, ParamId, Params};
+/// use dinolab_core::{Result, Tensor};
+///
+/// /// One linear layer over patches; its CLS is the mean patch.
+/// #[derive(Debug)]
+/// struct Linear {
+///     weight: ParamId,
+///     patch: usize,
+///     dim: usize,
+/// }
+///
+/// impl Linear {
+///     fn new(params: &mut ParamBuilder, patch: usize, dim: usize) -> Self {
+///         let weight = params.add("weight", &[dim, 3 * patch * patch], Init::TruncatedNormal(0.02));
+///         Self { weight, patch, dim }
+///     }
+/// }
+///
+/// impl Backbone for Linear {
+///     fn dim(&self) -> usize {
+///         self.dim
+///     }
+///     fn patch_size(&self) -> usize {
+///         self.patch
+///     }
+///     fn forward(&self, params: &Params<'_>, crops: &[Crops], _: Mode<'_>) -> Result<Vec<Features>> {
+///         crops.iter().map(|c| {
+///             let (b, h, w) = (c.pixels.dim(0), c.pixels.dim(2) / self.patch, c.pixels.dim(3) / self.patch);
+///             let rows = c.pixels.patchify(self.patch)?.cast(params.dtype())?;
+///             let patches = rows.linear(&params.get(self.weight), None)?.reshape(&[b, h * w, self.dim])?;
+///             let cls = patches.mean_axis(1)?;
+///             let registers = Tensor::zeros(&[b, 0, self.dim], params.dtype());
+///             let prenorm = patches.clone();
+///             Ok(Features { cls, registers, patches, prenorm, grid: Grid { height: h, width: w } })
+///         }).collect()
+///     }
+///     fn cost(&self, _: &[(usize, Grid)]) -> Cost {
+///         Cost::default()
+///     }
+/// }
+///
+/// let mut params = ParamBuilder::new();
+/// let model = Linear::new(&mut params, 4, 8);
+/// let layout = params.finish();
+/// let flat = layout.init(0, dinolab_core::DType::F32)?;
+/// let crops = Crops::global(Tensor::zeros(&[2, 3, 8, 12], dinolab_core::DType::F32));
+/// let features = model.forward(&Params::frozen(&layout, &flat), &[crops], Mode::Eval)?;
+/// assert_eq!(features[0].patches.shape(), [2, 6, 8]);
+/// # Ok::<(), dinolab_core::Error>(())
+/// ```
+pub trait Backbone: fmt::Debug + Send + Sync {
+    /// Width `D` of the features.
+    fn dim(&self) -> usize;
+
+    /// Side of a patch in pixels.
+    fn patch_size(&self) -> usize;
+
+    /// Blocks, for learning-rate decay over depth: block `i` declares its parameters in layer `i + 1`.
+    fn depth(&self) -> usize {
+        0
+    }
+
+    /// Draws the random numbers of one training forward over `kinds` of crops with these many images each.
+    /// `rng(stream, index)` is the generator for that purpose.
+    fn draw(&self, rng: &dyn Fn(crate::rng::Stream, u64) -> Rng, images: &[usize]) -> Draws {
+        let _ = (rng, images);
+        Draws::default()
+    }
+
+    /// Features of every kind of crop, in order.
+    fn forward(&self, params: &Params<'_>, crops: &[Crops], mode: Mode<'_>) -> Result<Vec<Features>>;
+
+    /// The features after each of the last `n` blocks, final norm applied, in evaluation; the default knows only the
+    /// last.
+    fn intermediate(&self, params: &Params<'_>, crops: &Crops, n: usize) -> Result<Vec<Features>> {
+        let _ = n;
+        self.forward(params, std::slice::from_ref(crops), Mode::Eval)
+    }
+
+    /// What one forward costs for one image with `crops`: (how many, grid of each).
+    fn cost(&self, crops: &[(usize, Grid)]) -> Cost;
+}

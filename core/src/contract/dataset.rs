@@ -1,0 +1,82 @@
+//! Where images come from.
+
+use std::fmt;
+
+use crate::Result;
+
+/// One image with what is known about it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sample {
+    /// Width in pixels.
+    pub width: usize,
+    /// Height in pixels.
+    pub height: usize,
+    /// 8-bit RGB, row-major, interleaved: `3 * width * height` bytes.
+    pub rgb: Vec<u8>,
+    /// Class of the image.
+    pub label: Option<u32>,
+    /// Class of every pixel, row-major: `width * height` bytes.
+    pub mask: Option<Vec<u8>>,
+}
+
+/// Where images come from. Reading is a pure function of the index, so any thread may read any sample at any time.
+///
+/// ```
+/// use dinolab_core::contract::{Dataset, Sample};
+/// use dinolab_core::Result;
+///
+/// /// Grey images, darker to lighter.
+/// #[derive(Debug)]
+/// struct Greys;
+///
+/// impl Dataset for Greys {
+///     fn len(&self) -> usize {
+///         256
+///     }
+///     fn get(&self, index: usize) -> Result<Sample> {
+///         let rgb = vec![index as u8; 3 * 32 * 32];
+///         Ok(Sample { width: 32, height: 32, rgb, label: Some(u32::from(index >= 128)), mask: None })
+///     }
+///     fn classes(&self) -> usize {
+///         2
+///     }
+/// }
+///
+/// assert_eq!(Greys.get(200)?.label, Some(1));
+/// # Ok::<(), dinolab_core::Error>(())
+/// ```
+pub trait Dataset: fmt::Debug + Send + Sync {
+    /// How many samples there are; at least 1.
+    fn len(&self) -> usize;
+
+    /// Never: a dataset without samples is an error when it is built.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Sample `index`, `0..len()`.
+    ///
+    /// # Errors
+    /// If this sample cannot be read. The loader names and counts it and takes another in its place.
+    fn get(&self, index: usize) -> Result<Sample>;
+
+    /// Number of image classes; 0 if images carry no label.
+    fn classes(&self) -> usize {
+        0
+    }
+
+    /// Number of pixel classes (background included); 0 if there are no masks.
+    fn mask_classes(&self) -> usize {
+        0
+    }
+
+    /// Where sample `index` comes from, for messages: a path.
+    fn describe(&self, index: usize) -> String {
+        format!("sample {index}")
+    }
+
+    /// Samples set aside for probes, never trained on; `None`: probes take theirs from this dataset.
+    fn held_out(&self) -> Option<std::sync::Arc<dyn Dataset>> {
+        None
+    }
+}

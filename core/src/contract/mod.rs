@@ -1,0 +1,30 @@
+//! The contracts: seven traits, one a file, implemented by registered plugins.
+//!
+//! | kind | trait | in a recipe |
+//! |---|---|---|
+//! | backbone | [`Backbone`] | `[backbone]` |
+//! | position encoding | [`PosEncoding`] | `[backbone.pos_encoding]` |
+//! | loss | [`Loss`] | `[losses.<name>]` |
+//! | scheduler | [`Scheduler`] | wherever a number may change over time |
+//! | teacher policy | [`TeacherPolicy`] | `[teacher]`, `[gram_teacher]` |
+//! | dataset | [`Dataset`] | `[data]` |
+//! | probe | [`Probe`] | `[probes.<name>]` |
+//!
+//! Shapes use these letters: `B` images, `G` global crops an image, `L` local crops an image, `P` patches, `R`
+//! register tokens, `N = 1 + R + P` tokens, `D` width, `H` heads, `K` prototypes, `M` masked patches.
+
+mod backbone;
+mod dataset;
+mod loss;
+mod pos_encoding;
+mod probe;
+mod scheduler;
+mod teacher_policy;
+
+pub use backbone::{Backbone, Cost, Crops, Draws, Features, Mode};
+pub use dataset::{Dataset, Sample};
+pub use loss::{GramTarget, HeadInput, Loss, LossValue, Needs, Outputs, StateSpec, StepContext, TeacherBatch};
+pub use pos_encoding::{Grid, PosContext, PosEncoding, PosTables};
+pub use probe::{Probe, ProbeContext, Score};
+pub use scheduler::{At, Schedule, Scheduler};
+pub use teacher_policy::{Follow, Role, TeacherPolicy};

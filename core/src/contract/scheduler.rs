@@ -1,0 +1,126 @@
+//! Numbers that change over time.
+
+use std::fmt;
+use std::sync::Arc;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+/// A moment of a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct At {
+    /// 0-based step about to be run.
+    pub step: u64,
+    /// Steps of the whole run.
+    pub total: u64,
+}
+
+/// A number as a function of the step: learning rate, weight decay, EMA momentum, temperature, a loss weight.
+///
+/// A scheduler is a pure function, so that a resumed run continues on the same curve and a timeline can be drawn
+/// before a run.
+///
+/// ```
+/// use dinolab_core::contract::{At, Scheduler};
+///
+/// /// Halves every `every` steps.
+/// #[derive(Debug)]
+/// struct HalfLife {
+///     start: f64,
+///     every: u64,
+/// }
+///
+/// impl Scheduler for HalfLife {
+///     fn value(&self, at: At) -> f64 {
+///         self.start * 0.5f64.powf(at.step as f64 / self.every as f64)
+///     }
+/// }
+///
+/// let lr = HalfLife { start: 1.0, every: 10 };
+/// assert_eq!(lr.value(At { step: 20, total: 100 }), 0.25);
+/// ```
+pub trait Scheduler: fmt::Debug + Send + Sync {
+    /// The value at a step.
+    fn value(&self, at: At) -> f64;
+}
+
+/// A scheduler in a recipe: a bare number is constant, a table names a plugin.
+#[derive(Clone)]
+pub struct Schedule {
+    scheduler: Arc<dyn Scheduler>,
+    /// As written, every default filled in.
+    source: serde_json::Value,
+}
+
+#[derive(Debug)]
+struct Bare(f64);
+
+impl Scheduler for Bare {
+    fn value(&self, _: At) -> f64 {
+        self.0
+    }
+}
+
+impl Schedule {
+    /// The same value at every step.
+    pub fn constant(value: f64) -> Self {
+        Self { scheduler: Arc::new(Bare(value)), source: value.into() }
+    }
+
+    /// The value at a step.
+    pub fn at(&self, at: At) -> f64 {
+        self.scheduler.value(at)
+    }
+
+    /// The number, if it was written as a bare number.
+    pub fn as_constant(&self) -> Option<f64> {
+        self.source.as_f64()
+    }
+}
+
+impl From<f64> for Schedule {
+    fn from(value: f64) -> Self {
+        Self::constant(value)
+    }
+}
+
+impl fmt::Debug for Schedule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Schedule({})", self.source)
+    }
+}
+
+impl PartialEq for Schedule {
+    fn eq(&self, other: &Self) -> bool {
+        self.source == other.source
+    }
+}
+
+impl Serialize for Schedule {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        self.source.serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for Schedule {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        use serde::de::Error;
+        let source = <figment::value::Value as Deserialize>::deserialize(deserializer)?;
+        if let Some(value) = source.to_num() {
+            return Ok(Self::constant(
+                value.to_f64().unwrap_or_else(|| value.to_i128().map_or(f64::NAN, |i| i as f64)),
+            ));
+        }
+        let (scheduler, source) = crate::registry::build_scheduler(&source).map_err(D::Error::custom)?;
+        Ok(Self { scheduler, source })
+    }
+}
+
+impl schemars::JsonSchema for Schedule {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "Schedule".into()
+    }
+
+    fn json_schema(generator: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        crate::registry::scheduler_schema(generator)
+    }
+}

@@ -1,0 +1,87 @@
+//! The error type of the library: what was wrong, where, and what to do.
+
+use std::path::PathBuf;
+
+/// Result with [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Everything that can go wrong because of what the library was given, or where it runs.
+///
+/// Broken invariants of the library itself are panics; everything here is meant to be read by a user.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A recipe, suite or plugin table says something impossible.
+    #[error(transparent)]
+    Recipe(#[from] Box<crate::recipe::RecipeError>),
+    /// Operands whose shapes, types or devices do not fit together.
+    #[error("{op}: {problem}")]
+    Shape {
+        /// The operation.
+        op: &'static str,
+        /// What does not fit, with the shapes.
+        problem: String,
+    },
+    /// A file or folder that cannot be read or written.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// "read", "write", "create", ...
+        action: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// Data or a file whose content is not what it has to be.
+    #[error("{}: {problem}\n  help: {help}", path.display())]
+    Content {
+        /// The file or folder.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+        /// What the user can do.
+        help: String,
+    },
+    /// Anything else that a user can mend.
+    #[error("{problem}\n  help: {help}")]
+    User {
+        /// What is wrong.
+        problem: String,
+        /// What the user can do.
+        help: String,
+    },
+    /// A loss or gradient stopped being a finite number.
+    #[error("step {step}: {what} is not finite{}\n  help: the weights were not updated; {help}", capture.as_ref().map(|p| format!(" (captured in {})", p.display())).unwrap_or_default())]
+    NonFinite {
+        /// The step that failed.
+        step: u64,
+        /// Which loss or gradient, and the first operation that produced it.
+        what: String,
+        /// The file that reproduces the failure.
+        capture: Option<PathBuf>,
+        /// What to try.
+        help: String,
+    },
+}
+
+impl Error {
+    /// A shape error of `op`.
+    pub fn shape(op: &'static str, problem: impl Into<String>) -> Self {
+        Self::Shape { op, problem: problem.into() }
+    }
+
+    /// An error that the user can mend by doing what `help` says.
+    pub fn user(problem: impl Into<String>, help: impl Into<String>) -> Self {
+        Self::User { problem: problem.into(), help: help.into() }
+    }
+
+    /// A file whose content is wrong.
+    pub fn content(path: impl Into<PathBuf>, problem: impl Into<String>, help: impl Into<String>) -> Self {
+        Self::Content { path: path.into(), problem: problem.into(), help: help.into() }
+    }
+
+    /// For `map_err`: an I/O error on `path`.
+    pub fn io(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { action, path, source }
+    }
+}

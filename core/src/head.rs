@@ -1,0 +1,68 @@
+//! The projection head of DINO and iBOT: an MLP, L2 normalisation, and a linear map to prototypes.
+
+use serde::{Deserialize, Serialize};
+
+use crate::params::{Init, ParamBuilder, ParamId, Params};
+use crate::{Result, Tensor};
+
+/// A projection head: `layers` linear layers with GELU between them (width -> hidden -> ... -> bottleneck), then
+/// `x / max(|x|, 1e-12)`, then a linear map without bias to the prototypes (no weight normalisation).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct HeadConfig {
+    /// Width of the hidden layers.
+    pub hidden: usize,
+    /// Width of the normalised vector that is compared with the prototypes.
+    pub bottleneck: usize,
+    /// Number of prototypes K.
+    pub prototypes: usize,
+    /// Linear layers before the normalisation.
+    pub layers: usize,
+}
+
+impl Default for HeadConfig {
+    fn default() -> Self {
+        Self { hidden: 2048, bottleneck: 256, prototypes: 65_536, layers: 3 }
+    }
+}
+
+/// A head's parameters in a layout.
+#[derive(Clone, Debug)]
+pub struct Head {
+    layers: Vec<(ParamId, ParamId)>,
+    last_layer: ParamId,
+}
+
+impl Head {
+    /// Declares the parameters of a head on vectors of width `dim`, under the reference's names.
+    pub fn declare(params: &mut ParamBuilder, dim: usize, config: &HeadConfig) -> Self {
+        let n = config.layers.max(1);
+        let widths: Vec<usize> =
+            [dim].into_iter().chain(vec![config.hidden; n - 1]).chain([config.bottleneck]).collect();
+        let init = Init::TruncatedNormal(0.02);
+        let layers = params.scope("mlp", |p| {
+            let declare = |p: &mut ParamBuilder, i: usize| {
+                let weight = p.add("weight", &[widths[i + 1], widths[i]], init);
+                (weight, p.add("bias", &[widths[i + 1]], Init::Zeros))
+            };
+            // The reference names a single layer `mlp.weight`; of several, every other index is an activation.
+            match n {
+                1 => vec![declare(p, 0)],
+                _ => (0..n).map(|i| p.scope((2 * i).to_string(), |p| declare(p, i))).collect(),
+            }
+        });
+        let last_layer = params.scope("last_layer", |p| p.add("weight", &[config.prototypes, config.bottleneck], init));
+        Self { layers, last_layer }
+    }
+
+    /// `[rows, D]` to logits `[rows, K]`.
+    pub fn forward(&self, params: &Params<'_>, x: &Tensor) -> Result<Tensor> {
+        let last = self.layers.len() - 1;
+        let mut x = x.clone();
+        for (i, &(weight, bias)) in self.layers.iter().enumerate() {
+            let (weight, bias) = (params.get(weight), params.get(bias));
+            x = if i < last { x.linear_gelu(&weight, Some(&bias))? } else { x.linear(&weight, Some(&bias))? };
+        }
+        x.l2_normalize(1e-12)?.linear(&params.get(self.last_layer), None)
+    }
+}

@@ -1,0 +1,31 @@
+//! The engine room of dinolab: what every plugin and every program is built from.
+//!
+//! Data flows one way: a [`recipe`] names plugins, the [`registry`] builds them, [`data`] makes a batch, the
+//! [`step`] runs teacher, student and losses, the [`tensor`] tape goes backward, the optimizer updates flat
+//! [`params`], teacher policies follow, and [`train`] logs and checkpoints.
+//!
+//! This crate knows no plugin by name: backbones, position encodings, losses, schedulers, teacher policies,
+//! datasets and probes are implementations of the traits in [`contract`], registered with [`plugin!`].
+
+pub mod checkpoint;
+pub mod comm;
+pub mod contract;
+pub mod data;
+mod error;
+pub mod head;
+pub mod ops;
+pub mod params;
+pub mod recipe;
+pub mod registry;
+pub mod rng;
+pub mod step;
+pub mod tensor;
+pub mod train;
+
+pub use error::{Error, Result};
+pub use tensor::{DType, Device, Tensor};
+
+// Re-exported for plugin crates, so that a plugin needs one dependency and `plugin!` can name them.
+pub use inventory;
+pub use schemars;
+pub use serde;

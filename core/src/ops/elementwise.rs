@@ -1,0 +1,237 @@
+//! Element by element: arithmetic with a tensor of the same shape or a scalar, and functions of one variable.
+
+use crate::ops::parallel::{map, map2};
+use crate::ops::same_dtype;
+use crate::tensor::{Grads, Op, Real};
+use crate::{dispatch_real, Error, Result, Tensor};
+
+/// A function of one variable: (name, f, derivative from x and y = f(x)).
+macro_rules! unary {
+    ($($(#[$doc:meta])* $method:ident, $op:ident: |$x:ident| $f:expr, |$dx:ident, $dy:ident| $derivative:expr;)*) => {
+        impl Tensor {$(
+            $(#[$doc])*
+            pub fn $method(&self) -> Result<Tensor> {
+                $op::default().apply(&[self])
+            }
+        )*}
+        $(
+            #[derive(Default)]
+            struct $op(Option<(Tensor, Tensor)>);
+
+            impl Op for $op {
+                fn name(&self) -> &'static str {
+                    stringify!($method)
+                }
+
+                fn forward(&mut self, inputs: &[&Tensor], save: bool) -> Result<Tensor> {
+                    let x = inputs[0];
+                    let out = dispatch_real!(stringify!($method), x.dtype(), T => {
+                        map(x, |$x: T| $f)
+                    })?;
+                    if save {
+                        self.0 = Some((x.detach(), out.clone()));
+                    }
+                    Ok(out)
+                }
+
+                #[allow(unused_variables)]
+                fn backward(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
+                    let (x, y) = self.0.expect("saved by forward");
+                    let slope = dispatch_real!(stringify!($method), x.dtype(), T => {
+                        map2(&x, &y, |$dx: T, $dy: T| $derivative)
+                    })?;
+                    grads.add(0, slope.mul(&dy)?)
+                }
+            }
+        )*
+    };
+}
+
+unary! {
+    /// e^x.
+    exp, Exp: |x| x.exp(), |x, y| y;
+    /// Natural logarithm.
+    ln, Ln: |x| x.ln(), |x, y| T::ONE / x;
+    /// Square root.
+    sqrt, Sqrt: |x| x.sqrt(), |x, y| T::of(0.5) / y;
+    /// x^2.
+    square, Square: |x| x * x, |x, y| x + x;
+    /// max(x, 0); the derivative at 0 is 0.
+    relu, Relu: |x| x.max(T::ZERO), |x, y| if x > T::ZERO { T::ONE } else { T::ZERO };
+    /// 1 / x.
+    recip, Recip: |x| T::ONE / x, |x, y| -y * y;
+    /// |x|; the derivative at 0 is 0.
+    abs, Abs: |x| x.abs(), |x, y| if x > T::ZERO { T::ONE } else if x < T::ZERO { -T::ONE } else { T::ZERO };
+    /// Exact GELU: x Phi(x), Phi the standard normal distribution function.
+    gelu, Gelu: |x| crate::ops::elementwise::gelu(x), |x, y| gelu_derivative(x);
+    /// Logistic function 1 / (1 + e^-x).
+    sigmoid, Sigmoid: |x| sigmoid(x), |x, y| y * (T::ONE - y);
+}
+
+/// x Phi(x) (Hendrycks and Gimpel, arXiv:1606.08415, with the exact error function).
+#[inline(always)]
+pub(crate) fn gelu<T: Real>(x: T) -> T {
+    T::of(0.5) * x * (T::ONE + (x * T::of(std::f64::consts::FRAC_1_SQRT_2)).erf())
+}
+
+/// Phi(x) + x phi(x).
+#[inline(always)]
+pub(crate) fn gelu_derivative<T: Real>(x: T) -> T {
+    let cdf = T::of(0.5) * (T::ONE + (x * T::of(std::f64::consts::FRAC_1_SQRT_2)).erf());
+    let pdf = (T::of(-0.5) * x * x).exp() * T::of(0.398_942_280_401_432_7);
+    cdf + x * pdf
+}
+
+#[inline(always)]
+pub(crate) fn sigmoid<T: Real>(x: T) -> T {
+    T::ONE / (T::ONE + (-x).exp())
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Arithmetic {
+    Add,
+    Sub,
+    Mul,
+}
+
+/// `a (+|-|*) b` for equal shapes, or `b` of one element.
+struct Binary {
+    kind: Arithmetic,
+    saved: Option<(Tensor, Tensor)>,
+}
+
+impl Tensor {
+    /// `self + other`; `other` has the same shape or one element.
+    pub fn add(&self, other: &Tensor) -> Result<Tensor> {
+        Binary { kind: Arithmetic::Add, saved: None }.apply(&[self, other])
+    }
+
+    /// `self - other`; `other` has the same shape or one element.
+    pub fn sub(&self, other: &Tensor) -> Result<Tensor> {
+        Binary { kind: Arithmetic::Sub, saved: None }.apply(&[self, other])
+    }
+
+    /// `self * other`; `other` has the same shape or one element.
+    pub fn mul(&self, other: &Tensor) -> Result<Tensor> {
+        Binary { kind: Arithmetic::Mul, saved: None }.apply(&[self, other])
+    }
+
+    /// `self / other`; `other` has the same shape or one element.
+    pub fn div(&self, other: &Tensor) -> Result<Tensor> {
+        self.mul(&other.recip()?)
+    }
+
+    /// `self * factor` for a fixed number (one that changes over time is a tensor: use [`mul`](Self::mul)).
+    pub fn scale(&self, factor: f64) -> Result<Tensor> {
+        Affine { factor, shift: 0.0 }.apply(&[self])
+    }
+
+    /// `self + shift` for a fixed number.
+    pub fn shift(&self, shift: f64) -> Result<Tensor> {
+        Affine { factor: 1.0, shift }.apply(&[self])
+    }
+
+    /// `-self`.
+    pub fn neg(&self) -> Result<Tensor> {
+        self.scale(-1.0)
+    }
+
+    /// max(x, low); the derivative below `low` is 0.
+    pub fn clamp_min(&self, low: f64) -> Result<Tensor> {
+        self.shift(-low)?.relu()?.shift(low)
+    }
+}
+
+impl Op for Binary {
+    fn name(&self) -> &'static str {
+        match self.kind {
+            Arithmetic::Add => "add",
+            Arithmetic::Sub => "sub",
+            Arithmetic::Mul => "mul",
+        }
+    }
+
+    fn forward(&mut self, inputs: &[&Tensor], save: bool) -> Result<Tensor> {
+        let (a, b) = (inputs[0], inputs[1]);
+        same_dtype(self.name(), inputs)?;
+        if a.shape() != b.shape() && b.len() != 1 {
+            return Err(Error::shape(self.name(), format!("{:?} and {:?}", a.shape(), b.shape())));
+        }
+        if save && self.kind == Arithmetic::Mul {
+            self.saved = Some((a.detach(), b.detach()));
+        }
+        let kind = self.kind;
+        dispatch_real!(self.name(), a.dtype(), T => {
+            if a.len() != b.len() {
+                let s = b.as_slice::<T>()[0];
+                return match kind {
+                    Arithmetic::Add => map(a, |x: T| x + s),
+                    Arithmetic::Sub => map(a, |x: T| x - s),
+                    Arithmetic::Mul => map(a, |x: T| x * s),
+                };
+            }
+            match kind {
+                Arithmetic::Add => map2(a, b, |x: T, y: T| x + y),
+                Arithmetic::Sub => map2(a, b, |x: T, y: T| x - y),
+                Arithmetic::Mul => map2(a, b, |x: T, y: T| x * y),
+            }
+        })
+    }
+
+    fn backward(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
+        let (da, db) = match (self.kind, self.saved) {
+            (Arithmetic::Mul, saved) => {
+                let (a, b) = saved.expect("saved by forward");
+                let da = if grads.needs(0) { Some(dy.mul(&b)?) } else { None };
+                let db = if grads.needs(1) { Some(dy.mul_same(&a)?) } else { None };
+                (da, db.map(|g| (g, b.len())))
+            }
+            (kind, _) => {
+                let db = match (grads.needs(1), kind) {
+                    (false, _) => None,
+                    (true, Arithmetic::Sub) => Some(dy.neg()?),
+                    (true, _) => Some(dy.clone()),
+                };
+                let len = grads.input_len(1);
+                (Some(dy), db.map(|g| (g, len)))
+            }
+        };
+        if let Some((g, len)) = db {
+            // A one-element operand met every element.
+            grads.add(1, if len == 1 && g.len() != 1 { g.sum()? } else { g })?;
+        }
+        match da {
+            Some(g) => grads.add(0, g),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Tensor {
+    /// Product of equal lengths, whatever the shapes.
+    fn mul_same(&self, other: &Tensor) -> Result<Tensor> {
+        dispatch_real!("mul", self.dtype(), T => map2(self, other, |x: T, y: T| x * y))
+    }
+}
+
+struct Affine {
+    factor: f64,
+    shift: f64,
+}
+
+impl Op for Affine {
+    fn name(&self) -> &'static str {
+        "affine"
+    }
+
+    fn forward(&mut self, inputs: &[&Tensor], _: bool) -> Result<Tensor> {
+        dispatch_real!("affine", inputs[0].dtype(), T => {
+            let (a, b) = (T::of(self.factor), T::of(self.shift));
+            map(inputs[0], |x: T| x * a + b)
+        })
+    }
+
+    fn backward(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
+        grads.add(0, if self.factor == 1.0 { dy } else { dy.scale(self.factor)? })
+    }
+}

@@ -1,0 +1,227 @@
+//! Operations that move or reinterpret elements: `reshape`, `narrow`, `cat`, `cast`, `gather_rows`.
+
+use half::bf16;
+
+use crate::ops::same_dtype;
+use crate::tensor::{DType, Grads, Op};
+use crate::{dispatch_real, Error, Result, Tensor};
+
+impl Tensor {
+    /// The same elements with another shape of equal size; no copy.
+    ///
+    /// # Errors
+    /// If the sizes differ.
+    pub fn reshape(&self, shape: &[usize]) -> Result<Tensor> {
+        if shape.iter().product::<usize>() != self.len() {
+            return Err(Error::shape("reshape", format!("{:?} to {shape:?}", self.shape())));
+        }
+        Narrow { start: 0, shape: shape.to_vec(), full: self.shape().to_vec() }.apply(&[self])
+    }
+
+    /// Rows `start..start + len` of the first axis; no copy.
+    ///
+    /// # Errors
+    /// If the range is out of bounds.
+    pub fn narrow(&self, start: usize, len: usize) -> Result<Tensor> {
+        let full = self.shape();
+        if self.rank() == 0 || start + len > full[0] {
+            return Err(Error::shape("narrow", format!("rows {start}..{} of {full:?}", start + len)));
+        }
+        let inner: usize = full[1..].iter().product();
+        let shape = [len].into_iter().chain(full[1..].iter().copied()).collect();
+        Narrow { start: start * inner, shape, full: full.to_vec() }.apply(&[self])
+    }
+
+    /// Tensors joined along the first axis.
+    ///
+    /// # Errors
+    /// If there is none, or their types or other axes differ.
+    pub fn cat(parts: &[&Tensor]) -> Result<Tensor> {
+        match parts {
+            [] => Err(Error::shape("cat", "nothing to join")),
+            [one] => Ok((*one).clone()),
+            _ => Cat::default().apply(parts),
+        }
+    }
+
+    /// The same values in another type. Gradients pass through between real types.
+    pub fn cast(&self, dtype: DType) -> Result<Tensor> {
+        if dtype == self.dtype() {
+            return Ok(self.clone());
+        }
+        Cast { from: self.dtype(), to: dtype }.apply(&[self])
+    }
+
+    /// Rows of the first axis by index (u32), repeats allowed: `out[i] = self[rows[i]]`; `dself[rows[i]] += dout[i]`.
+    ///
+    /// # Errors
+    /// If an index is out of bounds.
+    pub fn gather_rows(&self, rows: &Tensor) -> Result<Tensor> {
+        GatherRows { rows: rows.clone(), full: self.shape().to_vec() }.apply(&[self])
+    }
+}
+
+/// A contiguous run of elements with a shape of its own; the gradient is zero elsewhere.
+struct Narrow {
+    start: usize,
+    shape: Vec<usize>,
+    full: Vec<usize>,
+}
+
+impl Op for Narrow {
+    fn name(&self) -> &'static str {
+        "narrow"
+    }
+
+    fn forward(&mut self, inputs: &[&Tensor], _: bool) -> Result<Tensor> {
+        Ok(inputs[0].view(self.start, &self.shape))
+    }
+
+    fn backward(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
+        if dy.len() == self.full.iter().product::<usize>() {
+            return grads.add(0, dy);
+        }
+        dispatch_real!("narrow", dy.dtype(), T => grads.accumulate(0, |mut dx| {
+            let add = dx.add;
+            let dx = dx.as_mut_slice::<T>();
+            let dy = dy.as_slice::<T>();
+            let range = self.start..self.start + dy.len();
+            if add {
+                dx[range].iter_mut().zip(dy).for_each(|(a, b)| *a += b);
+            } else {
+                dx[..range.start].fill(0.0);
+                dx[range.end..].fill(0.0);
+                dx[range].copy_from_slice(dy);
+            }
+            Ok(())
+        }))
+    }
+}
+
+#[derive(Default)]
+struct Cat {
+    lens: Vec<usize>,
+}
+
+impl Op for Cat {
+    fn name(&self) -> &'static str {
+        "cat"
+    }
+
+    fn forward(&mut self, inputs: &[&Tensor], _: bool) -> Result<Tensor> {
+        same_dtype("cat", inputs)?;
+        if let Some(other) = inputs.iter().find(|x| x.rank() == 0 || x.shape()[1..] != inputs[0].shape()[1..]) {
+            return Err(Error::shape("cat", format!("{:?} and {:?}", inputs[0].shape(), other.shape())));
+        }
+        let mut shape = inputs[0].shape().to_vec();
+        shape[0] = inputs.iter().map(|x| x.dim(0)).sum();
+        self.lens = inputs.iter().map(|x| x.len()).collect();
+        let mut out = Tensor::uninit(&shape, inputs[0].dtype());
+        dispatch_real!("cat", out.dtype(), T => {
+            let mut rest = out.as_mut_slice::<T>();
+            for x in inputs {
+                let (head, tail) = rest.split_at_mut(x.len());
+                head.copy_from_slice(x.as_slice());
+                rest = tail;
+            }
+            Ok(out)
+        })
+    }
+
+    fn backward(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
+        let mut start = 0;
+        for (i, len) in self.lens.iter().enumerate() {
+            grads.add(i, dy.view(start, &[*len]))?;
+            start += len;
+        }
+        Ok(())
+    }
+}
+
+struct Cast {
+    from: DType,
+    to: DType,
+}
+
+impl Op for Cast {
+    fn name(&self) -> &'static str {
+        "cast"
+    }
+
+    fn forward(&mut self, inputs: &[&Tensor], _: bool) -> Result<Tensor> {
+        let x = inputs[0];
+        let mut out = Tensor::uninit(x.shape(), self.to);
+        macro_rules! convert {
+            ($from:ty, $to:ty, $f:expr) => {
+                for (y, &x) in out.as_mut_slice::<$to>().iter_mut().zip(x.as_slice::<$from>()) {
+                    *y = $f(x);
+                }
+            };
+        }
+        match (self.from, self.to) {
+            (DType::F32, DType::F64) => convert!(f32, f64, f64::from),
+            (DType::F64, DType::F32) => convert!(f64, f32, |x| x as f32),
+            (DType::F32, DType::BF16) => convert!(f32, bf16, bf16::from_f32),
+            (DType::BF16, DType::F32) => convert!(bf16, f32, bf16::to_f32),
+            (DType::F64, DType::BF16) => convert!(f64, bf16, bf16::from_f64),
+            (DType::BF16, DType::F64) => convert!(bf16, f64, bf16::to_f64),
+            (DType::U32, DType::F32) => convert!(u32, f32, |x| x as f32),
+            (DType::U32, DType::F64) => convert!(u32, f64, f64::from),
+            (from, to) => return Err(Error::shape("cast", format!("{from:?} to {to:?}"))),
+        }
+        Ok(out)
+    }
+
+    fn backward(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
+        grads.add(0, dy.cast(self.from)?)
+    }
+}
+
+struct GatherRows {
+    rows: Tensor,
+    full: Vec<usize>,
+}
+
+impl GatherRows {
+    fn inner(&self) -> usize {
+        self.full[1..].iter().product()
+    }
+}
+
+impl Op for GatherRows {
+    fn name(&self) -> &'static str {
+        "gather_rows"
+    }
+
+    fn forward(&mut self, inputs: &[&Tensor], _: bool) -> Result<Tensor> {
+        let (x, rows, inner) = (inputs[0], self.rows.as_slice::<u32>(), self.inner());
+        if let Some(row) = rows.iter().find(|&&r| r as usize >= self.full[0]) {
+            return Err(Error::shape("gather_rows", format!("row {row} of {:?}", self.full)));
+        }
+        let mut shape = self.full.clone();
+        shape[0] = rows.len();
+        let mut out = Tensor::uninit(&shape, x.dtype());
+        dispatch_real!("gather_rows", x.dtype(), T => {
+            let x = x.as_slice::<T>();
+            for (y, &row) in out.as_mut_slice::<T>().chunks_exact_mut(inner.max(1)).zip(rows) {
+                y.copy_from_slice(&x[row as usize * inner..][..inner]);
+            }
+            Ok(out)
+        })
+    }
+
+    fn backward(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
+        let inner = self.inner();
+        dispatch_real!("gather_rows", dy.dtype(), T => grads.accumulate(0, |mut dx| {
+            let add = dx.add;
+            let dx = dx.as_mut_slice::<T>();
+            if !add {
+                dx.fill(0.0);
+            }
+            for (dy, &row) in dy.as_slice::<T>().chunks_exact(inner.max(1)).zip(self.rows.as_slice::<u32>()) {
+                dx[row as usize * inner..][..inner].iter_mut().zip(dy).for_each(|(a, b)| *a += b);
+            }
+            Ok(())
+        }))
+    }
+}

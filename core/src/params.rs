@@ -1,0 +1,278 @@
+//! Parameters in flat buffers.
+//!
+//! A [`Layout`] names and places every parameter of a model once; a [`Params`] looks named tensors up in one flat
+//! buffer of that layout. Student, EMA teacher, Gram teacher, gradients and optimizer moments are each one buffer, so
+//! the optimizer, EMA, clipping and checkpoints walk flat memory and know no layer.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::rng::{Rng, Stream};
+use crate::tensor::Tape;
+use crate::{dispatch_real, DType, Error, Result, Tensor};
+
+/// How a parameter starts.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Init {
+    /// All zero.
+    Zeros,
+    /// All one.
+    Ones,
+    /// All the given value (LayerScale).
+    Constant(f64),
+    /// Normal with this standard deviation, cut at two absolute units as timm's `trunc_normal_` does.
+    TruncatedNormal(f64),
+    /// Normal with this standard deviation.
+    Normal(f64),
+    /// Uniform in `[-a, a]`.
+    Uniform(f64),
+}
+
+/// A named parameter: shape, start and place in the optimizer's groups.
+#[derive(Clone, Debug)]
+pub struct ParamSpec {
+    /// The full dotted name, `backbone.blocks.0.norm1.weight`: the reference's state-dict names.
+    pub name: String,
+    /// Its shape; linear weights are `[out, in]`.
+    pub shape: Vec<usize>,
+    /// How it starts.
+    pub init: Init,
+    /// Depth for layer-wise learning-rate decay: 0 embeddings and tokens, `i + 1` block i, `depth + 1` final norms;
+    /// `None` for parameters without decay over depth (heads).
+    pub layer: Option<usize>,
+    /// Where it begins in the flat buffer.
+    pub offset: usize,
+}
+
+impl ParamSpec {
+    /// Its elements in the flat buffer.
+    pub fn range(&self) -> Range<usize> {
+        self.offset..self.offset + self.shape.iter().product::<usize>()
+    }
+}
+
+/// A parameter of a layout.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ParamId(usize);
+
+/// Names, shapes and places of all parameters of a model.
+#[derive(Clone, Debug, Default)]
+pub struct Layout {
+    specs: Vec<ParamSpec>,
+    len: usize,
+}
+
+/// Parameters begin at multiples of this many elements, so that every one is aligned for vector loads.
+const ALIGN: usize = 64;
+
+impl Layout {
+    /// All parameters in order.
+    pub fn specs(&self) -> &[ParamSpec] {
+        &self.specs
+    }
+
+    /// Elements of the flat buffer, padding included.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there is no parameter.
+    pub fn is_empty(&self) -> bool {
+        self.specs.is_empty()
+    }
+
+    /// Trainable numbers, padding not counted.
+    pub fn count(&self) -> usize {
+        self.specs.iter().map(|s| s.range().len()).sum()
+    }
+
+    /// The parameter of that name.
+    pub fn find(&self, name: &str) -> Option<&ParamSpec> {
+        self.specs.iter().find(|s| s.name == name)
+    }
+
+    /// The flat range of all parameters whose name starts with `prefix` (parameters of one sub-model are neighbours).
+    pub fn range_of(&self, prefix: &str) -> Range<usize> {
+        let mut inside = self.specs.iter().filter(|s| s.name.starts_with(prefix)).map(ParamSpec::range);
+        let Some(first) = inside.next() else { return 0..0 };
+        inside.fold(first, |all, r| all.start..r.end)
+    }
+
+    /// The names up to the first dot, in order: the sub-models (`backbone`, `dino_head`, ...).
+    pub fn modules(&self) -> Vec<String> {
+        let mut names: Vec<String> = Vec::new();
+        for spec in &self.specs {
+            let module = spec.name.split('.').next().unwrap_or_default();
+            if names.last().is_none_or(|n| n != module) {
+                names.push(module.to_string());
+            }
+        }
+        names
+    }
+
+    /// A freshly initialised flat buffer. Every parameter has its own stream of draws, so that adding one changes no
+    /// other, and arms of an ablation with the same seed start equal wherever they agree.
+    pub fn init(&self, seed: u64, dtype: DType) -> Result<Tensor> {
+        let mut flat = Tensor::zeros(&[self.len], dtype);
+        dispatch_real!("init", dtype, T => {
+            use crate::tensor::Real;
+            let data = flat.as_mut_slice::<T>();
+            for spec in &self.specs {
+                let name = blake3::hash(spec.name.as_bytes());
+                let index = u64::from_le_bytes(name.as_bytes()[..8].try_into().expect("a hash has 32 bytes"));
+                let mut rng = Rng::new(seed, Stream::Init, 0, index);
+                for x in &mut data[spec.range()] {
+                    *x = T::of(spec.init.draw(&mut rng));
+                }
+            }
+            Ok(flat)
+        })
+    }
+}
+
+impl Init {
+    fn draw(self, rng: &mut Rng) -> f64 {
+        match self {
+            Self::Zeros => 0.0,
+            Self::Ones => 1.0,
+            Self::Constant(value) => value,
+            Self::Normal(std) => std * rng.normal(),
+            Self::TruncatedNormal(std) => loop {
+                let x = std * rng.normal();
+                if x.abs() <= 2.0 {
+                    break x;
+                }
+            },
+            Self::Uniform(a) => rng.uniform(-a, a),
+        }
+    }
+}
+
+/// Declares parameters while a model is built.
+#[derive(Debug, Default)]
+pub struct ParamBuilder {
+    layout: Layout,
+    prefix: Vec<String>,
+    layer: Option<usize>,
+}
+
+impl ParamBuilder {
+    /// An empty builder.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Declares inside `name.`; scopes nest.
+    pub fn scope<R>(&mut self, name: impl Into<String>, f: impl FnOnce(&mut Self) -> R) -> R {
+        self.prefix.push(name.into());
+        let result = f(self);
+        self.prefix.pop();
+        result
+    }
+
+    /// Declares inside layer `layer` for learning-rate decay over depth.
+    pub fn layer<R>(&mut self, layer: usize, f: impl FnOnce(&mut Self) -> R) -> R {
+        let outer = self.layer.replace(layer);
+        let result = f(self);
+        self.layer = outer;
+        result
+    }
+
+    /// Declares one parameter.
+    ///
+    /// # Panics
+    /// If the name was declared before: names are written by models, not by users.
+    pub fn add(&mut self, name: &str, shape: &[usize], init: Init) -> ParamId {
+        let name = self.prefix.iter().map(String::as_str).chain([name]).collect::<Vec<_>>().join(".");
+        assert!(self.layout.find(&name).is_none(), "parameter {name} is declared twice");
+        let spec = ParamSpec { name, shape: shape.to_vec(), init, layer: self.layer, offset: self.layout.len };
+        self.layout.len += spec.range().len().div_ceil(ALIGN) * ALIGN;
+        self.layout.specs.push(spec);
+        ParamId(self.layout.specs.len() - 1)
+    }
+
+    /// The finished layout.
+    pub fn finish(self) -> Arc<Layout> {
+        Arc::new(self.layout)
+    }
+}
+
+/// Named tensors looked up in one flat buffer; tracked if a tape is given.
+pub struct Params<'a> {
+    layout: &'a Layout,
+    flat: &'a Tensor,
+    tape: Option<&'a Tape>,
+    tracked: std::cell::RefCell<Vec<Option<Tensor>>>,
+}
+
+impl<'a> Params<'a> {
+    /// Plain weights: nothing is recorded (teachers, evaluation).
+    pub fn frozen(layout: &'a Layout, flat: &'a Tensor) -> Self {
+        Self { layout, flat, tape: None, tracked: Default::default() }
+    }
+
+    /// Weights followed by `tape`: gradients land at the same places of a flat gradient buffer.
+    pub fn tracked(layout: &'a Layout, flat: &'a Tensor, tape: &'a Tape) -> Self {
+        let tracked = std::cell::RefCell::new(vec![None; layout.specs.len()]);
+        Self { layout, flat, tape: Some(tape), tracked }
+    }
+
+    /// The parameter `id`.
+    pub fn get(&self, id: ParamId) -> Tensor {
+        let spec = &self.layout.specs[id.0];
+        let view = || self.flat.view(spec.offset, &spec.shape);
+        let Some(tape) = self.tape else { return view() };
+        self.tracked.borrow_mut()[id.0].get_or_insert_with(|| tape.param(&view(), spec.range())).clone()
+    }
+
+    /// The type of the weights.
+    pub fn dtype(&self) -> DType {
+        self.flat.dtype()
+    }
+
+    /// The tape that follows these weights.
+    pub fn tape(&self) -> Option<&Tape> {
+        self.tape
+    }
+}
+
+/// Copies every parameter of `layout` from `source` by name; anything missing or of another shape is listed.
+///
+/// # Errors
+/// If a parameter is missing or has another shape; the message lists all of them.
+pub fn load_named(
+    layout: &Layout,
+    flat: &mut Tensor,
+    source: impl Fn(&str) -> Option<Tensor>,
+    origin: &std::path::Path,
+) -> Result<()> {
+    let mut problems = Vec::new();
+    let mut found = Vec::new();
+    for spec in &layout.specs {
+        match source(&spec.name) {
+            None => problems.push(format!("missing {} {:?}", spec.name, spec.shape)),
+            Some(t) if t.shape() != spec.shape => {
+                problems.push(format!("{}: {:?} in the file, {:?} in the model", spec.name, t.shape(), spec.shape));
+            }
+            Some(t) => found.push((spec.range(), t)),
+        }
+    }
+    if !problems.is_empty() {
+        let shown = problems.iter().take(12).map(|p| format!("\n    {p}")).collect::<String>();
+        let more = problems.len().saturating_sub(12);
+        let more = if more > 0 { format!("\n    and {more} more") } else { String::new() };
+        return Err(Error::content(
+            origin,
+            format!("does not fit the model: {} of {} tensors{shown}{more}", problems.len(), layout.specs.len()),
+            "use a checkpoint of the same architecture, or set the backbone table to that of the checkpoint",
+        ));
+    }
+    let dtype = flat.dtype();
+    dispatch_real!("load", dtype, T => {
+        let data = flat.as_mut_slice::<T>();
+        for (range, tensor) in found {
+            data[range].copy_from_slice(tensor.cast(dtype)?.as_slice::<T>());
+        }
+        Ok(())
+    })
+}

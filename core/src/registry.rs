@@ -1,0 +1,441 @@
+//! Plugins by name: registration, look-up, and plugin tables in recipes.
+//!
+//! A plugin is a config struct, an `impl` of its contract, and one line:
+//!
+//! ```
+//! use dinolab_core::contract::{At, Scheduler};
+//! use dinolab_core::{plugin, registry};
+//!
+//! /// Halves every so many steps.
+//! #[derive(Debug, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
+//! #[serde(deny_unknown_fields)]
+//! struct HalfLife {
+//!     /// Value at step 0.
+//!     start: f64,
+//!     /// Steps until it has halved.
+//!     every: u64,
+//! }
+//!
+//! impl Scheduler for HalfLife {
+//!     fn value(&self, at: At) -> f64 {
+//!         self.start * 0.5f64.powf(at.step as f64 / self.every as f64)
+//!     }
+//! }
+//!
+//! plugin!(Scheduler, "half_life", HalfLife);
+//!
+//! let entry = registry::find::<dyn Scheduler>("half_life").unwrap();
+//! assert_eq!(entry.summary(), "Halves every so many steps.");
+//! ```
+//!
+//! A plugin that needs something of the run to be built (a width, a parameter builder) names a function instead:
+//! `plugin!(Backbone, "vit", VitConfig, Vit::build)` with `fn build(config: VitConfig, context: &mut
+//! BackboneContext<'_>) -> Result<Box<dyn Backbone>>`.
+//!
+//! Registration happens before `main` (crate `inventory`), for every crate that is linked in. Order is not defined
+//! there, so everything here is sorted by name, and a name used twice is an error of [`check`].
+
+use std::fmt;
+
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use crate::contract::{Backbone, Dataset, Loss, PosEncoding, Probe, Scheduler, TeacherPolicy};
+use crate::params::ParamBuilder;
+use crate::{Error, Result};
+
+/// A kind of plugin: implemented for the seven `dyn Contract`s.
+pub trait Kind: 'static {
+    /// Its name on the command line and in messages: `loss`.
+    const NAME: &'static str;
+    /// What is known when a plugin of this kind is built.
+    type Context<'a>;
+    /// All registered plugins of this kind, unsorted.
+    fn registrations() -> Box<dyn Iterator<Item = &'static Registration<Self>>>;
+}
+
+/// What a backbone is built with.
+pub struct BackboneContext<'a> {
+    /// Where it declares its parameters.
+    pub params: &'a mut ParamBuilder,
+    /// Side in pixels of a global crop.
+    pub global_size: usize,
+    /// Channels of the images.
+    pub channels: usize,
+}
+
+/// What a loss is built with.
+#[derive(Clone, Copy, Debug)]
+pub struct LossContext {
+    /// Width of the student's features.
+    pub dim: usize,
+    /// Images of a micro-batch.
+    pub images: usize,
+    /// Global crops an image.
+    pub globals: usize,
+    /// Local crops an image.
+    pub locals: usize,
+    /// Patches of a global crop.
+    pub patches: usize,
+}
+
+/// What a dataset is built with.
+#[derive(Clone, Copy, Debug)]
+pub struct DataContext {
+    /// The run's seed, for generated data.
+    pub seed: u64,
+}
+
+macro_rules! kinds {
+    ($($contract:ident, $name:literal, $context:ty;)*) => {$(
+        impl Kind for dyn $contract {
+            const NAME: &'static str = $name;
+            type Context<'a> = $context;
+            fn registrations() -> Box<dyn Iterator<Item = &'static Registration<Self>>> {
+                Box::new(inventory::iter::<Registration<dyn $contract>>.into_iter())
+            }
+        }
+        inventory::collect!(Registration<dyn $contract>);
+    )*
+
+        /// The names of all kinds.
+        pub const KINDS: &[&str] = &[$($name),*];
+
+        /// All plugins of all kinds, by kind and name.
+        pub fn all() -> Vec<PluginInfo> {
+            let mut all = Vec::new();
+            $(all.extend(plugins::<dyn $contract>().into_iter().map(Registration::info));)*
+            all
+        }
+    };
+}
+
+kinds! {
+    Backbone, "backbone", BackboneContext<'a>;
+    PosEncoding, "pos_encoding", ();
+    Loss, "loss", LossContext;
+    Scheduler, "scheduler", ();
+    TeacherPolicy, "teacher", ();
+    Dataset, "dataset", DataContext;
+    Probe, "probe", ();
+}
+
+/// One registered plugin. Made by [`plugin!`](crate::plugin).
+pub struct Registration<K: ?Sized + Kind> {
+    /// Its name in recipes.
+    pub name: &'static str,
+    /// The source file that registers it.
+    pub file: &'static str,
+    /// JSON schema of its config, with docs and defaults.
+    pub schema: fn(&mut schemars::SchemaGenerator) -> schemars::Schema,
+    /// Reads a table (without `plugin`) and gives it back with every default filled in.
+    pub resolve: fn(&figment::value::Value) -> Result<serde_json::Value, figment::Error>,
+    /// Builds from a resolved table.
+    #[allow(clippy::type_complexity)]
+    pub build: fn(serde_json::Value, &mut K::Context<'_>) -> Result<Box<K>>,
+}
+
+/// What `dinolab plugins` shows of a plugin.
+#[derive(Clone, Debug, Serialize)]
+pub struct PluginInfo {
+    /// Its kind.
+    pub kind: &'static str,
+    /// Its name.
+    pub name: &'static str,
+    /// First paragraph of its doc comment.
+    pub summary: String,
+    /// The source file that registers it.
+    pub file: &'static str,
+    /// JSON schema of its config.
+    pub schema: schemars::Schema,
+}
+
+impl<K: ?Sized + Kind> Registration<K> {
+    /// First paragraph of the config's doc comment.
+    pub fn summary(&self) -> String {
+        let schema = self.root_schema();
+        let doc = schema.get("description").and_then(|d| d.as_str()).unwrap_or_default();
+        doc.split("\n\n").next().unwrap_or_default().replace('\n', " ")
+    }
+
+    fn root_schema(&self) -> schemars::Schema {
+        let mut generator = schemars::generate::SchemaSettings::draft07().with(|s| s.inline_subschemas = true);
+        generator.meta_schema = None;
+        (self.schema)(&mut generator.into_generator())
+    }
+
+    fn info(&'static self) -> PluginInfo {
+        let schema = self.root_schema();
+        PluginInfo { kind: K::NAME, name: self.name, summary: self.summary(), file: self.file, schema }
+    }
+}
+
+/// All plugins of a kind, by name.
+pub fn plugins<K: ?Sized + Kind>() -> Vec<&'static Registration<K>> {
+    let mut all: Vec<_> = K::registrations().collect();
+    all.sort_by_key(|r| r.name);
+    all
+}
+
+/// The plugin of that kind and name.
+pub fn find<K: ?Sized + Kind>(name: &str) -> Option<&'static Registration<K>> {
+    K::registrations().find(|r| r.name == name)
+}
+
+/// Fails if two plugins of a kind share a name; called once when a program starts.
+pub fn check() -> Result<()> {
+    for pair in all().windows(2) {
+        if (pair[0].kind, pair[0].name) == (pair[1].kind, pair[1].name) {
+            let (a, b) = (pair[0].file, pair[1].file);
+            return Err(Error::user(
+                format!("two {} plugins are named `{}`: {a} and {b}", pair[0].kind, pair[0].name),
+                "rename one of them in its plugin! line",
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Registers a plugin: `plugin!(Contract, "name", Config)` when the config is the plugin itself, or
+/// `plugin!(Contract, "name", Config, build_function)`. See [`registry`](crate::registry).
+#[macro_export]
+macro_rules! plugin {
+    ($contract:ident, $name:literal, $config:ty) => {
+        $crate::plugin!($contract, $name, $config, |config: $config, _: &mut _| {
+            Ok(Box::new(config) as Box<dyn $crate::contract::$contract>)
+        });
+    };
+    ($contract:ident, $name:literal, $config:ty, $build:expr) => {
+        $crate::inventory::submit! {
+            $crate::registry::Registration::<dyn $crate::contract::$contract> {
+                name: $name,
+                file: file!(),
+                schema: <$config as $crate::schemars::JsonSchema>::json_schema,
+                resolve: $crate::registry::resolve_config::<$config>,
+                build: |value, context| ($build)($crate::registry::read_config::<$config>($name, value)?, context),
+            }
+        }
+    };
+}
+
+/// Used by [`plugin!`](crate::plugin): reads a config and writes it back with defaults.
+pub fn resolve_config<C: Serialize + for<'de> Deserialize<'de>>(
+    table: &figment::value::Value,
+) -> Result<serde_json::Value, figment::Error> {
+    let config: C = table.deserialize()?;
+    serde_json::to_value(&config).map_err(|e| figment::Error::from(e.to_string()))
+}
+
+/// Used by [`plugin!`](crate::plugin): reads a resolved config.
+pub fn read_config<C: for<'de> Deserialize<'de>>(name: &str, value: serde_json::Value) -> Result<C> {
+    // Through figment, not serde_json, so that nested plugin tables see one kind of deserializer.
+    figment::value::Value::serialize(&value)
+        .and_then(|v| v.deserialize())
+        .map_err(|e| Error::user(format!("plugin `{name}`: {e}"), "this is what was saved; was it edited by hand?"))
+}
+
+/// A plugin chosen in a recipe: a table with `plugin = "name"` and the plugin's own keys.
+///
+/// Reading it checks the name and every key; [`build`](Self::build) makes the plugin.
+pub struct Chosen<K: ?Sized + Kind> {
+    name: String,
+    /// The plugin's own keys, every default filled in.
+    config: serde_json::Value,
+    kind: std::marker::PhantomData<fn() -> K>,
+}
+
+impl<K: ?Sized + Kind> Chosen<K> {
+    /// The plugin's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The plugin's keys, every default filled in.
+    pub fn config(&self) -> &serde_json::Value {
+        &self.config
+    }
+
+    /// Builds the plugin.
+    pub fn build(&self, context: &mut K::Context<'_>) -> Result<Box<K>> {
+        let entry = find::<K>(&self.name).expect("the name was checked when the table was read");
+        (entry.build)(self.config.clone(), context)
+    }
+
+    /// Reads a table whose `plugin` key may be missing when `default` names one.
+    pub fn from_value(value: &figment::value::Value, default: Option<&str>) -> Result<Self, figment::Error> {
+        use figment::value::Value;
+        let Some(table) = value.as_dict() else {
+            let expected = format!("a table with `plugin = \"...\"` ({})", K::NAME);
+            return Err(figment::error::Kind::InvalidType(value.to_actual(), expected).into());
+        };
+        let mut rest = table.clone();
+        let name = match (rest.remove("plugin"), default) {
+            (Some(name), _) => match name.as_str() {
+                Some(name) => name.to_string(),
+                None => {
+                    let error = figment::error::Kind::InvalidType(name.to_actual(), "a plugin's name".into());
+                    return Err(figment::Error::from(error).with_path("plugin"));
+                }
+            },
+            (None, Some(default)) => default.to_string(),
+            (None, None) => return Err(figment::error::Kind::MissingField("plugin".into()).into()),
+        };
+        let Some(entry) = find::<K>(&name) else {
+            let known: Vec<&'static str> = plugins::<K>().iter().map(|r| r.name).collect();
+            let known: &'static [&'static str] = Vec::leak(known);
+            return Err(figment::Error::from(figment::error::Kind::UnknownVariant(name, known)).with_path("plugin"));
+        };
+        let config = (entry.resolve)(&Value::Dict(value.tag(), rest))?;
+        Ok(Self { name, config, kind: std::marker::PhantomData })
+    }
+}
+
+impl<K: ?Sized + Kind> Clone for Chosen<K> {
+    fn clone(&self) -> Self {
+        Self { name: self.name.clone(), config: self.config.clone(), kind: std::marker::PhantomData }
+    }
+}
+
+impl<K: ?Sized + Kind> fmt::Debug for Chosen<K> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.name, self.config)
+    }
+}
+
+impl<K: ?Sized + Kind> PartialEq for Chosen<K> {
+    fn eq(&self, other: &Self) -> bool {
+        self.name == other.name && self.config == other.config
+    }
+}
+
+impl<K: ?Sized + Kind> Serialize for Chosen<K> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut table = serde_json::Map::new();
+        table.insert("plugin".into(), self.name.clone().into());
+        if let Some(config) = self.config.as_object() {
+            table.extend(config.clone());
+        }
+        table.serialize(serializer)
+    }
+}
+
+impl<'de, K: ?Sized + Kind> Deserialize<'de> for Chosen<K> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let value = <figment::value::Value as Deserialize>::deserialize(deserializer)?;
+        Self::from_value(&value, None).map_err(|e| D::Error::custom(Nested::encode(&e)))
+    }
+}
+
+impl<K: ?Sized + Kind> schemars::JsonSchema for Chosen<K> {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        format!("plugin_{}", K::NAME).into()
+    }
+
+    fn json_schema(generator: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        plugin_schema::<K>(generator, &serde_json::Map::new(), None)
+    }
+}
+
+/// The schema of a table that chooses a plugin of kind `K`: one alternative a plugin. `extra` keys are allowed beside
+/// the plugin's own; `default` is the plugin when `plugin` is missing.
+pub fn plugin_schema<K: ?Sized + Kind>(
+    generator: &mut schemars::SchemaGenerator,
+    extra: &serde_json::Map<String, serde_json::Value>,
+    default: Option<&str>,
+) -> schemars::Schema {
+    let alternatives: Vec<serde_json::Value> = plugins::<K>()
+        .into_iter()
+        .map(|entry| {
+            let mut schema = (entry.schema)(generator).to_value();
+            if let Some(object) = schema.as_object_mut() {
+                object.insert("title".into(), entry.name.into());
+                let properties = object.entry("properties").or_insert_with(|| serde_json::json!({}));
+                if let Some(properties) = properties.as_object_mut() {
+                    properties.insert("plugin".into(), serde_json::json!({ "const": entry.name }));
+                    properties.extend(extra.clone());
+                }
+                if default != Some(entry.name) {
+                    let required = object.entry("required").or_insert_with(|| serde_json::json!([]));
+                    if let Some(required) = required.as_array_mut() {
+                        required.insert(0, "plugin".into());
+                    }
+                }
+            }
+            schema
+        })
+        .collect();
+    schemars::json_schema!({ "anyOf": alternatives })
+}
+
+/// An error inside a nested plugin table, carried through serde's string-only errors.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Nested {
+    /// Keys from the plugin's table to the problem.
+    pub path: Vec<String>,
+    /// What is wrong.
+    pub message: String,
+    /// The key or value that is not known, with all that are.
+    pub unknown: Option<(String, Vec<String>)>,
+}
+
+impl Nested {
+    const MARK: &'static str = "\u{1}nested:";
+
+    /// What `error` says, path and alternatives kept apart.
+    pub fn of(error: &figment::Error) -> Self {
+        use figment::error::Kind as K;
+        let (message, unknown) = match &error.kind {
+            K::Message(m) => match Self::decode(m) {
+                Some(inner) => {
+                    let path = error.path.iter().cloned().chain(inner.path).collect();
+                    return Self { path, ..inner };
+                }
+                None => (m.clone(), None),
+            },
+            K::UnknownField(name, known) => {
+                let known = known.iter().map(ToString::to_string).collect();
+                ("unknown key".to_string(), Some((name.clone(), known)))
+            }
+            K::UnknownVariant(name, known) => {
+                let known = known.iter().map(ToString::to_string).collect();
+                ("unknown name".to_string(), Some((name.clone(), known)))
+            }
+            other => (other.to_string(), None),
+        };
+        Self { path: error.path.clone(), message, unknown }
+    }
+
+    /// As a message that [`of`](Self::of) can take apart again.
+    pub fn encode(error: &figment::Error) -> String {
+        let json = serde_json::to_string(&Self::of(error)).expect("strings serialise");
+        format!("{}{json}", Self::MARK)
+    }
+
+    fn decode(message: &str) -> Option<Self> {
+        serde_json::from_str(message.strip_prefix(Self::MARK)?).ok()
+    }
+}
+
+/// For [`Schedule`](crate::contract::Schedule): the scheduler of a table, and the table with defaults.
+pub(crate) fn build_scheduler(
+    table: &figment::value::Value,
+) -> std::result::Result<(std::sync::Arc<dyn Scheduler>, serde_json::Value), String> {
+    let chosen = Chosen::<dyn Scheduler>::from_value(table, None).map_err(|e| Nested::encode(&e))?;
+    let scheduler = chosen.build(&mut ()).map_err(|e| e.to_string())?;
+    let source = serde_json::to_value(&chosen).map_err(|e| e.to_string())?;
+    Ok((scheduler.into(), source))
+}
+
+/// For [`Schedule`](crate::contract::Schedule): a number, or a table that names a scheduler.
+pub(crate) fn scheduler_schema(generator: &mut schemars::SchemaGenerator) -> schemars::Schema {
+    // Schedulers hold numbers only, so this does not recurse.
+    let table = plugin_schema::<dyn Scheduler>(generator, &serde_json::Map::new(), None);
+    let mut alternatives = vec![serde_json::json!({ "type": "number" })];
+    if let Some(tables) = table.get("anyOf").and_then(|a| a.as_array()) {
+        alternatives.extend(tables.iter().cloned());
+    }
+    schemars::json_schema!({
+        "description": "A number (constant over time), or a table that names a scheduler.",
+        "anyOf": alternatives,
+    })
+}

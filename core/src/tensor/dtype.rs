@@ -1,0 +1,158 @@
+//! Element types, and the arithmetic that CPU kernels are generic over.
+
+use half::bf16;
+
+/// The type of a tensor's elements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum DType {
+    /// 32-bit floats: the default on the CPU, master weights everywhere.
+    F32,
+    /// 64-bit floats: for checks on the CPU.
+    F64,
+    /// bfloat16: storage and compute on a GPU; storage only on the CPU.
+    BF16,
+    /// Unsigned 32-bit integers: row indices.
+    U32,
+}
+
+impl DType {
+    /// Bytes per element.
+    pub const fn size(self) -> usize {
+        match self {
+            Self::F32 | Self::U32 => 4,
+            Self::F64 => 8,
+            Self::BF16 => 2,
+        }
+    }
+}
+
+/// A Rust type that can be an element of a [`Tensor`](super::Tensor).
+pub trait Element: bytemuck::Pod + Send + Sync + std::fmt::Debug + 'static {
+    /// Its tag.
+    const DTYPE: DType;
+}
+
+impl Element for f32 {
+    const DTYPE: DType = DType::F32;
+}
+impl Element for f64 {
+    const DTYPE: DType = DType::F64;
+}
+impl Element for bf16 {
+    const DTYPE: DType = DType::BF16;
+}
+impl Element for u32 {
+    const DTYPE: DType = DType::U32;
+}
+
+/// `f32` or `f64`: what CPU kernels are written for.
+pub trait Real:
+    Element
+    + Default
+    + PartialOrd
+    + std::iter::Sum
+    + std::ops::Add<Output = Self>
+    + std::ops::Sub<Output = Self>
+    + std::ops::Mul<Output = Self>
+    + std::ops::Div<Output = Self>
+    + std::ops::Neg<Output = Self>
+    + std::ops::AddAssign
+    + std::ops::SubAssign
+    + std::ops::MulAssign
+    + std::ops::DivAssign
+{
+    /// 0.
+    const ZERO: Self;
+    /// 1.
+    const ONE: Self;
+    /// Negative infinity.
+    const NEG_INF: Self;
+    /// Nearest value to `x`.
+    fn of(x: f64) -> Self;
+    /// Widened.
+    fn f64(self) -> f64;
+    /// `self * a + b`; fused where the target has it, so that loops vectorise.
+    fn mul_add(self, a: Self, b: Self) -> Self;
+    /// e^self, to within 2 units in the last place, branch-free so that loops vectorise (f32).
+    fn exp(self) -> Self;
+    /// Natural logarithm.
+    fn ln(self) -> Self;
+    /// Square root.
+    fn sqrt(self) -> Self;
+    /// Error function, absolute error below 2e-7 (f32) or 1e-15 (f64), branch-free (f32).
+    fn erf(self) -> Self;
+    /// Absolute value.
+    fn abs(self) -> Self;
+    /// The greater of the two.
+    fn max(self, other: Self) -> Self;
+    /// The smaller of the two.
+    fn min(self, other: Self) -> Self;
+    /// Neither infinite nor NaN.
+    fn is_finite(self) -> bool;
+}
+
+macro_rules! real {
+    ($t:ident, exp: $exp:expr, erf: $erf:expr) => {
+        impl Real for $t {
+            const ZERO: Self = 0.0;
+            const ONE: Self = 1.0;
+            const NEG_INF: Self = $t::NEG_INFINITY;
+            #[inline(always)]
+            fn of(x: f64) -> Self {
+                x as $t
+            }
+            #[inline(always)]
+            fn f64(self) -> f64 {
+                self as f64
+            }
+            #[inline(always)]
+            fn mul_add(self, a: Self, b: Self) -> Self {
+                self * a + b
+            }
+            #[inline(always)]
+            fn exp(self) -> Self {
+                $exp(self)
+            }
+            #[inline(always)]
+            fn ln(self) -> Self {
+                $t::ln(self)
+            }
+            #[inline(always)]
+            fn sqrt(self) -> Self {
+                $t::sqrt(self)
+            }
+            #[inline(always)]
+            fn erf(self) -> Self {
+                $erf(self)
+            }
+            #[inline(always)]
+            fn abs(self) -> Self {
+                $t::abs(self)
+            }
+            #[inline(always)]
+            fn max(self, other: Self) -> Self {
+                if self > other {
+                    self
+                } else {
+                    other
+                }
+            }
+            #[inline(always)]
+            fn min(self, other: Self) -> Self {
+                if self < other {
+                    self
+                } else {
+                    other
+                }
+            }
+            #[inline(always)]
+            fn is_finite(self) -> bool {
+                $t::is_finite(self)
+            }
+        }
+    };
+}
+
+real!(f32, exp: super::math::exp_f32, erf: super::math::erf_f32);
+real!(f64, exp: f64::exp, erf: libm::erf);

@@ -1,0 +1,242 @@
+//! Tensors: dynamic rank, row-major, contiguous, with a reverse-mode [`tape`].
+//!
+//! A [`Tensor`] is a cheap handle to a shared, read-only buffer. Operations live in [`crate::ops`] as methods; each
+//! computes its result at once and, when an operand is tracked by a [`Tape`], records itself for the backward pass.
+//! A tensor made from untracked operands is untracked, so a teacher runs without a tape by being given plain weights.
+
+mod dtype;
+mod math;
+pub mod scope;
+mod storage;
+pub mod tape;
+
+use std::fmt;
+use std::sync::Arc;
+
+pub use dtype::{DType, Element, Real};
+pub use storage::{memory_stats, reset_peak, trim, MemoryStats};
+pub use tape::{Grads, LeafGrads, Op, Tape};
+
+use crate::{Error, Result};
+use storage::CpuBuffer;
+
+/// Where a tensor lives. The CUDA back end will add `Cuda(ordinal)`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Device {
+    /// Host memory.
+    Cpu,
+}
+
+/// A dense, row-major, contiguous array; rank 0 is a scalar.
+#[derive(Clone)]
+pub struct Tensor {
+    buffer: Arc<CpuBuffer>,
+    /// In elements.
+    offset: usize,
+    shape: Vec<usize>,
+    dtype: DType,
+    var: Option<tape::Var>,
+}
+
+/// Calls `$body` with `$T` bound to `f32` or `f64`, whichever the dtype is; other types are an error of `$op`.
+#[macro_export]
+macro_rules! dispatch_real {
+    ($op:expr, $dtype:expr, $T:ident => $body:expr) => {
+        match $dtype {
+            $crate::DType::F32 => {
+                type $T = f32;
+                $body
+            }
+            $crate::DType::F64 => {
+                type $T = f64;
+                $body
+            }
+            other => Err($crate::Error::shape($op, format!("not implemented for {other:?} on the CPU"))),
+        }
+    };
+}
+
+impl Tensor {
+    /// A tensor with unspecified content, to be filled by the caller.
+    pub fn uninit(shape: &[usize], dtype: DType) -> Self {
+        let len: usize = shape.iter().product();
+        let buffer = Arc::new(CpuBuffer::new(len * dtype.size()));
+        Self { buffer, offset: 0, shape: shape.to_vec(), dtype, var: None }
+    }
+
+    /// All elements zero.
+    pub fn zeros(shape: &[usize], dtype: DType) -> Self {
+        let mut out = Self::uninit(shape, dtype);
+        out.bytes_mut().fill(0);
+        out
+    }
+
+    /// All elements `value`.
+    pub fn full(shape: &[usize], dtype: DType, value: f64) -> Result<Self> {
+        let mut out = Self::uninit(shape, dtype);
+        dispatch_real!("full", dtype, T => {
+            out.as_mut_slice::<T>().fill(T::of(value));
+            Ok(out)
+        })
+    }
+
+    /// A rank-0 tensor.
+    pub fn scalar(value: f64, dtype: DType) -> Self {
+        Self::full(&[], dtype, value).expect("scalars are made in a real type")
+    }
+
+    /// A copy of `data`, in its own type.
+    ///
+    /// # Errors
+    /// If the lengths differ.
+    pub fn from_slice<T: Element>(data: &[T], shape: &[usize]) -> Result<Self> {
+        if data.len() != shape.iter().product::<usize>() {
+            return Err(Error::shape("from_slice", format!("{} elements cannot have shape {shape:?}", data.len())));
+        }
+        let mut out = Self::uninit(shape, T::DTYPE);
+        out.as_mut_slice().copy_from_slice(data);
+        Ok(out)
+    }
+
+    /// `data` converted to `dtype` (a real type).
+    pub fn from_f64(data: &[f64], shape: &[usize], dtype: DType) -> Result<Self> {
+        let source = Self::from_slice(data, shape)?;
+        source.cast(dtype)
+    }
+
+    /// The lengths of the axes.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// The length of axis `axis`.
+    pub fn dim(&self, axis: usize) -> usize {
+        self.shape[axis]
+    }
+
+    /// The length of the last axis (1 for a scalar).
+    pub fn last_dim(&self) -> usize {
+        self.shape.last().copied().unwrap_or(1)
+    }
+
+    /// The number of axes.
+    pub fn rank(&self) -> usize {
+        self.shape.len()
+    }
+
+    /// The number of elements.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Whether there is no element.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The type of the elements.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Where the elements are.
+    pub fn device(&self) -> Device {
+        Device::Cpu
+    }
+
+    /// Whether a tape follows this tensor.
+    pub fn is_tracked(&self) -> bool {
+        self.var.is_some()
+    }
+
+    /// The same values, out of sight of the tape: PyTorch's `detach`.
+    pub fn detach(&self) -> Self {
+        Self { var: None, ..self.clone() }
+    }
+
+    /// The elements.
+    ///
+    /// # Panics
+    /// If `T` is not the tensor's type: kernels dispatch on it first.
+    pub fn as_slice<T: Element>(&self) -> &[T] {
+        assert_eq!(T::DTYPE, self.dtype, "kernels dispatch on the dtype before they look at the data");
+        let size = self.dtype.size();
+        bytemuck::cast_slice(&self.buffer.bytes()[self.offset * size..(self.offset + self.len()) * size])
+    }
+
+    /// The elements, to be written.
+    ///
+    /// # Panics
+    /// If `T` is not the tensor's type, or the buffer is shared: only a tensor that was just made, or the sole owner of
+    /// flat parameters, is written to.
+    pub fn as_mut_slice<T: Element>(&mut self) -> &mut [T] {
+        assert_eq!(T::DTYPE, self.dtype, "kernels dispatch on the dtype before they look at the data");
+        bytemuck::cast_slice_mut(self.bytes_mut())
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        let size = self.dtype.size();
+        let range = self.offset * size..(self.offset + self.len()) * size;
+        let buffer = Arc::get_mut(&mut self.buffer).expect("only an unshared tensor is written to");
+        &mut buffer.bytes_mut()[range]
+    }
+
+    /// Whether this handle is the only one to its buffer, so that a kernel may write the result in place.
+    pub fn is_unique(&mut self) -> bool {
+        Arc::get_mut(&mut self.buffer).is_some()
+    }
+
+    /// An untracked copy in a buffer of its own.
+    #[allow(clippy::should_implement_trait)]
+    pub fn to_owned(&self) -> Self {
+        let mut own = Self::uninit(&self.shape, self.dtype);
+        own.bytes_mut().copy_from_slice(self.as_bytes());
+        own
+    }
+
+    /// The elements widened to f64 (real types): for logs, tests and files, never inside a step.
+    pub fn to_f64_vec(&self) -> Vec<f64> {
+        match self.dtype {
+            DType::F32 => self.as_slice::<f32>().iter().map(|&x| f64::from(x)).collect(),
+            DType::F64 => self.as_slice::<f64>().to_vec(),
+            DType::BF16 => self.as_slice::<half::bf16>().iter().map(|x| x.to_f64()).collect(),
+            DType::U32 => self.as_slice::<u32>().iter().map(|&x| f64::from(x)).collect(),
+        }
+    }
+
+    /// The value of a one-element tensor.
+    ///
+    /// # Panics
+    /// If there is not exactly one element.
+    pub fn item(&self) -> f64 {
+        assert_eq!(self.len(), 1, "item() is for one-element tensors, this has shape {:?}", self.shape);
+        self.to_f64_vec()[0]
+    }
+
+    /// The raw little-endian bytes, for files.
+    pub fn as_bytes(&self) -> &[u8] {
+        let size = self.dtype.size();
+        &self.buffer.bytes()[self.offset * size..(self.offset + self.len()) * size]
+    }
+
+    /// An untracked view of `len` elements from `start` with another shape: how a named parameter looks into its flat
+    /// buffer.
+    ///
+    /// # Panics
+    /// If the range is out of bounds: layouts are computed, not given.
+    pub fn view(&self, start: usize, shape: &[usize]) -> Self {
+        let len: usize = shape.iter().product();
+        assert!(start + len <= self.len(), "view {start}+{len} of {} elements", self.len());
+        Self { offset: self.offset + start, shape: shape.to_vec(), var: None, ..self.clone() }
+    }
+}
+
+impl fmt::Debug for Tensor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Tensor({:?}, {:?}", self.shape, self.dtype)?;
+        if self.len() <= 8 {
+            write!(f, ", {:?}", self.to_f64_vec())?;
+        }
+        write!(f, ")")
+    }
+}

@@ -1,0 +1,261 @@
+//! The reverse-mode tape, and the trait by which operations join it.
+//!
+//! [`Op`] is the one public way to add a differentiable operation, used by every built-in one:
+//!
+//! ```
+//! use dinolab_core::tensor::{Grads, Op, Tape};
+//! use dinolab_core::{DType, Result, Tensor};
+//!
+//! /// y = x^2, dx = 2 x dy.
+//! #[derive(Default)]
+//! struct Square(Option<Tensor>);
+//!
+//! impl Op for Square {
+//!     fn name(&self) -> &'static str {
+//!         "square"
+//!     }
+//!     fn forward(&mut self, inputs: &[&Tensor], save: bool) -> Result<Tensor> {
+//!         let x = inputs[0];
+//!         let y: Vec<f64> = x.as_slice::<f64>().iter().map(|x| x * x).collect();
+//!         if save {
+//!             self.0 = Some(x.detach());
+//!         }
+//!         Tensor::from_slice(&y, x.shape())
+//!     }
+//!     fn backward(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
+//!         let x = self.0.expect("saved by forward");
+//!         let dx: Vec<f64> = x.as_slice::<f64>().iter().zip(dy.as_slice::<f64>()).map(|(x, d)| 2.0 * x * d).collect();
+//!         grads.add(0, Tensor::from_slice(&dx, x.shape())?)
+//!     }
+//! }
+//!
+//! let tape = Tape::new();
+//! let x = tape.leaf(&Tensor::from_slice(&[1.0, -3.0], &[2])?);
+//! let y = Square::default().apply(&[&x])?.sum()?;
+//! assert_eq!(y.item(), 10.0);
+//! let grads = tape.backward(&y, 1.0, None)?;
+//! assert_eq!(grads.of(&x).unwrap().to_f64_vec(), [2.0, -6.0]);
+//! # Ok::<(), dinolab_core::Error>(())
+//! ```
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::{scope, DType, Element, Tensor};
+use crate::{dispatch_real, Error, Result};
+
+/// A differentiable operation: forward once, then (if recorded) backward once.
+pub trait Op: Send + 'static {
+    /// Its name in diagnoses and profiles.
+    fn name(&self) -> &'static str;
+
+    /// Computes the result. With `save`, keeps in `self` what `backward` will need; without, nothing.
+    fn forward(&mut self, inputs: &[&Tensor], save: bool) -> Result<Tensor>;
+
+    /// Given `dy`, the gradient of the loss with respect to the result, adds the gradient with respect to each input
+    /// that needs one. `dy` is owned: when it [is unique](Tensor::is_unique) it may be overwritten.
+    fn backward(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()>;
+
+    /// Runs the operation and records it if any input is tracked.
+    fn apply(mut self, inputs: &[&Tensor]) -> Result<Tensor>
+    where
+        Self: Sized,
+    {
+        let tape = inputs.iter().find_map(|x| x.var.as_ref()).map(|v| v.tape.clone());
+        let name = self.name();
+        let mut out = self.forward(inputs, tape.is_some())?;
+        scope::observe(|| format!("{name} in {}", scope::current()), &out);
+        if let Some(tape) = tape {
+            let ids = inputs.iter().map(|x| x.var.as_ref().map(|v| v.id)).collect();
+            let kind = NodeKind::Op { op: Box::new(self), inputs: ids, scope: scope::current() };
+            out.var = Some(tape.push(kind, &out));
+        }
+        Ok(out)
+    }
+}
+
+/// What a tracked tensor knows of its tape.
+#[derive(Clone)]
+pub(crate) struct Var {
+    tape: Tape,
+    id: usize,
+}
+
+enum NodeKind {
+    Leaf,
+    Param(Range<usize>),
+    Op {
+        op: Box<dyn Op>,
+        inputs: Vec<Option<usize>>,
+        scope: String,
+    },
+    /// An operation whose backward pass has run.
+    Done,
+}
+
+struct Node {
+    kind: NodeKind,
+    shape: Vec<usize>,
+    dtype: DType,
+}
+
+/// A record of operations, to be run backward once.
+#[derive(Clone, Default)]
+pub struct Tape(Arc<Mutex<Vec<Node>>>);
+
+impl Tape {
+    /// An empty tape.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Node>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn push(&self, kind: NodeKind, value: &Tensor) -> Var {
+        let mut nodes = self.lock();
+        nodes.push(Node { kind, shape: value.shape.clone(), dtype: value.dtype });
+        Var { tape: self.clone(), id: nodes.len() - 1 }
+    }
+
+    /// Follows `value`; its gradient is found in the result of [`backward`](Self::backward).
+    pub fn leaf(&self, value: &Tensor) -> Tensor {
+        let var = self.push(NodeKind::Leaf, value);
+        Tensor { var: Some(var), ..value.clone() }
+    }
+
+    /// Follows a parameter: its gradient is *added* to `range` of the flat gradient buffer given to
+    /// [`backward`](Self::backward).
+    pub fn param(&self, value: &Tensor, range: Range<usize>) -> Tensor {
+        let var = self.push(NodeKind::Param(range), value);
+        Tensor { var: Some(var), ..value.clone() }
+    }
+
+    /// Runs backward from the scalar `loss` with gradient `seed`, freeing the tape as it goes.
+    ///
+    /// # Errors
+    /// If `loss` is not a scalar of this tape, or an operation fails.
+    pub fn backward(&self, loss: &Tensor, seed: f64, mut params: Option<&mut Tensor>) -> Result<LeafGrads> {
+        let Some(var) = loss.var.as_ref().filter(|v| Arc::ptr_eq(&v.tape.0, &self.0)) else {
+            return Err(Error::shape("backward", "the loss is not on this tape"));
+        };
+        if loss.len() != 1 {
+            return Err(Error::shape("backward", format!("the loss must be a scalar, not {:?}", loss.shape)));
+        }
+        // The nodes leave the tape, so that operations in `backward` may use tensors of their own freely.
+        let mut nodes = std::mem::take(&mut *self.lock());
+        let mut slots: Vec<Option<Tensor>> = nodes.iter().map(|_| None).collect();
+        slots[var.id] = Some(Tensor::full(&loss.shape, loss.dtype, seed)?);
+        for id in (0..=var.id).rev() {
+            let NodeKind::Op { .. } = nodes[id].kind else { continue };
+            let NodeKind::Op { op, inputs, scope } = std::mem::replace(&mut nodes[id].kind, NodeKind::Done) else {
+                unreachable!("checked just above");
+            };
+            let Some(dy) = slots[id].take() else { continue };
+            let name = op.name();
+            scope::observe(|| format!("gradient of {name} in {scope}"), &dy);
+            let mut grads = Grads { nodes: &nodes, inputs: &inputs, slots: &mut slots, params: params.as_deref_mut() };
+            op.backward(dy, &mut grads)?;
+        }
+        let leaves = nodes.iter().enumerate().filter(|(_, n)| matches!(n.kind, NodeKind::Leaf));
+        let grads = leaves.filter_map(|(id, _)| slots[id].take().map(|g| (id, g))).collect();
+        Ok(LeafGrads { tape: self.clone(), grads })
+    }
+}
+
+/// The gradients of a tape's leaves.
+pub struct LeafGrads {
+    tape: Tape,
+    grads: Vec<(usize, Tensor)>,
+}
+
+impl LeafGrads {
+    /// The gradient with respect to `leaf`; `None` if the loss does not depend on it.
+    pub fn of(&self, leaf: &Tensor) -> Option<&Tensor> {
+        let var = leaf.var.as_ref().filter(|v| Arc::ptr_eq(&v.tape.0, &self.tape.0))?;
+        self.grads.iter().find(|(id, _)| *id == var.id).map(|(_, g)| g)
+    }
+}
+
+/// Where an operation's backward pass puts its results.
+pub struct Grads<'a> {
+    nodes: &'a [Node],
+    inputs: &'a [Option<usize>],
+    slots: &'a mut [Option<Tensor>],
+    params: Option<&'a mut Tensor>,
+}
+
+/// The place of one input's gradient: write it (or add to it, when `add`).
+pub struct GradMut<'a> {
+    buffer: &'a mut Tensor,
+    range: Range<usize>,
+    /// Whether something is there already, to be added to.
+    pub add: bool,
+}
+
+impl GradMut<'_> {
+    /// The elements of the gradient.
+    pub fn as_mut_slice<T: Element>(&mut self) -> &mut [T] {
+        &mut self.buffer.as_mut_slice()[self.range.clone()]
+    }
+}
+
+impl Grads<'_> {
+    /// Whether input `i` is tracked.
+    pub fn needs(&self, i: usize) -> bool {
+        self.inputs[i].is_some()
+    }
+
+    /// The number of inputs.
+    pub fn inputs(&self) -> usize {
+        self.inputs.len()
+    }
+
+    /// The number of elements of input `i`, if it is tracked (otherwise 0).
+    pub fn input_len(&self, i: usize) -> usize {
+        self.inputs[i].map_or(0, |id| self.nodes[id].shape.iter().product())
+    }
+
+    /// Adds `grad` to the gradient of input `i` (nothing if it is not tracked).
+    pub fn add(&mut self, i: usize, mut grad: Tensor) -> Result<()> {
+        let Some(id) = self.inputs[i] else { return Ok(()) };
+        debug_assert_eq!(grad.len(), self.nodes[id].shape.iter().product::<usize>(), "gradient of another shape");
+        let moves = !matches!(self.nodes[id].kind, NodeKind::Param(_)) && self.slots[id].is_none();
+        if moves && grad.is_unique() {
+            grad.shape.clone_from(&self.nodes[id].shape);
+            self.slots[id] = Some(grad);
+            return Ok(());
+        }
+        dispatch_real!("gradient", grad.dtype(), T => self.accumulate(i, |mut dst| {
+            let add = dst.add;
+            let dst = dst.as_mut_slice::<T>();
+            let src = grad.as_slice::<T>();
+            if add {
+                crate::ops::parallel::zip_mut(dst, src, |d, s| *d += s);
+            } else {
+                dst.copy_from_slice(src);
+            }
+            Ok(())
+        }))
+    }
+
+    /// Lets `f` write, or add to, the gradient of input `i` in place (nothing if it is not tracked).
+    pub fn accumulate(&mut self, i: usize, f: impl FnOnce(GradMut<'_>) -> Result<()>) -> Result<()> {
+        let Some(id) = self.inputs[i] else { return Ok(()) };
+        let node = &self.nodes[id];
+        if let NodeKind::Param(range) = &node.kind {
+            let Some(buffer) = self.params.as_deref_mut() else {
+                return Err(Error::shape("backward", "parameters are tracked but no gradient buffer was given"));
+            };
+            return f(GradMut { buffer, range: range.clone(), add: true });
+        }
+        let add = self.slots[id].is_some();
+        let slot = self.slots[id].get_or_insert_with(|| Tensor::uninit(&node.shape, node.dtype));
+        if add && !slot.is_unique() {
+            *slot = slot.to_owned();
+        }
+        let range = 0..slot.len();
+        f(GradMut { buffer: slot, range, add })
+    }
+}
