@@ -18,6 +18,7 @@ pub mod parallel;
 
 mod elementwise;
 mod l2_normalize;
+mod layer_norm;
 mod linear;
 mod matmul;
 mod reduce;

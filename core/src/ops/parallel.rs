@@ -82,3 +82,44 @@ pub fn sum<T: Real>(x: &[T], f: impl Fn(T) -> T + Sync) -> T {
         .collect();
     partial.into_iter().sum()
 }
+
+/// The sum over i of `f([a[i], b[i], ..])`: 16 lanes in a fixed order, so that it vectorises and is the same everywhere.
+#[inline(always)]
+pub fn lane_sum<T: Real, const N: usize>(of: [&[T]; N], f: impl Fn([T; N]) -> T) -> T {
+    const LANES: usize = 16;
+    let mut lanes = [T::ZERO; LANES];
+    let blocks = of.map(|x| x.as_chunks::<LANES>().0);
+    for block in 0..blocks[0].len() {
+        for i in 0..LANES {
+            lanes[i] += f(blocks.map(|x| x[block][i]));
+        }
+    }
+    let rests = of.map(|x| x.as_chunks::<LANES>().1);
+    for i in 0..rests[0].len() {
+        lanes[i] += f(rests.map(|x| x[i]));
+    }
+    // Halving keeps the sum short and vectorised.
+    for half in [8, 4, 2, 1] {
+        for i in 0..half {
+            lanes[i] += lanes[i + half];
+        }
+    }
+    lanes[0]
+}
+
+/// The greatest element, or negative infinity if there is none.
+#[inline(always)]
+pub fn lane_max<T: Real>(x: &[T]) -> T {
+    const LANES: usize = 16;
+    let mut lanes = [T::NEG_INF; LANES];
+    let (blocks, rest) = x.as_chunks::<LANES>();
+    for block in blocks {
+        for i in 0..LANES {
+            lanes[i] = block[i].max(lanes[i]);
+        }
+    }
+    for (lane, &x) in lanes.iter_mut().zip(rest) {
+        *lane = x.max(*lane);
+    }
+    lanes.into_iter().fold(T::NEG_INF, T::max)
+}
