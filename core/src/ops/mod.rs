@@ -16,6 +16,7 @@
 
 pub mod parallel;
 
+mod attention;
 mod elementwise;
 mod l2_normalize;
 mod layer_norm;
@@ -23,6 +24,8 @@ mod linear;
 mod matmul;
 mod reduce;
 mod shape;
+
+pub use attention::Segment;
 
 use crate::{Error, Result, Tensor};
 

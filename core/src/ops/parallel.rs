@@ -123,3 +123,56 @@ pub fn lane_max<T: Real>(x: &[T]) -> T {
     }
     lanes.into_iter().fold(T::NEG_INF, T::max)
 }
+
+/// Runs `f` on `len` elements of memory that belongs to this thread and is used again by the next call; their content
+/// is unspecified.
+pub fn with_scratch<T: Real, R>(len: usize, f: impl FnOnce(&mut [T]) -> R) -> R {
+    /// A cache line, for alignment.
+    #[repr(C, align(64))]
+    #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+    struct Line([u64; 8]);
+    thread_local! {
+        static SCRATCH: std::cell::Cell<Vec<Line>> = const { std::cell::Cell::new(Vec::new()) };
+    }
+    // Taken out while in use: a call from inside `f` finds none and makes its own.
+    let mut lines = SCRATCH.take();
+    let needed = (len * size_of::<T>()).div_ceil(size_of::<Line>());
+    if lines.len() < needed {
+        lines.resize(needed, Line([0; 8]));
+    }
+    let result = f(&mut bytemuck::cast_slice_mut(&mut lines)[..len]);
+    SCRATCH.set(lines);
+    result
+}
+
+/// A slice whose parts are written by several tasks, when the parts are not whole blocks of it (columns of a matrix).
+pub struct Parts<'a, T> {
+    start: *mut T,
+    len: usize,
+    life: std::marker::PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: only hands out parts that the caller of `part` promises to be disjoint, as `split_at_mut` would.
+unsafe impl<T: Send> Sync for Parts<'_, T> {}
+
+impl<'a, T> Parts<'a, T> {
+    /// All of `whole`.
+    pub fn new(whole: &'a mut [T]) -> Self {
+        Self { start: whole.as_mut_ptr(), len: whole.len(), life: std::marker::PhantomData }
+    }
+
+    /// Elements `start..start + len`.
+    ///
+    /// # Safety
+    /// No other part that is alive at the same time may overlap this one.
+    ///
+    /// # Panics
+    /// If the part is out of bounds.
+    #[allow(clippy::mut_from_ref)]
+    #[inline(always)]
+    pub unsafe fn part(&self, start: usize, len: usize) -> &mut [T] {
+        assert!(start <= self.len && len <= self.len - start, "a part lies inside the whole");
+        // SAFETY: in bounds by the assertion, exclusive by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(start), len) }
+    }
+}
