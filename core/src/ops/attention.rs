@@ -80,7 +80,7 @@ impl Attention {
     fn check(&self, inputs: &[&Tensor]) -> Result<()> {
         let qkv = inputs[0];
         let fail = |problem: String| Err(Error::shape("attention", problem));
-        if qkv.rank() != 2 || self.heads == 0 || qkv.dim(1) % (3 * self.heads) != 0 {
+        if qkv.rank() != 2 || self.heads == 0 || qkv.dim(1) == 0 || qkv.dim(1) % (3 * self.heads) != 0 {
             return fail(format!("qkv {:?} is not [T, 3D] with D a multiple of {} heads", qkv.shape(), self.heads));
         }
         let rows: usize = self.segments.iter().map(|s| s.images * s.tokens).sum();
@@ -116,7 +116,13 @@ impl Attention {
             let step = if shared(segment) { s.images.div_ceil(BIAS_PARTS) } else { 1 };
             for (part, start) in (0..s.images).step_by(step.max(1)).enumerate() {
                 let images = start..(start + step).min(s.images);
-                tasks.extend((0..self.heads).map(|head| Task { segment, head, images: images.clone(), first_row, part }));
+                tasks.extend((0..self.heads).map(|head| Task {
+                    segment,
+                    head,
+                    images: images.clone(),
+                    first_row,
+                    part,
+                }));
             }
             first_row += s.images * s.tokens;
         }

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use crate::ops::linear::sum_rows;
 use crate::ops::parallel::{lane_sum, simd};
-use crate::ops::same_dtype;
+use crate::ops::{same_dtype, with_grad};
 use crate::tensor::{Grads, Op, Real};
 use crate::{dispatch_real, Error, Result, Tensor};
 
@@ -102,16 +102,9 @@ impl Op for Norm {
             // The parameters' gradients are summed in blocks of rows of fixed size, and the blocks in order.
             let mut partial = Tensor::uninit(&[2, blocks, d], dy.dtype());
             let (dweight, dbias) = partial.as_mut_slice::<T>().split_at_mut(blocks * d);
-            if grads.needs(0) {
-                grads.accumulate(0, |mut dx| {
-                    let add = dx.add;
-                    self.rows(saved, dy.as_slice::<T>(), dx.as_mut_slice(), add, dweight, dbias);
-                    Ok(())
-                })?;
-            } else {
-                let mut dx = Tensor::uninit(saved.x.shape(), dy.dtype());
-                self.rows(saved, dy.as_slice::<T>(), dx.as_mut_slice(), false, dweight, dbias);
-            }
+            with_grad::<T>(grads, 0, dy.len(), |dx, add| {
+                self.rows(saved, dy.as_slice::<T>(), dx, add, dweight, dbias);
+            })?;
             grads.accumulate(1, |mut dw| {
                 let add = dw.add;
                 sum_rows(dw.as_mut_slice::<T>(), dweight, add);
@@ -167,7 +160,8 @@ mod tests {
     #[test]
     fn layer_norm_rows_have_mean_zero_and_variance_one() {
         let x: Vec<f64> = (0..40).map(|i| ((i * i) as f64 * 0.37).sin() + 3.0).collect();
-        let (one, zero) = (Tensor::from_slice(&[1.0; 20], &[20]).unwrap(), Tensor::from_slice(&[0.0; 20], &[20]).unwrap());
+        let (one, zero) =
+            (Tensor::from_slice(&[1.0; 20], &[20]).unwrap(), Tensor::from_slice(&[0.0; 20], &[20]).unwrap());
         let y = Tensor::from_slice(&x, &[2, 20]).unwrap().layer_norm(&one, &zero, 0.0).unwrap();
         for row in y.as_slice::<f64>().chunks(20) {
             assert!(row.iter().sum::<f64>().abs() < 1e-12);

@@ -22,11 +22,17 @@ mod l2_normalize;
 mod layer_norm;
 mod linear;
 mod matmul;
+mod patchify;
 mod reduce;
+mod residual;
 mod shape;
+mod softmax;
+mod swiglu;
+mod tokens;
 
 pub use attention::Segment;
 
+use crate::tensor::{Grads, Real};
 use crate::{Error, Result, Tensor};
 
 /// Fails unless all operands have the type of the first.
@@ -35,4 +41,23 @@ pub(crate) fn same_dtype(op: &'static str, inputs: &[&Tensor]) -> Result<()> {
         Some(other) => Err(Error::shape(op, format!("operands are {:?} and {:?}", inputs[0].dtype(), other.dtype()))),
         None => Ok(()),
     }
+}
+
+/// Lets `f(place, add)` write, or add to, the gradient of input `i` (of `len` elements) where a pass computes more than
+/// that gradient: if the input is not tracked, the place is memory that nobody reads.
+pub(crate) fn with_grad<T: Real>(
+    grads: &mut Grads<'_>,
+    i: usize,
+    len: usize,
+    f: impl FnOnce(&mut [T], bool),
+) -> Result<()> {
+    if !grads.needs(i) {
+        f(Tensor::uninit(&[len], T::DTYPE).as_mut_slice(), false);
+        return Ok(());
+    }
+    grads.accumulate(i, |mut place| {
+        let add = place.add;
+        f(place.as_mut_slice(), add);
+        Ok(())
+    })
 }

@@ -12,6 +12,11 @@ use crate::{Result, Tensor};
 /// Elements that one task handles: small enough to balance, large enough to hide the hand-over.
 pub const BLOCK: usize = 16 * 1024;
 
+/// Rows of `width` elements that one task handles, by the same rule.
+pub fn rows_per_task(width: usize) -> usize {
+    (BLOCK / width.max(1)).max(1)
+}
+
 /// Runs `f` compiled for the widest vector instructions of this machine; `f` and what it calls must be inlined into it.
 #[inline(always)]
 pub fn simd<R>(f: impl FnOnce() -> R) -> R {

@@ -1,6 +1,7 @@
-//! Operations that move or reinterpret elements: `reshape`, `narrow`, `cat`, `cast`, `gather_rows`.
+//! Operations that move or reinterpret elements: `reshape`, `narrow`, `narrow_axis`, `cat`, `cast`, `gather_rows`.
 
 use half::bf16;
+use rayon::prelude::*;
 
 use crate::ops::same_dtype;
 use crate::tensor::{DType, Grads, Op};
@@ -30,6 +31,24 @@ impl Tensor {
         let inner: usize = full[1..].iter().product();
         let shape = [len].into_iter().chain(full[1..].iter().copied()).collect();
         Narrow { start: start * inner, shape, full: full.to_vec() }.apply(&[self])
+    }
+
+    /// Entries `start..start + len` of axis `axis`, copied unless it is the first.
+    ///
+    /// # Errors
+    /// If the range is out of bounds.
+    pub fn narrow_axis(&self, axis: usize, start: usize, len: usize) -> Result<Tensor> {
+        let full = self.shape();
+        if axis >= self.rank() || start + len > full[axis] {
+            return Err(Error::shape("narrow", format!("{start}..{} of axis {axis} of {full:?}", start + len)));
+        }
+        if axis == 0 {
+            return self.narrow(start, len);
+        }
+        let mut shape = full.to_vec();
+        shape[axis] = len;
+        let inner: usize = full[axis + 1..].iter().product();
+        NarrowAxis { row: full[axis] * inner, start: start * inner, len: len * inner, shape }.apply(&[self])
     }
 
     /// Tensors joined along the first axis.
@@ -93,6 +112,52 @@ impl Op for Narrow {
                 dx[range.end..].fill(0.0);
                 dx[range].copy_from_slice(dy);
             }
+            Ok(())
+        }))
+    }
+}
+
+/// Elements `start..start + len` of every `row` elements; the gradient is zero elsewhere.
+struct NarrowAxis {
+    row: usize,
+    start: usize,
+    len: usize,
+    shape: Vec<usize>,
+}
+
+impl Op for NarrowAxis {
+    fn name(&self) -> &'static str {
+        "narrow_axis"
+    }
+
+    fn forward(&mut self, inputs: &[&Tensor], _: bool) -> Result<Tensor> {
+        let mut out = Tensor::uninit(&self.shape, inputs[0].dtype());
+        dispatch_real!("narrow_axis", out.dtype(), T => {
+            let rows = inputs[0].as_slice::<T>().par_chunks(self.row.max(1));
+            out.as_mut_slice::<T>().par_chunks_mut(self.len.max(1)).zip(rows).for_each(|(y, x)| {
+                y.copy_from_slice(&x[self.start..][..self.len]);
+            });
+            Ok(out)
+        })
+    }
+
+    fn backward(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
+        if dy.is_empty() {
+            return Ok(());
+        }
+        let range = self.start..self.start + self.len;
+        dispatch_real!("narrow_axis", dy.dtype(), T => grads.accumulate(0, |mut dx| {
+            let add = dx.add;
+            let rows = dx.as_mut_slice::<T>().par_chunks_mut(self.row).zip(dy.as_slice::<T>().par_chunks(self.len));
+            rows.for_each(|(dx, dy)| {
+                if add {
+                    dx[range.clone()].iter_mut().zip(dy).for_each(|(a, b)| *a += b);
+                } else {
+                    dx[..range.start].fill(0.0);
+                    dx[range.clone()].copy_from_slice(dy);
+                    dx[range.end..].fill(0.0);
+                }
+            });
             Ok(())
         }))
     }

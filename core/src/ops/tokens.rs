@@ -1,0 +1,177 @@
+//! Patch embeddings to the token rows of a transformer: mask token in, prefix (CLS and registers) in front.
+
+use rayon::prelude::*;
+
+use crate::ops::linear::sum_rows;
+use crate::ops::parallel::simd;
+use crate::ops::{same_dtype, with_grad};
+use crate::tensor::{Grads, Op, Real};
+use crate::{dispatch_real, DType, Error, Result, Tensor};
+
+impl Tensor {
+    /// Tokens of `images` images: patch embeddings `[B P, D]` and a prefix `[1 + R, D]` (CLS and registers, the same
+    /// for every image) to `[B (1 + R + P), D]`, the prefix in front of each image's patches.
+    ///
+    /// With `mask` = (mask token `[D]` or `[1, D]`; u32 `[B P]`, 0 or 1), patches with a 1 are replaced by the token.
+    /// Gradients go to the patches that are not masked, the prefix and the mask token.
+    ///
+    /// # Errors
+    /// If the shapes do not fit.
+    pub fn assemble_tokens(&self, prefix: &Tensor, images: usize, mask: Option<(&Tensor, &Tensor)>) -> Result<Tensor> {
+        let inputs: Vec<&Tensor> = [self, prefix].into_iter().chain(mask.map(|(token, _)| token)).collect();
+        Assemble { images, mask: mask.map(|(_, mask)| mask.detach()), sizes: None }.apply(&inputs)
+    }
+
+    /// The inverse: `[B (prefix + P), D]` to the prefix tokens `[B, prefix, D]` and the patches `[B, P, D]`.
+    ///
+    /// # Errors
+    /// If the rows are not those of `images` images.
+    pub fn split_tokens(&self, images: usize, prefix: usize) -> Result<(Tensor, Tensor)> {
+        let rows = if self.rank() == 2 { self.dim(0) } else { 0 };
+        if images == 0 || rows % images != 0 || rows / images < prefix {
+            let problem = format!("{:?} is not [B (prefix + P), D] with B {images}, prefix {prefix}", self.shape());
+            return Err(Error::shape("split_tokens", problem));
+        }
+        let tokens = rows / images;
+        let by_image = self.reshape(&[images, tokens, self.dim(1)])?;
+        Ok((by_image.narrow_axis(1, 0, prefix)?, by_image.narrow_axis(1, prefix, tokens - prefix)?))
+    }
+}
+
+struct Assemble {
+    images: usize,
+    mask: Option<Tensor>,
+    sizes: Option<Sizes>,
+}
+
+/// In elements: of one image's prefix, of its patches, and of a row.
+#[derive(Clone, Copy)]
+struct Sizes {
+    prefix: usize,
+    patches: usize,
+    d: usize,
+}
+
+impl Assemble {
+    fn sizes(&self, inputs: &[&Tensor]) -> Result<Sizes> {
+        let (patches, prefix, token) = (inputs[0], inputs[1], inputs.get(2));
+        let d = patches.last_dim();
+        let fits = patches.rank() == 2
+            && prefix.rank() == 2
+            && d > 0
+            && prefix.dim(1) == d
+            && self.images > 0
+            && patches.dim(0) % self.images == 0
+            && token.is_none_or(|t| t.len() == d && t.last_dim() == d)
+            && self.mask.as_ref().is_none_or(|m| m.dtype() == DType::U32 && m.len() == patches.dim(0));
+        if !fits {
+            let (token, mask) = (token.map(|t| t.shape()), self.mask.as_ref().map(|m| m.shape()));
+            let problem = format!(
+                "patches {:?} of {} images, prefix {:?}, mask token {token:?}, mask {mask:?}",
+                patches.shape(),
+                self.images,
+                prefix.shape()
+            );
+            return Err(Error::shape("assemble_tokens", problem));
+        }
+        same_dtype("assemble_tokens", inputs)?;
+        Ok(Sizes { prefix: prefix.len(), patches: patches.len() / self.images, d })
+    }
+
+    /// The mask of image `image`.
+    fn mask(&self, image: usize, patches: usize) -> Option<&[u32]> {
+        self.mask.as_ref().map(|m| &m.as_slice::<u32>()[image * patches..][..patches])
+    }
+}
+
+impl Op for Assemble {
+    fn name(&self) -> &'static str {
+        "assemble_tokens"
+    }
+
+    fn forward(&mut self, inputs: &[&Tensor], _: bool) -> Result<Tensor> {
+        let sizes = self.sizes(inputs)?;
+        let Sizes { prefix, patches, d } = sizes;
+        self.sizes = Some(sizes);
+        let image_len = prefix + patches;
+        let mut out = Tensor::uninit(&[self.images * image_len / d, d], inputs[0].dtype());
+        dispatch_real!("assemble_tokens", out.dtype(), T => {
+            let (x, first) = (inputs[0].as_slice::<T>(), inputs[1].as_slice::<T>());
+            let token = inputs.get(2).map(|t| t.as_slice::<T>()).unwrap_or_default();
+            out.as_mut_slice::<T>().par_chunks_mut(image_len.max(1)).enumerate().for_each(|(image, out)| {
+                let (out_prefix, out) = out.split_at_mut(prefix);
+                out_prefix.copy_from_slice(first);
+                out.copy_from_slice(&x[image * patches..][..patches]);
+                if let Some(mask) = self.mask(image, patches / d) {
+                    out.chunks_exact_mut(d).zip(mask).filter(|(_, &m)| m != 0).for_each(|(o, _)| o.copy_from_slice(token));
+                }
+            });
+            Ok(out)
+        })
+    }
+
+    fn backward(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
+        let Sizes { prefix, patches, d } = self.sizes.expect("set by forward");
+        let image_len = prefix + patches;
+        dispatch_real!("assemble_tokens", dy.dtype(), T => {
+            let mut dtoken = Tensor::zeros(&[self.images, d], dy.dtype());
+            let dy = dy.as_slice::<T>();
+            with_grad::<T>(grads, 0, self.images * patches, |dx, add| {
+                let each = dx.par_chunks_mut(patches.max(1)).zip(dtoken.as_mut_slice::<T>().par_chunks_mut(d));
+                each.enumerate().for_each(|(image, (dx, dtoken))| simd(|| {
+                    let dy = &dy[image * image_len + prefix..][..patches];
+                    let mask = self.mask(image, patches / d);
+                    for (i, (dx, dy)) in dx.chunks_exact_mut(d).zip(dy.chunks_exact(d)).enumerate() {
+                        match (mask.is_some_and(|m| m[i] != 0), add) {
+                            (true, _) => {
+                                dtoken.iter_mut().zip(dy).for_each(|(t, &g)| *t += g);
+                                if !add {
+                                    dx.fill(T::ZERO);
+                                }
+                            }
+                            (false, true) => dx.iter_mut().zip(dy).for_each(|(dx, &g)| *dx += g),
+                            (false, false) => dx.copy_from_slice(dy),
+                        }
+                    }
+                }));
+            })?;
+            grads.accumulate(1, |mut dprefix| {
+                let add = dprefix.add;
+                let dprefix = dprefix.as_mut_slice::<T>();
+                if !add {
+                    dprefix.fill(T::ZERO);
+                }
+                for dy in dy.chunks_exact(image_len.max(1)) {
+                    dprefix.iter_mut().zip(dy).for_each(|(d, &g)| *d += g);
+                }
+                Ok(())
+            })?;
+            if grads.inputs() < 3 {
+                return Ok(());
+            }
+            grads.accumulate(2, |mut total| {
+                let add = total.add;
+                sum_rows(total.as_mut_slice::<T>(), dtoken.as_slice::<T>(), add);
+                Ok(())
+            })
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::Tensor;
+
+    #[test]
+    fn every_image_gets_the_prefix_and_masked_patches_the_mask_token() {
+        let patches = Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0], &[4, 1]).unwrap();
+        let prefix = Tensor::from_slice(&[-1.0f32, -2.0], &[2, 1]).unwrap();
+        let token = Tensor::from_slice(&[9.0f32], &[1]).unwrap();
+        let mask = Tensor::from_slice(&[0u32, 1, 0, 0], &[4]).unwrap();
+        let tokens = patches.assemble_tokens(&prefix, 2, Some((&token, &mask))).unwrap();
+        assert_eq!(tokens.as_slice::<f32>(), [-1., -2., 1., 9., -1., -2., 3., 4.]);
+        let (prefix, patches) = tokens.split_tokens(2, 2).unwrap();
+        assert_eq!((prefix.shape(), prefix.as_slice::<f32>()), (&[2, 2, 1][..], &[-1., -2., -1., -2.][..]));
+        assert_eq!((patches.shape(), patches.as_slice::<f32>()), (&[2, 2, 1][..], &[1., 9., 3., 4.][..]));
+    }
+}
