@@ -22,6 +22,9 @@ mod linear;
 mod matmul;
 mod reduce;
 mod shape;
+mod sinkhorn_knopp;
+mod soft_cross_entropy;
+mod softmax_centering;
 
 use crate::{Error, Result, Tensor};
 

@@ -82,3 +82,33 @@ pub fn sum<T: Real>(x: &[T], f: impl Fn(T) -> T + Sync) -> T {
         .collect();
     partial.into_iter().sum()
 }
+
+/// The sum of `f(a[i], b[i])` in 16 lanes of fixed order, so that it vectorises and is the same everywhere. To be called
+/// inside [`simd`]; long rows are cut into chunks first, as a lane's rounding error grows with its length.
+#[inline(always)]
+pub fn lane_sum<T: Real>(a: &[T], b: &[T], f: impl Fn(T, T) -> T) -> T {
+    debug_assert_eq!(a.len(), b.len(), "element-wise operands have equal length");
+    let mut lanes = [T::ZERO; 16];
+    let (a16, b16) = (a.chunks_exact(16), b.chunks_exact(16));
+    let rest: T = a16.remainder().iter().zip(b16.remainder()).map(|(&a, &b)| f(a, b)).sum();
+    for (a, b) in a16.zip(b16) {
+        for i in 0..16 {
+            lanes[i] += f(a[i], b[i]);
+        }
+    }
+    lanes.into_iter().sum::<T>() + rest
+}
+
+/// The greatest element, in 16 lanes. To be called inside [`simd`].
+#[inline(always)]
+pub fn lane_max<T: Real>(x: &[T]) -> T {
+    let mut lanes = [T::NEG_INF; 16];
+    let chunks = x.chunks_exact(16);
+    let rest = chunks.remainder().iter().fold(T::NEG_INF, |m, &x| m.max(x));
+    for x in chunks {
+        for i in 0..16 {
+            lanes[i] = lanes[i].max(x[i]);
+        }
+    }
+    lanes.into_iter().fold(rest, T::max)
+}
