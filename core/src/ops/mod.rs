@@ -16,15 +16,24 @@
 
 pub mod parallel;
 
+mod adamw;
+mod broadcast;
 mod elementwise;
+mod gram_loss;
+mod koleo;
 mod l2_normalize;
 mod linear;
 mod matmul;
 mod reduce;
+mod resample;
 mod shape;
 mod sinkhorn_knopp;
 mod soft_cross_entropy;
 mod softmax_centering;
+mod transpose;
+
+pub use adamw::{adamw_step, ema_update, l2_norm, AdamW, Ema, Group, Moments};
+pub use gram_loss::{GramOptions, NegativeRemoval};
 
 use crate::{Error, Result, Tensor};
 
