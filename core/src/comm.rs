@@ -13,6 +13,8 @@ pub trait Comm: Send + Sync {
     fn rank(&self) -> usize;
     /// The sum of every rank's `x`.
     fn all_reduce_sum(&self, x: &Tensor) -> Result<Tensor>;
+    /// The element-wise maximum of every rank's `x`.
+    fn all_reduce_max(&self, x: &Tensor) -> Result<Tensor>;
     /// Every rank's rows, in order of rank: `[n, ..]` to `[world * n, ..]`. Gradients flow back to the owners.
     fn all_gather(&self, x: &Tensor) -> Result<Tensor>;
 }
@@ -29,6 +31,9 @@ impl Comm for Single {
         0
     }
     fn all_reduce_sum(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(x.clone())
+    }
+    fn all_reduce_max(&self, x: &Tensor) -> Result<Tensor> {
         Ok(x.clone())
     }
     fn all_gather(&self, x: &Tensor) -> Result<Tensor> {

@@ -16,21 +16,32 @@
 
 pub mod parallel;
 
+mod adamw;
 mod attention;
+mod broadcast;
 mod elementwise;
+mod gram_loss;
+mod koleo;
 mod l2_normalize;
 mod layer_norm;
 mod linear;
 mod matmul;
 mod patchify;
 mod reduce;
+mod resample;
 mod residual;
 mod shape;
+mod sinkhorn_knopp;
+mod soft_cross_entropy;
 mod softmax;
+mod softmax_centering;
 mod swiglu;
 mod tokens;
+mod transpose;
 
+pub use adamw::{adamw_step, ema_update, l2_norm, AdamW, Ema, Group, Moments};
 pub use attention::Segment;
+pub use gram_loss::{GramOptions, NegativeRemoval};
 
 use crate::tensor::{Grads, Real};
 use crate::{Error, Result, Tensor};

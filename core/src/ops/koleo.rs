@@ -1,0 +1,231 @@
+//! KoLeo: the entropy of features, estimated from nearest neighbours.
+//!
+//! Kozachenko-Leonenko estimator as a regulariser: Sablayrolles et al., arXiv:1806.03198, eq. 3; used on CLS tokens by
+//! DINOv2 (arXiv:2304.07193) and DINOv3 (arXiv:2508.10104).
+
+use rayon::prelude::*;
+
+use crate::ops::matmul::{product, Mat, Threads};
+use crate::ops::parallel::{lane_sum, simd};
+use crate::tensor::{DType, Grads, Op, Real};
+use crate::{dispatch_real, Error, Result, Tensor};
+
+impl Tensor {
+    /// Per row, the mean over its `topk` nearest neighbours of `-ln(d + eps)`: `[rows, D]` to `[rows]`.
+    ///
+    /// Rows are normalised, `y = x / max(|x|, eps)`; the neighbours of `i` are the rows with the greatest `y_i . y_n`
+    /// among the other rows of its group (`group` consecutive rows, all if `None`); `d = |y_i - y_n + eps|` with
+    /// eps = 1e-8 added to every component, so that equal rows have a finite loss. With `g = -1 / (topk d (d + eps))`
+    /// and `e = y_i - y_n + eps`, dy_i = g e and dy_n = -g e; the choice of neighbours has no derivative.
+    ///
+    /// The loss is the mean over rows. Over several ranks: gather the rows of all, take the mean of one's own.
+    ///
+    /// # Errors
+    /// If the shape is not `[rows, D]`, groups do not divide the rows, or a group has fewer than `topk + 1` rows.
+    pub fn koleo(&self, topk: usize, group: Option<usize>) -> Result<Tensor> {
+        let group = group_size(self, topk, group)?;
+        Koleo { topk, group, saved: None }.apply(&[&self.l2_normalize(EPS)?])
+    }
+
+    /// The nearest neighbours that [`koleo`](Self::koleo) uses, nearest first (of equals, the first row first):
+    /// `[rows, D]` to `[rows, topk]`, u32.
+    ///
+    /// # Errors
+    /// As [`koleo`](Self::koleo).
+    pub fn koleo_neighbours(&self, topk: usize, group: Option<usize>) -> Result<Tensor> {
+        let group = group_size(self, topk, group)?;
+        let unit = self.detach().l2_normalize(EPS)?;
+        let found = dispatch_real!("koleo", unit.dtype(), T => Ok(neighbours::<T>(&unit, topk, group)))?;
+        Tensor::from_slice(&found, &[self.dim(0), topk])
+    }
+}
+
+/// In the norm, the difference and the logarithm, as the reference has it.
+const EPS: f64 = 1e-8;
+/// Rows of a tile of similarities, and rows that a task handles.
+const ROWS: usize = 128;
+/// Columns of a tile of similarities.
+const COLUMNS: usize = 512;
+
+struct Koleo {
+    topk: usize,
+    group: usize,
+    saved: Option<Saved>,
+}
+
+struct Saved {
+    /// The normalised rows.
+    unit: Tensor,
+    /// Neighbours of every row.
+    neighbours: Vec<u32>,
+    /// `g` of every row and neighbour.
+    slopes: Tensor,
+}
+
+fn group_size(x: &Tensor, topk: usize, group: Option<usize>) -> Result<usize> {
+    let rows = *x.shape().first().unwrap_or(&0);
+    let group = group.unwrap_or(rows);
+    if x.rank() != 2 || topk == 0 || group <= topk || !rows.is_multiple_of(group) {
+        let problem = format!(
+            "features {:?}, groups of {group} rows, {topk} neighbours: expected [rows, D], whole groups, and at least \
+             one row more in a group than neighbours",
+            x.shape()
+        );
+        return Err(Error::shape("koleo", problem));
+    }
+    Ok(group)
+}
+
+/// For every row the `topk` other rows of its group with the greatest dot product.
+fn neighbours<T: Real>(unit: &Tensor, topk: usize, group: usize) -> Vec<u32> {
+    let (rows, d, x) = (unit.dim(0), unit.dim(1), unit.as_slice::<T>());
+    let mut found = vec![0u32; rows * topk];
+    found.par_chunks_mut(group * topk).enumerate().for_each(|(g, found)| {
+        let first = g * group;
+        let x = &x[first * d..][..group * d];
+        found.par_chunks_mut(ROWS * topk).enumerate().for_each(|(block, found)| {
+            let (start, height) = (block * ROWS, found.len() / topk);
+            let rows = Mat::new(&x[start * d..], height, d);
+            let mut tile = vec![T::ZERO; height * COLUMNS.min(group)];
+            let mut best = vec![T::NEG_INF; height * topk];
+            for column in (0..group).step_by(COLUMNS) {
+                let width = COLUMNS.min(group - column);
+                product(&mut tile, width, false, T::ONE, rows, Mat::new(&x[column * d..], width, d).t(), Threads::One);
+                for i in 0..height {
+                    let (best, found) = (&mut best[i * topk..][..topk], &mut found[i * topk..][..topk]);
+                    for (j, &dot) in tile[i * width..][..width].iter().enumerate() {
+                        if dot > best[topk - 1] && column + j != start + i {
+                            insert(best, found, dot, (first + column + j) as u32);
+                        }
+                    }
+                }
+            }
+        });
+    });
+    found
+}
+
+/// Puts `(dot, row)` in its place of a list in descending order, after its equals; the last entry falls out.
+fn insert<T: Real>(best: &mut [T], found: &mut [u32], dot: T, row: u32) {
+    let mut at = best.len() - 1;
+    while at > 0 && dot > best[at - 1] {
+        (best[at], found[at]) = (best[at - 1], found[at - 1]);
+        at -= 1;
+    }
+    (best[at], found[at]) = (dot, row);
+}
+
+impl Op for Koleo {
+    fn name(&self) -> &'static str {
+        "koleo"
+    }
+
+    fn forward(&mut self, inputs: &[&Tensor], save: bool) -> Result<Tensor> {
+        let (unit, topk) = (inputs[0], self.topk);
+        let (rows, d) = (unit.dim(0), unit.dim(1));
+        let mut out = Tensor::uninit(&[rows], unit.dtype());
+        let mut slopes = Tensor::uninit(&[rows, topk], unit.dtype());
+        let neighbours = dispatch_real!("koleo", unit.dtype(), T => {
+            let (eps, share) = (T::of(EPS), T::of(1.0 / topk as f64));
+            let neighbours = neighbours::<T>(unit, topk, self.group);
+            let x = unit.as_slice::<T>();
+            let found = out.as_mut_slice::<T>().par_iter_mut().zip(neighbours.par_chunks(topk));
+            let rows = found.zip(slopes.as_mut_slice::<T>().par_chunks_mut(topk)).enumerate().with_min_len(16);
+            rows.for_each(|(i, ((value, neighbours), slopes))| {
+                *value = T::ZERO;
+                for (&n, slope) in neighbours.iter().zip(slopes) {
+                    let (a, b) = (&x[i * d..][..d], &x[n as usize * d..][..d]);
+                    let squared = simd(|| lane_sum([a, b], |[a, b]| {
+                        let e = a - b + eps;
+                        e * e
+                    }));
+                    let distance = squared.sqrt();
+                    *value -= share * (distance + eps).ln();
+                    // The norm's derivative at 0 is taken as 0.
+                    let inverse = if distance > T::ZERO { T::ONE / distance } else { T::ZERO };
+                    *slope = -share * inverse / (distance + eps);
+                }
+            });
+            Ok(neighbours)
+        })?;
+        if save {
+            self.saved = Some(Saved { unit: unit.detach(), neighbours, slopes });
+        }
+        Ok(out)
+    }
+
+    fn backward(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
+        let Saved { unit, neighbours, slopes } = self.saved.expect("saved by forward");
+        let (rows, d, topk) = (unit.dim(0), unit.dim(1), self.topk);
+        // Who has row n as a neighbour: entries `start[n]..start[n + 1]` of `incoming`.
+        let mut start = vec![0usize; rows + 1];
+        neighbours.iter().for_each(|&n| start[n as usize + 1] += 1);
+        (0..rows).for_each(|n| start[n + 1] += start[n]);
+        let (mut next, mut incoming) = (start.clone(), vec![0usize; neighbours.len()]);
+        for (edge, &n) in neighbours.iter().enumerate() {
+            incoming[next[n as usize]] = edge;
+            next[n as usize] += 1;
+        }
+        let mut dx = Tensor::zeros(unit.shape(), unit.dtype());
+        dispatch_real!("koleo", unit.dtype(), T => {
+            let (x, dy, slopes, eps) = (unit.as_slice::<T>(), dy.as_slice::<T>(), slopes.as_slice::<T>(), T::of(EPS));
+            let row = |i: usize| &x[i * d..][..d];
+            dx.as_mut_slice::<T>().par_chunks_mut(d.max(1)).enumerate().with_min_len(16).for_each(|(i, dx)| simd(|| {
+                for edge in i * topk..(i + 1) * topk {
+                    let g = dy[i] * slopes[edge];
+                    let pair = row(i).iter().zip(row(neighbours[edge] as usize));
+                    dx.iter_mut().zip(pair).for_each(|(dx, (&a, &b))| *dx += g * (a - b + eps));
+                }
+                for &edge in &incoming[start[i]..start[i + 1]] {
+                    let from = edge / topk;
+                    let g = dy[from] * slopes[edge];
+                    let pair = row(from).iter().zip(row(i));
+                    dx.iter_mut().zip(pair).for_each(|(dx, (&a, &b))| *dx -= g * (a - b + eps));
+                }
+            }));
+            grads.add(0, dx)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tensor::Tape;
+
+    #[test]
+    fn neighbours_stay_in_their_group_and_equals_come_in_order() {
+        let x = Tensor::from_slice(&[1.0f32, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 0.1, 1.0, 1.0, 1.0], &[6, 2]).unwrap();
+        let found = |topk, group| x.koleo_neighbours(topk, group).unwrap().as_slice::<u32>().to_vec();
+        assert_eq!(found(1, Some(3)), [1, 0, 0, 4, 3, 4]);
+        assert_eq!(found(2, None), [1, 2, 0, 2, 0, 1, 4, 5, 3, 5, 4, 0]);
+    }
+
+    #[test]
+    fn neighbours_are_found_across_tiles() {
+        // Unit vectors on a quarter circle, one row after the other: the neighbours are the rows next to it.
+        let n = 1100;
+        let angles = (0..n).map(|i| f64::from(i) * 1e-3 + f64::from(i * i) * 1e-9);
+        let x: Vec<f64> = angles.flat_map(|a| [a.cos(), a.sin()]).collect();
+        let found = Tensor::from_slice(&x, &[n as usize, 2]).unwrap().koleo_neighbours(1, None).unwrap();
+        let expected: Vec<u32> = (0..n as u32).map(|i| i.checked_sub(1).unwrap_or(1)).collect();
+        assert_eq!(found.as_slice::<u32>(), expected);
+    }
+
+    #[test]
+    fn exact_duplicates_give_a_finite_value_and_gradient() {
+        let tape = Tape::new();
+        let x = tape.leaf(&Tensor::from_slice(&[1.0f32, 2.0, 1.0, 2.0, -3.0, 1.0, -3.0, 1.0], &[4, 2]).unwrap());
+        let loss = x.koleo(1, None).unwrap().mean().unwrap();
+        // d = sqrt(2) 1e-8.
+        assert!((loss.item() + (2.0f64.sqrt() * 1e-8 + 1e-8).ln()).abs() < 1e-5, "{}", loss.item());
+        let grads = tape.backward(&loss, 1.0, None).unwrap();
+        assert!(grads.of(&x).unwrap().to_f64_vec().iter().all(|g| g.is_finite()));
+    }
+
+    #[test]
+    fn a_group_without_enough_rows_is_an_error() {
+        let x = Tensor::zeros(&[6, 2], DType::F32);
+        assert!(x.koleo(3, Some(3)).is_err() && x.koleo(1, Some(4)).is_err() && x.koleo(2, Some(3)).is_ok());
+    }
+}

@@ -1,0 +1,176 @@
+//! Bicubic resize of patch features: how the Gram teacher's larger grid is brought to the student's.
+//!
+//! Cubic convolution: Keys, "Cubic convolution interpolation for digital image processing" (1981).
+
+use rayon::prelude::*;
+
+use crate::ops::parallel::simd;
+use crate::tensor::{Grads, Op, Real};
+use crate::{dispatch_real, Error, Result, Tensor};
+
+impl Tensor {
+    /// Patches on another grid: `[B, h * w, D]` to `[B, h2 * w2, D]`, as `torch.nn.functional.interpolate` with
+    /// `mode="bicubic", align_corners=False`.
+    ///
+    /// Without `antialias`: a = -0.75, four taps an axis, taps outside the grid use its border. With: a = -0.5, the
+    /// kernel is widened by the factor of shrinking, taps outside are left out and the rest renormalised.
+    /// The map is linear in the features; its gradient is the transpose.
+    ///
+    /// # Errors
+    /// If the shape is not `[B, h * w, D]`, or a side is 0.
+    pub fn resize_bicubic(&self, from: (usize, usize), to: (usize, usize), antialias: bool) -> Result<Tensor> {
+        let sides = [from.0, from.1, to.0, to.1];
+        if self.rank() != 3 || self.dim(1) != from.0 * from.1 || sides.contains(&0) {
+            let problem = format!("{:?} from grid {from:?} to {to:?}: expected [B, h * w, D]", self.shape());
+            return Err(Error::shape("resize_bicubic", problem));
+        }
+        let axes = Axes { rows: Taps::new(from.0, to.0, antialias), columns: Taps::new(from.1, to.1, antialias) };
+        Resize { axes }.apply(&[self])
+    }
+}
+
+/// One axis of the map as a sparse matrix: for every output the inputs it sees, with their weights.
+struct Taps {
+    inputs: usize,
+    taps: Vec<Vec<(usize, f64)>>,
+}
+
+/// Keys' kernel: support [-2, 2], slope `a` at 1.
+fn cubic(x: f64, a: f64) -> f64 {
+    match x.abs() {
+        x if x < 1.0 => ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0,
+        x if x < 2.0 => ((x - 5.0) * x + 8.0) * a * x - 4.0 * a,
+        _ => 0.0,
+    }
+}
+
+impl Taps {
+    fn new(inputs: usize, outputs: usize, antialias: bool) -> Self {
+        let scale = inputs as f64 / outputs as f64;
+        let (a, stretch) = if antialias { (-0.5, scale.max(1.0)) } else { (-0.75, 1.0) };
+        let taps = (0..outputs).map(|i| {
+            // The centre of output i, where input j has its centre at j.
+            let center = (i as f64 + 0.5) * scale - 0.5;
+            let support = 2.0 * stretch;
+            let (first, last) = ((center - support).floor() as i64, (center + support).ceil() as i64);
+            let mut taps: Vec<(usize, f64)> = Vec::new();
+            for j in first..=last {
+                let weight = cubic((j as f64 - center) / stretch, a);
+                let inside = j.clamp(0, inputs as i64 - 1);
+                if weight == 0.0 || (antialias && inside != j) {
+                    continue;
+                }
+                match taps.last_mut() {
+                    Some((at, sum)) if *at == inside as usize => *sum += weight,
+                    _ => taps.push((inside as usize, weight)),
+                }
+            }
+            // Without antialiasing the weights sum to 1 as they are.
+            let total: f64 = taps.iter().map(|(_, w)| w).sum();
+            taps.iter_mut().for_each(|(_, w)| *w /= total);
+            taps
+        });
+        Self { inputs, taps: taps.collect() }
+    }
+
+    fn transpose(&self) -> Self {
+        let mut taps = vec![Vec::new(); self.inputs];
+        for (i, row) in self.taps.iter().enumerate() {
+            row.iter().for_each(|&(j, weight)| taps[j].push((i, weight)));
+        }
+        Self { inputs: self.taps.len(), taps }
+    }
+}
+
+/// The two axes of the map; the features go through the rows first.
+struct Axes {
+    rows: Taps,
+    columns: Taps,
+}
+
+impl Axes {
+    fn run<T: Real>(&self, x: &[T], d: usize, out: &mut [T]) {
+        let (h, w) = (self.rows.inputs, self.columns.inputs);
+        let (h2, w2) = (self.rows.taps.len(), self.columns.taps.len());
+        // One output row of one image a task: mix the input rows it sees, then the columns of the mixture.
+        let scratch = || vec![T::ZERO; w * d];
+        out.par_chunks_mut(w2 * d).enumerate().for_each_init(scratch, |mixed, (row, out)| {
+            let image = &x[row / h2 * h * w * d..][..h * w * d];
+            simd(|| {
+                mix(mixed, image, w * d, &self.rows.taps[row % h2]);
+                for (out, taps) in out.chunks_exact_mut(d).zip(&self.columns.taps) {
+                    mix(out, mixed, d, taps);
+                }
+            });
+        });
+    }
+}
+
+/// `out = sum of weight * x[tap]`, x in pieces of `width`.
+#[inline(always)]
+fn mix<T: Real>(out: &mut [T], x: &[T], width: usize, taps: &[(usize, f64)]) {
+    out.fill(T::ZERO);
+    for &(tap, weight) in taps {
+        let weight = T::of(weight);
+        out.iter_mut().zip(&x[tap * width..][..width]).for_each(|(o, &x)| *o += weight * x);
+    }
+}
+
+struct Resize {
+    axes: Axes,
+}
+
+impl Op for Resize {
+    fn name(&self) -> &'static str {
+        "resize_bicubic"
+    }
+
+    fn forward(&mut self, inputs: &[&Tensor], _: bool) -> Result<Tensor> {
+        let x = inputs[0];
+        let patches = self.axes.rows.taps.len() * self.axes.columns.taps.len();
+        let mut out = Tensor::uninit(&[x.dim(0), patches, x.dim(2)], x.dtype());
+        dispatch_real!("resize_bicubic", x.dtype(), T => {
+            self.axes.run(x.as_slice::<T>(), x.dim(2), out.as_mut_slice::<T>());
+            Ok(out)
+        })
+    }
+
+    fn backward(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
+        let axes = Axes { rows: self.axes.rows.transpose(), columns: self.axes.columns.transpose() };
+        let mut dx = Tensor::uninit(&[grads.input_len(0)], dy.dtype());
+        dispatch_real!("resize_bicubic", dy.dtype(), T => {
+            axes.run(dy.as_slice::<T>(), dy.last_dim(), dx.as_mut_slice::<T>());
+            grads.add(0, dx)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_resize_to_the_same_grid_changes_nothing() {
+        let x: Vec<f64> = (0..2 * 12 * 3).map(|i| f64::from(i).sin()).collect();
+        let x = Tensor::from_slice(&x, &[2, 12, 3]).unwrap();
+        for antialias in [false, true] {
+            assert_eq!(x.resize_bicubic((3, 4), (3, 4), antialias).unwrap().to_f64_vec(), x.to_f64_vec());
+        }
+    }
+
+    #[test]
+    fn constants_stay_constant() {
+        let x = Tensor::full(&[1, 35, 2], crate::DType::F32, 3.0).unwrap();
+        for (to, antialias) in [((2, 3), false), ((2, 3), true), ((11, 9), false), ((11, 9), true)] {
+            let y = x.resize_bicubic((5, 7), to, antialias).unwrap();
+            assert!(y.to_f64_vec().iter().all(|y| (y - 3.0).abs() < 1e-5));
+        }
+    }
+
+    #[test]
+    fn halving_uses_the_known_taps() {
+        // Outputs lie half-way between inputs: the kernel at 1.5 and 0.5.
+        let taps = &Taps::new(8, 4, false).taps[1];
+        assert_eq!(taps[..], [(1, -0.09375), (2, 0.59375), (3, 0.59375), (4, -0.09375)]);
+    }
+}

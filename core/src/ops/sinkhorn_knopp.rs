@@ -1,0 +1,178 @@
+//! Sinkhorn-Knopp: teacher logits to assignments that use every prototype equally.
+
+use rayon::prelude::*;
+
+use crate::comm::Comm;
+use crate::ops::parallel::{lane_max, lane_sum, simd};
+use crate::ops::same_dtype;
+use crate::tensor::Real;
+use crate::{dispatch_real, Error, Result, Tensor};
+
+impl Tensor {
+    /// Assignments of samples to prototypes (SwAV, Caron et al., arXiv:2006.09882; DINOv2, arXiv:2304.07193): logits
+    /// `[B, K]` to `[B, K]`, rows sum to 1. No gradient.
+    ///
+    /// `Q = exp(self / temperature)`, then `iterations` times: every prototype is divided by its sum over the samples
+    /// of all ranks, every sample by its sum over the prototypes. (The reference also divides by sum(Q), K and B and
+    /// multiplies by B; in exact numbers these cancel.) `temperature` has rank 0.
+    ///
+    /// The exponentials are taken relative to the greatest logit of each prototype, then of each sample; the first
+    /// cancels in the first division and the second is put back as the sample's first factor. The result is that of
+    /// the formula, and no prototype or sample can underflow to zero, however far apart the logits are.
+    ///
+    /// # Errors
+    /// If the shape is not `[B, K]` with at least one row and column, or `iterations` is 0.
+    pub fn sinkhorn_knopp(&self, temperature: &Tensor, iterations: usize, comm: &dyn Comm) -> Result<Tensor> {
+        same_dtype("sinkhorn_knopp", &[self, temperature])?;
+        if self.rank() != 2 || self.is_empty() || temperature.len() != 1 || iterations == 0 {
+            let problem = format!(
+                "logits {:?}, temperature {:?}, {iterations} iterations: expected [B, K], a scalar, at least one",
+                self.shape(),
+                temperature.shape()
+            );
+            return Err(Error::shape("sinkhorn_knopp", problem));
+        }
+        dispatch_real!("sinkhorn_knopp", self.dtype(), T => sinkhorn_knopp::<T>(self, temperature, iterations, comm))
+    }
+}
+
+/// Columns that go through the cache together.
+const CHUNK: usize = 2048;
+/// Tasks that the samples are dealt to; each has sums over the prototypes of its own.
+const TASKS: usize = 16;
+
+/// With Q fixed, only the factors u (prototypes) and v (samples) change: u_k = 1 / sum_b Q_bk v_b, and
+/// v_b = 1 / sum_k Q_bk u_k. One pass over a row gives v_b and its part of the next u.
+fn sinkhorn_knopp<T: Real>(logits: &Tensor, temperature: &Tensor, iterations: usize, comm: &dyn Comm) -> Result<Tensor> {
+    let (samples, k) = (logits.dim(0), logits.dim(1));
+    let x = logits.as_slice::<T>();
+    let scale = T::ONE / temperature.as_slice::<T>()[0];
+    let top = comm.all_reduce_max(&column_max::<T>(logits))?;
+    let top = top.as_slice::<T>();
+
+    let mut out = Tensor::uninit(logits.shape(), logits.dtype());
+    let q = out.as_mut_slice::<T>();
+    let rows = samples.div_ceil(TASKS);
+    // The first factors v undo the shift by the greatest logit of each sample.
+    let mut factors = prototype_factors(q, k, rows, comm, |sample, q, sums: &mut [T]| {
+        let x = &x[sample * k..][..k];
+        q.iter_mut().zip(x).zip(top).for_each(|((q, &x), &top)| *q = (x - top) * scale);
+        let peak = lane_max(q);
+        let v = peak.exp();
+        q.iter_mut().zip(sums).for_each(|(q, sum)| {
+            *q = (*q - peak).exp();
+            *sum += *q * v;
+        });
+    })?;
+    for _ in 1..iterations {
+        let u = factors;
+        factors = prototype_factors(q, k, rows, comm, |_, q, sums: &mut [T]| {
+            let v = sample_factor(q, &u);
+            sums.iter_mut().zip(q).for_each(|(sum, &mut q)| *sum += q * v);
+        })?;
+    }
+    q.par_chunks_mut(rows * k).for_each(|q| {
+        for q in q.chunks_exact_mut(k) {
+            simd(|| {
+                let v = sample_factor(q, &factors);
+                q.iter_mut().zip(&factors).for_each(|(q, &u)| *q *= u * v);
+            });
+        }
+    });
+    Ok(out)
+}
+
+/// v_b = 1 / sum_k Q_bk u_k.
+#[inline(always)]
+fn sample_factor<T: Real>(q: &[T], u: &[T]) -> T {
+    T::ONE / q.chunks(CHUNK).zip(u.chunks(CHUNK)).map(|(q, u)| lane_sum([q, u], |[q, u]| q * u)).sum()
+}
+
+/// Lets `visit(sample, row of Q, sums)` add each sample's part to the sums over samples; gives u = 1 / sums.
+fn prototype_factors<T: Real>(
+    q: &mut [T],
+    k: usize,
+    rows: usize,
+    comm: &dyn Comm,
+    visit: impl Fn(usize, &mut [T], &mut [T]) + Sync,
+) -> Result<Vec<T>> {
+    let partial: Vec<Vec<T>> = q
+        .par_chunks_mut(rows * k)
+        .enumerate()
+        .map(|(task, q)| {
+            let mut sums = vec![T::ZERO; k];
+            for (i, q) in q.chunks_exact_mut(k).enumerate() {
+                simd(|| visit(task * rows + i, q, &mut sums));
+            }
+            sums
+        })
+        .collect();
+    let mut sums = Tensor::zeros(&[k], T::DTYPE);
+    sums.as_mut_slice::<T>().par_chunks_mut(CHUNK).enumerate().for_each(|(c, sums)| {
+        for part in &partial {
+            sums.iter_mut().zip(&part[c * CHUNK..]).for_each(|(s, &p)| *s += p);
+        }
+    });
+    let sums = comm.all_reduce_sum(&sums)?;
+    Ok(sums.as_slice::<T>().iter().map(|&s| T::ONE / s).collect())
+}
+
+/// The greatest logit of each prototype: `[B, K]` to `[K]`.
+fn column_max<T: Real>(logits: &Tensor) -> Tensor {
+    let (k, x) = (logits.dim(1), logits.as_slice::<T>());
+    let mut out = Tensor::uninit(&[k], T::DTYPE);
+    out.as_mut_slice::<T>().par_chunks_mut(CHUNK).enumerate().for_each(|(c, top)| {
+        simd(|| {
+            top.fill(T::NEG_INF);
+            for x in x.chunks_exact(k) {
+                top.iter_mut().zip(&x[c * CHUNK..]).for_each(|(t, &x)| *t = t.max(x));
+            }
+        });
+    });
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::comm::Single;
+    use crate::rng::{Rng, Stream};
+    use crate::DType;
+
+    fn logits(rows: usize, k: usize, spread: f64, dtype: DType) -> Tensor {
+        let mut rng = Rng::new(1, Stream::Probe, 0, 0);
+        let x: Vec<f64> = (0..rows * k).map(|_| spread * rng.normal()).collect();
+        Tensor::from_f64(&x, &[rows, k], dtype).unwrap()
+    }
+
+    #[test]
+    fn rows_sum_to_one_even_when_logits_are_far_apart() {
+        for (dtype, spread) in [(DType::F64, 1.0), (DType::F32, 1.0), (DType::F32, 300.0)] {
+            let q = logits(40, 21, spread, dtype).sinkhorn_knopp(&Tensor::scalar(0.04, dtype), 3, &Single).unwrap();
+            for row in q.to_f64_vec().chunks(21) {
+                assert!((row.iter().sum::<f64>() - 1.0).abs() < 1e-5, "{row:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn prototypes_get_equal_mass_after_convergence() {
+        let q = logits(30, 7, 0.1, DType::F64).sinkhorn_knopp(&Tensor::scalar(0.07, DType::F64), 200, &Single).unwrap();
+        for mass in q.sum_axis(0).unwrap().to_f64_vec() {
+            assert!((mass - 30.0 / 7.0).abs() < 1e-9, "{mass}");
+        }
+    }
+
+    #[test]
+    fn a_prototype_that_no_sample_likes_gives_no_nan() {
+        let mut x = vec![0.0f32; 12];
+        for row in x.chunks_exact_mut(3) {
+            row[2] = -1e4;
+        }
+        let x = Tensor::from_slice(&x, &[4, 3]).unwrap();
+        let q = x.sinkhorn_knopp(&Tensor::scalar(0.04, DType::F32), 3, &Single).unwrap();
+        for q in q.to_f64_vec() {
+            assert!((q - 1.0 / 3.0).abs() < 1e-6, "{q}");
+        }
+    }
+}
