@@ -1,1 +1,36 @@
-//! Plugins.
+//! The built-in plugins of dinolab, one file each. A program that links this crate (`use dinolab_plugins as _;`) has
+//! them all in its registry; nothing here is called by name except by tests.
+//!
+//! | kind | plugins |
+//! |---|---|
+//! | position encoding | [`rope_box`], [`relative_bias_box`], [`learned_absolute`], [`none`] |
+//! | scheduler | [`constant`], [`linear_warmup`], [`linear_warmup_cosine`], [`cosine`], [`step`] |
+//! | teacher policy | [`ema`], [`frozen`], [`gram_anchor`] |
+//! | probe | [`knn`], [`linear_segmentation`], [`patch_similarity`], [`cls_patch_cosine`] |
+
+// Position encodings
+pub mod box_coords;
+pub mod learned_absolute;
+pub mod none;
+pub mod relative_bias_box;
+pub mod rope_box;
+
+// Schedulers
+pub mod constant;
+pub mod cosine;
+pub mod linear_warmup;
+pub mod linear_warmup_cosine;
+pub mod step;
+
+// Teacher policies
+pub mod ema;
+pub mod frozen;
+pub mod gram_anchor;
+
+// Probes
+pub mod cls_patch_cosine;
+pub mod knn;
+pub mod linear_segmentation;
+pub mod patch_similarity;
+mod lbfgs;
+mod probe_data;

@@ -69,9 +69,13 @@ pub struct PosTables {
 /// }
 /// ```
 pub trait PosEncoding: fmt::Debug + Send + Sync {
-    /// Declares learned parameters, once, when the backbone is built.
-    fn declare(&mut self, params: &mut ParamBuilder, context: PosContext) {
+    /// Declares learned parameters and learns the model's widths, once, when the backbone is built.
+    ///
+    /// # Errors
+    /// If the encoding does not fit the model.
+    fn declare(&mut self, params: &mut ParamBuilder, context: PosContext) -> Result<()> {
         let _ = (params, context);
+        Ok(())
     }
 
     /// Draws the training-time augmentation of one table, as the numbers that will be applied; empty if there is none.

@@ -79,6 +79,11 @@ pub trait TeacherPolicy: fmt::Debug + Send + Sync {
         None
     }
 
+    /// Whether the bicubic resize of those crops' patch grid to the student's is anti-aliased (the reference's is not).
+    fn antialias(&self) -> bool {
+        false
+    }
+
     /// Events worth marking on a timeline: (step, what happens).
     fn events(&self, total: u64) -> Vec<(u64, String)> {
         let _ = total;

@@ -1,0 +1,93 @@
+//! Patch centres in a normalised box, and their training-time augmentation: what `rope_box` and `relative_bias_box`
+//! share.
+
+use dinolab_core::contract::Grid;
+use dinolab_core::rng::Rng;
+use dinolab_core::{Error, Result};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// What the box [-1, 1] means for a grid that is not square.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Normalize {
+    /// Each side spans the box.
+    #[default]
+    Separate,
+    /// The shorter side spans the box; the longer one reaches outside.
+    Min,
+    /// The longer side spans the box; the shorter one fills a part that begins at -1.
+    Max,
+}
+
+/// Distribution of the factor by which all coordinates are multiplied in training.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged, expecting = "a number s (log-uniform in [1/s, s]) or a table { uniform = [a, b] }")]
+pub enum Rescale {
+    /// Log-uniform in [1/s, s].
+    LogUniform(f64),
+    /// Uniform in [a, b].
+    Uniform(UniformRange),
+}
+
+/// `{ uniform = [a, b] }`.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct UniformRange {
+    /// Least and greatest factor.
+    pub uniform: [f64; 2],
+}
+
+impl Rescale {
+    /// Draws a factor.
+    pub fn draw(self, rng: &mut Rng) -> f64 {
+        match self {
+            Self::LogUniform(s) => rng.log_uniform(1.0 / s, s),
+            Self::Uniform(UniformRange { uniform: [a, b] }) => rng.uniform(a, b),
+        }
+    }
+
+    /// Fails unless factors are positive; `plugin` is named in the message.
+    ///
+    /// # Errors
+    /// If the range is empty or reaches 0.
+    pub fn check(self, plugin: &str) -> Result<()> {
+        let (problem, valid) = match self {
+            Self::LogUniform(s) => (format!("`rescale` is {s}"), s >= 1.0 && s.is_finite()),
+            Self::Uniform(UniformRange { uniform: [a, b] }) => {
+                (format!("`rescale` is uniform in [{a}, {b}]"), 0.0 < a && a <= b && b.is_finite())
+            }
+        };
+        if valid {
+            return Ok(());
+        }
+        let help = "give s >= 1 for factors in [1/s, s], or { uniform = [a, b] } with 0 < a <= b";
+        Err(Error::user(format!("position encoding `{plugin}`: {problem}"), help))
+    }
+}
+
+/// How often a training-time augmentation is drawn anew.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum DrawPer {
+    /// For every block and kind of crop: the reference's way.
+    #[default]
+    Block,
+    /// Once a step.
+    Step,
+}
+
+/// Coordinates of the rows and of the columns of patch centres: `2 (i + 0.5) / n - 1`, `n` by `normalize`. `round` is
+/// applied after every operation, to follow an implementation of lower precision.
+pub(crate) fn axes(grid: Grid, normalize: Normalize, round: impl Fn(f64) -> f64) -> [Vec<f64>; 2] {
+    let sides = [grid.height, grid.width];
+    sides.map(|side| {
+        let n = match normalize {
+            Normalize::Separate => side,
+            Normalize::Min => grid.height.min(grid.width),
+            Normalize::Max => grid.height.max(grid.width),
+        };
+        let centre = |i: usize| round((i as f64 + 0.5) / n as f64);
+        (0..side).map(|i| round(2.0 * centre(i) - 1.0)).collect()
+    })
+}

@@ -1,0 +1,182 @@
+//! Teacher policy `gram_anchor`: a snapshot that holds the student's patch similarities in place.
+
+use std::num::{NonZeroU64, NonZeroUsize};
+use std::path::PathBuf;
+
+use dinolab_core::contract::{At, Follow, Role, TeacherPolicy};
+use dinolab_core::{plugin, Error, Result};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// A snapshot of the EMA teacher or a checkpoint, refreshed from the EMA teacher at set steps: the Gram teacher of
+/// DINOv3 (arXiv:2508.10104, section 4).
+///
+/// All moments are steps "before" which something happens: with `first_step = 100` the snapshot is that of the EMA
+/// teacher after 100 steps, and step 100 is the first to use it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct GramAnchor {
+    /// Where the weights come from: `"ema"`, or `{ checkpoint = "path" }`.
+    pub source: Source,
+    /// The first step that uses this teacher; before it, it costs nothing. With `source = "ema"` the snapshot is taken
+    /// just before this step.
+    pub first_step: u64,
+    /// Later replacements by the EMA teacher of that moment; by default none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub refresh: Option<Refresh>,
+    /// Side in pixels of its own, larger crops; by default it sees the student's global crops.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub crop_size: Option<NonZeroUsize>,
+    /// Whether the bicubic resize of its larger patch grid is anti-aliased.
+    pub antialias: bool,
+}
+
+/// Where a Gram teacher's weights come from.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Source {
+    /// A snapshot of the EMA teacher, taken just before `first_step`.
+    #[default]
+    Ema,
+    /// A run folder, a checkpoint folder or a safetensors file.
+    Checkpoint(PathBuf),
+}
+
+/// When a Gram teacher is replaced by the EMA teacher.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Refresh {
+    /// Steps between refreshes.
+    pub every: NonZeroU64,
+    /// The first step that uses refreshed weights; by default `first_step + every`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub first: Option<u64>,
+    /// The most refreshes in a run; by default no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub at_most: Option<NonZeroU64>,
+}
+
+impl Default for GramAnchor {
+    fn default() -> Self {
+        Self { source: Source::Ema, first_step: 0, refresh: None, crop_size: None, antialias: false }
+    }
+}
+
+impl GramAnchor {
+    fn build(self) -> Result<Box<dyn TeacherPolicy>> {
+        match self.refresh.as_ref().and_then(|r| r.first) {
+            Some(first) if first <= self.first_step => Err(Error::user(
+                format!("teacher `gram_anchor`: the first refresh ({first}) is not after `first_step` ({})", self.first_step),
+                "the weights of `source` would never be used: set `refresh.first` to a later step",
+            )),
+            _ => Ok(Box::new(self)),
+        }
+    }
+
+    /// Which refresh (from 0) step `step` is the first to use, if any. The reference's rule, `i + 1 >= it_first_update`
+    /// and `(i + 1) % update_frequency == 0`, is `first` = the least such multiple and `every = update_frequency`.
+    fn refresh_before(&self, step: u64) -> Option<u64> {
+        let refresh = self.refresh.as_ref()?;
+        let every = refresh.every.get();
+        let since = step.checked_sub(refresh.first.unwrap_or(self.first_step + every))?;
+        let k = since / every;
+        (since % every == 0 && refresh.at_most.is_none_or(|most| k < most.get())).then_some(k)
+    }
+}
+
+impl TeacherPolicy for GramAnchor {
+    fn start(&self) -> Role {
+        match &self.source {
+            Source::Ema => Role::Teacher,
+            Source::Checkpoint(path) => Role::Checkpoint(path.clone()),
+        }
+    }
+
+    fn before_step(&self, at: At) -> Follow {
+        if self.source == Source::Ema && at.step == self.first_step {
+            Follow::Copy(Role::Teacher)
+        } else {
+            Follow::Keep
+        }
+    }
+
+    fn after_step(&self, at: At) -> Follow {
+        match self.refresh_before(at.step + 1) {
+            Some(_) => Follow::Copy(Role::Teacher),
+            None => Follow::Keep,
+        }
+    }
+
+    fn active(&self, at: At) -> bool {
+        at.step >= self.first_step
+    }
+
+    fn crop_size(&self) -> Option<usize> {
+        self.crop_size.map(NonZeroUsize::get)
+    }
+
+    fn antialias(&self) -> bool {
+        self.antialias
+    }
+
+    fn events(&self, total: u64) -> Vec<(u64, String)> {
+        let begin = match &self.source {
+            Source::Ema => "snapshot of the EMA teacher".to_string(),
+            Source::Checkpoint(path) => format!("checkpoint {}", path.display()),
+        };
+        let begin = (self.first_step < total).then(|| (self.first_step, begin));
+        let refreshes = (0..total).filter_map(|step| {
+            self.refresh_before(step).map(|k| (step, format!("refresh {} from the EMA teacher", k + 1)))
+        });
+        begin.into_iter().chain(refreshes).collect()
+    }
+}
+
+plugin!(TeacherPolicy, "gram_anchor", GramAnchor, |config: GramAnchor, _: &mut _| config.build());
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn copies(policy: &GramAnchor, steps: u64) -> (Vec<u64>, Vec<u64>) {
+        let at = |step| At { step, total: steps };
+        let copy = Follow::Copy(Role::Teacher);
+        let before = (0..steps).filter(|&s| policy.before_step(at(s)) == copy).collect();
+        (before, (0..steps).filter(|&s| policy.after_step(at(s)) == copy).collect())
+    }
+
+    fn refresh(every: u64, first: Option<u64>, at_most: Option<u64>) -> Option<Refresh> {
+        let every = NonZeroU64::new(every).expect("tests refresh at a positive distance");
+        Some(Refresh { every, first, at_most: at_most.and_then(NonZeroU64::new) })
+    }
+
+    #[test]
+    fn an_ema_snapshot_is_taken_once_before_the_first_step() {
+        let policy = GramAnchor { first_step: 5, ..GramAnchor::default() };
+        assert_eq!(copies(&policy, 20), (vec![5], vec![]));
+        assert!(!policy.active(At { step: 4, total: 20 }) && policy.active(At { step: 5, total: 20 }));
+        assert_eq!(policy.events(20), [(5, "snapshot of the EMA teacher".to_string())]);
+    }
+
+    #[test]
+    fn refreshes_are_counted_from_the_first_step_and_limited() {
+        let policy = GramAnchor { first_step: 2, refresh: refresh(4, None, Some(3)), ..GramAnchor::default() };
+        assert_eq!(copies(&policy, 30), (vec![2], vec![5, 9, 13]));
+        let marked: Vec<u64> = policy.events(30).into_iter().map(|e| e.0).collect();
+        assert_eq!(marked, [2, 6, 10, 14]);
+    }
+
+    #[test]
+    fn a_checkpoint_is_used_from_the_start_and_may_be_refreshed() {
+        let source = Source::Checkpoint("weights".into());
+        let policy = GramAnchor { source, refresh: refresh(4, Some(4), None), ..GramAnchor::default() };
+        assert_eq!(policy.start(), Role::Checkpoint("weights".into()));
+        assert_eq!(copies(&policy, 10), (vec![], vec![3, 7]));
+    }
+
+    #[test]
+    fn a_refresh_before_the_first_use_is_refused() {
+        let policy = GramAnchor { first_step: 8, refresh: refresh(4, Some(8), None), ..GramAnchor::default() };
+        assert!(policy.build().unwrap_err().to_string().contains("not after `first_step` (8)"));
+    }
+}

@@ -1,0 +1,116 @@
+//! Probe `knn`: is the class of an image that of its neighbours?
+
+use std::num::NonZeroUsize;
+
+use dinolab_core::contract::{Probe, ProbeContext, Score};
+use dinolab_core::{plugin, Error, Result};
+use rayon::prelude::*;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::probe_data::{draw_two, features, Features};
+
+/// Weighted nearest-neighbour classification of CLS features.
+///
+/// The k training images most similar to a test image (cosine s) vote for their labels with weight `exp(s / temperature)`
+/// (Wu et al., arXiv:1805.01978, section 3.4; Caron et al., arXiv:2104.14294). Score `top1`: share of test images whose
+/// label wins.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Knn {
+    /// Neighbours that vote.
+    pub k: NonZeroUsize,
+    /// Temperature of the votes' weights.
+    pub temperature: f64,
+    /// Labelled training images to search in.
+    pub train_samples: NonZeroUsize,
+    /// Test images to classify.
+    pub test_samples: NonZeroUsize,
+}
+
+impl Default for Knn {
+    fn default() -> Self {
+        let number = |n| NonZeroUsize::new(n).expect("defaults are positive");
+        Self { k: number(20), temperature: 0.07, train_samples: number(512), test_samples: number(256) }
+    }
+}
+
+impl Knn {
+    fn build(self) -> Result<Box<dyn Probe>> {
+        if self.temperature > 0.0 {
+            return Ok(Box::new(self));
+        }
+        let problem = format!("probe `knn`: `temperature` is {}", self.temperature);
+        Err(Error::user(problem, "votes are weighted by exp(similarity / temperature): give a positive number"))
+    }
+
+    /// The label that wins among neighbours `(similarity, label)`; the least of equals.
+    fn vote(&self, mut neighbours: Vec<(f32, u32)>) -> Option<u32> {
+        // Equal similarities keep the order of the training images, so that the vote is the same everywhere.
+        neighbours.sort_by(|a, b| b.0.total_cmp(&a.0));
+        neighbours.truncate(self.k.get());
+        let mut votes = std::collections::BTreeMap::new();
+        for (similarity, label) in neighbours {
+            // Similarities are at most 1, so this does not overflow.
+            *votes.entry(label).or_insert(0.0) += ((f64::from(similarity) - 1.0) / self.temperature).exp();
+        }
+        votes.into_iter().rev().max_by(|a, b| a.1.total_cmp(&b.1)).map(|(label, _)| label)
+    }
+}
+
+impl Probe for Knn {
+    fn run(&self, context: &ProbeContext<'_>) -> Result<Vec<Score>> {
+        let [train, test] = draw_two(context, self.train_samples.get(), self.test_samples.get());
+        let (train, test) = (features(context, context.train, &train)?, features(context, context.test, &test)?);
+        let labels = |f: &Features| -> Vec<Option<u32>> { f.truth.iter().map(|t| t.label).collect() };
+        let (known, wanted) = (labels(&train), labels(&test));
+        let similarities = test.cls.l2_normalize(1e-12)?.matmul_t(&train.cls.l2_normalize(1e-12)?)?;
+        let rows = similarities.as_slice::<f32>().par_chunks(known.len());
+        let right = rows.zip(&wanted).filter_map(|(row, wanted)| {
+            let labelled = row.iter().zip(&known).filter_map(|(&s, label)| label.map(|label| (s, label)));
+            wanted.map(|wanted| self.vote(labelled.collect()) == Some(wanted))
+        });
+        let right: Vec<bool> = right.collect();
+        if right.is_empty() {
+            let help = "use a dataset whose images have labels (class sub-folders), or take the probe out";
+            return Err(Error::user("probe `knn`: no test image has a label", help));
+        }
+        let top1 = right.iter().filter(|&&r| r).count() as f64 / right.len() as f64;
+        Ok(vec![Score { name: "top1", value: top1 }])
+    }
+
+    fn needs(&self) -> (bool, bool) {
+        (true, false)
+    }
+}
+
+plugin!(Probe, "knn", Knn, |config: Knn, _: &mut _| config.build());
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::probe_data::testing::{perfect, random, run, Halves};
+
+    #[test]
+    fn perfect_features_find_every_class() {
+        let data = Halves { len: 300, width: 32, height: 32 };
+        let scores = run(&Knn::default(), &data, &data, &perfect);
+        assert_eq!(scores, [Score { name: "top1", value: 1.0 }]);
+    }
+
+    #[test]
+    fn random_features_are_right_by_chance() {
+        let data = Halves { len: 900, width: 32, height: 32 };
+        let top1 = run(&Knn::default(), &data, &data, &random)[0].value;
+        // 256 images, chance 1/3: a standard deviation is 0.03.
+        assert!((top1 - 1.0 / 3.0).abs() < 0.12, "top-1 {top1}");
+    }
+
+    #[test]
+    fn nearer_neighbours_outvote_many_far_ones() {
+        let knn = Knn::default();
+        assert_eq!(knn.vote(vec![(0.1, 0), (0.1, 0), (0.1, 0), (0.9, 1)]), Some(1));
+        let knn = Knn { k: NonZeroUsize::MIN, ..knn };
+        assert_eq!(knn.vote(vec![(0.5, 2), (0.5, 1), (0.4, 1)]), Some(2));
+    }
+}

@@ -1,0 +1,259 @@
+//! What probes share: which samples, their pixels and masks at the probe's size, and their features.
+
+use dinolab_core::contract::{Dataset, Grid, ProbeContext, Sample};
+use dinolab_core::rng::{Rng, Stream};
+use dinolab_core::{DType, Error, Result, Tensor};
+use image::imageops::{crop_imm, resize, FilterType};
+use image::RgbImage;
+use rayon::prelude::*;
+
+/// Images whose features are computed together.
+const BATCH: usize = 64;
+
+/// Two sets of samples, `train` of the training data and `test` of the held-out data, drawn with the run's seed and
+/// never overlapping: when nothing was held out, both are taken from the same dataset.
+pub(crate) fn draw_two(context: &ProbeContext<'_>, train: usize, test: usize) -> [Vec<usize>; 2] {
+    let draw = |n: usize, k: usize, index: u64| distinct(Rng::new(context.seed, Stream::Probe, 0, index), n, k);
+    let (train_len, test_len) = (context.train.len(), context.test.len());
+    if !(std::ptr::addr_eq(context.train, context.test) && train_len == test_len) {
+        return [draw(train_len, train, 0), draw(test_len, test, 1)];
+    }
+    // Of too few samples each set gets its share.
+    let wanted = train + test;
+    let both = draw(train_len, wanted, 0);
+    let (train, test) = both.split_at(both.len() * train / wanted.max(1));
+    [train.to_vec(), test.to_vec()]
+}
+
+/// Samples of the held-out data, drawn with the run's seed.
+pub(crate) fn draw_test(context: &ProbeContext<'_>, count: usize) -> Vec<usize> {
+    distinct(Rng::new(context.seed, Stream::Probe, 0, 1), context.test.len(), count)
+}
+
+/// `k` different numbers of `0..n` (all of them if there are fewer), in random order, without touching the others: a
+/// dataset may have billions.
+fn distinct(mut rng: Rng, n: usize, k: usize) -> Vec<usize> {
+    // Floyd's algorithm (Bentley and Floyd, "A sample of brilliance", 1987).
+    let mut seen = std::collections::BTreeSet::new();
+    let mut drawn = Vec::with_capacity(k.min(n));
+    for top in n.saturating_sub(k)..n {
+        let candidate = rng.below(top + 1);
+        let new = if seen.contains(&candidate) { top } else { candidate };
+        seen.insert(new);
+        drawn.push(new);
+    }
+    rng.shuffle(&mut drawn);
+    drawn
+}
+
+/// What is known about images besides their pixels.
+pub(crate) struct Truth {
+    /// Class of the image.
+    pub label: Option<u32>,
+    /// Class of every pixel at the probe's size, row-major.
+    pub mask: Option<Vec<u8>>,
+}
+
+/// Features of images, in order.
+pub(crate) struct Features {
+    /// `[N, D]`, f32.
+    pub cls: Tensor,
+    /// `[N, P, D]`, f32.
+    pub patches: Tensor,
+    /// The patch grid.
+    pub grid: Grid,
+    /// Labels and masks, one an image.
+    pub truth: Vec<Truth>,
+}
+
+/// Reads samples and computes their features. Samples that cannot be read are left out: the loader has named them.
+///
+/// # Errors
+/// If none of them can be read, or the model fails.
+pub(crate) fn features(context: &ProbeContext<'_>, dataset: &dyn Dataset, indices: &[usize]) -> Result<Features> {
+    let (size, normalization) = (context.image_size, context.normalization);
+    let (mut cls, mut patches, mut truth) = (Vec::new(), Vec::new(), Vec::new());
+    let mut grid = Grid { height: 0, width: 0 };
+    let mut failure = None;
+    for chunk in indices.chunks(BATCH) {
+        let read = |&index: &usize| dataset.get(index).map(|sample| prepare(sample, size, normalization));
+        let read: Vec<Result<(Vec<f32>, Truth)>> = chunk.par_iter().map(read).collect();
+        let mut pixels = Vec::with_capacity(chunk.len() * 3 * size * size);
+        let known = truth.len();
+        for sample in read {
+            match sample {
+                Ok((image, known)) => {
+                    pixels.extend(image);
+                    truth.push(known);
+                }
+                Err(error) => failure = Some(error),
+            }
+        }
+        let images = truth.len() - known;
+        if images == 0 {
+            continue;
+        }
+        let features = (context.features)(&Tensor::from_slice(&pixels, &[images, 3, size, size])?)?;
+        cls.push(features.cls.detach().cast(DType::F32)?);
+        patches.push(features.patches.detach().cast(DType::F32)?);
+        grid = features.grid;
+    }
+    let join = |parts: Vec<Tensor>| Tensor::cat(&parts.iter().collect::<Vec<_>>());
+    match (truth.is_empty(), failure) {
+        (true, Some(error)) => return Err(error),
+        (true, None) => return Err(Error::user("a probe has no sample to measure", "let it have 1 or more samples")),
+        _ => {}
+    }
+    Ok(Features { cls: join(cls)?, patches: join(patches)?, grid, truth })
+}
+
+/// The central square of a sample at `size`: normalised pixels `[3, size, size]`, and what is known about it.
+fn prepare(sample: Sample, size: usize, (mean, std): ([f32; 3], [f32; 3])) -> (Vec<f32>, Truth) {
+    let side = sample.width.min(sample.height);
+    let (left, top) = ((sample.width - side) / 2, (sample.height - side) / 2);
+    let mask = sample.mask.map(|mask| {
+        // Nearest: the pixel under the centre of each new pixel.
+        let at = |i: usize| (2 * i + 1) * side / (2 * size);
+        let pixel = |i: usize| mask[(top + at(i / size)) * sample.width + left + at(i % size)];
+        (0..size * size).map(pixel).collect()
+    });
+    let image = RgbImage::from_raw(sample.width as u32, sample.height as u32, sample.rgb)
+        .expect("a sample has three bytes a pixel");
+    let image = crop_imm(&image, left as u32, top as u32, side as u32, side as u32).to_image();
+    let image = if side == size { image } else { resize(&image, size as u32, size as u32, FilterType::Triangle) };
+    let channel = |c: usize| image.pixels().map(move |p| (f32::from(p.0[c]) / 255.0 - mean[c]) / std[c]);
+    ((0..3).flat_map(channel).collect(), Truth { label: sample.label, mask })
+}
+
+/// How many pixels of each class every patch has: `[P, classes]`. Classes of `classes` or more (a "void" label) count
+/// nowhere.
+pub(crate) fn class_counts(mask: &[u8], size: usize, grid: Grid, classes: usize) -> Vec<u32> {
+    let mut counts = vec![0; grid.patches() * classes];
+    for (i, &class) in mask.iter().enumerate().filter(|(_, &class)| usize::from(class) < classes) {
+        let patch = (i / size * grid.height / size) * grid.width + i % size * grid.width / size;
+        counts[patch * classes + usize::from(class)] += 1;
+    }
+    counts
+}
+
+/// The class with the most pixels in every patch, the least of equals; `None` where no pixel has one.
+pub(crate) fn majority(counts: &[u32], classes: usize) -> Vec<Option<usize>> {
+    let most = |patch: &[u32]| {
+        let (class, n) = patch.iter().enumerate().rev().max_by_key(|(_, &n)| n)?;
+        (*n > 0).then_some(class)
+    };
+    counts.chunks(classes).map(most).collect()
+}
+
+/// An image of one colour a class, for tests of probes; and a dataset of such images.
+#[cfg(test)]
+pub(crate) mod testing {
+    use super::*;
+    use dinolab_core::contract::{Features as ModelFeatures, Score};
+
+    /// `width` x `height` images in two halves, left class `1 + i % 3` and right background (0), labelled `i % 3`.
+    /// The red channel is the class of the pixel times 60.
+    #[derive(Debug)]
+    pub(crate) struct Halves {
+        pub len: usize,
+        pub width: usize,
+        pub height: usize,
+    }
+
+    impl Dataset for Halves {
+        fn len(&self) -> usize {
+            self.len
+        }
+        fn get(&self, index: usize) -> Result<Sample> {
+            let (width, height) = (self.width, self.height);
+            let class = |i: usize| if i % width < width / 2 { 1 + (index % 3) as u8 } else { 0 };
+            let mask: Vec<u8> = (0..width * height).map(class).collect();
+            let rgb = mask.iter().flat_map(|&c| [60 * c, 0, 0]).collect();
+            Ok(Sample { width, height, rgb, label: Some((index % 3) as u32), mask: Some(mask) })
+        }
+        fn classes(&self) -> usize {
+            3
+        }
+        fn mask_classes(&self) -> usize {
+            4
+        }
+    }
+
+    /// Runs a probe at 32 pixels with patches of 8 on a model that sees the red channel of each patch as `[64 images]`.
+    /// `model` gets the class of a patch (the CLS: the image's object class) and a generator that differs for every
+    /// token, and fills the feature.
+    pub(crate) fn run(
+        probe: &dyn dinolab_core::contract::Probe,
+        train: &Halves,
+        test: &Halves,
+        model: &dyn Fn(usize, &mut Rng, &mut [f32]),
+    ) -> Vec<Score> {
+        let grid = Grid { height: 4, width: 4 };
+        let tokens = std::cell::Cell::new(0);
+        let features = |pixels: &Tensor| -> Result<ModelFeatures> {
+            let (n, dim) = (pixels.dim(0), 16);
+            let red = |image: usize, y: usize, x: usize| pixels.as_slice::<f32>()[(image * 3 * 32 + y) * 32 + x];
+            let class_at = |image, y, x| (red(image, y, x) * 255.0 / 60.0).round() as usize;
+            let token = |class: usize| {
+                tokens.set(tokens.get() + 1);
+                let mut feature = vec![0.0; dim];
+                model(class, &mut Rng::new(7, Stream::Plugin, 0, tokens.get()), &mut feature);
+                feature
+            };
+            let cls: Vec<f32> = (0..n).flat_map(|i| token(class_at(i, 4, 4))).collect();
+            let patches: Vec<f32> =
+                (0..n * 16).flat_map(|i| token(class_at(i / 16, i % 16 / 4 * 8 + 4, i % 4 * 8 + 4))).collect();
+            let (cls, patches) = (Tensor::from_slice(&cls, &[n, dim])?, Tensor::from_slice(&patches, &[n, 16, dim])?);
+            let registers = Tensor::zeros(&[n, 0, dim], DType::F32);
+            Ok(ModelFeatures { cls, registers, prenorm: patches.clone(), patches, grid })
+        };
+        let normalization = ([0.0; 3], [1.0; 3]);
+        let context =
+            ProbeContext { features: &features, train, test, image_size: 32, patch_size: 8, normalization, seed: 1 };
+        probe.run(&context).unwrap()
+    }
+
+    /// The feature of a class is its own axis.
+    pub(crate) fn perfect(class: usize, _: &mut Rng, feature: &mut [f32]) {
+        feature[class] = 1.0;
+    }
+
+    /// Features know nothing.
+    pub(crate) fn random(_: usize, rng: &mut Rng, feature: &mut [f32]) {
+        feature.fill_with(|| rng.normal() as f32);
+    }
+
+    #[test]
+    fn sets_from_one_dataset_never_overlap() {
+        let data = Halves { len: 50, width: 8, height: 8 };
+        let none = |_: &Tensor| -> Result<ModelFeatures> { unreachable!("nothing is read") };
+        let normalization = ([0.0; 3], [1.0; 3]);
+        let context =
+            ProbeContext { features: &none, train: &data, test: &data, image_size: 8, patch_size: 8, normalization, seed: 3 };
+        let [train, test] = draw_two(&context, 30, 10);
+        assert_eq!((train.len(), test.len()), (30, 10));
+        let all: std::collections::BTreeSet<usize> = train.iter().chain(&test).copied().collect();
+        assert_eq!(all.len(), 40);
+        // Of too few, both get their share.
+        let [train, test] = draw_two(&context, 300, 100);
+        assert_eq!((train.len(), test.len()), (37, 13));
+    }
+
+    #[test]
+    fn masks_follow_the_central_square() {
+        let sample = Halves { len: 1, width: 80, height: 40 }.get(0).unwrap();
+        let (pixels, truth) = prepare(sample, 20, ([0.0; 3], [1.0; 3]));
+        let mask = truth.mask.unwrap();
+        for (i, (&class, red)) in mask.iter().zip(&pixels).enumerate() {
+            assert_eq!(class, u8::from(i % 20 < 10), "pixel {i}");
+            // The resize blurs the border between the halves.
+            if !(8..12).contains(&(i % 20)) {
+                assert!((red * 255.0 - 60.0 * f32::from(class)).abs() < 0.5, "pixel {i} is {red}");
+            }
+        }
+        let grid = Grid { height: 2, width: 4 };
+        let counts = class_counts(&mask, 20, grid, 3);
+        assert_eq!(majority(&counts, 3), [1, 1, 0, 0, 1, 1, 0, 0].map(Some));
+        assert_eq!(counts.iter().sum::<u32>(), 400);
+    }
+}
