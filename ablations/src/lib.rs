@@ -1,1 +1,4 @@
 //! The program.
+
+pub mod statistics;
+pub mod suite;

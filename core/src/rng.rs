@@ -25,6 +25,8 @@ pub enum Stream {
     Probe = 8,
     /// For plugins outside this repository.
     Plugin = 9,
+    /// Resampling in a report.
+    Statistics = 10,
 }
 
 /// A sequence of draws for one (seed, stream, step, index).

@@ -1,0 +1,311 @@
+//! The suite file: what it may say, the checks that need no recipe, and the expansion of a grid into arms.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+use dinolab_core::{Error, Result};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use toml::Value;
+
+/// Changes to a recipe: dotted key to value, as `--set` takes them.
+pub type Overrides = BTreeMap<String, Value>;
+
+/// An ablation as its file says it.
+///
+/// ```toml
+/// name = "gram_on_off"
+/// base = "../recipes/tiny.toml"
+/// seeds = [0, 1, 2]
+/// metrics = ["probe/linear_segmentation/miou"]
+/// baseline = "gram_off"
+///
+/// [[arm]]
+/// name = "gram_off"
+/// set = { "losses.gram.enabled" = false }
+///
+/// [[arm]]
+/// name = "gram_on"
+/// set = { "losses.gram.enabled" = true }
+/// ```
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SuiteFile {
+    /// Short name, used for the folder under `runs/`.
+    pub name: String,
+    /// What is asked, in a sentence or two; opens the report.
+    #[serde(default)]
+    pub description: String,
+    /// The recipe that every arm starts from, relative to this file.
+    pub base: PathBuf,
+    /// Seeds; every arm runs with each, and arms are compared within a seed.
+    pub seeds: Vec<u64>,
+    /// Names in `metrics.jsonl` that decide. The first is the headline.
+    pub metrics: Vec<MetricEntry>,
+    /// The arm that the others are compared with.
+    pub baseline: String,
+    /// Changes to the recipe that all arms share.
+    #[serde(default)]
+    #[schemars(with = "BTreeMap<String, serde_json::Value>")]
+    pub set: toml::Table,
+    /// Named arms, each with its changes to the recipe.
+    #[serde(default)]
+    pub arm: Vec<ArmEntry>,
+    /// In place of `[[arm]]`: a list of values for each key; every combination is an arm.
+    #[serde(default)]
+    #[schemars(with = "BTreeMap<String, Vec<serde_json::Value>>")]
+    pub grid: BTreeMap<String, Vec<Value>>,
+}
+
+/// A metric: its name, or a table that also says which way is better.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum MetricEntry {
+    /// The name alone: higher is better, except for `loss/...`.
+    Name(String),
+    /// The name and which way is better.
+    Full(Metric),
+}
+
+/// A metric that decides.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Metric {
+    /// Its name in `metrics.jsonl`, such as `probe/knn/top1`.
+    pub name: String,
+    /// Which way is better.
+    pub better: Better,
+}
+
+/// Which way a metric is better.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Better {
+    /// More is better: accuracy, mIoU.
+    Higher,
+    /// Less is better: a loss.
+    Lower,
+}
+
+/// One arm as the file says it.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ArmEntry {
+    /// Name: letters, digits and `._=+-`.
+    pub name: String,
+    /// Changes to the recipe: quoted dotted keys or nested tables. A table with a `plugin` key is one value.
+    #[serde(default)]
+    #[schemars(with = "BTreeMap<String, serde_json::Value>")]
+    pub set: toml::Table,
+}
+
+/// An arm: a name and its changes to the recipe.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Arm {
+    /// Unique in the suite and fit for a folder.
+    pub name: String,
+    /// Changes to the recipe.
+    pub set: Overrides,
+}
+
+/// A suite that passed its checks, with its grid expanded.
+#[derive(Clone, Debug)]
+pub struct Suite {
+    /// Short name.
+    pub name: String,
+    /// What is asked.
+    pub description: String,
+    /// The file it came from.
+    pub path: PathBuf,
+    /// The base recipe.
+    pub base: PathBuf,
+    /// Seeds, without repeats.
+    pub seeds: Vec<u64>,
+    /// Metrics that decide, the headline first.
+    pub metrics: Vec<Metric>,
+    /// Name of the arm that the others are compared with.
+    pub baseline: String,
+    /// Changes that all arms share.
+    pub common: Overrides,
+    /// At least two, with different names.
+    pub arms: Vec<Arm>,
+}
+
+impl Suite {
+    /// Reads and checks a suite file.
+    ///
+    /// # Errors
+    /// If the file cannot be read, has an unknown key or a wrong type, repeats a seed or an arm name, has fewer than
+    /// two arms, or names a baseline that is no arm.
+    pub fn load(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+        let file: SuiteFile = toml::from_str(&text).map_err(|e| {
+            let help = "`dinolab ablate --schema` prints every key that a suite may have";
+            Error::content(path, e.to_string().trim_end(), help)
+        })?;
+        Self::check(file, path).map_err(|(problem, help)| Error::content(path, problem, help))
+    }
+
+    fn check(file: SuiteFile, path: &Path) -> Result<Self, (String, String)> {
+        check_name("name", &file.name)?;
+        if file.seeds.is_empty() {
+            return Err(problem("`seeds` is empty", "name at least one; three or more give an interval"));
+        }
+        if let Some(seed) = first_repeat(&file.seeds) {
+            let help = "a seed that runs twice is the same run twice and would fake certainty: keep one";
+            return Err(problem(format!("seed {seed} is repeated in `seeds`"), help));
+        }
+        let metrics: Vec<Metric> = file.metrics.into_iter().map(Metric::from).collect();
+        if metrics.is_empty() {
+            return Err(problem("`metrics` is empty", "name at least one, such as \"probe/knn/top1\""));
+        }
+        let names: Vec<&String> = metrics.iter().map(|m| &m.name).collect();
+        if let Some(name) = first_repeat(&names) {
+            return Err(problem(format!("metric `{name}` is repeated in `metrics`"), "keep one"));
+        }
+        let arms = match (file.arm.is_empty(), file.grid.is_empty()) {
+            (false, true) => named_arms(&file.arm)?,
+            (true, false) => grid_arms(&file.grid)?,
+            (true, true) => return Err(problem("there are no arms", "add two or more `[[arm]]` tables, or a `[grid]`")),
+            (false, false) => {
+                let help = "write the combinations as `[[arm]]` tables, or all of them as a `[grid]`";
+                return Err(problem("both `[[arm]]` and `[grid]` are given", help));
+            }
+        };
+        if arms.len() < 2 {
+            return Err(problem("there is one arm only", "an ablation compares: add the arm to compare it with"));
+        }
+        let common = overrides(&file.set);
+        for (place, set) in arms.iter().map(|a| (a.name.as_str(), &a.set)).chain([("the common `set`", &common)]) {
+            if set.contains_key("seed") {
+                let help = "list it in `seeds`: arms are compared within a seed";
+                return Err(problem(format!("{place} sets `seed`"), help));
+            }
+        }
+        if !arms.iter().any(|a| a.name == file.baseline) {
+            let known: Vec<&str> = arms.iter().map(|a| a.name.as_str()).collect();
+            let nearest = nearest(&file.baseline, &known);
+            let help = format!("the arms are {}; did you mean `{nearest}`?", known.join(", "));
+            return Err(problem(format!("the baseline `{}` is no arm", file.baseline), help));
+        }
+        let base = path.parent().unwrap_or(Path::new("")).join(&file.base);
+        let (name, description, seeds, baseline) = (file.name, file.description, file.seeds, file.baseline);
+        Ok(Self { name, description, path: path.to_path_buf(), base, seeds, metrics, baseline, common, arms })
+    }
+
+    /// The arm of that name.
+    pub fn arm(&self, name: &str) -> Option<&Arm> {
+        self.arms.iter().find(|a| a.name == name)
+    }
+}
+
+impl From<MetricEntry> for Metric {
+    fn from(entry: MetricEntry) -> Self {
+        match entry {
+            MetricEntry::Full(metric) => metric,
+            MetricEntry::Name(name) => {
+                let better = if name.starts_with("loss/") { Better::Lower } else { Better::Higher };
+                Self { name, better }
+            }
+        }
+    }
+}
+
+/// The known name that is most like `name`.
+pub fn nearest<'a>(name: &str, known: &[&'a str]) -> &'a str {
+    let closeness = |k: &&&str| (strsim::jaro_winkler(name, k) * 1e9) as u64;
+    known.iter().max_by_key(closeness).copied().unwrap_or_default()
+}
+
+/// Nested tables as dotted keys. A table that names a plugin is one value, since a plugin's keys mean nothing to
+/// another: it replaces what was there instead of being merged into it.
+pub fn overrides(table: &toml::Table) -> Overrides {
+    fn walk(prefix: &str, table: &toml::Table, into: &mut Overrides) {
+        for (key, value) in table {
+            let key = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
+            match value {
+                Value::Table(inner) if !inner.contains_key("plugin") && !inner.is_empty() => walk(&key, inner, into),
+                _ => {
+                    into.insert(key, value.clone());
+                }
+            }
+        }
+    }
+    let mut into = Overrides::new();
+    walk("", table, &mut into);
+    into
+}
+
+fn problem(what: impl Into<String>, help: impl Into<String>) -> (String, String) {
+    (what.into(), help.into())
+}
+
+fn first_repeat<T: Ord>(items: &[T]) -> Option<&T> {
+    let mut seen = BTreeSet::new();
+    items.iter().find(|item| !seen.insert(*item))
+}
+
+/// Names become folders, so they are kept to characters that every file system and shell takes as they are.
+fn check_name(what: &str, name: &str) -> Result<(), (String, String)> {
+    let fits = |c: char| c.is_ascii_alphanumeric() || "._=+-".contains(c);
+    if name.is_empty() || name.starts_with('.') || !name.chars().all(fits) {
+        let help = "it becomes a folder: use letters, digits and ._=+- and do not begin with a dot";
+        return Err(problem(format!("{what} `{name}` cannot be used"), help));
+    }
+    Ok(())
+}
+
+fn named_arms(entries: &[ArmEntry]) -> Result<Vec<Arm>, (String, String)> {
+    for entry in entries {
+        check_name("arm name", &entry.name)?;
+    }
+    let names: Vec<&String> = entries.iter().map(|a| &a.name).collect();
+    if let Some(name) = first_repeat(&names) {
+        return Err(problem(format!("arm name `{name}` is repeated"), "give every arm a name of its own"));
+    }
+    Ok(entries.iter().map(|a| Arm { name: a.name.clone(), set: overrides(&a.set) }).collect())
+}
+
+/// Every combination of the grid's values; the last key varies fastest.
+fn grid_arms(grid: &BTreeMap<String, Vec<Value>>) -> Result<Vec<Arm>, (String, String)> {
+    let mut arms = vec![Arm { name: String::new(), set: Overrides::new() }];
+    for (key, values) in grid {
+        if values.is_empty() {
+            return Err(problem(format!("grid key `{key}` has no values"), "list them, or remove the key"));
+        }
+        let extend = |arm: &Arm, value: &Value| {
+            let comma = if arm.name.is_empty() { "" } else { "+" };
+            let mut set = arm.set.clone();
+            set.insert(key.clone(), value.clone());
+            Arm { name: format!("{}{comma}{}={}", arm.name, short_key(key), short_value(value)), set }
+        };
+        arms = arms.iter().flat_map(|arm| values.iter().map(move |v| extend(arm, v))).collect();
+    }
+    let names: Vec<&String> = arms.iter().map(|a| &a.name).collect();
+    if let Some(name) = first_repeat(&names) {
+        let help = "list every value once; if two values only look alike in a name, write them as `[[arm]]` tables";
+        return Err(problem(format!("the grid gives two arms of the name `{name}`"), help));
+    }
+    for arm in &arms {
+        check_name("arm name", &arm.name)?;
+    }
+    Ok(arms)
+}
+
+/// `losses.koleo.weight` is `koleo.weight` in an arm's name: the last two parts say enough.
+fn short_key(key: &str) -> &str {
+    key.rmatch_indices('.').nth(1).map_or(key, |(at, _)| &key[at + 1..])
+}
+
+fn short_value(value: &Value) -> String {
+    let text = match value {
+        Value::String(text) => text.clone(),
+        Value::Table(table) => match table.get("plugin") {
+            Some(Value::String(plugin)) => plugin.clone(),
+            _ => value.to_string(),
+        },
+        _ => value.to_string(),
+    };
+    let fits = |c: char| c.is_ascii_alphanumeric() || "._+-".contains(c);
+    text.chars().map(|c| if fits(c) { c } else { '_' }).collect()
+}

@@ -1,0 +1,17 @@
+//! Suites: an ablation as several arms of one recipe, each over the same seeds.
+//!
+//! [`Suite`] is what the file says, checked and expanded; [`Plan`] is every run it asks for with its resolved recipe;
+//! [`execute`](execute()) does the runs that are not done yet; [`RunRecord`]s are what they left on disk. The state of a
+//! suite is the state of its run folders, so that nothing can disagree with them.
+
+mod execute;
+mod file;
+mod plan;
+mod progress;
+mod record;
+
+pub use execute::{execute, ExecuteOptions, Tally};
+pub use file::{Arm, Metric, Overrides, Suite, SuiteFile};
+pub use plan::{changed_keys, flatten, Job, Outcome, Plan, PlannedRun, Prepare, Prepared, StepProgress};
+pub use progress::Progress;
+pub use record::{RunRecord, Series, Status};

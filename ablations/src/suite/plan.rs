@@ -1,0 +1,266 @@
+//! The plan: every run of a suite with its resolved recipe, and the guards that need recipes.
+//!
+//! The suite knows how to run nothing itself. It is given a [`Prepare`] function, which turns the base recipe and an
+//! arm's overrides into something [`Prepared`] to run.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+use std::sync::Arc;
+
+use dinolab_core::{Error, Result};
+use serde::{Deserialize, Serialize};
+use toml::Value;
+
+use super::file::{Overrides, Suite};
+use super::record::Status;
+
+/// Resolves a recipe file with overrides: every default filled in, every check of a recipe passed.
+pub type Prepare<'a> = &'a dyn Fn(&Path, &Overrides) -> Result<Box<dyn Prepared>>;
+
+/// A resolved recipe that can be run.
+pub trait Prepared {
+    /// The resolved recipe.
+    fn recipe(&self) -> &toml::Table;
+
+    /// Runs it in `job.out`, where it leaves `recipe.toml` before step 0, `metrics.jsonl` on the way, and `result.json`
+    /// at the end.
+    fn run(&self, job: Job<'_>) -> Result<Outcome>;
+}
+
+/// How and where a run is to be done.
+pub struct Job<'a> {
+    /// The run's folder.
+    pub out: &'a Path,
+    /// Continue from the newest checkpoint in `out`.
+    pub resume: bool,
+    /// Set by signals: finish the step, save, and return.
+    pub stop: Arc<AtomicBool>,
+    /// Called after every step.
+    pub progress: &'a mut dyn FnMut(StepProgress<'_>),
+}
+
+/// Where a run is.
+pub struct StepProgress<'a> {
+    /// Steps done.
+    pub step: u64,
+    /// Steps of the run.
+    pub steps: u64,
+    /// What is worth reading beside the bar: losses, images a second.
+    pub message: &'a str,
+}
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It did all its steps.
+    Finished,
+    /// It was asked to stop and saved itself.
+    Interrupted {
+        /// Steps done.
+        step: u64,
+    },
+}
+
+/// One run of a plan.
+pub struct PlannedRun {
+    /// Name of the arm.
+    pub arm: String,
+    /// The seed.
+    pub seed: u64,
+    /// Its folder, relative to the suite's: `arms/<arm>/seed-<n>`.
+    pub dir: PathBuf,
+    /// What was changed in the base recipe: common overrides, then the arm's, then the seed.
+    pub overrides: Overrides,
+    /// What to run.
+    pub prepared: Box<dyn Prepared>,
+}
+
+impl PlannedRun {
+    /// blake3 of the resolved recipe.
+    pub fn recipe_hash(&self) -> String {
+        let text = self.prepared.recipe().to_string();
+        blake3::hash(text.as_bytes()).to_hex().to_string()
+    }
+}
+
+/// Every run of a suite, seed by seed, so that complete pairs come early.
+pub struct Plan {
+    /// The suite.
+    pub suite: Suite,
+    /// The suite's folder.
+    pub out: PathBuf,
+    /// `seeds × arms` runs.
+    pub runs: Vec<PlannedRun>,
+    /// What a reader should know before the plan is run.
+    pub warnings: Vec<String>,
+}
+
+/// `suite.json`: which recipe each run of the folder was started with.
+#[derive(Default, Serialize, Deserialize)]
+struct State {
+    suite: String,
+    runs: BTreeMap<PathBuf, String>,
+}
+
+impl Plan {
+    /// Resolves every run of `suite`, with `extra` overrides from the command line on top of the common ones.
+    ///
+    /// # Errors
+    /// If a recipe cannot be resolved, or two arms resolve to the same recipe.
+    pub fn new(suite: Suite, out: PathBuf, extra: &Overrides, prepare: Prepare<'_>) -> Result<Self> {
+        let mut runs = Vec::new();
+        for &seed in &suite.seeds {
+            for arm in &suite.arms {
+                let mut overrides = suite.common.clone();
+                overrides.extend(extra.clone());
+                overrides.extend(arm.set.clone());
+                let number = i64::try_from(seed).map_err(|_| {
+                    Error::content(&suite.path, format!("seed {seed} is too large"), "TOML integers end at 2^63 - 1")
+                })?;
+                overrides.insert("seed".into(), Value::Integer(number));
+                let prepared = prepare(&suite.base, &overrides)?;
+                let dir = Path::new("arms").join(&arm.name).join(format!("seed-{seed}"));
+                runs.push(PlannedRun { arm: arm.name.clone(), seed, dir, overrides, prepared });
+            }
+        }
+        let mut plan = Self { suite, out, runs, warnings: Vec::new() };
+        plan.check_arms()?;
+        plan.warnings = plan.metric_warnings();
+        Ok(plan)
+    }
+
+    /// The runs of the first seed: one of each arm.
+    pub fn first_of_each_arm(&self) -> &[PlannedRun] {
+        &self.runs[..self.suite.arms.len()]
+    }
+
+    /// What an arm's resolved recipe says otherwise than the baseline's, key by key.
+    pub fn differences(&self, arm: &str) -> Vec<(String, Option<String>, Option<String>)> {
+        let recipe = |name: &str| {
+            let run = self.first_of_each_arm().iter().find(|r| r.arm == name);
+            run.expect("every arm has a run with the first seed").prepared.recipe()
+        };
+        changed_keys(recipe(&self.suite.baseline), recipe(arm))
+    }
+
+    /// Two arms that resolve to the same recipe are one arm: their difference would be zero by construction.
+    fn check_arms(&self) -> Result<()> {
+        let arms = self.first_of_each_arm();
+        for (i, a) in arms.iter().enumerate() {
+            if let Some(b) = arms[..i].iter().find(|b| b.prepared.recipe() == a.prepared.recipe()) {
+                let problem = format!("arms `{}` and `{}` resolve to the same recipe", b.arm, a.arm);
+                let help = format!(
+                    "their overrides change nothing over {}; correct a value, or remove an arm",
+                    self.suite.base.display()
+                );
+                return Err(Error::content(&self.suite.path, problem, help));
+            }
+        }
+        Ok(())
+    }
+
+    /// Metrics that no probe or loss of an arm's recipe will give. The smoke runs check the exact names.
+    fn metric_warnings(&self) -> Vec<String> {
+        let enabled = |recipe: &toml::Table, table: &str, name: &str| {
+            let entry = recipe.get(table).and_then(|t| t.get(name));
+            entry.is_some_and(|e| e.get("enabled").and_then(Value::as_bool) != Some(false))
+        };
+        let missing = |run: &&PlannedRun, metric: &str| {
+            let mut parts = metric.split('/');
+            match (parts.next(), parts.next()) {
+                (Some("probe"), Some(name)) => !enabled(run.prepared.recipe(), "probes", name),
+                (Some("loss"), Some(name)) => name != "total" && !enabled(run.prepared.recipe(), "losses", name),
+                _ => false,
+            }
+        };
+        let warning = |metric: &str| {
+            let without = self.first_of_each_arm().iter().filter(|run| missing(run, metric));
+            let arms: Vec<&str> = without.map(|run| run.arm.as_str()).collect();
+            (!arms.is_empty()).then(|| format!("metric `{metric}` is not measured by {}", arms.join(", ")))
+        };
+        self.suite.metrics.iter().filter_map(|m| warning(&m.name)).collect()
+    }
+
+    /// Compares the plan with what the folder was used for before, and records it in `suite.json`.
+    ///
+    /// A run that was started with another recipe is an error that names the keys; new arms and seeds are welcome.
+    ///
+    /// # Errors
+    /// If the folder belongs to another suite, or a run in it to another recipe, or it cannot be written.
+    pub fn claim_folder(&self) -> Result<()> {
+        let path = self.out.join("suite.json");
+        let mut state = State::default();
+        if path.exists() {
+            let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+            state = serde_json::from_str(&text).map_err(|e| {
+                Error::content(&path, format!("this is not a suite's state: {e}"), "use another --out")
+            })?;
+            if state.suite != self.suite.name {
+                let problem = format!("this folder holds the suite `{}`, not `{}`", state.suite, self.suite.name);
+                return Err(Error::content(&self.out, problem, "use another --out"));
+            }
+        }
+        state.suite.clone_from(&self.suite.name);
+        for run in &self.runs {
+            let hash = run.recipe_hash();
+            let started = Status::of(&self.out.join(&run.dir))? != Status::Pending;
+            match state.runs.get(&run.dir) {
+                Some(old) if started && *old != hash => return Err(self.changed_recipe(run)),
+                _ => state.runs.insert(run.dir.clone(), hash),
+            };
+        }
+        let text = serde_json::to_string_pretty(&state).expect("the state is plain data");
+        write_atomically(&path, text.as_bytes())
+    }
+
+    fn changed_recipe(&self, run: &PlannedRun) -> Error {
+        let dir = self.out.join(&run.dir);
+        let old = std::fs::read_to_string(dir.join("recipe.toml")).ok().and_then(|t| t.parse::<toml::Table>().ok());
+        let show = |v: Option<String>| v.unwrap_or_else(|| "nothing".into());
+        let changes = old.map(|old| changed_keys(&old, run.prepared.recipe())).unwrap_or_default();
+        let said: Vec<String> =
+            changes.into_iter().map(|(key, was, is)| format!("\n  {key}: was {}, is {}", show(was), show(is))).collect();
+        let problem = format!("this run was started with another recipe than the suite gives now{}", said.concat());
+        Error::content(dir, problem, "use another --out for the changed suite, or move this run's folder away")
+    }
+}
+
+/// Writes a file whole or not at all.
+pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
+    use std::io::Write;
+    let folder = path.parent().expect("a file in a folder");
+    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(Error::io("create a file in", folder))?;
+    file.write_all(bytes).map_err(Error::io("write", path))?;
+    file.as_file().sync_all().map_err(Error::io("write", path))?;
+    file.persist(path).map_err(|e| Error::io("write", path)(e.error))?;
+    Ok(())
+}
+
+/// Every leaf of a recipe by its dotted key.
+pub fn flatten(table: &toml::Table) -> BTreeMap<String, String> {
+    fn walk(prefix: &str, table: &toml::Table, into: &mut BTreeMap<String, String>) {
+        for (key, value) in table {
+            let key = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
+            match value {
+                Value::Table(inner) => walk(&key, inner, into),
+                _ => {
+                    into.insert(key, value.to_string());
+                }
+            }
+        }
+    }
+    let mut into = BTreeMap::new();
+    walk("", table, &mut into);
+    into
+}
+
+/// Keys whose values differ between two recipes: (key, value in `a`, value in `b`).
+pub fn changed_keys(a: &toml::Table, b: &toml::Table) -> Vec<(String, Option<String>, Option<String>)> {
+    let (a, b) = (flatten(a), flatten(b));
+    let mut keys: Vec<&String> = a.keys().chain(b.keys()).collect();
+    keys.sort();
+    keys.dedup();
+    keys.retain(|key| a.get(*key) != b.get(*key));
+    keys.into_iter().map(|key| (key.clone(), a.get(key).cloned(), b.get(key).cloned())).collect()
+}

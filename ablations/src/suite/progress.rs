@@ -1,0 +1,75 @@
+//! What a person sees while a suite runs: one bar for the suite, one for the current run, a line for every run done.
+
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+
+use super::plan::StepProgress;
+
+/// Bars on a terminal; plain lines elsewhere.
+pub struct Progress {
+    bars: MultiProgress,
+    suite: ProgressBar,
+    run: ProgressBar,
+}
+
+impl Progress {
+    /// Progress over `runs` runs, `done` of them finished before.
+    pub fn new(name: &str, runs: usize, done: usize) -> Self {
+        let bars = MultiProgress::new();
+        let suite = bars.add(ProgressBar::new(runs as u64)).with_prefix(name.to_string());
+        let style = "{prefix:.bold} [{bar:30.cyan/dim}] {pos}/{len} runs, {elapsed} gone, about {eta} left";
+        suite.set_style(bar_style(style));
+        // Runs done before this session took none of its time.
+        suite.set_position(done as u64);
+        suite.reset_eta();
+        let run = bars.add(ProgressBar::new(0));
+        run.set_style(bar_style("  {prefix} [{bar:30.green/dim}] {pos}/{len} steps, {eta} left  {msg}"));
+        suite.tick();
+        Self { bars, suite, run }
+    }
+
+    /// Nothing is shown: for tests.
+    pub fn hidden() -> Self {
+        let bars = MultiProgress::with_draw_target(indicatif::ProgressDrawTarget::hidden());
+        Self { bars, suite: ProgressBar::hidden(), run: ProgressBar::hidden() }
+    }
+
+    /// A run begins.
+    pub fn begin(&self, label: &str) {
+        self.run.reset();
+        self.run.set_length(0);
+        self.run.set_prefix(label.to_string());
+        self.run.set_message("");
+    }
+
+    /// A step is done.
+    pub fn step(&self, at: &StepProgress<'_>) {
+        self.run.set_length(at.steps);
+        self.run.set_position(at.step);
+        self.run.set_message(at.message.to_string());
+    }
+
+    /// A run of the suite is done, well or not.
+    pub fn done(&self) {
+        self.suite.inc(1);
+    }
+
+    /// A line above the bars.
+    pub fn say(&self, line: &str) {
+        if self.suite.is_hidden() {
+            eprintln!("{line}");
+        } else {
+            // A terminal that cannot be written to has nobody who could be told.
+            let _ = self.bars.println(line);
+        }
+    }
+
+    /// Takes the bars away.
+    pub fn finish(&self) {
+        self.run.finish_and_clear();
+        self.suite.finish_and_clear();
+    }
+}
+
+fn bar_style(template: &str) -> ProgressStyle {
+    ProgressStyle::with_template(template).expect("the template is well formed").progress_chars("━╸─")
+}

@@ -1,0 +1,175 @@
+//! What a run left in its folder: how it ended, its scores, its curves.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use dinolab_core::{Error, Result};
+use serde::{Deserialize, Serialize};
+
+use super::plan::PlannedRun;
+
+/// Written into a run's folder when it ends with an error, so that the suite knows on its next start.
+pub(crate) const FAILURE: &str = "failure.json";
+
+/// How far a run is, by what its folder holds.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Status {
+    /// Nothing was begun.
+    Pending,
+    /// Begun, but it neither finished nor failed; `checkpoint` says whether it can continue.
+    Interrupted {
+        /// Whether there is a checkpoint.
+        checkpoint: bool,
+    },
+    /// It ended with this error.
+    Failed(String),
+    /// It did all its steps.
+    Finished(RunResult),
+}
+
+/// `result.json` of a finished run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RunResult {
+    /// `finished`.
+    pub status: String,
+    /// Steps done.
+    pub steps: u64,
+    /// Wall-clock seconds, over all sessions of the run.
+    pub seconds: f64,
+    /// Final value of every metric; `None` where it is not a finite number.
+    pub metrics: BTreeMap<String, Option<f64>>,
+    /// Whatever else the trainer knows, such as the device.
+    #[serde(flatten)]
+    pub more: BTreeMap<String, serde_json::Value>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Failure {
+    error: String,
+}
+
+impl Status {
+    /// The status of the run in `dir`.
+    ///
+    /// # Errors
+    /// If the folder has files that cannot be read or understood.
+    pub fn of(dir: &Path) -> Result<Self> {
+        if let Some(failure) = read_json::<Failure>(&dir.join(FAILURE))? {
+            return Ok(Self::Failed(failure.error));
+        }
+        if let Some(result) = read_json::<RunResult>(&dir.join("result.json"))? {
+            if result.status == "finished" {
+                return Ok(Self::Finished(result));
+            }
+        }
+        let mut entries = match std::fs::read_dir(dir) {
+            Ok(entries) => entries,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Self::Pending),
+            Err(e) => return Err(Error::io("read", dir)(e)),
+        };
+        if entries.next().is_none() {
+            return Ok(Self::Pending);
+        }
+        let steps = std::fs::read_dir(dir.join("checkpoints")).into_iter().flatten().flatten();
+        let checkpoint = steps.into_iter().any(|e| e.file_name().to_string_lossy().starts_with("step-"));
+        Ok(Self::Interrupted { checkpoint })
+    }
+
+    /// In one word.
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::Pending => "pending",
+            Self::Interrupted { .. } => "interrupted",
+            Self::Failed(_) => "failed",
+            Self::Finished(_) => "finished",
+        }
+    }
+}
+
+/// Records that the run in `dir` ended with `error`.
+pub(crate) fn record_failure(dir: &Path, error: &str) -> Result<()> {
+    std::fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
+    let text = serde_json::to_string_pretty(&Failure { error: error.into() }).expect("a failure is plain data");
+    super::plan::write_atomically(&dir.join(FAILURE), text.as_bytes())
+}
+
+/// A curve: (step, value), steps ascending.
+pub type Series = Vec<(u64, f64)>;
+
+/// One run of a suite with what it left.
+#[derive(Clone, Debug)]
+pub struct RunRecord {
+    /// Name of the arm.
+    pub arm: String,
+    /// The seed.
+    pub seed: u64,
+    /// Its folder, relative to the suite's.
+    pub dir: String,
+    /// How far it is.
+    pub status: Status,
+    /// Every number of `metrics.jsonl` by name.
+    pub curves: BTreeMap<String, Series>,
+    /// Lines of `health.jsonl`: sicknesses seen while training.
+    pub health: Vec<String>,
+}
+
+impl RunRecord {
+    /// Reads the folder of `run` under the suite's folder `out`.
+    ///
+    /// # Errors
+    /// If a file of a finished run cannot be read or understood.
+    pub fn read(run: &PlannedRun, out: &Path) -> Result<Self> {
+        let dir = out.join(&run.dir);
+        let status = Status::of(&dir)?;
+        let shown = run.dir.to_string_lossy().into_owned();
+        let mut record =
+            Self { arm: run.arm.clone(), seed: run.seed, dir: shown, status, curves: BTreeMap::new(), health: vec![] };
+        for line in read_lines(&dir.join("metrics.jsonl"))? {
+            let Some(step) = line.get("step").and_then(serde_json::Value::as_u64) else { continue };
+            for (name, value) in line {
+                if let Some(value) = value.as_f64().filter(|_| name != "step") {
+                    record.curves.entry(name).or_default().push((step, value));
+                }
+            }
+        }
+        for line in read_lines(&dir.join("health.jsonl"))? {
+            let message = line.get("message").and_then(serde_json::Value::as_str).unwrap_or_default();
+            let step = line.get("step").and_then(serde_json::Value::as_u64).unwrap_or_default();
+            record.health.push(format!("step {step}: {message}"));
+        }
+        Ok(record)
+    }
+
+    /// What the finished run measured.
+    pub fn result(&self) -> Option<&RunResult> {
+        match &self.status {
+            Status::Finished(result) => Some(result),
+            _ => None,
+        }
+    }
+
+    /// The final value of `metric` if the run finished and the value is finite.
+    pub fn score(&self, metric: &str) -> Option<f64> {
+        self.result()?.metrics.get(metric).copied().flatten().filter(|v| v.is_finite())
+    }
+}
+
+fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>> {
+    let text = match std::fs::read_to_string(path) {
+        Ok(text) => text,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(Error::io("read", path)(e)),
+    };
+    let help = "move the run's folder away to do the run again";
+    serde_json::from_str(&text).map(Some).map_err(|e| Error::content(path, format!("unreadable: {e}"), help))
+}
+
+/// Objects of a JSON-lines file; none if there is no file. A last line cut short by a crash is left out.
+fn read_lines(path: &Path) -> Result<Vec<serde_json::Map<String, serde_json::Value>>> {
+    let text = match std::fs::read_to_string(path) {
+        Ok(text) => text,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(Error::io("read", path)(e)),
+    };
+    Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect())
+}
