@@ -1,1 +1,387 @@
-//! Placeholder.
+//! Checkpoints: a folder of safetensors files that is either whole or not there.
+//!
+//! ```text
+//! checkpoints/step-00000300/
+//!   model.safetensors      student.<name>, teacher.<name>, gram_teacher.<name>: opens in any tool
+//!   optimizer.safetensors  exp_avg.<name>, exp_avg_sq.<name>, state.<loss>.<name>
+//!   state.json             step, and the BLAKE3 hash of each file
+//! ```
+//!
+//! Everything is written to a temporary folder, flushed to the disk and renamed, so that a kill at any moment leaves
+//! the old checkpoints, or those and a whole new one. A file whose hash does not fit is refused by name.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use safetensors::tensor::{Dtype, TensorView, View};
+use safetensors::SafeTensors;
+use serde::{Deserialize, Serialize};
+
+use crate::{DType, Error, Result, Tensor};
+
+/// The version of the format written here.
+const FORMAT: u32 = 1;
+/// The folder of checkpoints inside a run folder.
+const FOLDER: &str = "checkpoints";
+
+/// The file that makes a folder a checkpoint.
+#[derive(Debug, Serialize, Deserialize)]
+struct State {
+    format: u32,
+    dinolab: String,
+    step: u64,
+    skipped: u64,
+    /// BLAKE3 of every other file.
+    files: BTreeMap<String, String>,
+}
+
+/// Named tensors read from a file.
+#[derive(Debug, Default)]
+pub struct NamedTensors {
+    tensors: BTreeMap<String, Tensor>,
+    /// The file's own metadata.
+    pub metadata: BTreeMap<String, String>,
+}
+
+struct Bytes<'a>(&'a Tensor);
+
+impl View for Bytes<'_> {
+    fn dtype(&self) -> Dtype {
+        match self.0.dtype() {
+            DType::F32 => Dtype::F32,
+            DType::F64 => Dtype::F64,
+            DType::BF16 => Dtype::BF16,
+            DType::U32 => Dtype::U32,
+        }
+    }
+    fn shape(&self) -> &[usize] {
+        self.0.shape()
+    }
+    fn data(&self) -> Cow<'_, [u8]> {
+        self.0.as_bytes().into()
+    }
+    fn data_len(&self) -> usize {
+        self.0.as_bytes().len()
+    }
+}
+
+/// Writes tensors to a safetensors file and flushes it to the disk.
+///
+/// # Errors
+/// If the file cannot be written; a full disk is named as such.
+pub fn write_tensors(path: &Path, tensors: &[(String, Tensor)], metadata: &[(&str, String)]) -> Result<()> {
+    let metadata = metadata.iter().map(|(k, v)| (k.to_string(), v.clone())).collect();
+    let views = tensors.iter().map(|(name, tensor)| (name, Bytes(tensor)));
+    safetensors::serialize_to_file(views, Some(metadata), path).map_err(|e| match e {
+        safetensors::SafeTensorError::IoError(source) => Error::Io { action: "write", path: path.into(), source },
+        other => Error::content(path, other.to_string(), "this is a defect: please report it"),
+    })?;
+    fs::File::open(path).and_then(|f| f.sync_all()).map_err(Error::io("flush", path))
+}
+
+/// Reads every tensor of a safetensors file.
+///
+/// # Errors
+/// If the file cannot be read or is cut off.
+pub fn read_tensors(path: &Path) -> Result<NamedTensors> {
+    let bytes = fs::read(path).map_err(Error::io("read", path))?;
+    parse_tensors(path, &bytes)
+}
+
+fn parse_tensors(path: &Path, bytes: &[u8]) -> Result<NamedTensors> {
+    let broken = |e: safetensors::SafeTensorError| {
+        Error::content(path, format!("not a whole safetensors file ({e})"), "copy or download it again")
+    };
+    let file = SafeTensors::deserialize(bytes).map_err(broken)?;
+    let (_, header) = SafeTensors::read_metadata(bytes).map_err(broken)?;
+    let metadata = header.metadata().iter().flatten().map(|(k, v)| (k.clone(), v.clone())).collect();
+    let tensors = file.tensors().into_iter().map(|(name, view)| Ok((name, to_tensor(path, &view)?)));
+    Ok(NamedTensors { tensors: tensors.collect::<Result<_>>()?, metadata })
+}
+
+/// The tensor of a view; half precision widens to f32, other integers and booleans become u32.
+fn to_tensor(path: &Path, view: &TensorView<'_>) -> Result<Tensor> {
+    let (shape, data) = (view.shape(), view.data());
+    macro_rules! read {
+        ($from:ty, $to:ty, $convert:expr) => {{
+            let values: Vec<$to> = data
+                .chunks_exact(size_of::<$from>())
+                .map(|b| $convert(<$from>::from_le_bytes(b.try_into().expect("chunks are exact"))))
+                .collect();
+            Tensor::from_slice(&values, shape)
+        }};
+    }
+    match view.dtype() {
+        Dtype::F32 => read!(f32, f32, |x| x),
+        Dtype::F64 => read!(f64, f64, |x| x),
+        Dtype::BF16 => read!(u16, half::bf16, half::bf16::from_bits),
+        Dtype::F16 => read!(u16, f32, |x| half::f16::from_bits(x).to_f32()),
+        Dtype::U32 => read!(u32, u32, |x| x),
+        Dtype::I64 => read!(i64, u32, |x| x as u32),
+        Dtype::U8 | Dtype::BOOL => read!(u8, u32, u32::from),
+        other => Err(Error::content(path, format!("tensors of type {other:?} are not supported"), "convert it to f32")),
+    }
+}
+
+impl NamedTensors {
+    /// The tensor of that name.
+    pub fn get(&self, name: &str) -> Option<&Tensor> {
+        self.tensors.get(name)
+    }
+
+    /// All names, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// Whether some name begins with `prefix`.
+    pub fn has(&self, prefix: &str) -> bool {
+        self.names().any(|n| n.starts_with(prefix))
+    }
+}
+
+/// What a checkpoint holds.
+pub struct Content {
+    /// Steps done.
+    pub step: u64,
+    /// Steps whose update was skipped because something was not finite.
+    pub skipped: u64,
+    /// Weights by role and name.
+    pub model: Vec<(String, Tensor)>,
+    /// Moments and the losses' state.
+    pub optimizer: Vec<(String, Tensor)>,
+}
+
+/// A whole checkpoint read back.
+pub struct Checkpoint {
+    /// Its folder.
+    pub path: PathBuf,
+    /// Steps done.
+    pub step: u64,
+    /// Steps whose update was skipped because something was not finite.
+    pub skipped: u64,
+    /// Weights by role and name.
+    pub model: NamedTensors,
+    /// Moments and the losses' state.
+    pub optimizer: NamedTensors,
+}
+
+fn folder_name(step: u64) -> String {
+    format!("step-{step:08}")
+}
+
+/// Writes a checkpoint into `run` and removes the oldest beyond `keep`; gives its folder.
+///
+/// # Errors
+/// If it cannot be written; earlier checkpoints stay as they are.
+pub fn save(run: &Path, content: &Content, keep: usize) -> Result<PathBuf> {
+    let folder = run.join(FOLDER);
+    fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
+    let target = folder.join(folder_name(content.step));
+    for entry in fs::read_dir(&folder).map_err(Error::io("list", &folder))?.flatten() {
+        // Left by a process that was killed while writing.
+        if entry.file_name().to_string_lossy().starts_with(".building-") {
+            fs::remove_dir_all(entry.path()).map_err(Error::io("remove", entry.path()))?;
+        }
+    }
+    // Dropped on any error below, and then removed.
+    let building = tempfile::Builder::new().prefix(".building-").tempdir_in(&folder);
+    let building = building.map_err(Error::io("create a folder in", &folder))?;
+    let mut files = BTreeMap::new();
+    for (name, tensors) in [("model.safetensors", &content.model), ("optimizer.safetensors", &content.optimizer)] {
+        let path = building.path().join(name);
+        write_tensors(&path, tensors, &[("step", content.step.to_string())])?;
+        files.insert(name.to_string(), hash_file(&path)?);
+    }
+    let state = State { format: FORMAT, dinolab: env!("CARGO_PKG_VERSION").into(), step: content.step, skipped: content.skipped, files };
+    write_file(&building.path().join("state.json"), serde_json::to_string_pretty(&state).expect("plain data").as_bytes())?;
+    sync_dir(building.path())?;
+    if target.exists() {
+        // The same step written before (a rerun after a fallback): the new one replaces it.
+        fs::remove_dir_all(&target).map_err(Error::io("replace", &target))?;
+    }
+    fs::rename(building.keep(), &target).map_err(Error::io("write", &target))?;
+    sync_dir(&folder)?;
+    for old in list(run)?.into_iter().rev().skip(keep.max(1)) {
+        fs::remove_dir_all(&old).map_err(Error::io("remove", &old))?;
+    }
+    Ok(target)
+}
+
+/// Writes a file so that a reader sees the old content or the new, never a part.
+///
+/// # Errors
+/// If it cannot be written.
+pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
+    use std::io::Write;
+    let folder = path.parent().unwrap_or(Path::new("."));
+    let write = || -> std::io::Result<()> {
+        let mut file = tempfile::NamedTempFile::new_in(folder)?;
+        file.write_all(bytes)?;
+        file.as_file().sync_all()?;
+        file.persist(path)?;
+        Ok(())
+    };
+    write().map_err(Error::io("write", path))
+}
+
+fn sync_dir(path: &Path) -> Result<()> {
+    fs::File::open(path).and_then(|d| d.sync_all()).map_err(Error::io("flush", path))
+}
+
+fn hash_file(path: &Path) -> Result<String> {
+    let mut hasher = blake3::Hasher::new();
+    let mut file = fs::File::open(path).map_err(Error::io("read", path))?;
+    std::io::copy(&mut file, &mut hasher).map_err(Error::io("read", path))?;
+    Ok(hasher.finalize().to_hex().to_string())
+}
+
+/// The checkpoints of a run, oldest first.
+///
+/// # Errors
+/// If the folder cannot be listed.
+pub fn list(run: &Path) -> Result<Vec<PathBuf>> {
+    let folder = run.join(FOLDER);
+    if !folder.is_dir() {
+        return Ok(Vec::new());
+    }
+    let mut found = Vec::new();
+    for entry in fs::read_dir(&folder).map_err(Error::io("list", &folder))? {
+        let path = entry.map_err(Error::io("list", &folder))?.path();
+        if path.file_name().is_some_and(|n| n.to_string_lossy().starts_with("step-")) && path.join("state.json").exists() {
+            found.push(path);
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// Reads one checkpoint folder.
+///
+/// # Errors
+/// If a file is missing, cut off or changed, or written by a newer version.
+pub fn load(path: &Path) -> Result<Checkpoint> {
+    let state_path = path.join("state.json");
+    let text = fs::read_to_string(&state_path).map_err(Error::io("read", &state_path))?;
+    let again = "use an older checkpoint of the run, or start it anew";
+    let state: State = serde_json::from_str(&text).map_err(|e| Error::content(&state_path, e.to_string(), again))?;
+    if state.format > FORMAT {
+        let problem = format!("written by dinolab {} in format {}, this is format {FORMAT}", state.dinolab, state.format);
+        return Err(Error::content(&state_path, problem, "use that version or a newer one"));
+    }
+    let read = |name: &str| -> Result<NamedTensors> {
+        let file = path.join(name);
+        let bytes = fs::read(&file).map_err(Error::io("read", &file))?;
+        let hash = blake3::hash(&bytes).to_hex().to_string();
+        if state.files.get(name) != Some(&hash) {
+            return Err(Error::content(&file, "not what was written (its hash differs: cut off or changed)", again));
+        }
+        parse_tensors(&file, &bytes)
+    };
+    Ok(Checkpoint {
+        path: path.into(),
+        step: state.step,
+        skipped: state.skipped,
+        model: read("model.safetensors")?,
+        optimizer: read("optimizer.safetensors")?,
+    })
+}
+
+/// The newest whole checkpoint of a run, with the errors of newer ones that were passed over; `None` if there is none.
+///
+/// # Errors
+/// If there are checkpoints but none is whole.
+pub fn load_newest(run: &Path) -> Result<Option<(Checkpoint, Vec<Error>)>> {
+    let mut passed = Vec::new();
+    for path in list(run)?.into_iter().rev() {
+        match load(&path) {
+            Ok(checkpoint) => return Ok(Some((checkpoint, passed))),
+            Err(error) => passed.push(error),
+        }
+    }
+    match passed.into_iter().next() {
+        Some(error) => Err(error),
+        None => Ok(None),
+    }
+}
+
+/// Weights from a run folder (its newest checkpoint), a checkpoint folder or a safetensors file.
+///
+/// # Errors
+/// If there is nothing of that kind at `path`.
+pub fn read_weights(path: &Path) -> Result<NamedTensors> {
+    let help = "name a run folder, a checkpoint folder (step-...) or a .safetensors file";
+    if path.join("state.json").exists() {
+        return Ok(load(path)?.model);
+    }
+    if path.is_dir() {
+        let newest = load_newest(path)?;
+        return newest.map(|(c, _)| c.model).ok_or_else(|| Error::content(path, "no checkpoint in this folder", help));
+    }
+    if !path.exists() {
+        return Err(Error::content(path, "does not exist", help));
+    }
+    read_tensors(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn content(step: u64) -> Content {
+        let weight = Tensor::from_slice(&[step as f32, 2.0, 3.0], &[3]).unwrap();
+        let moment = Tensor::from_slice(&[0.5f32; 3], &[3]).unwrap();
+        Content {
+            step,
+            skipped: 0,
+            model: vec![("student.w".into(), weight)],
+            optimizer: vec![("exp_avg.w".into(), moment)],
+        }
+    }
+
+    #[test]
+    fn the_newest_are_kept_and_read_back_to_the_bit() {
+        let run = tempfile::tempdir().unwrap();
+        for step in [10, 20, 30] {
+            save(run.path(), &content(step), 2).unwrap();
+        }
+        let names: Vec<_> = list(run.path()).unwrap().iter().map(|p| p.file_name().unwrap().to_owned()).collect();
+        assert_eq!(names, ["step-00000020", "step-00000030"]);
+        let (newest, passed) = load_newest(run.path()).unwrap().unwrap();
+        assert!(passed.is_empty());
+        assert_eq!(newest.step, 30);
+        assert_eq!(newest.model.get("student.w").unwrap().to_f64_vec(), [30.0, 2.0, 3.0]);
+    }
+
+    #[test]
+    fn a_cut_or_changed_file_is_named_and_the_one_before_is_used() {
+        let run = tempfile::tempdir().unwrap();
+        save(run.path(), &content(1), 3).unwrap();
+        let second = save(run.path(), &content(2), 3).unwrap();
+        let file = second.join("model.safetensors");
+        let mut bytes = fs::read(&file).unwrap();
+        *bytes.last_mut().unwrap() ^= 1;
+        fs::write(&file, &bytes).unwrap();
+        let (checkpoint, passed) = load_newest(run.path()).unwrap().unwrap();
+        assert_eq!(checkpoint.step, 1);
+        assert!(passed[0].to_string().contains("model.safetensors"), "{}", passed[0]);
+
+        let third = save(run.path(), &content(3), 3).unwrap();
+        let file = third.join("optimizer.safetensors");
+        let bytes = fs::read(&file).unwrap();
+        fs::write(&file, &bytes[..bytes.len() / 2]).unwrap();
+        assert!(load(&third).err().unwrap().to_string().contains("optimizer.safetensors"));
+    }
+
+    #[test]
+    fn what_a_killed_writer_leaves_is_not_a_checkpoint() {
+        let run = tempfile::tempdir().unwrap();
+        save(run.path(), &content(1), 3).unwrap();
+        let half = run.path().join(FOLDER).join(".building-x");
+        fs::create_dir(&half).unwrap();
+        fs::write(half.join("model.safetensors"), b"half").unwrap();
+        assert_eq!(list(run.path()).unwrap().len(), 1);
+    }
+}

@@ -98,6 +98,12 @@ impl Layout {
         inside.fold(first, |all, r| all.start..r.end)
     }
 
+    /// The parameters whose name starts with `prefix`, at the same places.
+    pub fn part(&self, prefix: &str) -> Layout {
+        let specs = self.specs.iter().filter(|s| s.name.starts_with(prefix)).cloned().collect();
+        Layout { specs, len: self.len }
+    }
+
     /// The names up to the first dot, in order: the sub-models (`backbone`, `dino_head`, ...).
     pub fn modules(&self) -> Vec<String> {
         let mut names: Vec<String> = Vec::new();

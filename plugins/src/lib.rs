@@ -3,10 +3,15 @@
 //!
 //! | kind | plugins |
 //! |---|---|
+//! | backbone | [`vit`] |
 //! | position encoding | [`rope_box`], [`relative_bias_box`], [`learned_absolute`], [`none`] |
+//! | loss | [`dino`], [`ibot`], [`koleo`], [`gram`] |
 //! | scheduler | [`constant`], [`linear_warmup`], [`linear_warmup_cosine`], [`cosine`], [`step`] |
 //! | teacher policy | [`ema`], [`frozen`], [`gram_anchor`] |
 //! | probe | [`knn`], [`linear_segmentation`], [`patch_similarity`], [`cls_patch_cosine`] |
+
+// Backbones
+pub mod vit;
 
 // Position encodings
 pub mod box_coords;
@@ -14,6 +19,13 @@ pub mod learned_absolute;
 pub mod none;
 pub mod relative_bias_box;
 pub mod rope_box;
+
+// Losses
+pub mod dino;
+pub mod gram;
+pub mod ibot;
+pub mod koleo;
+mod teacher_targets;
 
 // Schedulers
 pub mod constant;

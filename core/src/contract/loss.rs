@@ -95,6 +95,8 @@ pub struct Outputs<'a> {
     pub targets: Option<&'a Tensor>,
     /// Flat indices of the masked patches in `[G*B*P]`: `[M]`, u32.
     pub mask_indices: &'a Tensor,
+    /// Flat indices of the other patches: `[G*B*P - M]`, u32.
+    pub unmasked_indices: &'a Tensor,
     /// 1 / (masked patches of that crop) for every masked patch: `[M]`.
     pub mask_weights: &'a Tensor,
     /// The Gram teacher's patches, where a loss asked for them.

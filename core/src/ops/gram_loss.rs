@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use crate::ops::matmul::{product, Mat, Threads};
 use crate::ops::parallel::{lane_sum, simd, BLOCK};
 use crate::ops::same_dtype;
-use crate::tensor::{DType, Grads, Op, Real};
+use crate::tensor::{Grads, Op, Real};
 use crate::{dispatch_real, Error, Result, Tensor};
 
 /// Which negative similarities are set to 0 before the comparison.

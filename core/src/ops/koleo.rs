@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use crate::ops::matmul::{product, Mat, Threads};
 use crate::ops::parallel::{lane_sum, simd};
-use crate::tensor::{DType, Grads, Op, Real};
+use crate::tensor::{Grads, Op, Real};
 use crate::{dispatch_real, Error, Result, Tensor};
 
 impl Tensor {

@@ -1,1 +1,300 @@
-//! Placeholder.
+//! The training step: teacher, student, losses, backward, clipping, AdamW, teachers' policies.
+//!
+//! ```text
+//! for every micro-batch: EMA teacher on the global crops; heads on CLS and masked patches
+//! over the whole batch:  each loss turns teacher logits into targets
+//! for every micro-batch: Gram teacher on its larger crops; student on all crops, packed; losses; backward
+//! once:                  gradient norms, AdamW + EMA in one pass over flat memory, Gram teacher's policy
+//! ```
+
+mod declare;
+mod health;
+mod optimizer;
+mod outputs;
+mod weights;
+
+pub use declare::{declare, loss_context, Declared, DeclaredLoss, CHANNELS, GLOBALS};
+pub use health::Health;
+pub use weights::Weights;
+
+use std::collections::BTreeMap;
+
+use crate::checkpoint::Checkpoint;
+use crate::comm::{Comm, Single};
+use crate::contract::{At, Draws, Follow, Role, StepContext, TeacherPolicy};
+use crate::data::Batch;
+use crate::params::Params;
+use crate::recipe::Recipe;
+use crate::rng::Rng;
+use crate::tensor::{scope, Tape};
+use crate::{DType, Error, Result, Tensor};
+
+use optimizer::AdamW;
+use outputs::{StudentPass, TeacherPass};
+
+/// A model in training: weights, optimizer, losses and the teachers' policies.
+pub struct Learner {
+    model: Declared,
+    weights: Weights,
+    optimizer: AdamW,
+    teacher: Box<dyn TeacherPolicy>,
+    gram: Option<Box<dyn TeacherPolicy>>,
+    comm: Box<dyn Comm>,
+    seed: u64,
+    total: u64,
+    locals: usize,
+}
+
+/// What one step gave.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    /// `loss/total`, `loss/<name>` (unweighted), `loss/<name>/<part>`; the mean over micro-batches.
+    pub losses: BTreeMap<String, f64>,
+    /// L2 norm of every sub-model's gradient before clipping, by sub-model.
+    pub grad_norms: BTreeMap<String, f64>,
+    /// Learning rate and weight decay of this step.
+    pub lr: f64,
+    /// Weight decay of this step.
+    pub weight_decay: f64,
+    /// Known sicknesses, measured when asked for.
+    pub health: Option<Health>,
+    /// What was not finite, if anything: then no weight was changed.
+    pub non_finite: Option<String>,
+}
+
+impl Learner {
+    /// A model as the recipe says, with weights at their start.
+    ///
+    /// # Errors
+    /// If a plugin refuses to be built, or weights to start from cannot be read.
+    pub fn new(recipe: &Recipe) -> Result<Self> {
+        let mut learner = Self::unstarted(recipe)?;
+        let Self { model, weights, teacher, gram, .. } = &mut learner;
+        weights.start(recipe, model, teacher.as_ref(), gram.as_deref())?;
+        Ok(learner)
+    }
+
+    /// The model of a checkpoint of this recipe; files that the recipe starts from are not read.
+    ///
+    /// # Errors
+    /// If a plugin refuses to be built, or a tensor is missing or has another shape.
+    pub fn from_checkpoint(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Self> {
+        let mut learner = Self::unstarted(recipe)?;
+        let Self { model, weights, .. } = &mut learner;
+        weights.restore(checkpoint, model)?;
+        Ok(learner)
+    }
+
+    fn unstarted(recipe: &Recipe) -> Result<Self> {
+        let model = declare(recipe)?;
+        let teacher = recipe.teacher.build(&mut ())?;
+        let wanted = model.losses.iter().any(|l| l.needs.gram_teacher);
+        let gram = recipe.gram_teacher.as_ref().filter(|_| wanted).map(|g| g.build(&mut ())).transpose()?;
+        let weights = Weights::new(&model, gram.is_some(), recipe.dtype());
+        let optimizer = AdamW::new(&recipe.optimizer, &model);
+        Ok(Self {
+            model,
+            weights,
+            optimizer,
+            teacher,
+            gram,
+            comm: Box::new(Single),
+            seed: recipe.seed,
+            total: recipe.steps,
+            locals: recipe.crops.local_count,
+        })
+    }
+
+    /// Backbone, heads and losses.
+    pub fn model(&self) -> &Declared {
+        &self.model
+    }
+
+    /// All weights and the losses' state.
+    pub fn weights(&self) -> &Weights {
+        &self.weights
+    }
+
+    /// All weights, to be replaced by those of a checkpoint or another implementation.
+    pub fn weights_mut(&mut self) -> &mut Weights {
+        &mut self.weights
+    }
+
+    /// Side of the Gram teacher's own crops, if it has any.
+    pub fn gram_crop_size(&self) -> Option<usize> {
+        self.gram.as_ref().and_then(|g| g.crop_size())
+    }
+
+    /// The type of weights and features.
+    pub fn dtype(&self) -> DType {
+        self.weights.student.dtype()
+    }
+
+    /// Steps whose update was skipped.
+    pub fn skipped(&self) -> u64 {
+        self.weights.skipped
+    }
+
+    /// Runs step `step` (0-based) on its micro-batches. When something is not finite, no weight is changed and the
+    /// report says what it was.
+    ///
+    /// # Errors
+    /// If shapes do not fit, or a policy's weights cannot be read.
+    pub fn step(&mut self, step: u64, batches: &[Batch], health: bool) -> Result<Report> {
+        let at = At { step, total: self.total };
+        self.before_step(at)?;
+        let mut grads = self.weights.take_grads();
+        let pass = self.forward_backward(at, batches, &mut grads, health, &|b, m| self.draw(step, b, m));
+        let (mut report, state) = match pass {
+            Ok(done) => done,
+            Err(error) => {
+                self.weights.grads = grads;
+                return Err(error);
+            }
+        };
+        report.lr = self.optimizer.lr(at);
+        report.weight_decay = self.optimizer.weight_decay(at);
+        report.grad_norms = self.optimizer.grad_norms(&grads)?;
+        report.non_finite = self.find_non_finite(at, batches, &report, &mut grads)?;
+        if report.non_finite.is_some() {
+            self.weights.skipped += 1;
+        } else {
+            self.weights.loss_state = state;
+            self.update(at, &grads, &report.grad_norms)?;
+        }
+        self.weights.grads = grads;
+        Ok(report)
+    }
+
+    /// The random numbers of the student's forward on micro-batch `micro`.
+    pub fn draw(&self, step: u64, batch: &Batch, micro: usize) -> Draws {
+        let images: Vec<usize> = [batch.global.dim(0)].into_iter().chain(batch.local.as_ref().map(|l| l.dim(0))).collect();
+        let base = (micro as u64) << 32;
+        self.model.backbone.draw(&|stream, index| Rng::new(self.seed, stream, step, base | index), &images)
+    }
+
+    /// Teachers, student, losses and gradients of one step; `grads` is overwritten. Gives the report and the losses'
+    /// next state.
+    pub fn forward_backward(
+        &self,
+        at: At,
+        batches: &[Batch],
+        grads: &mut Tensor,
+        health: bool,
+        draw: &dyn Fn(&Batch, usize) -> Draws,
+    ) -> Result<(Report, Vec<Vec<Tensor>>)> {
+        grads.fill_zero();
+        let dtype = self.dtype();
+        let context =
+            |state| StepContext { at, seed: self.seed, comm: self.comm.as_ref(), dtype, state };
+        let teacher = TeacherPass::run(self, batches, &context)?;
+        let gram_active = self.gram.as_ref().is_some_and(|g| g.active(at));
+        let mut sums: BTreeMap<String, Tensor> = BTreeMap::new();
+        let mut add = |name: String, value: &Tensor| -> Result<()> {
+            let value = match sums.get(&name) {
+                Some(sum) => sum.add(value)?,
+                None => value.clone(),
+            };
+            sums.insert(name, value);
+            Ok(())
+        };
+        let mut measured = None;
+        for (micro, batch) in batches.iter().enumerate() {
+            let tape = Tape::new();
+            let params = Params::tracked(&self.model.layout, &self.weights.student, &tape);
+            let gram = if gram_active { Some(self.gram_target(batch)?) } else { None };
+            let student = StudentPass::run(self, &params, batch, &draw(batch, micro))?;
+            let mut total: Option<Tensor> = None;
+            for (i, declared) in self.model.losses.iter().enumerate() {
+                if declared.needs.gram_teacher && !gram_active {
+                    continue;
+                }
+                let _scope = scope::enter(format!("losses.{}", declared.name));
+                let outputs = student.outputs(self, batch, i, &teacher.of(micro), gram.as_ref());
+                let context = context(&self.weights.loss_state[i]);
+                let value = declared.loss.compute(&outputs, &context)?;
+                if value.loss.len() != 1 {
+                    let problem = format!("loss `{}` gave shape {:?}, not a scalar", declared.name, value.loss.shape());
+                    return Err(Error::shape("loss", problem));
+                }
+                add(format!("loss/{}", declared.name), &value.loss.detach())?;
+                for (part, value) in &value.parts {
+                    add(format!("loss/{}/{part}", declared.name), &value.detach())?;
+                }
+                let weighted = value.loss.mul(&context.scalar(&declared.weight))?;
+                total = Some(match total {
+                    Some(total) => total.add(&weighted)?,
+                    None => weighted,
+                });
+            }
+            if health && micro == 0 {
+                measured = Some(Health::measure(&teacher.of(0), &self.model)?);
+            }
+            // Before its loss begins, a run may have nothing to learn from.
+            let Some(total) = total else { continue };
+            add("loss/total".into(), &total.detach())?;
+            if total.is_tracked() {
+                tape.backward(&total, 1.0 / batches.len() as f64, Some(grads))?;
+            }
+        }
+        let n = batches.len() as f64;
+        let losses = sums.into_iter().map(|(name, sum)| (name, sum.item() / n)).collect();
+        Ok((Report { losses, health: measured, ..Report::default() }, teacher.state))
+    }
+
+    /// What was not finite, and the operation where it began: found by running the step again and watching.
+    fn find_non_finite(&self, at: At, batches: &[Batch], report: &Report, grads: &mut Tensor) -> Result<Option<String>> {
+        let bad_loss = report.losses.iter().find(|(_, v)| !v.is_finite());
+        let bad_norm = report.grad_norms.iter().find(|(_, v)| !v.is_finite());
+        let what = match (bad_loss, bad_norm) {
+            (Some((name, _)), _) => name.clone(),
+            (None, Some((module, _))) => format!("the gradient of {module}"),
+            (None, None) => return Ok(None),
+        };
+        let again = || self.forward_backward(at, batches, grads, false, &|b, m| self.draw(at.step, b, m));
+        let (result, first) = scope::first_non_finite(again);
+        result?;
+        Ok(Some(match first {
+            Some(first) => format!("{what} (first: {first})"),
+            None => what,
+        }))
+    }
+
+    /// What the teachers' policies do before a step.
+    pub fn before_step(&mut self, at: At) -> Result<()> {
+        match self.teacher.before_step(at) {
+            Follow::Keep => {}
+            Follow::Copy(role) => self.weights.copy_to_teacher(&role, &self.model)?,
+            Follow::Ema { momentum } => self.weights.ema(momentum)?,
+        }
+        self.follow_gram(|g| g.before_step(at))
+    }
+
+    /// Clipping, AdamW and EMA in one pass; then the Gram teacher's policy.
+    pub fn update(&mut self, at: At, grads: &Tensor, norms: &BTreeMap<String, f64>) -> Result<()> {
+        let follow = self.teacher.after_step(at);
+        let momentum = match follow {
+            Follow::Ema { momentum } => Some(momentum),
+            Follow::Keep | Follow::Copy(_) => None,
+        };
+        self.optimizer.update(at, &mut self.weights, grads, norms, momentum)?;
+        if let Follow::Copy(role) = follow {
+            self.weights.copy_to_teacher(&role, &self.model)?;
+        }
+        self.follow_gram(|g| g.after_step(at))
+    }
+
+    fn follow_gram(&mut self, what: impl Fn(&dyn TeacherPolicy) -> Follow) -> Result<()> {
+        let Some(gram) = &self.gram else { return Ok(()) };
+        match what(gram.as_ref()) {
+            Follow::Keep => Ok(()),
+            Follow::Copy(role) => self.weights.copy_to_gram(&role, &self.model),
+            Follow::Ema { momentum } => self.weights.ema_gram(momentum),
+        }
+    }
+
+    /// The EMA teacher's features of normalised pixels `[B, 3, h, w]`, in evaluation: what probes and pictures see.
+    pub fn teacher_features(&self, pixels: &Tensor) -> Result<crate::contract::Features> {
+        self.weights.features(&self.model, &Role::Teacher, pixels)
+    }
+}

@@ -181,6 +181,27 @@ impl Tensor {
         &mut buffer.bytes_mut()[range]
     }
 
+    /// Sets all elements to zero.
+    ///
+    /// # Panics
+    /// If the buffer is shared.
+    pub fn fill_zero(&mut self) {
+        self.bytes_mut().fill(0);
+    }
+
+    /// Overwrites all elements with those of a tensor of the same length and type.
+    ///
+    /// # Errors
+    /// If length or type differ.
+    pub fn copy_from(&mut self, source: &Tensor) -> Result<()> {
+        if source.len() != self.len() || source.dtype != self.dtype {
+            let problem = format!("{:?} {:?} into {:?} {:?}", source.shape, source.dtype, self.shape, self.dtype);
+            return Err(Error::shape("copy_from", problem));
+        }
+        self.bytes_mut().copy_from_slice(source.as_bytes());
+        Ok(())
+    }
+
     /// Whether this handle is the only one to its buffer, so that a kernel may write the result in place.
     pub fn is_unique(&mut self) -> bool {
         Arc::get_mut(&mut self.buffer).is_some()

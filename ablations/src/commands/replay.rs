@@ -1,0 +1,36 @@
+//! `dinolab replay`: runs a captured step again.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Args;
+use dinolab_core::{train, Result};
+
+/// Runs a step again that was captured because something was not finite.
+#[derive(Debug, Args)]
+pub struct ReplayArgs {
+    /// A file of a run's captures/ folder
+    file: PathBuf,
+}
+
+/// Runs the command. Fails when the step fails again.
+pub fn run(args: ReplayArgs) -> Result<ExitCode> {
+    let (recipe, step, report) = train::replay(&args.file)?;
+    println!("step {step} of `{}`", recipe.name);
+    for (name, value) in &report.losses {
+        println!("  {name:<30} {value}");
+    }
+    for (module, norm) in &report.grad_norms {
+        println!("  {:<30} {norm}", format!("grad_norm/{module}"));
+    }
+    match report.non_finite {
+        Some(what) => {
+            println!("not finite: {what}");
+            Ok(ExitCode::FAILURE)
+        }
+        None => {
+            println!("everything is finite: the failure does not reproduce with this program");
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}

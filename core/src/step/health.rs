@@ -1,0 +1,59 @@
+//! Known sicknesses of self-supervised training, measured on the teacher's features.
+
+use crate::{Result, Tensor};
+
+use super::outputs::TeacherOf;
+use super::Declared;
+
+/// What a step's features look like: each number names a sickness when it goes the wrong way.
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
+pub struct Health {
+    /// Mean standard deviation over images of the L2-normalised CLS, times the root of the width: 1 when spread evenly,
+    /// 0 when the output is constant.
+    pub feature_std: f64,
+    /// Effective rank of the centred CLS features over the batch, `(sum l)^2 / sum l^2` of their covariance's
+    /// eigenvalues l.
+    pub effective_rank: f64,
+    /// Mean cosine between a crop's CLS and its patches: it creeps up when dense features are lost.
+    pub cls_patch_cosine: f64,
+    /// Losses with a head: (name, entropy of the mean target / ln K, mean entropy of a target / ln K). First near 1 and
+    /// second near 1: uniform collapse; first near 0: one-hot collapse.
+    pub targets: Vec<(String, f64, f64)>,
+}
+
+impl Health {
+    pub(super) fn measure(teacher: &TeacherOf<'_>, model: &Declared) -> Result<Self> {
+        let features = teacher.features;
+        let (n, d) = (features.cls.dim(0), features.cls.dim(1));
+        let cls = features.cls.detach().l2_normalize(1e-12)?;
+        let mean = cls.mean_axis(0)?.to_f64_vec();
+        let values = cls.to_f64_vec();
+        let centred: Vec<f64> = values.iter().enumerate().map(|(i, x)| x - mean[i % d]).collect();
+        let trace = centred.iter().map(|x| x * x).sum::<f64>();
+        // The non-zero eigenvalues of the covariance are those of the Gram matrix of the rows.
+        let rows = Tensor::from_f64(&centred, &[n, d], cls.dtype())?;
+        let gram = rows.matmul_t(&rows)?.square()?.sum()?.item();
+        let patches = features.patches.detach().l2_normalize(1e-12)?.mean_axis(1)?;
+        let cosine = patches.mul(&cls)?.sum()?.item() / n as f64;
+        let mut targets = Vec::new();
+        for (declared, t) in model.losses.iter().zip(&teacher.targets) {
+            let Some(t) = t.filter(|t| t.dim(0) > 0) else { continue };
+            let (rows, k) = (t.dim(0), t.dim(1));
+            let values = t.to_f64_vec();
+            let of_mean = entropy(t.mean_axis(0)?.to_f64_vec());
+            let mean_of = values.chunks_exact(k).map(|row| entropy(row.to_vec())).sum::<f64>() / rows as f64;
+            let uniform = (k as f64).ln();
+            targets.push((declared.name.clone(), of_mean / uniform, mean_of / uniform));
+        }
+        Ok(Self {
+            feature_std: (trace / n as f64).sqrt(),
+            effective_rank: if gram > 0.0 { trace * trace / gram } else { 0.0 },
+            cls_patch_cosine: cosine,
+            targets,
+        })
+    }
+}
+
+fn entropy(p: Vec<f64>) -> f64 {
+    p.into_iter().filter(|&p| p > 0.0).map(|p| -p * p.ln()).sum()
+}

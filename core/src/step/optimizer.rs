@@ -1,0 +1,110 @@
+//! AdamW over flat memory with the reference's parameter groups, clipping by sub-model, and EMA in the same pass.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use crate::contract::At;
+use crate::ops::{adamw_step, l2_norm, AdamW as Config, Ema, Group, Moments};
+use crate::params::ParamSpec;
+use crate::recipe::OptimizerConfig;
+use crate::{Result, Tensor};
+
+use super::{Declared, Weights};
+
+/// Added to a gradient's norm before it divides, as in `torch.nn.utils.clip_grad_norm_`.
+const CLIP_EPS: f64 = 1e-6;
+
+/// AdamW and its groups.
+pub(super) struct AdamW {
+    config: OptimizerConfig,
+    params: Vec<Param>,
+    modules: Vec<(String, Range<usize>)>,
+}
+
+/// A parameter's place and multipliers.
+struct Param {
+    range: Range<usize>,
+    module: usize,
+    lr: f64,
+    decays: bool,
+    last_layer: bool,
+}
+
+/// Learning-rate multiplier of the reference: `decay^(depth + 1 - layer)`, and the patch embedding's own.
+fn lr_multiplier(spec: &ParamSpec, depth: usize, config: &OptimizerConfig) -> f64 {
+    let decay = spec.layer.map_or(1.0, |layer| config.layerwise_decay.powi((depth + 1 - layer) as i32));
+    let embed = if spec.name.contains("patch_embed") { config.patch_embed_lr_mult } else { 1.0 };
+    decay * embed
+}
+
+/// Tokens and weights decay; biases, norms and LayerScale do not.
+fn decays(name: &str) -> bool {
+    !(name.ends_with("bias") || name.contains("norm") || name.contains("gamma"))
+}
+
+impl AdamW {
+    pub(super) fn new(config: &OptimizerConfig, model: &Declared) -> Self {
+        let layout = &model.layout;
+        let names = layout.modules();
+        let modules: Vec<_> = names.iter().map(|m| (m.clone(), layout.range_of(&format!("{m}.")))).collect();
+        let depth = model.backbone.depth();
+        let param = |spec: &ParamSpec| Param {
+            range: spec.range(),
+            module: modules.iter().position(|(_, r)| r.contains(&spec.offset)).expect("a parameter is in a module"),
+            lr: lr_multiplier(spec, depth, config),
+            decays: decays(&spec.name),
+            last_layer: spec.name.contains("last_layer"),
+        };
+        Self { config: config.clone(), params: layout.specs().iter().map(param).collect(), modules }
+    }
+
+    pub(super) fn lr(&self, at: At) -> f64 {
+        self.config.lr.at(at)
+    }
+
+    pub(super) fn weight_decay(&self, at: At) -> f64 {
+        self.config.weight_decay.at(at)
+    }
+
+    /// L2 norm of every sub-model's gradient.
+    pub(super) fn grad_norms(&self, grads: &Tensor) -> Result<BTreeMap<String, f64>> {
+        let norm = |(name, range): &(String, Range<usize>)| Ok((name.clone(), l2_norm(grads, range.clone())?));
+        self.modules.iter().map(norm).collect()
+    }
+
+    /// One update of all weights; with `momentum`, the teacher follows the updated student in the same pass.
+    pub(super) fn update(
+        &self,
+        at: At,
+        weights: &mut Weights,
+        grads: &Tensor,
+        norms: &BTreeMap<String, f64>,
+        momentum: Option<f64>,
+    ) -> Result<()> {
+        let (lr, weight_decay) = (self.lr(at), self.weight_decay(at));
+        let frozen = at.step < self.config.freeze_last_layer_steps;
+        let clip: Vec<f64> = self
+            .modules
+            .iter()
+            .map(|(name, _)| match self.config.clip_grad {
+                c if c > 0.0 => (c / (norms[name] + CLIP_EPS)).min(1.0),
+                _ => 1.0,
+            })
+            .collect();
+        let group = |p: &Param| Group {
+            range: p.range.clone(),
+            lr: if p.last_layer && frozen { 0.0 } else { lr * p.lr },
+            weight_decay: if p.decays { weight_decay } else { 0.0 },
+            clip: clip[p.module],
+        };
+        let groups: Vec<Group> = self.params.iter().map(group).collect();
+        // Moments begin at zero, so their corrections count updates, not steps.
+        let updates = at.step + 1 - weights.skipped;
+        let Weights { student, teacher, exp_avg, exp_avg_sq, .. } = weights;
+        let moments = Moments { mean: exp_avg, square: exp_avg_sq };
+        let ema = momentum.map(|momentum| Ema { params: teacher, momentum });
+        let [beta1, beta2] = self.config.betas;
+        let config = Config { beta1, beta2, eps: self.config.eps };
+        adamw_step(student, grads, moments, ema, &groups, config, updates)
+    }
+}

@@ -1,0 +1,166 @@
+//! What teacher and student compute in a step, and how a loss gets to see it.
+
+use crate::contract::{
+    Crops, Draws, Features, Grid, GramTarget, HeadInput, Mode, Outputs, StepContext, TeacherBatch,
+};
+use crate::data::Batch;
+use crate::params::Params;
+use crate::tensor::scope;
+use crate::{Error, Result, Tensor};
+
+use super::Learner;
+
+/// The EMA teacher over all micro-batches, and every loss's targets.
+pub(super) struct TeacherPass {
+    features: Vec<Features>,
+    /// `[loss][micro-batch]`.
+    targets: Vec<Vec<Option<Tensor>>>,
+    /// The losses' state after this step.
+    pub(super) state: Vec<Vec<Tensor>>,
+}
+
+/// The EMA teacher on one micro-batch.
+pub(super) struct TeacherOf<'a> {
+    pub(super) features: &'a Features,
+    /// By loss.
+    pub(super) targets: Vec<Option<&'a Tensor>>,
+}
+
+/// Rows that go through a head: CLS tokens, or masked patches.
+fn head_rows(features: &Features, batch: &Batch, input: HeadInput) -> Result<Tensor> {
+    match input {
+        HeadInput::Cls => Ok(features.cls.clone()),
+        HeadInput::MaskedPatches => {
+            let (b, p, d) = (features.patches.dim(0), features.patches.dim(1), features.patches.dim(2));
+            features.patches.reshape(&[b * p, d])?.gather_rows(&batch.masks.indices)
+        }
+    }
+}
+
+impl TeacherPass {
+    pub(super) fn run<'s>(
+        learner: &'s Learner,
+        batches: &[Batch],
+        context: &dyn Fn(&'s [Tensor]) -> StepContext<'s>,
+    ) -> Result<Self> {
+        let _scope = scope::enter("teacher");
+        let (model, weights) = (&learner.model, &learner.weights);
+        let params = Params::frozen(&model.layout, &weights.teacher);
+        let mut features = Vec::new();
+        for batch in batches {
+            let crops = Crops::global(batch.global.clone());
+            features.extend(model.backbone.forward(&params, &[crops], Mode::Eval)?);
+        }
+        let (mut targets, mut state) = (Vec::new(), Vec::new());
+        for (declared, old) in model.losses.iter().zip(&weights.loss_state) {
+            let (Some((input, _)), Some(head)) = (&declared.needs.head, &declared.head) else {
+                targets.push(vec![None; batches.len()]);
+                state.push(Vec::new());
+                continue;
+            };
+            let _scope = scope::enter(format!("losses.{}", declared.name));
+            let logits = features.iter().zip(batches).map(|(f, b)| head.forward(&params, &head_rows(f, b, *input)?));
+            let logits: Vec<Tensor> = logits.collect::<Result<_>>()?;
+            let all = Tensor::cat(&logits.iter().collect::<Vec<_>>())?;
+            let (all, new) = declared.loss.targets(&TeacherBatch { logits: &all }, &context(old))?;
+            let mut start = 0;
+            let part = |logits: &Tensor| {
+                let part = all.narrow(start, logits.dim(0));
+                start += logits.dim(0);
+                part.map(Some)
+            };
+            targets.push(logits.iter().map(part).collect::<Result<_>>()?);
+            state.push(new);
+        }
+        Ok(Self { features, targets, state })
+    }
+
+    pub(super) fn of(&self, micro: usize) -> TeacherOf<'_> {
+        let targets = self.targets.iter().map(|t| t[micro].as_ref()).collect();
+        TeacherOf { features: &self.features[micro], targets }
+    }
+}
+
+/// The student on one micro-batch.
+pub(super) struct StudentPass {
+    global: Features,
+    local: Option<Features>,
+    /// By loss.
+    logits: Vec<Option<Tensor>>,
+}
+
+impl StudentPass {
+    pub(super) fn run(learner: &Learner, params: &Params<'_>, batch: &Batch, draws: &Draws) -> Result<Self> {
+        let _scope = scope::enter("student");
+        let model = &learner.model;
+        let masks = model.losses.iter().any(|l| l.needs.masks).then(|| batch.masks.masks.clone());
+        let mut crops = vec![Crops { pixels: batch.global.clone(), masks, local: false }];
+        crops.extend(batch.local.clone().map(|pixels| Crops { pixels, masks: None, local: true }));
+        let mut features = model.backbone.forward(params, &crops, Mode::Train(draws))?.into_iter();
+        let global = features.next().ok_or_else(|| Error::shape("backbone", "no features for the global crops"))?;
+        let local = features.next();
+        let logits = model.losses.iter().map(|declared| {
+            let (Some((input, _)), Some(head)) = (&declared.needs.head, &declared.head) else { return Ok(None) };
+            let _scope = scope::enter(format!("losses.{}", declared.name));
+            let mut rows = head_rows(&global, batch, *input)?;
+            if let (HeadInput::Cls, Some(local)) = (input, &local) {
+                rows = Tensor::cat(&[&rows, &local.cls])?;
+            }
+            head.forward(params, &rows).map(Some)
+        });
+        let logits = logits.collect::<Result<_>>()?;
+        Ok(Self { global, local, logits })
+    }
+
+    /// The step as loss `i` sees it.
+    pub(super) fn outputs<'a>(
+        &'a self,
+        learner: &Learner,
+        batch: &'a Batch,
+        i: usize,
+        teacher: &TeacherOf<'a>,
+        gram: Option<&'a GramTarget>,
+    ) -> Outputs<'a> {
+        Outputs {
+            images: batch.images(),
+            globals: batch.global.dim(0) / batch.images(),
+            locals: learner.locals,
+            grid: self.global.grid,
+            student_cls: &self.global.cls,
+            student_local_cls: self.local.as_ref().map(|l| &l.cls),
+            student_patches: &self.global.patches,
+            student_logits: self.logits[i].as_ref(),
+            teacher_cls: &teacher.features.cls,
+            teacher_patches: &teacher.features.patches,
+            targets: teacher.targets[i],
+            mask_indices: &batch.masks.indices,
+            unmasked_indices: &batch.masks.unmasked,
+            mask_weights: &batch.masks.weights,
+            gram,
+        }
+    }
+}
+
+impl Learner {
+    /// The Gram teacher's patches of one micro-batch, on the student's grid.
+    pub(super) fn gram_target(&self, batch: &Batch) -> Result<GramTarget> {
+        let _scope = scope::enter("gram_teacher");
+        let (model, weights) = (&self.model, &self.weights);
+        let flat = weights.gram.as_ref().expect("a Gram teacher has weights");
+        let pixels = batch.gram.as_ref().unwrap_or(&batch.global);
+        let crops = Crops::global(pixels.clone());
+        let mut features = model.backbone.forward(&Params::frozen(&model.layout, flat), &[crops], Mode::Eval)?;
+        let features = features.pop().ok_or_else(|| Error::shape("backbone", "no features for the Gram crops"))?;
+        let (from, patch) = (features.grid, model.backbone.patch_size());
+        let to = Grid { height: batch.global.dim(2) / patch, width: batch.global.dim(3) / patch };
+        let antialias = self.gram.as_ref().is_some_and(|g| g.antialias());
+        let patches = match from == to {
+            true => features.patches,
+            false => {
+                let (from, to) = ((from.height, from.width), (to.height, to.width));
+                features.patches.resize_bicubic(from, to, antialias)?
+            }
+        };
+        Ok(GramTarget { patches })
+    }
+}

@@ -1,0 +1,203 @@
+//! All weights of a run, each role one flat buffer, and how they are loaded, copied and saved.
+
+use std::path::Path;
+
+use crate::checkpoint::{self, Checkpoint, Content, NamedTensors};
+use crate::contract::{Crops, Features, Mode, Role, TeacherPolicy};
+use crate::params::{load_named, Layout, Params};
+use crate::recipe::Recipe;
+use crate::{DType, Error, Result, Tensor};
+
+use super::{Declared, DeclaredLoss};
+
+/// Student, teachers, moments and the losses' state.
+pub struct Weights {
+    /// The trained model.
+    pub student: Tensor,
+    /// The model that gives targets; the student's layout.
+    pub teacher: Tensor,
+    /// The Gram teacher: the backbone's part of the layout, which comes first.
+    pub gram: Option<Tensor>,
+    /// AdamW's first moments.
+    pub exp_avg: Tensor,
+    /// AdamW's second moments.
+    pub exp_avg_sq: Tensor,
+    /// By loss, then in the order of [`Loss::state`](crate::contract::Loss::state).
+    pub loss_state: Vec<Vec<Tensor>>,
+    /// Steps whose update was skipped.
+    pub skipped: u64,
+    /// Gradients of the last step.
+    pub(super) grads: Tensor,
+}
+
+/// The end of the backbone's part of a layout.
+fn backbone_len(layout: &Layout) -> usize {
+    layout.range_of("backbone.").end
+}
+
+impl Weights {
+    /// All zero; a Gram teacher only if there is one.
+    pub(super) fn new(model: &Declared, gram: bool, dtype: DType) -> Self {
+        let layout = &model.layout;
+        let zeros = || Tensor::zeros(&[layout.len()], dtype);
+        let state = |l: &DeclaredLoss| l.loss.state().iter().map(|s| Tensor::zeros(&s.shape, dtype)).collect();
+        Self {
+            student: zeros(),
+            teacher: zeros(),
+            gram: gram.then(|| Tensor::zeros(&[backbone_len(layout)], dtype)),
+            exp_avg: zeros(),
+            exp_avg_sq: zeros(),
+            loss_state: model.losses.iter().map(state).collect(),
+            skipped: 0,
+            grads: zeros(),
+        }
+    }
+
+    /// The start of a run: drawn from the seed, or read where the recipe says.
+    pub(super) fn start(
+        &mut self,
+        recipe: &Recipe,
+        model: &Declared,
+        teacher: &dyn TeacherPolicy,
+        gram: Option<&dyn TeacherPolicy>,
+    ) -> Result<()> {
+        let layout = &model.layout;
+        self.student = layout.init(recipe.seed, self.student.dtype())?;
+        self.teacher.copy_from(&self.student)?;
+        if let Some(path) = &recipe.init_from {
+            let source = checkpoint::read_weights(path)?;
+            load_role(layout, &mut self.student, &source, &["student.", "teacher.", ""], path)?;
+            load_role(layout, &mut self.teacher, &source, &["teacher.", "student.", ""], path)?;
+        }
+        if let role @ Role::Checkpoint(_) = teacher.start() {
+            self.copy_to_teacher(&role, model)?;
+        }
+        match gram {
+            Some(gram) => self.copy_to_gram(&gram.start(), model),
+            None => Ok(()),
+        }
+    }
+
+    /// The gradients of the last step, in the student's layout.
+    pub fn grads(&self) -> &Tensor {
+        &self.grads
+    }
+
+    /// The gradient buffer, to be written outside; put back after the step.
+    pub(super) fn take_grads(&mut self) -> Tensor {
+        std::mem::replace(&mut self.grads, Tensor::zeros(&[0], self.student.dtype()))
+    }
+
+    pub(super) fn copy_to_teacher(&mut self, role: &Role, model: &Declared) -> Result<()> {
+        match role {
+            Role::Teacher => Ok(()),
+            Role::Student => self.teacher.copy_from(&self.student),
+            Role::Checkpoint(path) => {
+                let source = checkpoint::read_weights(path)?;
+                load_role(&model.layout, &mut self.teacher, &source, &["teacher.", "student.", ""], path)
+            }
+        }
+    }
+
+    pub(super) fn copy_to_gram(&mut self, role: &Role, model: &Declared) -> Result<()> {
+        let gram = self.gram.as_mut().expect("a Gram teacher has weights");
+        let n = gram.len();
+        match role {
+            Role::Student => gram.copy_from(&self.student.view(0, &[n])),
+            Role::Teacher => gram.copy_from(&self.teacher.view(0, &[n])),
+            Role::Checkpoint(path) => {
+                let source = checkpoint::read_weights(path)?;
+                let prefixes = ["teacher.", "gram_teacher.", "student.", ""];
+                load_role(&model.layout.part("backbone."), gram, &source, &prefixes, path)
+            }
+        }
+    }
+
+    pub(super) fn ema(&mut self, momentum: f64) -> Result<()> {
+        crate::ops::ema_update(&mut self.teacher, &self.student, momentum)
+    }
+
+    pub(super) fn ema_gram(&mut self, momentum: f64) -> Result<()> {
+        let gram = self.gram.as_mut().expect("a Gram teacher has weights");
+        let n = gram.len();
+        crate::ops::ema_update(gram, &self.teacher.view(0, &[n]), momentum)
+    }
+
+    /// Features of normalised pixels `[B, 3, h, w]` in evaluation.
+    pub(super) fn features(&self, model: &Declared, role: &Role, pixels: &Tensor) -> Result<Features> {
+        let flat = match role {
+            Role::Student => &self.student,
+            Role::Teacher | Role::Checkpoint(_) => &self.teacher,
+        };
+        let params = Params::frozen(&model.layout, flat);
+        let mut features = model.backbone.forward(&params, &[Crops::global(pixels.clone())], Mode::Eval)?;
+        features.pop().ok_or_else(|| Error::shape("backbone", "no features"))
+    }
+
+    /// Everything a run needs to go on after `step` steps, by name.
+    pub fn content(&self, step: u64, model: &Declared) -> Content {
+        let mut content = Content { step, skipped: self.skipped, model: Vec::new(), optimizer: Vec::new() };
+        let put = |list: &mut Vec<(String, Tensor)>, role: &str, flat: &Tensor| {
+            let inside = model.layout.specs().iter().filter(|s| s.range().end <= flat.len());
+            list.extend(inside.map(|s| (format!("{role}.{}", s.name), flat.view(s.offset, &s.shape))));
+        };
+        put(&mut content.model, "student", &self.student);
+        put(&mut content.model, "teacher", &self.teacher);
+        if let Some(gram) = &self.gram {
+            put(&mut content.model, "gram_teacher", gram);
+        }
+        put(&mut content.optimizer, "exp_avg", &self.exp_avg);
+        put(&mut content.optimizer, "exp_avg_sq", &self.exp_avg_sq);
+        for (loss, state) in model.losses.iter().zip(&self.loss_state) {
+            for (spec, value) in loss.loss.state().iter().zip(state) {
+                content.optimizer.push((format!("state.{}.{}", loss.name, spec.name), value.clone()));
+            }
+        }
+        content
+    }
+
+    /// Takes everything from a checkpoint of the same recipe.
+    ///
+    /// # Errors
+    /// If a tensor is missing or has another shape.
+    pub fn restore(&mut self, from: &Checkpoint, model: &Declared) -> Result<()> {
+        let layout = &model.layout;
+        let whole = |source: &NamedTensors, role: &str, layout: &Layout, flat: &mut Tensor| {
+            load_named(layout, flat, |name| source.get(&format!("{role}.{name}")).cloned(), &from.path)
+        };
+        whole(&from.model, "student", layout, &mut self.student)?;
+        whole(&from.model, "teacher", layout, &mut self.teacher)?;
+        if let Some(gram) = &mut self.gram {
+            whole(&from.model, "gram_teacher", &layout.part("backbone."), gram)?;
+        }
+        whole(&from.optimizer, "exp_avg", layout, &mut self.exp_avg)?;
+        whole(&from.optimizer, "exp_avg_sq", layout, &mut self.exp_avg_sq)?;
+        for (loss, state) in model.losses.iter().zip(&mut self.loss_state) {
+            for (spec, value) in loss.loss.state().iter().zip(state) {
+                let name = format!("state.{}.{}", loss.name, spec.name);
+                let found = from.optimizer.get(&name).filter(|t| t.shape() == spec.shape);
+                let missing = || Error::content(&from.path, format!("no {name} {:?}", spec.shape), "start the run anew");
+                *value = found.ok_or_else(missing)?.cast(value.dtype())?;
+            }
+        }
+        self.skipped = from.skipped;
+        Ok(())
+    }
+}
+
+/// Loads a model from the first of `prefixes` under which the file has a backbone. A head that the file does not have
+/// at all keeps its start: published weights come without heads.
+fn load_role(layout: &Layout, flat: &mut Tensor, source: &NamedTensors, prefixes: &[&str], path: &Path) -> Result<()> {
+    let found = prefixes.iter().find(|p| source.has(&format!("{p}backbone.")));
+    let Some(prefix) = found else {
+        let problem = "no backbone.* tensors in it";
+        return Err(Error::content(path, problem, "name a run, a checkpoint, or weights that dinolab wrote"));
+    };
+    let known: Vec<String> =
+        layout.modules().into_iter().filter(|m| m == "backbone" || source.has(&format!("{prefix}{m}."))).collect();
+    for module in known {
+        let part = layout.part(&format!("{module}."));
+        load_named(&part, flat, |name| source.get(&format!("{prefix}{name}")).cloned(), path)?;
+    }
+    Ok(())
+}

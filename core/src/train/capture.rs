@@ -1,0 +1,85 @@
+//! A step that was not finite, in a file: weights before it, its batches, and the recipe. `replay` runs it again.
+
+use std::path::{Path, PathBuf};
+
+use crate::checkpoint::{read_tensors, write_tensors, Checkpoint, NamedTensors};
+use crate::data::{Batch, Masks};
+use crate::recipe::{Recipe, Resolved};
+use crate::step::{Learner, Report};
+use crate::{Error, Result, Tensor};
+
+use super::folder::RunFolder;
+
+/// Writes the capture of `step`; gives its path.
+pub(super) fn write(
+    folder: &RunFolder,
+    learner: &Learner,
+    resolved: &Resolved,
+    step: u64,
+    batches: &[Batch],
+) -> Result<PathBuf> {
+    let captures = folder.path().join("captures");
+    std::fs::create_dir_all(&captures).map_err(Error::io("create", &captures))?;
+    let path = captures.join(format!("step-{step:08}.safetensors"));
+    let content = learner.weights().content(step, learner.model());
+    let mut tensors = content.model;
+    tensors.extend(content.optimizer);
+    for (i, batch) in batches.iter().enumerate() {
+        let mut put = |name: &str, tensor: &Tensor| tensors.push((format!("batch.{i}.{name}"), tensor.clone()));
+        put("global", &batch.global);
+        batch.local.iter().for_each(|t| put("local", t));
+        batch.gram.iter().for_each(|t| put("gram", t));
+        put("masks", &batch.masks.masks);
+        put("indices", &batch.masks.indices);
+        put("unmasked", &batch.masks.unmasked);
+        put("weights", &batch.masks.weights);
+        let samples: Vec<u32> = batch.indices.iter().map(|&i| i as u32).collect();
+        put("samples", &Tensor::from_slice(&samples, &[samples.len()])?);
+    }
+    // The step that failed was counted as skipped; what is captured is the state before it.
+    let skipped = learner.skipped() - 1;
+    let metadata =
+        [("recipe", resolved.to_toml()), ("step", step.to_string()), ("skipped", skipped.to_string()), ("batches", batches.len().to_string())];
+    write_tensors(&path, &tensors, &metadata)?;
+    Ok(path)
+}
+
+/// Runs a captured step again and gives its recipe, its number and its report.
+///
+/// # Errors
+/// If the file is not a capture, or was made by plugins that are not here.
+pub fn replay(path: &Path) -> Result<(Recipe, u64, Report)> {
+    let tensors = read_tensors(path)?;
+    let help = "name a file of a run's captures/ folder";
+    let meta = |key: &str| {
+        tensors.metadata.get(key).ok_or_else(|| Error::content(path, format!("no `{key}`: not a capture"), help))
+    };
+    let number = |key: &str| -> Result<u64> {
+        meta(key)?.parse().map_err(|_| Error::content(path, format!("`{key}` is not a number"), help))
+    };
+    let recipe = Resolved::from_text(meta("recipe")?)?.recipe;
+    let (step, skipped, count) = (number("step")?, number("skipped")?, number("batches")?);
+    let batches = (0..count).map(|i| read_batch(&tensors, i, path)).collect::<Result<Vec<_>>>()?;
+    let optimizer = read_tensors(path)?;
+    let checkpoint = Checkpoint { path: path.into(), step, skipped, model: tensors, optimizer };
+    let mut learner = Learner::from_checkpoint(&recipe, &checkpoint)?;
+    let report = learner.step(step, &batches, true)?;
+    Ok((recipe, step, report))
+}
+
+fn read_batch(tensors: &NamedTensors, i: u64, path: &Path) -> Result<Batch> {
+    let optional = |name: &str| tensors.get(&format!("batch.{i}.{name}")).cloned();
+    let get = |name: &str| optional(name).ok_or_else(|| Error::content(path, format!("no batch.{i}.{name}"), "capture again"));
+    Ok(Batch {
+        global: get("global")?,
+        local: optional("local"),
+        gram: optional("gram"),
+        masks: Masks {
+            masks: get("masks")?,
+            indices: get("indices")?,
+            unmasked: get("unmasked")?,
+            weights: get("weights")?,
+        },
+        indices: get("samples")?.as_slice::<u32>().iter().map(|&i| i as usize).collect(),
+    })
+}

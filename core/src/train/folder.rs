@@ -1,0 +1,114 @@
+//! A run's folder: one run, one process, finished when `result.json` is there.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::write_file;
+use crate::recipe::{Overrides, Resolved};
+use crate::{Error, Result};
+
+use super::RunOptions;
+
+/// What a finished run leaves: `result.json`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RunResult {
+    /// Steps done.
+    pub steps: u64,
+    /// Seconds spent in steps, probes not counted.
+    pub seconds: f64,
+    /// Steps whose update was skipped because something was not finite.
+    pub skipped: u64,
+    /// Losses of the last step and final probe scores, by name.
+    pub metrics: BTreeMap<String, f64>,
+}
+
+/// A run's folder, locked while this value lives.
+pub struct RunFolder {
+    path: PathBuf,
+    _lock: File,
+}
+
+#[derive(Serialize)]
+struct RunInfo<'a> {
+    dinolab: &'a str,
+    revision: &'a str,
+    recipe_hash: &'a str,
+    device: &'a str,
+    threads: usize,
+    started_unix: u64,
+}
+
+impl RunFolder {
+    /// Makes the folder, or opens it to go on; writes the resolved recipe before anything else happens.
+    ///
+    /// # Errors
+    /// If the folder cannot be written, another process is in it, it holds a run and `resume` is off, or it holds a run
+    /// of another recipe.
+    pub(super) fn open(resolved: &Resolved, options: &RunOptions) -> Result<Self> {
+        let path = options.out.clone();
+        fs::create_dir_all(&path).map_err(Error::io("create", &path))?;
+        let lock_path = path.join(".lock");
+        let lock = File::create(&lock_path).map_err(Error::io("write in", &path))?;
+        if lock.try_lock().is_err() {
+            let help = "wait for it, or choose another folder with --out";
+            return Err(Error::content(&path, "another process is running in this folder", help));
+        }
+        let recipe_path = path.join("recipe.toml");
+        if recipe_path.exists() {
+            if !options.resume {
+                let help = "continue it with --resume, or choose another folder with --out";
+                return Err(Error::content(&path, "there is a run in this folder already", help));
+            }
+            if Resolved::load(&recipe_path, &Overrides::default())?.hash != resolved.hash {
+                let help = "start it anew in another folder (--out); `dinolab recipe diff` shows what differs";
+                return Err(Error::content(&path, "the run in this folder has another recipe", help));
+            }
+        } else {
+            write_file(&recipe_path, resolved.to_toml().as_bytes())?;
+        }
+        let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        let info = RunInfo {
+            dinolab: env!("CARGO_PKG_VERSION"),
+            revision: &options.revision,
+            recipe_hash: &resolved.hash,
+            device: "cpu",
+            threads: rayon::current_num_threads(),
+            started_unix: since.map_or(0, |d| d.as_secs()),
+        };
+        let info = serde_json::to_string_pretty(&info).expect("plain data");
+        write_file(&path.join("run.json"), info.as_bytes())?;
+        Ok(Self { path, _lock: lock })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The result, if the run is finished.
+    pub(super) fn result(&self) -> Result<Option<RunResult>> {
+        read_result(&self.path)
+    }
+
+    pub(super) fn finish(&self, result: &RunResult) -> Result<()> {
+        let text = serde_json::to_string_pretty(result).expect("plain data");
+        write_file(&self.path.join("result.json"), text.as_bytes())
+    }
+}
+
+/// The result of the run in `path`; `None` if it is not finished.
+///
+/// # Errors
+/// If `result.json` is there but cannot be read.
+pub fn read_result(path: &Path) -> Result<Option<RunResult>> {
+    let file = path.join("result.json");
+    if !file.exists() {
+        return Ok(None);
+    }
+    let text = fs::read_to_string(&file).map_err(Error::io("read", &file))?;
+    let again = "remove this file to finish the run again with --resume";
+    serde_json::from_str(&text).map(Some).map_err(|e| Error::content(&file, e.to_string(), again))
+}

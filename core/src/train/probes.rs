@@ -1,0 +1,44 @@
+//! Running the recipe's probes at their times.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crate::contract::{Dataset, Probe, ProbeContext};
+use crate::recipe::{ProbeEntry, Recipe};
+use crate::step::Learner;
+use crate::Result;
+
+/// The enabled probes, built.
+pub(super) struct Probes {
+    probes: Vec<(String, u64, Box<dyn Probe>)>,
+    train: Arc<dyn Dataset>,
+    test: Arc<dyn Dataset>,
+}
+
+impl Probes {
+    pub(super) fn new(recipe: &Recipe, train: Arc<dyn Dataset>, test: Arc<dyn Dataset>) -> Result<Self> {
+        let enabled = recipe.probes.0.iter().filter(|(_, e)| e.enabled);
+        let build = |(name, entry): (&String, &ProbeEntry)| Ok((name.clone(), entry.every, entry.probe.build(&mut ())?));
+        Ok(Self { probes: enabled.map(build).collect::<Result<_>>()?, train, test })
+    }
+
+    /// Scores of the probes that are due after `done` steps: `probe/<name>/<score>`.
+    pub(super) fn run(&self, learner: &Learner, done: u64, recipe: &Recipe) -> Result<BTreeMap<String, f64>> {
+        let mut scores = BTreeMap::new();
+        let due = |every: u64| done == recipe.steps || (every > 0 && done % every == 0);
+        for (name, _, probe) in self.probes.iter().filter(|(_, every, _)| due(*every)) {
+            let context = ProbeContext {
+                features: &|pixels| learner.teacher_features(pixels),
+                train: self.train.as_ref(),
+                test: self.test.as_ref(),
+                image_size: recipe.crops.global_size,
+                patch_size: learner.model().backbone.patch_size(),
+                normalization: (recipe.crops.mean, recipe.crops.std),
+                seed: recipe.seed,
+            };
+            let found = probe.run(&context)?;
+            scores.extend(found.into_iter().map(|s| (format!("probe/{name}/{}", s.name), s.value)));
+        }
+        Ok(scores)
+    }
+}

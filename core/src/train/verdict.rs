@@ -1,0 +1,65 @@
+//! Naming the known sicknesses of self-supervised training when they show.
+
+use crate::step::{Learner, Report};
+
+/// What was seen so far, and what was said already: each sickness is named once.
+#[derive(Default)]
+pub(super) struct Verdict {
+    measured: usize,
+    best_rank: f64,
+    first_cosine: Option<f64>,
+    at_uniform: usize,
+    said: Vec<&'static str>,
+}
+
+/// Measurements before anything is judged: early features are not yet features.
+const PATIENCE: usize = 5;
+
+impl Verdict {
+    /// Sicknesses that show now and were not named before.
+    pub(super) fn judge(&mut self, step: u64, report: &Report, learner: &Learner) -> Vec<String> {
+        let Some(health) = &report.health else { return Vec::new() };
+        self.measured += 1;
+        self.best_rank = self.best_rank.max(health.effective_rank);
+        let mut found: Vec<(&'static str, String)> = Vec::new();
+
+        let uniform = learner.model().losses.iter().find_map(|l| {
+            let k = l.needs.head.as_ref().map(|(_, head)| head.prototypes)?;
+            let loss = *report.losses.get(&format!("loss/{}", l.name))?;
+            let ln_k = (k as f64).ln();
+            ((loss - ln_k).abs() < 0.01 * ln_k).then(|| (l.name.clone(), loss, k))
+        });
+        self.at_uniform = if uniform.is_some() { self.at_uniform + 1 } else { 0 };
+        if let (Some((name, loss, k)), true) = (uniform, self.at_uniform > PATIENCE) {
+            let text = format!("loss `{name}` has stayed at {loss:.3} = ln {k}: uniform collapse, the teacher says the \
+                same of every image; try a lower teacher temperature, a higher learning rate or a longer warm-up");
+            found.push(("uniform", text));
+        }
+        if self.measured > PATIENCE {
+            if health.feature_std < 0.02 {
+                let text = format!("the CLS feature is nearly constant (standard deviation {:.4}): one-hot collapse; try \
+                    KoLeo, a higher teacher temperature or more EMA momentum", health.feature_std);
+                found.push(("constant", text));
+            }
+            for (name, marginal, _) in health.targets.iter().filter(|(_, marginal, _)| *marginal < 0.05) {
+                let text = format!("targets of `{name}` fall on few prototypes (entropy of their mean is {:.0}% of ln K): \
+                    one-hot collapse; use Sinkhorn-Knopp or a higher teacher temperature", 100.0 * marginal);
+                found.push(("one_hot", text));
+            }
+            if health.effective_rank < 0.25 * self.best_rank {
+                let text = format!("the effective rank of the CLS features fell from {:.1} to {:.1}: dimensional \
+                    collapse; try more KoLeo or a lower learning rate", self.best_rank, health.effective_rank);
+                found.push(("rank", text));
+            }
+            let first = *self.first_cosine.get_or_insert(health.cls_patch_cosine);
+            if health.cls_patch_cosine > 0.5 && health.cls_patch_cosine > first + 0.25 {
+                let text = format!("the cosine between CLS and patches crept up from {first:.2} to {:.2}: dense features \
+                    are losing locality; Gram anchoring is meant for this", health.cls_patch_cosine);
+                found.push(("locality", text));
+            }
+        }
+        found.retain(|(key, _)| !self.said.contains(key));
+        self.said.extend(found.iter().map(|(key, _)| *key));
+        found.into_iter().map(|(_, text)| format!("step {step}: {text}")).collect()
+    }
+}

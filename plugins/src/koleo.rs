@@ -1,0 +1,48 @@
+//! The KoLeo regulariser: class tokens keep their distance from their nearest neighbour.
+
+use dinolab_core::contract::{Loss, LossValue, Needs, Outputs, StepContext};
+use dinolab_core::{plugin, Result, Tensor};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+plugin!(Loss, "koleo", KoLeo);
+
+/// Kozachenko-Leonenko entropy: `-mean log |x_i - x_nn(i)|` over L2-normalised class tokens.
+///
+/// Computed for each global crop apart and summed over them, as the reference does in effect; the gradient reaches the
+/// neighbour too (Sablayrolles et al., arXiv:1806.03198).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct KoLeo {
+    /// Nearest neighbours to keep away from.
+    pub topk: usize,
+    /// Look for neighbours inside consecutive groups of this many images; 0: in the whole batch.
+    pub group_size: usize,
+}
+
+impl Default for KoLeo {
+    fn default() -> Self {
+        Self { topk: 1, group_size: 0 }
+    }
+}
+
+impl Loss for KoLeo {
+    fn needs(&self) -> Needs {
+        Needs { min_batch: self.topk + 1, ..Needs::default() }
+    }
+
+    fn compute(&self, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
+        let group = (self.group_size > 0).then_some(self.group_size);
+        let of_crop = |crop: usize| -> Result<Tensor> {
+            let own = out.student_cls.narrow(crop * out.images, out.images)?;
+            let rows = context.comm.all_gather(&own)?.koleo(self.topk, group)?;
+            rows.narrow(context.comm.rank() * out.images, out.images)?.mean()
+        };
+        let mut loss = of_crop(0)?;
+        for crop in 1..out.globals {
+            loss = loss.add(&of_crop(crop)?)?;
+        }
+        let per_crop = loss.detach().scale(1.0 / out.globals as f64)?;
+        Ok(LossValue { loss, parts: vec![("per_crop", per_crop)] })
+    }
+}

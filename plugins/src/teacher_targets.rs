@@ -1,0 +1,61 @@
+//! How teacher logits become targets: Sinkhorn-Knopp, or softmax after centring. Shared by the losses with a head.
+
+use dinolab_core::contract::{Schedule, StateSpec, StepContext, TeacherBatch};
+use dinolab_core::{Result, Tensor};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// How teacher logits become targets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Centering {
+    /// Equal mass to every prototype over the batch (Caron et al., "SwAV", arXiv:2006.09882; three iterations).
+    #[default]
+    SinkhornKnopp,
+    /// `softmax((logits - centre) / temperature)`, the centre an exponential moving average of the batch mean (Caron et
+    /// al., "DINO", arXiv:2104.14294).
+    Softmax,
+}
+
+/// The keys that the losses with a head share.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Targets<'a> {
+    pub(crate) centering: Centering,
+    pub(crate) iterations: usize,
+    pub(crate) center_momentum: f64,
+    pub(crate) temperature: &'a Schedule,
+}
+
+impl Targets<'_> {
+    /// Softmax centring carries the centre that is used next, and the mean that waits to be folded into it: the
+    /// reference defers the update to the next step.
+    pub(crate) fn state(&self, prototypes: usize) -> Vec<StateSpec> {
+        match self.centering {
+            Centering::SinkhornKnopp => Vec::new(),
+            Centering::Softmax => vec![
+                StateSpec { name: "center", shape: vec![prototypes] },
+                StateSpec { name: "pending_mean", shape: vec![prototypes] },
+            ],
+        }
+    }
+
+    pub(crate) fn compute(&self, teacher: &TeacherBatch<'_>, context: &StepContext<'_>) -> Result<(Tensor, Vec<Tensor>)> {
+        let temperature = context.scalar(self.temperature);
+        match self.centering {
+            Centering::SinkhornKnopp => {
+                let targets = teacher.logits.sinkhorn_knopp(&temperature, self.iterations, context.comm)?;
+                Ok((targets, Vec::new()))
+            }
+            Centering::Softmax => {
+                let [center, pending] = context.state else { unreachable!("declared in `state`") };
+                let m = self.center_momentum;
+                // Both start at zero, so the first step folds nothing in.
+                let center = center.scale(m)?.add(&pending.scale(1.0 - m)?)?;
+                let targets = teacher.logits.centered_softmax(&center, &temperature)?;
+                let rows = context.comm.all_reduce_sum(&teacher.logits.sum_axis(0)?)?;
+                let count = teacher.logits.dim(0) * context.comm.world();
+                Ok((targets, vec![center, rows.scale(1.0 / count as f64)?]))
+            }
+        }
+    }
+}

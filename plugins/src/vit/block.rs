@@ -1,0 +1,202 @@
+//! One pre-norm transformer block: `x + g1 attn(norm1(x))`, then `x + g2 ffn(norm2(x))`.
+
+use dinolab_core::contract::PosTables;
+use dinolab_core::ops::Segment;
+use dinolab_core::params::{Init, ParamBuilder, ParamId, Params};
+use dinolab_core::tensor::scope;
+use dinolab_core::{Result, Tensor};
+
+use super::{Ffn, Norm, VitConfig};
+
+/// Linear layers start normal with this deviation, cut at two units, and without bias.
+const INIT: Init = Init::TruncatedNormal(0.02);
+
+/// A LayerNorm's or RMSNorm's parameters.
+#[derive(Debug)]
+pub(super) struct NormParams {
+    weight: ParamId,
+    bias: Option<ParamId>,
+}
+
+impl NormParams {
+    pub(super) fn declare(p: &mut ParamBuilder, name: &str, config: &VitConfig) -> Self {
+        p.scope(name, |p| Self {
+            weight: p.add("weight", &[config.dim], Init::Ones),
+            bias: (config.norm == Norm::LayerNorm).then(|| p.add("bias", &[config.dim], Init::Zeros)),
+        })
+    }
+
+    pub(super) fn apply(&self, params: &Params<'_>, x: &Tensor, config: &VitConfig) -> Result<Tensor> {
+        let weight = params.get(self.weight);
+        match self.bias {
+            Some(bias) => x.layer_norm(&weight, &params.get(bias), config.norm_eps),
+            None => x.rms_norm(&weight, config.norm_eps),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct LinearParams {
+    weight: ParamId,
+    bias: Option<ParamId>,
+}
+
+impl LinearParams {
+    fn declare(p: &mut ParamBuilder, name: &str, from: usize, to: usize, bias: bool) -> Self {
+        p.scope(name, |p| Self {
+            weight: p.add("weight", &[to, from], INIT),
+            bias: bias.then(|| p.add("bias", &[to], Init::Zeros)),
+        })
+    }
+
+    fn apply(&self, params: &Params<'_>, x: &Tensor) -> Result<Tensor> {
+        x.linear(&params.get(self.weight), self.bias.map(|b| params.get(b)).as_ref())
+    }
+
+    fn apply_gelu(&self, params: &Params<'_>, x: &Tensor) -> Result<Tensor> {
+        x.linear_gelu(&params.get(self.weight), self.bias.map(|b| params.get(b)).as_ref())
+    }
+}
+
+#[derive(Debug)]
+enum FfnParams {
+    Mlp { fc1: LinearParams, fc2: LinearParams },
+    Swiglu { w1: LinearParams, w2: LinearParams, w3: LinearParams },
+}
+
+/// One kind of crop inside the packed tokens, with its position tables.
+pub(super) struct Layer {
+    pub(super) images: usize,
+    pub(super) tokens: usize,
+    pub(super) tables: PosTables,
+}
+
+/// A block's parameters.
+#[derive(Debug)]
+pub(super) struct Block {
+    norm1: NormParams,
+    qkv: LinearParams,
+    proj: LinearParams,
+    scale1: Option<ParamId>,
+    norm2: NormParams,
+    ffn: FfnParams,
+    scale2: Option<ParamId>,
+}
+
+impl Block {
+    pub(super) fn declare(p: &mut ParamBuilder, config: &VitConfig) -> Self {
+        let (dim, hidden) = (config.dim, config.hidden());
+        let scale = |p: &mut ParamBuilder, name: &str| {
+            let init = Init::Constant(config.layer_scale);
+            (config.layer_scale != 0.0).then(|| p.scope(name, |p| p.add("gamma", &[dim], init)))
+        };
+        let norm1 = NormParams::declare(p, "norm1", config);
+        let (qkv, proj) = p.scope("attn", |p| {
+            let qkv = LinearParams::declare(p, "qkv", dim, 3 * dim, config.qkv_bias);
+            (qkv, LinearParams::declare(p, "proj", dim, dim, config.proj_bias))
+        });
+        let scale1 = scale(p, "ls1");
+        let norm2 = NormParams::declare(p, "norm2", config);
+        let linear = |p: &mut ParamBuilder, name, from, to| LinearParams::declare(p, name, from, to, config.ffn_bias);
+        let ffn = p.scope("mlp", |p| match config.ffn {
+            Ffn::Mlp => FfnParams::Mlp { fc1: linear(p, "fc1", dim, hidden), fc2: linear(p, "fc2", hidden, dim) },
+            Ffn::Swiglu => FfnParams::Swiglu {
+                w1: linear(p, "w1", dim, hidden),
+                w2: linear(p, "w2", dim, hidden),
+                w3: linear(p, "w3", hidden, dim),
+            },
+        });
+        Self { norm1, qkv, proj, scale1, norm2, ffn, scale2: scale(p, "ls2") }
+    }
+
+    /// Packed tokens to packed tokens. `kept` (stochastic depth) names, for every kind of crop and both branches, the
+    /// images that go through; their branch is scaled by `B / kept`.
+    pub(super) fn forward(
+        &self,
+        params: &Params<'_>,
+        x: &Tensor,
+        layers: &[Layer],
+        kept: Option<&[[Vec<u32>; 2]]>,
+        config: &VitConfig,
+    ) -> Result<Tensor> {
+        let x = branch(params, x, layers, kept, 0, self.scale1, |x, images| {
+            let _scope = scope::enter("attn");
+            self.attention(params, x, layers, images, config)
+        })?;
+        branch(params, &x, layers, kept, 1, self.scale2, |x, _| {
+            let _scope = scope::enter("mlp");
+            let x = self.norm2.apply(params, x, config)?;
+            match &self.ffn {
+                FfnParams::Mlp { fc1, fc2 } => fc2.apply(params, &fc1.apply_gelu(params, &x)?),
+                FfnParams::Swiglu { w1, w2, w3 } => {
+                    w3.apply(params, &w1.apply(params, &x)?.swiglu(&w2.apply(params, &x)?)?)
+                }
+            }
+        })
+    }
+
+    fn attention(
+        &self,
+        params: &Params<'_>,
+        x: &Tensor,
+        layers: &[Layer],
+        images: &[usize],
+        config: &VitConfig,
+    ) -> Result<Tensor> {
+        let x = self.norm1.apply(params, x, config)?;
+        let mut bias = self.qkv.bias.map(|id| params.get(id));
+        if config.mask_k_bias {
+            bias = bias.map(|b| b.mul(&key_bias_mask(config.dim, params)?)).transpose()?;
+        }
+        let qkv = x.linear(&params.get(self.qkv.weight), bias.as_ref())?;
+        let segments: Vec<Segment> = layers
+            .iter()
+            .zip(images)
+            .map(|(layer, &images)| Segment {
+                images,
+                tokens: layer.tokens,
+                rotary: layer.tables.rotary.clone(),
+                bias: layer.tables.bias.clone(),
+            })
+            .collect();
+        self.proj.apply(params, &qkv.attention(config.heads, &segments)?)
+    }
+}
+
+/// One on queries and values, zero on keys: `[3 D]`.
+fn key_bias_mask(dim: usize, params: &Params<'_>) -> Result<Tensor> {
+    let mask: Vec<f64> = (0..3 * dim).map(|i| if (dim..2 * dim).contains(&i) { 0.0 } else { 1.0 }).collect();
+    Tensor::from_f64(&mask, &[3 * dim], params.dtype())
+}
+
+/// `x + gamma f(x)`, over all images or (stochastic depth) over those kept. `f` is told how many images of each kind it
+/// gets.
+fn branch(
+    params: &Params<'_>,
+    x: &Tensor,
+    layers: &[Layer],
+    kept: Option<&[[Vec<u32>; 2]]>,
+    which: usize,
+    gamma: Option<ParamId>,
+    f: impl FnOnce(&Tensor, &[usize]) -> Result<Tensor>,
+) -> Result<Tensor> {
+    let gamma = gamma.map(|id| params.get(id));
+    let Some(kept) = kept else {
+        let images: Vec<usize> = layers.iter().map(|l| l.images).collect();
+        return x.residual(&f(x, &images)?, gamma.as_ref(), None);
+    };
+    let (mut rows, mut scales, mut start) = (Vec::new(), Vec::new(), 0);
+    for (layer, kept) in layers.iter().zip(kept) {
+        let scale = layer.images as f64 / kept[which].len() as f64;
+        for &image in &kept[which] {
+            let first = (start + image as usize * layer.tokens) as u32;
+            rows.extend(first..first + layer.tokens as u32);
+            scales.extend(std::iter::repeat_n(scale, layer.tokens));
+        }
+        start += layer.images * layer.tokens;
+    }
+    let images: Vec<usize> = kept.iter().map(|k| k[which].len()).collect();
+    let rows = Tensor::from_slice(&rows, &[rows.len()])?;
+    let scales = Tensor::from_f64(&scales, &[scales.len()], x.dtype())?;
+    x.residual(&f(&x.gather_rows(&rows)?, &images)?, gamma.as_ref(), Some((&rows, &scales)))
+}

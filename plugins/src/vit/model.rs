@@ -1,0 +1,317 @@
+//! The forward pass: tokens, blocks, final norms.
+
+
+use dinolab_core::contract::{Backbone, Cost, Crops, Draws, Features, Grid, Mode, PosContext, PosEncoding, PosTables};
+use dinolab_core::params::{Init, ParamBuilder, ParamId, Params};
+use dinolab_core::registry::BackboneContext;
+use dinolab_core::rng::{Rng, Stream};
+use dinolab_core::tensor::scope;
+use dinolab_core::{Error, Result, Tensor};
+
+use super::block::{Block, Layer, NormParams};
+use super::{Ffn, VitConfig};
+
+/// A vision transformer: which parameter is where, and how crops become features.
+#[derive(Debug)]
+pub(crate) struct Vit {
+    config: VitConfig,
+    channels: usize,
+    cls_token: ParamId,
+    register_tokens: Option<ParamId>,
+    mask_token: ParamId,
+    patch_weight: ParamId,
+    patch_bias: ParamId,
+    position: Box<dyn PosEncoding>,
+    blocks: Vec<Block>,
+    norm: NormParams,
+    cls_norm: Option<NormParams>,
+    local_cls_norm: Option<NormParams>,
+}
+
+/// One kind of crop inside the packed tokens.
+struct Kind {
+    images: usize,
+    tokens: usize,
+    grid: Grid,
+    local: bool,
+}
+
+impl Vit {
+    /// Declares all parameters under the reference's names.
+    pub(crate) fn build(config: VitConfig, context: &mut BackboneContext<'_>) -> Result<Box<dyn Backbone>> {
+        check(&config)?;
+        let (dim, channels) = (config.dim, context.channels);
+        let side = context.global_size / config.patch_size;
+        let grid = Grid { height: side, width: side };
+        let mut position = config.pos_encoding.build(&mut ())?;
+        let p: &mut ParamBuilder = context.params;
+        let (cls_token, register_tokens, mask_token, patch_weight, patch_bias, declared) = p.layer(0, |p| {
+            let cls = p.add("cls_token", &[1, 1, dim], Init::Normal(0.02));
+            let registers = (config.registers > 0)
+                .then(|| p.add("storage_tokens", &[1, config.registers, dim], Init::Normal(0.02)));
+            let mask = p.add("mask_token", &[1, dim], Init::Zeros);
+            // PyTorch's default for a convolution: uniform within 1 / sqrt(fan in).
+            let fan_in = channels * config.patch_size * config.patch_size;
+            let init = Init::Uniform(1.0 / (fan_in as f64).sqrt());
+            let (weight, bias) = p.scope("patch_embed.proj", |p| {
+                let shape = [dim, channels, config.patch_size, config.patch_size];
+                (p.add("weight", &shape, init), p.add("bias", &[dim], init))
+            });
+            let context = PosContext { dim, heads: config.heads, grid };
+            let declared = p.scope("pos_encoding", |p| position.declare(p, context));
+            (cls, registers, mask, weight, bias, declared)
+        });
+        declared?;
+        let blocks = (0..config.depth)
+            .map(|i| p.layer(i + 1, |p| p.scope(format!("blocks.{i}"), |p| Block::declare(p, &config))))
+            .collect();
+        let (norm, cls_norm, local_cls_norm) = p.layer(config.depth + 1, |p| {
+            let norm = NormParams::declare(p, "norm", &config);
+            let cls = config.untie_cls_and_patch_norms.then(|| NormParams::declare(p, "cls_norm", &config));
+            let local =
+                config.untie_global_and_local_cls_norm.then(|| NormParams::declare(p, "local_cls_norm", &config));
+            (norm, cls, local)
+        });
+        Ok(Box::new(Self {
+            config,
+            channels,
+            cls_token,
+            register_tokens,
+            mask_token,
+            patch_weight,
+            patch_bias,
+            position,
+            blocks,
+            norm,
+            cls_norm,
+            local_cls_norm,
+        }))
+    }
+
+    /// CLS and register tokens of an image.
+    fn prefix(&self) -> usize {
+        1 + self.config.registers
+    }
+
+    /// Crops to packed tokens `[sum of B * N, D]`: patch embedding, mask token, position, CLS and registers.
+    fn embed(&self, params: &Params<'_>, crops: &[Crops]) -> Result<(Tensor, Vec<Kind>)> {
+        let _scope = scope::enter("patch_embed");
+        let (dim, patch) = (self.config.dim, self.config.patch_size);
+        let weight = params.get(self.patch_weight).reshape(&[dim, self.channels * patch * patch])?;
+        let bias = params.get(self.patch_bias);
+        let cls = params.get(self.cls_token).reshape(&[1, dim])?;
+        let prefix = match self.register_tokens {
+            Some(id) => Tensor::cat(&[&cls, &params.get(id).reshape(&[self.config.registers, dim])?])?,
+            None => cls,
+        };
+        let mut parts = Vec::new();
+        let mut kinds = Vec::new();
+        for crop in crops {
+            let &[images, channels, height, width] = crop.pixels.shape() else {
+                return Err(Error::shape("vit", format!("crops are [B, C, H, W], not {:?}", crop.pixels.shape())));
+            };
+            let grid = Grid { height: height / patch, width: width / patch };
+            if channels != self.channels || grid.patches() == 0 {
+                let problem = format!("{channels} channels of {height}x{width} pixels, patches of {patch} pixels");
+                return Err(Error::shape("vit", problem));
+            }
+            let rows = crop.pixels.patchify(patch)?.cast(params.dtype())?;
+            let mut patches = rows.linear(&weight, Some(&bias))?;
+            let mask_token = params.get(self.mask_token);
+            let mask = crop.masks.as_ref().map(|masks| (&mask_token, masks));
+            let absolute = self.position.absolute(params, grid)?;
+            if absolute.is_some() && mask.is_some() {
+                // The position is added to the mask token as well, so masking comes first.
+                let none = Tensor::zeros(&[0, dim], params.dtype());
+                patches = patches.assemble_tokens(&none, images, mask)?;
+            }
+            let mask = mask.filter(|_| absolute.is_none());
+            if let Some(position) = absolute {
+                let rows: Vec<u32> = (0..patches.dim(0)).map(|row| (row % grid.patches()) as u32).collect();
+                patches = patches.add(&position.gather_rows(&Tensor::from_slice(&rows, &[rows.len()])?)?)?;
+            }
+            parts.push(patches.assemble_tokens(&prefix, images, mask)?);
+            kinds.push(Kind { images, tokens: self.prefix() + grid.patches(), grid, local: crop.local });
+        }
+        Ok((Tensor::cat(&parts.iter().collect::<Vec<_>>())?, kinds))
+    }
+
+    /// Position tables of block `i` for every kind of crop; those without draws are shared between blocks.
+    fn tables(
+        &self,
+        params: &Params<'_>,
+        kinds: &[Kind],
+        block: usize,
+        draws: Option<&Draws>,
+        shared: &mut Vec<Option<PosTables>>,
+    ) -> Result<Vec<PosTables>> {
+        shared.resize(kinds.len(), None);
+        let table = |(k, kind): (usize, &Kind)| {
+            let draw = draws.and_then(|d| d.position.get(block)?.get(k)).filter(|d| !d.is_empty());
+            if let (None, Some(tables)) = (draw, &shared[k]) {
+                return Ok(tables.clone());
+            }
+            let draw = draw.map(Vec::as_slice);
+            let tables = self.position.tables(params, kind.grid, draw, self.config.heads, params.dtype())?;
+            if draw.is_none() {
+                shared[k] = Some(tables.clone());
+            }
+            Ok(tables)
+        };
+        kinds.iter().enumerate().map(table).collect()
+    }
+
+    /// Final norms, and the packed tokens taken apart.
+    fn finish(&self, params: &Params<'_>, x: &Tensor, kinds: &[Kind], train: bool) -> Result<Vec<Features>> {
+        let _scope = scope::enter("norm");
+        let (dim, prefix) = (self.config.dim, self.prefix());
+        let normed = self.norm.apply(params, x, &self.config)?;
+        let mut start = 0;
+        let mut features = Vec::new();
+        for kind in kinds {
+            let rows = kind.images * kind.tokens;
+            let shape = [kind.images, kind.tokens, dim];
+            let prenorm = x.narrow(start, rows)?.reshape(&shape)?;
+            let all = normed.narrow(start, rows)?.reshape(&shape)?;
+            let own = match (&self.local_cls_norm, &self.cls_norm) {
+                (Some(local), _) if train && kind.local => Some(local),
+                (_, cls) => cls.as_ref(),
+            };
+            let head = match own {
+                Some(norm) => norm.apply(params, &prenorm.narrow_axis(1, 0, prefix)?, &self.config)?,
+                None => all.narrow_axis(1, 0, prefix)?,
+            };
+            features.push(Features {
+                cls: head.narrow_axis(1, 0, 1)?.reshape(&[kind.images, dim])?,
+                registers: head.narrow_axis(1, 1, prefix - 1)?,
+                patches: all.narrow_axis(1, prefix, kind.tokens - prefix)?,
+                prenorm,
+                grid: kind.grid,
+            });
+            start += rows;
+        }
+        Ok(features)
+    }
+
+    /// All blocks; `visit(i, tokens)` sees the tokens after block `i`.
+    fn run(
+        &self,
+        params: &Params<'_>,
+        crops: &[Crops],
+        mode: Mode<'_>,
+        mut visit: impl FnMut(usize, &Tensor, &[Kind]) -> Result<()>,
+    ) -> Result<()> {
+        let (mut x, kinds) = self.embed(params, crops)?;
+        let draws = match mode {
+            Mode::Eval => None,
+            Mode::Train(draws) => Some(draws),
+        };
+        let mut shared = Vec::new();
+        for (i, block) in self.blocks.iter().enumerate() {
+            let _scope = scope::enter(format!("blocks.{i}"));
+            let tables = self.tables(params, &kinds, i, draws, &mut shared)?;
+            let layers: Vec<Layer> = kinds
+                .iter()
+                .zip(tables)
+                .map(|(kind, tables)| Layer { images: kind.images, tokens: kind.tokens, tables })
+                .collect();
+            let kept = draws.and_then(|d| d.kept.get(i)).map(Vec::as_slice);
+            x = block.forward(params, &x, &layers, kept, &self.config)?;
+            visit(i, &x, &kinds)?;
+        }
+        Ok(())
+    }
+}
+
+fn check(config: &VitConfig) -> Result<()> {
+    let bad = |problem: String, help: &str| Err(Error::user(format!("backbone: {problem}"), help));
+    if config.dim == 0 || config.depth == 0 || config.patch_size == 0 || config.heads == 0 {
+        return bad("dim, depth, heads and patch_size must be positive".into(), "set them, or choose a preset");
+    }
+    if config.dim % config.heads != 0 {
+        let help = "choose heads that divide dim; DINOv3 uses 64 or 128 numbers a head";
+        return bad(format!("heads = {} does not divide dim = {}", config.heads, config.dim), help);
+    }
+    if !(0.0..1.0).contains(&config.drop_path) {
+        return bad(format!("drop_path = {} is not in [0, 1)", config.drop_path), "the paper's 7B uses 0.4");
+    }
+    if config.hidden() == 0 || config.ffn_align == 0 {
+        return bad("the feed-forward layer has no width".into(), "raise ffn_ratio; ffn_align is at least 1");
+    }
+    Ok(())
+}
+
+impl Backbone for Vit {
+    fn dim(&self) -> usize {
+        self.config.dim
+    }
+
+    fn patch_size(&self) -> usize {
+        self.config.patch_size
+    }
+
+    fn depth(&self) -> usize {
+        self.config.depth
+    }
+
+    fn draw(&self, rng: &dyn Fn(Stream, u64) -> Rng, images: &[usize]) -> Draws {
+        let kinds = images.len() as u64;
+        let index = |block: usize, kind: usize| block as u64 * kinds + kind as u64;
+        let position = (0..self.config.depth).map(|block| {
+            let drawn = if self.position.draws_per_block() { block } else { 0 };
+            let draw = |k| self.position.draw(&mut rng(Stream::Position, index(drawn, k)));
+            (0..images.len()).map(draw).collect()
+        });
+        let kept = (0..self.config.depth).map(|block| {
+            let keep = |(k, &n): (usize, &usize)| {
+                let mut rng = rng(Stream::DropPath, index(block, k));
+                let count = ((n as f64 * (1.0 - self.config.drop_path)) as usize).max(1);
+                [(); 2].map(|()| rng.permutation(n)[..count].to_vec())
+            };
+            images.iter().enumerate().map(keep).collect()
+        });
+        Draws {
+            position: position.collect(),
+            kept: if self.config.drop_path > 0.0 { kept.collect() } else { Vec::new() },
+        }
+    }
+
+    fn forward(&self, params: &Params<'_>, crops: &[Crops], mode: Mode<'_>) -> Result<Vec<Features>> {
+        let mut features = Vec::new();
+        let last = self.config.depth - 1;
+        self.run(params, crops, mode, |i, x, kinds| {
+            if i == last {
+                features = self.finish(params, x, kinds, matches!(mode, Mode::Train(_)))?;
+            }
+            Ok(())
+        })?;
+        Ok(features)
+    }
+
+    fn intermediate(&self, params: &Params<'_>, crops: &Crops, n: usize) -> Result<Vec<Features>> {
+        let mut features = Vec::new();
+        self.run(params, std::slice::from_ref(crops), Mode::Eval, |i, x, kinds| {
+            if i + n >= self.config.depth {
+                features.extend(self.finish(params, x, kinds, false)?);
+            }
+            Ok(())
+        })?;
+        Ok(features)
+    }
+
+    fn cost(&self, crops: &[(usize, Grid)]) -> Cost {
+        let (d, l, h) = (self.config.dim as f64, self.config.depth as f64, self.config.hidden() as f64);
+        let ffn = if self.config.ffn == Ffn::Mlp { 4.0 } else { 6.0 };
+        // Kept for backward, a token and block: two norm inputs, two norm outputs, q k v, attention output, the two
+        // branches, the feed-forward's hidden values before and after its activation; and a row of scores a head.
+        let hidden = if self.config.ffn == Ffn::Mlp { 2.0 } else { 3.0 };
+        let mut cost = Cost::default();
+        for &(count, grid) in crops {
+            let n = (self.prefix() + grid.patches()) as f64;
+            let tokens = count as f64 * n;
+            cost.forward_flops += tokens * l * (8.0 * d * d + ffn * d * h + 4.0 * n * d);
+            cost.activations += tokens * l * (10.0 * d + hidden * h + self.config.heads as f64 * n);
+        }
+        cost
+    }
+}
