@@ -1,1 +1,4 @@
 //! Plugins.
+
+pub mod dataset_image_folder;
+pub mod dataset_scenes;
