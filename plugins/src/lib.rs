@@ -8,6 +8,7 @@
 //! | loss | [`dino`], [`ibot`], [`koleo`], [`gram`] |
 //! | scheduler | [`constant`], [`linear_warmup`], [`linear_warmup_cosine`], [`cosine`], [`step`] |
 //! | teacher policy | [`ema`], [`frozen`], [`gram_anchor`] |
+//! | dataset | [`scenes`], [`image_folder`] |
 //! | probe | [`knn`], [`linear_segmentation`], [`patch_similarity`], [`cls_patch_cosine`] |
 
 // Backbones
@@ -38,6 +39,10 @@ pub mod step;
 pub mod ema;
 pub mod frozen;
 pub mod gram_anchor;
+
+// Datasets
+pub mod image_folder;
+pub mod scenes;
 
 // Probes
 pub mod cls_patch_cosine;
