@@ -1,0 +1,75 @@
+//! The model of a recipe: backbone, losses with their heads, and the layout of all parameters. Nothing is allocated.
+
+use std::sync::Arc;
+
+use crate::contract::{Backbone, Loss, Needs, Schedule};
+use crate::head::Head;
+use crate::params::{Layout, ParamBuilder};
+use crate::recipe::Recipe;
+use crate::registry::{BackboneContext, LossContext};
+use crate::Result;
+
+/// Channels of the images: datasets give RGB.
+pub const CHANNELS: usize = 3;
+/// Global crops an image.
+pub const GLOBALS: usize = 2;
+
+/// What a recipe trains, declared but without weights. A 7B model is declared in microseconds.
+#[derive(Debug)]
+pub struct Declared {
+    /// The model; its parameters are named `backbone.*`.
+    pub backbone: Box<dyn Backbone>,
+    /// The enabled losses by name.
+    pub losses: Vec<DeclaredLoss>,
+    /// All parameters: the backbone, then the heads in the order of the losses.
+    pub layout: Arc<Layout>,
+}
+
+/// An enabled loss.
+#[derive(Debug)]
+pub struct DeclaredLoss {
+    /// Its name in the recipe.
+    pub name: String,
+    /// What it is multiplied by in the total.
+    pub weight: Schedule,
+    /// The loss.
+    pub loss: Box<dyn Loss>,
+    /// What it asks of a step.
+    pub needs: Needs,
+    /// Its projection head, `<name>_head.*`, if it asks for one.
+    pub head: Option<Head>,
+}
+
+/// Builds the backbone and the enabled losses of a recipe and declares their parameters.
+///
+/// # Errors
+/// If a plugin refuses its configuration.
+pub fn declare(recipe: &Recipe) -> Result<Declared> {
+    let mut params = ParamBuilder::new();
+    let global_size = recipe.crops.global_size;
+    let backbone = params.scope("backbone", |params| {
+        recipe.backbone.build(&mut BackboneContext { params, global_size, channels: CHANNELS })
+    })?;
+    let losses = recipe.losses.0.iter().filter(|(_, entry)| entry.enabled);
+    let losses = losses.map(|(name, entry)| {
+        let loss = entry.loss.build(&mut loss_context(recipe, backbone.as_ref()))?;
+        let needs = loss.needs();
+        let head = needs.head.as_ref().map(|(_, config)| {
+            params.scope(format!("{name}_head"), |params| Head::declare(params, backbone.dim(), config))
+        });
+        Ok(DeclaredLoss { name: name.clone(), weight: entry.weight.clone(), loss, needs, head })
+    });
+    let losses = losses.collect::<Result<_>>()?;
+    Ok(Declared { backbone, losses, layout: params.finish() })
+}
+
+/// What the losses of a recipe are built with.
+pub fn loss_context(recipe: &Recipe, backbone: &dyn Backbone) -> LossContext {
+    LossContext {
+        dim: backbone.dim(),
+        images: recipe.batch.size / recipe.batch.micro_batches.max(1),
+        globals: GLOBALS,
+        locals: recipe.crops.local_count,
+        patches: (recipe.crops.global_size / backbone.patch_size()).pow(2),
+    }
+}
