@@ -1,0 +1,205 @@
+//! The schema of recipes, and what it says about one key: type, default, documentation, who reads it.
+
+use figment::value::{Dict, Value};
+use serde_json::Value as Json;
+
+use super::Recipe;
+use crate::contract::Schedule;
+
+/// JSON schema (draft 07) of recipes, all registered plugins included. An editor completes and checks recipes with it.
+pub fn schema() -> Json {
+    let settings = schemars::generate::SchemaSettings::draft07().with(|s| s.inline_subschemas = true);
+    let mut schema = settings.into_generator().into_root_schema_for::<Recipe>().to_value();
+    let extends = "A recipe that this one changes: tables are merged, everything else is replaced. The path is \
+        relative to this file.";
+    if let Some(properties) = schema.get_mut("properties").and_then(Json::as_object_mut) {
+        properties.insert("extends".into(), serde_json::json!({ "type": "string", "description": extends }));
+    }
+    schema
+}
+
+/// What is known about a key.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Key {
+    /// Its type in words: "whole number, 0 or more".
+    pub kind: String,
+    /// Its default, if it has one.
+    pub default: Option<Json>,
+    /// Its documentation.
+    pub doc: Option<String>,
+    /// Who reads it: "backbone plugin `vit`", "optimizer".
+    pub reader: String,
+    /// Whether it is a number that may change over time.
+    pub is_schedule: bool,
+}
+
+/// Answers questions about keys from the schema.
+#[derive(Debug)]
+pub struct Guide {
+    schema: Json,
+}
+
+impl Default for Guide {
+    fn default() -> Self {
+        Self { schema: schema() }
+    }
+}
+
+impl Guide {
+    /// The keys of a recipe that have no default.
+    pub fn required(&self) -> impl Iterator<Item = &str> {
+        self.schema.get("required").and_then(Json::as_array).into_iter().flatten().filter_map(Json::as_str)
+    }
+
+    /// What is known about the dotted `key` in a recipe that says `value` (the plugins that it names decide which keys
+    /// there are); `None` if there is no such key.
+    pub fn key(&self, value: &Dict, key: &str) -> Option<Key> {
+        let mut schema = &self.schema;
+        let mut inside = Some(value);
+        let mut reader = trainer_part(key).to_string();
+        let mut name = "";
+        for part in key.split('.') {
+            schema = table_schema(schema, inside, name);
+            let own = schema.get("x-own").and_then(Json::as_array);
+            if let (Some(kind), Some(plugin)) = (text(schema, "x-kind"), text(schema, "title")) {
+                if part != "plugin" && !own.is_some_and(|own| own.iter().any(|k| k == part)) {
+                    reader = format!("{kind} plugin `{plugin}`");
+                }
+            }
+            let named = schema.get("properties").and_then(|p| p.get(part));
+            schema = named.or_else(|| schema.get("additionalProperties").filter(|s| s.is_object()))?;
+            inside = inside.and_then(|table| table.get(part)).and_then(Value::as_dict);
+            name = part;
+        }
+        Some(Key {
+            kind: kind(schema),
+            default: schema.get("default").cloned(),
+            doc: text(schema, "description").map(|d| d.replace('\n', " ")),
+            reader,
+            is_schedule: schema.get("x-schedule").is_some(),
+        })
+    }
+
+    /// The dotted keys that could stand where `key` does.
+    pub fn siblings(&self, value: &Dict, key: &str) -> Vec<String> {
+        let mut schema = &self.schema;
+        let mut inside = Some(value);
+        let mut path = String::new();
+        let mut name = "";
+        for part in key.split('.') {
+            schema = table_schema(schema, inside, name);
+            let properties = schema.get("properties").and_then(Json::as_object);
+            let Some(next) = properties.and_then(|p| p.get(part)) else {
+                let known = properties.into_iter().flat_map(|p| p.keys());
+                return known.map(|k| format!("{path}{k}")).collect();
+            };
+            schema = next;
+            inside = inside.and_then(|table| table.get(part)).and_then(Value::as_dict);
+            path = format!("{path}{part}.");
+            name = part;
+        }
+        Vec::new()
+    }
+}
+
+/// All numbers of a resolved recipe that may change over time, by dotted key.
+pub fn schedules(resolved: &Json) -> Vec<(String, Schedule)> {
+    let guide = Guide::default();
+    let Ok(Value::Dict(_, root)) = Value::serialize(resolved) else { return Vec::new() };
+    let mut found = Vec::new();
+    let mut todo: Vec<(String, &Value)> = root.iter().map(|(k, v)| (k.clone(), v)).collect();
+    while let Some((path, value)) = todo.pop() {
+        if guide.key(&root, &path).is_some_and(|k| k.is_schedule) {
+            found.extend(value.deserialize::<Schedule>().map(|s| (path, s)));
+        } else if let Some(table) = value.as_dict() {
+            todo.extend(table.iter().map(|(k, v)| (format!("{path}.{k}"), v)));
+        }
+    }
+    found.sort_by(|a, b| a.0.cmp(&b.0));
+    found
+}
+
+fn text<'a>(schema: &'a Json, key: &str) -> Option<&'a str> {
+    schema.get(key).and_then(Json::as_str)
+}
+
+fn alternatives(schema: &Json) -> Vec<&Json> {
+    match ["anyOf", "oneOf"].iter().find_map(|k| schema.get(k)).and_then(Json::as_array) {
+        Some(list) => list.iter().flat_map(alternatives).collect(),
+        None => vec![schema],
+    }
+}
+
+/// Of several alternatives the one for the plugin that the table names; `[losses.x]` names x if it says nothing.
+fn table_schema<'a>(schema: &'a Json, table: Option<&Dict>, name: &str) -> &'a Json {
+    let plugin = table.and_then(|t| t.get("plugin")).and_then(Value::as_str).unwrap_or(name);
+    let all = alternatives(schema);
+    let named = all.iter().find(|s| s.get("x-kind").is_some() && text(s, "title") == Some(plugin));
+    named.or_else(|| all.iter().find(|s| s.get("properties").is_some())).copied().unwrap_or(schema)
+}
+
+/// Which part of the program reads a key that is no plugin's.
+fn trainer_part(key: &str) -> &'static str {
+    match key.split('.').next().unwrap_or_default() {
+        "name" | "seed" | "steps" | "device" | "precision" | "init_from" | "on_non_finite" => "trainer",
+        "crops" => "augmentation",
+        "batch" => "data loader",
+        "masking" => "mask sampler",
+        "optimizer" => "optimizer",
+        "log" => "logger",
+        "checkpoint" => "checkpoints",
+        "extends" => "recipe reader",
+        "losses" => "training step",
+        "probes" => "probe runner",
+        _ => "registry (it chooses the plugin)",
+    }
+}
+
+/// The type of a key in words.
+pub fn kind(schema: &Json) -> String {
+    if schema.get("x-schedule").is_some() {
+        return "number or scheduler".into();
+    }
+    let options = alternatives(schema);
+    if options.len() > 1 {
+        let mut words: Vec<String> = Vec::new();
+        for word in options.into_iter().map(kind).filter(|w| w != "none") {
+            if !words.contains(&word) {
+                words.push(word);
+            }
+        }
+        return words.join(" or ");
+    }
+    let choice = |c: &Json| c.as_str().map_or(c.to_string(), |s| format!("\"{s}\""));
+    if let Some(kind) = text(schema, "x-kind") {
+        return format!("{kind} `{}`", text(schema, "title").unwrap_or_default());
+    }
+    if let Some(only) = schema.get("const") {
+        return choice(only);
+    }
+    if let Some(choices) = schema.get("enum").and_then(Json::as_array) {
+        return choices.iter().map(choice).collect::<Vec<_>>().join(" or ");
+    }
+    let one = |name: &str| match name {
+        "integer" if schema.get("minimum").and_then(Json::as_f64) == Some(0.0) => "whole number, 0 or more".to_string(),
+        "integer" => "whole number".into(),
+        "string" => "text".into(),
+        "boolean" => "true or false".into(),
+        "array" => match (schema.get("maxItems"), schema.get("items")) {
+            (Some(n), Some(items)) => format!("list of {n} ({})", kind(items)),
+            (None, Some(items)) => format!("list ({})", kind(items)),
+            _ => "list".into(),
+        },
+        "object" => "table".into(),
+        "null" => "none".into(),
+        other => other.into(),
+    };
+    match schema.get("type") {
+        Some(Json::String(name)) => one(name),
+        Some(Json::Array(names)) => {
+            let names = names.iter().filter_map(Json::as_str).filter(|n| *n != "null").map(one);
+            names.collect::<Vec<_>>().join(" or ")
+        }
+        _ => "anything".into(),
+    }
+}

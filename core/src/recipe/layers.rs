@@ -1,0 +1,370 @@
+//! Layers of a recipe: `extends` chain < file < environment < `--set` < overrides of a suite, merged into one value
+//! that remembers where every key came from.
+//!
+//! Tables are merged key by key; everything else (lists too) is replaced. A layer that gives a table another `plugin`
+//! drops the keys of the plugin below, which the new one may not know.
+//!
+//! `extends` is relative to the file that says it. Every other path in a recipe is relative to the working directory,
+//! so that a recipe means the same wherever its file lies.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use figment::providers::{Env, Format, Toml};
+use figment::value::{Dict, Value};
+use figment::Provider;
+
+use super::entries::{Entry, LossEntry, ProbeEntry};
+use super::problem::{nearest, Origin, Problem, SourceFile};
+use super::resolved::Resolved;
+use crate::Result;
+
+/// Variables of this prefix set keys: `DINOLAB_LOSSES__GRAM__WEIGHT=2`.
+pub const ENV_PREFIX: &str = "DINOLAB_";
+
+/// What overrides a file.
+#[derive(Clone, Debug, Default)]
+pub struct Overrides {
+    /// `a.b=c`, as typed after `--set`; the value is TOML, or a bare word that is taken as text.
+    pub sets: Vec<String>,
+    /// Whether `DINOLAB_...` variables count.
+    pub env: bool,
+}
+
+/// A recipe as written: layers merged, nothing checked, no defaults.
+#[derive(Clone, Debug)]
+pub struct RawRecipe {
+    value: Dict,
+    /// Where every key (tables too) was set last, by dotted path.
+    origins: BTreeMap<String, Origin>,
+    path: PathBuf,
+    /// What the file itself inherits from.
+    base: Option<Box<RawRecipe>>,
+    warnings: Vec<Problem>,
+}
+
+impl RawRecipe {
+    /// Reads a file and what it extends. A folder is a run: its `recipe.toml` is read.
+    ///
+    /// # Errors
+    /// If a file is missing, is not TOML, or extends itself.
+    pub fn load(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let file = if path.is_dir() { path.join("recipe.toml") } else { path.to_path_buf() };
+        let text = std::fs::read_to_string(&file).map_err(|e| cannot_read(path, &file, &e))?;
+        Self::parse(file, text, &mut Vec::new())
+    }
+
+    /// Reads TOML text; `extends` is relative to the working directory.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn from_text(text: &str) -> Result<Self> {
+        Self::parse("recipe.toml".into(), text.into(), &mut Vec::new())
+    }
+
+    fn parse(path: PathBuf, text: String, chain: &mut Vec<PathBuf>) -> Result<Self> {
+        chain.push(path.canonicalize().unwrap_or_else(|_| path.clone()));
+        let source = Arc::new(SourceFile { path, text });
+        let origins = spans(&source)?;
+        let origin = |key: &str| origins.get(key).cloned().unwrap_or(Origin::Default);
+        // toml_edit has accepted the text already; what figment may still refuse has no place of its own.
+        let profiles = Toml::string(&source.text).data().map_err(|e| Problem::error("", e.to_string()))?;
+        let mut value: Dict = profiles.into_values().next().unwrap_or_default();
+        let base = match value.remove("extends") {
+            None => None,
+            Some(Value::String(_, base)) => {
+                let file = source.path.parent().unwrap_or(Path::new("")).join(base);
+                let wrong = |m: String| Problem::error("extends", m).at(origin("extends"));
+                let text = std::fs::read_to_string(&file)
+                    .map_err(|e| wrong(format!("cannot read {}: {e}", file.display())).help(look_alike(&file)))?;
+                if file.canonicalize().is_ok_and(|f| chain.contains(&f)) {
+                    let m = format!("{} extends itself", file.display());
+                    return Err(wrong(m).help("remove one `extends` of the circle").into());
+                }
+                Some(Self::parse(file, text, chain)?)
+            }
+            Some(_) => {
+                let wrong = Problem::error("extends", "expected the path of one recipe, in quotes");
+                return Err(wrong.at(origin("extends")).into());
+            }
+        };
+        let mut raw = base.clone().unwrap_or_else(|| Self {
+            value: Dict::new(),
+            origins: BTreeMap::new(),
+            path: PathBuf::new(),
+            base: None,
+            warnings: Vec::new(),
+        });
+        raw.path = source.path.clone();
+        raw.base = base.map(Box::new);
+        raw.merge(value, &origin);
+        Ok(raw)
+    }
+
+    /// With the environment and `--set` on top.
+    ///
+    /// # Errors
+    /// If a `--set` is not `key=value`.
+    pub fn with(self, overrides: &Overrides) -> Result<Self> {
+        let vars: Vec<(String, String)> = match overrides.env {
+            true => Env::prefixed(ENV_PREFIX).split("__").iter().map(|(k, v)| (k.as_str().into(), v)).collect(),
+            false => Vec::new(),
+        };
+        self.with_env(vars)?.with_sets(&overrides.sets)
+    }
+
+    /// Variables as (dotted key, text).
+    fn with_env(mut self, vars: Vec<(String, String)>) -> Result<Self> {
+        for (key, text) in vars {
+            let origin = Origin::Env(format!("{ENV_PREFIX}{}", key.to_uppercase().replace('.', "__")));
+            let value = parse_value(&text).map_err(|m| Problem::error(&key, m).at(origin.clone()))?;
+            self.set(&key, value, origin)?;
+        }
+        Ok(self)
+    }
+
+    fn with_sets(mut self, sets: &[String]) -> Result<Self> {
+        for text in sets {
+            let origin = Origin::Set(text.clone());
+            let Some((key, value)) = text.split_once('=') else {
+                let wrong = Problem::error("", "expected `key=value`").at(origin);
+                return Err(wrong.help("for example --set optimizer.lr=1e-3").into());
+            };
+            let value = parse_value(value).map_err(|m| Problem::error(key, m).at(origin.clone()))?;
+            self.set(key.trim(), value, origin)?;
+        }
+        Ok(self)
+    }
+
+    /// With these (dotted key, value) pairs on top: an arm of a suite. `by` names it in messages: "arm `gram_off`".
+    ///
+    /// # Errors
+    /// If a key is empty.
+    pub fn with_overrides<'a>(
+        mut self,
+        by: &str,
+        pairs: impl IntoIterator<Item = (&'a str, &'a toml::Value)>,
+    ) -> Result<Self> {
+        for (key, value) in pairs {
+            let origin = Origin::Override(by.to_string());
+            let value = Value::serialize(value).map_err(|e| Problem::error(key, e.to_string()).at(origin.clone()))?;
+            self.set(key, value, origin)?;
+        }
+        Ok(self)
+    }
+
+    fn set(&mut self, key: &str, value: Value, origin: Origin) -> Result<()> {
+        if key.is_empty() || key.split('.').any(str::is_empty) {
+            let wrong = Problem::error("", format!("`{key}` is not a dotted key")).at(origin);
+            return Err(wrong.help("for example losses.gram.weight").into());
+        }
+        if let (Some(old), Origin::Env(_) | Origin::Set(_)) = (self.get(key), &origin) {
+            if same(old, &value) {
+                let warning = Problem::warning(key, "changes nothing: the recipe says the same already");
+                self.warnings.push(warning.at(origin.clone()));
+            }
+        }
+        let nest = |value, part: &str| Value::from(Dict::from([(part.to_string(), value)]));
+        let Value::Dict(_, layer) = key.rsplit('.').fold(value, nest) else {
+            unreachable!("a dotted key has at least one part")
+        };
+        self.merge(layer, &|_| origin.clone());
+        Ok(())
+    }
+
+    fn merge(&mut self, layer: Dict, origin: &dyn Fn(&str) -> Origin) {
+        merge(&mut self.value, layer, "", &mut self.origins, origin);
+    }
+
+    /// Checks everything and fills in the defaults.
+    ///
+    /// # Errors
+    /// All that is wrong with the recipe, together.
+    pub fn resolve(self) -> Result<Resolved> {
+        Resolved::of(self)
+    }
+
+    /// The file that was read.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The recipe that the file extends, alone.
+    pub fn base(&self) -> Option<&RawRecipe> {
+        self.base.as_deref()
+    }
+
+    /// What was written, merged.
+    pub fn value(&self) -> &Dict {
+        &self.value
+    }
+
+    /// The value of a dotted key, if some layer gave one.
+    pub fn get(&self, key: &str) -> Option<&Value> {
+        let (first, rest) = key.split_once('.').unwrap_or((key, ""));
+        let value = self.value.get(first)?;
+        if rest.is_empty() {
+            Some(value)
+        } else {
+            value.find_ref(rest)
+        }
+    }
+
+    /// Where a dotted key was set: itself, or else the nearest table around it.
+    pub fn origin(&self, key: &str) -> Origin {
+        let mut key = key;
+        loop {
+            if let Some(origin) = self.origins.get(key) {
+                return origin.clone();
+            }
+            let Some((table, _)) = key.rsplit_once('.') else { return Origin::Default };
+            key = table;
+        }
+    }
+
+    /// Where exactly this key was set: [`Origin::Default`] if nobody set it.
+    pub fn set_by(&self, key: &str) -> Origin {
+        self.origins.get(key).cloned().unwrap_or(Origin::Default)
+    }
+
+    /// Overrides that change nothing.
+    pub(super) fn warnings(&self) -> &[Problem] {
+        &self.warnings
+    }
+}
+
+fn join(path: &str, key: &str) -> String {
+    if path.is_empty() {
+        key.to_string()
+    } else {
+        format!("{path}.{key}")
+    }
+}
+
+fn merge(
+    lower: &mut Dict,
+    upper: Dict,
+    path: &str,
+    origins: &mut BTreeMap<String, Origin>,
+    origin: &dyn Fn(&str) -> Origin,
+) {
+    let forget = |origins: &mut BTreeMap<String, Origin>, path: &str| {
+        let inside = format!("{path}.");
+        origins.retain(|k, _| k != path && !k.starts_with(&inside));
+    };
+    if switches_plugin(path, lower, &upper) {
+        let own = own_keys(path);
+        lower.retain(|key, _| {
+            own.contains(&key.as_str()) || {
+                forget(origins, &join(path, key));
+                false
+            }
+        });
+    }
+    for (key, value) in upper {
+        let path = join(path, &key);
+        match (lower.get_mut(&key), value) {
+            (Some(Value::Dict(_, table)), Value::Dict(_, upper)) => merge(table, upper, &path, origins, origin),
+            (_, Value::Dict(tag, upper)) => {
+                forget(origins, &path);
+                let mut table = Dict::new();
+                merge(&mut table, upper, &path, origins, origin);
+                lower.insert(key, Value::Dict(tag, table));
+            }
+            (_, value) => {
+                forget(origins, &path);
+                lower.insert(key, value);
+            }
+        }
+        origins.insert(path.clone(), origin(&path));
+    }
+}
+
+/// Keys of a plugin table that are the recipe's, not the plugin's.
+fn own_keys(path: &str) -> &'static [&'static str] {
+    match path.split_once('.') {
+        Some(("losses", name)) if !name.contains('.') => LossEntry::OWN,
+        Some(("probes", name)) if !name.contains('.') => ProbeEntry::OWN,
+        _ => &[],
+    }
+}
+
+fn switches_plugin(path: &str, lower: &Dict, upper: &Dict) -> bool {
+    // The plugin of `[losses.x]` and `[probes.x]` is x unless another is named.
+    let default = if own_keys(path).is_empty() { None } else { path.split_once('.').map(|(_, name)| name) };
+    let below = lower.get("plugin").and_then(Value::as_str).or(if lower.is_empty() { None } else { default });
+    matches!((below, upper.get("plugin").and_then(Value::as_str)), (Some(below), Some(above)) if below != above)
+}
+
+fn same(a: &Value, b: &Value) -> bool {
+    match (a.to_num(), b.to_num()) {
+        (Some(a), Some(b)) => a.to_actual() == b.to_actual(),
+        (None, None) => a == b,
+        _ => false,
+    }
+}
+
+/// TOML, or a bare word taken as text.
+fn parse_value(text: &str) -> Result<Value, String> {
+    let text = text.trim();
+    match format!("value = {text}").parse::<toml::Table>() {
+        Ok(table) if table.len() == 1 => Value::serialize(&table["value"]).map_err(|e| e.to_string()),
+        Err(e) if text.starts_with(['[', '{', '"', '\'']) => Err(format!("`{text}` is not TOML: {}", e.message())),
+        _ => Ok(Value::from(text)),
+    }
+}
+
+/// Where every key of a file is.
+fn spans(source: &Arc<SourceFile>) -> Result<BTreeMap<String, Origin>> {
+    let at = |key: std::ops::Range<usize>, value| Origin::File { source: source.clone(), key, value };
+    let document = toml_edit::Document::parse(source.text.as_str()).map_err(|e| {
+        let span = e.span().unwrap_or(0..0);
+        Problem::error("", e.message().trim().replace('\n', "; ")).at(at(span.clone(), span))
+    })?;
+    let mut found = BTreeMap::new();
+    let mut tables: Vec<(String, &dyn toml_edit::TableLike)> = vec![(String::new(), document.as_table())];
+    while let Some((path, table)) = tables.pop() {
+        for (name, item) in table.iter() {
+            let key = table.key(name).and_then(toml_edit::Key::span).unwrap_or(0..0);
+            // The span of a table is its header, or everything between braces: the key says more.
+            let value = item.as_value().filter(|v| !v.is_inline_table()).and_then(toml_edit::Value::span);
+            let origin = at(key.clone(), value.unwrap_or(key));
+            let path = join(&path, name);
+            if name.contains('.') || name.is_empty() {
+                return Err(Problem::error(path, "a name cannot be empty or contain a dot").at(origin).into());
+            }
+            if let Some(table) = item.as_table_like() {
+                tables.push((path.clone(), table));
+            }
+            found.insert(path, origin);
+        }
+    }
+    Ok(found)
+}
+
+fn cannot_read(given: &Path, file: &Path, error: &std::io::Error) -> Problem {
+    if given.is_dir() {
+        let message = format!("{} is a folder without a recipe.toml", given.display());
+        return Problem::error("", message).help("give a recipe, or the folder of a run");
+    }
+    Problem::error("", format!("cannot read {}: {error}", file.display())).help(look_alike(file))
+}
+
+/// Names a recipe in the same folder that may have been meant.
+fn look_alike(file: &Path) -> String {
+    let folder = file.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut names: Vec<String> = entries.filter_map(|e| e.file_name().into_string().ok()).collect();
+    names.retain(|n| n.ends_with(".toml"));
+    let name = file.file_name().unwrap_or_default().to_string_lossy();
+    match nearest(&name, names.iter().map(String::as_str)) {
+        Some(near) => format!("did you mean {}?", file.with_file_name(near).display()),
+        None => format!("there are {} TOML files in {}", names.len(), folder.display()),
+    }
+}
+
+#[cfg(test)]
+#[path = "layers_tests.rs"]
+mod tests;

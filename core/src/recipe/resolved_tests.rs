@@ -1,0 +1,201 @@
+use super::*;
+use crate::contract::At;
+use crate::recipe::test_plugins::{with, RECIPE};
+
+fn refused(text: &str) -> String {
+    Resolved::from_text(text).unwrap_err().to_string()
+}
+
+/// `RECIPE` has 9 lines, so `more` begins at line 10, inside `[losses.test_cls]`.
+fn refused_with(more: &str) -> String {
+    refused(&with(more))
+}
+
+fn set(text: &str) -> Result<Resolved> {
+    let overrides = Overrides { sets: vec![text.into()], env: false };
+    RawRecipe::from_text(RECIPE).unwrap().with(&overrides).unwrap().resolve()
+}
+
+#[test]
+fn every_default_is_filled_in() {
+    let resolved = Resolved::from_text(RECIPE).unwrap();
+    assert_eq!(resolved.value["backbone"]["pos_encoding"]["rescale"], 2.0);
+    assert_eq!(resolved.value["losses"]["test_cls"]["weight"], 1.0);
+    assert_eq!(resolved.value["crops"]["mean"], serde_json::json!([0.485, 0.456, 0.406]));
+    assert_eq!(resolved.recipe.optimizer.lr.at(At { step: 0, total: 100 }), 1e-3);
+}
+
+#[test]
+fn saved_toml_loads_to_the_same_recipe() {
+    let text = with(
+        "weight = { plugin = \"test_ramp\", to = 2 }\nhead = { prototypes = 16 }\n\
+         [losses.gram_a]\nplugin = \"test_gram\"\nenabled = false\n\
+         [on_non_finite]\nskip = 3\n[optimizer]\neps = 1e-12\n[probes.test_knn]\nevery = 10\n",
+    );
+    let first = Resolved::from_text(&format!("init_from = \"runs/a \\\"b\\\"\"\n{text}")).unwrap();
+    let saved = first.to_toml();
+    let second = Resolved::from_text(&saved).unwrap();
+    assert_eq!(first.recipe, second.recipe);
+    assert_eq!(first.hash, second.hash);
+    assert!(saved.contains("\nsteps = 100                              # recipe.toml:3\n"), "{saved}");
+    assert!(saved.contains("\neps = 1e-12"), "{saved}");
+    assert!(saved.contains("\n[losses.test_cls.weight]\n"), "{saved}");
+}
+
+#[test]
+fn the_hash_is_that_of_everything_but_the_name() {
+    let hash = |set_: &str| set(set_).unwrap().hash;
+    assert_eq!(hash("name=other"), hash("steps=100"));
+    assert_ne!(hash("seed=1"), hash("seed=2"));
+}
+
+#[test]
+fn a_misspelt_key_at_the_top_names_its_neighbour() {
+    let expected =
+        "recipe.toml:1:1: stpes: unknown key\n    1 | stpes = 1\n      | ^^^^^\n  help: did you mean `steps`?";
+    let message = refused(&format!("stpes = 1\n{RECIPE}"));
+    assert!(message.starts_with(expected), "{message}");
+}
+
+#[test]
+fn a_misspelt_key_of_a_plugin_names_all_keys() {
+    assert_eq!(
+        refused_with("temprature = 1"),
+        "recipe.toml:10:1: losses.test_cls.temprature: unknown key\n   10 | temprature = 1\n      | ^^^^^^^^^^\n  \
+         help: did you mean `temperature`? known: enabled, head, plugin, temperature, weight"
+    );
+    assert!(refused_with("enabeld = false").contains("did you mean `enabled`?"));
+}
+
+#[test]
+fn a_misspelt_key_of_a_nested_scheduler_has_its_whole_path() {
+    assert_eq!(
+        refused_with("temperature = { plugin = \"test_ramp\", form = 1 }"),
+        "recipe.toml:10:39: losses.test_cls.temperature.form: unknown key\n   \
+         10 | temperature = { plugin = \"test_ramp\", form = 1 }\n      |                                       ^^^^\n  \
+         help: did you mean `from`? known: from, plugin, to"
+    );
+    let weight = refused_with("weight = { plugin = \"test_rmap\" }");
+    assert!(weight.starts_with("recipe.toml:10:21: losses.test_cls.weight.plugin: there is no scheduler"), "{weight}");
+    assert!(weight.contains("did you mean `test_ramp`?"), "{weight}");
+}
+
+#[test]
+fn a_misspelt_key_of_a_nested_plugin_has_its_whole_path() {
+    let message = refused_with("[backbone.pos_encoding]\nplugin = \"test_box\"\nrescle = 1");
+    assert!(message.starts_with("recipe.toml:12:1: backbone.pos_encoding.rescle: unknown key"), "{message}");
+    assert!(message.ends_with("did you mean `rescale`? known: plugin, rescale"), "{message}");
+}
+
+#[test]
+fn misspelt_overrides_name_the_override() {
+    let message = set("losses.test_cls.wieght=2").unwrap_err().to_string();
+    let expected =
+        "--set losses.test_cls.wieght=2: losses.test_cls.wieght: unknown key\n  help: did you mean `weight`?";
+    assert!(message.starts_with(expected), "{message}");
+}
+
+#[test]
+fn wrong_types_are_told_in_words() {
+    let cases = [
+        (
+            "weight = \"abc\"",
+            "losses.test_cls.weight: expected a number, or a table that names a scheduler, found the text \"abc\"",
+        ),
+        ("enabled = 1", "losses.test_cls.enabled: expected `true` or `false`, found `1`"),
+        ("[crops]\nlocal_count = -1", "crops.local_count: expected a whole number, 0 or more, found `-1`"),
+        ("[crops]\nlocal_count = 1.5", "crops.local_count: expected a whole number, 0 or more, found `1.5`"),
+        ("[crops]\nglobal_scale = [0.5]", "crops.global_scale: expected a list of 2 values, found 1 of them"),
+        ("[crops]\nglobal_scale = [0.5, \"x\"]", "crops.global_scale.1: expected a number, found the text \"x\""),
+        ("weight = {}", "losses.test_cls.weight.plugin: missing key"),
+        ("[optimizer]\nclip_grad = inf", "optimizer.clip_grad: expected a finite number"),
+        ("[batch]\nsize = []", "batch.size: expected a whole number, 0 or more, found a list"),
+    ];
+    for (more, expected) in cases {
+        let message = refused_with(more);
+        let (place, rest) = message.split_once(": ").unwrap();
+        assert!(place.starts_with("recipe.toml:1"), "{message}");
+        assert!(rest.starts_with(expected), "{message}");
+    }
+}
+
+#[test]
+fn choices_are_listed_and_cannot_be_numbers() {
+    let message = refused(&format!("device = \"gpu\"\n{RECIPE}"));
+    assert!(message.starts_with("recipe.toml:1:10: device: `gpu` is not one of the choices"), "{message}");
+    assert!(message.ends_with("known: auto, cpu"), "{message}");
+    let message = refused(&format!("device = 1\n{RECIPE}"));
+    assert!(message.contains("device: expected one of the choices"), "{message}");
+}
+
+#[test]
+fn a_key_that_nothing_read_is_an_error() {
+    let message = refused_with("[losses.test_careless]\nnumber = 1\nnmuber = 2");
+    assert!(message.starts_with("recipe.toml:12:1: losses.test_careless.nmuber: nothing reads this key"), "{message}");
+}
+
+#[test]
+fn several_problems_come_together_in_the_order_of_the_file() {
+    let message = refused(
+        "steps = \"many\"\nbatchsize = 3\n[backbone]\nplugin = \"test_matrx\"\n[data]\nplugin = \"test_greys\"\ncuont = 1\n\
+         [losses.a]\n",
+    );
+    let starts: Vec<&str> = message.lines().filter(|l| l.contains(": ") && !l.starts_with(' ')).collect();
+    assert_eq!(
+        starts,
+        [
+            "name: missing in recipe.toml",
+            "teacher: missing in recipe.toml",
+            "recipe.toml:1:9: steps: expected a whole number, 0 or more, found the text \"many\"",
+            "recipe.toml:2:1: batchsize: unknown key",
+            "recipe.toml:4:10: backbone.plugin: there is no backbone plugin `test_matrx`",
+            "recipe.toml:7:1: data.cuont: unknown key",
+            "recipe.toml:8:9: losses.a.plugin: there is no loss plugin `a`",
+        ],
+        "{message}"
+    );
+}
+
+#[test]
+fn impossible_combinations_name_key_and_remedy() {
+    let cases = [
+        ("[crops]\nglobal_size = 100", "recipe.toml:11:15: crops.global_size: 100 pixels are not a whole number of patches of 16", "use 96 or 112"),
+        ("[crops]\nlocal_size = 8", "recipe.toml:11:14: crops.local_size: a crop of 8 pixels is smaller than a patch of 16", "use at least 16"),
+        ("[batch]\nsize = 6\nmicro_batches = 4", "recipe.toml:12:17: batch.micro_batches: 6 images cannot be split into 4 equal parts", "use one of 1, 2, 3, 6"),
+        ("[losses.test_gram]", "recipe.toml:10:9: losses.test_gram: this loss compares with a Gram teacher, and the recipe has none", "[gram_teacher]"),
+        ("[batch]\nsize = 2\nmicro_batches = 2\n[losses.test_spread]", "recipe.toml:13:9: losses.test_spread: needs at least 2 images of a micro-batch; there is 1", "raise batch.size"),
+        ("[losses.test_masked]\n[masking]\nprobability = 0", "recipe.toml:12:15: masking.probability: no patch is ever masked", "losses.test_masked.enabled = false"),
+        ("[masking]\nprobability = 1.5", "recipe.toml:11:15: masking.probability: a share is between 0 and 1, not 1.5", ""),
+        ("[masking]\nratio = [0.5, 0.1]", "recipe.toml:11:9: masking.ratio: has to be [least, most]", ""),
+        ("[crops]\nlocal_scale = [0.0, 0.1]", "recipe.toml:11:15: crops.local_scale: has to be [least, most] with 0 < least", ""),
+        ("enabled = false", "recipe.toml:9:2: losses: no loss is enabled", "losses.test_cls.enabled = true"),
+        ("[backbone.pos_encoding]\nplugin = \"test_box\"\n[gram_teacher]\nplugin = \"test_slow\"\ncrop_size = 40\n[losses.test_gram]", "recipe.toml:14:13: gram_teacher.crop_size: 40 pixels", "use 32 or 48"),
+        ("weight = { plugin = \"test_ramp\", to = nan }", "recipe.toml:10:39: losses.test_cls.weight.to: expected a finite number", ""),
+        ("head = { prototypes = 1 }", "recipe.toml:9:9: losses.test_cls: a head needs at least", ""),
+        ("[optimizer]\nlr = { plugin = \"test_ramp\", to = -1 }", "recipe.toml:11:1: optimizer.lr: is -0.25 at step 25", ""),
+    ];
+    for (more, expected, help) in cases {
+        let message = refused_with(more);
+        assert!(message.starts_with(expected) && message.contains(help), "{message}");
+    }
+    let heads = set("backbone.heads=3").unwrap_err().to_string();
+    assert_eq!(heads.lines().next(), Some("recipe.toml:3:2: backbone: width 8 is not 3 equal heads"));
+    let steps = set("steps=0").unwrap_err().to_string();
+    assert_eq!(steps, "--set steps=0: steps: has to be at least 1");
+}
+
+#[test]
+fn an_unused_gram_teacher_is_a_warning() {
+    let resolved = Resolved::from_text(&with("[gram_teacher]\nplugin = \"test_slow\"")).unwrap();
+    let warning = resolved.warnings[0].to_string();
+    assert!(warning.starts_with("recipe.toml:10:2: gram_teacher: no enabled loss uses a Gram teacher"), "{warning}");
+}
+
+#[test]
+fn a_probe_that_needs_labels_refuses_data_without() {
+    let resolved = Resolved::from_text(&with("[probes.test_knn]")).unwrap();
+    let data = resolved.recipe.data.build(&mut crate::registry::DataContext { seed: 0 }).unwrap();
+    let message = resolved.check_data(data.as_ref()).unwrap_err().to_string();
+    assert!(message.starts_with("recipe.toml:10:9: probes.test_knn: needs image labels"), "{message}");
+    assert!(message.contains("set probes.test_knn.enabled = false"), "{message}");
+}

@@ -1,0 +1,222 @@
+//! Small plugins that the tests of this module name in recipes.
+
+use serde::{Deserialize, Serialize};
+
+use crate::contract::*;
+use crate::head::HeadConfig;
+use crate::params::{Init, Params};
+use crate::registry::{BackboneContext, Chosen};
+use crate::{plugin, Error, Result, Tensor};
+
+macro_rules! config {
+    ($(#[$meta:meta])* $name:ident { $($(#[$field_meta:meta])* $field:ident: $type:ty = $default:expr,)* }) => {
+        $(#[$meta])*
+        #[derive(Debug, Clone, Serialize, Deserialize, schemars::JsonSchema)]
+        #[serde(deny_unknown_fields, default)]
+        pub(super) struct $name { $($(#[$field_meta])* $field: $type,)* }
+        impl Default for $name {
+            fn default() -> Self { Self { $($field: $default,)* } }
+        }
+    };
+}
+
+config! {
+    /// A line from one number to another.
+    Ramp {
+        /// Value at step 0.
+        from: f64 = 0.0,
+        /// Value at the end.
+        to: f64 = 1.0,
+    }
+}
+impl Scheduler for Ramp {
+    fn value(&self, at: At) -> f64 {
+        self.from + (self.to - self.from) * at.step as f64 / at.total as f64
+    }
+}
+plugin!(Scheduler, "test_ramp", Ramp);
+
+config! {
+    /// Coordinates in a box.
+    Box_ {
+        /// Largest factor of a random rescale.
+        rescale: f64 = 2.0,
+    }
+}
+impl PosEncoding for Box_ {}
+plugin!(PosEncoding, "test_box", Box_);
+
+config! {
+    /// One matrix.
+    Matrix {
+        /// Width.
+        dim: usize = 8,
+        /// Attention heads.
+        heads: usize = 2,
+        /// Side of a patch in pixels.
+        patch_size: usize = 16,
+        /// Where patches are.
+        pos_encoding: Chosen<dyn PosEncoding> =
+            Chosen::from_value(&figment::value::Dict::new().into(), Some("test_box")).expect("all keys have defaults"),
+    }
+}
+impl Matrix {
+    fn build(self, context: &mut BackboneContext<'_>) -> Result<Box<dyn Backbone>> {
+        if !self.dim.is_multiple_of(self.heads) {
+            return Err(Error::user(format!("width {} is not {} equal heads", self.dim, self.heads), "change heads"));
+        }
+        context.params.add("weight", &[self.dim, 3 * self.patch_size * self.patch_size], Init::Zeros);
+        Ok(Box::new(self))
+    }
+}
+impl Backbone for Matrix {
+    fn dim(&self) -> usize {
+        self.dim
+    }
+    fn patch_size(&self) -> usize {
+        self.patch_size
+    }
+    fn forward(&self, _: &Params<'_>, _: &[Crops], _: Mode<'_>) -> Result<Vec<Features>> {
+        Ok(Vec::new())
+    }
+    /// One operation and one kept number a patch.
+    fn cost(&self, crops: &[(usize, Grid)]) -> Cost {
+        let patches = crops.iter().map(|(n, grid)| (n * grid.patches()) as f64).sum();
+        Cost { forward_flops: patches, activations: patches }
+    }
+}
+plugin!(Backbone, "test_matrix", Matrix, Matrix::build);
+
+macro_rules! loss {
+    ($config:ident, $name:literal, $needs:expr) => {
+        impl Loss for $config {
+            fn needs(&self) -> Needs {
+                ($needs)(self)
+            }
+            fn compute(&self, _: &Outputs<'_>, c: &StepContext<'_>) -> Result<LossValue> {
+                Ok(LossValue::of(Tensor::scalar(0.0, c.dtype)))
+            }
+        }
+        plugin!(Loss, $name, $config);
+    };
+}
+
+config! {
+    /// Compares CLS tokens.
+    Cls {
+        /// Softness of the teacher.
+        temperature: Schedule = Schedule::constant(0.07),
+        /// The projection head.
+        head: HeadConfig = HeadConfig { hidden: 4, bottleneck: 2, prototypes: 8, layers: 2 },
+    }
+}
+loss!(Cls, "test_cls", |c: &Cls| Needs { head: Some((HeadInput::Cls, c.head.clone())), ..Needs::default() });
+
+config! {
+    /// Compares masked patches.
+    Masked {
+        /// Softness of the student.
+        student_temperature: f64 = 0.1,
+    }
+}
+loss!(Masked, "test_masked", |_: &Masked| Needs { masks: true, ..Needs::default() });
+
+config! {
+    /// Pushes images apart.
+    Spread {
+        /// Neighbours.
+        top_k: usize = 1,
+    }
+}
+loss!(Spread, "test_spread", |s: &Spread| Needs { min_batch: s.top_k + 1, ..Needs::default() });
+
+config! {
+    /// Compares with a Gram teacher.
+    Gram {
+        /// Whether negative similarities count.
+        negatives: bool = true,
+    }
+}
+loss!(Gram, "test_gram", |_: &Gram| Needs { gram_teacher: true, ..Needs::default() });
+
+/// Reads its keys carelessly: unknown ones pass.
+#[derive(Debug, Serialize, Deserialize, schemars::JsonSchema)]
+pub(super) struct Careless {
+    /// A number.
+    #[serde(default)]
+    number: f64,
+}
+loss!(Careless, "test_careless", |_: &Careless| Needs::default());
+
+config! {
+    /// Follows slowly, on crops of a size of its own.
+    Slow {
+        /// Share that stays.
+        momentum: Schedule = Schedule::constant(0.99),
+        /// Side of its own crops; 0: those of the student.
+        crop_size: usize = 0,
+    }
+}
+impl TeacherPolicy for Slow {
+    fn start(&self) -> Role {
+        Role::Student
+    }
+    fn after_step(&self, at: At) -> Follow {
+        Follow::Ema { momentum: self.momentum.at(at) }
+    }
+    fn crop_size(&self) -> Option<usize> {
+        (self.crop_size > 0).then_some(self.crop_size)
+    }
+}
+plugin!(TeacherPolicy, "test_slow", Slow);
+
+config! {
+    /// Grey images.
+    Greys {
+        /// How many.
+        count: usize = 10,
+    }
+}
+impl Dataset for Greys {
+    fn len(&self) -> usize {
+        self.count
+    }
+    fn get(&self, _: usize) -> Result<Sample> {
+        Ok(Sample { width: 1, height: 1, rgb: vec![0; 3], label: None, mask: None })
+    }
+}
+plugin!(Dataset, "test_greys", Greys);
+
+config! {
+    /// Wants labels.
+    Knn {
+        /// Neighbours.
+        k: usize = 20,
+    }
+}
+impl Probe for Knn {
+    fn run(&self, _: &ProbeContext<'_>) -> Result<Vec<Score>> {
+        Ok(Vec::new())
+    }
+    fn needs(&self) -> (bool, bool) {
+        (true, false)
+    }
+}
+plugin!(Probe, "test_knn", Knn);
+
+/// A small recipe that is right.
+pub(super) const RECIPE: &str = r#"name = "small"
+steps = 100
+[backbone]
+plugin = "test_matrix"
+[data]
+plugin = "test_greys"
+[teacher]
+plugin = "test_slow"
+[losses.test_cls]
+"#;
+
+/// [`RECIPE`] with more text after it.
+pub(super) fn with(more: &str) -> String {
+    format!("{RECIPE}{more}\n")
+}
