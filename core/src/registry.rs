@@ -42,6 +42,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::contract::{Backbone, Dataset, Loss, PosEncoding, Probe, Scheduler, TeacherPolicy};
 use crate::params::ParamBuilder;
+pub use crate::recipe::Nested;
 use crate::{Error, Result};
 
 /// A kind of plugin: implemented for the seven `dyn Contract`s.
@@ -262,30 +263,28 @@ impl<K: ?Sized + Kind> Chosen<K> {
     }
 
     /// Reads a table whose `plugin` key may be missing when `default` names one.
-    pub fn from_value(value: &figment::value::Value, default: Option<&str>) -> Result<Self, figment::Error> {
+    ///
+    /// # Errors
+    /// If the plugin is not known, or refuses its keys.
+    pub fn from_value(value: &figment::value::Value, default: Option<&str>) -> Result<Self, Nested> {
         use figment::value::Value;
         let Some(table) = value.as_dict() else {
             let expected = format!("a table with `plugin = \"...\"` ({})", K::NAME);
-            return Err(figment::error::Kind::InvalidType(value.to_actual(), expected).into());
+            return Err(Nested::wrong_type(value, &expected));
         };
         let mut rest = table.clone();
+        let known = || plugins::<K>().iter().map(|r| r.name.to_string()).collect();
         let name = match (rest.remove("plugin"), default) {
-            (Some(name), _) => match name.as_str() {
-                Some(name) => name.to_string(),
-                None => {
-                    let error = figment::error::Kind::InvalidType(name.to_actual(), "a plugin's name".into());
-                    return Err(figment::Error::from(error).with_path("plugin"));
-                }
-            },
+            (Some(Value::String(_, name)), _) => name,
+            (Some(other), _) => return Err(Nested::wrong_type(&other, "the name of a plugin").under("plugin")),
             (None, Some(default)) => default.to_string(),
-            (None, None) => return Err(figment::error::Kind::MissingField("plugin".into()).into()),
+            (None, None) => return Err(Nested::missing("plugin", known())),
         };
         let Some(entry) = find::<K>(&name) else {
-            let known: Vec<&'static str> = plugins::<K>().iter().map(|r| r.name).collect();
-            let known: &'static [&'static str] = Vec::leak(known);
-            return Err(figment::Error::from(figment::error::Kind::UnknownVariant(name, known)).with_path("plugin"));
+            return Err(Nested::unknown_plugin(K::NAME, &name, known()));
         };
-        let config = (entry.resolve)(&Value::Dict(value.tag(), rest))?;
+        let config = (entry.resolve)(&Value::Dict(value.tag(), rest));
+        let config = config.map_err(|e| Nested::of(&e).with_known(["plugin"]))?;
         Ok(Self { name, config, kind: std::marker::PhantomData })
     }
 }
@@ -322,7 +321,7 @@ impl<K: ?Sized + Kind> Serialize for Chosen<K> {
 impl<'de, K: ?Sized + Kind> Deserialize<'de> for Chosen<K> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let value = <figment::value::Value as Deserialize>::deserialize(deserializer)?;
-        Self::from_value(&value, None).map_err(|e| D::Error::custom(Nested::encode(&e)))
+        Self::from_value(&value, None).map_err(|e| D::Error::custom(e.encode()))
     }
 }
 
@@ -349,6 +348,9 @@ pub fn plugin_schema<K: ?Sized + Kind>(
             let mut schema = (entry.schema)(generator).to_value();
             if let Some(object) = schema.as_object_mut() {
                 object.insert("title".into(), entry.name.into());
+                // For `recipe::describe`: who reads which keys.
+                object.insert("x-kind".into(), K::NAME.into());
+                object.insert("x-own".into(), extra.keys().cloned().collect::<Vec<_>>().into());
                 let properties = object.entry("properties").or_insert_with(|| serde_json::json!({}));
                 if let Some(properties) = properties.as_object_mut() {
                     properties.insert("plugin".into(), serde_json::json!({ "const": entry.name }));
@@ -367,60 +369,14 @@ pub fn plugin_schema<K: ?Sized + Kind>(
     schemars::json_schema!({ "anyOf": alternatives })
 }
 
-/// An error inside a nested plugin table, carried through serde's string-only errors.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Nested {
-    /// Keys from the plugin's table to the problem.
-    pub path: Vec<String>,
-    /// What is wrong.
-    pub message: String,
-    /// The key or value that is not known, with all that are.
-    pub unknown: Option<(String, Vec<String>)>,
-}
-
-impl Nested {
-    const MARK: &'static str = "\u{1}nested:";
-
-    /// What `error` says, path and alternatives kept apart.
-    pub fn of(error: &figment::Error) -> Self {
-        use figment::error::Kind as K;
-        let (message, unknown) = match &error.kind {
-            K::Message(m) => match Self::decode(m) {
-                Some(inner) => {
-                    let path = error.path.iter().cloned().chain(inner.path).collect();
-                    return Self { path, ..inner };
-                }
-                None => (m.clone(), None),
-            },
-            K::UnknownField(name, known) => {
-                let known = known.iter().map(ToString::to_string).collect();
-                ("unknown key".to_string(), Some((name.clone(), known)))
-            }
-            K::UnknownVariant(name, known) => {
-                let known = known.iter().map(ToString::to_string).collect();
-                ("unknown name".to_string(), Some((name.clone(), known)))
-            }
-            other => (other.to_string(), None),
-        };
-        Self { path: error.path.clone(), message, unknown }
-    }
-
-    /// As a message that [`of`](Self::of) can take apart again.
-    pub fn encode(error: &figment::Error) -> String {
-        let json = serde_json::to_string(&Self::of(error)).expect("strings serialise");
-        format!("{}{json}", Self::MARK)
-    }
-
-    fn decode(message: &str) -> Option<Self> {
-        serde_json::from_str(message.strip_prefix(Self::MARK)?).ok()
-    }
-}
-
 /// For [`Schedule`](crate::contract::Schedule): the scheduler of a table, and the table with defaults.
 pub(crate) fn build_scheduler(
     table: &figment::value::Value,
 ) -> std::result::Result<(std::sync::Arc<dyn Scheduler>, serde_json::Value), String> {
-    let chosen = Chosen::<dyn Scheduler>::from_value(table, None).map_err(|e| Nested::encode(&e))?;
+    if table.as_dict().is_none() {
+        return Err(Nested::wrong_type(table, "a number, or a table that names a scheduler").encode());
+    }
+    let chosen = Chosen::<dyn Scheduler>::from_value(table, None).map_err(|e| e.encode())?;
     let scheduler = chosen.build(&mut ()).map_err(|e| e.to_string())?;
     let source = serde_json::to_value(&chosen).map_err(|e| e.to_string())?;
     Ok((scheduler.into(), source))
@@ -436,6 +392,8 @@ pub(crate) fn scheduler_schema(generator: &mut schemars::SchemaGenerator) -> sch
     }
     schemars::json_schema!({
         "description": "A number (constant over time), or a table that names a scheduler.",
+        // Read by `recipe::describe`: an object here is a scheduler.
+        "x-schedule": true,
         "anyOf": alternatives,
     })
 }

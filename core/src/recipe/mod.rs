@@ -1,10 +1,23 @@
 //! Recipes: one run, as a TOML file.
+//!
+//! A [`RawRecipe`] is what files, environment and command line say together; a [`Resolved`] recipe is that, checked,
+//! typed, with every default filled in. Nothing is allocated on the way, so a 7B recipe resolves in milliseconds.
 
+mod check;
+pub mod cost;
+pub mod describe;
+mod entries;
+mod layers;
+mod nested;
+mod problem;
+mod resolved;
 mod schema;
+#[cfg(test)]
+mod test_plugins;
 
+pub use entries::*;
+pub use layers::{Overrides, RawRecipe, ENV_PREFIX};
+pub use nested::{Fault, Nested};
+pub use problem::{nearest, Origin, Problem, RecipeError, Severity, SourceFile};
+pub use resolved::{toml_value, Resolved};
 pub use schema::*;
-
-/// A recipe that cannot be used: where and why.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct RecipeError(pub String);

@@ -170,6 +170,11 @@ fn typed(raw: &RawRecipe) -> Result<Recipe, Vec<Problem>> {
     let mut value = Value::from(raw.value().clone());
     let mut problems: Vec<Problem> = Vec::new();
     let mut removed = BTreeSet::new();
+    for key in non_finite(raw.value(), "") {
+        remove(&mut value, &key.split('.').map(String::from).collect::<Vec<_>>());
+        problems.push(place(raw, Problem::error(&key, "expected a finite number")));
+        removed.insert(key);
+    }
     let guide = Guide::default();
     for key in guide.required().filter(|key| raw.get(key).is_none()) {
         let doc = guide.key(raw.value(), key).and_then(|k| k.doc).unwrap_or_default();
@@ -215,6 +220,20 @@ fn remove(value: &mut Value, path: &[String]) -> Option<String> {
     }
 }
 
+/// Keys whose value is infinite or not a number: neither could be saved with the run.
+fn non_finite(table: &Dict, path: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    for (key, value) in table {
+        let key = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+        match value {
+            Value::Dict(_, inner) => found.extend(non_finite(inner, &key)),
+            Value::Num(_, n) if n.to_f64().is_some_and(|x| !x.is_finite()) => found.push(key),
+            _ => {}
+        }
+    }
+    found
+}
+
 /// Given keys that nothing read: those that the resolved recipe does not say again.
 fn unread(given: &Dict, resolved: &Json, path: &mut Vec<String>) -> Vec<Problem> {
     let mut problems = Vec::new();
@@ -228,7 +247,6 @@ fn unread(given: &Dict, resolved: &Json, path: &mut Vec<String>) -> Vec<Problem>
                 problems.push(problem);
             }
             (Value::Dict(_, inner), Some(table @ Json::Object(_))) => problems.extend(unread(inner, table, path)),
-            (Value::Num(..), Some(Json::Null)) => problems.push(Problem::error(dotted, "expected a finite number")),
             _ => {}
         }
         path.pop();

@@ -1,15 +1,13 @@
 //! What a recipe says: every table and key, with its default.
 
-use std::collections::BTreeMap;
-use std::fmt;
 use std::path::PathBuf;
 
 use schemars::JsonSchema;
-use serde::de::Error as _;
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde::{Deserialize, Serialize, Serializer};
 
-use crate::contract::{Backbone, Dataset, Loss, Probe, Schedule, TeacherPolicy};
-use crate::registry::{plugin_schema, Chosen, Kind};
+use super::entries::{Losses, Probes};
+use crate::contract::{Backbone, Dataset, Schedule, TeacherPolicy};
+use crate::registry::Chosen;
 
 /// One run: what is trained, on what, how, and what is measured.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -91,6 +89,16 @@ pub enum Precision {
     F64,
 }
 
+impl Recipe {
+    /// The type of weights and features.
+    pub fn dtype(&self) -> crate::DType {
+        match self.precision {
+            Precision::F32 => crate::DType::F32,
+            Precision::F64 => crate::DType::F64,
+        }
+    }
+}
+
 /// Images a step and how they are read.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -141,8 +149,10 @@ pub struct CropConfig {
     /// (facebookresearch/dinov3 issue 286).
     pub blur: [f64; 3],
     /// Mean of the pixels per channel, in [0, 1].
+    #[serde(serialize_with = "as_written")]
     pub mean: [f32; 3],
     /// Standard deviation of the pixels per channel, in [0, 1].
+    #[serde(serialize_with = "as_written")]
     pub std: [f32; 3],
 }
 
@@ -163,6 +173,11 @@ impl Default for CropConfig {
             std: [0.229, 0.224, 0.225],
         }
     }
+}
+
+/// Writes f32 as the shortest decimals that mean it: 0.485, not 0.48500001430511475.
+fn as_written<S: Serializer>(values: &[f32; 3], serializer: S) -> Result<S::Ok, S::Error> {
+    values.map(|x| x.to_string().parse::<f64>().expect("a printed number is a number")).serialize(serializer)
 }
 
 /// Which patches of the global crops are hidden from the student, by the reference's block-wise sampler.
@@ -263,152 +278,4 @@ pub enum OnNonFinite {
     Stop,
     /// Capture the batch and go on with the next step, at most this many times in a run.
     Skip(u64),
-}
-
-/// A loss in a recipe: the plugin's own keys and these.
-#[derive(Clone, Debug, PartialEq)]
-pub struct LossEntry {
-    /// Whether it is computed at all.
-    pub enabled: bool,
-    /// What it is multiplied by in the total.
-    pub weight: Schedule,
-    /// The plugin.
-    pub loss: Chosen<dyn Loss>,
-}
-
-/// A probe in a recipe: the plugin's own keys and these.
-#[derive(Clone, Debug, PartialEq)]
-pub struct ProbeEntry {
-    /// Whether it is run at all.
-    pub enabled: bool,
-    /// Steps between runs; 0: only at the end.
-    pub every: u64,
-    /// The plugin.
-    pub probe: Chosen<dyn Probe>,
-}
-
-/// Named tables of plugins: `[losses.<name>]`, `[probes.<name>]`.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Table<E>(pub BTreeMap<String, E>);
-
-/// `[losses.<name>]`.
-pub type Losses = Table<LossEntry>;
-/// `[probes.<name>]`.
-pub type Probes = Table<ProbeEntry>;
-
-impl<E> Default for Table<E> {
-    fn default() -> Self {
-        Self(BTreeMap::new())
-    }
-}
-
-/// A plugin table with keys of the recipe's own beside the plugin's.
-pub trait Entry: Sized + fmt::Debug {
-    /// The contract of the plugin.
-    type Plugin: ?Sized + Kind;
-    /// The recipe's own keys, with their schemas.
-    fn extra() -> serde_json::Map<String, serde_json::Value>;
-    /// From the recipe's own keys (those present) and the plugin.
-    fn read(own: figment::value::Dict, plugin: Chosen<Self::Plugin>) -> Result<Self, figment::Error>;
-    /// The recipe's own keys, and the plugin.
-    fn parts(&self) -> (Vec<(&'static str, serde_json::Value)>, &Chosen<Self::Plugin>);
-}
-
-fn take<T: for<'de> Deserialize<'de>>(own: &figment::value::Dict, key: &str, default: T) -> Result<T, figment::Error> {
-    own.get(key).map_or(Ok(default), |v| v.deserialize().map_err(|e: figment::Error| e.with_path(key)))
-}
-
-impl Entry for LossEntry {
-    type Plugin = dyn Loss;
-
-    fn extra() -> serde_json::Map<String, serde_json::Value> {
-        let mut extra = serde_json::Map::new();
-        let enabled = "Whether the loss is computed at all.";
-        extra.insert("enabled".into(), serde_json::json!({"type": "boolean", "default": true, "description": enabled}));
-        let weight = "What it is multiplied by in the total: a number or a scheduler.";
-        extra.insert(
-            "weight".into(),
-            serde_json::json!({"type": ["number", "object"], "default": 1.0, "description": weight}),
-        );
-        extra
-    }
-
-    fn read(own: figment::value::Dict, loss: Chosen<dyn Loss>) -> Result<Self, figment::Error> {
-        let weight = take(&own, "weight", Schedule::constant(1.0))?;
-        Ok(Self { enabled: take(&own, "enabled", true)?, weight, loss })
-    }
-
-    fn parts(&self) -> (Vec<(&'static str, serde_json::Value)>, &Chosen<dyn Loss>) {
-        let weight = serde_json::to_value(&self.weight).expect("a schedule is plain data");
-        (vec![("enabled", self.enabled.into()), ("weight", weight)], &self.loss)
-    }
-}
-
-impl Entry for ProbeEntry {
-    type Plugin = dyn Probe;
-
-    fn extra() -> serde_json::Map<String, serde_json::Value> {
-        let mut extra = serde_json::Map::new();
-        let enabled = "Whether the probe is run at all.";
-        extra.insert("enabled".into(), serde_json::json!({"type": "boolean", "default": true, "description": enabled}));
-        let every = "Steps between runs; 0: only at the end.";
-        extra.insert(
-            "every".into(),
-            serde_json::json!({"type": "integer", "minimum": 0, "default": 0, "description": every}),
-        );
-        extra
-    }
-
-    fn read(own: figment::value::Dict, probe: Chosen<dyn Probe>) -> Result<Self, figment::Error> {
-        Ok(Self { enabled: take(&own, "enabled", true)?, every: take(&own, "every", 0)?, probe })
-    }
-
-    fn parts(&self) -> (Vec<(&'static str, serde_json::Value)>, &Chosen<dyn Probe>) {
-        (vec![("enabled", self.enabled.into()), ("every", self.every.into())], &self.probe)
-    }
-}
-
-impl<E: Entry> Serialize for Table<E> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_map(self.0.iter().map(|(name, entry)| {
-            let (own, plugin) = entry.parts();
-            let mut table = serde_json::Map::new();
-            table.insert("plugin".into(), plugin.name().into());
-            table.extend(own.into_iter().map(|(k, v)| (k.to_string(), v)));
-            if let Some(config) = plugin.config().as_object() {
-                table.extend(config.clone());
-            }
-            (name, table)
-        }))
-    }
-}
-
-impl<'de, E: Entry> Deserialize<'de> for Table<E> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        use figment::value::{Dict, Value};
-        let tables = <BTreeMap<String, Value> as Deserialize>::deserialize(deserializer)?;
-        let keys = E::extra();
-        let read = |(name, value): (String, Value)| -> Result<(String, E), figment::Error> {
-            let Value::Dict(tag, table) = value else {
-                let kind = figment::error::Kind::InvalidType(value.to_actual(), "a table".into());
-                return Err(figment::Error::from(kind).with_path(&name));
-            };
-            let (own, rest): (Dict, Dict) = table.into_iter().partition(|(k, _)| keys.contains_key(k));
-            let entry = Chosen::from_value(&Value::Dict(tag, rest), Some(&name)).and_then(|p| E::read(own, p));
-            Ok((name.clone(), entry.map_err(|e| e.with_path(&name))?))
-        };
-        let entries: Result<BTreeMap<String, E>, figment::Error> = tables.into_iter().map(read).collect();
-        entries.map(Self).map_err(|e| D::Error::custom(crate::registry::Nested::encode(&e)))
-    }
-}
-
-impl<E: Entry> JsonSchema for Table<E> {
-    fn schema_name() -> std::borrow::Cow<'static, str> {
-        format!("table_of_{}", E::Plugin::NAME).into()
-    }
-
-    fn json_schema(generator: &mut schemars::SchemaGenerator) -> schemars::Schema {
-        let entry = plugin_schema::<E::Plugin>(generator, &E::extra(), None);
-        schemars::json_schema!({ "type": "object", "additionalProperties": entry })
-    }
 }
