@@ -1,4 +1,5 @@
 //! The program.
 
+pub mod report;
 pub mod statistics;
 pub mod suite;

@@ -12,7 +12,7 @@ use dinolab_core::{Error, Result};
 use fs4::{FileExt, TryLockError};
 
 use super::file::nearest;
-use super::plan::{Job, Outcome, Plan, PlannedRun, Prepare, StepProgress};
+use super::plan::{Event, Job, Outcome, Plan, PlannedRun, Prepare};
 use super::progress::Progress;
 use super::record::{record_failure, RunResult, Status, FAILURE};
 
@@ -127,19 +127,15 @@ fn one(
         }
         Status::Failed(_) => {
             std::fs::remove_file(dir.join(FAILURE)).map_err(Error::io("remove", dir.join(FAILURE)))?;
-            Status::of(&dir)? == Status::Interrupted { checkpoint: true }
+            Status::of(&dir)? == Status::Interrupted
         }
-        Status::Interrupted { checkpoint } => checkpoint,
+        Status::Interrupted => true,
         Status::Pending => false,
     };
-    if !resume && dir.exists() {
-        // Begun but without a checkpoint: what is there will be written again, number for number.
-        std::fs::remove_dir_all(&dir).map_err(Error::io("remove", &dir))?;
-    }
     std::fs::create_dir_all(&dir).map_err(Error::io("create", &dir))?;
     progress.begin(&label);
-    let mut step = |at: StepProgress<'_>| progress.step(&at);
-    let job = Job { out: &dir, resume, stop: options.stop.clone(), progress: &mut step };
+    let mut watch = |event: Event<'_>| progress.watch(&event);
+    let job = Job { out: &dir, resume, stop: options.stop.clone(), watch: &mut watch };
     match run.prepared.run(job) {
         Ok(Outcome::Finished) => {
             let Status::Finished(result) = Status::of(&dir)? else {
@@ -185,8 +181,8 @@ fn smoke(
         overrides.insert("steps".into(), toml::Value::Integer(steps));
         let out = folder.path().join("run");
         std::fs::create_dir_all(&out).map_err(Error::io("create", &out))?;
-        let mut step = |at: StepProgress<'_>| progress.step(&at);
-        let job = Job { out: &out, resume: false, stop: options.stop.clone(), progress: &mut step };
+        let mut watch = |event: Event<'_>| progress.watch(&event);
+        let job = Job { out: &out, resume: false, stop: options.stop.clone(), watch: &mut watch };
         match prepare(&plan.suite.base, &overrides).and_then(|p| p.run(job)) {
             Ok(Outcome::Interrupted { .. }) => return Ok(false),
             Ok(Outcome::Finished) => broken.extend(unmeasured(plan, &arm.name, &out)?),

@@ -23,6 +23,12 @@ pub trait Prepared {
     /// The resolved recipe.
     fn recipe(&self) -> &toml::Table;
 
+    /// Two recipes with the same hash are the same run.
+    fn hash(&self) -> &str;
+
+    /// What in the recipe probably does not mean what it says.
+    fn warnings(&self) -> Vec<String>;
+
     /// Runs it in `job.out`, where it leaves `recipe.toml` before step 0, `metrics.jsonl` on the way, and `result.json`
     /// at the end.
     fn run(&self, job: Job<'_>) -> Result<Outcome>;
@@ -32,22 +38,27 @@ pub trait Prepared {
 pub struct Job<'a> {
     /// The run's folder.
     pub out: &'a Path,
-    /// Continue from the newest checkpoint in `out`.
+    /// Continue from the newest checkpoint in `out`, or from the beginning if there is none.
     pub resume: bool,
     /// Set by signals: finish the step, save, and return.
     pub stop: Arc<AtomicBool>,
-    /// Called after every step.
-    pub progress: &'a mut dyn FnMut(StepProgress<'_>),
+    /// Told what happens.
+    pub watch: &'a mut dyn FnMut(Event<'_>),
 }
 
-/// Where a run is.
-pub struct StepProgress<'a> {
-    /// Steps done.
-    pub step: u64,
-    /// Steps of the run.
-    pub steps: u64,
-    /// What is worth reading beside the bar: losses, images a second.
-    pub message: &'a str,
+/// Something that happens in a run.
+pub enum Event<'a> {
+    /// A step is done.
+    Step {
+        /// Steps done.
+        step: u64,
+        /// Steps of the run.
+        steps: u64,
+        /// What is worth reading beside the bar: losses, images a second.
+        text: &'a str,
+    },
+    /// Something to tell the user.
+    Message(&'a str),
 }
 
 /// How a run ended.
@@ -76,14 +87,6 @@ pub struct PlannedRun {
     pub prepared: Box<dyn Prepared>,
 }
 
-impl PlannedRun {
-    /// blake3 of the resolved recipe.
-    pub fn recipe_hash(&self) -> String {
-        let text = self.prepared.recipe().to_string();
-        blake3::hash(text.as_bytes()).to_hex().to_string()
-    }
-}
-
 /// Every run of a suite, seed by seed, so that complete pairs come early.
 pub struct Plan {
     /// The suite.
@@ -109,7 +112,7 @@ impl Plan {
     /// # Errors
     /// If a recipe cannot be resolved, or two arms resolve to the same recipe.
     pub fn new(suite: Suite, out: PathBuf, extra: &Overrides, prepare: Prepare<'_>) -> Result<Self> {
-        let mut runs = Vec::new();
+        let (mut runs, mut warnings) = (Vec::new(), Vec::new());
         for &seed in &suite.seeds {
             for arm in &suite.arms {
                 let mut overrides = suite.common.clone();
@@ -126,7 +129,11 @@ impl Plan {
         }
         let mut plan = Self { suite, out, runs, warnings: Vec::new() };
         plan.check_arms()?;
-        plan.warnings = plan.metric_warnings();
+        for run in plan.first_of_each_arm() {
+            warnings.extend(run.prepared.warnings().into_iter().map(|w| format!("{}: {w}", run.arm)));
+        }
+        warnings.extend(plan.metric_warnings());
+        plan.warnings = warnings;
         Ok(plan)
     }
 
@@ -203,7 +210,7 @@ impl Plan {
         }
         state.suite.clone_from(&self.suite.name);
         for run in &self.runs {
-            let hash = run.recipe_hash();
+            let hash = run.prepared.hash().to_string();
             let started = Status::of(&self.out.join(&run.dir))? != Status::Pending;
             match state.runs.get(&run.dir) {
                 Some(old) if started && *old != hash => return Err(self.changed_recipe(run)),
@@ -238,7 +245,7 @@ pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
 }
 
 /// Every leaf of a recipe by its dotted key.
-pub fn flatten(table: &toml::Table) -> BTreeMap<String, String> {
+fn flatten(table: &toml::Table) -> BTreeMap<String, String> {
     fn walk(prefix: &str, table: &toml::Table, into: &mut BTreeMap<String, String>) {
         for (key, value) in table {
             let key = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };

@@ -2,7 +2,7 @@
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
-use super::plan::StepProgress;
+use super::plan::Event;
 
 /// Bars on a terminal; plain lines elsewhere.
 pub struct Progress {
@@ -41,11 +41,16 @@ impl Progress {
         self.run.set_message("");
     }
 
-    /// A step is done.
-    pub fn step(&self, at: &StepProgress<'_>) {
-        self.run.set_length(at.steps);
-        self.run.set_position(at.step);
-        self.run.set_message(at.message.to_string());
+    /// Something happened in the run.
+    pub fn watch(&self, event: &Event<'_>) {
+        match *event {
+            Event::Step { step, steps, text } => {
+                self.run.set_length(steps);
+                self.run.set_position(step);
+                self.run.set_message(text.to_string());
+            }
+            Event::Message(text) => self.say(&format!("  {text}")),
+        }
     }
 
     /// A run of the suite is done, well or not.

@@ -16,11 +16,8 @@ pub(crate) const FAILURE: &str = "failure.json";
 pub enum Status {
     /// Nothing was begun.
     Pending,
-    /// Begun, but it neither finished nor failed; `checkpoint` says whether it can continue.
-    Interrupted {
-        /// Whether there is a checkpoint.
-        checkpoint: bool,
-    },
+    /// Begun, but it neither finished nor failed.
+    Interrupted,
     /// It ended with this error.
     Failed(String),
     /// It did all its steps.
@@ -30,17 +27,12 @@ pub enum Status {
 /// `result.json` of a finished run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunResult {
-    /// `finished`.
-    pub status: String,
     /// Steps done.
     pub steps: u64,
-    /// Wall-clock seconds, over all sessions of the run.
+    /// Seconds spent in steps, over all sessions of the run.
     pub seconds: f64,
     /// Final value of every metric; `None` where it is not a finite number.
     pub metrics: BTreeMap<String, Option<f64>>,
-    /// Whatever else the trainer knows, such as the device.
-    #[serde(flatten)]
-    pub more: BTreeMap<String, serde_json::Value>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -58,28 +50,17 @@ impl Status {
             return Ok(Self::Failed(failure.error));
         }
         if let Some(result) = read_json::<RunResult>(&dir.join("result.json"))? {
-            if result.status == "finished" {
-                return Ok(Self::Finished(result));
-            }
+            return Ok(Self::Finished(result));
         }
-        let mut entries = match std::fs::read_dir(dir) {
-            Ok(entries) => entries,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Self::Pending),
-            Err(e) => return Err(Error::io("read", dir)(e)),
-        };
-        if entries.next().is_none() {
-            return Ok(Self::Pending);
-        }
-        let steps = std::fs::read_dir(dir.join("checkpoints")).into_iter().flatten().flatten();
-        let checkpoint = steps.into_iter().any(|e| e.file_name().to_string_lossy().starts_with("step-"));
-        Ok(Self::Interrupted { checkpoint })
+        // A run writes its recipe before anything else.
+        Ok(if dir.join("recipe.toml").exists() { Self::Interrupted } else { Self::Pending })
     }
 
     /// In one word.
     pub fn word(&self) -> &'static str {
         match self {
             Self::Pending => "pending",
-            Self::Interrupted { .. } => "interrupted",
+            Self::Interrupted => "interrupted",
             Self::Failed(_) => "failed",
             Self::Finished(_) => "finished",
         }
@@ -109,21 +90,25 @@ pub struct RunRecord {
     pub status: Status,
     /// Every number of `metrics.jsonl` by name.
     pub curves: BTreeMap<String, Series>,
-    /// Lines of `health.jsonl`: sicknesses seen while training.
+    /// Warnings of `messages.jsonl`: sicknesses seen while training.
     pub health: Vec<String>,
+    /// What it ran on, from `run.json`.
+    pub device: Option<String>,
 }
 
 impl RunRecord {
     /// Reads the folder of `run` under the suite's folder `out`.
     ///
     /// # Errors
-    /// If a file of a finished run cannot be read or understood.
+    /// If a file cannot be read or understood.
     pub fn read(run: &PlannedRun, out: &Path) -> Result<Self> {
         let dir = out.join(&run.dir);
         let status = Status::of(&dir)?;
         let shown = run.dir.to_string_lossy().into_owned();
-        let mut record =
-            Self { arm: run.arm.clone(), seed: run.seed, dir: shown, status, curves: BTreeMap::new(), health: vec![] };
+        let info: Option<serde_json::Value> = read_json(&dir.join("run.json"))?;
+        let device = info.and_then(|i| i["device"].as_str().map(String::from));
+        let (arm, curves, health) = (run.arm.clone(), BTreeMap::new(), Vec::new());
+        let mut record = Self { arm, seed: run.seed, dir: shown, status, curves, health, device };
         for line in read_lines(&dir.join("metrics.jsonl"))? {
             let Some(step) = line.get("step").and_then(serde_json::Value::as_u64) else { continue };
             for (name, value) in line {
@@ -132,10 +117,12 @@ impl RunRecord {
                 }
             }
         }
-        for line in read_lines(&dir.join("health.jsonl"))? {
-            let message = line.get("message").and_then(serde_json::Value::as_str).unwrap_or_default();
+        for line in read_lines(&dir.join("messages.jsonl"))? {
+            let text = |key: &str| line.get(key).and_then(serde_json::Value::as_str).unwrap_or_default();
             let step = line.get("step").and_then(serde_json::Value::as_u64).unwrap_or_default();
-            record.health.push(format!("step {step}: {message}"));
+            if text("level") == "warning" {
+                record.health.push(format!("step {step}: {}", text("text")));
+            }
         }
         Ok(record)
     }

@@ -1,0 +1,114 @@
+//! `report.html`: one file with everything in it, no script and no request.
+
+use std::collections::BTreeSet;
+
+use dinolab_core::Result;
+use minijinja::value::Serde;
+use minijinja::{context, Environment, Value};
+
+use super::markdown::{estimate_text, verdict_word};
+use super::plots::{color, css, curves, forest, Band, ForestRow};
+use super::{duration, number, p_text, Comparison, Pictures, Summary};
+use crate::suite::{Better, Plan, RunRecord, Series};
+
+const TEMPLATE: &str = include_str!("template.html");
+
+/// The page.
+pub(super) fn page(
+    plan: &Plan,
+    records: &[RunRecord],
+    summary: &Summary,
+    pictures: Option<&Pictures>,
+) -> Result<String> {
+    let baseline = summary.arms.iter().position(|a| a.name == summary.baseline).expect("the baseline is an arm");
+    let colors: Vec<_> = (0..summary.arms.len()).map(|i| color(i, baseline)).collect();
+    let arms: Vec<Value> = summary
+        .arms
+        .iter()
+        .zip(&colors)
+        .map(|(arm, &color)| {
+            let finished = arm.runs.iter().filter(|r| r.status == "finished").count();
+            let scores: Vec<String> = summary.metrics.iter().map(|m| estimate_text(&arm.metrics[m])).collect();
+            context! {
+                name => arm.name.as_str(), color => css(color), baseline => arm.name == summary.baseline, scores,
+                finished, planned => arm.runs.len(), runs => Value::from(Serde(&arm.runs)),
+                seconds => arm.seconds.map(duration), speed => arm.steps_per_second.map(number),
+                changes => plan.differences(&arm.name),
+            }
+        })
+        .collect();
+    let arm_color = |name: &str| colors[summary.arms.iter().position(|a| a.name == name).unwrap_or(baseline)];
+    let metrics: Vec<Value> = plan
+        .suite
+        .metrics
+        .iter()
+        .map(|metric| {
+            let comparisons: Vec<&Comparison> = summary.comparisons.iter().filter(|c| c.metric == metric.name).collect();
+            let rows: Vec<ForestRow> = comparisons
+                .iter()
+                .filter_map(|c| {
+                    let seeds = c.per_seed.iter().map(|s| s.difference).collect();
+                    let (label, color) = (c.arm.clone(), arm_color(&c.arm));
+                    Some(ForestRow { label, color, difference: c.paired.difference?, ci95: c.paired.ci95, seeds })
+                })
+                .collect();
+            context! {
+                name => metric.name.as_str(),
+                better => if metric.better == Better::Higher { "higher is better" } else { "lower is better" },
+                forest => (!rows.is_empty()).then(|| Value::from_safe_string(forest(&rows))),
+                comparisons => comparisons.into_iter().map(comparison).collect::<Vec<_>>(),
+            }
+        })
+        .collect();
+    let headlines: Vec<Value> = summary
+        .headlines()
+        .map(|c| context! { sentence => c.sentence.as_str(), kind => verdict_word(c.verdict), color => css(arm_color(&c.arm)) })
+        .collect();
+    let curve_groups = curve_groups(summary, records, &colors);
+    let mut environment = Environment::new();
+    environment.add_template("report.html", TEMPLATE).expect("the template is well formed");
+    let template = environment.get_template("report.html").expect("it was added above");
+    let page = template.render(context! {
+        summary => Value::from(Serde(summary)), arms, metrics, headlines, curve_groups,
+        total_time => duration(summary.seconds),
+        pictures => pictures.map(|p| context! { seed => p.seed, rows => Value::from(Serde(&p.rows)) }),
+    });
+    Ok(page.expect("the template asks for nothing that it is not given"))
+}
+
+fn comparison(c: &Comparison) -> Value {
+    let range = |ci: Option<[f64; 2]>| ci.map(|[a, b]| format!("{} … {}", number(a), number(b)));
+    context! {
+        arm => c.arm.as_str(), sentence => c.sentence.as_str(), verdict => verdict_word(c.verdict), n => c.paired.n,
+        difference => c.paired.difference.map(number), ci95 => range(c.paired.ci95),
+        bootstrap => range(c.paired.bootstrap95), effect => c.paired.effect_size.map(number),
+        p => c.paired.p_value.map(p_text), p_holm => c.p_holm.map(p_text), p_sign => c.paired.p_sign_flip.map(p_text),
+        seeds_needed => c.paired.seeds_for_80_percent_power,
+    }
+}
+
+/// Curves by theme: the metrics that decide, other probes, losses, and the rest, which is folded away.
+fn curve_groups(summary: &Summary, records: &[RunRecord], colors: &[plotters::style::RGBColor]) -> Vec<Value> {
+    let names: BTreeSet<&String> = records.iter().flat_map(|r| r.curves.keys()).collect();
+    let group = |name: &str| match name {
+        n if summary.metrics.iter().any(|m| m == n) => 0,
+        n if n.starts_with("probe/") => 1,
+        n if n.starts_with("loss/") => 2,
+        _ => 3,
+    };
+    let titles = ["What decides", "Other probes", "Losses", "Optimisation and throughput"];
+    let drawn = |name: &&String| {
+        let band = |(arm, &color): (&super::ArmSummary, _)| {
+            let runs: Vec<&Series> =
+                records.iter().filter(|r| r.arm == arm.name).filter_map(|r| r.curves.get(*name)).collect();
+            Band::over(color, &runs)
+        };
+        let bands: Vec<Band> = summary.arms.iter().zip(colors).map(band).filter(|b| !b.points.is_empty()).collect();
+        context! { name => name.as_str(), svg => Value::from_safe_string(curves(&bands)) }
+    };
+    let themes = titles.iter().enumerate().map(|(i, title)| {
+        let plots: Vec<Value> = names.iter().filter(|n| group(n) == i).map(drawn).collect();
+        context! { title => *title, open => i != 3, plots }
+    });
+    themes.collect()
+}

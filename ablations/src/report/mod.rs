@@ -1,0 +1,100 @@
+//! The report of a suite: `summary.json` for programs, `summary.md` for pasting, `report.html` for reading.
+
+mod html;
+mod markdown;
+pub mod pictures;
+mod plots;
+mod summary;
+
+use std::path::{Path, PathBuf};
+
+use dinolab_core::{Error, Result};
+
+pub use summary::{ArmSummary, Comparison, Provenance, RunSummary, SeedDifference, Summary, Verdict};
+
+use crate::suite::{Plan, RunRecord};
+use pictures::PatchView;
+
+/// What a trained run sees in the held-out images, given its folder. Every run of a suite must be shown the same
+/// images.
+pub type Look<'a> = &'a dyn Fn(&Path) -> Result<Vec<PatchView>>;
+
+/// Writes `summary.json`, `summary.md` and `report.html` into the suite's folder, from the runs that are there.
+///
+/// Returns the summary and the path of the report. Pictures are drawn for the first seed that all arms finished.
+///
+/// # Errors
+/// If a run's files cannot be read, or the outputs not be written. A run without pictures is a warning.
+pub fn write(plan: &Plan, provenance: Provenance, look: Look<'_>) -> Result<(Summary, PathBuf)> {
+    let records: Vec<RunRecord> =
+        plan.runs.iter().map(|run| RunRecord::read(run, &plan.out)).collect::<Result<_>>()?;
+    let mut summary = Summary::new(plan, &records, provenance);
+    let pictures = draw(plan, &records, look).unwrap_or_else(|error| {
+        summary.warnings.push(format!("there are no pictures: {error}"));
+        None
+    });
+    let json = serde_json::to_string_pretty(&summary).expect("a summary is plain data");
+    let report = plan.out.join("report.html");
+    let page = html::page(plan, &records, &summary, pictures.as_ref())?;
+    for (path, text) in [
+        (plan.out.join("summary.json"), json + "\n"),
+        (plan.out.join("summary.md"), markdown::page(&summary)),
+        (report.clone(), page),
+    ] {
+        crate::suite::write_atomically(&path, text.as_bytes())?;
+    }
+    Ok((summary, report))
+}
+
+/// Pictures of one seed.
+struct Pictures {
+    seed: u64,
+    rows: Vec<pictures::PictureRow>,
+}
+
+fn draw(plan: &Plan, records: &[RunRecord], look: Look<'_>) -> Result<Option<Pictures>> {
+    let finished = |seed: u64| records.iter().filter(move |r| r.seed == seed && r.result().is_some());
+    let complete = plan.suite.seeds.iter().find(|&&seed| finished(seed).count() == plan.suite.arms.len());
+    let Some(&seed) = complete else { return Ok(None) };
+    let views: Vec<Vec<PatchView>> = finished(seed).map(|r| look(&plan.out.join(&r.dir))).collect::<Result<_>>()?;
+    let shape = |v: &Vec<PatchView>| v.iter().map(|p| (p.height, p.width)).collect::<Vec<_>>();
+    if views.iter().any(|v| shape(v) != shape(&views[0])) {
+        return Err(Error::user("arms have different patch grids", "compare their pictures by hand"));
+    }
+    Ok(Some(Pictures { seed, rows: pictures::rows(&views)? }))
+}
+
+/// A number with four significant digits, without an exponent where it is readable without one.
+pub(crate) fn number(value: f64) -> String {
+    if value == 0.0 || !value.is_finite() {
+        return if value == 0.0 { "0".into() } else { format!("{value}") };
+    }
+    let magnitude = value.abs().log10().floor() as i32;
+    let text = match magnitude {
+        -4..=4 => format!("{value:.*}", (3 - magnitude).max(0) as usize),
+        _ => return format!("{value:.2e}"),
+    };
+    if text.contains('.') {
+        text.trim_end_matches('0').trim_end_matches('.').to_string()
+    } else {
+        text
+    }
+}
+
+/// A p-value as papers print it.
+pub(crate) fn p_text(p: f64) -> String {
+    if p < 0.001 {
+        "p < 0.001".into()
+    } else {
+        format!("p = {p:.3}")
+    }
+}
+
+/// Seconds as a person says them.
+pub(crate) fn duration(seconds: f64) -> String {
+    match seconds {
+        s if s < 90.0 => format!("{s:.0} s"),
+        s if s < 5400.0 => format!("{:.1} min", s / 60.0),
+        s => format!("{:.1} h", s / 3600.0),
+    }
+}

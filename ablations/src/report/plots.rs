@@ -1,0 +1,202 @@
+//! The drawings of a report as inline SVG: curves with bands over seeds, and intervals on a common axis.
+//!
+//! Drawings have no background, and axes and letters in `currentColor`, so that they fit a light and a dark page.
+
+use plotters::prelude::*;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
+
+use crate::suite::Series;
+
+/// Blue, vermilion, green, purple, orange, sky: the colours of Okabe and Ito (2008), which people with any kind of colour
+/// vision tell apart; yellow is left out for its contrast on white.
+const PALETTE: [RGBColor; 6] = [
+    RGBColor(0x00, 0x72, 0xb2),
+    RGBColor(0xd5, 0x5e, 0x00),
+    RGBColor(0x00, 0x9e, 0x73),
+    RGBColor(0xcc, 0x79, 0xa7),
+    RGBColor(0xe6, 0x9f, 0x00),
+    RGBColor(0x56, 0xb4, 0xe9),
+];
+/// The baseline is grey in every drawing.
+const BASELINE: RGBColor = RGBColor(0x80, 0x80, 0x88);
+/// Stands for the page's text colour until the SVG is done.
+const INK: RGBColor = RGBColor(1, 2, 3);
+const INK_HEX: &str = "#010203";
+
+/// Points that a curve is drawn with at most; more are averaged, since a screen has no more.
+const MAX_POINTS: usize = 300;
+
+/// The colour of an arm: grey for the baseline, then the palette in the order of the suite.
+pub fn color(index: usize, baseline: usize) -> RGBColor {
+    match index.cmp(&baseline) {
+        std::cmp::Ordering::Equal => BASELINE,
+        std::cmp::Ordering::Less => PALETTE[index % PALETTE.len()],
+        std::cmp::Ordering::Greater => PALETTE[(index - 1) % PALETTE.len()],
+    }
+}
+
+/// A colour as CSS writes it.
+pub fn css(color: RGBColor) -> String {
+    format!("#{:02x}{:02x}{:02x}", color.0, color.1, color.2)
+}
+
+/// A curve over seeds: the mean, and one standard deviation to each side where there are two seeds or more.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Band {
+    /// Colour of the arm.
+    pub color: RGBColor,
+    /// (step, mean, standard deviation), steps ascending.
+    pub points: Vec<(f64, f64, f64)>,
+}
+
+impl Band {
+    /// Mean and spread of the runs' curves at every step that any of them logged.
+    pub fn over(color: RGBColor, runs: &[&Series]) -> Self {
+        let mut at = std::collections::BTreeMap::<u64, Vec<f64>>::new();
+        for &(step, value) in runs.iter().copied().flatten().filter(|(_, v)| v.is_finite()) {
+            at.entry(step).or_default().push(value);
+        }
+        let summary = |(step, values): (u64, Vec<f64>)| {
+            let estimate = crate::statistics::estimate(&values);
+            (step as f64, estimate.mean.unwrap_or(f64::NAN), estimate.std.unwrap_or(0.0))
+        };
+        let points: Vec<_> = at.into_iter().map(summary).collect();
+        let size = points.len().div_ceil(MAX_POINTS).max(1);
+        let thin = |chunk: &[(f64, f64, f64)]| {
+            let n = chunk.len() as f64;
+            let sum = chunk.iter().fold((0.0, 0.0, 0.0), |a, p| (a.0 + p.0, a.1 + p.1, a.2 + p.2));
+            (sum.0 / n, sum.1 / n, sum.2 / n)
+        };
+        Self { color, points: points.chunks(size).map(thin).collect() }
+    }
+}
+
+/// Curves over steps, one band an arm.
+pub fn curves(bands: &[Band]) -> String {
+    let all = || bands.iter().flat_map(|b| b.points.iter());
+    let (x0, x1) = bounds(all().map(|p| p.0));
+    let (y0, y1) = bounds(all().flat_map(|p| [p.1 - p.2, p.1 + p.2]));
+    let pad = 0.06 * (y1 - y0);
+    draw((520, 300), |area| {
+        let mut chart = ChartBuilder::on(area)
+            .margin(6)
+            .margin_right(16)
+            .x_label_area_size(24)
+            .y_label_area_size(58)
+            .build_cartesian_2d(x0..x1, y0 - pad..y1 + pad)?;
+        chart
+            .configure_mesh()
+            .disable_x_mesh()
+            .x_labels(6)
+            .y_labels(5)
+            .light_line_style(TRANSPARENT)
+            .bold_line_style(INK.mix(0.12))
+            .axis_style(INK.mix(0.4))
+            .label_style(("sans-serif", 13).into_font().color(&INK.mix(0.75)))
+            .x_label_formatter(&|x| format!("{x:.0}"))
+            .y_label_formatter(&|y| super::number(*y))
+            .draw()?;
+        for band in bands {
+            if band.points.iter().any(|p| p.2 > 0.0) {
+                let upper = band.points.iter().map(|p| (p.0, p.1 + p.2));
+                let lower = band.points.iter().rev().map(|p| (p.0, p.1 - p.2));
+                chart.draw_series([Polygon::new(upper.chain(lower).collect::<Vec<_>>(), band.color.mix(0.18))])?;
+            }
+            let line = LineSeries::new(band.points.iter().map(|p| (p.0, p.1)), band.color.stroke_width(2));
+            chart.draw_series(line)?;
+            // A metric that was measured once is a point, not a line.
+            if band.points.len() <= 12 {
+                let dots = band.points.iter().map(|p| Circle::new((p.0, p.1), 3, band.color.filled()));
+                chart.draw_series(dots)?;
+            }
+        }
+        Ok(())
+    })
+}
+
+/// One row of a forest plot.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ForestRow {
+    /// What is compared.
+    pub label: String,
+    /// Colour of the arm.
+    pub color: RGBColor,
+    /// Mean difference.
+    pub difference: f64,
+    /// Its 95% interval; `None` for one pair.
+    pub ci95: Option<[f64; 2]>,
+    /// The differences of the single seeds.
+    pub seeds: Vec<f64>,
+}
+
+/// Differences to the baseline with their intervals on a common axis; faint dots are single seeds.
+pub fn forest(rows: &[ForestRow]) -> String {
+    let values = rows.iter().flat_map(|r| r.seeds.iter().copied().chain(r.ci95.into_iter().flatten()).chain([0.0]));
+    let (low, high) = bounds(values);
+    let pad = 0.06 * (high - low);
+    let (row, label) = (30, 190);
+    let height = row * rows.len() as i32;
+    draw((760, (height + 44) as u32), |area| {
+        let mut chart = ChartBuilder::on(area)
+            .margin_top(6)
+            .margin_left(label)
+            .margin_right(20)
+            .x_label_area_size(26)
+            .build_cartesian_2d(low - pad..high + pad, 0.0..rows.len() as f64)?;
+        chart
+            .configure_mesh()
+            .disable_y_mesh()
+            .disable_y_axis()
+            .x_labels(7)
+            .light_line_style(TRANSPARENT)
+            .bold_line_style(INK.mix(0.1))
+            .axis_style(INK.mix(0.4))
+            .label_style(("sans-serif", 13).into_font().color(&INK.mix(0.75)))
+            .x_label_formatter(&|x| super::number(*x))
+            .draw()?;
+        let zero = PathElement::new(vec![(0.0, 0.0), (0.0, rows.len() as f64)], INK.mix(0.6).stroke_width(1));
+        chart.draw_series([zero])?;
+        for (i, r) in rows.iter().enumerate() {
+            let y = rows.len() as f64 - i as f64 - 0.5;
+            let seeds = r.seeds.iter().map(|&x| Circle::new((x, y), 3, r.color.mix(0.35).filled()));
+            chart.draw_series(seeds)?;
+            if let Some([a, b]) = r.ci95 {
+                chart.draw_series([PathElement::new(vec![(a, y), (b, y)], r.color.stroke_width(3))])?;
+            }
+            chart.draw_series([Circle::new((r.difference, y), 5, r.color.filled())])?;
+            let at = (label - 10, 6 + (f64::from(height) * (i as f64 + 0.5) / rows.len() as f64) as i32);
+            let style = ("sans-serif", 14).into_font().color(&INK).pos(Pos::new(HPos::Right, VPos::Center));
+            area.draw_text(&r.label, &style, at)?;
+        }
+        Ok(())
+    })
+}
+
+type Drawing = Result<(), DrawingAreaErrorKind<std::io::Error>>;
+
+fn draw(
+    size: (u32, u32),
+    paint: impl for<'a> FnOnce(&DrawingArea<SVGBackend<'a>, plotters::coord::Shift>) -> Drawing,
+) -> String {
+    let mut svg = String::new();
+    {
+        let area = SVGBackend::with_string(&mut svg, size).into_drawing_area();
+        paint(&area).and_then(|()| area.present()).expect("drawing into a string cannot fail");
+    }
+    svg.replace(INK_HEX, "currentColor")
+}
+
+/// Least and largest value, opened up where they are equal or absent.
+fn bounds(values: impl Iterator<Item = f64>) -> (f64, f64) {
+    let (low, high) = values.filter(|v| v.is_finite()).fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| {
+        (l.min(v), h.max(v))
+    });
+    if low > high {
+        (0.0, 1.0)
+    } else if low == high {
+        let open = if low == 0.0 { 1.0 } else { 0.1 * low.abs() };
+        (low - open, high + open)
+    } else {
+        (low, high)
+    }
+}

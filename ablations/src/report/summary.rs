@@ -1,0 +1,332 @@
+//! What a suite found, as data: the content of `summary.json`, from which the other two outputs are written.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::{number, p_text};
+use crate::statistics::{estimate, holm, paired, Estimate, Paired, ALPHA};
+use crate::suite::{Better, Metric, Plan, RunRecord, Status};
+
+/// Health lines of a run that a report repeats; the others are in its `messages.jsonl`.
+const HEALTH_LINES: usize = 3;
+
+/// `summary.json`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Summary {
+    /// Name of the suite.
+    pub suite: String,
+    /// What was asked.
+    pub description: String,
+    /// Name of the arm that the others are compared with.
+    pub baseline: String,
+    /// Metrics that decide, the headline first.
+    pub metrics: Vec<String>,
+    /// Which way each metric is better.
+    pub better: BTreeMap<String, Better>,
+    /// Seeds of the suite.
+    pub seeds: Vec<u64>,
+    /// Every arm, in the suite's order.
+    pub arms: Vec<ArmSummary>,
+    /// Every arm but the baseline, for every metric.
+    pub comparisons: Vec<Comparison>,
+    /// What a reader must know before believing the numbers: failed and missing runs, lost pairs, sicknesses.
+    pub warnings: Vec<String>,
+    /// Seconds of all finished runs together.
+    pub seconds: f64,
+    /// What produced this.
+    pub provenance: Provenance,
+}
+
+/// Where the numbers come from.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Provenance {
+    /// Version of the program.
+    pub version: String,
+    /// Revision of its source, if known.
+    pub revision: Option<String>,
+    /// What the runs ran on, as they said.
+    pub device: Option<String>,
+    /// The command that produces this again.
+    pub command: String,
+}
+
+/// One arm over its seeds.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ArmSummary {
+    /// Its name.
+    pub name: String,
+    /// What it changes in the base recipe.
+    pub overrides: BTreeMap<String, serde_json::Value>,
+    /// One a seed.
+    pub runs: Vec<RunSummary>,
+    /// Mean and spread of every metric.
+    pub metrics: BTreeMap<String, Estimate>,
+    /// Mean seconds of a run.
+    pub seconds: Option<f64>,
+    /// Mean steps a second.
+    pub steps_per_second: Option<f64>,
+}
+
+/// One run.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RunSummary {
+    /// The seed.
+    pub seed: u64,
+    /// Its folder, relative to the summary.
+    pub dir: String,
+    /// `finished`, `failed`, `interrupted` or `pending`.
+    pub status: String,
+    /// Final value of every metric it measured; `None` where it is not a finite number.
+    pub metrics: BTreeMap<String, Option<f64>>,
+    /// What it failed with.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// Hash of its resolved recipe.
+    pub recipe_hash: String,
+}
+
+/// An arm against the baseline in one metric.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Comparison {
+    /// The arm.
+    pub arm: String,
+    /// The baseline.
+    pub baseline: String,
+    /// The metric.
+    pub metric: String,
+    /// `difference`, `ci95`, `p_value`, `n` and the rest.
+    #[serde(flatten)]
+    pub paired: Paired,
+    /// The p-value after Holm's correction over the arms compared in this metric.
+    pub p_holm: Option<f64>,
+    /// Differences of the single seeds, in the suite's order.
+    pub per_seed: Vec<SeedDifference>,
+    /// What may be concluded.
+    pub verdict: Verdict,
+    /// The same in a sentence.
+    pub sentence: String,
+}
+
+/// Arm minus baseline for one seed.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct SeedDifference {
+    /// The seed.
+    pub seed: u64,
+    /// Arm minus baseline.
+    pub difference: f64,
+}
+
+/// What may be concluded from a comparison.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    /// The interval is above zero, and stays so after correction.
+    Higher,
+    /// The interval is below zero, and stays so after correction.
+    Lower,
+    /// The interval leaves out zero, but not after correction for the number of arms.
+    Suggestive,
+    /// The interval holds zero.
+    Inconclusive,
+    /// Fewer than two pairs: nothing can be said about spread.
+    NoInterval,
+}
+
+impl Summary {
+    /// From the runs of `plan` as they are on disk.
+    pub fn new(plan: &Plan, records: &[RunRecord], provenance: Provenance) -> Self {
+        let suite = &plan.suite;
+        let arms: Vec<ArmSummary> = suite.arms.iter().map(|arm| arm_summary(plan, &arm.name, records)).collect();
+        let comparisons = suite.metrics.iter().flat_map(|metric| compare(plan, metric, records)).collect();
+        let mut provenance = provenance;
+        if provenance.device.is_none() {
+            provenance.device = records.iter().find_map(|r| r.device.clone());
+        }
+        Self {
+            suite: suite.name.clone(),
+            description: suite.description.clone(),
+            baseline: suite.baseline.clone(),
+            metrics: suite.metrics.iter().map(|m| m.name.clone()).collect(),
+            better: suite.metrics.iter().map(|m| (m.name.clone(), m.better)).collect(),
+            seeds: suite.seeds.clone(),
+            arms,
+            comparisons,
+            warnings: warnings(plan, records),
+            seconds: records.iter().filter_map(RunRecord::result).map(|r| r.seconds).sum(),
+            provenance,
+        }
+    }
+
+    /// Comparisons in the headline metric.
+    pub fn headlines(&self) -> impl Iterator<Item = &Comparison> {
+        self.comparisons.iter().filter(|c| c.metric == self.metrics[0])
+    }
+}
+
+fn arm_summary(plan: &Plan, arm: &str, records: &[RunRecord]) -> ArmSummary {
+    let mine: Vec<&RunRecord> = records.iter().filter(|r| r.arm == arm).collect();
+    let finished: Vec<_> = mine.iter().filter_map(|r| r.result()).collect();
+    let runs = mine.iter().map(|record| {
+        let planned = plan.runs.iter().find(|p| p.arm == arm && p.seed == record.seed);
+        RunSummary {
+            seed: record.seed,
+            dir: record.dir.clone(),
+            status: record.status.word().to_string(),
+            metrics: record.result().map(|r| r.metrics.clone()).unwrap_or_default(),
+            error: if let Status::Failed(error) = &record.status { Some(error.clone()) } else { None },
+            recipe_hash: planned.map(|p| p.prepared.hash().to_string()).unwrap_or_default(),
+        }
+    });
+    let metric = |m: &Metric| {
+        let values: Vec<f64> = mine.iter().filter_map(|r| r.score(&m.name)).collect();
+        (m.name.clone(), estimate(&values))
+    };
+    let set = &plan.suite.arm(arm).expect("arms of a plan are arms of its suite").set;
+    let json = |v: &toml::Value| serde_json::to_value(v).expect("TOML values are plain data");
+    let seconds: Vec<f64> = finished.iter().map(|r| r.seconds).collect();
+    let speeds: Vec<f64> = finished.iter().filter(|r| r.seconds > 0.0).map(|r| r.steps as f64 / r.seconds).collect();
+    ArmSummary {
+        name: arm.to_string(),
+        overrides: set.iter().map(|(k, v)| (k.clone(), json(v))).collect(),
+        runs: runs.collect(),
+        metrics: plan.suite.metrics.iter().map(metric).collect(),
+        seconds: estimate(&seconds).mean,
+        steps_per_second: estimate(&speeds).mean,
+    }
+}
+
+/// Every arm but the baseline in one metric, corrected for how many they are.
+fn compare(plan: &Plan, metric: &Metric, records: &[RunRecord]) -> Vec<Comparison> {
+    let suite = &plan.suite;
+    let score = |arm: &str, seed: u64| {
+        records.iter().find(|r| r.arm == arm && r.seed == seed).and_then(|r| r.score(&metric.name))
+    };
+    let mut comparisons = Vec::new();
+    for arm in suite.arms.iter().filter(|a| a.name != suite.baseline) {
+        let both = |&seed: &u64| Some((seed, (score(&arm.name, seed)?, score(&suite.baseline, seed)?)));
+        let (seeds, pairs): (Vec<u64>, Vec<(f64, f64)>) = suite.seeds.iter().filter_map(both).unzip();
+        let per_seed = seeds.iter().zip(&pairs).map(|(&seed, (a, b))| SeedDifference { seed, difference: a - b });
+        comparisons.push(Comparison {
+            arm: arm.name.clone(),
+            baseline: suite.baseline.clone(),
+            metric: metric.name.clone(),
+            paired: paired(&pairs),
+            p_holm: None,
+            per_seed: per_seed.collect(),
+            verdict: Verdict::NoInterval,
+            sentence: String::new(),
+        });
+    }
+    let tested: Vec<usize> = (0..comparisons.len()).filter(|&i| comparisons[i].paired.p_value.is_some()).collect();
+    let p_values: Vec<f64> = tested.iter().filter_map(|&i| comparisons[i].paired.p_value).collect();
+    for (&i, p) in tested.iter().zip(holm(&p_values)) {
+        comparisons[i].p_holm = Some(p);
+    }
+    for comparison in &mut comparisons {
+        comparison.verdict = verdict(comparison);
+        comparison.sentence = sentence(comparison, metric, tested.len());
+    }
+    comparisons
+}
+
+fn verdict(c: &Comparison) -> Verdict {
+    match (c.paired.ci95, c.p_holm) {
+        (Some([low, high]), _) if low <= 0.0 && high >= 0.0 => Verdict::Inconclusive,
+        (Some(_), Some(p)) if p >= ALPHA => Verdict::Suggestive,
+        (Some([low, _]), Some(_)) => {
+            if low > 0.0 {
+                Verdict::Higher
+            } else {
+                Verdict::Lower
+            }
+        }
+        _ => Verdict::NoInterval,
+    }
+}
+
+fn sentence(c: &Comparison, metric: &Metric, tests: usize) -> String {
+    let (arm, baseline, name) = (&c.arm, &c.baseline, &metric.name);
+    let Some(difference) = c.paired.difference else {
+        return format!("{arm} cannot be compared with {baseline} in {name}: no seed has both.");
+    };
+    let direction = if difference > 0.0 { "higher" } else { "lower" };
+    let good = (difference > 0.0) == (metric.better == Better::Higher);
+    let worth = if good { "better" } else { "worse" };
+    let by = number(difference.abs());
+    let Some([low, high]) = c.paired.ci95 else {
+        return format!(
+            "{arm} is {by} {direction} than {baseline} in {name} for one seed: no interval can be given. Add seeds."
+        );
+    };
+    let interval = format!("95% interval {} to {}", signed(low), signed(high));
+    let n = c.paired.n;
+    match c.verdict {
+        Verdict::Higher | Verdict::Lower => {
+            let p = p_text(c.p_holm.unwrap_or(1.0));
+            let corrected = if tests > 1 { " after Holm's correction" } else { "" };
+            format!("{arm} is {direction} than {baseline} in {name} by {by} ({interval}, {p}{corrected}, {n} seeds): {worth}.")
+        }
+        Verdict::Suggestive => format!(
+            "{arm} is {direction} than {baseline} in {name} by {by} ({interval}, {n} seeds), but not after correction for \
+             {tests} arms ({}): suggestive only.",
+            p_text(c.p_holm.unwrap_or(1.0))
+        ),
+        _ => {
+            let need = match c.paired.seeds_for_80_percent_power {
+                Some(seeds) if seeds > n => {
+                    format!(" If the true difference is the one seen, about {seeds} seeds would find it four times in five.")
+                }
+                Some(_) => String::new(),
+                None => " No number of seeds in reach would find a difference this small.".to_string(),
+            };
+            format!(
+                "Inconclusive for {arm} in {name}: the difference to {baseline} is {} but its {interval} spans zero \
+                 ({n} seeds).{need}",
+                signed(difference)
+            )
+        }
+    }
+}
+
+fn signed(value: f64) -> String {
+    let sign = if value < 0.0 { "−" } else { "+" };
+    format!("{sign}{}", number(value.abs()))
+}
+
+/// Nothing is dropped silently: what is missing, failed or sick is said.
+fn warnings(plan: &Plan, records: &[RunRecord]) -> Vec<String> {
+    let mut warnings = plan.warnings.clone();
+    for record in records {
+        let run = format!("{} seed {}", record.arm, record.seed);
+        match &record.status {
+            Status::Finished(_) => {}
+            Status::Failed(error) => warnings.push(format!("{run} failed and is not in the numbers: {error}")),
+            other => warnings.push(format!("{run} is {} and not in the numbers", other.word())),
+        }
+        for metric in plan.suite.metrics.iter().filter(|_| record.result().is_some()) {
+            if record.score(&metric.name).is_none() {
+                warnings.push(format!("{run} gave no finite {}: it is left out of that metric", metric.name));
+            }
+        }
+        warnings.extend(record.health.iter().take(HEALTH_LINES).map(|line| format!("{run}: {line}")));
+        if record.health.len() > HEALTH_LINES {
+            let more = record.health.len() - HEALTH_LINES;
+            warnings.push(format!("{run}: {more} more like these in {}/messages.jsonl", record.dir));
+        }
+    }
+    for arm in plan.suite.arms.iter().filter(|a| a.name != plan.suite.baseline) {
+        let declared = |key: &str| {
+            let sets = [&arm.set, &plan.suite.arm(&plan.suite.baseline).expect("the baseline is an arm").set];
+            let within = |a: &str, b: &str| a == b || a.starts_with(&format!("{b}."));
+            // An override may go inside what was a bare number, and may replace a whole table.
+            sets.iter().any(|set| set.keys().any(|k| within(key, k) || within(k, key)))
+        };
+        let changes = plan.differences(&arm.name);
+        let stray: Vec<&str> = changes.iter().map(|c| c.0.as_str()).filter(|key| !declared(key)).collect();
+        if !stray.is_empty() {
+            warnings.push(format!("{} differs from the baseline in undeclared keys: {}", arm.name, stray.join(", ")));
+        }
+    }
+    warnings
+}

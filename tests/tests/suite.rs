@@ -1,0 +1,440 @@
+//! Suites: what a suite file may not say, and how a suite is run, continued and reported.
+//!
+//! A fake trainer stands in for the real one: its scores are a fixed function of recipe and seed, and it leaves the same
+//! files in a run's folder.
+
+use std::cell::RefCell;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+
+use dinolab::report::pictures::PatchView;
+use dinolab::report::{self, Provenance, Verdict};
+use dinolab::suite::{execute, Event, ExecuteOptions, Job, Outcome, Overrides, Plan, Prepared, Progress, Suite, Tally};
+use dinolab_core::rng::{Rng, Stream};
+use dinolab_core::{Error, Result};
+use serde_json::json;
+
+const HEADER: &str = r#"
+name = "gram"
+description = "Does Gram anchoring keep patch features local?"
+base = "recipe.toml"
+seeds = [0, 1, 2]
+metrics = ["probe/seg/miou", { name = "loss/total", better = "lower" }]
+baseline = "off"
+"#;
+
+const ARMS: &str = r#"
+[[arm]]
+name = "off"
+set = { "losses.gram.enabled" = false }
+
+[[arm]]
+name = "on"
+set.losses.gram.enabled = true
+"#;
+
+const RECIPE: &str = r#"
+seed = 0
+steps = 40
+losses.gram = { enabled = true, weight = 1.0 }
+probes.seg = { every = 0 }
+"#;
+
+/// What the fake trainer did, and what it is to do.
+#[derive(Default)]
+struct Trainer {
+    /// Runs that trained, as "arm seed from step to steps".
+    log: RefCell<Vec<String>>,
+    /// The arm and seed whose run stops itself half-way, once.
+    stop_at: RefCell<Option<String>>,
+    /// The arm and seed whose run fails.
+    fail_at: RefCell<Option<String>>,
+}
+
+struct Fake {
+    recipe: toml::Table,
+    hash: String,
+    trainer: Rc<Trainer>,
+}
+
+/// Merges overrides into the recipe file, as the real one would.
+fn prepare(trainer: &Rc<Trainer>, base: &Path, overrides: &Overrides) -> Result<Box<dyn Prepared>> {
+    let text = fs::read_to_string(base).map_err(Error::io("read", base))?;
+    let mut recipe: toml::Table = text.parse().expect("the recipe of these tests is TOML");
+    for (key, value) in overrides {
+        let mut table = &mut recipe;
+        let mut parts: Vec<&str> = key.split('.').collect();
+        let last = parts.pop().expect("a key has a part");
+        for part in parts {
+            let inner = table.get_mut(part).and_then(|t| t.as_table_mut());
+            table = inner.ok_or_else(|| Error::user(format!("unknown key {key}"), "correct it"))?;
+        }
+        table.insert(last.into(), value.clone());
+    }
+    let hash = recipe.to_string();
+    Ok(Box::new(Fake { recipe, hash, trainer: trainer.clone() }))
+}
+
+impl Prepared for Fake {
+    fn recipe(&self) -> &toml::Table {
+        &self.recipe
+    }
+
+    fn hash(&self) -> &str {
+        &self.hash
+    }
+
+    fn warnings(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    fn run(&self, job: Job<'_>) -> Result<Outcome> {
+        let steps = self.recipe["steps"].as_integer().expect("steps are an integer") as u64;
+        let seed = self.recipe["seed"].as_integer().expect("a seed is an integer") as u64;
+        let gram = self.recipe["losses"]["gram"]["enabled"].as_bool().expect("a flag");
+        let id = format!("{} {seed}", if gram { "on" } else { "off" });
+        let write = |name: &str, text: String| fs::write(job.out.join(name), text).expect("a temporary folder");
+        let checkpoint = job.out.join("checkpoint");
+        let start = match fs::read_to_string(&checkpoint) {
+            Ok(step) if job.resume => step.parse().expect("a step"),
+            _ => 0u64,
+        };
+        self.trainer.log.borrow_mut().push(format!("{id} from {start} to {steps}"));
+        write("recipe.toml", self.recipe.to_string());
+        if self.trainer.fail_at.borrow().as_deref() == Some(&id) {
+            return Err(Error::user("the loss is not finite", "lower the learning rate"));
+        }
+        let mut lines = String::new();
+        let mut noise = Rng::new(seed, Stream::Plugin, 0, 0);
+        for step in (1..=steps).filter(|s| s % 4 == 0) {
+            let t = step as f64 / steps as f64;
+            let total = 8.0 * (-2.0 * t).exp() + 0.2 * noise.normal();
+            let miou = 0.2 + 0.3 * t + if gram { 0.05 * t } else { 0.0 } + 0.01 * noise.normal();
+            let line = json!({"step": step, "loss/total": total, "probe/seg/miou": miou, "lr": 1e-3});
+            lines += &format!("{line}\n");
+        }
+        write("metrics.jsonl", lines);
+        (job.watch)(Event::Step { step: start, steps, text: "training" });
+        let halfway = self.trainer.stop_at.borrow_mut().take_if(|stop| *stop == id && steps > 2);
+        if halfway.is_some() {
+            fs::write(&checkpoint, (steps / 2).to_string()).expect("a temporary folder");
+            job.stop.store(true, Ordering::Relaxed);
+            return Ok(Outcome::Interrupted { step: steps / 2 });
+        }
+        let miou = 0.5 + 0.02 * noise.normal() + if gram { 0.05 } else { 0.0 };
+        let metrics = json!({"probe/seg/miou": miou, "loss/total": 1.0 + 0.01 * seed as f64});
+        write("result.json", json!({"steps": steps, "seconds": 40.0, "skipped": 0, "metrics": metrics}).to_string());
+        Ok(Outcome::Finished)
+    }
+}
+
+/// A folder with a recipe and a suite, and a trainer.
+struct Lab {
+    folder: tempfile::TempDir,
+    trainer: Rc<Trainer>,
+}
+
+impl Lab {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        fs::write(folder.path().join("recipe.toml"), RECIPE).expect("a temporary folder");
+        Self { folder, trainer: Rc::default() }
+    }
+
+    fn out(&self) -> PathBuf {
+        self.folder.path().join("out")
+    }
+
+    fn load(&self, text: &str) -> Result<Suite> {
+        let path = self.folder.path().join("suite.toml");
+        fs::write(&path, text).expect("a temporary folder");
+        Suite::load(&path)
+    }
+
+    fn plan(&self, text: &str) -> Result<Plan> {
+        let trainer = self.trainer.clone();
+        Plan::new(self.load(text)?, self.out(), &Overrides::new(), &move |b, o| prepare(&trainer, b, o))
+    }
+
+    fn execute(&self, plan: &Plan, change: impl FnOnce(&mut ExecuteOptions)) -> Result<Tally> {
+        let mut options = ExecuteOptions {
+            arms: vec![],
+            seeds: vec![],
+            smoke_steps: 0,
+            fail_fast: false,
+            retry_failed: false,
+            stop: Arc::new(AtomicBool::new(false)),
+        };
+        change(&mut options);
+        self.trainer.log.borrow_mut().clear();
+        execute(plan, &options, &|b, o| prepare(&self.trainer, b, o), &Progress::hidden())
+    }
+
+    fn log(&self) -> Vec<String> {
+        self.trainer.log.borrow().clone()
+    }
+}
+
+fn suite() -> String {
+    format!("{HEADER}{ARMS}")
+}
+
+/// What the error of a suite file says.
+#[track_caller]
+fn refused(text: &str) -> String {
+    let lab = Lab::new();
+    lab.plan(text).map(|plan| plan.runs.len()).expect_err("this suite is wrong").to_string()
+}
+
+#[test]
+fn repeated_seeds_are_refused() {
+    let error = refused(&suite().replace("[0, 1, 2]", "[0, 1, 0]"));
+    assert!(error.contains("seed 0 is repeated"), "{error}");
+}
+
+#[test]
+fn repeated_arm_names_are_refused() {
+    let error = refused(&suite().replace("\"on\"", "\"off\""));
+    assert!(error.contains("arm name `off` is repeated"), "{error}");
+}
+
+#[test]
+fn a_baseline_that_is_no_arm_is_refused_with_the_nearest_name() {
+    let error = refused(&suite().replace("baseline = \"off\"", "baseline = \"of\""));
+    assert!(error.contains("the baseline `of` is no arm") && error.contains("did you mean `off`"), "{error}");
+}
+
+#[test]
+fn arms_that_resolve_to_the_same_recipe_are_refused() {
+    let error = refused(&suite().replace("enabled\" = false", "enabled\" = true"));
+    assert!(error.contains("`off` and `on` resolve to the same recipe"), "{error}");
+}
+
+#[test]
+fn an_unknown_key_of_a_suite_is_named_with_its_line() {
+    let error = refused(&suite().replace("seeds =", "seedz ="));
+    assert!(error.contains("seedz") && error.contains("line 5"), "{error}");
+}
+
+#[test]
+fn arms_cannot_set_the_seed() {
+    let error = refused(&suite().replace("\"losses.gram.enabled\" = false", "seed = 3"));
+    assert!(error.contains("sets `seed`"), "{error}");
+}
+
+#[test]
+fn arm_names_that_are_no_folders_are_refused() {
+    let error = refused(&suite().replace("name = \"on\"", "name = \"../on\""));
+    assert!(error.contains("`../on` cannot be used"), "{error}");
+}
+
+#[test]
+fn a_grid_gives_every_combination_in_order() {
+    let grid = "[grid]\n\"losses.gram.weight\" = [0.5, 2]\n\"steps\" = [10, 20]\n";
+    let suite = format!("{HEADER}{grid}").replace("\"off\"", "\"gram.weight=0.5+steps=10\"");
+    let names: Vec<String> = Lab::new().load(&suite).expect("a valid suite").arms.into_iter().map(|a| a.name).collect();
+    let expected =
+        ["gram.weight=0.5+steps=10", "gram.weight=0.5+steps=20", "gram.weight=2+steps=10", "gram.weight=2+steps=20"];
+    assert_eq!(names, expected);
+}
+
+#[test]
+fn a_table_that_names_a_plugin_is_one_value() {
+    let set = "set = { optimizer.lr = { plugin = \"cosine\", peak = 1.0 }, losses.gram.enabled = false }";
+    let suite = suite().replace("set.losses.gram.enabled = true", set);
+    let suite = Lab::new().load(&suite).expect("a valid suite");
+    let keys: Vec<&String> = suite.arms[1].set.keys().collect();
+    assert_eq!(keys, ["losses.gram.enabled", "optimizer.lr"]);
+}
+
+#[test]
+fn runs_are_ordered_so_that_pairs_complete_early() {
+    let plan = Lab::new().plan(&suite()).expect("a valid suite");
+    let order: Vec<(u64, &str)> = plan.runs.iter().map(|r| (r.seed, r.arm.as_str())).collect();
+    assert_eq!(order, [(0, "off"), (0, "on"), (1, "off"), (1, "on"), (2, "off"), (2, "on")]);
+}
+
+#[test]
+fn a_metric_of_no_enabled_probe_or_loss_is_warned_of() {
+    let plan = Lab::new().plan(&suite().replace("probe/seg/miou", "loss/gram")).expect("a valid suite");
+    assert_eq!(plan.warnings, ["metric `loss/gram` is not measured by off"]);
+}
+
+#[test]
+fn an_interrupted_suite_continues_without_repeating_finished_runs() {
+    let lab = Lab::new();
+    let plan = lab.plan(&suite()).expect("a valid suite");
+    *lab.trainer.stop_at.borrow_mut() = Some("on 0".into());
+    let first = lab.execute(&plan, |_| ()).expect("it ran");
+    assert_eq!(first.interrupted, Some(("on seed 0".into(), 20)));
+    assert_eq!(lab.log(), ["off 0 from 0 to 40", "on 0 from 0 to 40"]);
+    let before = fs::read(lab.out().join("arms/off/seed-0/result.json")).expect("it was finished");
+
+    let second = lab.execute(&plan, |_| ()).expect("it ran");
+    assert_eq!(lab.log()[0], "on 0 from 20 to 40");
+    assert_eq!((lab.log().len(), second.finished, second.skipped), (5, 5, 1));
+    assert_eq!(fs::read(lab.out().join("arms/off/seed-0/result.json")).expect("it is still there"), before);
+
+    let third = lab.execute(&plan, |_| ()).expect("it ran");
+    assert_eq!((lab.log().len(), third.skipped), (0, 6));
+}
+
+#[test]
+fn a_changed_suite_does_not_mix_with_finished_runs() {
+    let lab = Lab::new();
+    lab.execute(&lab.plan(&suite()).expect("a valid suite"), |_| ()).expect("it ran");
+    let changed = lab.plan(&format!("{}\n[set]\nsteps = 80\n", suite())).expect("a valid suite");
+    let error = lab.execute(&changed, |_| ()).expect_err("the recipe changed").to_string();
+    assert!(error.contains("steps: was 40, is 80"), "{error}");
+    assert!(lab.log().is_empty(), "nothing may run");
+}
+
+#[test]
+fn seeds_can_be_added_to_a_finished_suite() {
+    let lab = Lab::new();
+    lab.execute(&lab.plan(&suite()).expect("a valid suite"), |_| ()).expect("it ran");
+    let more = lab.plan(&suite().replace("[0, 1, 2]", "[0, 1, 2, 3]")).expect("a valid suite");
+    lab.execute(&more, |_| ()).expect("it ran");
+    assert_eq!(lab.log(), ["off 3 from 0 to 40", "on 3 from 0 to 40"]);
+}
+
+#[test]
+fn a_failed_run_is_recorded_and_the_others_go_on() {
+    let lab = Lab::new();
+    let plan = lab.plan(&suite()).expect("a valid suite");
+    *lab.trainer.fail_at.borrow_mut() = Some("on 1".into());
+    let tally = lab.execute(&plan, |_| ()).expect("it ran");
+    assert_eq!((tally.finished, tally.failed.len()), (5, 1));
+    *lab.trainer.fail_at.borrow_mut() = None;
+    assert_eq!(lab.execute(&plan, |_| ()).expect("it ran").failed.len(), 1, "it stays failed");
+    assert!(lab.log().is_empty());
+    let retried = lab.execute(&plan, |o| o.retry_failed = true).expect("it ran");
+    assert_eq!((retried.finished, retried.failed.len()), (1, 0));
+}
+
+#[test]
+fn fail_fast_ends_at_the_first_failure() {
+    let lab = Lab::new();
+    let plan = lab.plan(&suite()).expect("a valid suite");
+    *lab.trainer.fail_at.borrow_mut() = Some("on 0".into());
+    lab.execute(&plan, |o| o.fail_fast = true).expect("it ran");
+    assert_eq!(lab.log().len(), 2);
+}
+
+#[test]
+fn a_run_that_another_process_holds_is_left_alone() {
+    let lab = Lab::new();
+    let plan = lab.plan(&suite()).expect("a valid suite");
+    fs::create_dir_all(lab.out().join("locks")).expect("a temporary folder");
+    let held = fs::File::create(lab.out().join("locks/off-seed-1.lock")).expect("a temporary folder");
+    fs4::FileExt::lock(&held).expect("nobody else holds it");
+    let tally = lab.execute(&plan, |_| ()).expect("it ran");
+    assert_eq!((tally.finished, tally.elsewhere), (5, vec!["off seed 1".to_string()]));
+}
+
+#[test]
+fn a_trial_of_every_arm_comes_before_any_run() {
+    let lab = Lab::new();
+    let plan = lab.plan(&suite()).expect("a valid suite");
+    *lab.trainer.fail_at.borrow_mut() = Some("on 0".into());
+    let error = lab.execute(&plan, |o| o.smoke_steps = 2).expect_err("an arm is broken").to_string();
+    assert!(error.contains("on: the loss is not finite"), "{error}");
+    assert_eq!(lab.log(), ["off 0 from 0 to 2", "on 0 from 0 to 2"], "only trials");
+    assert!(!lab.out().join("arms").exists());
+}
+
+#[test]
+fn a_trial_finds_a_metric_that_nothing_measures() {
+    let lab = Lab::new();
+    let plan = lab.plan(&suite().replace("seg/miou", "seg/miuo")).expect("a valid suite");
+    let error = lab.execute(&plan, |o| o.smoke_steps = 2).expect_err("a metric is misspelt").to_string();
+    assert!(error.contains("`probe/seg/miuo` is not measured; did you mean `probe/seg/miou`"), "{error}");
+}
+
+#[test]
+fn a_selection_runs_only_what_was_asked_for() {
+    let lab = Lab::new();
+    let plan = lab.plan(&suite()).expect("a valid suite");
+    lab.execute(&plan, |o| (o.arms, o.seeds) = (vec!["on".into()], vec![2])).expect("it ran");
+    assert_eq!(lab.log(), ["on 2 from 0 to 40"]);
+    let error = lab.execute(&plan, |o| o.arms = vec!["onn".into()]).expect_err("no such arm").to_string();
+    assert!(error.contains("did you mean `on`"), "{error}");
+}
+
+/// Patch features of a fake model: a smooth field of 16 channels, with a large common part for the baseline.
+fn look(run: &Path) -> Result<Vec<PatchView>> {
+    let common = if run.to_string_lossy().contains("/off/") { 1.0 } else { 0.25 };
+    let (height, width) = (14, 14);
+    let view = |index: u64| {
+        let mut rng = Rng::new(index, Stream::Plugin, 0, 0);
+        let mut wave = || [rng.uniform(-0.6, 0.6), rng.uniform(-0.6, 0.6), rng.uniform(0.0, 6.0)];
+        let waves: Vec<[f64; 3]> = (0..16).map(|_| wave()).collect();
+        let value = |p: usize, w: &[f64; 3]| common + (w[0] * (p / width) as f64 + w[1] * (p % width) as f64 + w[2]).sin();
+        let features = (0..height * width).flat_map(|p| waves.iter().map(move |w| value(p, w))).collect();
+        let image = image::RgbImage::from_fn(112, 112, |x, y| image::Rgb([x as u8 * 2, y as u8 * 2, 40 * index as u8]));
+        PatchView { image, height, width, features, foreground: None }
+    };
+    Ok((0..3).map(view).collect())
+}
+
+fn provenance() -> Provenance {
+    Provenance { version: "0.1.0".into(), command: "dinolab ablate gram.toml".into(), ..Provenance::default() }
+}
+
+#[test]
+fn summary_json_has_the_documented_shape() {
+    let lab = Lab::new();
+    let plan = lab.plan(&suite()).expect("a valid suite");
+    lab.execute(&plan, |_| ()).expect("it ran");
+    report::write(&plan, provenance(), &look).expect("it was written");
+    let text = fs::read_to_string(lab.out().join("summary.json")).expect("it was written");
+    let summary: serde_json::Value = serde_json::from_str(&text).expect("it is JSON");
+    assert_eq!((&summary["suite"], &summary["baseline"]), (&json!("gram"), &json!("off")));
+    assert_eq!(summary["metrics"], json!(["probe/seg/miou", "loss/total"]));
+    let on = &summary["arms"][1];
+    assert_eq!((&on["name"], &on["overrides"]), (&json!("on"), &json!({"losses.gram.enabled": true})));
+    assert_eq!((&on["runs"][2]["seed"], &on["runs"][2]["dir"]), (&json!(2), &json!("arms/on/seed-2")));
+    assert_eq!(on["runs"][2]["metrics"]["loss/total"], 1.02);
+    let total = &on["metrics"]["loss/total"];
+    assert!((total["mean"].as_f64().expect("a number") - 1.01).abs() < 1e-12, "{total}");
+    assert!((total["std"].as_f64().expect("a number") - 0.01).abs() < 1e-12, "{total}");
+    assert_eq!((total["ci95"].as_array().expect("an interval").len(), &total["n"]), (2, &json!(3)));
+    let comparison = &summary["comparisons"][0];
+    assert_eq!((&comparison["arm"], &comparison["baseline"]), (&json!("on"), &json!("off")));
+    assert_eq!((&comparison["metric"], &comparison["n"]), (&json!("probe/seg/miou"), &json!(3)));
+    // The fake's noise depends on the seed alone, so pairing takes all of it away.
+    assert!((comparison["difference"].as_f64().expect("a number") - 0.05).abs() < 1e-12);
+    assert!(comparison["p_value"].as_f64().expect("a number") < 1e-9);
+    assert_eq!(comparison["verdict"], json!("higher"));
+}
+
+#[test]
+fn missing_and_failed_runs_are_said_and_their_pairs_left_out() {
+    let lab = Lab::new();
+    let plan = lab.plan(&suite()).expect("a valid suite");
+    *lab.trainer.fail_at.borrow_mut() = Some("on 1".into());
+    lab.execute(&plan, |o| o.seeds = vec![0, 1]).expect("it ran");
+    let (summary, _) = report::write(&plan, provenance(), &look).expect("it was written");
+    assert_eq!(summary.comparisons[0].paired.n, 1);
+    assert_eq!(summary.comparisons[0].verdict, Verdict::NoInterval);
+    let said = summary.warnings.join("\n");
+    assert!(said.contains("on seed 1 failed") && said.contains("off seed 2 is pending"), "{said}");
+}
+
+#[test]
+fn the_report_is_one_file_without_scripts_or_requests() {
+    let lab = Lab::new();
+    let plan = lab.plan(&suite()).expect("a valid suite");
+    lab.execute(&plan, |_| ()).expect("it ran");
+    let (_, path) = report::write(&plan, provenance(), &look).expect("it was written");
+    let page = fs::read_to_string(path).expect("it was written");
+    for outside in ["<script", "src=\"http", "href=\"http", "@import", "url(http", "<link rel=\"stylesheet"] {
+        assert!(!page.contains(outside), "the page has {outside}");
+    }
+    for part in ["higher than off in probe", "data:image/png;base64,", "<svg", "losses.gram.enabled"] {
+        assert!(page.contains(part), "the page lacks {part}");
+    }
+}
