@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use crate::ops::matmul::{product, Mat, Threads};
 use crate::ops::parallel::{lane_sum, simd};
-use crate::tensor::{DType, Grads, Op, Real};
+use crate::tensor::{Grads, Op, Real};
 use crate::{dispatch_real, Error, Result, Tensor};
 
 impl Tensor {
@@ -192,6 +192,7 @@ impl Op for Koleo {
 mod tests {
     use super::*;
     use crate::tensor::Tape;
+    use crate::DType;
 
     #[test]
     fn neighbours_stay_in_their_group_and_equals_come_in_order() {
