@@ -190,6 +190,7 @@ mod tests {
     use super::*;
     use crate::rng::{Rng, Stream};
     use crate::tensor::Tape;
+    use crate::DType;
 
     fn features(index: u64, shape: &[usize]) -> Tensor {
         let mut rng = Rng::new(3, Stream::Probe, 0, index);
