@@ -7,6 +7,7 @@
 //! | scheduler | [`constant`], [`linear_warmup`], [`linear_warmup_cosine`], [`cosine`], [`step`] |
 //! | teacher policy | [`ema`], [`frozen`], [`gram_anchor`] |
 //! | probe | [`knn`], [`linear_segmentation`], [`patch_similarity`], [`cls_patch_cosine`] |
+//! | dataset | [`scenes`], [`image_folder`] |
 
 // Position encodings
 pub mod box_coords;
@@ -30,7 +31,11 @@ pub mod gram_anchor;
 // Probes
 pub mod cls_patch_cosine;
 pub mod knn;
+mod lbfgs;
 pub mod linear_segmentation;
 pub mod patch_similarity;
-mod lbfgs;
 mod probe_data;
+
+// Datasets
+pub mod image_folder;
+pub mod scenes;

@@ -1,1 +1,27 @@
-//! Placeholder.
+//! From a dataset to batches: order, crops, colour distortion, masks, and the threads that prepare them.
+//!
+//! Everything here is a pure function of (seed, step): the same bits for any number of threads, and after a resume.
+//!
+//! - [`Order`]: which sample is read when.
+//! - [`plan`]: what is drawn for an image (boxes, flips, factors), as plain numbers; [`Augmentation`] draws a plan and
+//!   applies it. A device that has the image can apply the same plan.
+//! - [`masks`]: which patches are hidden from the student.
+//! - [`Batch`]: what a step gets. [`Pipeline`] makes the batches of any step, [`Loader`] makes them ahead of time.
+
+mod augment;
+mod batch;
+mod blur;
+mod color;
+mod loader;
+pub mod masks;
+mod order;
+mod pipeline;
+pub mod plan;
+mod resize;
+
+pub use augment::{Augmentation, Views};
+pub use batch::{views_of_images, Batch, StepBatches};
+pub use loader::Loader;
+pub use masks::{BlockMask, Masks};
+pub use order::Order;
+pub use pipeline::{BrokenSample, LoaderSpec, Pipeline};

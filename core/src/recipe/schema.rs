@@ -136,6 +136,10 @@ pub struct CropConfig {
     pub local_from_global: bool,
     /// Whether the Gram teacher's crops are spared the colour distortion of the student's.
     pub gram_without_distortion: bool,
+    /// Probability that a crop is blurred: [first global, second global, local]. The default is what the reference
+    /// really does; its source asks for [1.0, 0.1, 0.5] (BYOL's values) but applies each with probability 1 - p
+    /// (facebookresearch/dinov3 issue 286).
+    pub blur: [f64; 3],
     /// Mean of the pixels per channel, in [0, 1].
     pub mean: [f32; 3],
     /// Standard deviation of the pixels per channel, in [0, 1].
@@ -154,6 +158,7 @@ impl Default for CropConfig {
             share_color_jitter: false,
             local_from_global: false,
             gram_without_distortion: false,
+            blur: [0.0, 0.9, 0.5],
             mean: [0.485, 0.456, 0.406],
             std: [0.229, 0.224, 0.225],
         }

@@ -1,0 +1,209 @@
+//! Multi-crop augmentation: the reference's two global recipes, its local one, and the Gram teacher's crops.
+
+use std::cell::RefCell;
+
+use fast_image_resize::Resizer;
+
+use super::blur::gaussian_blur;
+use super::color::{distort, solarize};
+use super::plan::{CropPlan, Cut, ImagePlan, Rect};
+use super::resize::{cut_rgb, resize_plane};
+use crate::contract::Sample;
+use crate::recipe::CropConfig;
+use crate::rng::Rng;
+
+/// Where one image's crops go: each a `[3, side, side]` slice of a batch.
+#[derive(Debug)]
+pub struct Views<'a> {
+    /// The two global crops.
+    pub globals: Vec<&'a mut [f32]>,
+    /// The local crops.
+    pub locals: Vec<&'a mut [f32]>,
+    /// The Gram teacher's crops: none, or one for each global crop.
+    pub gram: Vec<&'a mut [f32]>,
+}
+
+/// The reference's augmentation: draws plans, and applies them to images.
+///
+/// A crop is cut, resized (bicubic, antialiased), mirrored, jittered in colour, made grey, blurred, solarised and
+/// normalised, on 8-bit values until the last step. The Gram teacher's crops share the geometry of the global ones:
+///
+/// - with distortion: the crop is cut at the larger of the two sizes, distorted there, and both sizes are bicubic
+///   resizes of the result;
+/// - without ([`CropConfig::gram_without_distortion`]): the crop is cut at the larger size, resized to both, and only
+///   the student's is distorted.
+///
+/// One thing differs from the reference: [`CropConfig::local_from_global`] with larger Gram crops takes its windows
+/// from the global crop at the student's size; the reference takes them from the top left corner of the Gram crop.
+#[derive(Clone, Debug)]
+pub struct Augmentation {
+    config: CropConfig,
+    patch_size: usize,
+    gram_size: Option<usize>,
+    /// Value `x` of channel `c` becomes `scale[c] * x + shift[c]`.
+    scale: [f32; 3],
+    shift: [f32; 3],
+}
+
+/// Buffers that a thread reuses from image to image.
+#[derive(Default)]
+struct Scratch {
+    resizer: Resizer,
+    image: Vec<u8>,
+    base: Vec<u8>,
+    small: Vec<u8>,
+    planes: Vec<f32>,
+    blur: Vec<f32>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+impl Augmentation {
+    /// With crops of `config`, and the Gram teacher's of `gram_size` pixels if it has any.
+    pub fn new(config: &CropConfig, patch_size: usize, gram_size: Option<usize>) -> Self {
+        let scale = config.std.map(|std| 1.0 / (255.0 * std));
+        let shift = std::array::from_fn(|c| -config.mean[c] / config.std[c]);
+        Self { config: config.clone(), patch_size, gram_size, scale, shift }
+    }
+
+    /// Draws everything random about an image of `width x height`; see [`ImagePlan::draw`].
+    pub fn plan(&self, size: (usize, usize), rng: impl Fn(u64) -> Rng) -> ImagePlan {
+        ImagePlan::draw(&self.config, self.patch_size, size, rng)
+    }
+
+    /// Makes the crops of `plan` from `image`, normalised, into `views`.
+    ///
+    /// # Panics
+    /// If the plan was drawn for another image size, or the slices in `views` have other sizes than the crops.
+    pub fn apply(&self, image: &Sample, plan: &ImagePlan, views: &mut Views<'_>) {
+        SCRATCH.with_borrow_mut(|scratch| self.apply_with(image, plan, views, scratch));
+    }
+
+    fn apply_with(&self, image: &Sample, plan: &ImagePlan, views: &mut Views<'_>, scratch: &mut Scratch) {
+        let Scratch { resizer, image: shared, base, small, planes, blur } = scratch;
+        let size = (image.width, image.height);
+        let mut rgb = &image.rgb[..];
+        if let Some(color) = &plan.shared_color {
+            planes.resize(rgb.len(), 0.0);
+            to_planes(rgb, image.width, false, planes);
+            distort(planes, color);
+            from_planes(planes, shared);
+            rgb = shared;
+        }
+        let side = self.config.global_size;
+        let large = side.max(self.gram_size.unwrap_or(0));
+        for (k, crop) in plan.globals.iter().enumerate() {
+            let (area, flip) = image_box(crop);
+            cut_rgb(resizer, rgb, size, area, large, base);
+            match self.gram_size {
+                None => self.finish(base, flip, crop, views.globals[k], side, blur),
+                Some(gram) if self.config.gram_without_distortion => {
+                    let student = resized(resizer, base, large, side, small);
+                    self.finish(student, flip, crop, views.globals[k], side, blur);
+                    let teacher = resized(resizer, base, large, gram, small);
+                    to_planes(teacher, gram, flip, views.gram[k]);
+                    self.normalize(views.gram[k]);
+                }
+                Some(gram) => {
+                    planes.resize(3 * large * large, 0.0);
+                    self.finish(base, flip, crop, planes, large, blur);
+                    for (out, to) in [(&mut views.globals[k], side), (&mut views.gram[k], gram)] {
+                        let sources = planes.chunks_exact(large * large);
+                        for (plane, out) in sources.zip(out.chunks_exact_mut(to * to)) {
+                            resize_plane(resizer, plane, large, out, to);
+                        }
+                    }
+                }
+            }
+        }
+        let local = self.config.local_size;
+        for (crop, out) in plan.locals.iter().zip(&mut views.locals) {
+            match crop.cut {
+                Cut::Image { area, flip } => {
+                    cut_rgb(resizer, rgb, size, area, local, base);
+                    self.finish(base, flip, crop, out, local, blur);
+                }
+                Cut::Global { global, x, y } => {
+                    let (area, flip) = image_box(&plan.globals[global]);
+                    cut_rgb(resizer, rgb, size, area, large, base);
+                    let whole = resized(resizer, base, large, side, small);
+                    planes.resize(3 * side * side, 0.0);
+                    self.finish(whole, flip, crop, planes, side, blur);
+                    for (plane, out) in planes.chunks_exact(side * side).zip(out.chunks_exact_mut(local * local)) {
+                        for (row, out) in plane.chunks_exact(side).skip(y).zip(out.chunks_exact_mut(local)) {
+                            out.copy_from_slice(&row[x..x + local]);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Mirrors, distorts, blurs, solarises and normalises an interleaved crop into planes.
+    fn finish(&self, rgb: &[u8], flip: bool, plan: &CropPlan, out: &mut [f32], side: usize, scratch: &mut Vec<f32>) {
+        to_planes(rgb, side, flip, out);
+        distort(out, &plan.color);
+        if let Some(sigma) = plan.blur {
+            gaussian_blur(out, side, sigma, scratch);
+        }
+        if plan.solarize {
+            solarize(out);
+        }
+        self.normalize(out);
+    }
+
+    fn normalize(&self, planes: &mut [f32]) {
+        let n = planes.len() / 3;
+        for (c, plane) in planes.chunks_exact_mut(n).enumerate() {
+            let (scale, shift) = (self.scale[c], self.shift[c]);
+            crate::ops::parallel::simd(
+                #[inline(always)]
+                || plane.iter_mut().for_each(|x| *x = *x * scale + shift),
+            );
+        }
+    }
+}
+
+fn image_box(crop: &CropPlan) -> (Rect, bool) {
+    match crop.cut {
+        Cut::Image { area, flip } => (area, flip),
+        Cut::Global { .. } => unreachable!("global crops are cut from the image"),
+    }
+}
+
+/// The square crop at another size; the crop itself if that is its own.
+fn resized<'a>(resizer: &mut Resizer, rgb: &'a [u8], from: usize, to: usize, out: &'a mut Vec<u8>) -> &'a [u8] {
+    if from == to {
+        return rgb;
+    }
+    cut_rgb(resizer, rgb, (from, from), Rect { x: 0, y: 0, width: from, height: from }, to, out);
+    out
+}
+
+/// Interleaved bytes to planes of whole numbers, mirrored if asked.
+fn to_planes(rgb: &[u8], width: usize, flip: bool, planes: &mut [f32]) {
+    let n = rgb.len() / 3;
+    let (red, rest) = planes.split_at_mut(n);
+    let (green, blue) = rest.split_at_mut(n);
+    for (y, row) in rgb.chunks_exact(3 * width).enumerate() {
+        let range = y * width..(y + 1) * width;
+        let (r, g, b) = (&mut red[range.clone()], &mut green[range.clone()], &mut blue[range]);
+        for (((pixel, r), g), b) in row.chunks_exact(3).zip(r.iter_mut()).zip(g.iter_mut()).zip(b.iter_mut()) {
+            (*r, *g, *b) = (f32::from(pixel[0]), f32::from(pixel[1]), f32::from(pixel[2]));
+        }
+        if flip {
+            r.reverse();
+            g.reverse();
+            b.reverse();
+        }
+    }
+}
+
+/// Planes of whole numbers to interleaved bytes.
+fn from_planes(planes: &[f32], rgb: &mut Vec<u8>) {
+    let n = planes.len() / 3;
+    rgb.clear();
+    rgb.extend((0..3 * n).map(|i| planes[i % 3 * n + i / 3] as u8));
+}

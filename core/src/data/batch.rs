@@ -1,0 +1,59 @@
+//! What a step gets: crops, masks, and where they came from.
+
+use std::time::Duration;
+
+use super::augment::Views;
+use super::masks::Masks;
+use super::pipeline::BrokenSample;
+use crate::Tensor;
+
+/// The images of one micro-batch, `B` of them. Crops are crop-major: crop 0 of every image, then crop 1.
+#[derive(Clone, Debug)]
+pub struct Batch {
+    /// Global crops: `[2B, 3, G, G]`, f32, normalised.
+    pub global: Tensor,
+    /// Local crops: `[L*B, 3, l, l]`; `None` if there are none.
+    pub local: Option<Tensor>,
+    /// The Gram teacher's crops, of the same boxes as `global`: `[2B, 3, T, T]`; `None` if it has no size of its own.
+    pub gram: Option<Tensor>,
+    /// Which patches of the global crops are hidden from the student; the number `M` is the same in every batch.
+    pub masks: Masks,
+    /// Index in the dataset of each image: `B`.
+    pub indices: Vec<usize>,
+}
+
+/// The micro-batches of one step.
+#[derive(Debug)]
+pub struct StepBatches {
+    /// The step.
+    pub step: u64,
+    /// Its micro-batches, in order.
+    pub batches: Vec<Batch>,
+    /// How long the step waited for them.
+    pub waited: Duration,
+    /// Samples that could not be read and were replaced.
+    pub broken: Vec<BrokenSample>,
+}
+
+/// Hands every image of a batch its slices of crop-major buffers (`images` images a buffer).
+pub fn views_of_images<'a>(
+    images: usize,
+    global: &'a mut [f32],
+    local: Option<(&'a mut [f32], usize)>,
+    gram: Option<&'a mut [f32]>,
+) -> Vec<Views<'a>> {
+    let split = |buffer: &'a mut [f32], crops: usize| -> Vec<Vec<&'a mut [f32]>> {
+        let mut of_image: Vec<Vec<_>> = (0..images).map(|_| Vec::with_capacity(crops)).collect();
+        let side = buffer.len() / (crops * images);
+        for (i, crop) in buffer.chunks_exact_mut(side).enumerate() {
+            of_image[i % images].push(crop);
+        }
+        of_image
+    };
+    let none = || (0..images).map(|_| Vec::new()).collect::<Vec<_>>();
+    let globals = split(global, 2);
+    let locals = local.map_or_else(none, |(buffer, crops)| split(buffer, crops));
+    let gram = gram.map_or_else(none, |buffer| split(buffer, 2));
+    let views = globals.into_iter().zip(locals).zip(gram);
+    views.map(|((globals, locals), gram)| Views { globals, locals, gram }).collect()
+}

@@ -1,0 +1,289 @@
+//! Colour distortion with the formulas that torchvision uses on 8-bit images (Pillow's): every step rounds to whole
+//! numbers in 0..=255.
+//!
+//! Pixels are planar: red, green and blue, each a whole number held in an f32, so that the loops vectorise. Sums of
+//! products below stay under 2^24, so f32 is exact where Pillow uses integers.
+
+use super::plan::{ColorPlan, Jitter, JitterOp};
+use crate::ops::parallel::simd;
+
+/// Applies `plan` to planar pixels `[3, n]`.
+pub(super) fn distort(pixels: &mut [f32], plan: &ColorPlan) {
+    if let Some(jitter) = &plan.jitter {
+        for &op in &jitter.order {
+            step(pixels, jitter, op);
+        }
+    }
+    if plan.grey {
+        each(
+            pixels,
+            #[inline(always)]
+            |rgb| [luma(rgb); 3],
+        );
+    }
+}
+
+/// Inverts values of 128 and more.
+pub(super) fn solarize(pixels: &mut [f32]) {
+    simd(
+        #[inline(always)]
+        || {
+            for x in pixels {
+                *x = if *x < 128.0 { *x } else { 255.0 - *x };
+            }
+        },
+    );
+}
+
+fn step(pixels: &mut [f32], jitter: &Jitter, op: JitterOp) {
+    match op {
+        JitterOp::Brightness => each(
+            pixels,
+            #[inline(always)]
+            |rgb| {
+                rgb.map(
+                    #[inline(always)]
+                    |x| blend(0.0, x, jitter.brightness),
+                )
+            },
+        ),
+        JitterOp::Contrast => {
+            let grey = (mean_luma(pixels) + 0.5).floor() as f32;
+            each(
+                pixels,
+                #[inline(always)]
+                |rgb| {
+                    rgb.map(
+                        #[inline(always)]
+                        |x| blend(grey, x, jitter.contrast),
+                    )
+                },
+            );
+        }
+        JitterOp::Saturation => each(
+            pixels,
+            #[inline(always)]
+            |rgb| {
+                let grey = luma(rgb);
+                rgb.map(
+                    #[inline(always)]
+                    |x| blend(grey, x, jitter.saturation),
+                )
+            },
+        ),
+        JitterOp::Hue => {
+            // Pillow keeps the hue in 8 bits; the shift is cut towards zero.
+            let shift = (jitter.hue * 255.0).trunc() as f32;
+            if shift != 0.0 {
+                each(
+                    pixels,
+                    #[inline(always)]
+                    |rgb| turn_hue(rgb, shift),
+                );
+            }
+        }
+    }
+}
+
+/// `f` of every pixel.
+#[inline(always)]
+fn each(pixels: &mut [f32], f: impl Fn([f32; 3]) -> [f32; 3]) {
+    let n = pixels.len() / 3;
+    let (red, rest) = pixels.split_at_mut(n);
+    let (green, blue) = rest.split_at_mut(n);
+    simd(
+        #[inline(always)]
+        || {
+            for ((r, g), b) in red.iter_mut().zip(green).zip(blue) {
+                [*r, *g, *b] = f([*r, *g, *b]);
+            }
+        },
+    );
+}
+
+/// From `base` (factor 0) to `x` (factor 1) and beyond, cut to 0..=255.
+#[inline(always)]
+fn blend(base: f32, x: f32, factor: f32) -> f32 {
+    (base + factor * (x - base)).clamp(0.0, 255.0).floor()
+}
+
+/// Grey value: ITU-R 601-2 luma in 16-bit fixed point.
+#[inline(always)]
+fn luma([r, g, b]: [f32; 3]) -> f32 {
+    ((19595.0 * r + 38470.0 * g + 7471.0 * b + 32768.0) * (1.0 / 65536.0)).floor()
+}
+
+fn mean_luma(pixels: &[f32]) -> f64 {
+    const LANES: usize = 16;
+    let n = pixels.len() / 3;
+    let (red, rest) = pixels.split_at(n);
+    let (green, blue) = rest.split_at(n);
+    let sum = simd(
+        #[inline(always)]
+        || {
+            let mut total = 0.0f64;
+            // Blocks so short that the f32 sums of whole numbers are exact.
+            for ((r, g), b) in red.chunks(4096).zip(green.chunks(4096)).zip(blue.chunks(4096)) {
+                let mut lanes = [0.0f32; LANES];
+                let wide = r.chunks_exact(LANES).zip(g.chunks_exact(LANES)).zip(b.chunks_exact(LANES));
+                for ((r, g), b) in wide {
+                    for i in 0..LANES {
+                        lanes[i] += luma([r[i], g[i], b[i]]);
+                    }
+                }
+                for i in r.len() / LANES * LANES..r.len() {
+                    lanes[0] += luma([r[i], g[i], b[i]]);
+                }
+                total += f64::from(lanes.iter().sum::<f32>());
+            }
+            total
+        },
+    );
+    sum / n as f64
+}
+
+/// To 8-bit hue, saturation and value, `shift` added to the hue, and back.
+#[inline(always)]
+fn turn_hue([r, g, b]: [f32; 3], shift: f32) -> [f32; 3] {
+    let max = r.max(g).max(b);
+    let range = max - r.min(g).min(b);
+    let saturation = (range / max.max(1.0) * 255.0).floor();
+    // Sixths of a turn from red; a grey pixel (range 0) has saturation 0, so its hue does not matter.
+    let (sector, difference) = if r == max {
+        (0.0, g - b)
+    } else if g == max {
+        (2.0, b - r)
+    } else {
+        (4.0, r - g)
+    };
+    let sixths = sector + difference / range.max(1.0);
+    let sixths = if sixths < 0.0 { sixths + 6.0 } else { sixths };
+    let hue = (sixths * (255.0 / 6.0)).floor() + shift;
+    let hue = if hue < 0.0 { hue + 256.0 } else { hue };
+    let hue = if hue > 255.0 { hue - 256.0 } else { hue };
+
+    let sixths = hue * (6.0 / 255.0);
+    let chroma = max * saturation * (1.0 / 255.0);
+    [5.0, 3.0, 1.0].map(
+        #[inline(always)]
+        |offset| {
+            let k = offset + sixths;
+            let k = if k >= 6.0 { k - 6.0 } else { k };
+            (max - chroma * k.min(4.0 - k).clamp(0.0, 1.0) + 0.5).floor()
+        },
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pixels() -> Vec<[u8; 3]> {
+        let levels = [0u8, 1, 17, 60, 127, 128, 200, 254, 255];
+        let mut all = Vec::new();
+        for r in levels {
+            for g in levels {
+                for b in levels {
+                    all.push([r, g, b]);
+                }
+            }
+        }
+        all
+    }
+
+    fn planar(pixels: &[[u8; 3]]) -> Vec<f32> {
+        (0..3).flat_map(|c| pixels.iter().map(move |p| f32::from(p[c]))).collect()
+    }
+
+    fn run(jitter: Jitter, op: JitterOp) -> Vec<f32> {
+        let mut planes = planar(&pixels());
+        step(&mut planes, &jitter, op);
+        planes
+    }
+
+    const NEUTRAL: Jitter = Jitter {
+        order: [JitterOp::Brightness, JitterOp::Contrast, JitterOp::Saturation, JitterOp::Hue],
+        brightness: 1.0,
+        contrast: 1.0,
+        saturation: 1.0,
+        hue: 0.0,
+    };
+
+    #[test]
+    fn neutral_factors_change_nothing() {
+        for op in NEUTRAL.order {
+            assert_eq!(run(NEUTRAL, op), planar(&pixels()), "{op:?}");
+        }
+    }
+
+    #[test]
+    fn blending_equals_integer_formulas_of_pillow() {
+        let pixels = pixels();
+        let grey = |p: &[u8; 3]| (p[0] as u32 * 19595 + p[1] as u32 * 38470 + p[2] as u32 * 7471 + 0x8000) >> 16;
+        let mean = pixels.iter().map(grey).sum::<u32>() as f64 / pixels.len() as f64;
+        let mean = (mean + 0.5) as i32;
+        for factor in [0.6f32, 0.83, 1.17, 1.4] {
+            let out = |base: i32, x: u8| (base as f32 + factor * (x as i32 - base) as f32).clamp(0.0, 255.0) as u8;
+            let jitter = Jitter { brightness: factor, contrast: factor, saturation: factor, ..NEUTRAL };
+            let expect = |base: &dyn Fn(&[u8; 3]) -> i32| {
+                planar(&pixels.iter().map(|p| p.map(|x| out(base(p), x))).collect::<Vec<_>>())
+            };
+            assert_eq!(run(jitter, JitterOp::Brightness), expect(&|_| 0), "brightness {factor}");
+            assert_eq!(run(jitter, JitterOp::Contrast), expect(&|_| mean), "contrast {factor}");
+            assert_eq!(run(jitter, JitterOp::Saturation), expect(&|p| grey(p) as i32), "saturation {factor}");
+        }
+    }
+
+    /// Pillow's conversions, one sector after the other, in f64.
+    fn turn_hue_by_sectors(p: [u8; 3], shift: i32) -> [u8; 3] {
+        let (max, min) = (*p.iter().max().unwrap(), *p.iter().min().unwrap());
+        let [r, g, b] = p.map(f64::from);
+        let range = f64::from(max - min);
+        let (mut hue, mut saturation) = (0, 0);
+        if max != min {
+            let sixths = if p[0] == max {
+                (g - b) / range
+            } else if p[1] == max {
+                2.0 + (b - r) / range
+            } else {
+                4.0 + (r - g) / range
+            };
+            hue = (sixths.rem_euclid(6.0) / 6.0 * 255.0 + 1e-9) as i32;
+            saturation = (range / f64::from(max) * 255.0 + 1e-9) as i32;
+        }
+        hue = (hue + shift).rem_euclid(256);
+        let (v, s) = (f64::from(max), f64::from(saturation) / 255.0);
+        let sixths = f64::from(hue) * 6.0 / 255.0;
+        let f = sixths - sixths.floor();
+        let value = |x: f64| (x + 1e-9).round() as u8;
+        let (p, q, t) = (value(v * (1.0 - s)), value(v * (1.0 - s * f)), value(v * (1.0 - s * (1.0 - f))));
+        match sixths.floor() as i32 % 6 {
+            0 => [max, t, p],
+            1 => [q, max, p],
+            2 => [p, max, t],
+            3 => [p, q, max],
+            4 => [t, p, max],
+            _ => [max, p, q],
+        }
+    }
+
+    #[test]
+    fn hue_equals_the_conversion_by_sectors() {
+        let pixels = pixels();
+        for hue in [-0.1, -0.03, 0.05, 0.1] {
+            let out = run(Jitter { hue, ..NEUTRAL }, JitterOp::Hue);
+            let shift = (hue * 255.0) as i32;
+            for (i, &p) in pixels.iter().enumerate() {
+                let ours: Vec<f32> = (0..3).map(|c| out[c * pixels.len() + i]).collect();
+                let theirs = turn_hue_by_sectors(p, shift).map(f32::from);
+                assert!(ours.iter().zip(theirs).all(|(a, b)| (a - b).abs() <= 1.0), "{p:?}: {ours:?}, {theirs:?}");
+            }
+            let same = |i: &usize| {
+                let theirs = turn_hue_by_sectors(pixels[*i], shift);
+                (0..3).all(|c| out[c * pixels.len() + i] == f32::from(theirs[c]))
+            };
+            let share = (0..pixels.len()).filter(same).count() as f64 / pixels.len() as f64;
+            assert!(share > 0.99, "hue {hue}: only {share} of the pixels are equal");
+        }
+    }
+}

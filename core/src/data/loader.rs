@@ -1,0 +1,142 @@
+//! Batches made ahead of time, on threads of their own.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use crossbeam_channel::{bounded, Receiver};
+
+use super::batch::StepBatches;
+use super::pipeline::{list, BrokenSample, LoaderSpec, Pipeline};
+use crate::contract::Dataset;
+use crate::{Error, Result};
+
+/// A share of broken samples is judged over at least this many (or all, if the dataset has fewer).
+const EVIDENCE: u64 = 1000;
+
+/// Makes the batches of each step in order, `prefetch` steps ahead, until the run's last; then the iterator ends.
+///
+/// One thread goes from step to step; `loader_threads` others read and augment its images. Dropping the loader stops
+/// and joins them.
+///
+/// An item is an error, and the last, when too many samples cannot be read: more than `max_broken_share` of those tried
+/// so far (of the first thousand, or of the dataset if it is smaller, as long as fewer were tried).
+#[derive(Debug)]
+pub struct Loader {
+    pipeline: Arc<Pipeline>,
+    steps: Option<Receiver<Result<StepBatches>>>,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Loader {
+    /// Starts the threads.
+    ///
+    /// # Errors
+    /// Those of [`Pipeline::new`], and if the system gives no threads.
+    pub fn new(dataset: Arc<dyn Dataset>, spec: LoaderSpec) -> Result<Self> {
+        let pipeline = Arc::new(Pipeline::new(dataset.clone(), spec)?);
+        let spec = pipeline.spec();
+        let no_threads = |e: &dyn std::fmt::Display| {
+            Error::user(format!("cannot start the loader's threads: {e}"), "set batch.loader_threads = 1")
+        };
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads(spec.batch.loader_threads))
+            .thread_name(|i| format!("loader-{i}"))
+            .build()
+            .map_err(|e| no_threads(&e))?;
+        let mut tally = Tally::new(spec.batch.max_broken_share, dataset.len() as u64);
+        // The step that waits to be sent counts as prepared too.
+        let (sender, steps) = bounded(spec.batch.prefetch.saturating_sub(1));
+        let stop = Arc::new(AtomicBool::new(false));
+        let (range, source, stopped) = (spec.start_step..spec.total_steps, pipeline.clone(), stop.clone());
+        let run = move || {
+            for step in range {
+                let made = pool.install(|| source.step_unless(step, &stopped)).and_then(|made| tally.judge(made));
+                let last = made.is_err() || stopped.load(Ordering::Relaxed);
+                if sender.send(made).is_err() || last {
+                    return;
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("loader".into()).spawn(run).map_err(|e| no_threads(&e))?;
+        Ok(Self { pipeline, steps: Some(steps), stop, thread: Some(thread) })
+    }
+
+    /// What makes the batches: any step can be made again with it.
+    pub fn pipeline(&self) -> &Arc<Pipeline> {
+        &self.pipeline
+    }
+}
+
+impl Iterator for Loader {
+    type Item = Result<StepBatches>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let start = Instant::now();
+        match self.steps.as_ref()?.recv() {
+            Ok(made) => Some(made.map(|made| StepBatches { waited: start.elapsed(), ..made })),
+            Err(_) => {
+                self.steps = None;
+                if let Some(Err(panic)) = self.thread.take().map(JoinHandle::join) {
+                    std::panic::resume_unwind(panic);
+                }
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Loader {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        // Closing the channel wakes a thread that waits to send.
+        self.steps = None;
+        if let Some(thread) = self.thread.take() {
+            // A panic of the thread was already printed; drop must not panic again.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn threads(configured: usize) -> usize {
+    match configured {
+        0 => std::thread::available_parallelism().map_or(1, usize::from),
+        n => n,
+    }
+}
+
+/// Counts samples that could not be read, and judges whether a run may go on.
+struct Tally {
+    max_share: f64,
+    evidence: u64,
+    tried: u64,
+    failed: u64,
+    broken: BTreeMap<usize, BrokenSample>,
+}
+
+impl Tally {
+    fn new(max_share: f64, samples: u64) -> Self {
+        Self { max_share, evidence: samples.min(EVIDENCE), tried: 0, failed: 0, broken: BTreeMap::new() }
+    }
+
+    fn judge(&mut self, made: StepBatches) -> Result<StepBatches> {
+        let read: usize = made.batches.iter().map(|b| b.indices.len()).sum();
+        self.tried += (read + made.broken.len()) as u64;
+        self.failed += made.broken.len() as u64;
+        self.broken.extend(made.broken.iter().map(|b| (b.index, b.clone())));
+        if self.failed as f64 <= self.max_share * self.tried.max(self.evidence) as f64 {
+            return Ok(made);
+        }
+        let (failed, tried, share) = (self.failed, self.tried, self.max_share);
+        Err(Error::user(
+            format!(
+                "{failed} of {tried} samples cannot be read, more than batch.max_broken_share = {share} allows:\n{}",
+                list(self.broken.values())
+            ),
+            "mend or remove these files, or raise batch.max_broken_share",
+        ))
+    }
+}

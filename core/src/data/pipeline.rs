@@ -1,0 +1,238 @@
+//! The batches of any step, as a pure function of (seed, step).
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rayon::prelude::*;
+
+use super::augment::{Augmentation, Views};
+use super::batch::{views_of_images, Batch, StepBatches};
+use super::masks::{mask_sizes, Masks};
+use super::order::Order;
+use crate::contract::{Dataset, Grid, Sample};
+use crate::recipe::{BatchConfig, CropConfig, MaskConfig};
+use crate::rng::{Rng, Stream};
+use crate::{DType, Error, Result, Tensor};
+
+/// Samples read in place of a broken one before the run gives up.
+const REPLACEMENTS: u64 = 100;
+
+/// What a [`Pipeline`] and a [`Loader`](super::Loader) are made from: parts of a recipe.
+#[derive(Clone, Debug)]
+pub struct LoaderSpec {
+    /// Images a step and how they are read.
+    pub batch: BatchConfig,
+    /// Views cut from every image.
+    pub crops: CropConfig,
+    /// Which patches are hidden from the student.
+    pub masking: MaskConfig,
+    /// Side of a patch in pixels.
+    pub patch_size: usize,
+    /// Side of the Gram teacher's crops in pixels; `None`: it gets none of its own.
+    pub gram_crop_size: Option<usize>,
+    /// The run's seed.
+    pub seed: u64,
+    /// Type of the mask weights.
+    pub dtype: DType,
+    /// First step that is made.
+    pub start_step: u64,
+    /// Steps of the run: the last one made is one before.
+    pub total_steps: u64,
+}
+
+/// A sample that could not be read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BrokenSample {
+    /// Its index in the dataset.
+    pub index: usize,
+    /// Where it comes from.
+    pub name: String,
+    /// What is wrong with it.
+    pub reason: String,
+}
+
+/// Makes the batches of any step. Work is spread over the current rayon pool; the result does not depend on it.
+#[derive(Debug)]
+pub struct Pipeline {
+    dataset: Arc<dyn Dataset>,
+    spec: LoaderSpec,
+    order: Order,
+    augmentation: Augmentation,
+    grid: Grid,
+}
+
+/// The crops of one micro-batch, while they are made.
+struct Crops {
+    global: Tensor,
+    local: Option<Tensor>,
+    gram: Option<Tensor>,
+}
+
+impl Pipeline {
+    /// # Errors
+    /// If the dataset is empty, or the numbers of `spec` do not fit together.
+    pub fn new(dataset: Arc<dyn Dataset>, spec: LoaderSpec) -> Result<Self> {
+        check(&spec)?;
+        if dataset.is_empty() {
+            return Err(Error::user("the dataset has no samples", "point [data] at some images"));
+        }
+        let side = spec.crops.global_size / spec.patch_size;
+        Ok(Self {
+            order: Order::new(spec.seed, dataset.len()),
+            augmentation: Augmentation::new(&spec.crops, spec.patch_size, spec.gram_crop_size),
+            grid: Grid { height: side, width: side },
+            dataset,
+            spec,
+        })
+    }
+
+    /// What it was made from.
+    pub fn spec(&self) -> &LoaderSpec {
+        &self.spec
+    }
+
+    /// How many patches are masked in every (micro-)batch: `M`.
+    pub fn masked_patches(&self) -> usize {
+        mask_sizes(2 * self.images(), self.grid.patches(), &self.spec.masking).iter().sum()
+    }
+
+    /// Images of a micro-batch.
+    fn images(&self) -> usize {
+        self.spec.batch.size / self.spec.batch.micro_batches
+    }
+
+    /// The batches of `step`.
+    ///
+    /// # Errors
+    /// If no readable sample is found in place of a broken one.
+    pub fn step(&self, step: u64) -> Result<StepBatches> {
+        self.step_unless(step, &AtomicBool::new(false))
+    }
+
+    /// The batches of `step`; content is unspecified once `stop` is set.
+    pub(super) fn step_unless(&self, step: u64, stop: &AtomicBool) -> Result<StepBatches> {
+        let images = self.images();
+        let mut crops: Vec<Crops> = (0..self.spec.batch.micro_batches).map(|_| self.allocate()).collect();
+        let views: Vec<Views<'_>> = crops.iter_mut().flat_map(|crops| self.views(crops)).collect();
+        // One image a task: images differ in size, so larger blocks would leave threads idle at the end of a step.
+        let make = |(i, mut views): (usize, Views<'_>)| {
+            if stop.load(Ordering::Relaxed) {
+                return Ok((0, Vec::new()));
+            }
+            self.image(step, i as u64, &mut views)
+        };
+        let read: Vec<Result<(usize, Vec<BrokenSample>)>> =
+            views.into_par_iter().enumerate().with_max_len(1).map(make).collect();
+        let read: Vec<(usize, Vec<BrokenSample>)> = read.into_iter().collect::<Result<_>>()?;
+
+        let mut batches = Vec::with_capacity(crops.len());
+        for (part, (crops, read)) in crops.into_iter().zip(read.chunks(images)).enumerate() {
+            let mut rng = Rng::new(self.spec.seed, Stream::Mask, step, part as u64);
+            let masks = Masks::draw(&mut rng, 2 * images, self.grid, &self.spec.masking, self.spec.dtype)?;
+            let indices = read.iter().map(|(index, _)| *index).collect();
+            batches.push(Batch { global: crops.global, local: crops.local, gram: crops.gram, masks, indices });
+        }
+        let broken = read.into_iter().flat_map(|(_, broken)| broken).collect();
+        Ok(StepBatches { step, batches, waited: Duration::ZERO, broken })
+    }
+
+    fn allocate(&self) -> Crops {
+        let (images, crops) = (self.images(), &self.spec.crops);
+        let tensor = |count: usize, side: usize| Tensor::uninit(&[count * images, 3, side, side], DType::F32);
+        Crops {
+            global: tensor(2, crops.global_size),
+            local: (crops.local_count > 0).then(|| tensor(crops.local_count, crops.local_size)),
+            gram: self.spec.gram_crop_size.map(|side| tensor(2, side)),
+        }
+    }
+
+    fn views<'a>(&self, crops: &'a mut Crops) -> Vec<Views<'a>> {
+        let local = crops.local.as_mut().map(|t| (t.as_mut_slice(), self.spec.crops.local_count));
+        let gram = crops.gram.as_mut().map(Tensor::as_mut_slice);
+        views_of_images(self.images(), crops.global.as_mut_slice(), local, gram)
+    }
+
+    /// Makes the crops of image `i` of `step`; returns the sample used and the broken ones met before it.
+    fn image(&self, step: u64, i: u64, views: &mut Views<'_>) -> Result<(usize, Vec<BrokenSample>)> {
+        let first = self.order.sample(step * self.spec.batch.size as u64 + i);
+        let (index, sample, broken) = self.read(first)?;
+        let rng = |crop: u64| Rng::new(self.spec.seed, Stream::Augment, step, i << 16 | crop);
+        let plan = self.augmentation.plan((sample.width, sample.height), rng);
+        self.augmentation.apply(&sample, &plan, views);
+        Ok((index, broken))
+    }
+
+    /// Sample `first`, or the first readable one of its replacements.
+    fn read(&self, first: usize) -> Result<(usize, Sample, Vec<BrokenSample>)> {
+        let mut broken: Vec<BrokenSample> = Vec::new();
+        for attempt in 0..=REPLACEMENTS {
+            let index = if attempt == 0 { first } else { self.order.replacement(first, attempt) };
+            match self.read_one(index) {
+                Ok(sample) => return Ok((index, sample, broken)),
+                Err(reason) => broken.push(BrokenSample { index, name: self.dataset.describe(index), reason }),
+            }
+        }
+        Err(Error::user(
+            format!("{} samples in a row cannot be read:\n{}", broken.len(), list(&broken)),
+            "check that [data] points at readable images",
+        ))
+    }
+
+    fn read_one(&self, index: usize) -> Result<Sample, String> {
+        let sample = self.dataset.get(index).map_err(|e| e.to_string())?;
+        let (width, height, patch) = (sample.width, sample.height, self.spec.patch_size);
+        if width.min(height) < patch {
+            return Err(format!("{width}x{height} pixels are less than a patch of {patch}x{patch}"));
+        }
+        if sample.rgb.len() != 3 * width * height {
+            return Err(format!("{} bytes are not {width}x{height} RGB pixels", sample.rgb.len()));
+        }
+        Ok(sample)
+    }
+}
+
+/// The first few broken samples, one a line.
+pub(super) fn list<'a>(broken: impl IntoIterator<Item = &'a BrokenSample>) -> String {
+    let lines = broken.into_iter().take(5).map(|b| match b.reason.contains(&b.name) {
+        true => format!("  {}", b.reason),
+        false => format!("  {}: {}", b.name, b.reason),
+    });
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+/// Fails if the numbers of `spec` do not fit together.
+fn check(spec: &LoaderSpec) -> Result<()> {
+    let LoaderSpec { batch, crops, masking, patch_size, gram_crop_size, .. } = spec;
+    let user = |problem: String, help: &str| Err(Error::user(problem, help));
+    if batch.size == 0 || batch.micro_batches == 0 || batch.size % batch.micro_batches != 0 {
+        let (size, parts) = (batch.size, batch.micro_batches);
+        let help = "let batch.size be a positive multiple of batch.micro_batches";
+        return user(format!("a batch of {size} images cannot be split into {parts} equal parts"), help);
+    }
+    let local = (crops.local_count > 0).then_some(("crops.local_size", crops.local_size));
+    let gram = gram_crop_size.map(|size| ("the Gram teacher's crop size", size));
+    for (name, size) in [Some(("crops.global_size", crops.global_size)), local, gram].into_iter().flatten() {
+        if *patch_size == 0 || size == 0 || size % patch_size != 0 {
+            let help = "choose a positive multiple of the patch size";
+            return user(format!("{name} = {size} is not a multiple of the patch size {patch_size}"), help);
+        }
+    }
+    if crops.local_from_global && crops.local_count > 0 && crops.local_size > crops.global_size {
+        let (local, global) = (crops.local_size, crops.global_size);
+        let help = "make crops.local_size smaller, or set crops.local_from_global = false";
+        return user(format!("local crops of {local} pixels cannot be cut from global ones of {global}"), help);
+    }
+    let share = |range: &[f64; 2]| 0.0 <= range[0] && range[0] <= range[1] && range[1] <= 1.0;
+    for (name, range) in [("crops.global_scale", crops.global_scale), ("crops.local_scale", crops.local_scale)] {
+        if !share(&range) || range[1] == 0.0 {
+            return user(format!("{name} = {range:?} is no range of shares"), "give [least, most] with 0 < most <= 1");
+        }
+    }
+    if !share(&masking.ratio) || !(0.0..=1.0).contains(&masking.probability) {
+        let (probability, ratio) = (masking.probability, masking.ratio);
+        let help = "give masking.probability and [least, most] of masking.ratio in [0, 1]";
+        return user(format!("masking with probability {probability} and ratio {ratio:?} makes no sense"), help);
+    }
+    Ok(())
+}

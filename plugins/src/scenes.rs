@@ -1,0 +1,340 @@
+//! `scenes`: drawn pictures of several textured objects, with an image label and a class for every pixel.
+
+mod shape;
+mod texture;
+
+use std::sync::Arc;
+
+use dinolab_core::contract::{Dataset, Sample};
+use dinolab_core::ops::parallel::simd;
+use dinolab_core::registry::DataContext;
+use dinolab_core::rng::{Rng, Stream};
+use dinolab_core::{plugin, Error, Result};
+
+use shape::{Outline, Shape};
+use texture::{hsv, Pattern, Texture};
+
+/// Drawn scenes: textured shapes of up to eight classes over textured backgrounds, with occlusion, shadows and smooth
+/// edges. Needs no download.
+///
+/// The label of a scene is the class of the object of which most is visible; its mask is the class of every pixel
+/// (0: background). Colours are random, and textures only lean towards a class, so neither tells it. A scene is a pure
+/// function of the run's seed and its index.
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct ScenesConfig {
+    /// Side in pixels, or [width, height].
+    pub size: Size,
+    /// Scenes to train on.
+    pub count: usize,
+    /// Scenes set aside for probes.
+    pub held_out: usize,
+    /// Objects in a scene: [least, most].
+    pub objects: [usize; 2],
+    /// Classes of objects: disc, square, triangle, star, ring, cross, crescent, arrow; at most 8.
+    pub classes: usize,
+}
+
+/// The size of a scene in pixels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
+#[serde(untagged)]
+pub enum Size {
+    /// As wide as high.
+    Square(usize),
+    /// [width, height].
+    Rectangle([usize; 2]),
+}
+
+impl Default for ScenesConfig {
+    fn default() -> Self {
+        Self { size: Size::Square(96), count: 8192, held_out: 1024, objects: [2, 5], classes: 8 }
+    }
+}
+
+plugin!(Dataset, "scenes", ScenesConfig, |config: ScenesConfig, context: &mut DataContext| {
+    Scenes::new(&config, context.seed).map(|scenes| Box::new(scenes) as Box<dyn Dataset>)
+});
+
+/// The scenes of one seed that are trained on, or those that are held out.
+#[derive(Debug)]
+pub struct Scenes {
+    seed: u64,
+    width: usize,
+    height: usize,
+    objects: [usize; 2],
+    classes: usize,
+    /// 0: trained on; 1: held out.
+    part: u64,
+    len: usize,
+    held_out: Option<Arc<Scenes>>,
+}
+
+impl Scenes {
+    /// # Errors
+    /// If a size or count makes no sense.
+    pub fn new(config: &ScenesConfig, seed: u64) -> Result<Self> {
+        let [width, height] = match config.size {
+            Size::Square(side) => [side, side],
+            Size::Rectangle(size) => size,
+        };
+        let ScenesConfig { count, held_out, objects, classes, .. } = *config;
+        let user = |problem: String, help: &str| Err(Error::user(format!("scenes: {problem}"), help));
+        if width.min(height) < 8 || width.max(height) > 16384 {
+            return user(format!("size {width}x{height} is out of range"), "choose sides of 8 to 16384 pixels");
+        }
+        if count == 0 {
+            return user("count = 0 leaves nothing to train on".into(), "set count to a positive number");
+        }
+        if objects[0] == 0 || objects[0] > objects[1] || objects[1] > 64 {
+            return user(
+                format!("objects = {objects:?} is no range"),
+                "give [least, most] with 1 <= least <= most <= 64",
+            );
+        }
+        if !(1..=Shape::ALL.len()).contains(&classes) {
+            return user(format!("classes = {classes} is out of range"), "choose 1 to 8 classes");
+        }
+        let part = |part, len, held_out| Self { seed, width, height, objects, classes, part, len, held_out };
+        let held_out = (held_out > 0).then(|| Arc::new(part(1, held_out, None)));
+        Ok(part(0, count, held_out))
+    }
+}
+
+impl Dataset for Scenes {
+    fn len(&self) -> usize {
+        self.len
+    }
+
+    fn get(&self, index: usize) -> Result<Sample> {
+        let mut rng = Rng::new(self.seed, Stream::Scene, self.part, index as u64);
+        let scale = self.width.min(self.height) as f32;
+        let ground = rng.unit();
+        let background = background(&mut rng, ground, scale);
+        let mut objects = self.objects(&mut rng, ground, scale);
+        let light = rng.uniform(0.0, std::f64::consts::TAU);
+        let light = [light.cos() as f32, light.sin() as f32];
+
+        let mut canvas = Canvas::new(self.width, self.height, &background);
+        for (id, object) in objects.iter_mut().enumerate() {
+            canvas.shade(object, light);
+            canvas.paint(object, light, id as u8 + 1);
+        }
+        let class = |id: u8| if id == 0 { 0 } else { objects[id as usize - 1].class as u8 + 1 };
+        let mut visible = vec![0usize; objects.len() + 1];
+        canvas.ids.iter().for_each(|&id| visible[id as usize] += 1);
+        let largest = (1..visible.len()).max_by_key(|&id| visible[id]).expect("a scene has at least one object");
+        let mask = canvas.ids.iter().map(|&id| class(id)).collect();
+        let label = Some(objects[largest - 1].class as u32);
+        Ok(Sample { width: self.width, height: self.height, rgb: canvas.rgb(), label, mask: Some(mask) })
+    }
+
+    fn classes(&self) -> usize {
+        self.classes
+    }
+
+    fn mask_classes(&self) -> usize {
+        self.classes + 1
+    }
+
+    fn describe(&self, index: usize) -> String {
+        let part = if self.part == 0 { "" } else { "held-out " };
+        format!("{part}scene {index} of seed {}", self.seed)
+    }
+
+    fn held_out(&self) -> Option<Arc<dyn Dataset>> {
+        self.held_out.clone().map(|part| part as Arc<dyn Dataset>)
+    }
+}
+
+/// One object of a scene.
+struct Object {
+    class: usize,
+    outline: Outline,
+    centre: [f32; 2],
+    /// In pixels.
+    radius: f32,
+    /// Cosine and sine of its rotation.
+    turn: [f32; 2],
+    texture: Texture,
+}
+
+fn background(rng: &mut Rng, hue: f64, scale: f32) -> Texture {
+    let pattern = Pattern::ALL[rng.below(Pattern::ALL.len())];
+    let value = rng.uniform(0.3, 0.85);
+    let other = (value + rng.uniform(0.12, 0.3) * if rng.chance(0.5) { 1.0 } else { -1.0 }).clamp(0.15, 0.95);
+    let near = hsv(hue, rng.uniform(0.1, 0.45), value);
+    let far = hsv(hue + rng.uniform(-0.08, 0.08), rng.uniform(0.1, 0.45), other);
+    Texture::draw(rng, pattern, scale, [near, far])
+}
+
+impl Scenes {
+    /// Draws the objects, back to front: one large, the others smaller.
+    fn objects(&self, rng: &mut Rng, ground: f64, scale: f32) -> Vec<Object> {
+        let [least, most] = self.objects;
+        let count = least + rng.below(most - least + 1);
+        let large = rng.below(count);
+        let object = |i: usize| {
+            let class = rng.below(self.classes);
+            let (radius, margin) =
+                if i == large { (rng.uniform(0.22, 0.34), 0.28) } else { (rng.uniform(0.09, 0.19), 0.08) };
+            let centre = [self.width, self.height].map(|side| (side as f64 * rng.uniform(margin, 1.0 - margin)) as f32);
+            let angle = rng.uniform(0.0, std::f64::consts::TAU);
+            // Half of the objects wear the pattern of their class.
+            let typical = class % Pattern::ALL.len();
+            let pattern = if rng.chance(0.5) { typical } else { rng.below(Pattern::ALL.len()) };
+            // Any hue that stands out from the background.
+            let hue = ground + rng.uniform(0.12, 0.88);
+            let main = hsv(hue, rng.uniform(0.5, 0.95), rng.uniform(0.65, 1.0));
+            let second = hsv(hue + rng.uniform(-0.15, 0.15), rng.uniform(0.3, 0.9), rng.uniform(0.3, 0.75));
+            Object {
+                class,
+                outline: Shape::ALL[class].outline(),
+                centre,
+                radius: radius as f32 * scale,
+                turn: [angle.cos() as f32, angle.sin() as f32],
+                texture: Texture::draw(rng, Pattern::ALL[pattern], scale, [main, second]),
+            }
+        };
+        (0..count).map(object).collect()
+    }
+}
+
+/// A picture being painted.
+struct Canvas {
+    width: usize,
+    height: usize,
+    /// Red, green and blue planes in 0..=255.
+    planes: [Vec<f32>; 3],
+    /// The object seen at every pixel; 0: background.
+    ids: Vec<u8>,
+}
+
+/// A row of pixels of an object's box: coordinates in units of its radius, distances to its outline in pixels.
+struct Row {
+    x: Vec<f32>,
+    y: Vec<f32>,
+    distance: Vec<f32>,
+    pattern: Vec<f32>,
+}
+
+impl Canvas {
+    fn new(width: usize, height: usize, background: &Texture) -> Self {
+        let mut pattern = vec![0.0; width];
+        let mut planes = [(); 3].map(|()| vec![0.0; width * height]);
+        let [near, far] = background.colors;
+        for y in 0..height {
+            simd(
+                #[inline(always)]
+                || {
+                    background.row(y, 0, &mut pattern);
+                    for (c, plane) in planes.iter_mut().enumerate() {
+                        for (p, t) in plane[y * width..(y + 1) * width].iter_mut().zip(&pattern) {
+                            *p = near[c] + (far[c] - near[c]) * t;
+                        }
+                    }
+                },
+            );
+        }
+        Self { width, height, planes, ids: vec![0; width * height] }
+    }
+
+    /// Darkens what lies in the object's shadow.
+    fn shade(&mut self, object: &Object, light: [f32; 2]) {
+        let shift = 0.16 * object.radius;
+        let centre = [object.centre[0] - shift * light[0], object.centre[1] - shift * light[1]];
+        let softness = 1.0 / (0.3 * object.radius).max(1.0);
+        self.rows(
+            object,
+            centre,
+            #[inline(always)]
+            |planes, _, _, row| {
+                for plane in planes {
+                    for (p, d) in plane.iter_mut().zip(&row.distance) {
+                        *p *= 1.0 - 0.45 * (0.5 - d * softness).clamp(0.0, 1.0);
+                    }
+                }
+            },
+        );
+    }
+
+    /// Paints the object over what is there.
+    fn paint(&mut self, object: &Object, light: [f32; 2], id: u8) {
+        // The light in the object's own coordinates.
+        let ([c, s], [lx, ly]) = (object.turn, light);
+        let (lx, ly) = (lx * c + ly * s, ly * c - lx * s);
+        let [near, far] = object.texture.colors;
+        let rim = 1.0 / (0.14 * object.radius).max(1.0);
+        self.rows(
+            object,
+            object.centre,
+            #[inline(always)]
+            |planes, ids, (y, first), row| {
+                object.texture.row(y, first, &mut row.pattern);
+                // Lit from one side, darker towards the rim; coverage of the pixel by the distance to the outline.
+                for i in 0..row.x.len() {
+                    let lit = 1.0 + 0.22 * (row.x[i] * lx + row.y[i] * ly);
+                    let edge = 0.72 + 0.28 * (-row.distance[i] * rim).clamp(0.0, 1.0);
+                    row.x[i] = lit * edge;
+                    row.y[i] = (0.5 - row.distance[i]).clamp(0.0, 1.0);
+                }
+                for (c, plane) in planes.into_iter().enumerate() {
+                    let pixels = plane.iter_mut().zip(&row.pattern).zip(row.x.iter().zip(&row.y));
+                    for ((p, t), (shade, cover)) in pixels {
+                        let color = ((near[c] + (far[c] - near[c]) * t) * shade).min(255.0);
+                        *p += (color - *p) * cover;
+                    }
+                }
+                for (seen, d) in ids.iter_mut().zip(&row.distance) {
+                    *seen = if *d <= 0.0 { id } else { *seen };
+                }
+            },
+        );
+    }
+
+    /// Calls `f(planes, ids, (y, first column), row)` for every row of the object's box around `centre`.
+    #[inline(always)]
+    fn rows(
+        &mut self,
+        object: &Object,
+        centre: [f32; 2],
+        f: impl Fn([&mut [f32]; 3], &mut [u8], (usize, usize), &mut Row),
+    ) {
+        let (reach, [cx, cy]) = (1.45 * object.radius + 1.0, centre);
+        let range = |centre: f32, side: usize| {
+            let clip = |v: f32| v.clamp(0.0, side as f32) as usize;
+            clip((centre - reach).floor())..clip((centre + reach).ceil())
+        };
+        let (columns, lines) = (range(cx, self.width), range(cy, self.height));
+        let n = columns.len();
+        let mut row = Row { x: vec![0.0; n], y: vec![0.0; n], distance: vec![0.0; n], pattern: vec![0.0; n] };
+        let ([c, s], inverse) = (object.turn, 1.0 / object.radius);
+        let [red, green, blue] = &mut self.planes;
+        for y in lines {
+            let pixels = y * self.width + columns.start..y * self.width + columns.end;
+            let planes = [&mut red[pixels.clone()], &mut green[pixels.clone()], &mut blue[pixels.clone()]];
+            let ids = &mut self.ids[pixels];
+            simd(
+                #[inline(always)]
+                || {
+                    let dy = (y as f32 + 0.5 - cy) * inverse;
+                    for (i, (x, y)) in row.x.iter_mut().zip(&mut row.y).enumerate() {
+                        let dx = ((columns.start + i) as f32 + 0.5 - cx) * inverse;
+                        (*x, *y) = (dx * c + dy * s, dy * c - dx * s);
+                    }
+                    object.outline.distances(&row.x, &row.y, &mut row.distance);
+                    row.distance.iter_mut().for_each(|d| *d *= object.radius);
+                    f(planes, ids, (y, columns.start), &mut row);
+                },
+            );
+        }
+    }
+
+    fn rgb(&self) -> Vec<u8> {
+        let [red, green, blue] = &self.planes;
+        let mut rgb = vec![0; 3 * red.len()];
+        for (out, ((r, g), b)) in rgb.chunks_exact_mut(3).zip(red.iter().zip(green).zip(blue)) {
+            (out[0], out[1], out[2]) = ((r + 0.5) as u8, (g + 0.5) as u8, (b + 0.5) as u8);
+        }
+        rgb
+    }
+}
