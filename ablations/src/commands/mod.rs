@@ -1,4 +1,7 @@
 //! The commands, one file each.
 
+pub mod bench;
 pub mod plugins;
 pub mod recipe;
+pub mod replay;
+pub mod train;
