@@ -63,23 +63,22 @@ unary! {
     /// |x|; the derivative at 0 is 0.
     abs, Abs: |x| x.abs(), |x, y| if x > T::ZERO { T::ONE } else if x < T::ZERO { -T::ONE } else { T::ZERO };
     /// Exact GELU: x Phi(x), Phi the standard normal distribution function.
-    gelu, Gelu: |x| crate::ops::elementwise::gelu(x), |x, y| gelu_derivative(x);
+    gelu, Gelu: |x| crate::ops::elementwise::gelu(x), |x, y| gelu_and_slope(x).1;
     /// Logistic function 1 / (1 + e^-x).
     sigmoid, Sigmoid: |x| sigmoid(x), |x, y| y * (T::ONE - y);
 }
 
-/// x Phi(x) (Hendrycks and Gimpel, arXiv:1606.08415, with the exact error function).
+/// x Phi(x) (Hendrycks and Gimpel, arXiv:1606.08415, with the exact normal distribution function Phi).
 #[inline(always)]
 pub(crate) fn gelu<T: Real>(x: T) -> T {
-    T::of(0.5) * x * (T::ONE + (x * T::of(std::f64::consts::FRAC_1_SQRT_2)).erf())
+    x * x.normal().0
 }
 
-/// Phi(x) + x phi(x).
+/// x Phi(x), and its derivative Phi(x) + x phi(x).
 #[inline(always)]
-pub(crate) fn gelu_derivative<T: Real>(x: T) -> T {
-    let cdf = T::of(0.5) * (T::ONE + (x * T::of(std::f64::consts::FRAC_1_SQRT_2)).erf());
-    let pdf = (T::of(-0.5) * x * x).exp() * T::of(0.398_942_280_401_432_7);
-    cdf + x * pdf
+pub(crate) fn gelu_and_slope<T: Real>(x: T) -> (T, T) {
+    let (cdf, pdf) = x.normal();
+    (x * cdf, cdf + x * pdf)
 }
 
 #[inline(always)]

@@ -2,9 +2,9 @@
 
 use rayon::prelude::*;
 
-use crate::ops::elementwise::{gelu, gelu_derivative};
+use crate::ops::elementwise::{gelu, gelu_and_slope};
 use crate::ops::matmul::{product, Mat, Threads};
-use crate::ops::parallel::simd;
+use crate::ops::parallel::{simd, zip_mut};
 use crate::ops::same_dtype;
 use crate::tensor::{Grads, Op, Real};
 use crate::{dispatch_real, Error, Result, Tensor};
@@ -20,7 +20,7 @@ impl Tensor {
         self.linear_then(weight, bias, false)
     }
 
-    /// `gelu(x W^T + b)`, keeping only the value before the GELU for the backward pass.
+    /// `gelu(x W^T + b)`, keeping only the slope of the GELU for the backward pass.
     ///
     /// # Errors
     /// If the shapes do not fit.
@@ -36,12 +36,12 @@ impl Tensor {
 
 struct Linear {
     gelu: bool,
-    /// x, W, and the value before the GELU.
+    /// x, W, and the slope of the GELU at every element.
     saved: Option<(Tensor, Tensor, Option<Tensor>)>,
 }
 
-/// Rows a task handles in the passes around the product.
-const ROWS: usize = 64;
+/// Rows a task handles: the product of a block is still in the cache when bias and GELU pass over it.
+const ROWS: usize = 128;
 
 impl Op for Linear {
     fn name(&self) -> &'static str {
@@ -56,58 +56,58 @@ impl Op for Linear {
         let (x, w, bias) = (inputs[0], inputs[1], inputs.get(2));
         same_dtype(self.name(), inputs)?;
         let (i, o) = (x.last_dim(), w.dim(0));
-        if w.shape() != [o, i] || bias.is_some_and(|b| b.shape() != [o]) || x.rank() == 0 {
+        if w.shape() != [o, i] || bias.is_some_and(|b| b.shape() != [o]) || x.rank() == 0 || i * o == 0 {
             let bias = bias.map(|b| b.shape());
             let problem = format!("x {:?}, weight {:?}, bias {bias:?}", x.shape(), w.shape());
             return Err(Error::shape(self.name(), problem));
         }
-        let rows = x.len() / i;
         let mut shape = x.shape().to_vec();
         shape[x.rank() - 1] = o;
         let mut out = Tensor::uninit(&shape, x.dtype());
-        let mut before = (self.gelu && save).then(|| Tensor::uninit(&shape, x.dtype()));
+        // One element stands for "not kept".
+        let keep = self.gelu && save;
+        let mut slope = Tensor::uninit(if keep { &shape } else { &[] }, x.dtype());
         dispatch_real!(self.name(), x.dtype(), T => {
-            let y = out.as_mut_slice::<T>();
+            let w = Mat::new(w.as_slice::<T>(), o, i).t();
             let bias = bias.map(|b| b.as_slice::<T>());
-            // The bias is laid down first and the product added to it.
-            if let Some(bias) = bias {
-                y.par_chunks_mut(ROWS * o).for_each(|y| y.chunks_exact_mut(o).for_each(|y| y.copy_from_slice(bias)));
-            }
-            let (x, w) = (Mat::new(x.as_slice::<T>(), rows, i), Mat::new(w.as_slice::<T>(), o, i));
-            product(y, o, bias.is_some(), T::ONE, x, w.t(), Threads::All);
-            if self.gelu {
-                match &mut before {
-                    Some(before) => {
-                        let before = before.as_mut_slice::<T>();
-                        y.par_chunks_mut(ROWS * o).zip(before.par_chunks_mut(ROWS * o)).for_each(|(y, z)| {
-                            z.copy_from_slice(y);
-                            simd(|| y.iter_mut().for_each(|y| *y = gelu(*y)));
-                        });
-                    }
-                    None => y.par_chunks_mut(ROWS * o).for_each(|y| simd(|| y.iter_mut().for_each(|y| *y = gelu(*y)))),
+            let blocks = out.as_mut_slice::<T>().par_chunks_mut(ROWS * o).zip(x.as_slice::<T>().par_chunks(ROWS * i));
+            let forward = |y: &mut [T], x: &[T]| {
+                product(y, o, false, T::ONE, Mat::new(x, x.len() / i, i), w, Threads::One);
+                if let Some(bias) = bias {
+                    simd(|| y.chunks_exact_mut(o).for_each(|y| y.iter_mut().zip(bias).for_each(|(y, &b)| *y += b)));
                 }
+            };
+            if keep {
+                blocks.zip(slope.as_mut_slice::<T>().par_chunks_mut(ROWS * o)).for_each(|((y, x), slope)| {
+                    forward(y, x);
+                    simd(|| y.iter_mut().zip(slope).for_each(|(y, slope)| (*y, *slope) = gelu_and_slope(*y)));
+                });
+            } else {
+                blocks.for_each(|(y, x)| {
+                    forward(y, x);
+                    if self.gelu {
+                        simd(|| y.iter_mut().for_each(|y| *y = gelu(*y)));
+                    }
+                });
             }
             Ok(())
         })?;
         if save {
-            self.saved = Some((x.detach(), w.detach(), before));
+            self.saved = Some((x.detach(), w.detach(), keep.then_some(slope)));
         }
         Ok(out)
     }
 
     fn backward(self: Box<Self>, mut dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
-        let (x, w, before) = self.saved.expect("saved by forward");
+        let (x, w, slope) = self.saved.expect("saved by forward");
         let (i, o) = (x.last_dim(), w.dim(0));
         let rows = x.len() / i;
         dispatch_real!("linear", dy.dtype(), T => {
-            if let Some(z) = before {
-                let z = z.as_slice::<T>();
+            if let Some(slope) = slope {
                 if !dy.is_unique() {
                     dy = dy.to_owned();
                 }
-                dy.as_mut_slice::<T>().par_chunks_mut(ROWS * o).zip(z.par_chunks(ROWS * o)).for_each(|(dy, z)| {
-                    simd(|| dy.iter_mut().zip(z).for_each(|(d, &z)| *d *= gelu_derivative(z)));
-                });
+                zip_mut(dy.as_mut_slice::<T>(), slope.as_slice::<T>(), |dy, slope| *dy *= slope);
             }
             let dy = dy.as_slice::<T>();
             let dy_mat = Mat::new(dy, rows, o);
@@ -139,7 +139,7 @@ impl Op for Linear {
 pub(crate) fn sum_rows<T: Real>(out: &mut [T], x: &[T], add: bool) {
     let width = out.len();
     let partial: Vec<Vec<T>> = x
-        .par_chunks(4 * ROWS * width)
+        .par_chunks(256 * width)
         .map(|block| {
             let mut sum = vec![T::ZERO; width];
             simd(|| {

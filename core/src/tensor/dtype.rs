@@ -80,8 +80,9 @@ pub trait Real:
     fn ln(self) -> Self;
     /// Square root.
     fn sqrt(self) -> Self;
-    /// Error function, absolute error below 2e-7 (f32) or 1e-15 (f64), branch-free (f32).
-    fn erf(self) -> Self;
+    /// The standard normal distribution function and density, absolute error below 2e-7 (f32) or 1e-15 (f64),
+    /// branch-free (f32).
+    fn normal(self) -> (Self, Self);
     /// Absolute value.
     fn abs(self) -> Self;
     /// The greater of the two.
@@ -93,7 +94,7 @@ pub trait Real:
 }
 
 macro_rules! real {
-    ($t:ident, exp: $exp:expr, erf: $erf:expr) => {
+    ($t:ident, exp: $exp:expr, normal: $normal:expr) => {
         impl Real for $t {
             const ZERO: Self = 0.0;
             const ONE: Self = 1.0;
@@ -123,8 +124,8 @@ macro_rules! real {
                 $t::sqrt(self)
             }
             #[inline(always)]
-            fn erf(self) -> Self {
-                $erf(self)
+            fn normal(self) -> (Self, Self) {
+                $normal(self)
             }
             #[inline(always)]
             fn abs(self) -> Self {
@@ -154,5 +155,10 @@ macro_rules! real {
     };
 }
 
-real!(f32, exp: super::math::exp_f32, erf: super::math::erf_f32);
-real!(f64, exp: f64::exp, erf: libm::erf);
+real!(f32, exp: super::math::exp_f32, normal: super::math::normal_f32);
+real!(f64, exp: f64::exp, normal: normal_f64);
+
+fn normal_f64(x: f64) -> (f64, f64) {
+    let cdf = 0.5 * libm::erfc(-x * std::f64::consts::FRAC_1_SQRT_2);
+    (cdf, (-0.5 * x * x).exp() * 0.398_942_280_401_432_7)
+}

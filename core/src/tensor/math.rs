@@ -1,4 +1,4 @@
-//! Branch-free `exp` and `erf` in f32, so that loops over them vectorise.
+//! Branch-free `exp` and normal distribution in f32, so that loops over them vectorise.
 
 /// e^x. Range reduction to [-ln2/2, ln2/2] and a degree-6 polynomial (the Cephes `expf` scheme);
 /// relative error below 2e-7, clamped to the normal range.
@@ -13,7 +13,8 @@ pub(crate) fn exp_f32(x: f32) -> f32 {
     let nan_or_inf = x;
     let x = if x > 88.722_83 { 88.722_83 } else { x };
     let x = if x < -87.336_54 { -87.336_54 } else { x };
-    let n = x * LOG2_E + ROUND - ROUND;
+    let rounded = x * LOG2_E + ROUND;
+    let n = rounded - ROUND;
     let r = x - n * LN2_HI - n * LN2_LO;
     let p = 1.987_569_1e-4;
     let p = p * r + 1.398_199_9e-3;
@@ -22,10 +23,10 @@ pub(crate) fn exp_f32(x: f32) -> f32 {
     let p = p * r + 1.666_666_5e-1;
     let p = p * r + 0.5;
     let y = p * r * r + r + 1.0;
-    // 2^n in two factors, so that n = 128 does not overflow before the product.
-    let n = n as i32;
+    // 2^n in two factors, so that n = 128 does not overflow before the product. The low bits of the rounded sum are n.
+    let n = rounded.to_bits().wrapping_sub(ROUND.to_bits()) as i32;
     let half = n >> 1;
-    let scale = |k: i32| f32::from_bits(((k + 127) << 23) as u32);
+    let scale = |k: i32| f32::from_bits((k.wrapping_add(127) << 23) as u32);
     let y = y * scale(half) * scale(n - half);
     let y = if nan_or_inf < -103.972_08 { 0.0 } else { y };
     let y = if nan_or_inf > 88.722_84 { f32::INFINITY } else { y };
@@ -36,13 +37,15 @@ pub(crate) fn exp_f32(x: f32) -> f32 {
     }
 }
 
-/// erf(x). Abramowitz and Stegun 7.1.28-style rational approximations lose digits near zero, so small arguments
-/// use the Taylor-like minimax polynomial and larger ones `1 - exp(-x^2) * P(t)`; absolute error below 2e-7.
+/// The standard normal distribution function and density at x; absolute error below 2e-7.
+///
+/// Near zero the distribution is a polynomial (that of Cephes `erff`), further out `1 - density * P(t)` (Abramowitz and
+/// Stegun 7.1.26), so that both share one exponential.
 #[inline(always)]
-pub(crate) fn erf_f32(x: f32) -> f32 {
-    let a = x.abs();
-    // Small arguments: x * P(x^2), Cephes `erff`.
+pub(crate) fn normal_f32(x: f32) -> (f32, f32) {
+    let a = x.abs() * std::f32::consts::FRAC_1_SQRT_2;
     let z = a * a;
+    let e = exp_f32(-z);
     let p = 7.853_861e-5;
     let p = p * z - 8.010_193_6e-4;
     let p = p * z + 5.188_327e-3;
@@ -50,21 +53,18 @@ pub(crate) fn erf_f32(x: f32) -> f32 {
     let p = p * z + 1.128_358_6e-1;
     let p = p * z - 3.761_262_6e-1;
     let p = p * z + 1.128_379_2;
-    let small = p * a;
-    // Large arguments: 7.1.26 of Abramowitz and Stegun with t = 1 / (1 + 0.3275911 a).
+    let near = 0.5 - 0.5 * p * a;
     let t = 1.0 / (1.0 + 0.327_591_1 * a);
     let q = 1.061_405_4;
     let q = q * t - 1.453_152;
     let q = q * t + 1.421_413_8;
     let q = q * t - 0.284_496_74;
     let q = q * t + 0.254_829_6;
-    let large = 1.0 - q * t * exp_f32(-z);
-    let y = if a < 1.0 { small } else { large };
-    if x < 0.0 {
-        -y
-    } else {
-        y
-    }
+    let far = 0.5 * q * t * e;
+    // The tail beyond |x|.
+    let tail = if a < 1.0 { near } else { far };
+    let cdf = if x < 0.0 { tail } else { 1.0 - tail };
+    (cdf, e * 0.398_942_3)
 }
 
 #[cfg(test)]
@@ -86,12 +86,15 @@ mod tests {
     }
 
     #[test]
-    fn erf_is_accurate_everywhere() {
-        for i in -60_000..60_000 {
+    fn the_normal_distribution_is_accurate_everywhere() {
+        for i in -90_000..90_000 {
             let x = i as f32 * 1e-4;
-            let error = (f64::from(erf_f32(x)) - libm::erf(f64::from(x))).abs();
-            assert!(error < 2.5e-7, "erf({x}): error {error:e}");
+            let (cdf, pdf) = normal_f32(x);
+            let (want_cdf, want_pdf) = crate::tensor::Real::normal(f64::from(x));
+            let error = (f64::from(cdf) - want_cdf).abs().max((f64::from(pdf) - want_pdf).abs());
+            assert!(error < 2e-7, "normal({x}): error {error:e}");
         }
-        assert!(erf_f32(f32::NAN).is_nan());
+        assert!(normal_f32(f32::NAN).0.is_nan() && normal_f32(f32::NAN).1.is_nan());
+        assert_eq!((normal_f32(f32::INFINITY).0, normal_f32(f32::NEG_INFINITY).0), (1.0, 0.0));
     }
 }

@@ -44,27 +44,29 @@ impl<T: Real> Head<'_, T> {
     /// Writes the head's columns of `out` (`[T, D]`) and the logarithm of each row's normaliser.
     pub(super) fn forward(&self, out: &Parts<'_, T>, log_sum: &mut [T]) {
         let (n, d, block) = (self.tokens, self.d, self.block());
-        with_scratch(2 * n * d + block * (n + d), |scratch| {
+        with_scratch(2 * n * d + block * (n + d + 1), |scratch| {
             let (q, rest) = scratch.split_at_mut(n * d);
             let (k, rest) = rest.split_at_mut(n * d);
-            let (scores, values) = rest.split_at_mut(block * n);
+            let (scores, rest) = rest.split_at_mut(block * n);
+            let (values, sums) = rest.split_at_mut(block * d);
             self.load(q, k);
             for rows in self.blocks() {
                 let scores = &mut scores[..rows.len() * n];
                 self.scores(q, k, rows.clone(), scores);
                 simd(|| {
-                    for (s, log_sum) in scores.chunks_exact_mut(n).zip(&mut log_sum[rows.clone()]) {
+                    let each = scores.chunks_exact_mut(n).zip(sums.iter_mut()).zip(&mut log_sum[rows.clone()]);
+                    for ((s, sum), log_sum) in each {
                         let max = lane_max(s);
                         s.iter_mut().for_each(|s| *s = (*s - max).exp());
-                        *log_sum = max + lane_sum([s], |[s]| s).ln();
+                        *sum = lane_sum([s], |[s]| s);
+                        *log_sum = max + sum.ln();
                     }
                 });
                 let weights = Mat::new(scores, rows.len(), n);
                 product(values, d, false, T::ONE, weights, self.packed(Which::Value), Threads::One);
                 simd(|| {
-                    let each = rows.clone().zip(values.chunks_exact(d)).zip(scores.chunks_exact(n));
-                    for ((row, values), scores) in each {
-                        let scale = T::ONE / lane_sum([scores], |[s]| s);
+                    for ((row, values), &sum) in rows.zip(values.chunks_exact(d)).zip(sums.iter()) {
+                        let scale = T::ONE / sum;
                         // SAFETY: these columns of these rows belong to this head alone.
                         let out = unsafe { out.part((self.row + row) * self.width + self.column, d) };
                         out.iter_mut().zip(values).for_each(|(o, &v)| *o = v * scale);
