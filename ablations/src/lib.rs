@@ -1,5 +1,20 @@
-//! The program.
+//! The program `dinolab`: its command line, the suite runner, statistics and the report.
+//!
+//! A program of your own with plugins of your own is this one with your crate linked in:
+//!
+//! ```no_run
+//! // use my_plugins as _;
+//! fn main() -> std::process::ExitCode {
+//!     dinolab::cli::main()
+//! }
+//! ```
 
+pub mod cli;
+pub mod commands;
 pub mod report;
 pub mod statistics;
+pub mod style;
 pub mod suite;
+
+// Linked for its registrations.
+use dinolab_plugins as _;

@@ -1,2 +1,5 @@
-//! The program.
-fn main() {}
+//! The program `dinolab`.
+
+fn main() -> std::process::ExitCode {
+    dinolab::cli::main()
+}

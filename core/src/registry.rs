@@ -42,7 +42,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::contract::{Backbone, Dataset, Loss, PosEncoding, Probe, Scheduler, TeacherPolicy};
 use crate::params::ParamBuilder;
-pub use crate::recipe::Nested;
+use crate::recipe::Nested;
 use crate::{Error, Result};
 
 /// A kind of plugin: implemented for the seven `dyn Contract`s.

@@ -47,9 +47,9 @@ mod tests {
     use crate::probe_data::testing::{perfect, random, run, Halves};
 
     #[test]
-    fn patches_equal_to_the_cls_have_cosine_one() {
+    fn patches_like_the_cls_have_cosine_one_and_others_zero() {
         let data = Halves { len: 40, width: 32, height: 32 };
-        // Half of the patches are of the object, whose feature the CLS has; the others are orthogonal.
+        // Half of the patches are of the object, whose feature the CLS has.
         let scores = run(&ClsPatchCosine::default(), &data, &data, &perfect);
         assert_eq!(scores.iter().map(|s| s.value).collect::<Vec<_>>(), [0.5, 0.5]);
     }

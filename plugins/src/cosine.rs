@@ -105,15 +105,8 @@ mod tests {
 
     #[test]
     fn without_a_total_the_curve_spans_the_run() {
-        let schedule = Cosine {
-            start: 0.0,
-            peak: 1.0,
-            end: 0.0,
-            warmup_steps: 0,
-            freeze_steps: 0,
-            trunc_extra: 0.0,
-            total: None,
-        };
+        let schedule =
+            Cosine { start: 0.0, peak: 1.0, end: 0.0, warmup_steps: 0, freeze_steps: 0, trunc_extra: 0.0, total: None };
         assert!((values(&schedule, 8)[4] - 0.5).abs() < 1e-15);
     }
 }

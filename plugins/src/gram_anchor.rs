@@ -66,7 +66,10 @@ impl GramAnchor {
     fn build(self) -> Result<Box<dyn TeacherPolicy>> {
         match self.refresh.as_ref().and_then(|r| r.first) {
             Some(first) if first <= self.first_step => Err(Error::user(
-                format!("teacher `gram_anchor`: the first refresh ({first}) is not after `first_step` ({})", self.first_step),
+                format!(
+                    "teacher `gram_anchor`: the first refresh ({first}) is not after `first_step` ({})",
+                    self.first_step
+                ),
                 "the weights of `source` would never be used: set `refresh.first` to a later step",
             )),
             _ => Ok(Box::new(self)),

@@ -47,7 +47,7 @@ pub mod scenes;
 // Probes
 pub mod cls_patch_cosine;
 pub mod knn;
+mod lbfgs;
 pub mod linear_segmentation;
 pub mod patch_similarity;
-mod lbfgs;
 mod probe_data;

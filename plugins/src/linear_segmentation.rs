@@ -123,7 +123,12 @@ fn confusion(logits: &[f32], mask: &[u8], size: usize, grid: Grid, classes: usiz
     let at = |y: usize, x: usize| &logits[(y * grid.width + x) * classes..][..classes];
     for (i, &truth) in mask.iter().enumerate().filter(|(_, &class)| usize::from(class) < classes) {
         let ((y0, y1, v), (x0, x1, u)) = (rows[i / size], columns[i % size]);
-        let corners = [(at(y0, x0), (1.0 - v) * (1.0 - u)), (at(y0, x1), (1.0 - v) * u), (at(y1, x0), v * (1.0 - u)), (at(y1, x1), v * u)];
+        let corners = [
+            (at(y0, x0), (1.0 - v) * (1.0 - u)),
+            (at(y0, x1), (1.0 - v) * u),
+            (at(y1, x0), v * (1.0 - u)),
+            (at(y1, x1), v * u),
+        ];
         let logit = |class: usize| corners.iter().map(|(l, weight)| l[class] * weight).sum::<f32>();
         let mut best = (0, logit(0));
         for class in 1..classes {
@@ -149,15 +154,19 @@ impl Probe for LinearSegmentation {
         }
         // An image without a mask, or a patch without a known class, has shares of 0 and so no part in the fit.
         let (p, d) = (train.grid.patches(), train.patches.last_dim());
-        let shares: Vec<Vec<f32>> = train.truth.par_iter().map(|truth| {
-            let Some(mask) = &truth.mask else { return vec![0.0; p * classes] };
-            let counts = class_counts(mask, size, train.grid, classes);
-            let shares = counts.chunks(classes).flat_map(|patch| {
-                let total = patch.iter().sum::<u32>().max(1) as f32;
-                patch.iter().map(move |&n| n as f32 / total)
-            });
-            shares.collect()
-        }).collect();
+        let shares: Vec<Vec<f32>> = train
+            .truth
+            .par_iter()
+            .map(|truth| {
+                let Some(mask) = &truth.mask else { return vec![0.0; p * classes] };
+                let counts = class_counts(mask, size, train.grid, classes);
+                let shares = counts.chunks(classes).flat_map(|patch| {
+                    let total = patch.iter().sum::<u32>().max(1) as f32;
+                    patch.iter().map(move |&n| n as f32 / total)
+                });
+                shares.collect()
+            })
+            .collect();
         let shares = Tensor::from_slice(&shares.concat(), &[train.truth.len() * p, classes])?;
         let standardization = Standardization::of(train.patches.as_slice(), d);
         let (weight, bias) = self.fit(&standardization.apply(&train.patches)?, &shares)?;

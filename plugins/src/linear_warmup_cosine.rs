@@ -64,7 +64,8 @@ mod tests {
 
     #[test]
     fn one_cosine_step_is_the_peak_and_none_is_the_end() {
-        let mut schedule = LinearWarmupCosine { start: 0.0, peak: 2.0, end: 1.0, warmup_steps: 1, cosine_steps: Some(1) };
+        let mut schedule =
+            LinearWarmupCosine { start: 0.0, peak: 2.0, end: 1.0, warmup_steps: 1, cosine_steps: Some(1) };
         let values = |s: &LinearWarmupCosine| (0..4).map(|step| s.value(At { step, total: 4 })).collect::<Vec<_>>();
         assert_eq!(values(&schedule), [0.0, 2.0, 1.0, 1.0]);
         schedule.cosine_steps = Some(0);

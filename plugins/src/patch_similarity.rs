@@ -38,7 +38,8 @@ impl Probe for PatchSimilarity {
             let region = majority(&class_counts(mask, context.image_size, test.grid, classes), classes);
             let patches = patches.narrow(i, 1)?;
             let gram = patches.matmul_t(&patches)?;
-            for (from, row) in gram.as_slice::<f32>().chunks(p).enumerate().filter(|(from, _)| region[*from] > Some(0)) {
+            for (from, row) in gram.as_slice::<f32>().chunks(p).enumerate().filter(|(from, _)| region[*from] > Some(0))
+            {
                 // (sum, count) of the patches of the same region, and of the others.
                 let mut sides = [(0.0, 0u32); 2];
                 for (to, &similarity) in row.iter().enumerate().filter(|(to, _)| *to != from) {

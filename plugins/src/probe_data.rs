@@ -228,8 +228,15 @@ pub(crate) mod testing {
         let data = Halves { len: 50, width: 8, height: 8 };
         let none = |_: &Tensor| -> Result<ModelFeatures> { unreachable!("nothing is read") };
         let normalization = ([0.0; 3], [1.0; 3]);
-        let context =
-            ProbeContext { features: &none, train: &data, test: &data, image_size: 8, patch_size: 8, normalization, seed: 3 };
+        let context = ProbeContext {
+            features: &none,
+            train: &data,
+            test: &data,
+            image_size: 8,
+            patch_size: 8,
+            normalization,
+            seed: 3,
+        };
         let [train, test] = draw_two(&context, 30, 10);
         assert_eq!((train.len(), test.len()), (30, 10));
         let all: std::collections::BTreeSet<usize> = train.iter().chain(&test).copied().collect();

@@ -109,13 +109,17 @@ impl RopeBox {
     /// # Errors
     /// If periods, shift, jitter or rescale are out of range.
     pub fn new(config: RopeBoxConfig) -> Result<Self> {
-        let fail = |problem: String, help: &str| Err(Error::user(format!("position encoding `rope_box`: {problem}"), help));
+        let fail =
+            |problem: String, help: &str| Err(Error::user(format!("position encoding `rope_box`: {problem}"), help));
         let periods = match config.periods {
             Periods::Base(base) => base > 0.0 && base.is_finite(),
             Periods::Range([min, max]) => 0.0 < min && min <= max && max.is_finite(),
         };
         if !periods {
-            return fail(format!("`periods` is {:?}", config.periods), "give a positive base, or a range with 0 < min <= max");
+            return fail(
+                format!("`periods` is {:?}", config.periods),
+                "give a positive base, or a range with 0 < min <= max",
+            );
         }
         if let Some(shift) = config.shift.filter(|s| !(*s >= 0.0 && s.is_finite())) {
             return fail(format!("`shift` is {shift}"), "it is the greatest shift of a coordinate: give 0 or more");
@@ -154,7 +158,8 @@ impl RopeBox {
         let periods = self.periods(self.head_dim);
         // The angles of an axis depend on the row or on the column alone: `(sin, cos)` for every position and period.
         let waves = |axis: usize, coords: &[f64]| -> Vec<(f64, f64)> {
-            let augment = |c: f64| round(round(round(c + round(shift[axis])) * round(jitter[axis])) * round(rescale[0]));
+            let augment =
+                |c: f64| round(round(round(c + round(shift[axis])) * round(jitter[axis])) * round(rescale[0]));
             let angles = coords.iter().flat_map(|&c| {
                 let turn = round(TAU * augment(c));
                 periods.iter().map(move |period| round(turn / period))
@@ -210,14 +215,7 @@ impl PosEncoding for RopeBox {
         self.config.draw_per == DrawPer::Block && self.augments()
     }
 
-    fn tables(
-        &self,
-        _: &Params<'_>,
-        grid: Grid,
-        draw: Option<&[f64]>,
-        _: usize,
-        dtype: DType,
-    ) -> Result<PosTables> {
+    fn tables(&self, _: &Params<'_>, grid: Grid, draw: Option<&[f64]>, _: usize, dtype: DType) -> Result<PosTables> {
         match draw {
             Some(draw) if !draw.is_empty() => {
                 let problem = |_| Error::shape("rope_box", format!("a draw has 5 numbers, not {}", draw.len()));

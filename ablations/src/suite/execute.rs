@@ -100,13 +100,7 @@ fn select<'a>(plan: &'a Plan, options: &ExecuteOptions) -> Result<Vec<&'a Planne
 }
 
 /// Does one run if it is to be done and nobody else does it.
-fn one(
-    plan: &Plan,
-    run: &PlannedRun,
-    options: &ExecuteOptions,
-    progress: &Progress,
-    tally: &mut Tally,
-) -> Result<()> {
+fn one(plan: &Plan, run: &PlannedRun, options: &ExecuteOptions, progress: &Progress, tally: &mut Tally) -> Result<()> {
     let (dir, label) = (plan.out.join(&run.dir), label(run));
     let Some(_lock) = try_lock(&lock_path(plan, run)?)? else {
         progress.say(&format!("{label}: another process is at it"));
@@ -139,7 +133,11 @@ fn one(
     match run.prepared.run(job) {
         Ok(Outcome::Finished) => {
             let Status::Finished(result) = Status::of(&dir)? else {
-                return Err(Error::content(dir, "the run ended but left no result.json", "this is a bug of the trainer"));
+                return Err(Error::content(
+                    dir,
+                    "the run ended but left no result.json",
+                    "this is a bug of the trainer",
+                ));
             };
             progress.say(&format!("{label}: {}", headline(plan, &result)));
             progress.done();
@@ -206,7 +204,11 @@ fn unmeasured(plan: &Plan, arm: &str, out: &Path) -> Result<Vec<String>> {
     let known: Vec<&str> = result.metrics.keys().map(String::as_str).collect();
     let missing = plan.suite.metrics.iter().filter(|m| !known.contains(&m.name.as_str()));
     let say = |name: &str| {
-        format!("{arm}: metric `{name}` is not measured; did you mean `{}`? ({})", nearest(name, &known), known.join(", "))
+        format!(
+            "{arm}: metric `{name}` is not measured; did you mean `{}`? ({})",
+            nearest(name, &known),
+            known.join(", ")
+        )
     };
     // A loss that an arm switches off is missing there by design; `Plan::warnings` said so.
     Ok(missing.filter(|m| !plan.warnings.iter().any(|w| w.contains(&m.name))).map(|m| say(&m.name)).collect())

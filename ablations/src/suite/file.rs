@@ -166,7 +166,9 @@ impl Suite {
         let arms = match (file.arm.is_empty(), file.grid.is_empty()) {
             (false, true) => named_arms(&file.arm)?,
             (true, false) => grid_arms(&file.grid)?,
-            (true, true) => return Err(problem("there are no arms", "add two or more `[[arm]]` tables, or a `[grid]`")),
+            (true, true) => {
+                return Err(problem("there are no arms", "add two or more `[[arm]]` tables, or a `[grid]`"))
+            }
             (false, false) => {
                 let help = "write the combinations as `[[arm]]` tables, or all of them as a `[grid]`";
                 return Err(problem("both `[[arm]]` and `[grid]` are given", help));

@@ -200,9 +200,8 @@ impl Plan {
         let mut state = State::default();
         if path.exists() {
             let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-            state = serde_json::from_str(&text).map_err(|e| {
-                Error::content(&path, format!("this is not a suite's state: {e}"), "use another --out")
-            })?;
+            state = serde_json::from_str(&text)
+                .map_err(|e| Error::content(&path, format!("this is not a suite's state: {e}"), "use another --out"))?;
             if state.suite != self.suite.name {
                 let problem = format!("this folder holds the suite `{}`, not `{}`", state.suite, self.suite.name);
                 return Err(Error::content(&self.out, problem, "use another --out"));
@@ -226,8 +225,10 @@ impl Plan {
         let old = std::fs::read_to_string(dir.join("recipe.toml")).ok().and_then(|t| t.parse::<toml::Table>().ok());
         let show = |v: Option<String>| v.unwrap_or_else(|| "nothing".into());
         let changes = old.map(|old| changed_keys(&old, run.prepared.recipe())).unwrap_or_default();
-        let said: Vec<String> =
-            changes.into_iter().map(|(key, was, is)| format!("\n  {key}: was {}, is {}", show(was), show(is))).collect();
+        let said: Vec<String> = changes
+            .into_iter()
+            .map(|(key, was, is)| format!("\n  {key}: was {}, is {}", show(was), show(is)))
+            .collect();
         let problem = format!("this run was started with another recipe than the suite gives now{}", said.concat());
         Error::content(dir, problem, "use another --out for the changed suite, or move this run's folder away")
     }

@@ -77,7 +77,11 @@ pub fn adamw_step(
     let ends = [0].into_iter().chain(groups.iter().map(|g| g.range.end));
     let ordered = groups.iter().zip(ends).all(|(g, end)| end <= g.range.start && g.range.start <= g.range.end);
     if step == 0 || !ordered || groups.last().is_some_and(|g| g.range.end > params.len()) {
-        let problem = format!("step {step}, {} groups over {} elements: steps count from 1, groups ascend", groups.len(), params.len());
+        let problem = format!(
+            "step {step}, {} groups over {} elements: steps count from 1, groups ascend",
+            groups.len(),
+            params.len()
+        );
         return Err(Error::shape("adamw", problem));
     }
     dispatch_real!("adamw", params.dtype(), T => {

@@ -55,7 +55,8 @@ impl Tensor {
     pub fn gram_loss(&self, teacher: &Tensor, options: GramOptions) -> Result<Tensor> {
         same_dtype("gram_loss", &[self, teacher])?;
         if self.shape() != teacher.shape() || !(2..=3).contains(&self.rank()) || self.is_empty() {
-            let problem = format!("student {:?}, teacher {:?}: expected [B, N, D] or [M, D]", self.shape(), teacher.shape());
+            let problem =
+                format!("student {:?}, teacher {:?}: expected [B, N, D] or [M, D]", self.shape(), teacher.shape());
             return Err(Error::shape("gram_loss", problem));
         }
         let normalized = |x: &Tensor| if options.normalize { x.l2_normalize(1e-12) } else { Ok(x.clone()) };
@@ -189,6 +190,7 @@ mod tests {
     use super::*;
     use crate::rng::{Rng, Stream};
     use crate::tensor::Tape;
+    use crate::DType;
 
     fn features(index: u64, shape: &[usize]) -> Tensor {
         let mut rng = Rng::new(3, Stream::Probe, 0, index);

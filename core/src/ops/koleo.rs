@@ -192,6 +192,7 @@ impl Op for Koleo {
 mod tests {
     use super::*;
     use crate::tensor::Tape;
+    use crate::DType;
 
     #[test]
     fn neighbours_stay_in_their_group_and_equals_come_in_order() {

@@ -43,7 +43,12 @@ const TASKS: usize = 16;
 
 /// With Q fixed, only the factors u (prototypes) and v (samples) change: u_k = 1 / sum_b Q_bk v_b, and
 /// v_b = 1 / sum_k Q_bk u_k. One pass over a row gives v_b and its part of the next u.
-fn sinkhorn_knopp<T: Real>(logits: &Tensor, temperature: &Tensor, iterations: usize, comm: &dyn Comm) -> Result<Tensor> {
+fn sinkhorn_knopp<T: Real>(
+    logits: &Tensor,
+    temperature: &Tensor,
+    iterations: usize,
+    comm: &dyn Comm,
+) -> Result<Tensor> {
     let (samples, k) = (logits.dim(0), logits.dim(1));
     let x = logits.as_slice::<T>();
     let scale = T::ONE / temperature.as_slice::<T>()[0];

@@ -225,7 +225,8 @@ mod tests {
 
     #[test]
     fn large_logits_do_not_overflow() {
-        let [q, rows, target_rows, w] = case().map(|t| if t.dtype() == DType::F64 { t.cast(DType::F32).unwrap() } else { t });
+        let [q, rows, target_rows, w] =
+            case().map(|t| if t.dtype() == DType::F64 { t.cast(DType::F32).unwrap() } else { t });
         let logits = Tensor::from_slice(&[3e4f32, -3e4, 0.0, 0.0, 0.0, 0.0, 3e4, 3e4, 3e4], &[3, 3]).unwrap();
         assert!(logits.soft_cross_entropy(&q, &rows, &target_rows, &w, 0.1).unwrap().item().is_finite());
     }

@@ -65,6 +65,14 @@ impl Resolved {
         Ok(Self { recipe, value, raw, hash, warnings })
     }
 
+    /// The resolved value as figment holds it: what [`describe::Guide`](super::describe::Guide) is asked with.
+    pub fn dict(&self) -> Dict {
+        match Value::serialize(&self.value) {
+            Ok(Value::Dict(_, dict)) => dict,
+            _ => unreachable!("a resolved recipe is a table"),
+        }
+    }
+
     /// Checks what the recipe asks of its data: image labels, pixel masks.
     ///
     /// # Errors

@@ -1,0 +1,41 @@
+//! `dinolab recipe explain KEY PATH`: value, origin, reader, type, default and documentation of one key.
+
+use std::path::Path;
+
+use dinolab_core::recipe::{describe::Guide, nearest, toml_value, Origin, Overrides, Problem, Resolved};
+use dinolab_core::Result;
+
+use crate::style;
+
+/// Runs the command.
+pub(super) fn run(key: &str, path: &Path, overrides: &Overrides) -> Result<()> {
+    let resolved = Resolved::load(path, overrides)?;
+    let guide = Guide::default();
+    // The resolved recipe names every plugin, also those that were defaults.
+    let value = resolved.dict();
+    let Some(known) = guide.key(&value, key) else {
+        let siblings = guide.siblings(&value, key);
+        let names = siblings.iter().map(String::as_str);
+        let meant = nearest(key, names.clone()).map(|n| format!("did you mean `{n}`? ")).unwrap_or_default();
+        let help = format!("{meant}known: {}", names.collect::<Vec<_>>().join(", "));
+        return Err(Problem::error(key, "no such key in this recipe").help(help).into());
+    };
+    let pointer = format!("/{}", key.replace('.', "/"));
+    let from = match (resolved.raw.set_by(key), resolved.value.pointer(&pointer)) {
+        (Origin::Default, Some(v)) if v.is_object() => "the keys inside".to_string(),
+        (origin, _) => origin.to_string(),
+    };
+    let style = style::out();
+    let row = |name: &str, text: String| vec![style.dim(name), text];
+    let mut rows = vec![
+        row("key", style.bold(key)),
+        row("value", resolved.value.pointer(&pointer).map_or("none".into(), toml_value)),
+        row("from", from),
+        row("read by", known.reader),
+        row("type", known.kind),
+        row("default", known.default.as_ref().map_or("none".into(), toml_value)),
+    ];
+    rows.extend(known.doc.map(|doc| row("doc", doc)));
+    style::print(&style::table(rows));
+    Ok(())
+}

@@ -1,0 +1,109 @@
+//! `dinolab recipe show|check|diff|schema|explain`.
+
+mod diff;
+mod explain;
+mod show;
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use dinolab_core::recipe::{cost, describe, Overrides, Resolved};
+use dinolab_core::registry::DataContext;
+use dinolab_core::Result;
+
+use crate::cli::{SetArgs, BAD_INPUT};
+use crate::style;
+
+/// The commands.
+#[derive(Debug, clap::Subcommand)]
+pub enum Command {
+    /// Print a recipe with every default filled in and where each value comes from.
+    Show(show::Args),
+    /// Check recipes without running anything.
+    Check {
+        /// Recipes, or folders of runs.
+        #[arg(required = true)]
+        paths: Vec<PathBuf>,
+        #[command(flatten)]
+        set: SetArgs,
+        /// Print parameters, operations an image and memory by component. Nothing is allocated.
+        #[arg(long)]
+        cost: bool,
+    },
+    /// Print what differs between two recipes or runs.
+    Diff {
+        /// A recipe, or the folder of a run.
+        a: PathBuf,
+        /// Another.
+        b: PathBuf,
+    },
+    /// Print the JSON schema of recipes, all plugins included, for editors.
+    Schema,
+    /// Say of one key its value, where that comes from, and who reads it.
+    Explain {
+        /// A dotted key: `losses.gram.weight`.
+        key: String,
+        /// A recipe, or the folder of a run.
+        path: PathBuf,
+        #[command(flatten)]
+        set: SetArgs,
+    },
+}
+
+/// Runs one of the commands.
+pub fn run(command: Command) -> Result<ExitCode> {
+    match command {
+        Command::Show(args) => show::run(&args)?,
+        Command::Check { paths, set, cost } => {
+            let failed = paths.iter().filter(|path| !check(path, &set.overrides(), cost)).count();
+            return Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::from(BAD_INPUT) });
+        }
+        Command::Diff { a, b } => diff::run(&a, &b)?,
+        Command::Schema => {
+            let text = serde_json::to_string_pretty(&describe::schema()).expect("a schema is plain data");
+            style::print(&(text + "\n"));
+        }
+        Command::Explain { key, path, set } => explain::run(&key, &path, &set.overrides())?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Prints what is wrong with one recipe, or that it is right.
+fn check(path: &Path, overrides: &Overrides, with_cost: bool) -> bool {
+    let checked = Resolved::load(path, overrides).and_then(|resolved| {
+        resolved.warnings.iter().for_each(style::warn);
+        // Data may lie on another machine than the one where recipes are written.
+        match resolved.recipe.data.build(&mut DataContext { seed: resolved.recipe.seed }) {
+            Ok(data) => resolved.check_data(data.as_ref())?,
+            Err(error) => style::warn(format!("{}: data: {error}", path.display())),
+        }
+        let cost = with_cost.then(|| cost::cost(&resolved.recipe)).transpose()?;
+        Ok((resolved, cost))
+    });
+    match checked {
+        Ok((resolved, cost)) => {
+            style::print(&format!("{}  {}  {}\n", style::out().green("ok"), path.display(), &resolved.hash[..16]));
+            cost.iter().for_each(|cost| style::print(&cost_table(cost)));
+            true
+        }
+        Err(error) => {
+            style::error(&error);
+            false
+        }
+    }
+}
+
+fn cost_table(cost: &cost::RunCost) -> String {
+    let style = style::out();
+    let mut text = format!("\n{}\n", style.bold("parameters"));
+    let row = |name: &str, value: String| vec![format!("  {name}"), value];
+    let modules = cost.modules.iter().map(|(name, n)| row(name, style::si(*n as f64)));
+    text += &style::table(modules.chain([row("together", style::si(cost.parameters() as f64))]));
+    let flops = style::si(cost.flops_per_image);
+    write!(text, "\n{} {flops}FLOP an image\n", style.bold("operations")).expect("writing to a string");
+    write!(text, "\n{}\n", style.bold("memory")).expect("writing to a string");
+    let memory = cost.memory.iter().map(|(name, bytes)| row(name, style::bytes(*bytes)));
+    text += &style::table(memory.chain([row("together", style::bytes(cost.total_memory()))]));
+    text + "\n"
+}

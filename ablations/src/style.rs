@@ -1,0 +1,132 @@
+//! What is printed, and how: colour on terminals only, no panic when a reader (`| head`) goes away.
+
+use std::io::{IsTerminal, Write};
+
+/// Styles for one stream; plain text when it is not a terminal or `NO_COLOR` is set.
+#[derive(Clone, Copy, Debug)]
+pub struct Style {
+    colour: bool,
+}
+
+/// Styles for what goes to stdout.
+pub fn out() -> Style {
+    Style { colour: std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none() }
+}
+
+/// Styles for what goes to stderr.
+pub fn err() -> Style {
+    Style { colour: std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none() }
+}
+
+impl Style {
+    fn wrap(self, code: &str, text: &str) -> String {
+        if self.colour {
+            format!("\x1b[{code}m{text}\x1b[0m")
+        } else {
+            text.to_string()
+        }
+    }
+
+    /// Headings and names.
+    pub fn bold(self, text: &str) -> String {
+        self.wrap("1", text)
+    }
+
+    /// Less important.
+    pub fn dim(self, text: &str) -> String {
+        self.wrap("2", text)
+    }
+
+    /// Errors.
+    pub fn red(self, text: &str) -> String {
+        self.wrap("1;31", text)
+    }
+
+    /// Warnings.
+    pub fn yellow(self, text: &str) -> String {
+        self.wrap("1;33", text)
+    }
+
+    /// What is fine.
+    pub fn green(self, text: &str) -> String {
+        self.wrap("32", text)
+    }
+}
+
+/// Writes to stdout. A reader that has gone away is no error.
+pub fn print(text: &str) {
+    // Nothing sensible can be done when stdout is closed.
+    let _ = std::io::stdout().write_all(text.as_bytes());
+}
+
+/// Writes a warning to stderr.
+pub fn warn(message: impl std::fmt::Display) {
+    let _ = writeln!(std::io::stderr(), "{} {message}", err().yellow("warning:"));
+}
+
+/// Writes an error to stderr; every problem of a recipe is one.
+pub fn error(error: &dinolab_core::Error) {
+    let messages: Vec<String> = match error {
+        dinolab_core::Error::Recipe(recipe) => recipe.0.iter().map(ToString::to_string).collect(),
+        other => vec![other.to_string()],
+    };
+    for message in messages {
+        let _ = writeln!(std::io::stderr(), "{} {message}", err().red("error:"));
+    }
+}
+
+/// A table without lines, for lists.
+pub fn table(rows: impl IntoIterator<Item = Vec<String>>) -> String {
+    let mut table = comfy_table::Table::new();
+    table.load_preset(comfy_table::presets::NOTHING);
+    table.set_content_arrangement(comfy_table::ContentArrangement::Dynamic);
+    if !std::io::stdout().is_terminal() {
+        table.set_width(120);
+    }
+    for row in rows {
+        table.add_row(row);
+    }
+    let lines: Vec<String> = table.lines().map(|l| l.trim_end().to_string()).collect();
+    lines.join("\n") + "\n"
+}
+
+/// A large number in three digits: `6.72 G`.
+pub fn si(x: f64) -> String {
+    let steps = [(1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")];
+    let (unit, name) = steps.into_iter().find(|(unit, _)| x >= *unit).unwrap_or((1.0, ""));
+    let value = x / unit;
+    let digits = if value >= 100.0 || (name.is_empty() && x.fract() == 0.0) {
+        0
+    } else if value >= 10.0 {
+        1
+    } else {
+        2
+    };
+    format!("{value:.digits$} {name}").trim_end().to_string()
+}
+
+/// Bytes in three digits: `1.50 GiB`.
+pub fn bytes(x: f64) -> String {
+    let steps = [((1u64 << 40) as f64, "TiB"), ((1 << 30) as f64, "GiB"), ((1 << 20) as f64, "MiB"), (1024.0, "KiB")];
+    let (unit, name) = steps.into_iter().find(|(unit, _)| x >= *unit).unwrap_or((1.0, "B"));
+    let value = x / unit;
+    let digits = if value >= 100.0 {
+        0
+    } else if value >= 10.0 {
+        1
+    } else {
+        2
+    };
+    format!("{value:.digits$} {name}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_short() {
+        assert_eq!([si(6.716e9), si(81.0), si(2.12e12), si(303_000.0)], ["6.72 G", "81", "2.12 T", "303 k"]);
+        assert_eq!([bytes(512.0), bytes(1536.0), bytes(12.5 * (1 << 30) as f64)], ["512 B", "1.50 KiB", "12.5 GiB"]);
+    }
+}

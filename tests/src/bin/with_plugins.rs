@@ -1,0 +1,92 @@
+//! The program with plugins of a researcher's own: a backbone, a loss and a dataset, in one file that dinolab does not
+//! know. The tests of the command line run it.
+
+use dinolab_core::contract::{
+    Backbone, Cost, Crops, Dataset, Features, Grid, Loss, LossValue, Mode, Needs, Outputs, Sample, StepContext,
+};
+use dinolab_core::params::{Init, Params};
+use dinolab_core::registry::BackboneContext;
+use dinolab_core::{plugin, Result, Tensor};
+use serde::{Deserialize, Serialize};
+
+/// One matrix over patches.
+///
+/// For tests.
+#[derive(Debug, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct ToyMatrix {
+    /// Width of the features.
+    dim: usize,
+    /// Side of a patch in pixels.
+    #[serde(default = "sixteen")]
+    patch_size: usize,
+}
+
+fn sixteen() -> usize {
+    16
+}
+
+impl ToyMatrix {
+    fn build(self, context: &mut BackboneContext<'_>) -> Result<Box<dyn Backbone>> {
+        context.params.add("weight", &[self.dim, 3 * self.patch_size * self.patch_size], Init::Zeros);
+        Ok(Box::new(self))
+    }
+}
+
+impl Backbone for ToyMatrix {
+    fn dim(&self) -> usize {
+        self.dim
+    }
+    fn patch_size(&self) -> usize {
+        self.patch_size
+    }
+    fn forward(&self, _: &Params<'_>, _: &[Crops], _: Mode<'_>) -> Result<Vec<Features>> {
+        Ok(Vec::new())
+    }
+    fn cost(&self, crops: &[(usize, Grid)]) -> Cost {
+        let patches: usize = crops.iter().map(|(n, grid)| n * grid.patches()).sum();
+        Cost { forward_flops: 1e6 * patches as f64, activations: patches as f64 }
+    }
+}
+
+plugin!(Backbone, "toy_matrix", ToyMatrix, ToyMatrix::build);
+
+/// Nothing.
+#[derive(Debug, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct ToyLoss {
+    /// Softness.
+    #[serde(default)]
+    temperature: f64,
+}
+
+impl Loss for ToyLoss {
+    fn needs(&self) -> Needs {
+        Needs::default()
+    }
+    fn compute(&self, _: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
+        Ok(LossValue::of(Tensor::scalar(self.temperature, context.dtype)))
+    }
+}
+
+plugin!(Loss, "toy_loss", ToyLoss);
+
+/// Grey pixels.
+#[derive(Debug, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct ToyGreys {}
+
+impl Dataset for ToyGreys {
+    fn len(&self) -> usize {
+        1
+    }
+    fn get(&self, _: usize) -> Result<Sample> {
+        Ok(Sample { width: 1, height: 1, rgb: vec![0; 3], label: None, mask: None })
+    }
+}
+
+plugin!(Dataset, "toy_greys", ToyGreys);
+
+fn main() -> std::process::ExitCode {
+    dinolab::cli::main()
+}
