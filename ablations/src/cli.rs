@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
+use dinolab_core::recipe::Resolved;
 use dinolab_core::{registry, Error, Result};
 
 use crate::{commands, style};
@@ -23,6 +24,12 @@ struct Cli {
 /// One line a command; each lives in a file of [`commands`].
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Train a recipe, or go on with a run.
+    Train(commands::train::Args),
+    /// Time the training step and the data pipeline of a recipe.
+    Bench(commands::bench::Args),
+    /// Run a step again that was captured because something was not finite.
+    Replay(commands::replay::Args),
     /// List the plugins: `dinolab plugins`, `dinolab plugins loss`, `dinolab plugins loss gram`.
     Plugins(commands::plugins::Args),
     /// Show, check, compare and explain recipes.
@@ -38,6 +45,9 @@ enum Command {
 impl Command {
     fn run(self) -> Result<ExitCode> {
         match self {
+            Self::Train(args) => commands::train::run(&args),
+            Self::Bench(args) => commands::bench::run(&args),
+            Self::Replay(args) => commands::replay::run(&args),
             Self::Plugins(args) => commands::plugins::run(&args),
             Self::Recipe(command) => commands::recipe::run(command),
             Self::Completions { shell } => {
@@ -56,6 +66,27 @@ pub struct SetArgs {
     /// Override a key, for example `--set optimizer.lr=1e-3`. The value is TOML; a bare word is text.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub sets: Vec<String>,
+}
+
+/// A recipe and what overrides it, for the commands that run one.
+#[derive(Debug, clap::Args)]
+pub struct RecipeArgs {
+    /// A recipe, or the folder of a run.
+    recipe: std::path::PathBuf,
+    #[command(flatten)]
+    set: SetArgs,
+}
+
+impl RecipeArgs {
+    /// The resolved recipe; its warnings are printed.
+    ///
+    /// # Errors
+    /// All that is wrong with the recipe.
+    pub fn resolve(&self) -> Result<Resolved> {
+        let resolved = Resolved::load(&self.recipe, &self.set.overrides())?;
+        resolved.warnings.iter().for_each(|w| style::warn(w));
+        Ok(resolved)
+    }
 }
 
 impl SetArgs {

@@ -12,9 +12,13 @@
 pub mod cli;
 pub mod commands;
 pub mod report;
+pub mod signals;
 pub mod statistics;
 pub mod style;
 pub mod suite;
+
+/// The git revision that this program was built from.
+pub const REVISION: &str = env!("DINOLAB_REVISION");
 
 // Linked for its registrations.
 use dinolab_plugins as _;

@@ -78,7 +78,7 @@ pub fn error(error: &dinolab_core::Error) {
 /// A table without lines, for lists.
 pub fn table(rows: impl IntoIterator<Item = Vec<String>>) -> String {
     let mut table = comfy_table::Table::new();
-    table.load_preset(comfy_table::presets::NOTHING);
+    table.load_style(comfy_table::presets::NOTHING);
     table.set_content_arrangement(comfy_table::ContentArrangement::Dynamic);
     if !std::io::stdout().is_terminal() {
         table.set_width(120);

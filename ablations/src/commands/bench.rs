@@ -3,17 +3,16 @@
 use std::process::ExitCode;
 use std::time::Instant;
 
-use clap::Args;
 use dinolab_core::data::Loader;
 use dinolab_core::step::Learner;
 use dinolab_core::{recipe, tensor, train, Error, Result};
 use serde::Serialize;
 
-use super::RecipeArgs;
+use crate::cli::RecipeArgs;
 
-/// Times the training step and the data pipeline of a recipe.
-#[derive(Debug, Args)]
-pub struct BenchArgs {
+/// What it is given.
+#[derive(Debug, clap::Args)]
+pub struct Args {
     #[command(flatten)]
     recipe: RecipeArgs,
     /// Steps that are timed
@@ -51,7 +50,7 @@ struct Measured {
 }
 
 /// Runs the command.
-pub fn run(args: BenchArgs) -> Result<ExitCode> {
+pub fn run(args: &Args) -> Result<ExitCode> {
     let begin = Instant::now();
     if args.steps == 0 {
         return Err(Error::user("--steps 0 measures nothing", "ask for at least one step"));

@@ -3,18 +3,17 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::Args;
 use dinolab_core::{train, Result};
 
-/// Runs a step again that was captured because something was not finite.
-#[derive(Debug, Args)]
-pub struct ReplayArgs {
+/// What it is given.
+#[derive(Debug, clap::Args)]
+pub struct Args {
     /// A file of a run's captures/ folder
     file: PathBuf,
 }
 
 /// Runs the command. Fails when the step fails again.
-pub fn run(args: ReplayArgs) -> Result<ExitCode> {
+pub fn run(args: &Args) -> Result<ExitCode> {
     let (recipe, step, report) = train::replay(&args.file)?;
     println!("step {step} of `{}`", recipe.name);
     for (name, value) in &report.losses {

@@ -5,18 +5,17 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::Args;
 use dinolab_core::recipe::Recipe;
 use dinolab_core::train::{self, Level, Observer, Outcome, Progress, RunOptions};
 use dinolab_core::Result;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::RecipeArgs;
-use crate::signals;
+use crate::cli::{RecipeArgs, RESUMABLE};
+use crate::{signals, style};
 
-/// Trains a recipe.
-#[derive(Debug, Args)]
-pub struct TrainArgs {
+/// What it is given.
+#[derive(Debug, clap::Args)]
+pub struct Args {
     #[command(flatten)]
     recipe: RecipeArgs,
     /// The run's folder [default: runs/<name of the recipe>]
@@ -28,9 +27,9 @@ pub struct TrainArgs {
 }
 
 /// Runs the command.
-pub fn run(args: TrainArgs) -> Result<ExitCode> {
+pub fn run(args: &Args) -> Result<ExitCode> {
     let resolved = args.recipe.resolve()?;
-    let out = args.out.unwrap_or_else(|| PathBuf::from("runs").join(&resolved.recipe.name));
+    let out = args.out.clone().unwrap_or_else(|| PathBuf::from("runs").join(&resolved.recipe.name));
     let options =
         RunOptions { out: out.clone(), resume: args.resume, stop: signals::stop_flag()?, revision: crate::REVISION.into() };
     let mut bar = Bar::new(ProgressBar::new(resolved.recipe.steps));
@@ -46,7 +45,7 @@ pub fn run(args: TrainArgs) -> Result<ExitCode> {
         }
         Outcome::Interrupted { step } => {
             println!("stopped after {step} steps, saved; go on with the same command and --resume");
-            Ok(ExitCode::from(crate::EXIT_RESUMABLE))
+            Ok(ExitCode::from(RESUMABLE))
         }
     }
 }
@@ -87,8 +86,10 @@ impl Observer for Bar {
     }
 
     fn message(&mut self, level: Level, text: &str) {
-        let mark = if level == Level::Warning { "warning: " } else { "" };
-        self.0.suspend(|| eprintln!("{mark}{text}"));
+        self.0.suspend(|| match level {
+            Level::Warning => style::warn(text),
+            Level::Info => eprintln!("{text}"),
+        });
     }
 
     fn probed(&mut self, step: u64, scores: &BTreeMap<String, f64>) {
