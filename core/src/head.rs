@@ -18,11 +18,14 @@ pub struct HeadConfig {
     pub prototypes: usize,
     /// Linear layers before the normalisation.
     pub layers: usize,
+    /// Standard deviation of the prototypes at the start. With the reference's 0.02 logits begin near zero and targets
+    /// near uniform, and it takes thousands of steps until they are not; short runs begin with more.
+    pub prototype_std: f64,
 }
 
 impl Default for HeadConfig {
     fn default() -> Self {
-        Self { hidden: 2048, bottleneck: 256, prototypes: 65_536, layers: 3 }
+        Self { hidden: 2048, bottleneck: 256, prototypes: 65_536, layers: 3, prototype_std: 0.02 }
     }
 }
 
@@ -51,7 +54,9 @@ impl Head {
                 _ => (0..n).map(|i| p.scope((2 * i).to_string(), |p| declare(p, i))).collect(),
             }
         });
-        let last_layer = params.scope("last_layer", |p| p.add("weight", &[config.prototypes, config.bottleneck], init));
+        let prototypes = Init::TruncatedNormal(config.prototype_std);
+        let shape = [config.prototypes, config.bottleneck];
+        let last_layer = params.scope("last_layer", |p| p.add("weight", &shape, prototypes));
         Self { layers, last_layer }
     }
 

@@ -23,6 +23,8 @@ pub enum Stream {
     Scene = 7,
     /// Probes: training order, patches shown.
     Probe = 8,
+    /// Which crop sizes a step has.
+    Resolution = 11,
     /// For plugins outside this repository.
     Plugin = 9,
     /// Resampling in a report.

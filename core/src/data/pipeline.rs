@@ -11,7 +11,7 @@ use super::batch::{views_of_images, Batch, StepBatches};
 use super::masks::{mask_sizes, Masks};
 use super::order::Order;
 use crate::contract::{Dataset, Grid, Sample};
-use crate::recipe::{BatchConfig, CropConfig, MaskConfig};
+use crate::recipe::{BatchConfig, CropConfig, MaskConfig, Resolution};
 use crate::rng::{Rng, Stream};
 use crate::{DType, Error, Result, Tensor};
 
@@ -58,6 +58,13 @@ pub struct Pipeline {
     dataset: Arc<dyn Dataset>,
     spec: LoaderSpec,
     order: Order,
+    variants: Vec<Variant>,
+}
+
+/// The crop sizes of some of the steps.
+#[derive(Debug)]
+struct Variant {
+    sizes: Resolution,
     augmentation: Augmentation,
     grid: Grid,
 }
@@ -77,14 +84,26 @@ impl Pipeline {
         if dataset.is_empty() {
             return Err(Error::user("the dataset has no samples", "point [data] at some images"));
         }
-        let side = spec.crops.global_size / spec.patch_size;
-        Ok(Self {
-            order: Order::new(spec.seed, dataset.len()),
-            augmentation: Augmentation::new(&spec.crops, spec.patch_size, spec.gram_crop_size),
-            grid: Grid { height: side, width: side },
-            dataset,
-            spec,
-        })
+        let variant = |sizes: Resolution| {
+            let side = sizes.global_size / spec.patch_size;
+            let crops =
+                CropConfig { global_size: sizes.global_size, local_size: sizes.local_size, ..spec.crops.clone() };
+            let augmentation = Augmentation::new(&crops, spec.patch_size, sizes.gram_size);
+            Variant { sizes, augmentation, grid: Grid { height: side, width: side } }
+        };
+        let variants = spec.crops.variants(spec.gram_crop_size).into_iter().map(variant).collect();
+        Ok(Self { order: Order::new(spec.seed, dataset.len()), variants, dataset, spec })
+    }
+
+    /// The crop sizes of `step`, drawn by their shares.
+    fn variant(&self, step: u64) -> &Variant {
+        let total: f64 = self.variants.iter().map(|v| v.sizes.share).sum();
+        let mut left = total * Rng::new(self.spec.seed, Stream::Resolution, step, 0).unit();
+        let drawn = self.variants.iter().find(|v| {
+            left -= v.sizes.share;
+            left < 0.0
+        });
+        drawn.unwrap_or(&self.variants[self.variants.len() - 1])
     }
 
     /// What it was made from.
@@ -92,9 +111,9 @@ impl Pipeline {
         &self.spec
     }
 
-    /// How many patches are masked in every (micro-)batch: `M`.
-    pub fn masked_patches(&self) -> usize {
-        mask_sizes(2 * self.images(), self.grid.patches(), &self.spec.masking).iter().sum()
+    /// How many patches are masked in the (micro-)batches of `step`: `M`.
+    pub fn masked_patches(&self, step: u64) -> usize {
+        mask_sizes(2 * self.images(), self.variant(step).grid.patches(), &self.spec.masking).iter().sum()
     }
 
     /// Images of a micro-batch.
@@ -112,15 +131,15 @@ impl Pipeline {
 
     /// The batches of `step`; content is unspecified once `stop` is set.
     pub(super) fn step_unless(&self, step: u64, stop: &AtomicBool) -> Result<StepBatches> {
-        let images = self.images();
-        let mut crops: Vec<Crops> = (0..self.spec.batch.micro_batches).map(|_| self.allocate()).collect();
+        let (images, variant) = (self.images(), self.variant(step));
+        let mut crops: Vec<Crops> = (0..self.spec.batch.micro_batches).map(|_| self.allocate(variant)).collect();
         let views: Vec<Views<'_>> = crops.iter_mut().flat_map(|crops| self.views(crops)).collect();
         // One image a task: images differ in size, so larger blocks would leave threads idle at the end of a step.
         let make = |(i, mut views): (usize, Views<'_>)| {
             if stop.load(Ordering::Relaxed) {
                 return Ok((0, Vec::new()));
             }
-            self.image(step, i as u64, &mut views)
+            self.image(variant, step, i as u64, &mut views)
         };
         let read: Vec<Result<(usize, Vec<BrokenSample>)>> =
             views.into_par_iter().enumerate().with_max_len(1).map(make).collect();
@@ -129,7 +148,7 @@ impl Pipeline {
         let mut batches = Vec::with_capacity(crops.len());
         for (part, (crops, read)) in crops.into_iter().zip(read.chunks(images)).enumerate() {
             let mut rng = Rng::new(self.spec.seed, Stream::Mask, step, part as u64);
-            let masks = Masks::draw(&mut rng, 2 * images, self.grid, &self.spec.masking, self.spec.dtype)?;
+            let masks = Masks::draw(&mut rng, 2 * images, variant.grid, &self.spec.masking, self.spec.dtype)?;
             let indices = read.iter().map(|(index, _)| *index).collect();
             batches.push(Batch { global: crops.global, local: crops.local, gram: crops.gram, masks, indices });
         }
@@ -137,13 +156,13 @@ impl Pipeline {
         Ok(StepBatches { step, batches, waited: Duration::ZERO, broken })
     }
 
-    fn allocate(&self) -> Crops {
-        let (images, crops) = (self.images(), &self.spec.crops);
+    fn allocate(&self, variant: &Variant) -> Crops {
+        let (images, locals, sizes) = (self.images(), self.spec.crops.local_count, &variant.sizes);
         let tensor = |count: usize, side: usize| Tensor::uninit(&[count * images, 3, side, side], DType::F32);
         Crops {
-            global: tensor(2, crops.global_size),
-            local: (crops.local_count > 0).then(|| tensor(crops.local_count, crops.local_size)),
-            gram: self.spec.gram_crop_size.map(|side| tensor(2, side)),
+            global: tensor(2, sizes.global_size),
+            local: (locals > 0).then(|| tensor(locals, sizes.local_size)),
+            gram: sizes.gram_size.map(|side| tensor(2, side)),
         }
     }
 
@@ -154,12 +173,12 @@ impl Pipeline {
     }
 
     /// Makes the crops of image `i` of `step`; returns the sample used and the broken ones met before it.
-    fn image(&self, step: u64, i: u64, views: &mut Views<'_>) -> Result<(usize, Vec<BrokenSample>)> {
+    fn image(&self, variant: &Variant, step: u64, i: u64, views: &mut Views<'_>) -> Result<(usize, Vec<BrokenSample>)> {
         let first = self.order.sample(step * self.spec.batch.size as u64 + i);
         let (index, sample, broken) = self.read(first)?;
         let rng = |crop: u64| Rng::new(self.spec.seed, Stream::Augment, step, i << 16 | crop);
-        let plan = self.augmentation.plan((sample.width, sample.height), rng);
-        self.augmentation.apply(&sample, &plan, views);
+        let plan = variant.augmentation.plan((sample.width, sample.height), rng);
+        variant.augmentation.apply(&sample, &plan, views);
         Ok((index, broken))
     }
 
@@ -210,9 +229,12 @@ fn check(spec: &LoaderSpec) -> Result<()> {
         let help = "let batch.size be a positive multiple of batch.micro_batches";
         return user(format!("a batch of {size} images cannot be split into {parts} equal parts"), help);
     }
-    let local = (crops.local_count > 0).then_some(("crops.local_size", crops.local_size));
-    let gram = gram_crop_size.map(|size| ("the Gram teacher's crop size", size));
-    for (name, size) in [Some(("crops.global_size", crops.global_size)), local, gram].into_iter().flatten() {
+    let sides = crops.variants(*gram_crop_size).into_iter().flat_map(|sizes| {
+        let local = (crops.local_count > 0).then_some(("crops.local_size", sizes.local_size));
+        let gram = sizes.gram_size.map(|size| ("the Gram teacher's crop size", size));
+        [Some(("crops.global_size", sizes.global_size)), local, gram].into_iter().flatten()
+    });
+    for (name, size) in sides {
         if *patch_size == 0 || size == 0 || size % patch_size != 0 {
             let help = "choose a positive multiple of the patch size";
             return user(format!("{name} = {size} is not a multiple of the patch size {patch_size}"), help);

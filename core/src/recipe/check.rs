@@ -158,7 +158,15 @@ fn crops(
     if let Some(side) = gram.and_then(|g| g.crop_size()) {
         sides.push(("gram_teacher.crop_size", side));
     }
+    for sizes in &crops.resolutions {
+        let all = [Some(sizes.global_size), (crops.local_count > 0).then_some(sizes.local_size), sizes.gram_size];
+        sides.extend(all.into_iter().flatten().map(|side| ("crops.resolutions", side)));
+    }
     let before = problems.len();
+    if crops.resolutions.iter().any(|r| r.share.is_nan() || r.share <= 0.0) {
+        let problem = Problem::error("crops.resolutions", "every share must be positive");
+        problems.push(problem.help("remove sizes that are never drawn"));
+    }
     for (key, side) in sides {
         let (below, above) = (side / patch * patch, side.div_ceil(patch) * patch);
         if side < patch {

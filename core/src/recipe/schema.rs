@@ -136,6 +136,10 @@ pub struct CropConfig {
     pub local_size: usize,
     /// Area of a local crop as a share of the image's: [least, most].
     pub local_scale: [f64; 2],
+    /// Other sizes, one drawn every step by its share, in place of `global_size`, `local_size` and the Gram teacher's
+    /// `crop_size`; empty: always those. High-resolution adaptation trains on several sizes at once.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub resolutions: Vec<Resolution>,
     /// Whether crops are mirrored half of the time.
     pub horizontal_flip: bool,
     /// One colour distortion for all crops of an image instead of one each.
@@ -164,6 +168,7 @@ impl Default for CropConfig {
             local_count: 8,
             local_size: 112,
             local_scale: [0.05, 0.32],
+            resolutions: Vec::new(),
             horizontal_flip: true,
             share_color_jitter: false,
             local_from_global: false,
@@ -171,6 +176,36 @@ impl Default for CropConfig {
             blur: [0.0, 0.9, 0.5],
             mean: [0.485, 0.456, 0.406],
             std: [0.229, 0.224, 0.225],
+        }
+    }
+}
+
+/// Crop sizes of some of the steps.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Resolution {
+    /// Share of the steps, relative to the other resolutions.
+    pub share: f64,
+    /// Side of a global crop in pixels.
+    pub global_size: usize,
+    /// Side of a local crop in pixels.
+    pub local_size: usize,
+    /// Side of the Gram teacher's crops in pixels, where it has crops of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gram_size: Option<usize>,
+}
+
+impl CropConfig {
+    /// Every set of sizes with its share; `gram` is the Gram teacher's own crop size.
+    pub fn variants(&self, gram: Option<usize>) -> Vec<Resolution> {
+        let (global_size, local_size) = (self.global_size, self.local_size);
+        match self.resolutions.is_empty() {
+            true => vec![Resolution { share: 1.0, global_size, local_size, gram_size: gram }],
+            // A run without a Gram teacher cuts no crops for it.
+            false => {
+                let own = |r: &Resolution| Resolution { gram_size: gram.map(|g| r.gram_size.unwrap_or(g)), ..r.clone() };
+                self.resolutions.iter().map(own).collect()
+            }
         }
     }
 }
