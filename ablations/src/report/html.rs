@@ -8,7 +8,7 @@ use minijinja::{context, Environment, Value};
 
 use super::markdown::{estimate_text, verdict_word};
 use super::plots::{color, css, curves, forest, Band, ForestRow};
-use super::{duration, number, p_text, Comparison, Pictures, Summary};
+use super::{duration, number, p_text, rounded_to, Comparison, Pictures, Summary};
 use crate::suite::{Better, Plan, RunRecord, Series};
 
 const TEMPLATE: &str = include_str!("template.html");
@@ -53,7 +53,7 @@ pub(super) fn page(
                 })
                 .collect();
             context! {
-                name => metric.name.as_str(),
+                name => metric.name.as_str(), parts => metric.name.split('/').map(String::from).collect::<Vec<_>>(),
                 better => if metric.better == Better::Higher { "higher is better" } else { "lower is better" },
                 forest => (!rows.is_empty()).then(|| Value::from_safe_string(forest(&rows))),
                 comparisons => comparisons.into_iter().map(comparison).collect::<Vec<_>>(),
@@ -77,13 +77,14 @@ pub(super) fn page(
 }
 
 fn comparison(c: &Comparison) -> Value {
-    let range = |ci: Option<[f64; 2]>| ci.map(|[a, b]| format!("{} … {}", number(a), number(b)));
+    let show = rounded_to(c.paired.ci95);
+    let range = |ci: Option<[f64; 2]>| ci.map(|[a, b]| format!("{} … {}", show(a), show(b)));
+    let p_cell = |p: Option<f64>| p.map(|p| p_text(p).replace("p = ", "").replace("p < ", "< "));
     context! {
         arm => c.arm.as_str(), sentence => c.sentence.as_str(), verdict => verdict_word(c.verdict), n => c.paired.n,
-        difference => c.paired.difference.map(number), ci95 => range(c.paired.ci95),
+        difference => c.paired.difference.map(&show), ci95 => range(c.paired.ci95),
         bootstrap => range(c.paired.bootstrap95), effect => c.paired.effect_size.map(number),
-        p => c.paired.p_value.map(p_text), p_holm => c.p_holm.map(p_text), p_sign => c.paired.p_sign_flip.map(p_text),
-        seeds_needed => c.paired.seeds_for_80_percent_power,
+        p => p_cell(c.paired.p_value), p_holm => p_cell(c.p_holm), p_sign => p_cell(c.paired.p_sign_flip),
     }
 }
 
@@ -104,10 +105,12 @@ fn curve_groups(summary: &Summary, records: &[RunRecord], colors: &[plotters::st
             Band::over(color, &runs)
         };
         let bands: Vec<Band> = summary.arms.iter().zip(colors).map(band).filter(|b| !b.points.is_empty()).collect();
-        context! { name => name.as_str(), svg => Value::from_safe_string(curves(&bands)) }
+        // What was measured once is in the tables.
+        let curve = bands.iter().any(|b| b.points.len() > 1);
+        curve.then(|| context! { name => name.as_str(), svg => Value::from_safe_string(curves(&bands)) })
     };
     let themes = titles.iter().enumerate().map(|(i, title)| {
-        let plots: Vec<Value> = names.iter().filter(|n| group(n) == i).map(drawn).collect();
+        let plots: Vec<Value> = names.iter().filter(|n| group(n) == i).filter_map(drawn).collect();
         context! { title => *title, open => i != 3, plots }
     });
     themes.collect()

@@ -1,6 +1,6 @@
 //! `summary.md`: the table and the verdicts, for an issue or a lab book.
 
-use super::{duration, number, p_text, Summary};
+use super::{duration, number, p_text, rounded_to, Summary};
 use crate::statistics::Estimate;
 
 /// The page.
@@ -27,8 +27,9 @@ pub(super) fn page(summary: &Summary) -> String {
     text += &row(head.iter().map(|_| "---".to_string()));
     for c in &summary.comparisons {
         let p = |p: Option<f64>| p.map_or("–".to_string(), |p| p_text(p).replace("p = ", "").replace("p < ", "< "));
-        let ci = c.paired.ci95.map_or("–".to_string(), |[a, b]| format!("{} to {}", number(a), number(b)));
-        let difference = c.paired.difference.map_or("–".to_string(), number);
+        let show = rounded_to(c.paired.ci95);
+        let ci = c.paired.ci95.map_or("–".to_string(), |[a, b]| format!("{} to {}", show(a), show(b)));
+        let difference = c.paired.difference.map_or("–".to_string(), &show);
         let verdict = verdict_word(c.verdict).to_string();
         let (arm, metric) = (c.arm.clone(), c.metric.clone());
         let n = c.paired.n.to_string();
@@ -50,7 +51,10 @@ pub(super) fn page(summary: &Summary) -> String {
 /// An estimate as `mean ± half interval`.
 pub(super) fn estimate_text(e: &Estimate) -> String {
     match (e.mean, e.ci95) {
-        (Some(mean), Some([low, high])) => format!("{} ± {}", number(mean), number((high - low) / 2.0)),
+        (Some(mean), Some([low, high])) => {
+            let show = rounded_to(e.ci95);
+            format!("{} ± {}", show(mean), show((high - low) / 2.0))
+        }
         (Some(mean), None) => number(mean),
         _ => "–".into(),
     }

@@ -1,6 +1,7 @@
 //! The report of a suite: `summary.json` for programs, `summary.md` for pasting, `report.html` for reading.
 
 mod html;
+mod look;
 mod markdown;
 pub mod pictures;
 mod plots;
@@ -10,13 +11,13 @@ use std::path::{Path, PathBuf};
 
 use dinolab_core::{Error, Result};
 
+pub use look::look;
 pub use summary::{ArmSummary, Comparison, Provenance, RunSummary, SeedDifference, Summary, Verdict};
 
 use crate::suite::{Plan, RunRecord};
 use pictures::PatchView;
 
-/// What a trained run sees in the held-out images, given its folder. Every run of a suite must be shown the same
-/// images.
+/// What a trained run sees in the held-out images, given its folder: [`look()`].
 pub type Look<'a> = &'a dyn Fn(&Path) -> Result<Vec<PatchView>>;
 
 /// Writes `summary.json`, `summary.md` and `report.html` into the suite's folder, from the runs that are there.
@@ -41,7 +42,7 @@ pub fn write(plan: &Plan, provenance: Provenance, look: Look<'_>) -> Result<(Sum
         (plan.out.join("summary.md"), markdown::page(&summary)),
         (report.clone(), page),
     ] {
-        crate::suite::write_atomically(&path, text.as_bytes())?;
+        dinolab_core::checkpoint::write_file(&path, text.as_bytes())?;
     }
     Ok((summary, report))
 }
@@ -61,6 +62,9 @@ fn draw(plan: &Plan, records: &[RunRecord], look: Look<'_>) -> Result<Option<Pic
     if views.iter().any(|v| shape(v) != shape(&views[0])) {
         return Err(Error::user("arms have different patch grids", "compare their pictures by hand"));
     }
+    if views.iter().any(|v| v.iter().zip(&views[0]).any(|(a, b)| a.image != b.image)) {
+        return Err(Error::user("arms hold out different images", "compare their pictures by hand"));
+    }
     Ok(Some(Pictures { seed, rows: pictures::rows(&views)? }))
 }
 
@@ -79,6 +83,19 @@ pub(crate) fn number(value: f64) -> String {
     } else {
         text
     }
+}
+
+/// How to print numbers that come with an interval: to the digits that the interval's half width, itself rounded to two
+/// significant digits, gives a meaning to.
+pub(crate) fn rounded_to(ci95: Option<[f64; 2]>) -> impl Fn(f64) -> String {
+    let half = ci95.map_or(0.0, |[low, high]| (high - low) / 2.0);
+    let digits = if half > 0.0 { 1 - half.log10().floor() as i32 } else { i32::MAX };
+    move |value: f64| match digits {
+        0..=7 => format!("{value:.*}", digits as usize),
+        i32::MIN..0 => format!("{value:.0}"),
+        _ => number(value),
+    }
+    .replacen('-', "−", 1)
 }
 
 /// A p-value as papers print it.

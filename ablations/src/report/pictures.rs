@@ -11,7 +11,7 @@ use faer::Mat;
 use image::{ImageFormat, RgbImage};
 use serde::Serialize;
 
-/// Nine steps through viridis (Smith & van der Walt 2015): even in brightness and readable with any colour vision.
+/// Ten colours along viridis (Smith & van der Walt 2015): even in brightness and readable with any colour vision.
 const VIRIDIS: [[u8; 3]; 10] = [
     [0x44, 0x01, 0x54],
     [0x48, 0x28, 0x78],
@@ -198,4 +198,59 @@ fn data_uri(image: &RgbImage) -> String {
     let mut bytes = Cursor::new(Vec::new());
     image.write_to(&mut bytes, ImageFormat::Png).expect("encoding a PNG into memory cannot fail");
     format!("data:image/png;base64,{}", base64::engine::general_purpose::STANDARD.encode(bytes.into_inner()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A view whose patch `p` has the feature `at(p)`.
+    fn view(height: usize, width: usize, at: impl Fn(usize) -> Vec<f64>) -> PatchView {
+        let features = (0..height * width).flat_map(at).collect();
+        PatchView { image: RgbImage::new(8, 8), height, width, features, foreground: None }
+    }
+
+    #[test]
+    fn similarity_is_the_cosine_whatever_the_length() {
+        let v = view(1, 4, |p| [vec![2.0, 0.0], vec![0.0, 3.0], vec![-5.0, 0.0], vec![1.0, 1.0]][p].clone());
+        for (s, expected) in cosine_to(&v, 0).into_iter().zip([1.0, 0.0, -1.0, 0.5f64.sqrt()]) {
+            assert!((s - expected).abs() < 1e-12, "{s} {expected}");
+        }
+    }
+
+    #[test]
+    fn principal_scores_order_directions_by_variance_and_ignore_the_mean() {
+        // Independent patterns of sizes 3, 2 and 1 along the axes, far from the origin.
+        let bit = |p: usize, k: usize| if p >> k & 1 == 1 { 1.0 } else { -1.0 };
+        let v = view(2, 4, |p| vec![100.0 + 2.0 * bit(p, 1), -50.0 + 3.0 * bit(p, 0), 7.0 + bit(p, 2)]);
+        let scores = principal_scores(&[v]).expect("the features are finite");
+        for k in 0..3 {
+            let size = 3.0 - k as f64;
+            assert!(scores.iter().all(|s| (s[k].abs() - size).abs() < 1e-9), "component {k}: {scores:?}");
+        }
+    }
+
+    #[test]
+    fn a_component_that_runs_against_the_first_arm_is_flipped() {
+        let reference = [[1.0, 2.0, 0.0], [-1.0, -2.0, 0.0]];
+        let mut scores = [[-3.0, 1.0, 0.0], [3.0, -1.0, 0.0]];
+        align_signs(&mut scores, &reference);
+        assert_eq!(scores, [[3.0, 1.0, 0.0], [-3.0, -1.0, 0.0]]);
+    }
+
+    #[test]
+    fn the_reference_is_the_object_patch_nearest_to_the_middle() {
+        let mut v = view(3, 3, |_| vec![1.0]);
+        assert_eq!(v.reference(), 4);
+        v.foreground = Some((0..9).map(|p| p == 2 || p == 3).collect());
+        assert_eq!(v.reference(), 3);
+        v.foreground = Some(vec![false; 9]);
+        assert_eq!(v.reference(), 4, "without an object it is the middle");
+    }
+
+    #[test]
+    fn viridis_ends_where_the_published_map_ends() {
+        assert_eq!((viridis(-1.0), viridis(0.0)), ([0x44, 0x01, 0x54], [0x44, 0x01, 0x54]));
+        assert_eq!((viridis(1.0), viridis(2.0)), ([0xfd, 0xe7, 0x25], [0xfd, 0xe7, 0x25]));
+    }
 }

@@ -77,17 +77,17 @@ pub fn curves(bands: &[Band]) -> String {
     let (x0, x1) = bounds(all().map(|p| p.0));
     let (y0, y1) = bounds(all().flat_map(|p| [p.1 - p.2, p.1 + p.2]));
     let pad = 0.06 * (y1 - y0);
-    draw((520, 300), |area| {
+    draw((400, 250), |area| {
         let mut chart = ChartBuilder::on(area)
             .margin(6)
             .margin_right(16)
             .x_label_area_size(24)
-            .y_label_area_size(58)
+            .y_label_area_size(54)
             .build_cartesian_2d(x0..x1, y0 - pad..y1 + pad)?;
         chart
             .configure_mesh()
             .disable_x_mesh()
-            .x_labels(6)
+            .x_labels(5)
             .y_labels(5)
             .light_line_style(TRANSPARENT)
             .bold_line_style(INK.mix(0.12))
@@ -104,7 +104,7 @@ pub fn curves(bands: &[Band]) -> String {
             }
             let line = LineSeries::new(band.points.iter().map(|p| (p.0, p.1)), band.color.stroke_width(2));
             chart.draw_series(line)?;
-            // A metric that was measured once is a point, not a line.
+            // Few points are probes: when they were measured matters.
             if band.points.len() <= 12 {
                 let dots = band.points.iter().map(|p| Circle::new((p.0, p.1), 3, band.color.filled()));
                 chart.draw_series(dots)?;

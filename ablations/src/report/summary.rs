@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::{number, p_text};
+use super::{p_text, rounded_to};
 use crate::statistics::{estimate, holm, paired, Estimate, Paired, ALPHA};
 use crate::suite::{Better, Metric, Plan, RunRecord, Status};
 
@@ -253,7 +253,9 @@ fn sentence(c: &Comparison, metric: &Metric, tests: usize) -> String {
     let direction = if difference > 0.0 { "higher" } else { "lower" };
     let good = (difference > 0.0) == (metric.better == Better::Higher);
     let worth = if good { "better" } else { "worse" };
-    let by = number(difference.abs());
+    let show = rounded_to(c.paired.ci95);
+    let signed = |value: f64| if value < 0.0 { show(value) } else { format!("+{}", show(value)) };
+    let by = show(difference.abs());
     let Some([low, high]) = c.paired.ci95 else {
         return format!(
             "{arm} is {by} {direction} than {baseline} in {name} for one seed: no interval can be given. Add seeds."
@@ -287,11 +289,6 @@ fn sentence(c: &Comparison, metric: &Metric, tests: usize) -> String {
             )
         }
     }
-}
-
-fn signed(value: f64) -> String {
-    let sign = if value < 0.0 { "−" } else { "+" };
-    format!("{sign}{}", number(value.abs()))
 }
 
 /// Nothing is dropped silently: what is missing, failed or sick is said.

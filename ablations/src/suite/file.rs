@@ -1,7 +1,7 @@
 //! The suite file: what it may say, the checks that need no recipe, and the expansion of a grid into arms.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use dinolab_core::{Error, Result};
 use schemars::JsonSchema;
@@ -190,7 +190,7 @@ impl Suite {
             let help = format!("the arms are {}; did you mean `{nearest}`?", known.join(", "));
             return Err(problem(format!("the baseline `{}` is no arm", file.baseline), help));
         }
-        let base = path.parent().unwrap_or(Path::new("")).join(&file.base);
+        let base = beside(path, &file.base);
         let (name, description, seeds, baseline) = (file.name, file.description, file.seeds, file.baseline);
         Ok(Self { name, description, path: path.to_path_buf(), base, seeds, metrics, baseline, common, arms })
     }
@@ -236,6 +236,20 @@ pub fn overrides(table: &toml::Table) -> Overrides {
     let mut into = Overrides::new();
     walk("", table, &mut into);
     into
+}
+
+/// `base` relative to the folder of `path`, without `folder/..` in it, since people read it in messages.
+fn beside(path: &Path, base: &Path) -> PathBuf {
+    let mut joined = path.parent().unwrap_or(Path::new("")).to_path_buf();
+    for part in base.components() {
+        let inside = matches!(joined.components().next_back(), Some(Component::Normal(_)));
+        match part {
+            // A link may lead elsewhere than its name says; then the long form is the right one.
+            Component::ParentDir if inside && !joined.is_symlink() => drop(joined.pop()),
+            _ => joined.push(part),
+        }
+    }
+    joined
 }
 
 fn problem(what: impl Into<String>, help: impl Into<String>) -> (String, String) {

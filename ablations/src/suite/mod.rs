@@ -12,7 +12,6 @@ mod record;
 
 pub use execute::{execute, ExecuteOptions, Tally};
 pub use file::{nearest, Arm, Better, Metric, Overrides, Suite, SuiteFile};
-pub(crate) use plan::write_atomically;
 pub use plan::{changed_keys, Event, Job, Outcome, Plan, PlannedRun, Prepare, Prepared};
 pub use progress::Progress;
 pub use record::{RunRecord, RunResult, Series, Status};

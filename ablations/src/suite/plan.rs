@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::Arc;
 
+use dinolab_core::checkpoint::write_file;
 use dinolab_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 use toml::Value;
@@ -95,8 +96,10 @@ pub struct Plan {
     pub out: PathBuf,
     /// `seeds × arms` runs.
     pub runs: Vec<PlannedRun>,
-    /// What a reader should know before the plan is run.
+    /// Metrics that not every arm measures.
     pub warnings: Vec<String>,
+    /// What in the arms' recipes probably does not mean what it says, with the arms it is true of.
+    pub recipe_warnings: Vec<String>,
 }
 
 /// `suite.json`: which recipe each run of the folder was started with.
@@ -112,7 +115,7 @@ impl Plan {
     /// # Errors
     /// If a recipe cannot be resolved, or two arms resolve to the same recipe.
     pub fn new(suite: Suite, out: PathBuf, extra: &Overrides, prepare: Prepare<'_>) -> Result<Self> {
-        let (mut runs, mut warnings) = (Vec::new(), Vec::new());
+        let mut runs = Vec::new();
         for &seed in &suite.seeds {
             for arm in &suite.arms {
                 let mut overrides = suite.common.clone();
@@ -127,13 +130,10 @@ impl Plan {
                 runs.push(PlannedRun { arm: arm.name.clone(), seed, dir, overrides, prepared });
             }
         }
-        let mut plan = Self { suite, out, runs, warnings: Vec::new() };
+        let mut plan = Self { suite, out, runs, warnings: Vec::new(), recipe_warnings: Vec::new() };
         plan.check_arms()?;
-        for run in plan.first_of_each_arm() {
-            warnings.extend(run.prepared.warnings().into_iter().map(|w| format!("{}: {w}", run.arm)));
-        }
-        warnings.extend(plan.metric_warnings());
-        plan.warnings = warnings;
+        plan.warnings = plan.metric_warnings();
+        plan.recipe_warnings = plan.gather_recipe_warnings();
         Ok(plan)
     }
 
@@ -165,6 +165,21 @@ impl Plan {
             }
         }
         Ok(())
+    }
+
+    /// Each warning once, however many arms have it.
+    fn gather_recipe_warnings(&self) -> Vec<String> {
+        let mut arms = BTreeMap::<String, Vec<&str>>::new();
+        for run in self.first_of_each_arm() {
+            for warning in run.prepared.warnings() {
+                arms.entry(warning).or_default().push(&run.arm);
+            }
+        }
+        let say = |(warning, arms): (String, Vec<&str>)| {
+            let all = arms.len() == self.suite.arms.len();
+            if all { warning } else { format!("{}: {warning}", arms.join(", ")) }
+        };
+        arms.into_iter().map(say).collect()
     }
 
     /// Metrics that no probe or loss of an arm's recipe will give. The smoke runs check the exact names.
@@ -217,7 +232,7 @@ impl Plan {
             };
         }
         let text = serde_json::to_string_pretty(&state).expect("the state is plain data");
-        write_atomically(&path, text.as_bytes())
+        write_file(&path, text.as_bytes())
     }
 
     fn changed_recipe(&self, run: &PlannedRun) -> Error {
@@ -232,17 +247,6 @@ impl Plan {
         let problem = format!("this run was started with another recipe than the suite gives now{}", said.concat());
         Error::content(dir, problem, "use another --out for the changed suite, or move this run's folder away")
     }
-}
-
-/// Writes a file whole or not at all.
-pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
-    use std::io::Write;
-    let folder = path.parent().expect("a file in a folder");
-    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(Error::io("create a file in", folder))?;
-    file.write_all(bytes).map_err(Error::io("write", path))?;
-    file.as_file().sync_all().map_err(Error::io("write", path))?;
-    file.persist(path).map_err(|e| Error::io("write", path)(e.error))?;
-    Ok(())
 }
 
 /// Every leaf of a recipe by its dotted key.

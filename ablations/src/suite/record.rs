@@ -71,7 +71,7 @@ impl Status {
 pub(crate) fn record_failure(dir: &Path, error: &str) -> Result<()> {
     std::fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
     let text = serde_json::to_string_pretty(&Failure { error: error.into() }).expect("a failure is plain data");
-    super::plan::write_atomically(&dir.join(FAILURE), text.as_bytes())
+    dinolab_core::checkpoint::write_file(&dir.join(FAILURE), text.as_bytes())
 }
 
 /// A curve: (step, value), steps ascending.

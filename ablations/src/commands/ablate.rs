@@ -1,0 +1,226 @@
+//! `dinolab ablate`: a suite from its file to its report.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::Args;
+use comfy_table::presets::UTF8_FULL_CONDENSED;
+use comfy_table::Table;
+use dinolab_core::recipe::{cost, Overrides as Sets, RawRecipe, Resolved};
+use dinolab_core::train::{self, Level, Observer, RunOptions};
+use dinolab_core::{Error, Result};
+
+use crate::report::{self, duration, Provenance};
+use crate::signals;
+use crate::suite::{
+    execute, Event, ExecuteOptions, Job, Outcome, Overrides, Plan, Prepared, Progress, Status, Suite, SuiteFile, Tally,
+};
+
+/// Runs an ablation: every arm of a suite with every seed, then statistics and a report.
+///
+/// Run it again to continue: finished runs are kept, an interrupted run goes on from its checkpoint. Several processes may
+/// work on one folder.
+#[derive(Debug, Args)]
+pub struct AblateArgs {
+    /// The suite, such as ablations/gram_on_off.toml
+    #[arg(required_unless_present = "schema")]
+    suite: Option<PathBuf>,
+    /// The suite's folder [default: runs/<name of the suite>]
+    #[arg(long)]
+    out: Option<PathBuf>,
+    /// Run these arms only
+    #[arg(long, value_delimiter = ',', value_name = "ARM,...")]
+    arms: Vec<String>,
+    /// Run these seeds only
+    #[arg(long, value_delimiter = ',', value_name = "SEED,...")]
+    seeds: Vec<u64>,
+    /// Steps of every run, in place of the recipe's
+    #[arg(long)]
+    steps: Option<u32>,
+    /// Change the recipe of all arms, such as --set batch.size=32
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// Steps that every arm is tried for before any run; 0: no trial
+    #[arg(long, default_value_t = 2, value_name = "STEPS")]
+    smoke_steps: u64,
+    /// End at the first run that fails, instead of going on with the others
+    #[arg(long)]
+    fail_fast: bool,
+    /// Do failed runs again
+    #[arg(long)]
+    retry_failed: bool,
+    /// Show what would be run, and what it costs, and run nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Print the JSON schema of suite files
+    #[arg(long)]
+    schema: bool,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// If the suite or a recipe is wrong, a trial fails, or the folder cannot be used.
+pub fn run(args: AblateArgs) -> Result<ExitCode> {
+    let Some(path) = args.suite.as_ref().filter(|_| !args.schema) else {
+        let schema = dinolab_core::schemars::schema_for!(SuiteFile);
+        println!("{}", serde_json::to_string_pretty(&schema).expect("a schema is plain data"));
+        return Ok(ExitCode::SUCCESS);
+    };
+    let suite = Suite::load(path)?;
+    let out = args.out.clone().unwrap_or_else(|| Path::new("runs").join(&suite.name));
+    let mut extra = args.set.iter().map(|text| parse_set(text)).collect::<Result<Overrides>>()?;
+    if let Some(steps) = args.steps {
+        extra.insert("steps".into(), i64::from(steps).into());
+    }
+    let plan = Plan::new(suite, out, &extra, &prepare)?;
+    for warning in plan.recipe_warnings.iter().chain(&plan.warnings) {
+        eprintln!("warning: {warning}");
+    }
+    if args.dry_run {
+        return dry_run(&plan).map(|()| ExitCode::SUCCESS);
+    }
+    let options = ExecuteOptions {
+        arms: args.arms,
+        seeds: args.seeds,
+        smoke_steps: args.smoke_steps,
+        fail_fast: args.fail_fast,
+        retry_failed: args.retry_failed,
+        stop: signals::stop_flag()?,
+    };
+    let progress = Progress::new(&plan.suite.name, plan.runs.len(), finished(&plan)?.len());
+    let tally = execute(&plan, &options, &prepare, &progress)?;
+    if let Some((run, step)) = &tally.interrupted {
+        println!("stopped at {run}, step {step}, saved; go on with the same command");
+        return Ok(ExitCode::from(crate::EXIT_RESUMABLE));
+    }
+    conclude(&plan, &tally)
+}
+
+fn conclude(plan: &Plan, tally: &Tally) -> Result<ExitCode> {
+    let command = std::env::args().skip(1).map(|a| if a.contains(' ') { format!("'{a}'") } else { a });
+    let provenance = Provenance {
+        version: env!("CARGO_PKG_VERSION").into(),
+        revision: Some(crate::REVISION.to_string()).filter(|r| !r.is_empty()),
+        device: None,
+        command: ["dinolab".to_string()].into_iter().chain(command).collect::<Vec<_>>().join(" "),
+    };
+    let (summary, report) = report::write(plan, provenance, &report::look)?;
+    for comparison in &summary.comparisons {
+        println!("{}", comparison.sentence);
+    }
+    for run in &tally.elsewhere {
+        println!("{run} is being run by another process, which will write the report again");
+    }
+    for (run, error) in &tally.failed {
+        eprintln!("failed: {run}: {error}");
+    }
+    println!("report: {}", report.display());
+    Ok(if tally.failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// `a.b=c` as key and value; what is not TOML is text.
+fn parse_set(text: &str) -> Result<(String, toml::Value)> {
+    let (key, value) = text.split_once('=').ok_or_else(|| {
+        Error::user(format!("--set {text}: expected KEY=VALUE"), "for example --set optimizer.lr=1e-3")
+    })?;
+    let parsed = format!("value = {value}").parse::<toml::Table>().ok().and_then(|mut t| t.remove("value"));
+    Ok((key.trim().to_string(), parsed.unwrap_or_else(|| value.trim().into())))
+}
+
+/// A resolved recipe and the trainer.
+struct Recipe {
+    resolved: Resolved,
+    table: toml::Table,
+}
+
+fn resolve(base: &Path, overrides: &Overrides) -> Result<Resolved> {
+    let environment = Sets { sets: Vec::new(), env: true };
+    let pairs = overrides.iter().map(|(key, value)| (key.as_str(), value));
+    RawRecipe::load(base)?.with(&environment)?.with_overrides("suite", pairs)?.resolve()
+}
+
+fn prepare(base: &Path, overrides: &Overrides) -> Result<Box<dyn Prepared>> {
+    let resolved = resolve(base, overrides)?;
+    let table = resolved.to_toml().parse().expect("a resolved recipe is written as TOML");
+    Ok(Box::new(Recipe { resolved, table }))
+}
+
+impl Prepared for Recipe {
+    fn recipe(&self) -> &toml::Table {
+        &self.table
+    }
+
+    fn hash(&self) -> &str {
+        &self.resolved.hash
+    }
+
+    fn warnings(&self) -> Vec<String> {
+        self.resolved.warnings.iter().map(ToString::to_string).collect()
+    }
+
+    fn run(&self, job: Job<'_>) -> Result<Outcome> {
+        let Job { out, resume, stop, watch } = job;
+        let options = RunOptions { out: out.to_path_buf(), resume, stop, revision: crate::REVISION.into() };
+        Ok(match train::run(&self.resolved, &options, &mut Watcher(watch))? {
+            train::Outcome::Finished(_) => Outcome::Finished,
+            train::Outcome::Interrupted { step } => Outcome::Interrupted { step },
+        })
+    }
+}
+
+/// Hands the trainer's news to the suite.
+struct Watcher<'a>(&'a mut dyn FnMut(Event<'_>));
+
+impl Observer for Watcher<'_> {
+    fn step(&mut self, p: &train::Progress<'_>) {
+        let loss = p.report.losses.get("loss/total").copied().unwrap_or(f64::NAN);
+        let text = format!("loss {loss:.3}, {:.0} img/s", p.images_per_s);
+        (self.0)(Event::Step { step: p.step, steps: p.total, text: &text });
+    }
+
+    fn message(&mut self, level: Level, text: &str) {
+        if level == Level::Warning {
+            (self.0)(Event::Message(text));
+        }
+    }
+}
+
+/// Seconds of every finished run of the plan.
+fn finished(plan: &Plan) -> Result<Vec<f64>> {
+    let status = |run: &crate::suite::PlannedRun| Status::of(&plan.out.join(&run.dir));
+    let all: Vec<Status> = plan.runs.iter().map(status).collect::<Result<_>>()?;
+    Ok(all.iter().filter_map(|s| if let Status::Finished(r) = s { Some(r.seconds) } else { None }).collect())
+}
+
+/// The expansion of the suite: arms, seeds, state and cost.
+fn dry_run(plan: &Plan) -> Result<()> {
+    let mut table = Table::new();
+    table.load_style(UTF8_FULL_CONDENSED).set_header(["arm", "changes", "steps", "TFLOP a run", "runs"]);
+    for run in plan.first_of_each_arm() {
+        let recipe = resolve(&plan.suite.base, &run.overrides)?.recipe;
+        let flops = cost::cost(&recipe)?.flops_per_image * recipe.batch.size as f64 * recipe.steps as f64;
+        let arm = plan.suite.arm(&run.arm).expect("arms of a plan are arms of its suite");
+        let changes: Vec<String> = arm.set.iter().map(|(k, v)| format!("{k} = {v}")).collect();
+        let mut states = Vec::new();
+        for other in plan.runs.iter().filter(|r| r.arm == run.arm) {
+            states.push(format!("seed {} {}", other.seed, Status::of(&plan.out.join(&other.dir))?.word()));
+        }
+        table.add_row([
+            run.arm.clone(),
+            changes.join("\n"),
+            recipe.steps.to_string(),
+            format!("{:.3}", flops / 1e12),
+            states.join("\n"),
+        ]);
+    }
+    println!("{table}");
+    let done = finished(plan)?;
+    let left = plan.runs.len() - done.len();
+    println!("{} runs in {}, {left} of them to do", plan.runs.len(), plan.out.display());
+    if !done.is_empty() {
+        let each = done.iter().sum::<f64>() / done.len() as f64;
+        println!("a run took {} so far, so about {} are left", duration(each), duration(each * left as f64));
+    }
+    Ok(())
+}
