@@ -86,8 +86,8 @@ pub fn table(rows: impl IntoIterator<Item = Vec<String>>) -> String {
     for row in rows {
         table.add_row(row);
     }
-    let lines: Vec<String> = table.lines().map(|l| l.trim_end().to_string()).collect();
-    lines.join("\n") + "\n"
+    // Every cell has a space to its left; the first column needs none.
+    table.lines().map(|l| format!("{}\n", l.strip_prefix(' ').unwrap_or(&l).trim_end())).collect()
 }
 
 /// A large number in three digits: `6.72 G`.

@@ -104,6 +104,9 @@ fn show_prints_a_recipe_that_resolves_to_itself() {
     assert_eq!(diff.trim(), "optimizer.lr  0.001 -> 0.002");
     let (_, same, _) = folder.run(&["recipe", "diff", "saved.toml", "saved.toml"]);
     assert_eq!(same, "no difference\n");
+    folder.write("ramp.toml", "extends = \"toy.toml\"\n[optimizer]\nlr = { plugin = \"constant\", value = 1 }\n");
+    let (_, ramp, _) = folder.run(&["recipe", "diff", &path, "ramp.toml"]);
+    assert_eq!(ramp.trim(), "optimizer.lr  0.001 -> { plugin = \"constant\", value = 1.0 }");
 }
 
 #[test]
@@ -145,7 +148,8 @@ fn check_reports_every_recipe_and_ends_with_2() {
     let (code, out, err) = folder.run(&["recipe", "check", "typo.toml", &path]);
     assert_eq!(code, 2);
     assert!(out.starts_with("ok  toy.toml  "), "{out}");
-    let expected = "error: typo.toml:5:1: backbone.dmi: unknown key\n    5 | dmi = 8\n      | ^^^\n  help: did you mean `dim`?";
+    let expected =
+        "error: typo.toml:5:1: backbone.dmi: unknown key\n    5 | dmi = 8\n      | ^^^\n  help: did you mean `dim`?";
     assert!(err.starts_with(expected), "{err}");
     assert_eq!(folder.run(&["recipe", "check", &path]).0, 0);
 }
@@ -167,7 +171,10 @@ fn set_wins_over_the_environment() {
     let (code, out, _) = folder.run_with(&env, &["recipe", "show", &path, "--set", "seed=4"]);
     assert_eq!(code, 0);
     assert!(out.lines().any(|l| l.starts_with("seed = 4") && l.ends_with("# --set seed=4")), "{out}");
-    assert!(out.lines().any(|l| l.starts_with("size = 8") && l.ends_with("# environment DINOLAB_BATCH__SIZE")), "{out}");
+    assert!(
+        out.lines().any(|l| l.starts_with("size = 8") && l.ends_with("# environment DINOLAB_BATCH__SIZE")),
+        "{out}"
+    );
 }
 
 #[test]
@@ -212,6 +219,9 @@ fn the_schema_knows_plugins_of_other_crates() {
     let toy = backbones.iter().find(|b| b["title"] == "toy_matrix").unwrap();
     assert_eq!(toy["required"], serde_json::json!(["plugin", "dim"]));
     assert!(schema["properties"]["losses"]["properties"]["toy_loss"].is_object());
+    let (_, out, _) = Folder::new().run(&["recipe", "schema", "suite"]);
+    let suite: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert!(suite["properties"]["seeds"].is_object());
 }
 
 #[test]

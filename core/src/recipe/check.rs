@@ -184,7 +184,12 @@ fn losses(recipe: &Recipe, backbone: &dyn Backbone, problems: &mut Vec<Problem>)
     let context = loss_context(recipe, backbone);
     let mut gram_is_used = false;
     let mut enabled = 0;
-    for (name, entry) in recipe.losses.0.iter().filter(|(_, e)| e.enabled) {
+    for (name, entry) in &recipe.losses.0 {
+        if !entry.enabled {
+            // A recipe may keep a Gram teacher ready for a loss that an arm of a suite turns on.
+            gram_is_used |= entry.loss.build(&mut context.clone()).is_ok_and(|loss| loss.needs().gram_teacher);
+            continue;
+        }
         enabled += 1;
         let key = format!("losses.{name}");
         let off = format!("set {key}.enabled = false");
@@ -226,7 +231,7 @@ fn losses(recipe: &Recipe, backbone: &dyn Backbone, problems: &mut Vec<Problem>)
         problems.push(Problem::error("losses", "no loss is enabled, so nothing would be learned").help(help));
     }
     if recipe.gram_teacher.is_some() && !gram_is_used {
-        let message = "no enabled loss uses a Gram teacher, so this table does nothing";
-        problems.push(Problem::warning("gram_teacher", message).help("enable a loss that does, or remove the table"));
+        let message = "no loss uses a Gram teacher, so this table does nothing";
+        problems.push(Problem::warning("gram_teacher", message).help("add a loss that does, or remove the table"));
     }
 }

@@ -8,14 +8,19 @@ use crate::contract::Schedule;
 
 /// JSON schema (draft 07) of recipes, all registered plugins included. An editor completes and checks recipes with it.
 pub fn schema() -> Json {
-    let settings = schemars::generate::SchemaSettings::draft07().with(|s| s.inline_subschemas = true);
-    let mut schema = settings.into_generator().into_root_schema_for::<Recipe>().to_value();
+    let mut schema = schema_of::<Recipe>();
     let extends = "A recipe that this one changes: tables are merged, everything else is replaced. The path is \
         relative to this file.";
     if let Some(properties) = schema.get_mut("properties").and_then(Json::as_object_mut) {
         properties.insert("extends".into(), serde_json::json!({ "type": "string", "description": extends }));
     }
     schema
+}
+
+/// JSON schema (draft 07) of any file that is read with serde.
+pub fn schema_of<T: schemars::JsonSchema>() -> Json {
+    let settings = schemars::generate::SchemaSettings::draft07().with(|s| s.inline_subschemas = true);
+    settings.into_generator().into_root_schema_for::<T>().to_value()
 }
 
 /// What is known about a key.

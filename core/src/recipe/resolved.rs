@@ -105,7 +105,9 @@ impl Resolved {
         }
         for (key, value) in table {
             if let Some(inner) = value.as_object() {
-                writeln!(text, "\n[{}]", join(key)).expect("writing to a string");
+                if inner.values().any(|v| !v.is_object()) {
+                    writeln!(text, "\n[{}]", join(key)).expect("writing to a string");
+                }
                 self.write_table(text, &join(key), inner);
             }
         }

@@ -188,7 +188,10 @@ fn impossible_combinations_name_key_and_remedy() {
 fn an_unused_gram_teacher_is_a_warning() {
     let resolved = Resolved::from_text(&with("[gram_teacher]\nplugin = \"test_slow\"")).unwrap();
     let warning = resolved.warnings[0].to_string();
-    assert!(warning.starts_with("recipe.toml:10:2: gram_teacher: no enabled loss uses a Gram teacher"), "{warning}");
+    assert!(warning.starts_with("recipe.toml:10:2: gram_teacher: no loss uses a Gram teacher"), "{warning}");
+    let kept =
+        Resolved::from_text(&with("[gram_teacher]\nplugin = \"test_slow\"\n[losses.test_gram]\nenabled = false"));
+    assert_eq!(kept.unwrap().warnings, [], "ready for an arm that enables the loss");
 }
 
 #[test]

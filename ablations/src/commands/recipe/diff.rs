@@ -1,11 +1,11 @@
 //! `dinolab recipe diff A B`: changed keys with both values.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use dinolab_core::recipe::{toml_value, Overrides, Resolved};
 use dinolab_core::Result;
-use serde_json::Value as Json;
+use serde_json::{Map, Value as Json};
 
 use crate::style;
 
@@ -19,35 +19,26 @@ pub(super) fn run(a: &Path, b: &Path) -> Result<()> {
 
 /// One line a key that differs: `key  a -> b`; `none` where a side does not have it.
 pub(super) fn changes(a: &Json, b: &Json) -> Option<String> {
-    let (a, b) = (leaves(a), leaves(b));
-    let keys: std::collections::BTreeSet<&String> = a.keys().chain(b.keys()).collect();
-    let show = |value: Option<&Json>| value.map_or("none".into(), toml_value);
-    let rows: Vec<Vec<String>> = keys
-        .into_iter()
-        .filter(|key| a.get(*key) != b.get(*key))
-        .map(|key| {
-            let (a, b) = (show(a.get(key)), show(b.get(key)));
-            vec![style::out().bold(key), format!("{a} -> {b}")]
-        })
-        .collect();
+    let mut rows = Vec::new();
+    compare("", Some(a), Some(b), &mut rows);
     (!rows.is_empty()).then(|| style::table(rows))
 }
 
-/// Everything that is not a table, by dotted key.
-fn leaves(value: &Json) -> BTreeMap<String, Json> {
-    let mut found = BTreeMap::new();
-    let mut todo = vec![(String::new(), value)];
-    while let Some((path, value)) = todo.pop() {
-        match value {
-            Json::Object(table) => {
-                let key = |k: &String| if path.is_empty() { k.clone() } else { format!("{path}.{k}") };
-                todo.extend(table.iter().map(|(k, v)| (key(k), v)));
-            }
-            Json::Null => {}
-            leaf => {
-                found.insert(path, leaf.clone());
+fn compare(path: &str, a: Option<&Json>, b: Option<&Json>, rows: &mut Vec<Vec<String>>) {
+    let table = |value: Option<&Json>| value.map_or(Some(Map::new()), |v| v.as_object().cloned());
+    match (table(a), table(b)) {
+        // Tables are compared key by key, also with one that is not there.
+        (Some(a), Some(b)) => {
+            let keys: BTreeSet<&String> = a.keys().chain(b.keys()).collect();
+            for key in keys {
+                let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+                compare(&path, a.get(key), b.get(key), rows);
             }
         }
+        _ if a.filter(|v| !v.is_null()) == b.filter(|v| !v.is_null()) => {}
+        _ => {
+            let show = |value: Option<&Json>| value.map_or("none".into(), toml_value);
+            rows.push(vec![style::out().bold(path), format!("{} -> {}", show(a), show(b))]);
+        }
     }
-    found
 }

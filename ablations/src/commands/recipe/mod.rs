@@ -14,6 +14,7 @@ use dinolab_core::Result;
 
 use crate::cli::{SetArgs, BAD_INPUT};
 use crate::style;
+use crate::suite::SuiteFile;
 
 /// The commands.
 #[derive(Debug, clap::Subcommand)]
@@ -25,6 +26,7 @@ pub enum Command {
         /// Recipes, or folders of runs.
         #[arg(required = true)]
         paths: Vec<PathBuf>,
+        /// Overrides.
         #[command(flatten)]
         set: SetArgs,
         /// Print parameters, operations an image and memory by component. Nothing is allocated.
@@ -38,17 +40,31 @@ pub enum Command {
         /// Another.
         b: PathBuf,
     },
-    /// Print the JSON schema of recipes, all plugins included, for editors.
-    Schema,
+    /// Print the JSON schema of recipes (all plugins included) or suites, for editors.
+    Schema {
+        /// Of what.
+        #[arg(value_enum, default_value = "recipe")]
+        of: SchemaOf,
+    },
     /// Say of one key its value, where that comes from, and who reads it.
     Explain {
         /// A dotted key: `losses.gram.weight`.
         key: String,
         /// A recipe, or the folder of a run.
         path: PathBuf,
+        /// Overrides.
         #[command(flatten)]
         set: SetArgs,
     },
+}
+
+/// Files that have a schema.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub enum SchemaOf {
+    /// One run.
+    Recipe,
+    /// An ablation.
+    Suite,
 }
 
 /// Runs one of the commands.
@@ -60,8 +76,12 @@ pub fn run(command: Command) -> Result<ExitCode> {
             return Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::from(BAD_INPUT) });
         }
         Command::Diff { a, b } => diff::run(&a, &b)?,
-        Command::Schema => {
-            let text = serde_json::to_string_pretty(&describe::schema()).expect("a schema is plain data");
+        Command::Schema { of } => {
+            let schema = match of {
+                SchemaOf::Recipe => describe::schema(),
+                SchemaOf::Suite => describe::schema_of::<SuiteFile>(),
+            };
+            let text = serde_json::to_string_pretty(&schema).expect("a schema is plain data");
             style::print(&(text + "\n"));
         }
         Command::Explain { key, path, set } => explain::run(&key, &path, &set.overrides())?,

@@ -64,8 +64,8 @@ fn timeline(resolved: &Resolved) -> Result<String> {
         let line = Shape::Lines(&points);
         let drawn = chart.lineplot(&line);
         drawn.axis();
-        drawn.figures();
-        text += &drawn.to_string();
+        // textplots' own figures have one decimal, which says nothing of a learning rate.
+        writeln!(text, "{}\n0{total:>70}", drawn.to_string().trim_end_matches('\n')).expect("writing to a string");
     }
     let recipe = &resolved.recipe;
     let teachers = [("teacher", Some(&recipe.teacher)), ("gram_teacher", recipe.gram_teacher.as_ref())];
