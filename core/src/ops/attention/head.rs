@@ -37,7 +37,7 @@ enum Which {
 }
 
 /// Scores held at a time: query rows are taken in blocks, so that the scores stay in the cache.
-const SCORES: usize = 1 << 16;
+const SCORES: usize = 1 << 17;
 /// Query rows in a block, however long the rows: fewer make slow products.
 const MIN_ROWS: usize = 64;
 
