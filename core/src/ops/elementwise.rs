@@ -26,7 +26,7 @@ macro_rules! unary {
                 fn forward(&mut self, inputs: &[&Tensor], save: bool) -> Result<Tensor> {
                     let x = inputs[0];
                     let out = dispatch_real!(stringify!($method), x.dtype(), T => {
-                        map(x, |$x: T| $f)
+                        map(x, #[inline(always)] |$x: T| $f)
                     })?;
                     if save {
                         self.0 = Some((x.detach(), out.clone()));
@@ -38,7 +38,7 @@ macro_rules! unary {
                 fn backward(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
                     let (x, y) = self.0.expect("saved by forward");
                     let slope = dispatch_real!(stringify!($method), x.dtype(), T => {
-                        map2(&x, &y, |$dx: T, $dy: T| $derivative)
+                        map2(&x, &y, #[inline(always)] |$dx: T, $dy: T| $derivative)
                     })?;
                     grads.add(0, slope.mul(&dy)?)
                 }

@@ -2,9 +2,8 @@
 
 use rayon::prelude::*;
 
-use crate::ops::parallel::simd;
 use crate::tensor::{Grads, Op, Real};
-use crate::{dispatch_real, Result, Tensor};
+use crate::{dispatch_real, simd, Result, Tensor};
 
 impl Tensor {
     /// Rows of the last axis divided by their length: `x / max(|x|, eps)`, as `torch.nn.functional.normalize`.
@@ -37,7 +36,7 @@ impl Op for L2Normalize {
         dispatch_real!("l2_normalize", x.dtype(), T => {
             let eps = T::of(self.eps);
             let rows = out.as_mut_slice::<T>().par_chunks_mut(ROWS * d).zip(scale.as_mut_slice::<T>().par_chunks_mut(ROWS));
-            rows.zip(x.as_slice::<T>().par_chunks(ROWS * d)).for_each(|((y, scale), x)| simd(|| {
+            rows.zip(x.as_slice::<T>().par_chunks(ROWS * d)).for_each(|((y, scale), x)| simd!({
                 for ((y, scale), x) in y.chunks_exact_mut(d).zip(scale).zip(x.chunks_exact(d)) {
                     let norm = dot(x, x).sqrt();
                     let s = T::ONE / norm.max(eps);
@@ -59,7 +58,7 @@ impl Op for L2Normalize {
         let mut dx = Tensor::uninit(y.shape(), y.dtype());
         dispatch_real!("l2_normalize", y.dtype(), T => {
             let (y, dy, scale) = (y.as_slice::<T>(), dy.as_slice::<T>(), scale.as_slice::<T>());
-            dx.as_mut_slice::<T>().par_chunks_mut(ROWS * d).enumerate().for_each(|(block, dx)| simd(|| {
+            dx.as_mut_slice::<T>().par_chunks_mut(ROWS * d).enumerate().for_each(|(block, dx)| simd!({
                 for (r, dx) in dx.chunks_exact_mut(d).enumerate() {
                     let row = block * ROWS + r;
                     let (y, dy) = (&y[row * d..][..d], &dy[row * d..][..d]);

@@ -8,10 +8,10 @@
 use rayon::prelude::*;
 
 use crate::ops::linear::sum_rows;
-use crate::ops::parallel::{lane_sum, simd};
+use crate::ops::parallel::lane_sum;
 use crate::ops::{same_dtype, with_grad};
 use crate::tensor::{Grads, Op, Real};
-use crate::{dispatch_real, Error, Result, Tensor};
+use crate::{dispatch_real, simd, Error, Result, Tensor};
 
 impl Tensor {
     /// `(x - mean) / sqrt(variance + eps) * weight + bias` over the last axis, with the biased variance:
@@ -72,7 +72,7 @@ impl Op for Norm {
             let (eps, n) = (T::of(self.eps), T::of(d as f64));
             let (weight, bias) = (weight.as_slice::<T>(), bias.map(|b| b.as_slice::<T>()));
             let blocks = out.as_mut_slice::<T>().par_chunks_mut(ROWS * d).zip(x.as_slice::<T>().par_chunks(ROWS * d));
-            blocks.zip(stats.as_mut_slice::<T>().par_chunks_mut(ROWS * 2)).for_each(|((y, x), stats)| simd(|| {
+            blocks.zip(stats.as_mut_slice::<T>().par_chunks_mut(ROWS * 2)).for_each(|((y, x), stats)| simd!({
                 for ((y, x), stats) in y.chunks_exact_mut(d).zip(x.chunks_exact(d)).zip(stats.chunks_exact_mut(2)) {
                     let mean = if self.centred { lane_sum([x], |[x]| x) / n } else { T::ZERO };
                     let variance = lane_sum([x], |[x]| (x - mean) * (x - mean)) / n;
@@ -132,7 +132,7 @@ impl Norm {
         let blocks = dx.par_chunks_mut(ROWS * d).zip(x.par_chunks(ROWS * d)).zip(dy.par_chunks(ROWS * d));
         let partial = dweight.par_chunks_mut(d).zip(dbias.par_chunks_mut(d)).zip(stats.par_chunks(ROWS * 2));
         blocks.zip(partial).for_each(|(((dx, x), dy), ((dweight, dbias), stats))| {
-            simd(|| {
+            simd!({
                 dweight.fill(T::ZERO);
                 dbias.fill(T::ZERO);
                 let rows = dx.chunks_exact_mut(d).zip(x.chunks_exact(d)).zip(dy.chunks_exact(d));
@@ -140,12 +140,14 @@ impl Norm {
                     let (mean, rstd) = (stats[0], stats[1]);
                     let g = if self.centred { lane_sum([dy, weight], |[dy, w]| dy * w) / n } else { T::ZERO };
                     let gh = lane_sum([dy, weight, x], |[dy, w, x]| dy * w * (x - mean)) * rstd / n;
-                    for i in 0..d {
-                        let h = (x[i] - mean) * rstd;
-                        let value = (dy[i] * weight[i] - g - h * gh) * rstd;
-                        dx[i] = if add { dx[i] + value } else { value };
-                        dweight[i] += dy[i] * h;
-                        dbias[i] += dy[i];
+                    let sums = dweight.iter_mut().zip(dbias.iter_mut());
+                    for (((((dx, &x), &dy), &w), (dweight, dbias))) in
+                        dx.iter_mut().zip(x).zip(dy).zip(weight).zip(sums)
+                    {
+                        let h = (x - mean) * rstd;
+                        *dx = (dy * w - g - h * gh) * rstd + if add { *dx } else { T::ZERO };
+                        *dweight += dy * h;
+                        *dbias += dy;
                     }
                 }
             });

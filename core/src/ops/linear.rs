@@ -4,10 +4,10 @@ use rayon::prelude::*;
 
 use crate::ops::elementwise::{gelu, gelu_and_slope};
 use crate::ops::matmul::{product, Mat, Threads};
-use crate::ops::parallel::{simd, zip_mut};
+use crate::ops::parallel::zip_mut;
 use crate::ops::same_dtype;
 use crate::tensor::{Grads, Op, Real};
-use crate::{dispatch_real, Error, Result, Tensor};
+use crate::{dispatch_real, simd, Error, Result, Tensor};
 
 impl Tensor {
     /// `x W^T + b` over the last axis: `[.., I]`, `W [O, I]`, `b [O]` to `[.., O]`.
@@ -74,19 +74,19 @@ impl Op for Linear {
             let forward = |y: &mut [T], x: &[T]| {
                 product(y, o, false, T::ONE, Mat::new(x, x.len() / i, i), w, Threads::One);
                 if let Some(bias) = bias {
-                    simd(|| y.chunks_exact_mut(o).for_each(|y| y.iter_mut().zip(bias).for_each(|(y, &b)| *y += b)));
+                    simd!(y.chunks_exact_mut(o).for_each(|y| y.iter_mut().zip(bias).for_each(|(y, &b)| *y += b)));
                 }
             };
             if keep {
                 blocks.zip(slope.as_mut_slice::<T>().par_chunks_mut(ROWS * o)).for_each(|((y, x), slope)| {
                     forward(y, x);
-                    simd(|| y.iter_mut().zip(slope).for_each(|(y, slope)| (*y, *slope) = gelu_and_slope(*y)));
+                    simd!(for (y, slope) in y.iter_mut().zip(slope) { (*y, *slope) = gelu_and_slope(*y); });
                 });
             } else {
                 blocks.for_each(|(y, x)| {
                     forward(y, x);
                     if self.gelu {
-                        simd(|| y.iter_mut().for_each(|y| *y = gelu(*y)));
+                        simd!(for y in y.iter_mut() { *y = gelu(*y); });
                     }
                 });
             }
@@ -142,7 +142,7 @@ pub(crate) fn sum_rows<T: Real>(out: &mut [T], x: &[T], add: bool) {
         .par_chunks(256 * width)
         .map(|block| {
             let mut sum = vec![T::ZERO; width];
-            simd(|| {
+            simd!({
                 for row in block.chunks_exact(width) {
                     for (s, &x) in sum.iter_mut().zip(row) {
                         *s += x;

@@ -7,7 +7,7 @@
 use rayon::prelude::*;
 
 use crate::tensor::Real;
-use crate::{Result, Tensor};
+use crate::{simd, Result, Tensor};
 
 /// Elements that one task handles: small enough to balance, large enough to hide the hand-over.
 pub const BLOCK: usize = 16 * 1024;
@@ -17,9 +17,23 @@ pub fn rows_per_task(width: usize) -> usize {
     (BLOCK / width.max(1)).max(1)
 }
 
-/// Runs `f` compiled for the widest vector instructions of this machine; `f` and what it calls must be inlined into it.
+/// Evaluates an expression compiled for the widest vector instructions of this machine: `simd!({ .. })`.
+///
+/// Only code that is inlined profits. Calls of a few lines are; a closure with a long body, handed to
+/// [`zip_mut`](crate::ops::parallel::zip_mut) and the like, needs `#[inline(always)]`.
+#[macro_export]
+macro_rules! simd {
+    ($body:expr) => {
+        $crate::ops::parallel::dispatch(
+            #[inline(always)]
+            || $body,
+        )
+    };
+}
+
+/// What [`simd!`](crate::simd) calls: without an inlined closure there is no gain.
 #[inline(always)]
-pub fn simd<R>(f: impl FnOnce() -> R) -> R {
+pub fn dispatch<R>(f: impl FnOnce() -> R) -> R {
     struct Run<F>(F);
     impl<R, F: FnOnce() -> R> pulp::NullaryFnOnce for Run<F> {
         type Output = R;
@@ -35,7 +49,7 @@ pub fn simd<R>(f: impl FnOnce() -> R) -> R {
 pub fn zip_mut<D: Send, S: Copy + Sync>(dst: &mut [D], src: &[S], f: impl Fn(&mut D, S) + Sync) {
     debug_assert_eq!(dst.len(), src.len(), "element-wise operands have equal length");
     dst.par_chunks_mut(BLOCK).zip(src.par_chunks(BLOCK)).for_each(|(dst, src)| {
-        simd(|| {
+        simd!({
             for (d, &s) in dst.iter_mut().zip(src) {
                 f(d, s);
             }
@@ -56,7 +70,7 @@ pub fn map2<T: Real>(x: &Tensor, y: &Tensor, f: impl Fn(T, T) -> T + Sync) -> Re
     let chunks = out.as_mut_slice::<T>().par_chunks_mut(BLOCK);
     chunks.zip(x.as_slice::<T>().par_chunks(BLOCK)).zip(y.as_slice::<T>().par_chunks(BLOCK)).for_each(
         |((out, x), y)| {
-            simd(|| {
+            simd!({
                 for ((o, &x), &y) in out.iter_mut().zip(x).zip(y) {
                     *o = f(x, y);
                 }
@@ -71,7 +85,7 @@ pub fn sum<T: Real>(x: &[T], f: impl Fn(T) -> T + Sync) -> T {
     let partial: Vec<T> = x
         .par_chunks(BLOCK)
         .map(|block| {
-            simd(|| {
+            simd!({
                 // Independent lanes, so that the loop vectorises; their order is fixed.
                 let mut lanes = [T::ZERO; 16];
                 let mut chunks = block.chunks_exact(16);
@@ -93,15 +107,15 @@ pub fn sum<T: Real>(x: &[T], f: impl Fn(T) -> T + Sync) -> T {
 pub fn lane_sum<T: Real, const N: usize>(of: [&[T]; N], f: impl Fn([T; N]) -> T) -> T {
     const LANES: usize = 16;
     let mut lanes = [T::ZERO; LANES];
-    let blocks = of.map(|x| x.as_chunks::<LANES>().0);
-    for block in 0..blocks[0].len() {
+    let count = of[0].len() / LANES;
+    let blocks = of.map(|x| &x.as_chunks::<LANES>().0[..count]);
+    for block in 0..count {
         for i in 0..LANES {
             lanes[i] += f(blocks.map(|x| x[block][i]));
         }
     }
-    let rests = of.map(|x| x.as_chunks::<LANES>().1);
-    for i in 0..rests[0].len() {
-        lanes[i] += f(rests.map(|x| x[i]));
+    for i in 0..of[0].len() % LANES {
+        lanes[i] += f(of.map(|x| x[count * LANES + i]));
     }
     // Halving keeps the sum short and vectorised.
     for half in [8, 4, 2, 1] {

@@ -2,9 +2,8 @@
 
 use rayon::prelude::*;
 
-use crate::ops::parallel::simd;
 use crate::tensor::{Grads, Op, Real};
-use crate::{dispatch_real, Error, Result, Tensor};
+use crate::{dispatch_real, simd, Error, Result, Tensor};
 
 impl Tensor {
     /// Square patches of `patch` pixels: `[B, C, H, W]` to `[B P, C patch patch]` with P = (H / patch) (W / patch),
@@ -85,7 +84,7 @@ impl Op for Patchify {
                 dx.as_mut_slice::<T>().fill(T::ZERO);
             }
             let patches = dy.as_slice::<T>().par_chunks(patches_len.max(1));
-            dx.as_mut_slice::<T>().par_chunks_mut(image_len.max(1)).zip(patches).for_each(|(image, patches)| simd(|| {
+            dx.as_mut_slice::<T>().par_chunks_mut(image_len.max(1)).zip(patches).for_each(|(image, patches)| simd!({
                 self.runs(|i, o| image[i..i + p].iter_mut().zip(&patches[o..o + p]).for_each(|(d, &g)| *d += g));
             }));
             Ok(())

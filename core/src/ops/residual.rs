@@ -4,10 +4,9 @@
 use rayon::prelude::*;
 
 use crate::ops::linear::sum_rows;
-use crate::ops::parallel::simd;
 use crate::ops::{same_dtype, with_grad};
 use crate::tensor::{Grads, Op, Real};
-use crate::{dispatch_real, Error, Result, Tensor};
+use crate::{dispatch_real, simd, Error, Result, Tensor};
 
 impl Tensor {
     /// `x + gamma y` by rows: `x [T, D]`, `y [T, D]`, `gamma [D]` (1 if not given) to `[T, D]`.
@@ -89,7 +88,7 @@ impl Op for Residual {
             let (y, gamma) = (y.as_slice::<T>(), gamma.map(|g| g.as_slice::<T>()));
             let scale = self.rows.as_ref().map(|(_, scale)| scale.as_slice::<T>());
             let blocks = out.as_mut_slice::<T>().par_chunks_mut(ROWS * d).zip(x.as_slice::<T>().par_chunks(ROWS * d));
-            blocks.enumerate().for_each(|(block, (out, x))| simd(|| {
+            blocks.enumerate().for_each(|(block, (out, x))| simd!({
                 for (r, (out, x)) in out.chunks_exact_mut(d).zip(x.chunks_exact(d)).enumerate() {
                     let row = block * ROWS + r;
                     let source = inverse.as_ref().map_or(row, |inverse| inverse[row] as usize);
@@ -148,7 +147,7 @@ impl Residual {
         };
         let Some(dgamma) = dgamma else {
             dy.par_chunks_mut(ROWS * d).enumerate().for_each(|(block, dy)| {
-                simd(|| {
+                simd!({
                     for (r, dy) in dy.chunks_exact_mut(d).enumerate() {
                         let (g, scale) = reach(block * ROWS + r);
                         for (dy, &g) in dy.iter_mut().zip(g) {
@@ -163,7 +162,7 @@ impl Residual {
         let (y, gamma) = (y.as_slice::<T>(), gamma.as_slice::<T>());
         let blocks = dy.par_chunks_mut(ROWS * d).zip(dgamma.par_chunks_mut(d)).zip(y.par_chunks(ROWS * d));
         blocks.enumerate().for_each(|(block, ((dy, dgamma), y))| {
-            simd(|| {
+            simd!({
                 dgamma.fill(T::ZERO);
                 for (r, (dy, y)) in dy.chunks_exact_mut(d).zip(y.chunks_exact(d)).enumerate() {
                     let (g, scale) = reach(block * ROWS + r);

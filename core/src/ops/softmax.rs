@@ -2,9 +2,9 @@
 
 use rayon::prelude::*;
 
-use crate::ops::parallel::{lane_max, lane_sum, rows_per_task, simd};
+use crate::ops::parallel::{lane_max, lane_sum, rows_per_task};
 use crate::tensor::{Grads, Op, Real};
-use crate::{dispatch_real, Result, Tensor};
+use crate::{dispatch_real, simd, Result, Tensor};
 
 impl Tensor {
     /// `exp(x) / sum(exp(x))` over the last axis. dx = y (dy - sum(y dy)).
@@ -39,7 +39,7 @@ impl Op for Softmax {
         let mut out = Tensor::uninit(x.shape(), x.dtype());
         dispatch_real!(self.name(), x.dtype(), T => {
             let blocks = out.as_mut_slice::<T>().par_chunks_mut(block).zip(x.as_slice::<T>().par_chunks(block));
-            blocks.for_each(|(y, x)| simd(|| {
+            blocks.for_each(|(y, x)| simd!({
                 for (y, x) in y.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
                     let max = lane_max(x);
                     if self.log {
@@ -69,7 +69,7 @@ impl Op for Softmax {
         }
         dispatch_real!("softmax", y.dtype(), T => {
             let blocks = dy.as_mut_slice::<T>().par_chunks_mut(block).zip(y.as_slice::<T>().par_chunks(block));
-            blocks.for_each(|(dy, y)| simd(|| {
+            blocks.for_each(|(dy, y)| simd!({
                 for (dy, y) in dy.chunks_exact_mut(d).zip(y.chunks_exact(d)) {
                     if self.log {
                         let sum = lane_sum([dy], |[dy]| dy);

@@ -3,10 +3,10 @@
 use rayon::prelude::*;
 
 use crate::ops::elementwise::sigmoid;
-use crate::ops::parallel::{map2, simd, BLOCK};
+use crate::ops::parallel::{map2, BLOCK};
 use crate::ops::same_dtype;
 use crate::tensor::{Grads, Op, Real};
-use crate::{dispatch_real, Error, Result, Tensor};
+use crate::{dispatch_real, simd, Error, Result, Tensor};
 
 impl Tensor {
     /// `silu(self) * up` with `silu(x) = x sigmoid(x)`; both have the same shape.
@@ -37,7 +37,7 @@ impl Op for Swiglu {
         if save {
             self.0 = Some((gate.detach(), up.detach()));
         }
-        dispatch_real!("swiglu", gate.dtype(), T => map2(gate, up, |gate: T, up: T| gate * sigmoid(gate) * up))
+        dispatch_real!("swiglu", gate.dtype(), T => map2(gate, up, #[inline(always)] |gate: T, up: T| gate * sigmoid(gate) * up))
     }
 
     fn backward(self: Box<Self>, mut dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
@@ -50,7 +50,7 @@ impl Op for Swiglu {
             // dy becomes dup.
             let outputs = dgate.as_mut_slice::<T>().par_chunks_mut(BLOCK).zip(dy.as_mut_slice::<T>().par_chunks_mut(BLOCK));
             let inputs = gate.as_slice::<T>().par_chunks(BLOCK).zip(up.as_slice::<T>().par_chunks(BLOCK));
-            outputs.zip(inputs).for_each(|((dgate, dy), (gate, up))| simd(|| {
+            outputs.zip(inputs).for_each(|((dgate, dy), (gate, up))| simd!({
                 for (((dgate, dy), &gate), &up) in dgate.iter_mut().zip(dy).zip(gate).zip(up) {
                     let s = sigmoid(gate);
                     *dgate = *dy * up * s * (T::ONE + gate * (T::ONE - s));

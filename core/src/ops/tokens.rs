@@ -3,10 +3,9 @@
 use rayon::prelude::*;
 
 use crate::ops::linear::sum_rows;
-use crate::ops::parallel::simd;
 use crate::ops::{same_dtype, with_grad};
 use crate::tensor::{Grads, Op, Real};
-use crate::{dispatch_real, DType, Error, Result, Tensor};
+use crate::{dispatch_real, simd, DType, Error, Result, Tensor};
 
 impl Tensor {
     /// Tokens of `images` images: patch embeddings `[B P, D]` and a prefix `[1 + R, D]` (CLS and registers, the same
@@ -118,7 +117,7 @@ impl Op for Assemble {
             let dy = dy.as_slice::<T>();
             with_grad::<T>(grads, 0, self.images * patches, |dx, add| {
                 let each = dx.par_chunks_mut(patches.max(1)).zip(dtoken.as_mut_slice::<T>().par_chunks_mut(d));
-                each.enumerate().for_each(|(image, (dx, dtoken))| simd(|| {
+                each.enumerate().for_each(|(image, (dx, dtoken))| simd!({
                     let dy = &dy[image * image_len + prefix..][..patches];
                     let mask = self.mask(image, patches / d);
                     for (i, (dx, dy)) in dx.chunks_exact_mut(d).zip(dy.chunks_exact(d)).enumerate() {

@@ -3,7 +3,8 @@
 use std::ops::Range;
 
 use crate::ops::matmul::{product, Mat, Threads};
-use crate::ops::parallel::{lane_max, lane_sum, simd, with_scratch, Parts};
+use crate::ops::parallel::{lane_max, lane_sum, with_scratch, Parts};
+use crate::simd;
 use crate::tensor::Real;
 
 /// One head of one image: its place in the packed rows, and its positions.
@@ -36,7 +37,7 @@ enum Which {
 }
 
 /// Scores held at a time: query rows are taken in blocks, so that the scores stay in the cache.
-const SCORES: usize = 1 << 16;
+const SCORES: usize = 1 << 17;
 /// Query rows in a block, however long the rows: fewer make slow products.
 const MIN_ROWS: usize = 64;
 
@@ -53,7 +54,7 @@ impl<T: Real> Head<'_, T> {
             for rows in self.blocks() {
                 let scores = &mut scores[..rows.len() * n];
                 self.scores(q, k, rows.clone(), scores);
-                simd(|| {
+                simd!({
                     let each = scores.chunks_exact_mut(n).zip(sums.iter_mut()).zip(&mut log_sum[rows.clone()]);
                     for ((s, sum), log_sum) in each {
                         let max = lane_max(s);
@@ -64,7 +65,7 @@ impl<T: Real> Head<'_, T> {
                 });
                 let weights = Mat::new(scores, rows.len(), n);
                 product(values, d, false, T::ONE, weights, self.packed(Which::Value), Threads::One);
-                simd(|| {
+                simd!({
                     for ((row, values), &sum) in rows.zip(values.chunks_exact(d)).zip(sums.iter()) {
                         let scale = T::ONE / sum;
                         // SAFETY: these columns of these rows belong to this head alone.
@@ -101,7 +102,7 @@ impl<T: Real> Head<'_, T> {
                 let dy_block = Mat { row_stride: self.width, ..Mat::new(&dy[of_head(dy, rows.start)], len, d) };
                 self.scores(q, k, rows.clone(), p);
                 product(ds, n, false, T::ONE, dy_block, self.packed(Which::Value).t(), Threads::One);
-                simd(|| {
+                simd!({
                     let each = rows.clone().zip(p.chunks_exact_mut(n)).zip(ds.chunks_exact_mut(n));
                     for ((row, p), ds) in each {
                         let (dy, out) = (&dy[of_head(dy, row)][..d], &out[of_head(out, row)][..d]);
@@ -163,22 +164,16 @@ impl<T: Real> Head<'_, T> {
         Some((&sin[patch * self.d..][..self.d], &cos[patch * self.d..][..self.d]))
     }
 
-    /// Queries, rotated and scaled, and keys, rotated: `x cos + rotate_half(x) sin` with `rotate_half([a, b]) = [-b, a]`.
+    /// Queries, rotated and scaled, and keys, rotated.
     fn load(&self, q: &mut [T], k: &mut [T]) {
         let (d, half) = (self.d, self.d / 2);
-        simd(|| {
+        simd!({
             for (which, scale, to) in [(Which::Query, self.scale(), q), (Which::Key, T::ONE, k)] {
                 for (row, to) in to.chunks_exact_mut(d).enumerate() {
                     let from = &self.qkv[self.place(which, row)..][..d];
-                    let Some((sin, cos)) = self.angles(row) else {
-                        to.iter_mut().zip(from).for_each(|(to, &x)| *to = x * scale);
-                        continue;
-                    };
-                    let ((a, b), (to_a, to_b)) = (from.split_at(half), to.split_at_mut(half));
-                    let ((sin_a, sin_b), (cos_a, cos_b)) = (sin.split_at(half), cos.split_at(half));
-                    for i in 0..half {
-                        to_a[i] = (a[i] * cos_a[i] - b[i] * sin_a[i]) * scale;
-                        to_b[i] = (b[i] * cos_b[i] + a[i] * sin_b[i]) * scale;
+                    match self.angles(row) {
+                        Some((sin, cos)) => rotate(to, from, cos, sin.split_at(half), [scale, scale]),
+                        None => to.iter_mut().zip(from).for_each(|(to, &x)| *to = x * scale),
                     }
                 }
             }
@@ -188,20 +183,17 @@ impl<T: Real> Head<'_, T> {
     /// The transpose of [`load`](Self::load): gradients of rotated rows to gradients of packed ones.
     fn store(&self, dqkv: &Parts<'_, T>, which: Which, rows: Range<usize>, scale: T, from: &[T]) {
         let (d, half) = (self.d, self.d / 2);
-        simd(|| {
+        simd!({
             for (row, from) in rows.zip(from.chunks_exact(d)) {
                 // SAFETY: these columns of these rows belong to this head alone.
                 let to = unsafe { dqkv.part(self.place(which, row), d) };
                 let angles = if let Which::Value = which { None } else { self.angles(row) };
-                let Some((sin, cos)) = angles else {
-                    to.iter_mut().zip(from).for_each(|(to, &g)| *to = g * scale);
-                    continue;
-                };
-                let ((a, b), (to_a, to_b)) = (from.split_at(half), to.split_at_mut(half));
-                let ((sin_a, sin_b), (cos_a, cos_b)) = (sin.split_at(half), cos.split_at(half));
-                for i in 0..half {
-                    to_a[i] = (a[i] * cos_a[i] + b[i] * sin_b[i]) * scale;
-                    to_b[i] = (b[i] * cos_b[i] - a[i] * sin_a[i]) * scale;
+                match angles {
+                    Some((sin, cos)) => {
+                        let (sin_a, sin_b) = sin.split_at(half);
+                        rotate(to, from, cos, (sin_b, sin_a), [scale, -scale]);
+                    }
+                    None => to.iter_mut().zip(from).for_each(|(to, &g)| *to = g * scale),
                 }
             }
         });
@@ -213,7 +205,7 @@ impl<T: Real> Head<'_, T> {
         let q = Mat::new(&q[rows.start * d..], rows.len(), d);
         product(scores, n, false, T::ONE, q, Mat::new(k, n, d).t(), Threads::One);
         if let Some(bias) = self.bias {
-            simd(|| {
+            simd!({
                 for (row, scores) in rows.zip(scores.chunks_exact_mut(n)) {
                     let Some(patch) = row.checked_sub(prefix) else { continue };
                     let bias = &bias[patch * (n - prefix)..];
@@ -225,12 +217,27 @@ impl<T: Real> Head<'_, T> {
 
     fn add_dbias(&self, ds: &[T], rows: Range<usize>, dbias: &mut [T]) {
         let (n, prefix) = (self.tokens, self.prefix);
-        simd(|| {
+        simd!({
             for (row, ds) in rows.zip(ds.chunks_exact(n)) {
                 let Some(patch) = row.checked_sub(prefix) else { continue };
                 let dbias = &mut dbias[patch * (n - prefix)..];
                 dbias.iter_mut().zip(&ds[prefix..]).for_each(|(db, &ds)| *db += ds);
             }
         });
+    }
+}
+
+/// A row `[a, b]` of two halves to `[a cos_a c - b sin_a s, b cos_b c + a sin_b s]`: `x cos + rotate_half(x) sin` for
+/// `c = s = 1`, and its transpose when the halves of the sines change places and s is -1.
+#[inline(always)]
+fn rotate<T: Real>(to: &mut [T], from: &[T], cos: &[T], (sin_a, sin_b): (&[T], &[T]), [c, s]: [T; 2]) {
+    let half = sin_a.len();
+    let ((a, b), (cos_a, cos_b)) = (from.split_at(half), cos.split_at(half));
+    let (to_a, to_b) = to.split_at_mut(half);
+    for ((((to, &a), &b), &cos), &sin) in to_a.iter_mut().zip(a).zip(b).zip(cos_a).zip(sin_a) {
+        *to = a * cos * c - b * sin * s;
+    }
+    for ((((to, &a), &b), &cos), &sin) in to_b.iter_mut().zip(a).zip(b).zip(cos_b).zip(sin_b) {
+        *to = b * cos * c + a * sin * s;
     }
 }
