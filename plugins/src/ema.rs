@@ -45,3 +45,15 @@ impl TeacherPolicy for Ema {
 }
 
 plugin!(TeacherPolicy, "ema", Ema, |config: Ema, _: &mut _| config.build());
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_momentum_outside_the_unit_interval_is_refused() {
+        for (momentum, fits) in [(0.0, true), (1.0, true), (-0.1, false), (1.5, false)] {
+            assert_eq!(Ema { momentum: momentum.into() }.build().is_ok(), fits, "{momentum}");
+        }
+    }
+}

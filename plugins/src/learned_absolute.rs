@@ -46,3 +46,30 @@ impl PosEncoding for LearnedAbsolute {
 plugin!(PosEncoding, "learned_absolute", LearnedAbsoluteConfig, |_: LearnedAbsoluteConfig, _: &mut _| {
     Ok(Box::new(LearnedAbsolute { table: None }) as Box<dyn PosEncoding>)
 });
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dinolab_core::tensor::Tape;
+    use dinolab_core::DType;
+
+    #[test]
+    fn its_own_grid_gets_the_table_and_another_a_resized_one() {
+        let own = Grid { height: 3, width: 4 };
+        let mut encoding = LearnedAbsolute { table: None };
+        let mut params = ParamBuilder::new();
+        encoding.declare(&mut params, PosContext { dim: 5, heads: 1, grid: own }).unwrap();
+        let layout = params.finish();
+        let flat = layout.init(0, DType::F64).unwrap();
+        let tape = Tape::new();
+        let params = Params::tracked(&layout, &flat, &tape);
+        let table = encoding.absolute(&params, own).unwrap().unwrap();
+        assert_eq!(table.as_slice::<f64>(), &flat.as_slice::<f64>()[layout.specs()[0].range()]);
+        let resized = encoding.absolute(&params, Grid { height: 2, width: 6 }).unwrap().unwrap();
+        assert_eq!(resized.shape(), [12, 5]);
+        // Weights of a resize sum to 1 in every output, so the gradient of the sum has as much mass as there are outputs.
+        let mut grads = Tensor::zeros(&[layout.len()], DType::F64);
+        tape.backward(&resized.sum().unwrap(), 1.0, Some(&mut grads)).unwrap();
+        assert!((grads.sum().unwrap().item() - resized.len() as f64).abs() < 1e-9);
+    }
+}

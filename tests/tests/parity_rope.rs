@@ -11,6 +11,7 @@ use dinolab_core::{DType, Tensor};
 use dinolab_plugins::rope_box::{RopeBox, RopeBoxConfig};
 use golden::{for_both_types, Comparison};
 use proptest::prelude::*;
+use proptest::test_runner::FileFailurePersistence;
 use serde_json::{json, Value};
 
 /// The plugin that a recipe's table makes, for one head of width `head_dim`.
@@ -114,7 +115,8 @@ fn bf16_tables_equal_the_reference_to_the_bit() {
     let bf16 = |x: f64| Tensor::scalar(x, DType::F32).cast(DType::BF16).unwrap().item();
     for_both_types("rope_bf16", |g, dtype, c| {
         let d = g.number("/D_head", None) as usize;
-        let table = json!({ "dtype": "bf16", "periods": periods(&g.options), "normalize": g.options["normalize_coords"] });
+        let table =
+            json!({ "dtype": "bf16", "periods": periods(&g.options), "normalize": g.options["normalize_coords"] });
         let config: RopeBoxConfig = serde_json::from_value(table.clone()).unwrap();
         c.check_values("periods", &RopeBox::new(config).unwrap().periods(d));
         let encoding = encoding(&table, d);
@@ -171,8 +173,14 @@ fn grids() -> impl Strategy<Value = Grid> {
     (1..7usize, 1..7usize).prop_map(|(height, width)| Grid { height, width })
 }
 
+fn config() -> ProptestConfig {
+    // Failures are kept beside this file.
+    let failure_persistence = Some(Box::new(FileFailurePersistence::WithSource("regressions")) as _);
+    ProptestConfig { cases: 64, failure_persistence, ..ProptestConfig::default() }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(config())]
 
     #[test]
     fn draws_stay_inside_their_ranges(seed: u64, shift in 0.0..1.0, jitter in 1.0..3.0, rescale in 1.0..4.0, a in 0.1..1.0) {

@@ -71,7 +71,10 @@ fn check_training_config(name: &str, config: &Value, world: f64, c: &mut Compari
     }
     for weight in ["gram_loss_weight", "dino_local_loss_weight"] {
         if config[weight].is_object() {
-            c.check_values(&format!("loss.{name}.{weight}"), &values(&warmup_cosine(&config[weight], epoch, 1.0), total));
+            c.check_values(
+                &format!("loss.{name}.{weight}"),
+                &values(&warmup_cosine(&config[weight], epoch, 1.0), total),
+            );
         }
     }
 }
@@ -150,7 +153,8 @@ fn schedules_equal_the_reference() {
 /// DINOv3's own choice is a warm-up and then nothing: `linear_warmup` says so, and is the same curve.
 #[test]
 fn a_cosine_between_equal_values_is_the_linear_warmup() {
-    let long = json!({ "plugin": "linear_warmup_cosine", "start": 0.04, "peak": 0.07, "end": 0.07, "warmup_steps": 20 });
+    let long =
+        json!({ "plugin": "linear_warmup_cosine", "start": 0.04, "peak": 0.07, "end": 0.07, "warmup_steps": 20 });
     let short = json!({ "plugin": "linear_warmup", "start": 0.04, "peak": 0.07, "warmup_steps": 20 });
     assert_eq!(values(&long, 50), values(&short, 50));
     assert_eq!(values(&json!(0.07), 50), values(&json!({ "plugin": "constant", "value": 0.07 }), 50));
