@@ -24,6 +24,8 @@ struct Cli {
 /// One line a command; each lives in a file of [`commands`].
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Run a suite: several arms of a recipe over several seeds, then statistics and a report.
+    Ablate(commands::ablate::AblateArgs),
     /// Train a recipe, or go on with a run.
     Train(commands::train::Args),
     /// Time the training step and the data pipeline of a recipe.
@@ -45,6 +47,7 @@ enum Command {
 impl Command {
     fn run(self) -> Result<ExitCode> {
         match self {
+            Self::Ablate(args) => commands::ablate::run(args),
             Self::Train(args) => commands::train::run(&args),
             Self::Bench(args) => commands::bench::run(&args),
             Self::Replay(args) => commands::replay::run(&args),

@@ -110,20 +110,23 @@ impl Dataset for Scenes {
         let scale = self.width.min(self.height) as f32;
         let ground = rng.unit();
         let background = background(&mut rng, ground, scale);
-        let mut objects = self.objects(&mut rng, ground, scale);
+        let objects = self.objects(&mut rng, ground, scale);
         let light = rng.uniform(0.0, std::f64::consts::TAU);
         let light = [light.cos() as f32, light.sin() as f32];
 
         let mut canvas = Canvas::new(self.width, self.height, &background);
-        for (id, object) in objects.iter_mut().enumerate() {
+        for (id, object) in objects.iter().enumerate() {
             canvas.shade(object, light);
             canvas.paint(object, light, id as u8 + 1);
         }
-        let class = |id: u8| if id == 0 { 0 } else { objects[id as usize - 1].class as u8 + 1 };
+        let mut classes = [0; 256];
+        for (class, object) in classes[1..].iter_mut().zip(&objects) {
+            *class = object.class as u8 + 1;
+        }
         let mut visible = vec![0usize; objects.len() + 1];
         canvas.ids.iter().for_each(|&id| visible[id as usize] += 1);
         let largest = (1..visible.len()).max_by_key(|&id| visible[id]).expect("a scene has at least one object");
-        let mask = canvas.ids.iter().map(|&id| class(id)).collect();
+        let mask = canvas.ids.iter().map(|&id| classes[usize::from(id)]).collect();
         let label = Some(objects[largest - 1].class as u32);
         Ok(Sample { width: self.width, height: self.height, rgb: canvas.rgb(), label, mask: Some(mask) })
     }
@@ -336,5 +339,61 @@ impl Canvas {
             (out[0], out[1], out[2]) = ((r + 0.5) as u8, (g + 0.5) as u8, (b + 0.5) as u8);
         }
         rgb
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn scenes(size: Size) -> Scenes {
+        Scenes::new(&ScenesConfig { size, ..ScenesConfig::default() }, 3).unwrap()
+    }
+
+    #[test]
+    fn a_scene_depends_on_seed_index_and_part_alone() {
+        let config = ScenesConfig { size: Size::Square(32), ..ScenesConfig::default() };
+        let [a, same, other] = [3, 3, 4].map(|seed| Scenes::new(&config, seed).unwrap());
+        assert_eq!(a.get(7).unwrap(), same.get(7).unwrap());
+        assert_ne!(a.get(7).unwrap(), a.get(8).unwrap());
+        assert_ne!(a.get(7).unwrap(), other.get(7).unwrap());
+        assert_ne!(a.get(7).unwrap(), a.held_out().unwrap().get(7).unwrap());
+    }
+
+    #[test]
+    fn label_and_mask_say_what_is_seen() {
+        let scenes = scenes(Size::Rectangle([80, 48]));
+        for index in 0..50 {
+            let scene = scenes.get(index).unwrap();
+            let (label, mask) = (scene.label.unwrap(), scene.mask.unwrap());
+            assert_eq!((scene.width, scene.height, scene.rgb.len(), mask.len()), (80, 48, 3 * 80 * 48, 80 * 48));
+            assert!(mask.iter().all(|&class| usize::from(class) < scenes.mask_classes()));
+            let seen = mask.iter().filter(|&&class| u32::from(class) == label + 1).count();
+            assert!(seen > 80, "scene {index}: {seen} pixels of the labelled class");
+        }
+    }
+
+    #[test]
+    fn mean_colour_does_not_tell_the_class() {
+        let scenes = scenes(Size::Square(32));
+        let features = |from: usize| -> Vec<([f64; 3], usize)> {
+            let mean = |scene: &Sample| -> [f64; 3] {
+                std::array::from_fn(|c| {
+                    scene.rgb.iter().skip(c).step_by(3).map(|&x| f64::from(x)).sum::<f64>() / 1024.0
+                })
+            };
+            let read = |i| scenes.get(i).map(|s| (mean(&s), s.label.unwrap() as usize)).unwrap();
+            (from..from + 1000).map(read).collect()
+        };
+        let mut centres = [([0.0; 3], 0.0); 8];
+        for (x, label) in features(0) {
+            (0..3).for_each(|c| centres[label].0[c] += x[c]);
+            centres[label].1 += 1.0;
+        }
+        let distance =
+            |x: &[f64; 3], k: usize| (0..3).map(|c| (x[c] - centres[k].0[c] / centres[k].1).powi(2)).sum::<f64>();
+        let nearest = |x: &[f64; 3]| (0..8).min_by(|&a, &b| distance(x, a).total_cmp(&distance(x, b))).unwrap();
+        let right = features(1000).iter().filter(|(x, label)| nearest(x) == *label).count();
+        assert!(right < 220, "{right} of 1000 classes are told by the mean colour; chance is 125");
     }
 }

@@ -92,7 +92,7 @@ pub fn run(args: AblateArgs) -> Result<ExitCode> {
     let tally = execute(&plan, &options, &prepare, &progress)?;
     if let Some((run, step)) = &tally.interrupted {
         println!("stopped at {run}, step {step}, saved; go on with the same command");
-        return Ok(ExitCode::from(crate::EXIT_RESUMABLE));
+        return Ok(ExitCode::from(crate::cli::RESUMABLE));
     }
     conclude(&plan, &tally)
 }

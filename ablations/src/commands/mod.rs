@@ -1,5 +1,6 @@
 //! The commands, one file each.
 
+pub mod ablate;
 pub mod bench;
 pub mod plugins;
 pub mod recipe;

@@ -143,22 +143,26 @@ fn mean_luma(pixels: &[f32]) -> f64 {
 }
 
 /// To 8-bit hue, saturation and value, `shift` added to the hue, and back.
+///
+/// Colours often lie on the border between two hues of 8 bits, so the way there rounds exactly where Pillow does.
 #[inline(always)]
 fn turn_hue([r, g, b]: [f32; 3], shift: f32) -> [f32; 3] {
     let max = r.max(g).max(b);
     let range = max - r.min(g).min(b);
-    let saturation = (range / max.max(1.0) * 255.0).floor();
+    let saturation = (f64::from(range / max.max(1.0)) * 255.0).floor() as f32;
     // Sixths of a turn from red; a grey pixel (range 0) has saturation 0, so its hue does not matter.
-    let (sector, difference) = if r == max {
-        (0.0, g - b)
+    let [red, green, blue] = [r, g, b].map(#[inline(always)] |x| (max - x) / range.max(1.0));
+    let (sector, plus, minus) = if r == max {
+        (0.0, blue, green)
     } else if g == max {
-        (2.0, b - r)
+        (2.0, red, blue)
     } else {
-        (4.0, r - g)
+        (4.0, green, red)
     };
-    let sixths = sector + difference / range.max(1.0);
-    let sixths = if sixths < 0.0 { sixths + 6.0 } else { sixths };
-    let hue = (sixths * (255.0 / 6.0)).floor() + shift;
+    let sixths = (sector + f64::from(plus) - f64::from(minus)) as f32;
+    let turns = f64::from(sixths) * (1.0 / 6.0) + 1.0;
+    let turns = (turns - turns.floor()) as f32;
+    let hue = (f64::from(turns) * 255.0).floor() as f32 + shift;
     let hue = if hue < 0.0 { hue + 256.0 } else { hue };
     let hue = if hue > 255.0 { hue - 256.0 } else { hue };
 
@@ -234,30 +238,32 @@ mod tests {
         }
     }
 
-    /// Pillow's conversions, one sector after the other, in f64.
+    /// Pillow's conversions with its mixture of float and double, one sector after the other.
     fn turn_hue_by_sectors(p: [u8; 3], shift: i32) -> [u8; 3] {
         let (max, min) = (*p.iter().max().unwrap(), *p.iter().min().unwrap());
-        let [r, g, b] = p.map(f64::from);
-        let range = f64::from(max - min);
-        let (mut hue, mut saturation) = (0, 0);
-        if max != min {
-            let sixths = if p[0] == max {
-                (g - b) / range
-            } else if p[1] == max {
-                2.0 + (b - r) / range
-            } else {
-                4.0 + (r - g) / range
-            };
-            hue = (sixths.rem_euclid(6.0) / 6.0 * 255.0 + 1e-9) as i32;
-            saturation = (range / f64::from(max) * 255.0 + 1e-9) as i32;
+        if max == min {
+            return p;
         }
-        hue = (hue + shift).rem_euclid(256);
-        let (v, s) = (f64::from(max), f64::from(saturation) / 255.0);
-        let sixths = f64::from(hue) * 6.0 / 255.0;
-        let f = sixths - sixths.floor();
-        let value = |x: f64| (x + 1e-9).round() as u8;
+        let range = f32::from(max - min);
+        let [r, g, b] = p.map(|x| f32::from(max - x) / range);
+        let sixths = if p[0] == max {
+            b - g
+        } else if p[1] == max {
+            (2.0 + f64::from(r) - f64::from(b)) as f32
+        } else {
+            (4.0 + f64::from(g) - f64::from(r)) as f32
+        };
+        let turns = ((f64::from(sixths) / 6.0 + 1.0) % 1.0) as f32;
+        let hue = (f64::from(turns) * 255.0) as i32;
+        let saturation = (f64::from(range / f32::from(max)) * 255.0) as i32;
+
+        let hue = f64::from((hue + shift).rem_euclid(256)) * 6.0 / 255.0;
+        let sector = hue.floor();
+        let f = f64::from((hue - sector) as f32);
+        let (v, s) = (f64::from(max), f64::from((f64::from(saturation) / 255.0) as f32));
+        let value = |x: f64| x.round() as u8;
         let (p, q, t) = (value(v * (1.0 - s)), value(v * (1.0 - s * f)), value(v * (1.0 - s * (1.0 - f))));
-        match sixths.floor() as i32 % 6 {
+        match sector as i32 % 6 {
             0 => [max, t, p],
             1 => [q, max, p],
             2 => [p, max, t],

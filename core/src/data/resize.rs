@@ -38,3 +38,68 @@ pub(super) fn resize_plane(resizer: &mut Resizer, plane: &[f32], from: usize, ou
     let mut target = TypedImage::<F32>::from_buffer(to, to, bytes).expect("a square plane");
     resizer.resize_typed(&source, &mut target, &bicubic()).expect("sizes and types were checked above");
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One axis of an antialiased bicubic resize, from its definition.
+    fn direct(line: &[f64], to: usize) -> Vec<f64> {
+        let cubic = |x: f64| match x.abs() {
+            x if x < 1.0 => 1.5 * x * x * x - 2.5 * x * x + 1.0,
+            x if x < 2.0 => -0.5 * x * x * x + 2.5 * x * x - 4.0 * x + 2.0,
+            _ => 0.0,
+        };
+        let scale = line.len() as f64 / to as f64;
+        let widen = scale.max(1.0);
+        let value = |i: usize| {
+            let centre = (i as f64 + 0.5) * scale - 0.5;
+            let weights: Vec<f64> = (0..line.len()).map(|j| cubic((j as f64 - centre) / widen)).collect();
+            weights.iter().zip(line).map(|(w, x)| w * x).sum::<f64>() / weights.iter().sum::<f64>()
+        };
+        (0..to).map(value).collect()
+    }
+
+    fn direct_2d(image: &[f64], width: usize, to: usize) -> Vec<f64> {
+        let rows: Vec<Vec<f64>> = image.chunks(width).map(|row| direct(row, to)).collect();
+        let columns = (0..to).map(|x| direct(&rows.iter().map(|row| row[x]).collect::<Vec<_>>(), to));
+        let columns: Vec<Vec<f64>> = columns.collect();
+        (0..to * to).map(|i| columns[i % to][i / to]).collect()
+    }
+
+    #[test]
+    fn planes_are_resized_by_the_antialiased_bicubic_kernel() {
+        let plane: Vec<f32> = (0..400).map(|i| ((i * 7919) % 256) as f32 / 64.0 - 2.0).collect();
+        let wide: Vec<f64> = plane.iter().map(|&x| f64::from(x)).collect();
+        for to in [7, 10, 13, 20, 33] {
+            let mut out = vec![0.0; to * to];
+            resize_plane(&mut Resizer::new(), &plane, 20, &mut out, to);
+            for (got, want) in out.iter().zip(direct_2d(&wide, 20, to)) {
+                assert!((f64::from(*got) - want).abs() < 1e-5, "to {to}: {got}, {want}");
+            }
+        }
+    }
+
+    #[test]
+    fn crops_are_resized_to_within_rounding_and_ignore_what_is_outside() {
+        let (width, height) = (40, 30);
+        let area = Rect { x: 5, y: 3, width: 22, height: 19 };
+        // Outside the box all is white; inside, no overshoot is cut off.
+        let inside = |x: usize, y: usize| (5..27).contains(&x) && (3..22).contains(&y);
+        let value = |i: usize| if inside(i / 3 % width, i / 3 / width) { (70 + i * 7919 % 100) as u8 } else { 255 };
+        let rgb: Vec<u8> = (0..3 * width * height).map(value).collect();
+        for to in [8, 16, 32] {
+            let mut out = Vec::new();
+            cut_rgb(&mut Resizer::new(), &rgb, (width, height), area, to, &mut out);
+            for c in 0..3 {
+                let pixel = |i: usize| f64::from(rgb[3 * ((3 + i / 22) * width + 5 + i % 22) + c]);
+                let cut: Vec<f64> = (0..22 * 19).map(pixel).collect();
+                for (i, want) in direct_2d(&cut, 22, to).into_iter().enumerate() {
+                    let got = f64::from(out[3 * i + c]);
+                    // Two passes, each rounded to 8 bits.
+                    assert!((got - want).abs() < 2.0, "to {to}, channel {c}: {got}, {want}");
+                }
+            }
+        }
+    }
+}

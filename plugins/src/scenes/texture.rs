@@ -42,7 +42,7 @@ impl Texture {
             Pattern::Checks => rng.uniform(0.1, 0.2),
             Pattern::Dots => rng.uniform(0.07, 0.14),
             Pattern::Clouds => rng.uniform(0.12, 0.3),
-            Pattern::Grain => rng.uniform(0.02, 0.04),
+            Pattern::Grain => rng.uniform(0.025, 0.05),
         };
         let angle = rng.uniform(0.0, std::f64::consts::TAU);
         let lattice = match pattern {
@@ -101,20 +101,26 @@ impl Texture {
                 },
             ),
             Pattern::Clouds => {
-                self.noise(y * inverse, first as f32 * inverse, inverse, 0.7, out);
-                self.noise(y * inverse * 2.1, first as f32 * inverse * 2.1, inverse * 2.1, 0.3, out);
-                out.iter_mut().for_each(|t| *t = (*t * 1.6 - 0.3).clamp(0.0, 1.0));
+                out.fill(0.0);
+                self.add_noise(y * inverse, first as f32 * inverse, inverse, 1.12, smooth, out);
+                self.add_noise(y * inverse * 2.1, first as f32 * inverse * 2.1, inverse * 2.1, 0.48, smooth, out);
+                out.iter_mut().for_each(
+                    #[inline(always)]
+                    |t| *t = (*t - 0.3).clamp(0.0, 1.0),
+                );
             }
-            Pattern::Grain => self.noise(y * inverse, first as f32 * inverse, inverse, 1.0, out),
+            Pattern::Grain => {
+                out.fill(0.0);
+                self.add_noise(y * inverse, first as f32 * inverse, inverse, 1.0, |t| t, out);
+            }
         }
     }
 
-    /// Value noise: smooth interpolation between random values on a lattice. An amplitude above 0.5 starts `out`,
-    /// a smaller one adds to it.
+    /// Adds value noise: interpolation along `curve` between random values in [0, amplitude] on a lattice.
     #[inline(always)]
-    fn noise(&self, v: f32, u: f32, step: f32, amplitude: f32, out: &mut [f32]) {
+    fn add_noise(&self, v: f32, u: f32, step: f32, amplitude: f32, curve: impl Fn(f32) -> f32, out: &mut [f32]) {
         let line = v.floor();
-        let weight = smooth(v - line);
+        let weight = curve(v - line);
         let (top, bottom) = (line as usize % LATTICE * LATTICE, (line as usize + 1) % LATTICE * LATTICE);
         let mut values = [0.0f32; LATTICE + 1];
         for (i, value) in values.iter_mut().enumerate() {
@@ -122,12 +128,11 @@ impl Texture {
             let (a, b) = (f32::from(a), f32::from(b));
             *value = (a + (b - a) * weight) * (amplitude / 255.0);
         }
-        let keep = if amplitude > 0.5 { 0.0 } else { 1.0 };
         for (i, t) in out.iter_mut().enumerate() {
             let u = u + i as f32 * step;
             let cell = u as usize;
             let (a, b) = (values[cell % LATTICE], values[cell % LATTICE + 1]);
-            *t = *t * keep + a + (b - a) * smooth(u - cell as f32);
+            *t += a + (b - a) * curve(u - cell as f32);
         }
     }
 }

@@ -1,0 +1,406 @@
+//! Crops, masks and the loader.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use dinolab_core::contract::{Dataset, Grid, Sample};
+use dinolab_core::data::plan::{random_box, Cut, ImagePlan};
+use dinolab_core::data::{Augmentation, BlockMask, Loader, LoaderSpec, Masks, Pipeline, StepBatches, Views};
+use dinolab_core::recipe::{BatchConfig, CropConfig, MaskConfig};
+use dinolab_core::rng::{Rng, Stream};
+use dinolab_core::{DType, Error, Result};
+use proptest::prelude::*;
+
+/// Noise images of several sizes; some cannot be read, and reading may take time.
+#[derive(Debug)]
+struct Noise {
+    len: usize,
+    broken: fn(usize) -> bool,
+    delay: Duration,
+    reads: AtomicUsize,
+}
+
+impl Noise {
+    fn new(len: usize) -> Self {
+        Self { len, broken: |_| false, delay: Duration::ZERO, reads: AtomicUsize::new(0) }
+    }
+}
+
+impl Dataset for Noise {
+    fn len(&self) -> usize {
+        self.len
+    }
+
+    fn get(&self, index: usize) -> Result<Sample> {
+        self.reads.fetch_add(1, Ordering::Relaxed);
+        std::thread::sleep(self.delay);
+        if (self.broken)(index) {
+            return Err(Error::content(self.describe(index), "not an image", "remove it"));
+        }
+        let (width, height) = (24 + index % 5, 20 + index % 7);
+        let mut rng = Rng::new(0, Stream::Plugin, 0, index as u64);
+        let rgb = (0..3 * width * height).map(|_| rng.u32() as u8).collect();
+        Ok(Sample { width, height, rgb, label: None, mask: None })
+    }
+
+    fn describe(&self, index: usize) -> String {
+        format!("photos/{index}.jpg")
+    }
+}
+
+fn spec() -> LoaderSpec {
+    LoaderSpec {
+        batch: BatchConfig { size: 6, loader_threads: 2, ..BatchConfig::default() },
+        crops: CropConfig { global_size: 16, local_size: 8, local_count: 3, ..CropConfig::default() },
+        masking: MaskConfig::default(),
+        patch_size: 4,
+        gram_crop_size: Some(24),
+        seed: 9,
+        dtype: DType::F32,
+        start_step: 0,
+        total_steps: 6,
+    }
+}
+
+/// Everything in a step's batches, as bytes.
+fn bytes(step: &StepBatches) -> Vec<u8> {
+    let mut all = step.step.to_le_bytes().to_vec();
+    for batch in &step.batches {
+        let tensors = [Some(&batch.global), batch.local.as_ref(), batch.gram.as_ref()];
+        let masks = [&batch.masks.masks, &batch.masks.indices, &batch.masks.weights];
+        tensors.into_iter().flatten().chain(masks).for_each(|t| all.extend(t.as_bytes()));
+        batch.indices.iter().for_each(|i| all.extend(i.to_le_bytes()));
+    }
+    all
+}
+
+fn run(spec: LoaderSpec) -> Vec<Vec<u8>> {
+    Loader::new(Arc::new(Noise::new(10)), spec).unwrap().map(|step| bytes(&step.unwrap())).collect()
+}
+
+#[test]
+fn batches_do_not_depend_on_threads_or_prefetch() {
+    let expected = run(spec());
+    assert_eq!(expected.len(), 6);
+    for (threads, prefetch) in [(1, 0), (1, 5), (4, 2)] {
+        let mut spec = spec();
+        spec.batch.loader_threads = threads;
+        spec.batch.prefetch = prefetch;
+        assert!(run(spec) == expected, "{threads} threads, prefetch {prefetch}");
+    }
+}
+
+#[test]
+fn a_resumed_run_gets_the_same_batches() {
+    let expected = run(spec());
+    let resumed = run(LoaderSpec { start_step: 4, ..spec() });
+    assert!(resumed == expected[4..]);
+    let pipeline = Pipeline::new(Arc::new(Noise::new(10)), spec()).unwrap();
+    assert!(bytes(&pipeline.step(2).unwrap()) == expected[2], "a step can be made again");
+}
+
+#[test]
+fn epochs_follow_each_other_without_a_gap() {
+    // 6 steps of 6 images from 10: three whole epochs and a part.
+    let loader = Loader::new(Arc::new(Noise::new(10)), spec()).unwrap();
+    let order: Vec<usize> = loader.flat_map(|step| step.unwrap().batches[0].indices.clone()).collect();
+    for epoch in order.chunks_exact(10) {
+        let mut seen = epoch.to_vec();
+        seen.sort_unstable();
+        assert_eq!(seen, (0..10).collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn micro_batches_divide_the_same_images_and_mask_the_same_number_of_patches() {
+    let mut divided = spec();
+    divided.batch.micro_batches = 3;
+    let pipelines = [spec(), divided].map(|spec| Pipeline::new(Arc::new(Noise::new(10)), spec).unwrap());
+    for step in 0..3 {
+        let [whole, parts] = [0, 1].map(|i| pipelines[i].step(step).unwrap().batches);
+        let joined: Vec<usize> = parts.iter().flat_map(|b| b.indices.clone()).collect();
+        assert_eq!(joined, whole[0].indices);
+        // Image 4 is the first of the third part; crop-major: crop 1 of it follows crop 0 of all.
+        let crop =
+            |batch: &dinolab_core::data::Batch, slot: usize| batch.global.to_f64_vec()[slot * 768..][..768].to_vec();
+        assert_eq!(crop(&whole[0], 6 + 4), crop(&parts[2], 2));
+        for (pipeline, batches) in pipelines.iter().zip([&whole, &parts]) {
+            assert!(batches.iter().all(|b| b.masks.indices.len() == pipeline.masked_patches()));
+        }
+    }
+}
+
+#[test]
+fn broken_samples_are_named_and_replaced() {
+    let dataset = Arc::new(Noise { broken: |i| i == 3, ..Noise::new(10) });
+    let mut spec = spec();
+    spec.batch.max_broken_share = 0.5;
+    let steps: Vec<StepBatches> = Loader::new(dataset, spec).unwrap().map(Result::unwrap).collect();
+    let broken: Vec<_> = steps.iter().flat_map(|s| &s.broken).collect();
+    assert!(broken.len() >= 3, "sample 3 comes once an epoch: {broken:?}");
+    assert!(broken.iter().all(|b| b.index == 3 && b.name == "photos/3.jpg" && b.reason.contains("not an image")));
+    assert!(steps.iter().flat_map(|s| &s.batches).all(|b| !b.indices.contains(&3) && b.indices.len() == 6));
+}
+
+#[test]
+fn too_many_broken_samples_stop_the_run() {
+    let dataset = Arc::new(Noise { broken: |i| i % 3 == 0, ..Noise::new(100) });
+    let mut loader = Loader::new(dataset, LoaderSpec { total_steps: 1000, ..spec() }).unwrap();
+    let error = loader.find_map(Result::err).expect("a third is more than a hundredth").to_string();
+    assert!(error.contains("cannot be read") && error.contains("photos/") && error.contains("0.01"), "{error}");
+    assert!(loader.next().is_none(), "an error is the last item");
+}
+
+#[test]
+fn a_dataset_without_a_readable_sample_stops_at_once() {
+    let dataset = Arc::new(Noise { broken: |_| true, ..Noise::new(1_000_000) });
+    let mut loader = Loader::new(dataset.clone(), spec()).unwrap();
+    let error = loader.next().unwrap().unwrap_err().to_string();
+    assert!(error.contains("in a row") && error.contains(".jpg: not an image"), "{error}");
+    assert!(dataset.reads.load(Ordering::Relaxed) < 1000);
+}
+
+#[test]
+fn an_image_smaller_than_a_patch_is_a_broken_sample() {
+    let mut spec = spec();
+    (spec.patch_size, spec.crops.global_size, spec.crops.local_size) = (21, 42, 21);
+    spec.gram_crop_size = None;
+    spec.batch.max_broken_share = 1.0;
+    let pipeline = Pipeline::new(Arc::new(Noise::new(100)), spec).unwrap();
+    let broken = pipeline.step(0).unwrap().broken;
+    // Heights are 20 to 26.
+    assert!(broken.iter().all(|b| b.index % 7 == 0 && b.reason.contains("less than a patch of 21x21")), "{broken:?}");
+}
+
+#[test]
+fn dropping_a_loader_ends_its_threads_promptly() {
+    let dataset = Arc::new(Noise { delay: Duration::from_millis(20), ..Noise::new(100) });
+    let mut spec = LoaderSpec { total_steps: 1000, ..spec() };
+    spec.batch.size = 200;
+    let loader = Loader::new(dataset.clone(), spec).unwrap();
+    std::thread::sleep(Duration::from_millis(50));
+    let start = Instant::now();
+    drop(loader);
+    // A whole step would take 2 s.
+    assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+    assert_eq!(Arc::strong_count(&dataset), 1, "no thread holds the dataset any more");
+}
+
+#[test]
+fn numbers_that_do_not_fit_together_are_errors() {
+    let build = |change: &dyn Fn(&mut LoaderSpec)| {
+        let mut spec = spec();
+        change(&mut spec);
+        Pipeline::new(Arc::new(Noise::new(10)), spec).map(|_| ()).unwrap_err().to_string()
+    };
+    assert!(build(&|s| s.batch.micro_batches = 4).contains("6 images cannot be split into 4"));
+    assert!(
+        build(&|s| s.crops.global_size = 18).contains("crops.global_size = 18 is not a multiple of the patch size 4")
+    );
+    assert!(build(&|s| s.gram_crop_size = Some(30)).contains("Gram teacher's crop size = 30"));
+    assert!(build(&|s| s.crops.local_scale = [0.5, 0.1]).contains("crops.local_scale"));
+    assert!(build(&|s| s.masking.probability = 1.5).contains("probability 1.5"));
+}
+
+proptest! {
+    #[test]
+    fn masks_have_exactly_the_asked_number_of_cells(height in 1usize..24, width in 1usize..24, share in 0.0..=1.0, seed: u64) {
+        let grid = Grid { height, width };
+        let count = (grid.patches() as f64 * share) as usize;
+        let mut rng = Rng::new(seed, Stream::Mask, 0, 0);
+        let generator = BlockMask::new(grid);
+        let mask = generator.draw(&mut rng, count);
+        prop_assert_eq!(mask.iter().filter(|&&m| m).count(), count);
+        let shifted = generator.circular_shift(&mut rng, &mask);
+        prop_assert_eq!(shifted.iter().filter(|&&m| m).count(), count);
+    }
+
+    #[test]
+    fn mask_tensors_describe_one_another(images in 1usize..8, side in 1usize..12, seed: u64, random_circular_shift: bool) {
+        let config = MaskConfig { random_circular_shift, ..MaskConfig::default() };
+        let (crops, grid) = (2 * images, Grid { height: side, width: side });
+        let masks = Masks::draw(&mut Rng::new(seed, Stream::Mask, 0, 0), crops, grid, &config, DType::F64).unwrap();
+        let flat: Vec<u32> = masks.masks.as_slice().to_vec();
+        let ones: Vec<u32> = (0..flat.len() as u32).filter(|&i| flat[i as usize] == 1).collect();
+        prop_assert_eq!(masks.indices.as_slice::<u32>(), &ones);
+        let masked_crops = flat.chunks(grid.patches()).filter(|row| row.contains(&1)).count();
+        // Weights of a crop sum to 1.
+        prop_assert!((masks.weights.to_f64_vec().iter().sum::<f64>() - masked_crops as f64).abs() < 1e-9);
+    }
+}
+
+/// Largest distance between the empirical distribution of `sample` and the uniform one on [0, 1], times sqrt(n):
+/// above 1.95 with probability 0.001 (Kolmogorov-Smirnov).
+fn distance_to_uniform(mut sample: Vec<f64>) -> f64 {
+    sample.sort_by(f64::total_cmp);
+    let n = sample.len() as f64;
+    let gap = |(i, x): (usize, &f64)| (x - i as f64 / n).abs().max((x - (i + 1) as f64 / n).abs());
+    sample.iter().enumerate().map(gap).fold(0.0, f64::max) * n.sqrt()
+}
+
+#[test]
+fn boxes_have_uniform_area_log_uniform_aspect_and_uniform_place() {
+    let (side, scale) = (40_000, [0.05, 0.32]);
+    let mut rng = Rng::new(3, Stream::Augment, 0, 0);
+    let boxes: Vec<_> = (0..20_000).map(|_| random_box(&mut rng, side, side, scale)).collect();
+    let of = |f: &dyn Fn(f64, f64, f64) -> f64| {
+        boxes.iter().map(|b| f(b.width as f64, b.height as f64, b.x as f64)).collect::<Vec<_>>()
+    };
+    let all = (side * side) as f64;
+    let area = distance_to_uniform(of(&|w, h, _| (w * h / all - scale[0]) / (scale[1] - scale[0])));
+    let aspect = distance_to_uniform(of(&|w, h, _| (w / h).ln() / (2.0 * (4.0f64 / 3.0).ln()) + 0.5));
+    let place = distance_to_uniform(of(&|w, _, x| x / (side as f64 - w)));
+    assert!(area < 1.95 && aspect < 1.95 && place < 1.95, "{area} {aspect} {place}");
+}
+
+#[test]
+fn a_box_that_never_fits_becomes_the_central_one() {
+    let mut rng = Rng::new(3, Stream::Augment, 0, 0);
+    let whole = random_box(&mut rng, 12, 1000, [1.0, 1.0]);
+    assert_eq!((whole.x, whole.y, whole.width, whole.height), (0, 492, 12, 16));
+    let whole = random_box(&mut rng, 1000, 12, [1.0, 1.0]);
+    assert_eq!((whole.x, whole.y, whole.width, whole.height), (492, 0, 16, 12));
+}
+
+fn plans(config: &CropConfig) -> Vec<ImagePlan> {
+    let rng = |i: u64| move |crop: u64| Rng::new(1, Stream::Augment, 0, i << 16 | crop);
+    (0..4000).map(|i| ImagePlan::draw(config, 8, (64, 64), rng(i))).collect()
+}
+
+#[test]
+fn distortions_come_with_the_reference_probabilities() {
+    let plans = plans(&CropConfig { local_count: 1, ..CropConfig::default() });
+    let share = |f: &dyn Fn(&ImagePlan) -> bool| plans.iter().filter(|p| f(p)).count() as f64 / plans.len() as f64;
+    let flipped = |cut: Cut| matches!(cut, Cut::Image { flip: true, .. });
+    for (name, p, got) in [
+        ("jitter", 0.8, share(&|p| p.globals[0].color.jitter.is_some())),
+        ("grey", 0.2, share(&|p| p.locals[0].color.grey)),
+        ("flip", 0.5, share(&|p| flipped(p.globals[1].cut))),
+        ("blur of the first", 0.0, share(&|p| p.globals[0].blur.is_some())),
+        ("blur of the second", 0.9, share(&|p| p.globals[1].blur.is_some())),
+        ("blur of a local one", 0.5, share(&|p| p.locals[0].blur.is_some())),
+        ("solarise the first", 0.0, share(&|p| p.globals[0].solarize)),
+        ("solarise the second", 0.2, share(&|p| p.globals[1].solarize)),
+        ("solarise a local one", 0.0, share(&|p| p.locals[0].solarize)),
+    ] {
+        let error = 5.0 * f64::sqrt(p * (1.0 - p) / 4000.0);
+        assert!((got - p).abs() <= error, "{name}: {got}, expected {p}");
+    }
+    let hues: Vec<f64> = plans.iter().filter_map(|p| p.globals[0].color.jitter).map(|j| (j.hue + 0.1) / 0.2).collect();
+    let sigmas = plans.iter().filter_map(|p| p.locals[0].blur).map(|s| (f64::from(s) - 0.1) / 1.9).collect();
+    let (hues, sigmas) = (distance_to_uniform(hues), distance_to_uniform(sigmas));
+    assert!(hues < 1.95 && sigmas < 1.95, "{hues} {sigmas}");
+}
+
+#[test]
+fn options_change_what_they_say_and_nothing_else() {
+    let base = CropConfig { global_size: 64, local_size: 32, local_count: 4, ..CropConfig::default() };
+    let plain = plans(&base);
+    let flat = plans(&CropConfig { horizontal_flip: false, ..base.clone() });
+    let shared = plans(&CropConfig { share_color_jitter: true, ..base.clone() });
+    let nested = plans(&CropConfig { local_from_global: true, ..base.clone() });
+    for i in 0..plain.len() {
+        let (Cut::Image { area, .. }, Cut::Image { area: same, flip }) =
+            (plain[i].globals[0].cut, flat[i].globals[0].cut)
+        else {
+            panic!("global crops are cut from the image")
+        };
+        assert!(area == same && !flip);
+        assert!(shared[i].shared_color.is_some() && shared[i].locals.iter().all(|c| c.color == Default::default()));
+        assert_eq!(nested[i].globals, plain[i].globals);
+        for (k, crop) in nested[i].locals.iter().enumerate() {
+            let Cut::Global { global, x, y } = crop.cut else { panic!("cut from a global crop") };
+            assert!(global == k / 2 && x % 8 == 0 && y % 8 == 0 && x + 32 <= 64 && y + 32 <= 64);
+        }
+    }
+}
+
+/// The crops of `plan`, normalisation undone: [globals, locals, gram], each `[3, side, side]` in 0..=255.
+fn crops_of(config: &CropConfig, gram: Option<usize>, image: &Sample, plan: &ImagePlan) -> [Vec<Vec<f32>>; 3] {
+    let buffers = |count: usize, side: usize| vec![vec![0.0f32; 3 * side * side]; count];
+    let (globals, locals) = (buffers(2, config.global_size), buffers(plan.locals.len(), config.local_size));
+    let mut all = [globals, locals, gram.map_or(Vec::new(), |side| buffers(2, side))];
+    let [globals, locals, teacher] = all.each_mut().map(|b| b.iter_mut().map(Vec::as_mut_slice).collect());
+    Augmentation::new(config, 8, gram).apply(image, plan, &mut Views { globals, locals, gram: teacher });
+    for crop in all.iter_mut().flatten() {
+        let n = crop.len() / 3;
+        let pixel = |(i, x): (usize, &mut f32)| *x = 255.0 * (*x * config.std[i / n] + config.mean[i / n]);
+        crop.iter_mut().enumerate().for_each(pixel);
+    }
+    all
+}
+
+/// Red grows to the right, green downwards.
+fn ramp(side: usize) -> Sample {
+    let rgb = (0..side * side).flat_map(|i| [(i % side) as u8, (i / side) as u8, 128]).collect();
+    Sample { width: side, height: side, rgb, label: None, mask: None }
+}
+
+#[test]
+fn undistorted_gram_crops_show_the_boxes_of_the_global_ones() {
+    let config = CropConfig { global_size: 32, local_count: 0, gram_without_distortion: true, ..CropConfig::default() };
+    let image = ramp(200);
+    for plan in &plans(&config)[..50] {
+        let [_, _, gram] = crops_of(&config, Some(64), &image, plan);
+        for (crop, pixels) in plan.globals.iter().zip(gram) {
+            let Cut::Image { area, flip } = crop.cut else { unreachable!() };
+            for (x, y) in [(10, 20), (50, 33)] {
+                let column = if flip { 63 - x } else { x };
+                let red = area.x as f32 + (column as f32 + 0.5) * area.width as f32 / 64.0 - 0.5;
+                let green = area.y as f32 + (y as f32 + 0.5) * area.height as f32 / 64.0 - 0.5;
+                let (r, g) = (pixels[y * 64 + x], pixels[64 * 64 + y * 64 + x]);
+                assert!((r - red).abs() < 2.0 && (g - green).abs() < 2.0, "{r} {red}, {g} {green}");
+            }
+        }
+    }
+}
+
+#[test]
+fn distorted_gram_crops_are_the_global_ones_in_more_detail() {
+    let config = CropConfig { global_size: 32, local_count: 0, ..CropConfig::default() };
+    let image = ramp(200);
+    for plan in &plans(&config)[..50] {
+        let [global, _, gram] = crops_of(&config, Some(64), &image, plan);
+        for ((small, large), crop) in global.iter().zip(&gram).zip(&plan.globals) {
+            // Away from the border and from solarised edges, a smooth image is reduced to the mean of its 2x2 cells.
+            if crop.solarize {
+                continue;
+            }
+            for c in 0..3 {
+                for (x, y) in [(8, 8), (20, 15), (25, 9)] {
+                    let cell = |dx: usize, dy: usize| large[c * 4096 + (2 * y + dy) * 64 + 2 * x + dx];
+                    let mean = (cell(0, 0) + cell(1, 0) + cell(0, 1) + cell(1, 1)) / 4.0;
+                    let value = small[c * 1024 + y * 32 + x];
+                    assert!((value - mean).abs() < 8.0, "{value} and {mean}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_local_crop_from_a_global_one_shows_its_window() {
+    let config = CropConfig {
+        global_size: 64,
+        local_size: 32,
+        local_count: 2,
+        local_from_global: true,
+        ..CropConfig::default()
+    };
+    let image = ramp(200);
+    for plan in &mut plans(&config)[..20] {
+        // Without distortion both are plain cuts.
+        for crop in plan.globals.iter_mut().chain(&mut plan.locals) {
+            (crop.color, crop.blur, crop.solarize) = (Default::default(), None, false);
+        }
+        let [globals, locals, _] = crops_of(&config, None, &image, plan);
+        for (crop, local) in plan.locals.iter().zip(locals) {
+            let Cut::Global { global, x, y } = crop.cut else { unreachable!() };
+            for i in 0..3 * 32 * 32 {
+                let (c, row, column) = (i / 1024, i / 32 % 32, i % 32);
+                assert!((local[i] - globals[global][c * 4096 + (y + row) * 64 + x + column]).abs() < 1e-3);
+            }
+        }
+    }
+}

@@ -1,0 +1,209 @@
+//! The `image_folder` dataset on files of all kinds, good and bad.
+
+use std::fs;
+use std::path::Path;
+
+use dinolab_core::contract::Dataset;
+use dinolab_plugins::image_folder::{ImageFolder, ImageFolderConfig};
+use image::{DynamicImage, ImageFormat, Rgb, RgbImage};
+
+fn open(path: &Path, held_out: f64) -> dinolab_core::Result<ImageFolder> {
+    ImageFolder::open(&ImageFolderConfig { path: path.to_path_buf(), held_out })
+}
+
+/// Left half red, right half blue.
+fn picture() -> DynamicImage {
+    RgbImage::from_fn(32, 16, |x, _| if x < 16 { Rgb([255, 0, 0]) } else { Rgb([0, 0, 255]) }).into()
+}
+
+fn encode(image: &DynamicImage, format: ImageFormat) -> Vec<u8> {
+    let mut bytes = std::io::Cursor::new(Vec::new());
+    image.write_to(&mut bytes, format).unwrap();
+    bytes.into_inner()
+}
+
+/// A JPEG with a note that the camera was turned: EXIF orientation 6, to be shown turned clockwise.
+fn turned_jpeg() -> Vec<u8> {
+    let jpeg = encode(&picture(), ImageFormat::Jpeg);
+    let mut exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0".to_vec();
+    exif.extend([0x12, 0x01, 3, 0, 1, 0, 0, 0, 6, 0, 0, 0, 0, 0, 0, 0]);
+    let length = (exif.len() as u16 + 2).to_be_bytes();
+    [&jpeg[..2], &[0xff, 0xe1], &length, &exif, &jpeg[2..]].concat()
+}
+
+/// An 8x8 CMYK JPEG (Adobe, stored inverted) of one colour, written by hand: each component is a constant block.
+fn cmyk_jpeg(stored: [u8; 4]) -> Vec<u8> {
+    let mut jpeg = vec![0xff, 0xd8];
+    let mut segment = |marker: u8, body: &[u8]| {
+        jpeg.extend([0xff, marker]);
+        jpeg.extend((body.len() as u16 + 2).to_be_bytes());
+        jpeg.extend(body);
+    };
+    segment(0xee, b"Adobe\0\x64\0\0\0\0\0");
+    // Quantisation by 8 makes a block's DC coefficient its mean less 128.
+    segment(0xdb, &[&[0u8][..], &[8; 64]].concat());
+    segment(0xc0, &[8, 0, 8, 0, 8, 4, 1, 0x11, 0, 2, 0x11, 0, 3, 0x11, 0, 4, 0x11, 0]);
+    // DC codes: the nine size classes 0..=8 as 4-bit codes 0..=8. AC codes: end of block as the bit 0.
+    segment(0xc4, &[&[0u8, 0, 0, 0, 9][..], &[0; 12], &[0, 1, 2, 3, 4, 5, 6, 7, 8]].concat());
+    segment(0xc4, &[&[0x10u8, 1][..], &[0; 15], &[0]].concat());
+    segment(0xda, &[4, 1, 0, 2, 0, 3, 0, 4, 0, 0, 63, 0]);
+    let mut bits = String::new();
+    for value in stored {
+        let dc = i32::from(value) - 128;
+        let size = 32 - dc.unsigned_abs().leading_zeros() as usize;
+        let code = if dc < 0 { dc + (1 << size) - 1 } else { dc };
+        bits += &format!("{size:04b}");
+        if size > 0 {
+            bits += &format!("{code:0size$b}");
+        }
+        bits += "0";
+    }
+    while bits.len() % 8 != 0 {
+        bits += "1";
+    }
+    for byte in bits.as_bytes().chunks(8) {
+        let byte = byte.iter().fold(0u8, |b, &bit| b << 1 | (bit - b'0'));
+        jpeg.push(byte);
+        if byte == 0xff {
+            jpeg.push(0);
+        }
+    }
+    jpeg.extend([0xff, 0xd9]);
+    jpeg
+}
+
+#[test]
+fn every_kind_of_image_becomes_rgb() {
+    let folder = tempfile::tempdir().unwrap();
+    let picture = picture();
+    let files: [(&str, Vec<u8>); 9] = [
+        ("a.jpg", encode(&picture, ImageFormat::Jpeg)),
+        ("b.PNG", encode(&picture, ImageFormat::Png)),
+        ("c.webp", encode(&picture, ImageFormat::WebP)),
+        ("d_alpha.png", encode(&picture.to_rgba8().into(), ImageFormat::Png)),
+        ("e_16_bit.png", encode(&picture.to_rgb16().into(), ImageFormat::Png)),
+        ("f_grey.jpg", encode(&picture.to_luma8().into(), ImageFormat::Jpeg)),
+        ("g_grey_alpha.png", encode(&picture.to_luma_alpha8().into(), ImageFormat::Png)),
+        ("h_png_named.jpeg", encode(&picture, ImageFormat::Png)),
+        ("i_note.txt", b"not an image, and not listed".to_vec()),
+    ];
+    for (name, bytes) in &files {
+        fs::write(folder.path().join(name), bytes).unwrap();
+    }
+    let dataset = open(folder.path(), 0.0).unwrap();
+    assert_eq!((dataset.len(), dataset.classes(), dataset.held_out().is_none()), (8, 0, true));
+    for index in 0..8 {
+        let sample = dataset.get(index).unwrap();
+        let name = dataset.describe(index);
+        assert_eq!((sample.width, sample.height, sample.rgb.len()), (32, 16, 3 * 32 * 16), "{name}");
+        // A pixel on the left and one on the right.
+        let (left, right) = (&sample.rgb[3 * 35..3 * 36], &sample.rgb[3 * 60..3 * 61]);
+        let expected = if name.contains("grey") { [[54; 3], [18; 3]] } else { [[255, 0, 0], [0, 0, 255]] };
+        for (pixel, expected) in [left, right].into_iter().zip(expected) {
+            let close = pixel.iter().zip(expected).all(|(&a, b)| a.abs_diff(b) < 6);
+            assert!(close, "{name}: {pixel:?}, expected {expected:?}");
+        }
+    }
+}
+
+#[test]
+fn a_photograph_is_turned_upright() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("turned.jpg"), turned_jpeg()).unwrap();
+    let sample = open(folder.path(), 0.0).unwrap().get(0).unwrap();
+    assert_eq!((sample.width, sample.height), (16, 32));
+    let pixel = |x: usize, y: usize| &sample.rgb[3 * (y * 16 + x)..][..3];
+    assert!(pixel(8, 4)[0] > 240 && pixel(8, 28)[2] > 240, "what was left is above");
+}
+
+#[test]
+fn cmyk_becomes_rgb() {
+    let folder = tempfile::tempdir().unwrap();
+    // Adobe stores 255 - ink: no cyan, full magenta and yellow, no black is red.
+    fs::write(folder.path().join("print.jpg"), cmyk_jpeg([255, 0, 0, 255])).unwrap();
+    let sample = open(folder.path(), 0.0).unwrap().get(0).unwrap();
+    assert_eq!((sample.width, sample.height), (8, 8));
+    let [r, g, b] = sample.rgb[..3].try_into().unwrap();
+    assert!(r > 250 && g < 5 && b < 5, "{r} {g} {b}");
+}
+
+#[test]
+fn broken_files_are_named_with_their_problem() {
+    let folder = tempfile::tempdir().unwrap();
+    let png = encode(&picture(), ImageFormat::Png);
+    let mut huge = png.clone();
+    // Width and height in the header, 60000 each, and the header's checksum.
+    huge[16..24].copy_from_slice(&[0, 0, 0xea, 0x60, 0, 0, 0xea, 0x60]);
+    let crc = crc32(&huge[12..29]);
+    huge[29..33].copy_from_slice(&crc.to_be_bytes());
+    let files = [
+        ("0_empty.jpg", Vec::new(), "empty"),
+        ("1_text.png", b"hello, I am text".to_vec(), "neither JPEG, PNG nor WebP"),
+        ("2_cut.png", png[..png.len() / 2].to_vec(), ""),
+        ("3_huge.png", huge, "60000x60000"),
+        ("4_header.jpg", encode(&picture(), ImageFormat::Jpeg)[..100].to_vec(), ""),
+    ];
+    for (name, bytes, _) in &files {
+        fs::write(folder.path().join(name), bytes).unwrap();
+    }
+    let dataset = open(folder.path(), 0.0).unwrap();
+    for (index, (name, _, problem)) in files.iter().enumerate() {
+        let error = dataset.get(index).unwrap_err().to_string();
+        assert!(error.contains(name) && error.contains(problem), "{error}");
+    }
+}
+
+fn crc32(bytes: &[u8]) -> u32 {
+    let step = |crc: u32, _| if crc & 1 == 1 { crc >> 1 ^ 0xedb8_8320 } else { crc >> 1 };
+    !bytes.iter().fold(!0, |crc, &b| (0..8).fold(crc ^ u32::from(b), step))
+}
+
+#[test]
+fn sub_folders_are_classes_only_if_every_image_is_in_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let jpeg = encode(&picture(), ImageFormat::Jpeg);
+    for name in ["dog/deep/1.jpg", "cat/1.jpg", "cat/2.jpg", "dog/2.jpg"] {
+        let path = folder.path().join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, &jpeg).unwrap();
+    }
+    let dataset = open(folder.path(), 0.0).unwrap();
+    let labels: Vec<_> = (0..4).map(|i| dataset.get(i).unwrap().label).collect();
+    assert_eq!((dataset.classes(), labels), (2, vec![Some(0), Some(0), Some(1), Some(1)]));
+    fs::write(folder.path().join("loose.jpg"), &jpeg).unwrap();
+    let dataset = open(folder.path(), 0.0).unwrap();
+    assert_eq!((dataset.len(), dataset.classes(), dataset.get(0).unwrap().label), (5, 0, None));
+}
+
+#[test]
+fn held_out_images_are_never_trained_on() {
+    let folder = tempfile::tempdir().unwrap();
+    for i in 0..40 {
+        fs::write(folder.path().join(format!("{i:02}.jpg")), b"").unwrap();
+    }
+    let dataset = open(folder.path(), 0.25).unwrap();
+    let held_out = dataset.held_out().unwrap();
+    let names = |d: &dyn Dataset| (0..d.len()).map(|i| d.describe(i)).collect::<Vec<_>>();
+    let (train, probe) = (names(&dataset), names(&*held_out));
+    assert_eq!((train.len(), probe.len()), (30, 10));
+    assert!(probe.iter().all(|name| !train.contains(name)));
+    assert_eq!(probe, names(&*open(folder.path(), 0.25).unwrap().held_out().unwrap()), "the split is fixed");
+}
+
+#[test]
+fn a_folder_that_cannot_be_used_says_what_to_do() {
+    let folder = tempfile::tempdir().unwrap();
+    let fails = |path: &Path, held_out| open(path, held_out).map(|_| ()).unwrap_err().to_string();
+    let missing = fails(&folder.path().join("nowhere"), 0.1);
+    assert!(
+        missing.contains("nowhere") && missing.contains("no such folder") && missing.contains("data.path"),
+        "{missing}"
+    );
+    let empty = fails(folder.path(), 0.1);
+    assert!(empty.contains("holds no image") && empty.contains("webp"), "{empty}");
+    fs::write(folder.path().join("one.jpg"), b"").unwrap();
+    assert!(fails(&folder.path().join("one.jpg"), 0.1).contains("not a folder"));
+    let few = fails(folder.path(), 0.1);
+    assert!(few.contains("too few") && few.contains("held_out = 0"), "{few}");
+    assert!(fails(folder.path(), 1.0).contains("no share"));
+}
