@@ -195,8 +195,17 @@ pub fn save(run: &Path, content: &Content, keep: usize) -> Result<PathBuf> {
         write_tensors(&path, tensors, &[("step", content.step.to_string())])?;
         files.insert(name.to_string(), hash_file(&path)?);
     }
-    let state = State { format: FORMAT, dinolab: env!("CARGO_PKG_VERSION").into(), step: content.step, skipped: content.skipped, files };
-    write_file(&building.path().join("state.json"), serde_json::to_string_pretty(&state).expect("plain data").as_bytes())?;
+    let state = State {
+        format: FORMAT,
+        dinolab: env!("CARGO_PKG_VERSION").into(),
+        step: content.step,
+        skipped: content.skipped,
+        files,
+    };
+    write_file(
+        &building.path().join("state.json"),
+        serde_json::to_string_pretty(&state).expect("plain data").as_bytes(),
+    )?;
     sync_dir(building.path())?;
     if target.exists() {
         // The same step written before (a rerun after a fallback): the new one replaces it.
@@ -250,7 +259,9 @@ pub fn list(run: &Path) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(&folder).map_err(Error::io("list", &folder))? {
         let path = entry.map_err(Error::io("list", &folder))?.path();
-        if path.file_name().is_some_and(|n| n.to_string_lossy().starts_with("step-")) && path.join("state.json").exists() {
+        if path.file_name().is_some_and(|n| n.to_string_lossy().starts_with("step-"))
+            && path.join("state.json").exists()
+        {
             found.push(path);
         }
     }
@@ -268,7 +279,8 @@ pub fn load(path: &Path) -> Result<Checkpoint> {
     let again = "use an older checkpoint of the run, or start it anew";
     let state: State = serde_json::from_str(&text).map_err(|e| Error::content(&state_path, e.to_string(), again))?;
     if state.format > FORMAT {
-        let problem = format!("written by dinolab {} in format {}, this is format {FORMAT}", state.dinolab, state.format);
+        let problem =
+            format!("written by dinolab {} in format {}, this is format {FORMAT}", state.dinolab, state.format);
         return Err(Error::content(&state_path, problem, "use that version or a newer one"));
     }
     let read = |name: &str| -> Result<NamedTensors> {

@@ -1,6 +1,8 @@
 //! The image-level loss of DINO: every student crop predicts what the teacher says of another crop of the same image.
 
-use dinolab_core::contract::{HeadInput, Loss, LossValue, Needs, Outputs, Schedule, StateSpec, StepContext, TeacherBatch};
+use dinolab_core::contract::{
+    HeadInput, Loss, LossValue, Needs, Outputs, Schedule, StateSpec, StepContext, TeacherBatch,
+};
 use dinolab_core::head::HeadConfig;
 use dinolab_core::{plugin, Result, Tensor};
 use schemars::JsonSchema;

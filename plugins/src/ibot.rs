@@ -1,6 +1,8 @@
 //! The patch-level loss of iBOT: the student predicts, for the patches hidden from it, what the teacher sees there.
 
-use dinolab_core::contract::{HeadInput, Loss, LossValue, Needs, Outputs, Schedule, StateSpec, StepContext, TeacherBatch};
+use dinolab_core::contract::{
+    HeadInput, Loss, LossValue, Needs, Outputs, Schedule, StateSpec, StepContext, TeacherBatch,
+};
 use dinolab_core::head::HeadConfig;
 use dinolab_core::{plugin, Result, Tensor};
 use schemars::JsonSchema;

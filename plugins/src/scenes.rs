@@ -6,7 +6,7 @@ mod texture;
 use std::sync::Arc;
 
 use dinolab_core::contract::{Dataset, Sample};
-use dinolab_core::ops::parallel::simd;
+use dinolab_core::ops::parallel::dispatch;
 use dinolab_core::registry::DataContext;
 use dinolab_core::rng::{Rng, Stream};
 use dinolab_core::{plugin, Error, Result};
@@ -226,7 +226,7 @@ impl Canvas {
         let mut planes = [(); 3].map(|()| vec![0.0; width * height]);
         let [near, far] = background.colors;
         for y in 0..height {
-            simd(
+            dispatch(
                 #[inline(always)]
                 || {
                     background.row(y, 0, &mut pattern);
@@ -316,7 +316,7 @@ impl Canvas {
             let pixels = y * self.width + columns.start..y * self.width + columns.end;
             let planes = [&mut red[pixels.clone()], &mut green[pixels.clone()], &mut blue[pixels.clone()]];
             let ids = &mut self.ids[pixels];
-            simd(
+            dispatch(
                 #[inline(always)]
                 || {
                     let dy = (y as f32 + 0.5 - cy) * inverse;

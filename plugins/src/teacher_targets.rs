@@ -39,7 +39,11 @@ impl Targets<'_> {
         }
     }
 
-    pub(crate) fn compute(&self, teacher: &TeacherBatch<'_>, context: &StepContext<'_>) -> Result<(Tensor, Vec<Tensor>)> {
+    pub(crate) fn compute(
+        &self,
+        teacher: &TeacherBatch<'_>,
+        context: &StepContext<'_>,
+    ) -> Result<(Tensor, Vec<Tensor>)> {
         let temperature = context.scalar(self.temperature);
         match self.centering {
             Centering::SinkhornKnopp => {

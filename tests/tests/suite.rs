@@ -372,7 +372,8 @@ fn look(run: &Path) -> Result<Vec<PatchView>> {
         let mut rng = Rng::new(index, Stream::Plugin, 0, 0);
         let mut wave = || [rng.uniform(-0.6, 0.6), rng.uniform(-0.6, 0.6), rng.uniform(0.0, 6.0)];
         let waves: Vec<[f64; 3]> = (0..16).map(|_| wave()).collect();
-        let value = |p: usize, w: &[f64; 3]| common + (w[0] * (p / width) as f64 + w[1] * (p % width) as f64 + w[2]).sin();
+        let value =
+            |p: usize, w: &[f64; 3]| common + (w[0] * (p / width) as f64 + w[1] * (p % width) as f64 + w[2]).sin();
         let features = (0..height * width).flat_map(|p| waves.iter().map(move |w| value(p, w))).collect();
         let image = image::RgbImage::from_fn(112, 112, |x, y| image::Rgb([x as u8 * 2, y as u8 * 2, 40 * index as u8]));
         PatchView { image, height, width, features, foreground: None }

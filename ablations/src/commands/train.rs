@@ -30,8 +30,12 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<ExitCode> {
     let resolved = args.recipe.resolve()?;
     let out = args.out.clone().unwrap_or_else(|| PathBuf::from("runs").join(&resolved.recipe.name));
-    let options =
-        RunOptions { out: out.clone(), resume: args.resume, stop: signals::stop_flag()?, revision: crate::REVISION.into() };
+    let options = RunOptions {
+        out: out.clone(),
+        resume: args.resume,
+        stop: signals::stop_flag()?,
+        revision: crate::REVISION.into(),
+    };
     let mut bar = Bar::new(ProgressBar::new(resolved.recipe.steps));
     let outcome = train::run(&resolved, &options, &mut bar);
     bar.finish();

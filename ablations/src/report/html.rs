@@ -43,7 +43,8 @@ pub(super) fn page(
         .metrics
         .iter()
         .map(|metric| {
-            let comparisons: Vec<&Comparison> = summary.comparisons.iter().filter(|c| c.metric == metric.name).collect();
+            let comparisons: Vec<&Comparison> =
+                summary.comparisons.iter().filter(|c| c.metric == metric.name).collect();
             let rows: Vec<ForestRow> = comparisons
                 .iter()
                 .filter_map(|c| {

@@ -27,8 +27,7 @@ pub type Look<'a> = &'a dyn Fn(&Path) -> Result<Vec<PatchView>>;
 /// # Errors
 /// If a run's files cannot be read, or the outputs not be written. A run without pictures is a warning.
 pub fn write(plan: &Plan, provenance: Provenance, look: Look<'_>) -> Result<(Summary, PathBuf)> {
-    let records: Vec<RunRecord> =
-        plan.runs.iter().map(|run| RunRecord::read(run, &plan.out)).collect::<Result<_>>()?;
+    let records: Vec<RunRecord> = plan.runs.iter().map(|run| RunRecord::read(run, &plan.out)).collect::<Result<_>>()?;
     let mut summary = Summary::new(plan, &records, provenance);
     let pictures = draw(plan, &records, look).unwrap_or_else(|error| {
         summary.warnings.push(format!("there are no pictures: {error}"));
@@ -90,12 +89,14 @@ pub(crate) fn number(value: f64) -> String {
 pub(crate) fn rounded_to(ci95: Option<[f64; 2]>) -> impl Fn(f64) -> String {
     let half = ci95.map_or(0.0, |[low, high]| (high - low) / 2.0);
     let digits = if half > 0.0 { 1 - half.log10().floor() as i32 } else { i32::MAX };
-    move |value: f64| match digits {
-        0..=7 => format!("{value:.*}", digits as usize),
-        i32::MIN..0 => format!("{value:.0}"),
-        _ => number(value),
+    move |value: f64| {
+        match digits {
+            0..=7 => format!("{value:.*}", digits as usize),
+            i32::MIN..0 => format!("{value:.0}"),
+            _ => number(value),
+        }
+        .replacen('-', "−", 1)
     }
-    .replacen('-', "−", 1)
 }
 
 /// A p-value as papers print it.

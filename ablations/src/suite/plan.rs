@@ -177,7 +177,11 @@ impl Plan {
         }
         let say = |(warning, arms): (String, Vec<&str>)| {
             let all = arms.len() == self.suite.arms.len();
-            if all { warning } else { format!("{}: {warning}", arms.join(", ")) }
+            if all {
+                warning
+            } else {
+                format!("{}: {warning}", arms.join(", "))
+            }
         };
         arms.into_iter().map(say).collect()
     }

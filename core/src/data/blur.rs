@@ -1,6 +1,6 @@
 //! Gaussian blur of planar 8-bit values: torchvision's with a kernel of 9, as two passes of one dimension.
 
-use crate::ops::parallel::simd;
+use crate::ops::parallel::dispatch;
 
 /// Taps on either side of the centre.
 const RADIUS: usize = 4;
@@ -12,7 +12,7 @@ pub(super) fn gaussian_blur(pixels: &mut [f32], side: usize, sigma: f32, scratch
     scratch.resize(side * side + side + 2 * RADIUS, 0.0);
     let (rows, padded) = scratch.split_at_mut(side * side);
     for plane in pixels.chunks_exact_mut(side * side) {
-        simd(
+        dispatch(
             #[inline(always)]
             || {
                 for (row, out) in plane.chunks_exact(side).zip(rows.chunks_exact_mut(side)) {

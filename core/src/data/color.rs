@@ -5,7 +5,7 @@
 //! products below stay under 2^24, so f32 is exact where Pillow uses integers.
 
 use super::plan::{ColorPlan, Jitter, JitterOp};
-use crate::ops::parallel::simd;
+use crate::ops::parallel::dispatch;
 
 /// Applies `plan` to planar pixels `[3, n]`.
 pub(super) fn distort(pixels: &mut [f32], plan: &ColorPlan) {
@@ -25,7 +25,7 @@ pub(super) fn distort(pixels: &mut [f32], plan: &ColorPlan) {
 
 /// Inverts values of 128 and more.
 pub(super) fn solarize(pixels: &mut [f32]) {
-    simd(
+    dispatch(
         #[inline(always)]
         || {
             for x in pixels {
@@ -91,7 +91,7 @@ fn each(pixels: &mut [f32], f: impl Fn([f32; 3]) -> [f32; 3]) {
     let n = pixels.len() / 3;
     let (red, rest) = pixels.split_at_mut(n);
     let (green, blue) = rest.split_at_mut(n);
-    simd(
+    dispatch(
         #[inline(always)]
         || {
             for ((r, g), b) in red.iter_mut().zip(green).zip(blue) {
@@ -118,7 +118,7 @@ fn mean_luma(pixels: &[f32]) -> f64 {
     let n = pixels.len() / 3;
     let (red, rest) = pixels.split_at(n);
     let (green, blue) = rest.split_at(n);
-    let sum = simd(
+    let sum = dispatch(
         #[inline(always)]
         || {
             let mut total = 0.0f64;
@@ -151,7 +151,10 @@ fn turn_hue([r, g, b]: [f32; 3], shift: f32) -> [f32; 3] {
     let range = max - r.min(g).min(b);
     let saturation = (f64::from(range / max.max(1.0)) * 255.0).floor() as f32;
     // Sixths of a turn from red; a grey pixel (range 0) has saturation 0, so its hue does not matter.
-    let [red, green, blue] = [r, g, b].map(#[inline(always)] |x| (max - x) / range.max(1.0));
+    let [red, green, blue] = [r, g, b].map(
+        #[inline(always)]
+        |x| (max - x) / range.max(1.0),
+    );
     let (sector, plus, minus) = if r == max {
         (0.0, blue, green)
     } else if g == max {

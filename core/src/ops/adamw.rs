@@ -7,9 +7,9 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use crate::ops::parallel::{simd, zip_mut, BLOCK};
+use crate::ops::parallel::{zip_mut, BLOCK};
 use crate::tensor::Real;
-use crate::{dispatch_real, Error, Result, Tensor};
+use crate::{dispatch_real, simd, Error, Result, Tensor};
 
 /// What all parameters share in [`adamw_step`].
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -100,7 +100,7 @@ pub fn adamw_step(
             for (group, update) in inside {
                 let part = group.range.start.max(start) - start..group.range.end.min(end) - start;
                 let ema = if ema.is_empty() { &mut [] } else { &mut ema[part.clone()] };
-                simd(|| update.run(&mut p[part.clone()], &g[part.clone()], &mut m[part.clone()], &mut v[part], ema));
+                simd!(update.run(&mut p[part.clone()], &g[part.clone()], &mut m[part.clone()], &mut v[part], ema));
             }
         });
         Ok(())
@@ -181,7 +181,7 @@ pub fn ema_update(ema: &mut Tensor, params: &Tensor, momentum: f64) -> Result<()
 pub fn l2_norm(flat: &Tensor, range: Range<usize>) -> Result<f64> {
     let squares: Vec<f64> = dispatch_real!("l2_norm", flat.dtype(), T => {
         let blocks = flat.as_slice::<T>()[range].par_chunks(BLOCK);
-        Ok(blocks.map(|x| simd(|| {
+        Ok(blocks.map(|x| simd!({
             let mut lanes = [0.0; 16];
             let chunks = x.chunks_exact(16);
             let rest: f64 = chunks.remainder().iter().map(|x| x.f64() * x.f64()).sum();

@@ -4,10 +4,10 @@
 use rayon::prelude::*;
 
 use crate::ops::linear::sum_rows;
-use crate::ops::parallel::{lane_sum, simd, BLOCK};
+use crate::ops::parallel::{lane_sum, BLOCK};
 use crate::ops::same_dtype;
 use crate::tensor::{Grads, Op, Real};
-use crate::{dispatch_real, Error, Result, Tensor};
+use crate::{dispatch_real, simd, Error, Result, Tensor};
 
 impl Tensor {
     /// `self + row` for every row of the last axis: `[.., D]`, `row [D]`; drow = sum of the rows of dy.
@@ -54,7 +54,7 @@ fn each_row<T: Real>(out: &mut [T], x: &[T], d: usize, f: impl Fn(&mut [T], &[T]
     let d = d.max(1);
     let rows = (BLOCK / d).max(1);
     out.par_chunks_mut(rows * d).zip(x.par_chunks(rows * d)).enumerate().for_each(|(block, (out, x))| {
-        simd(|| {
+        simd!({
             for (i, (out, x)) in out.chunks_exact_mut(d).zip(x.chunks_exact(d)).enumerate() {
                 f(out, x, block * rows + i);
             }

@@ -6,10 +6,10 @@
 use rayon::prelude::*;
 
 use crate::ops::matmul::{product, Mat, Threads};
-use crate::ops::parallel::{lane_sum, simd, BLOCK};
+use crate::ops::parallel::{lane_sum, BLOCK};
 use crate::ops::same_dtype;
 use crate::tensor::{Grads, Op, Real};
-use crate::{dispatch_real, Error, Result, Tensor};
+use crate::{dispatch_real, simd, Error, Result, Tensor};
 
 /// Which negative similarities are set to 0 before the comparison.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
@@ -103,12 +103,12 @@ impl<T: Real> Image<'_, T> {
             similarities(self.student, tile, false, T::ONE);
             if self.remove == NegativeRemoval::None {
                 similarities(self.teacher, tile, true, -T::ONE);
-                squares += simd(|| tile.chunks(width).map(|e| lane_sum([e], |[e]| e * e).f64()).sum::<f64>());
+                squares += simd!(tile.chunks(width).map(|e| lane_sum([e], |[e]| e * e).f64()).sum::<f64>());
             } else {
                 similarities(self.teacher, other, false, T::ONE);
                 let keep_student = self.remove == NegativeRemoval::Teacher;
                 let rows = tile.chunks_mut(width).zip(other.chunks(width));
-                squares += simd(|| rows.map(|(s, t)| subtract(s, t, keep_student).f64()).sum::<f64>());
+                squares += simd!(rows.map(|(s, t)| subtract(s, t, keep_student).f64()).sum::<f64>());
             }
             if !gradient.is_empty() {
                 let (e, s) = (Mat::new(tile, height, width), Mat::new(&self.student[column * d..], width, d));
@@ -179,7 +179,7 @@ impl Op for GramLoss {
         let mut gradient = self.gradient.expect("saved by forward");
         dispatch_real!("gram_loss", dy.dtype(), T => {
             let dy = dy.as_slice::<T>()[0];
-            gradient.as_mut_slice::<T>().par_chunks_mut(BLOCK).for_each(|g| simd(|| g.iter_mut().for_each(|g| *g *= dy)));
+            gradient.as_mut_slice::<T>().par_chunks_mut(BLOCK).for_each(|g| simd!(g.iter_mut().for_each(|g| *g *= dy)));
             grads.add(0, gradient)
         })
     }

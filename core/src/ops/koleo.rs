@@ -6,9 +6,9 @@
 use rayon::prelude::*;
 
 use crate::ops::matmul::{product, Mat, Threads};
-use crate::ops::parallel::{lane_sum, simd};
+use crate::ops::parallel::lane_sum;
 use crate::tensor::{Grads, Op, Real};
-use crate::{dispatch_real, Error, Result, Tensor};
+use crate::{dispatch_real, simd, Error, Result, Tensor};
 
 impl Tensor {
     /// Per row, the mean over its `topk` nearest neighbours of `-ln(d + eps)`: `[rows, D]` to `[rows]`.
@@ -135,7 +135,7 @@ impl Op for Koleo {
                 *value = T::ZERO;
                 for (&n, slope) in neighbours.iter().zip(slopes) {
                     let (a, b) = (&x[i * d..][..d], &x[n as usize * d..][..d]);
-                    let squared = simd(|| lane_sum([a, b], |[a, b]| {
+                    let squared = simd!(lane_sum([a, b], |[a, b]| {
                         let e = a - b + eps;
                         e * e
                     }));
@@ -170,7 +170,7 @@ impl Op for Koleo {
         dispatch_real!("koleo", unit.dtype(), T => {
             let (x, dy, slopes, eps) = (unit.as_slice::<T>(), dy.as_slice::<T>(), slopes.as_slice::<T>(), T::of(EPS));
             let row = |i: usize| &x[i * d..][..d];
-            dx.as_mut_slice::<T>().par_chunks_mut(d.max(1)).enumerate().with_min_len(16).for_each(|(i, dx)| simd(|| {
+            dx.as_mut_slice::<T>().par_chunks_mut(d.max(1)).enumerate().with_min_len(16).for_each(|(i, dx)| simd!({
                 for edge in i * topk..(i + 1) * topk {
                     let g = dy[i] * slopes[edge];
                     let pair = row(i).iter().zip(row(neighbours[edge] as usize));

@@ -141,8 +141,7 @@ impl Norm {
                     let g = if self.centred { lane_sum([dy, weight], |[dy, w]| dy * w) / n } else { T::ZERO };
                     let gh = lane_sum([dy, weight, x], |[dy, w, x]| dy * w * (x - mean)) * rstd / n;
                     let sums = dweight.iter_mut().zip(dbias.iter_mut());
-                    for (((((dx, &x), &dy), &w), (dweight, dbias))) in
-                        dx.iter_mut().zip(x).zip(dy).zip(weight).zip(sums)
+                    for ((((dx, &x), &dy), &w), (dweight, dbias)) in dx.iter_mut().zip(x).zip(dy).zip(weight).zip(sums)
                     {
                         let h = (x - mean) * rstd;
                         *dx = (dy * w - g - h * gh) * rstd + if add { *dx } else { T::ZERO };

@@ -7,7 +7,7 @@
 use rayon::prelude::*;
 
 use crate::tensor::Real;
-use crate::{simd, Result, Tensor};
+use crate::{Result, Tensor};
 
 /// Elements that one task handles: small enough to balance, large enough to hide the hand-over.
 pub const BLOCK: usize = 16 * 1024;

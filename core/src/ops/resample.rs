@@ -4,9 +4,8 @@
 
 use rayon::prelude::*;
 
-use crate::ops::parallel::simd;
 use crate::tensor::{Grads, Op, Real};
-use crate::{dispatch_real, Error, Result, Tensor};
+use crate::{dispatch_real, simd, Error, Result, Tensor};
 
 impl Tensor {
     /// Patches on another grid: `[B, h * w, D]` to `[B, h2 * w2, D]`, as `torch.nn.functional.interpolate` with
@@ -96,7 +95,7 @@ impl Axes {
         let scratch = || vec![T::ZERO; w * d];
         out.par_chunks_mut(w2 * d).enumerate().for_each_init(scratch, |mixed, (row, out)| {
             let image = &x[row / h2 * h * w * d..][..h * w * d];
-            simd(|| {
+            simd!({
                 mix(mixed, image, w * d, &self.rows.taps[row % h2]);
                 for (out, taps) in out.chunks_exact_mut(d).zip(&self.columns.taps) {
                     mix(out, mixed, d, taps);

@@ -3,10 +3,10 @@
 use rayon::prelude::*;
 
 use crate::comm::Comm;
-use crate::ops::parallel::{lane_max, lane_sum, simd};
+use crate::ops::parallel::{lane_max, lane_sum};
 use crate::ops::same_dtype;
 use crate::tensor::Real;
-use crate::{dispatch_real, Error, Result, Tensor};
+use crate::{dispatch_real, simd, Error, Result, Tensor};
 
 impl Tensor {
     /// Assignments of samples to prototypes (SwAV, Caron et al., arXiv:2006.09882; DINOv2, arXiv:2304.07193): logits
@@ -78,7 +78,7 @@ fn sinkhorn_knopp<T: Real>(
     }
     q.par_chunks_mut(rows * k).for_each(|q| {
         for q in q.chunks_exact_mut(k) {
-            simd(|| {
+            simd!({
                 let v = sample_factor(q, &factors);
                 q.iter_mut().zip(&factors).for_each(|(q, &u)| *q *= u * v);
             });
@@ -107,7 +107,7 @@ fn prototype_factors<T: Real>(
         .map(|(task, q)| {
             let mut sums = vec![T::ZERO; k];
             for (i, q) in q.chunks_exact_mut(k).enumerate() {
-                simd(|| visit(task * rows + i, q, &mut sums));
+                simd!(visit(task * rows + i, q, &mut sums));
             }
             sums
         })
@@ -127,7 +127,7 @@ fn column_max<T: Real>(logits: &Tensor) -> Tensor {
     let (k, x) = (logits.dim(1), logits.as_slice::<T>());
     let mut out = Tensor::uninit(&[k], T::DTYPE);
     out.as_mut_slice::<T>().par_chunks_mut(CHUNK).enumerate().for_each(|(c, top)| {
-        simd(|| {
+        simd!({
             top.fill(T::NEG_INF);
             for x in x.chunks_exact(k) {
                 top.iter_mut().zip(&x[c * CHUNK..]).for_each(|(t, &x)| *t = t.max(x));

@@ -8,10 +8,10 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use crate::ops::parallel::{lane_max, lane_sum, simd, BLOCK};
+use crate::ops::parallel::{lane_max, lane_sum, BLOCK};
 use crate::ops::same_dtype;
 use crate::tensor::{DType, Grads, Op, Real};
-use crate::{dispatch_real, Error, Result, Tensor};
+use crate::{dispatch_real, simd, Error, Result, Tensor};
 
 impl Tensor {
     /// `sum_e weights[e] * CE(targets[target_rows[e]], self[student_rows[e]] / temperature)`, rank 0, with
@@ -154,7 +154,7 @@ impl Op for SoftCrossEntropy {
                 }
                 let inverse_temperature = T::of(1.0 / self.temperature);
                 let row = Row { logits: &x[row * k..][..k], pairs: &pairs, inverse_temperature };
-                simd(|| row.loss(gradient))
+                simd!(row.loss(gradient))
             };
             let rows_of_task = (BLOCK / k.max(1)).max(1);
             let losses: Vec<T> = match &mut gradient {
@@ -176,7 +176,7 @@ impl Op for SoftCrossEntropy {
         let mut gradient = self.gradient.expect("saved by forward");
         dispatch_real!("soft_cross_entropy", dy.dtype(), T => {
             let dy = dy.as_slice::<T>()[0];
-            gradient.as_mut_slice::<T>().par_chunks_mut(BLOCK).for_each(|g| simd(|| g.iter_mut().for_each(|g| *g *= dy)));
+            gradient.as_mut_slice::<T>().par_chunks_mut(BLOCK).for_each(|g| simd!(g.iter_mut().for_each(|g| *g *= dy)));
             grads.add(0, gradient)
         })
     }

@@ -4,10 +4,10 @@ use rayon::prelude::*;
 
 use crate::comm::Comm;
 use crate::ops::linear::sum_rows;
-use crate::ops::parallel::{lane_max, lane_sum, simd};
+use crate::ops::parallel::{lane_max, lane_sum};
 use crate::ops::same_dtype;
 use crate::tensor::Real;
-use crate::{dispatch_real, Error, Result, Tensor};
+use crate::{dispatch_real, simd, Error, Result, Tensor};
 
 /// Elements of a row that are summed together.
 const CHUNK: usize = 2048;
@@ -30,7 +30,7 @@ impl Tensor {
             let center = center.as_slice::<T>();
             let scale = T::ONE / temperature.as_slice::<T>()[0];
             let rows = out.as_mut_slice::<T>().par_chunks_mut(k).zip(self.as_slice::<T>().par_chunks(k));
-            rows.for_each(|(y, x)| simd(|| {
+            rows.for_each(|(y, x)| simd!({
                 y.iter_mut().zip(x).zip(center).for_each(|((y, &x), &c)| *y = (x - c) * scale);
                 let peak = lane_max(y);
                 let mut sum = T::ZERO;

@@ -203,7 +203,8 @@ impl CropConfig {
             true => vec![Resolution { share: 1.0, global_size, local_size, gram_size: gram }],
             // A run without a Gram teacher cuts no crops for it.
             false => {
-                let own = |r: &Resolution| Resolution { gram_size: gram.map(|g| r.gram_size.unwrap_or(g)), ..r.clone() };
+                let own =
+                    |r: &Resolution| Resolution { gram_size: gram.map(|g| r.gram_size.unwrap_or(g)), ..r.clone() };
                 self.resolutions.iter().map(own).collect()
             }
         }

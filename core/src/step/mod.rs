@@ -168,7 +168,8 @@ impl Learner {
 
     /// The random numbers of the student's forward on micro-batch `micro`.
     pub fn draw(&self, step: u64, batch: &Batch, micro: usize) -> Draws {
-        let images: Vec<usize> = [batch.global.dim(0)].into_iter().chain(batch.local.as_ref().map(|l| l.dim(0))).collect();
+        let images: Vec<usize> =
+            [batch.global.dim(0)].into_iter().chain(batch.local.as_ref().map(|l| l.dim(0))).collect();
         let base = (micro as u64) << 32;
         self.model.backbone.draw(&|stream, index| Rng::new(self.seed, stream, step, base | index), &images)
     }
@@ -185,8 +186,7 @@ impl Learner {
     ) -> Result<(Report, Vec<Vec<Tensor>>)> {
         grads.fill_zero();
         let dtype = self.dtype();
-        let context =
-            |state| StepContext { at, seed: self.seed, comm: self.comm.as_ref(), dtype, state };
+        let context = |state| StepContext { at, seed: self.seed, comm: self.comm.as_ref(), dtype, state };
         let teacher = TeacherPass::run(self, batches, &context)?;
         let gram_active = self.gram.as_ref().is_some_and(|g| g.active(at));
         let mut sums: BTreeMap<String, Tensor> = BTreeMap::new();
@@ -243,7 +243,13 @@ impl Learner {
     }
 
     /// What was not finite, and the operation where it began: found by running the step again and watching.
-    fn find_non_finite(&self, at: At, batches: &[Batch], report: &Report, grads: &mut Tensor) -> Result<Option<String>> {
+    fn find_non_finite(
+        &self,
+        at: At,
+        batches: &[Batch],
+        report: &Report,
+        grads: &mut Tensor,
+    ) -> Result<Option<String>> {
         let bad_loss = report.losses.iter().find(|(_, v)| !v.is_finite());
         let bad_norm = report.grad_norms.iter().find(|(_, v)| !v.is_finite());
         let what = match (bad_loss, bad_norm) {

@@ -1,8 +1,6 @@
 //! What teacher and student compute in a step, and how a loss gets to see it.
 
-use crate::contract::{
-    Crops, Draws, Features, Grid, GramTarget, HeadInput, Mode, Outputs, StepContext, TeacherBatch,
-};
+use crate::contract::{Crops, Draws, Features, GramTarget, Grid, HeadInput, Mode, Outputs, StepContext, TeacherBatch};
 use crate::data::Batch;
 use crate::params::Params;
 use crate::tensor::scope;

@@ -176,7 +176,8 @@ impl Weights {
             for (spec, value) in loss.loss.state().iter().zip(state) {
                 let name = format!("state.{}.{}", loss.name, spec.name);
                 let found = from.optimizer.get(&name).filter(|t| t.shape() == spec.shape);
-                let missing = || Error::content(&from.path, format!("no {name} {:?}", spec.shape), "start the run anew");
+                let missing =
+                    || Error::content(&from.path, format!("no {name} {:?}", spec.shape), "start the run anew");
                 *value = found.ok_or_else(missing)?.cast(value.dtype())?;
             }
         }

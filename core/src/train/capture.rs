@@ -38,8 +38,12 @@ pub(super) fn write(
     }
     // The step that failed was counted as skipped; what is captured is the state before it.
     let skipped = learner.skipped() - 1;
-    let metadata =
-        [("recipe", resolved.to_toml()), ("step", step.to_string()), ("skipped", skipped.to_string()), ("batches", batches.len().to_string())];
+    let metadata = [
+        ("recipe", resolved.to_toml()),
+        ("step", step.to_string()),
+        ("skipped", skipped.to_string()),
+        ("batches", batches.len().to_string()),
+    ];
     write_tensors(&path, &tensors, &metadata)?;
     Ok(path)
 }
@@ -69,7 +73,9 @@ pub fn replay(path: &Path) -> Result<(Recipe, u64, Report)> {
 
 fn read_batch(tensors: &NamedTensors, i: u64, path: &Path) -> Result<Batch> {
     let optional = |name: &str| tensors.get(&format!("batch.{i}.{name}")).cloned();
-    let get = |name: &str| optional(name).ok_or_else(|| Error::content(path, format!("no batch.{i}.{name}"), "capture again"));
+    let get = |name: &str| {
+        optional(name).ok_or_else(|| Error::content(path, format!("no batch.{i}.{name}"), "capture again"))
+    };
     Ok(Batch {
         global: get("global")?,
         local: optional("local"),

@@ -67,7 +67,8 @@ impl Log {
         let (metrics, last) = Lines::open(folder.path().join("metrics.jsonl"), start)?;
         let (messages, _) = Lines::open(folder.path().join("messages.jsonl"), start)?;
         let seconds = last.and_then(|l| l["throughput/seconds"].as_f64()).unwrap_or(0.0);
-        let tensorboard = if recipe.log.tensorboard { open_tensorboard(&folder.path().join("tensorboard"))? } else { None };
+        let tensorboard =
+            if recipe.log.tensorboard { open_tensorboard(&folder.path().join("tensorboard"))? } else { None };
         Ok((Self { metrics, messages, tensorboard }, seconds))
     }
 
@@ -114,7 +115,11 @@ impl Log {
     /// Everything so far is on its way to the disk.
     pub(super) fn flush(&mut self) -> Result<()> {
         for lines in [&mut self.metrics, &mut self.messages] {
-            lines.file.flush().and_then(|()| lines.file.get_ref().sync_data()).map_err(Error::io("flush", &lines.path))?;
+            lines
+                .file
+                .flush()
+                .and_then(|()| lines.file.get_ref().sync_data())
+                .map_err(Error::io("flush", &lines.path))?;
         }
         Ok(())
     }
@@ -190,7 +195,8 @@ fn contact_sheet(batch: &Batch, recipe: &Recipe) -> (Vec<u8>, usize) {
             for crop in 0..*count {
                 let base = (crop * images + image) * 3 * h * w;
                 for (i, channel) in (0..h * w).flat_map(|i| (0..3).map(move |c| (i, c))) {
-                    let value = data[base + channel * h * w + i] * recipe.crops.std[channel] + recipe.crops.mean[channel];
+                    let value =
+                        data[base + channel * h * w + i] * recipe.crops.std[channel] + recipe.crops.mean[channel];
                     let (y, x) = (image * row + i / w, left + i % w);
                     sheet[3 * (y * side + x) + channel] = (value * 255.0).clamp(0.0, 255.0) as u8;
                 }

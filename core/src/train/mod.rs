@@ -268,7 +268,10 @@ impl Run<'_> {
         let skipped = self.learner.skipped();
         match self.recipe.on_non_finite {
             OnNonFinite::Skip(most) if skipped <= most => {
-                let text = format!("{what} is not finite; step {step} was skipped ({skipped} of at most {most}), captured in {}", path.display());
+                let text = format!(
+                    "{what} is not finite; step {step} was skipped ({skipped} of at most {most}), captured in {}",
+                    path.display()
+                );
                 self.message(step, Level::Warning, &text)
             }
             policy => {

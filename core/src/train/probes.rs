@@ -18,7 +18,8 @@ pub(super) struct Probes {
 impl Probes {
     pub(super) fn new(recipe: &Recipe, train: Arc<dyn Dataset>, test: Arc<dyn Dataset>) -> Result<Self> {
         let enabled = recipe.probes.0.iter().filter(|(_, e)| e.enabled);
-        let build = |(name, entry): (&String, &ProbeEntry)| Ok((name.clone(), entry.every, entry.probe.build(&mut ())?));
+        let build =
+            |(name, entry): (&String, &ProbeEntry)| Ok((name.clone(), entry.every, entry.probe.build(&mut ())?));
         Ok(Self { probes: enabled.map(build).collect::<Result<_>>()?, train, test })
     }
 

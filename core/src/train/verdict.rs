@@ -31,30 +31,44 @@ impl Verdict {
         });
         self.at_uniform = if uniform.is_some() { self.at_uniform + 1 } else { 0 };
         if let (Some((name, loss, k)), true) = (uniform, self.at_uniform > PATIENCE) {
-            let text = format!("loss `{name}` has stayed at {loss:.3} = ln {k}: uniform collapse, the teacher says the \
-                same of every image; try a lower teacher temperature, a higher learning rate or a longer warm-up");
+            let text = format!(
+                "loss `{name}` has stayed at {loss:.3} = ln {k}: uniform collapse, the teacher says the \
+                same of every image; try a lower teacher temperature, a higher learning rate or a longer warm-up"
+            );
             found.push(("uniform", text));
         }
         if self.measured > PATIENCE {
             if health.feature_std < 0.02 {
-                let text = format!("the CLS feature is nearly constant (standard deviation {:.4}): one-hot collapse; try \
-                    KoLeo, a higher teacher temperature or more EMA momentum", health.feature_std);
+                let text = format!(
+                    "the CLS feature is nearly constant (standard deviation {:.4}): one-hot collapse; try \
+                    KoLeo, a higher teacher temperature or more EMA momentum",
+                    health.feature_std
+                );
                 found.push(("constant", text));
             }
             for (name, marginal, _) in health.targets.iter().filter(|(_, marginal, _)| *marginal < 0.05) {
-                let text = format!("targets of `{name}` fall on few prototypes (entropy of their mean is {:.0}% of ln K): \
-                    one-hot collapse; use Sinkhorn-Knopp or a higher teacher temperature", 100.0 * marginal);
+                let text = format!(
+                    "targets of `{name}` fall on few prototypes (entropy of their mean is {:.0}% of ln K): \
+                    one-hot collapse; use Sinkhorn-Knopp or a higher teacher temperature",
+                    100.0 * marginal
+                );
                 found.push(("one_hot", text));
             }
             if health.effective_rank < 0.25 * self.best_rank {
-                let text = format!("the effective rank of the CLS features fell from {:.1} to {:.1}: dimensional \
-                    collapse; try more KoLeo or a lower learning rate", self.best_rank, health.effective_rank);
+                let text = format!(
+                    "the effective rank of the CLS features fell from {:.1} to {:.1}: dimensional \
+                    collapse; try more KoLeo or a lower learning rate",
+                    self.best_rank, health.effective_rank
+                );
                 found.push(("rank", text));
             }
             let first = *self.first_cosine.get_or_insert(health.cls_patch_cosine);
             if health.cls_patch_cosine > 0.5 && health.cls_patch_cosine > first + 0.25 {
-                let text = format!("the cosine between CLS and patches crept up from {first:.2} to {:.2}: dense features \
-                    are losing locality; Gram anchoring is meant for this", health.cls_patch_cosine);
+                let text = format!(
+                    "the cosine between CLS and patches crept up from {first:.2} to {:.2}: dense features \
+                    are losing locality; Gram anchoring is meant for this",
+                    health.cls_patch_cosine
+                );
                 found.push(("locality", text));
             }
         }

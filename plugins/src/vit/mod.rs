@@ -88,8 +88,11 @@ pub struct VitConfig {
 /// What may be written in a recipe: anything left out comes from the preset.
 #[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-#[schemars(title = "VitConfig", description = "Vision transformer with register tokens, as in DINOv3.\n\nA preset fills \
-    in the architecture; every key can be set beside it.")]
+#[schemars(
+    title = "VitConfig",
+    description = "Vision transformer with register tokens, as in DINOv3.\n\nA preset fills \
+    in the architecture; every key can be set beside it."
+)]
 pub struct Written {
     /// Architecture that fills in what is not set here.
     #[serde(default)]

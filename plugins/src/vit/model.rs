@@ -1,6 +1,5 @@
 //! The forward pass: tokens, blocks, final norms.
 
-
 use dinolab_core::contract::{Backbone, Cost, Crops, Draws, Features, Grid, Mode, PosContext, PosEncoding, PosTables};
 use dinolab_core::params::{Init, ParamBuilder, ParamId, Params};
 use dinolab_core::registry::BackboneContext;
