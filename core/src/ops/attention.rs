@@ -80,7 +80,7 @@ impl Attention {
     fn check(&self, inputs: &[&Tensor]) -> Result<()> {
         let qkv = inputs[0];
         let fail = |problem: String| Err(Error::shape("attention", problem));
-        if qkv.rank() != 2 || self.heads == 0 || qkv.dim(1) == 0 || qkv.dim(1) % (3 * self.heads) != 0 {
+        if qkv.rank() != 2 || self.heads == 0 || qkv.dim(1) == 0 || !qkv.dim(1).is_multiple_of(3 * self.heads) {
             return fail(format!("qkv {:?} is not [T, 3D] with D a multiple of {} heads", qkv.shape(), self.heads));
         }
         let rows: usize = self.segments.iter().map(|s| s.images * s.tokens).sum();
@@ -94,7 +94,7 @@ impl Attention {
                 return fail(format!("positions for {patches} patches, but images have {} tokens", segment.tokens));
             }
             for table in segment.rotary.iter().flat_map(|(sin, cos)| [sin, cos]) {
-                if table.shape() != [patches, d] || d % 2 != 0 || table.dtype() != qkv.dtype() {
+                if table.shape() != [patches, d] || !d.is_multiple_of(2) || table.dtype() != qkv.dtype() {
                     let (shape, dtype) = (table.shape(), qkv.dtype());
                     return fail(format!("rotary table {shape:?}, expected [{patches}, {d}] {dtype:?}, width even"));
                 }

@@ -52,7 +52,7 @@ pub(crate) fn normal_f32(x: f32) -> (f32, f32) {
     let p = p * z - 2.685_381_2e-2;
     let p = p * z + 1.128_358_6e-1;
     let p = p * z - 3.761_262_6e-1;
-    let p = p * z + 1.128_379_2;
+    let p = p * z + std::f32::consts::FRAC_2_SQRT_PI;
     let near = 0.5 - 0.5 * p * a;
     let t = 1.0 / (1.0 + 0.327_591_1 * a);
     let q = 1.061_405_4;

@@ -293,7 +293,7 @@ impl Run<'_> {
             ("throughput/seconds", self.seconds),
         ];
         self.log.step(done, report, scores, &rates)?;
-        if self.recipe.log.histograms_every > 0 && done % self.recipe.log.histograms_every == 0 {
+        if self.recipe.log.histograms_every > 0 && done.is_multiple_of(self.recipe.log.histograms_every) {
             self.log.histograms(done, &self.learner);
         }
         self.window = Window::default();

@@ -26,7 +26,7 @@ impl Probes {
     /// Scores of the probes that are due after `done` steps: `probe/<name>/<score>`.
     pub(super) fn run(&self, learner: &Learner, done: u64, recipe: &Recipe) -> Result<BTreeMap<String, f64>> {
         let mut scores = BTreeMap::new();
-        let due = |every: u64| done == recipe.steps || (every > 0 && done % every == 0);
+        let due = |every: u64| done == recipe.steps || (every > 0 && done.is_multiple_of(every));
         for (name, _, probe) in self.probes.iter().filter(|(_, every, _)| due(*every)) {
             let context = ProbeContext {
                 features: &|pixels| learner.teacher_features(pixels),

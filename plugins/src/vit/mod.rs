@@ -19,7 +19,7 @@ plugin!(Backbone, "vit", VitConfig, Vit::build);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Preset {
-    /// Width 128, 4 blocks, 4 heads, patch 8: trains in seconds on a CPU.
+    /// Width 96, 3 blocks, 3 heads, patch 8: trains in seconds on a CPU.
     VitTinyTest,
     /// ViT-S/16, 22M parameters.
     VitS16,
@@ -171,7 +171,7 @@ impl Preset {
     /// (patch, dim, depth, heads, ffn, ffn_ratio, ffn_align, qkv_bias)
     fn dimensions(self) -> (usize, usize, usize, usize, Ffn, f64, usize, bool) {
         match self {
-            Self::VitTinyTest => (8, 128, 4, 4, Ffn::Mlp, 4.0, 8, true),
+            Self::VitTinyTest => (8, 96, 3, 3, Ffn::Mlp, 4.0, 8, true),
             Self::VitS16 => (16, 384, 12, 6, Ffn::Mlp, 4.0, 8, true),
             Self::VitS16plus => (16, 384, 12, 6, Ffn::Swiglu, 6.0, 8, true),
             Self::VitB16 => (16, 768, 12, 12, Ffn::Mlp, 4.0, 8, true),
