@@ -62,12 +62,17 @@ impl Head {
 
     /// `[rows, D]` to logits `[rows, K]`.
     pub fn forward(&self, params: &Params<'_>, x: &Tensor) -> Result<Tensor> {
+        self.bottleneck(params, x)?.linear(&params.get(self.last_layer), None)
+    }
+
+    /// `[rows, D]` to the normalised vectors `[rows, bottleneck]` that are compared with the prototypes.
+    pub fn bottleneck(&self, params: &Params<'_>, x: &Tensor) -> Result<Tensor> {
         let last = self.layers.len() - 1;
         let mut x = x.clone();
         for (i, &(weight, bias)) in self.layers.iter().enumerate() {
             let (weight, bias) = (params.get(weight), params.get(bias));
             x = if i < last { x.linear_gelu(&weight, Some(&bias))? } else { x.linear(&weight, Some(&bias))? };
         }
-        x.l2_normalize(1e-12)?.linear(&params.get(self.last_layer), None)
+        x.l2_normalize(1e-12)
     }
 }

@@ -1,5 +1,6 @@
 //! The losses' operations and the optimizer against the reference's numbers, in f32 and f64.
 
+#[allow(dead_code)]
 mod golden;
 
 use dinolab_core::comm::Single;

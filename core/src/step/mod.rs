@@ -15,6 +15,7 @@ mod weights;
 
 pub use declare::{declare, loss_context, Declared, DeclaredLoss, CHANNELS, GLOBALS};
 pub use health::Health;
+pub use optimizer::ParamRule;
 pub use weights::Weights;
 
 use std::collections::BTreeMap;
@@ -118,6 +119,11 @@ impl Learner {
     /// All weights, to be replaced by those of a checkpoint or another implementation.
     pub fn weights_mut(&mut self) -> &mut Weights {
         &mut self.weights
+    }
+
+    /// How the optimizer treats every parameter, in the order of the layout.
+    pub fn param_rules(&self) -> &[ParamRule] {
+        &self.optimizer.rules
     }
 
     /// Side of the Gram teacher's own crops, if it has any.

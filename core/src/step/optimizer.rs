@@ -17,17 +17,24 @@ const CLIP_EPS: f64 = 1e-6;
 /// AdamW and its groups.
 pub(super) struct AdamW {
     config: OptimizerConfig,
-    params: Vec<Param>,
+    pub(super) rules: Vec<ParamRule>,
     modules: Vec<(String, Range<usize>)>,
 }
 
-/// A parameter's place and multipliers.
-struct Param {
+/// How the optimizer treats one parameter.
+#[derive(Clone, Debug)]
+pub struct ParamRule {
+    /// Its full name.
+    pub name: String,
+    /// What the learning rate is multiplied by.
+    pub lr_multiplier: f64,
+    /// Whether weight decay acts on it.
+    pub decays: bool,
+    /// Whether it is held still for `freeze_last_layer_steps`.
+    pub last_layer: bool,
     range: Range<usize>,
+    /// Index of its sub-model.
     module: usize,
-    lr: f64,
-    decays: bool,
-    last_layer: bool,
 }
 
 /// Learning-rate multiplier of the reference: `decay^(depth + 1 - layer)`, and the patch embedding's own.
@@ -48,14 +55,15 @@ impl AdamW {
         let names = layout.modules();
         let modules: Vec<_> = names.iter().map(|m| (m.clone(), layout.range_of(&format!("{m}.")))).collect();
         let depth = model.backbone.depth();
-        let param = |spec: &ParamSpec| Param {
-            range: spec.range(),
-            module: modules.iter().position(|(_, r)| r.contains(&spec.offset)).expect("a parameter is in a module"),
-            lr: lr_multiplier(spec, depth, config),
+        let rule = |spec: &ParamSpec| ParamRule {
+            name: spec.name.clone(),
+            lr_multiplier: lr_multiplier(spec, depth, config),
             decays: decays(&spec.name),
             last_layer: spec.name.contains("last_layer"),
+            range: spec.range(),
+            module: modules.iter().position(|(_, r)| r.contains(&spec.offset)).expect("a parameter is in a module"),
         };
-        Self { config: config.clone(), params: layout.specs().iter().map(param).collect(), modules }
+        Self { config: config.clone(), rules: layout.specs().iter().map(rule).collect(), modules }
     }
 
     pub(super) fn lr(&self, at: At) -> f64 {
@@ -91,13 +99,13 @@ impl AdamW {
                 _ => 1.0,
             })
             .collect();
-        let group = |p: &Param| Group {
-            range: p.range.clone(),
-            lr: if p.last_layer && frozen { 0.0 } else { lr * p.lr },
-            weight_decay: if p.decays { weight_decay } else { 0.0 },
-            clip: clip[p.module],
+        let group = |rule: &ParamRule| Group {
+            range: rule.range.clone(),
+            lr: if rule.last_layer && frozen { 0.0 } else { lr * rule.lr_multiplier },
+            weight_decay: if rule.decays { weight_decay } else { 0.0 },
+            clip: clip[rule.module],
         };
-        let groups: Vec<Group> = self.params.iter().map(group).collect();
+        let groups: Vec<Group> = self.rules.iter().map(group).collect();
         // Moments begin at zero, so their corrections count updates, not steps.
         let updates = at.step + 1 - weights.skipped;
         let Weights { student, teacher, exp_avg, exp_avg_sq, .. } = weights;

@@ -65,15 +65,19 @@ enum FfnParams {
 }
 
 /// One kind of crop inside the packed tokens, with its position tables.
-pub(super) struct Layer {
-    pub(super) images: usize,
-    pub(super) tokens: usize,
-    pub(super) tables: PosTables,
+#[derive(Clone, Debug)]
+pub struct Layer {
+    /// Images `B` of this kind.
+    pub images: usize,
+    /// Tokens `N` of each: CLS, registers, patches.
+    pub tokens: usize,
+    /// Where its patches are.
+    pub tables: PosTables,
 }
 
 /// A block's parameters.
 #[derive(Debug)]
-pub(super) struct Block {
+pub struct Block {
     norm1: NormParams,
     qkv: LinearParams,
     proj: LinearParams,
@@ -84,7 +88,8 @@ pub(super) struct Block {
 }
 
 impl Block {
-    pub(super) fn declare(p: &mut ParamBuilder, config: &VitConfig) -> Self {
+    /// Declares the parameters of one block under the reference's names.
+    pub fn declare(p: &mut ParamBuilder, config: &VitConfig) -> Self {
         let (dim, hidden) = (config.dim, config.hidden());
         let scale = |p: &mut ParamBuilder, name: &str| {
             let init = Init::Constant(config.layer_scale);
@@ -109,9 +114,9 @@ impl Block {
         Self { norm1, qkv, proj, scale1, norm2, ffn, scale2: scale(p, "ls2") }
     }
 
-    /// Packed tokens to packed tokens. `kept` (stochastic depth) names, for every kind of crop and both branches, the
+    /// Packed tokens `[sum of B * N, D]` to packed tokens. `kept` (stochastic depth) names, for every kind of crop and both branches, the
     /// images that go through; their branch is scaled by `B / kept`.
-    pub(super) fn forward(
+    pub fn forward(
         &self,
         params: &Params<'_>,
         x: &Tensor,

@@ -8,7 +8,7 @@ use dinolab_core::registry::Chosen;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-mod block;
+pub mod block;
 mod model;
 
 use model::Vit;

@@ -18,6 +18,7 @@ pub struct Golden {
     pub options: Value,
     tolerances: Value,
     kinds: Value,
+    metadata: BTreeMap<String, String>,
     tensors: BTreeMap<String, (Vec<usize>, Vec<f64>)>,
 }
 
@@ -33,7 +34,7 @@ impl Golden {
         }
         let bytes = std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
-        let metadata = header.metadata().as_ref().expect("a golden file has metadata");
+        let metadata = header.metadata().clone().expect("a golden file has metadata");
         let json = |key: &str| serde_json::from_str(&metadata[key]).unwrap();
         let file = SafeTensors::deserialize(&bytes).unwrap();
         let tensors = file.tensors().into_iter().map(|(tensor, view)| {
@@ -52,6 +53,7 @@ impl Golden {
             options: json("options"),
             tolerances: json("tolerances"),
             kinds: json("kinds"),
+            metadata: metadata.into_iter().collect(),
             tensors: tensors.collect(),
         })
     }
@@ -86,6 +88,12 @@ impl Golden {
     pub fn number(&self, pointer: &str, default: Option<f64>) -> f64 {
         let found = self.options.pointer(pointer).and_then(Value::as_f64).or(default);
         found.unwrap_or_else(|| panic!("{}: the options have no {pointer}: {}", self.name, self.options))
+    }
+
+    /// Another JSON value of the metadata.
+    pub fn metadata(&self, key: &str) -> Value {
+        let text = self.metadata.get(key).unwrap_or_else(|| panic!("{} has no {key}", self.name));
+        serde_json::from_str(text).unwrap()
     }
 
     /// Starts a comparison in `dtype`.
