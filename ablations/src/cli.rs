@@ -87,7 +87,7 @@ impl RecipeArgs {
     /// All that is wrong with the recipe.
     pub fn resolve(&self) -> Result<Resolved> {
         let resolved = Resolved::load(&self.recipe, &self.set.overrides())?;
-        resolved.warnings.iter().for_each(|w| style::warn(w));
+        resolved.warnings.iter().for_each(style::warn);
         Ok(resolved)
     }
 }

@@ -127,7 +127,7 @@ impl TeacherPolicy for GramAnchor {
             Source::Ema => "snapshot of the EMA teacher".to_string(),
             Source::Checkpoint(path) => format!("checkpoint {}", path.display()),
         };
-        let begin = (self.first_step < total).then(|| (self.first_step, begin));
+        let begin = (self.first_step < total).then_some((self.first_step, begin));
         let refreshes = (0..total).filter_map(|step| {
             self.refresh_before(step).map(|k| (step, format!("refresh {} from the EMA teacher", k + 1)))
         });

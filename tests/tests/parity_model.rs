@@ -90,12 +90,7 @@ fn crops(g: &Golden, images: &str, masks: Option<&str>, local: bool, dtype: DTyp
 /// A model's outputs under the reference's names.
 fn outputs(features: &Features) -> [(&'static str, &Tensor); 4] {
     let Features { cls, registers, patches, prenorm, .. } = features;
-    [
-        ("x_norm_clstoken", cls),
-        ("x_storage_tokens", registers),
-        ("x_norm_patchtokens", patches),
-        ("x_prenorm", prenorm),
-    ]
+    [("x_norm_clstoken", cls), ("x_storage_tokens", registers), ("x_norm_patchtokens", patches), ("x_prenorm", prenorm)]
 }
 
 fn check_features(g: &Golden, c: &mut Comparison<'_>, prefix: &str, features: &Features) {
@@ -172,7 +167,11 @@ fn draws(g: &Golden, backbone: &dyn Backbone, images: &[usize]) -> Draws {
     let position = |block: usize, entry: usize| -> Vec<f64> {
         let given = |name: &str, neutral: &[f64]| {
             let name = format!("rope.block{block}.entry{entry}.{name}");
-            if g.has(&name) { g.values(&name).to_vec() } else { neutral.to_vec() }
+            if g.has(&name) {
+                g.values(&name).to_vec()
+            } else {
+                neutral.to_vec()
+            }
         };
         [given("shift_hw", &[0.0; 2]), given("jitter_hw", &[1.0; 2]), given("rescale", &[1.0])].concat()
     };
@@ -200,10 +199,7 @@ fn draws(g: &Golden, backbone: &dyn Backbone, images: &[usize]) -> Draws {
 /// Training: global crops with masks and local crops in one forward.
 fn check_training(g: &Golden, model: &Model, dtype: DType, c: &mut Comparison<'_>) {
     let masks = g.has("list.masks").then_some("list.masks");
-    let kinds = [
-        crops(g, "list.global_images", masks, false, dtype),
-        crops(g, "list.local_images", None, true, dtype),
-    ];
+    let kinds = [crops(g, "list.global_images", masks, false, dtype), crops(g, "list.local_images", None, true, dtype)];
     let draws = draws(g, model.backbone.as_ref(), &kinds.each_ref().map(|k| k.pixels.dim(0)));
     let tape = Tape::new();
     let params = Params::tracked(&model.layout, &model.weights, &tape);

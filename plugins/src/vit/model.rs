@@ -227,7 +227,7 @@ fn check(config: &VitConfig) -> Result<()> {
     if config.dim == 0 || config.depth == 0 || config.patch_size == 0 || config.heads == 0 {
         return bad("dim, depth, heads and patch_size must be positive".into(), "set them, or choose a preset");
     }
-    if config.dim % config.heads != 0 {
+    if !config.dim.is_multiple_of(config.heads) {
         let help = "choose heads that divide dim; DINOv3 uses 64 or 128 numbers a head";
         return bad(format!("heads = {} does not divide dim = {}", config.heads, config.dim), help);
     }
