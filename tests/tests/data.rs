@@ -126,7 +126,7 @@ fn micro_batches_divide_the_same_images_and_mask_the_same_number_of_patches() {
             |batch: &dinolab_core::data::Batch, slot: usize| batch.global.to_f64_vec()[slot * 768..][..768].to_vec();
         assert_eq!(crop(&whole[0], 6 + 4), crop(&parts[2], 2));
         for (pipeline, batches) in pipelines.iter().zip([&whole, &parts]) {
-            assert!(batches.iter().all(|b| b.masks.indices.len() == pipeline.masked_patches()));
+            assert!(batches.iter().all(|b| b.masks.indices.len() == pipeline.masked_patches(0)));
         }
     }
 }

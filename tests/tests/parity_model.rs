@@ -312,6 +312,7 @@ fn head_equals_the_reference() {
                 bottleneck: o("bottleneck_dim"),
                 prototypes: o("out_dim"),
                 layers: layers.as_u64().unwrap() as usize,
+                ..HeadConfig::default()
             };
             let mut builder = ParamBuilder::new();
             let head = Head::declare(&mut builder, o("in_dim"), &config);
