@@ -3,9 +3,13 @@
 #[allow(dead_code)]
 mod golden;
 
+use dinolab_core::contract::{Grid, PosContext, PosEncoding};
 use dinolab_core::ops::Segment;
+use dinolab_core::params::{ParamBuilder, Params};
+use dinolab_core::registry::Chosen;
 use dinolab_core::tensor::Tape;
 use dinolab_core::{DType, Result, Tensor};
+use dinolab_plugins as _;
 use golden::{for_both_types, Comparison, Golden};
 
 /// The tensors of one case of a file: its input `x`, its weights, and which gradients are stored.
@@ -98,10 +102,28 @@ fn feed_forward_layers_equal_the_reference() {
     });
 }
 
+/// `[sin, cos]` of the plugin that the file's options describe.
+fn rotary_tables(g: &Golden, dtype: DType) -> [Tensor; 2] {
+    let size = |key: &str| g.number(&format!("/{key}"), None) as usize;
+    let table = serde_json::json!({ "plugin": "rope_box", "periods": { "base": g.number("/base", Some(100.0)) },
+        "normalize": g.options["normalize_coords"] });
+    let chosen: Chosen<dyn PosEncoding> = serde_json::from_value(table).unwrap();
+    let mut encoding = chosen.build(&mut ()).unwrap();
+    let grid = Grid { height: size("H"), width: size("W") };
+    let (dim, heads) = (size("dim"), size("heads"));
+    encoding.declare(&mut ParamBuilder::new(), PosContext { dim, heads, grid }).unwrap();
+    let layout = ParamBuilder::new().finish();
+    let flat = layout.init(0, dtype).unwrap();
+    let tables = encoding.tables(&Params::frozen(&layout, &flat), grid, None, heads, dtype).unwrap();
+    tables.rotary.expect("rope_box rotates").into()
+}
+
 #[test]
 fn attention_equals_the_reference() {
     for_both_types("layer_attention", |g, dtype, c| {
-        let tables = ["sin", "cos"].map(|name| g.tensor(name, dtype));
+        let tables = rotary_tables(g, dtype);
+        c.check("sin", &tables[0]);
+        c.check("cos", &tables[1]);
         for case in g.prefixes(".y") {
             let layer = Layer::new(g, case, dtype);
             let (x, heads) = (layer.x().clone(), g.number("/heads", None) as usize);

@@ -4,6 +4,8 @@ use figment::error::{Actual, Kind};
 use figment::value::Value;
 use serde::{Deserialize, Serialize};
 
+use super::problem::nearest;
+
 /// What kind of mistake it was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Fault {
@@ -71,6 +73,17 @@ impl Nested {
             self.known.extend(keys.into_iter().map(String::from));
         }
         self
+    }
+
+    /// The known name that is nearest to the one that was given.
+    pub fn nearest(&self) -> Option<&str> {
+        nearest(self.given.as_deref()?, self.known.iter().map(String::as_str))
+    }
+
+    /// The dotted key that a misspelt one was probably meant to be.
+    pub(super) fn meant(&self) -> Option<String> {
+        let (_, table) = self.path.split_last().filter(|_| self.fault == Fault::UnknownKey)?;
+        Some(table.iter().map(String::as_str).chain([self.nearest()?]).collect::<Vec<_>>().join("."))
     }
 
     /// What a figment error says.

@@ -123,8 +123,7 @@ impl Problem {
         known.dedup();
         if !known.is_empty() {
             let list = format!("known: {}", known.join(", "));
-            let nearest = nested.given.as_deref().and_then(|given| nearest(given, known.iter().copied()));
-            problem.help = Some(nearest.map_or(list.clone(), |n| format!("did you mean `{n}`? {list}")));
+            problem.help = Some(nested.nearest().map_or(list.clone(), |n| format!("did you mean `{n}`? {list}")));
         }
         problem
     }

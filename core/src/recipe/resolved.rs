@@ -180,6 +180,8 @@ fn typed(raw: &RawRecipe) -> Result<Recipe, Vec<Problem>> {
     let mut value = Value::from(raw.value().clone());
     let mut problems: Vec<Problem> = Vec::new();
     let mut removed = BTreeSet::new();
+    // Keys that are not there, and keys that a misspelt one was probably meant to be: those are not missing as well.
+    let (mut missing, mut meant) = (BTreeSet::new(), BTreeSet::new());
     for key in non_finite(raw.value(), "") {
         remove(&mut value, &key.split('.').map(String::from).collect::<Vec<_>>());
         problems.push(place(raw, Problem::error(&key, "expected a finite number")));
@@ -191,6 +193,7 @@ fn typed(raw: &RawRecipe) -> Result<Recipe, Vec<Problem>> {
         let message = format!("missing in {}", raw.path().display());
         problems.push(Problem::error(key, message).help(doc));
         removed.insert(key.to_string());
+        missing.insert(key.to_string());
     }
     while problems.len() < MOST_PROBLEMS {
         let error: figment::Error = match value.deserialize::<Recipe>() {
@@ -203,6 +206,10 @@ fn typed(raw: &RawRecipe) -> Result<Recipe, Vec<Problem>> {
         if nested.fault == Fault::Missing && removed.contains(&key) {
             break;
         }
+        match nested.fault {
+            Fault::Missing => drop(missing.insert(key)),
+            _ => meant.extend(nested.meant()),
+        }
         problems.push(place(raw, Problem::of(&nested)));
         // Without its plugin or a key it needs, the table around says nothing more; a wrong list element, its list.
         let whole = nested.fault == Fault::Missing || nested.path.last().is_some_and(|k| k == "plugin");
@@ -213,6 +220,7 @@ fn typed(raw: &RawRecipe) -> Result<Recipe, Vec<Problem>> {
         let Some(gone) = remove(&mut value, path) else { break };
         removed.insert(gone);
     }
+    problems.retain(|p| !(missing.contains(&p.key) && meant.contains(&p.key)));
     problems.sort_by_key(|p| p.origin.line_column());
     Err(problems)
 }

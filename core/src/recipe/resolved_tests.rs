@@ -157,6 +157,14 @@ fn several_problems_come_together_in_the_order_of_the_file() {
 }
 
 #[test]
+fn a_misspelt_key_is_not_missing_as_well() {
+    let message = refused(&RECIPE.replace("steps = 100", "stpes = 100"));
+    assert!(message.starts_with("recipe.toml:2:1: stpes: unknown key"), "{message}");
+    assert_eq!(message.matches("did you mean").count(), 1, "{message}");
+    assert!(!message.contains("missing"), "{message}");
+}
+
+#[test]
 fn impossible_combinations_name_key_and_remedy() {
     let cases = [
         ("[crops]\nglobal_size = 100", "recipe.toml:11:15: crops.global_size: 100 pixels are not a whole number of patches of 16", "use 96 or 112"),
@@ -179,7 +187,7 @@ fn impossible_combinations_name_key_and_remedy() {
         assert!(message.starts_with(expected) && message.contains(help), "{message}");
     }
     let heads = set("backbone.heads=3").unwrap_err().to_string();
-    assert_eq!(heads.lines().next(), Some("recipe.toml:3:2: backbone: width 8 is not 3 equal heads"));
+    assert_eq!(heads.lines().next(), Some("--set backbone.heads=3: backbone: width 8 is not 3 equal heads"));
     let steps = set("steps=0").unwrap_err().to_string();
     assert_eq!(steps, "--set steps=0: steps: has to be at least 1");
 }

@@ -54,9 +54,10 @@ pub enum Outline {
     Polygon(Vec<Edge>),
 }
 
-/// From `start`, `along`; `inverse` is 1 / length^2.
+/// From `start`, `along`, to the height `end`; `inverse` is 1 / length^2.
 pub struct Edge {
     start: [f32; 2],
+    end: f32,
     along: [f32; 2],
     inverse: f32,
 }
@@ -66,7 +67,7 @@ impl Outline {
         let edge = |i: usize| {
             let (start, end) = (corners[i], corners[(i + 1) % corners.len()]);
             let along = [end[0] - start[0], end[1] - start[1]];
-            Edge { start, along, inverse: 1.0 / (along[0] * along[0] + along[1] * along[1]) }
+            Edge { start, end: end[1], along, inverse: 1.0 / (along[0] * along[0] + along[1] * along[1]) }
         };
         Self::Polygon((0..corners.len()).map(edge).collect())
     }
@@ -101,8 +102,9 @@ impl Outline {
                         let (wx, wy) = (x - ax, y - ay);
                         let t = ((wx * ex + wy * ey) * edge.inverse).clamp(0.0, 1.0);
                         let (dx, dy) = (wx - ex * t, wy - ey * t);
-                        let above = wy >= 0.0;
-                        let below = wy < ey;
+                        // Compared as they are, so that neighbouring edges agree on which side of their corner y is.
+                        let above = *y >= ay;
+                        let below = *y < edge.end;
                         let left = ex * wy > ey * wx;
                         let crossed = (above & below & left) | (!above & !below & !left);
                         let sign = if crossed { -d.signum() } else { d.signum() };
