@@ -397,6 +397,7 @@ fn a_local_crop_from_a_global_one_shows_its_window() {
         let [globals, locals, _] = crops_of(&config, None, &image, plan);
         for (crop, local) in plan.locals.iter().zip(locals) {
             let Cut::Global { global, x, y } = crop.cut else { unreachable!() };
+            #[allow(clippy::needless_range_loop)] // Three pictures are walked together.
             for i in 0..3 * 32 * 32 {
                 let (c, row, column) = (i / 1024, i / 32 % 32, i % 32);
                 assert!((local[i] - globals[global][c * 4096 + (y + row) * 64 + x + column]).abs() < 1e-3);

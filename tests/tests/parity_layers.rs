@@ -128,7 +128,7 @@ fn attention_equals_the_reference() {
             let layer = Layer::new(g, case, dtype);
             let (x, heads) = (layer.x().clone(), g.number("/heads", None) as usize);
             let (images, tokens, dim) = (x.dim(0), x.dim(1), x.dim(2));
-            let rotary = g.options["cases"][case]["rope"].as_bool().unwrap().then(|| tables.clone().into());
+            let rotary = g.options["cases"][case]["rope"].as_bool().unwrap().then(|| tables.clone());
             // The key part of the bias is masked out by a buffer of ones and zeros.
             let bias = match (layer.find("qkv.bias"), g.has(&format!("{case}.w.qkv.bias_mask"))) {
                 (Some(bias), true) => Some(bias.mul(&layer.weight("qkv.bias_mask").detach()).unwrap()),

@@ -145,7 +145,7 @@ impl Comparison<'_> {
         };
         let error = if size == 0.0 { difference } else { difference / size };
         println!("{case:16} {tensor:28} {:?} {error:9.1e} {tolerance:9.1e}", self.dtype);
-        if !(error <= tolerance) {
+        if error.is_nan() || error > tolerance {
             self.failures.push(format!("{tensor}: {error:e} > {tolerance:e}"));
         }
         self.seen.insert(tensor.to_string());
