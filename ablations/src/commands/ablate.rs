@@ -25,7 +25,7 @@ pub struct AblateArgs {
     /// The suite, such as ablations/gram_on_off.toml
     #[arg(required_unless_present = "schema")]
     suite: Option<PathBuf>,
-    /// The suite's folder [default: runs/<name of the suite>]
+    /// The suite's folder; by default one named like the suite in runs/
     #[arg(long)]
     out: Option<PathBuf>,
     /// Run these arms only

@@ -18,7 +18,7 @@ use crate::{signals, style};
 pub struct Args {
     #[command(flatten)]
     recipe: RecipeArgs,
-    /// The run's folder [default: runs/<name of the recipe>]
+    /// The run's folder; by default one named like the recipe in runs/
     #[arg(long)]
     out: Option<PathBuf>,
     /// Continue the run in the folder from its newest checkpoint

@@ -14,7 +14,7 @@ impl Tensor {
     /// With `rows` = (u32 row numbers `[S]`, all different; a scale for each, `[S]`, which receives no gradient), `y` is
     /// `[S, D]` and belongs to these rows: `out[rows[i]] = x[rows[i]] + scale[i] gamma y[i]`; other rows are `x`.
     ///
-    /// dx = dout, dy[i] = scale[i] gamma dout[rows[i]], dgamma = sum of scale[i] y[i] dout[rows[i]].
+    /// `dx = dout, dy[i] = scale[i] gamma dout[rows[i]], dgamma = sum of scale[i] y[i] dout[rows[i]]`.
     ///
     /// # Errors
     /// If the shapes do not fit, or a row number is out of bounds or repeated.
