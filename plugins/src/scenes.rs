@@ -18,8 +18,8 @@ use texture::{hsv, Pattern, Texture};
 /// edges. Needs no download.
 ///
 /// The label of a scene is the class of the object of which most is visible; its mask is the class of every pixel
-/// (0: background). Colours are random, and textures only lean towards a class, so neither tells it. A scene is a pure
-/// function of the run's seed and its index.
+/// (0: background). Colours are random and textures only lean towards a class (see `texture_cue`), so neither tells it
+/// by itself. A scene is a pure function of the run's seed and its index.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ScenesConfig {
@@ -33,6 +33,8 @@ pub struct ScenesConfig {
     pub objects: [usize; 2],
     /// Classes of objects: disc, square, triangle, star, ring, cross, crescent, arrow; at most 8.
     pub classes: usize,
+    /// How much texture tells: the chance that an object wears the pattern of its class rather than any.
+    pub texture_cue: f64,
 }
 
 /// The size of a scene in pixels.
@@ -47,7 +49,7 @@ pub enum Size {
 
 impl Default for ScenesConfig {
     fn default() -> Self {
-        Self { size: Size::Square(96), count: 8192, held_out: 1024, objects: [2, 5], classes: 8 }
+        Self { size: Size::Square(96), count: 8192, held_out: 1024, objects: [2, 5], classes: 8, texture_cue: 0.5 }
     }
 }
 
@@ -63,6 +65,7 @@ pub struct Scenes {
     height: usize,
     objects: [usize; 2],
     classes: usize,
+    texture_cue: f64,
     /// 0: trained on; 1: held out.
     part: u64,
     len: usize,
@@ -77,7 +80,7 @@ impl Scenes {
             Size::Square(side) => [side, side],
             Size::Rectangle(size) => size,
         };
-        let ScenesConfig { count, held_out, objects, classes, .. } = *config;
+        let ScenesConfig { count, held_out, objects, classes, texture_cue, .. } = *config;
         let user = |problem: String, help: &str| Err(Error::user(format!("scenes: {problem}"), help));
         if width.min(height) < 8 || width.max(height) > 16384 {
             return user(format!("size {width}x{height} is out of range"), "choose sides of 8 to 16384 pixels");
@@ -94,7 +97,12 @@ impl Scenes {
         if !(1..=Shape::ALL.len()).contains(&classes) {
             return user(format!("classes = {classes} is out of range"), "choose 1 to 8 classes");
         }
-        let part = |part, len, held_out| Self { seed, width, height, objects, classes, part, len, held_out };
+        if !(0.0..=1.0).contains(&texture_cue) {
+            return user(format!("texture_cue = {texture_cue} is no chance"), "choose a number in [0, 1]");
+        }
+        let part = |part, len, held_out| {
+            Self { seed, width, height, objects, classes, texture_cue, part, len, held_out }
+        };
         let held_out = (held_out > 0).then(|| Arc::new(part(1, held_out, None)));
         Ok(part(0, count, held_out))
     }
@@ -182,9 +190,8 @@ impl Scenes {
                 if i == large { (rng.uniform(0.22, 0.34), 0.28) } else { (rng.uniform(0.09, 0.19), 0.08) };
             let centre = [self.width, self.height].map(|side| (side as f64 * rng.uniform(margin, 1.0 - margin)) as f32);
             let angle = rng.uniform(0.0, std::f64::consts::TAU);
-            // Half of the objects wear the pattern of their class.
             let typical = class % Pattern::ALL.len();
-            let pattern = if rng.chance(0.5) { typical } else { rng.below(Pattern::ALL.len()) };
+            let pattern = if rng.chance(self.texture_cue) { typical } else { rng.below(Pattern::ALL.len()) };
             // Any hue that stands out from the background.
             let hue = ground + rng.uniform(0.12, 0.88);
             let main = hsv(hue, rng.uniform(0.5, 0.95), rng.uniform(0.65, 1.0));
