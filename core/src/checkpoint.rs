@@ -187,7 +187,7 @@ pub fn save(run: &Path, content: &Content, keep: usize) -> Result<PathBuf> {
         }
     }
     // Dropped on any error below, and then removed.
-    let building = tempfile::Builder::new().prefix(".building-").tempdir_in(&folder);
+    let building = shared(0o777).prefix(".building-").tempdir_in(&folder);
     let building = building.map_err(Error::io("create a folder in", &folder))?;
     let mut files = BTreeMap::new();
     for (name, tensors) in [("model.safetensors", &content.model), ("optimizer.safetensors", &content.optimizer)] {
@@ -219,6 +219,14 @@ pub fn save(run: &Path, content: &Content, keep: usize) -> Result<PathBuf> {
     Ok(target)
 }
 
+/// Makes temporary files and folders with the permissions of ordinary ones (less the umask), as they are renamed later.
+fn shared(mode: u32) -> tempfile::Builder<'static, 'static> {
+    let mut builder = tempfile::Builder::new();
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(mode));
+    builder
+}
+
 /// Writes a file so that a reader sees the old content or the new, never a part.
 ///
 /// # Errors
@@ -227,7 +235,7 @@ pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
     use std::io::Write;
     let folder = path.parent().unwrap_or(Path::new("."));
     let write = || -> std::io::Result<()> {
-        let mut file = tempfile::NamedTempFile::new_in(folder)?;
+        let mut file = shared(0o666).tempfile_in(folder)?;
         file.write_all(bytes)?;
         file.as_file().sync_all()?;
         file.persist(path)?;

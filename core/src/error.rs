@@ -22,7 +22,7 @@ pub enum Error {
         problem: String,
     },
     /// A file or folder that cannot be read or written.
-    #[error("cannot {action} {}: {source}", path.display())]
+    #[error("cannot {action} {}: {source}{}", path.display(), advice(source))]
     Io {
         /// "read", "write", "create", ...
         action: &'static str,
@@ -63,7 +63,27 @@ pub enum Error {
     },
 }
 
+/// What to do about a failure of the operating system, where it is plain.
+fn advice(source: &std::io::Error) -> &'static str {
+    use std::io::ErrorKind::{FileTooLarge, PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull};
+    match source.kind() {
+        StorageFull | QuotaExceeded | FileTooLarge => {
+            "\n  help: make room; what was saved before is whole, and a run goes on from it with --resume"
+        }
+        PermissionDenied | ReadOnlyFilesystem => "\n  help: choose a place where you may, or change its permissions",
+        _ => "",
+    }
+}
+
 impl Error {
+    /// What is wrong, without what to do: for lists of problems.
+    pub fn problem(&self) -> String {
+        match self {
+            Self::Content { problem, .. } | Self::User { problem, .. } => problem.clone(),
+            other => other.to_string(),
+        }
+    }
+
     /// A shape error of `op`.
     pub fn shape(op: &'static str, problem: impl Into<String>) -> Self {
         Self::Shape { op, problem: problem.into() }

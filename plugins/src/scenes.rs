@@ -100,9 +100,8 @@ impl Scenes {
         if !(0.0..=1.0).contains(&texture_cue) {
             return user(format!("texture_cue = {texture_cue} is no chance"), "choose a number in [0, 1]");
         }
-        let part = |part, len, held_out| {
-            Self { seed, width, height, objects, classes, texture_cue, part, len, held_out }
-        };
+        let part =
+            |part, len, held_out| Self { seed, width, height, objects, classes, texture_cue, part, len, held_out };
         let held_out = (held_out > 0).then(|| Arc::new(part(1, held_out, None)));
         Ok(part(0, count, held_out))
     }

@@ -1,8 +1,9 @@
 //! `dinolab plugins`, `dinolab recipe`: what they print, and how they end.
 
-use std::path::PathBuf;
+#[allow(dead_code)]
+mod program;
 
-use assert_cmd::Command;
+use program::{Ended, Folder};
 
 const RECIPE: &str = r#"name = "toy"
 steps = 100
@@ -16,31 +17,6 @@ plugin = "ema"
 [losses.toy_loss]
 "#;
 
-struct Folder(tempfile::TempDir);
-
-impl Folder {
-    fn new() -> Self {
-        Self(tempfile::tempdir().unwrap())
-    }
-
-    fn write(&self, name: &str, text: &str) -> PathBuf {
-        std::fs::write(self.0.path().join(name), text).unwrap();
-        PathBuf::from(name)
-    }
-
-    /// Runs the program inside the folder: exit code, stdout, stderr.
-    fn run(&self, args: &[&str]) -> (i32, String, String) {
-        self.run_with(&[], args)
-    }
-
-    fn run_with(&self, env: &[(&str, &str)], args: &[&str]) -> (i32, String, String) {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_with_plugins"));
-        let output = command.args(args).envs(env.iter().copied()).current_dir(self.0.path()).output().unwrap();
-        let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
-        (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
-    }
-}
-
 fn with_toy(more: &str) -> (Folder, String) {
     let folder = Folder::new();
     folder.write("toy.toml", &format!("{RECIPE}{more}\n"));
@@ -50,19 +26,19 @@ fn with_toy(more: &str) -> (Folder, String) {
 #[test]
 fn plugins_of_other_crates_are_listed() {
     let folder = Folder::new();
-    let (code, out, _) = folder.run(&["plugins"]);
+    let Ended { code, out, .. } = folder.run(&["plugins"]);
     assert_eq!(code, 0);
     for name in ["toy_matrix", "linear_warmup_cosine", "rope_box", "gram_anchor", "knn"] {
         assert!(out.contains(name), "{name} is missing in\n{out}");
     }
     assert!(!out.contains('\x1b'), "no colour in a pipe");
-    let (_, losses, _) = folder.run(&["plugins", "loss"]);
+    let Ended { out: losses, .. } = folder.run(&["plugins", "loss"]);
     assert!(losses.contains("toy_loss") && !losses.contains("rope_box"), "{losses}");
 }
 
 #[test]
 fn a_plugin_shows_keys_types_defaults_and_docs() {
-    let (code, out, _) = Folder::new().run(&["plugins", "backbone", "toy_matrix"]);
+    let Ended { code, out, .. } = Folder::new().run(&["plugins", "backbone", "toy_matrix"]);
     assert_eq!(code, 0);
     let row = |key: &str| {
         let line = out.lines().find(|l| l.trim_start().starts_with(key)).unwrap_or_else(|| panic!("{key}: {out}"));
@@ -75,7 +51,7 @@ fn a_plugin_shows_keys_types_defaults_and_docs() {
 
 #[test]
 fn plugins_as_json_carry_their_schemas() {
-    let (_, out, _) = Folder::new().run(&["plugins", "backbone", "toy_matrix", "--json"]);
+    let Ended { out, .. } = Folder::new().run(&["plugins", "backbone", "toy_matrix", "--json"]);
     let json: serde_json::Value = serde_json::from_str(&out).unwrap();
     assert_eq!(json[0]["schema"]["properties"]["patch_size"]["default"], 16);
 }
@@ -83,10 +59,10 @@ fn plugins_as_json_carry_their_schemas() {
 #[test]
 fn unknown_kinds_and_names_have_a_suggestion_and_exit_code_2() {
     let folder = Folder::new();
-    let (code, _, err) = folder.run(&["plugins", "losss"]);
+    let Ended { code, err, .. } = folder.run(&["plugins", "losss"]);
     assert_eq!(code, 2);
     assert!(err.starts_with("error: there is no kind of plugin `losss`\n  help: did you mean `loss`?"), "{err}");
-    let (code, _, err) = folder.run(&["plugins", "loss", "toy_los"]);
+    let Ended { code, err, .. } = folder.run(&["plugins", "loss", "toy_los"]);
     assert_eq!(code, 2);
     assert!(err.starts_with("error: there is no loss plugin `toy_los`\n  help: did you mean `toy_loss`?"), "{err}");
 }
@@ -94,27 +70,27 @@ fn unknown_kinds_and_names_have_a_suggestion_and_exit_code_2() {
 #[test]
 fn show_prints_a_recipe_that_resolves_to_itself() {
     let (folder, path) = with_toy("");
-    let (code, out, err) = folder.run(&["recipe", "show", &path, "--set", "optimizer.lr=2e-3"]);
+    let Ended { code, out, err } = folder.run(&["recipe", "show", &path, "--set", "optimizer.lr=2e-3"]);
     assert_eq!((code, err.as_str()), (0, ""));
     assert!(out.contains("lr = 0.002"), "{out}");
     assert!(out.contains("# --set optimizer.lr=2e-3"), "{out}");
     assert!(out.contains("# toy.toml:2"), "{out}");
     folder.write("saved.toml", &out);
-    let (_, diff, _) = folder.run(&["recipe", "diff", &path, "saved.toml"]);
+    let Ended { out: diff, .. } = folder.run(&["recipe", "diff", &path, "saved.toml"]);
     assert_eq!(diff.trim(), "optimizer.lr  0.001 -> 0.002");
-    let (_, same, _) = folder.run(&["recipe", "diff", "saved.toml", "saved.toml"]);
+    let Ended { out: same, .. } = folder.run(&["recipe", "diff", "saved.toml", "saved.toml"]);
     assert_eq!(same, "no difference\n");
     folder.write("ramp.toml", "extends = \"toy.toml\"\n[optimizer]\nlr = { plugin = \"constant\", value = 1 }\n");
-    let (_, ramp, _) = folder.run(&["recipe", "diff", &path, "ramp.toml"]);
+    let Ended { out: ramp, .. } = folder.run(&["recipe", "diff", &path, "ramp.toml"]);
     assert_eq!(ramp.trim(), "optimizer.lr  0.001 -> { plugin = \"constant\", value = 1.0 }");
 }
 
 #[test]
 fn run_folders_stand_for_their_recipe() {
     let (folder, path) = with_toy("");
-    std::fs::create_dir(folder.0.path().join("run")).unwrap();
+    std::fs::create_dir(folder.path("run")).unwrap();
     folder.write("run/recipe.toml", &RECIPE.replace("steps = 100", "steps = 50"));
-    let (_, diff, _) = folder.run(&["recipe", "diff", &path, "run"]);
+    let Ended { out: diff, .. } = folder.run(&["recipe", "diff", &path, "run"]);
     assert_eq!(diff.trim(), "steps  100 -> 50");
 }
 
@@ -122,9 +98,9 @@ fn run_folders_stand_for_their_recipe() {
 fn show_says_what_a_recipe_changes_of_its_base() {
     let (folder, path) = with_toy("");
     folder.write("child.toml", "extends = \"toy.toml\"\nsteps = 7\n");
-    let (code, out, _) = folder.run(&["recipe", "show", "child.toml", "--diff-base"]);
+    let Ended { code, out, .. } = folder.run(&["recipe", "show", "child.toml", "--diff-base"]);
     assert_eq!((code, out.trim()), (0, "steps  100 -> 7"));
-    let (code, _, err) = folder.run(&["recipe", "show", &path, "--diff-base"]);
+    let Ended { code, err, .. } = folder.run(&["recipe", "show", &path, "--diff-base"]);
     assert_eq!(code, 2);
     assert!(err.contains("toy.toml extends nothing"), "{err}");
 }
@@ -134,7 +110,7 @@ fn the_timeline_draws_schedules_and_lists_events() {
     let (folder, path) = with_toy(
         "[optimizer]\nlr = { plugin = \"linear_warmup\", peak = 1e-3, warmup_steps = 10 }\n[gram_teacher]\nplugin = \"gram_anchor\"\nrefresh = { every = 20 }\n",
     );
-    let (code, out, err) = folder.run(&["recipe", "show", &path, "--timeline"]);
+    let Ended { code, out, err } = folder.run(&["recipe", "show", &path, "--timeline"]);
     assert_eq!(code, 0, "{err}");
     assert!(out.contains("optimizer.weight_decay  0.04 throughout"), "{out}");
     assert!(out.contains("optimizer.lr  "), "{out}");
@@ -145,19 +121,20 @@ fn the_timeline_draws_schedules_and_lists_events() {
 fn check_reports_every_recipe_and_ends_with_2() {
     let (folder, path) = with_toy("");
     folder.write("typo.toml", &RECIPE.replace("dim = 8", "dmi = 8"));
-    let (code, out, err) = folder.run(&["recipe", "check", "typo.toml", &path]);
+    let Ended { code, out, err } = folder.run(&["recipe", "check", "typo.toml", &path]);
     assert_eq!(code, 2);
     assert!(out.starts_with("ok  toy.toml  "), "{out}");
     let expected =
         "error: typo.toml:5:1: backbone.dmi: unknown key\n    5 | dmi = 8\n      | ^^^\n  help: did you mean `dim`?";
     assert!(err.starts_with(expected), "{err}");
-    assert_eq!(folder.run(&["recipe", "check", &path]).0, 0);
+    assert_eq!(folder.run(&["recipe", "check", &path]).code, 0);
 }
 
 #[test]
 fn a_misspelt_environment_variable_is_named() {
     let (folder, path) = with_toy("");
-    let (code, _, err) = folder.run_with(&[("DINOLAB_LOSSES__TOY_LOSS__WIEGHT", "2")], &["recipe", "check", &path]);
+    let Ended { code, err, .. } =
+        folder.run_with(&[("DINOLAB_LOSSES__TOY_LOSS__WIEGHT", "2")], &["recipe", "check", &path]);
     assert_eq!(code, 2);
     let expected = "error: environment DINOLAB_LOSSES__TOY_LOSS__WIEGHT: losses.toy_loss.wieght: unknown key\n  \
         help: did you mean `weight`?";
@@ -168,7 +145,7 @@ fn a_misspelt_environment_variable_is_named() {
 fn set_wins_over_the_environment() {
     let (folder, path) = with_toy("");
     let env = [("DINOLAB_SEED", "3"), ("DINOLAB_BATCH__SIZE", "8")];
-    let (code, out, _) = folder.run_with(&env, &["recipe", "show", &path, "--set", "seed=4"]);
+    let Ended { code, out, .. } = folder.run_with(&env, &["recipe", "show", &path, "--set", "seed=4"]);
     assert_eq!(code, 0);
     assert!(out.lines().any(|l| l.starts_with("seed = 4") && l.ends_with("# --set seed=4")), "{out}");
     assert!(
@@ -182,7 +159,7 @@ fn cost_is_told_without_allocating() {
     let (folder, path) = with_toy("");
     // 3 * 16 * 16 * 2e10 numbers: 61 TB, if anything were allocated.
     let args = ["recipe", "check", &path, "--cost", "--set", "backbone.dim=20000000000"];
-    let (code, out, err) = folder.run(&args);
+    let Ended { code, out, err } = folder.run(&args);
     assert_eq!(code, 0, "{err}");
     // 2 x 256 + 8 x 49 patches of the student thrice, 2 x 256 of the teacher once, 1e6 each.
     assert!(out.contains("operations 3.22 GFLOP an image"), "{out}");
@@ -197,21 +174,21 @@ fn explain_says_value_origin_and_reader() {
         let line = out.lines().find(|l| l.trim_start().starts_with(name)).map(|l| l.trim_start()[name.len()..].trim());
         line.unwrap_or_else(|| panic!("{name}: {out}")).to_string()
     };
-    let (code, out, _) = folder.run(&["recipe", "explain", "losses.toy_loss.weight", &path]);
+    let Ended { code, out, .. } = folder.run(&["recipe", "explain", "losses.toy_loss.weight", &path]);
     assert_eq!(code, 0);
     let rows = ["value", "from", "read by", "type", "default"].map(|name| row(&out, name));
     assert_eq!(rows, ["2.5", "toy.toml:11", "training step", "number or scheduler", "1.0"]);
-    let (_, out, _) = folder.run(&["recipe", "explain", "backbone.patch_size", &path]);
+    let Ended { out, .. } = folder.run(&["recipe", "explain", "backbone.patch_size", &path]);
     assert_eq!(["value", "from", "read by"].map(|n| row(&out, n)), ["16", "default", "backbone plugin `toy_matrix`"]);
     assert_eq!(row(&out, "doc"), "Side of a patch in pixels.");
-    let (code, _, err) = folder.run(&["recipe", "explain", "backbone.patchsize", &path]);
+    let Ended { code, err, .. } = folder.run(&["recipe", "explain", "backbone.patchsize", &path]);
     assert_eq!(code, 2);
     assert!(err.contains("did you mean `backbone.patch_size`?"), "{err}");
 }
 
 #[test]
 fn the_schema_knows_plugins_of_other_crates() {
-    let (code, out, _) = Folder::new().run(&["recipe", "schema"]);
+    let Ended { code, out, .. } = Folder::new().run(&["recipe", "schema"]);
     assert_eq!(code, 0);
     let schema: serde_json::Value = serde_json::from_str(&out).unwrap();
     assert_eq!(schema["$schema"], "http://json-schema.org/draft-07/schema#");
@@ -219,14 +196,14 @@ fn the_schema_knows_plugins_of_other_crates() {
     let toy = backbones.iter().find(|b| b["title"] == "toy_matrix").unwrap();
     assert_eq!(toy["required"], serde_json::json!(["plugin", "dim"]));
     assert!(schema["properties"]["losses"]["properties"]["toy_loss"].is_object());
-    let (_, out, _) = Folder::new().run(&["recipe", "schema", "suite"]);
+    let Ended { out, .. } = Folder::new().run(&["recipe", "schema", "suite"]);
     let suite: serde_json::Value = serde_json::from_str(&out).unwrap();
     assert!(suite["properties"]["seeds"].is_object());
 }
 
 #[test]
 fn completions_are_printed() {
-    let (code, out, _) = Folder::new().run(&["completions", "bash"]);
+    let Ended { code, out, .. } = Folder::new().run(&["completions", "bash"]);
     assert_eq!(code, 0);
     assert!(out.contains("dinolab"), "{out}");
 }

@@ -193,13 +193,13 @@ impl Pipeline {
             }
         }
         Err(Error::user(
-            format!("{} samples in a row cannot be read:\n{}", broken.len(), list(&broken)),
+            format!("{} samples in a row cannot be read, such as\n{}", broken.len(), list(&broken)),
             "check that [data] points at readable images",
         ))
     }
 
     fn read_one(&self, index: usize) -> Result<Sample, String> {
-        let sample = self.dataset.get(index).map_err(|e| e.to_string())?;
+        let sample = self.dataset.get(index).map_err(|e| e.problem())?;
         let (width, height, patch) = (sample.width, sample.height, self.spec.patch_size);
         if width.min(height) < patch {
             return Err(format!("{width}x{height} pixels are less than a patch of {patch}x{patch}"));
@@ -213,10 +213,7 @@ impl Pipeline {
 
 /// The first few broken samples, one a line.
 pub(super) fn list<'a>(broken: impl IntoIterator<Item = &'a BrokenSample>) -> String {
-    let lines = broken.into_iter().take(5).map(|b| match b.reason.contains(&b.name) {
-        true => format!("  {}", b.reason),
-        false => format!("  {}: {}", b.name, b.reason),
-    });
+    let lines = broken.into_iter().take(5).map(|b| format!("  {}: {}", b.name, b.reason));
     lines.collect::<Vec<_>>().join("\n")
 }
 

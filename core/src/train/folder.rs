@@ -42,7 +42,7 @@ struct RunInfo<'a> {
 }
 
 impl RunFolder {
-    /// Makes the folder, or opens it to go on; writes the resolved recipe before anything else happens.
+    /// Makes the folder, or opens it to go on. Nothing is written yet, so that a run that cannot start leaves no run.
     ///
     /// # Errors
     /// If the folder cannot be written, another process is in it, it holds a run and `resume` is off, or it holds a run
@@ -66,8 +66,15 @@ impl RunFolder {
                 let help = "start it anew in another folder (--out); `dinolab recipe diff` shows what differs";
                 return Err(Error::content(&path, "the run in this folder has another recipe", help));
             }
-        } else {
-            write_file(&recipe_path, resolved.to_toml().as_bytes())?;
+        }
+        Ok(Self { path, _lock: lock })
+    }
+
+    /// Writes what is known before the first step: the resolved recipe, and who runs it.
+    pub(super) fn begin(&self, resolved: &Resolved, options: &RunOptions) -> Result<()> {
+        let recipe = self.path.join("recipe.toml");
+        if !recipe.exists() {
+            write_file(&recipe, resolved.to_toml().as_bytes())?;
         }
         let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         let info = RunInfo {
@@ -79,8 +86,7 @@ impl RunFolder {
             started_unix: since.map_or(0, |d| d.as_secs()),
         };
         let info = serde_json::to_string_pretty(&info).expect("plain data");
-        write_file(&path.join("run.json"), info.as_bytes())?;
-        Ok(Self { path, _lock: lock })
+        write_file(&self.path.join("run.json"), info.as_bytes())
     }
 
     /// Where it is.

@@ -156,11 +156,14 @@ pub fn run(resolved: &Resolved, options: &RunOptions, observer: &mut dyn Observe
     let (train, test) = datasets(recipe)?;
     resolved.check_data(test.as_ref())?;
     let spec = loader_spec(recipe, &learner, start);
+    let probes = probes::Probes::new(recipe, train.clone(), test)?;
+    let loader = Loader::new(train, spec)?;
+    folder.begin(resolved, options)?;
     let (log, seconds) = log::Log::open(&folder, recipe, start)?;
     let mut run = Run {
         log,
-        probes: probes::Probes::new(recipe, train.clone(), test)?,
-        loader: Loader::new(train, spec)?,
+        probes,
+        loader,
         verdict: verdict::Verdict::default(),
         window: Window::default(),
         seconds,

@@ -1,4 +1,4 @@
-//! The program with plugins of a researcher's own: a backbone, a loss and a dataset, in one file that dinolab does not
+//! The program with plugins of a researcher's own: a backbone, losses and a dataset, in one file that dinolab does not
 //! know. The tests of the command line run it.
 
 use dinolab_core::contract::{
@@ -70,6 +70,26 @@ impl Loss for ToyLoss {
 }
 
 plugin!(Loss, "toy_loss", ToyLoss);
+
+/// Infinite at one step.
+#[derive(Debug, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct ToySpike {
+    /// The step.
+    at_step: u64,
+}
+
+impl Loss for ToySpike {
+    fn needs(&self) -> Needs {
+        Needs::default()
+    }
+    fn compute(&self, outputs: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
+        let factor = if context.at.step == self.at_step { f64::INFINITY } else { 1e-3 };
+        outputs.student_cls.square()?.mean()?.scale(factor).map(LossValue::of)
+    }
+}
+
+plugin!(Loss, "toy_spike", ToySpike);
 
 /// Grey pixels.
 #[derive(Debug, Serialize, Deserialize, schemars::JsonSchema)]

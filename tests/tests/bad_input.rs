@@ -1,0 +1,166 @@
+//! What is wrong in what the user gives is said before work is lost: where it is, what was expected, what to do.
+
+#[allow(dead_code)]
+mod program;
+
+use std::fs;
+
+use program::Folder;
+
+/// Runs `train micro.toml` with changes; it has to end with `code`, and to say all of `parts`.
+fn refused(folder: &Folder, code: i32, sets: &[&str], parts: &[&str]) {
+    let mut args = vec!["train", "micro.toml", "--out", "refused"];
+    args.extend(sets.iter().flat_map(|set| ["--set", set]));
+    let ended = folder.run(&args);
+    assert_eq!(ended.code, code, "{sets:?}: {}{}", ended.out, ended.err);
+    for part in parts {
+        assert!(ended.err.contains(part), "{sets:?}: no `{part}` in\n{}", ended.err);
+    }
+    for noise in ["panicked", "backtrace", "RUST_"] {
+        assert!(!ended.err.contains(noise), "{}", ended.err);
+    }
+}
+
+/// As [`refused`], with the exit code of bad input; no step was logged.
+fn bad(sets: &[&str], parts: &[&str]) {
+    let folder = Folder::with_micro();
+    refused(&folder, 2, sets, parts);
+    assert!(!folder.path("refused/metrics.jsonl").exists(), "{sets:?}: it began to train");
+}
+
+#[test]
+fn a_recipe_that_is_not_there_is_named() {
+    let ended = Folder::new().run(&["train", "nothing.toml"]);
+    assert_eq!(ended.code, 2);
+    assert!(ended.err.contains("nothing.toml") && ended.err.contains("No such file"), "{}", ended.err);
+}
+
+#[test]
+fn folders_of_images_are_looked_at_before_training() {
+    let image_folder = |path: &'static str| ["data.plugin=image_folder", path];
+    bad(&image_folder("data.path=nowhere"), &["nowhere", "no such folder", "help"]);
+    let folder = Folder::with_micro();
+    fs::create_dir(folder.path("empty")).unwrap();
+    refused(&folder, 2, &image_folder("data.path=empty"), &["empty", "no image", "help"]);
+}
+
+#[test]
+fn a_run_stops_when_too_many_images_are_broken() {
+    let folder = Folder::with_micro();
+    fs::create_dir(folder.path("pictures")).unwrap();
+    for i in 0..20 {
+        folder.write(&format!("pictures/{i}.png"), "not a picture");
+    }
+    let sets = ["data.plugin=image_folder", "data.path=pictures"];
+    refused(&folder, 2, &sets, &["pictures/", ".png: the content is neither", "[data]"]);
+}
+
+#[test]
+fn sizes_that_do_not_fit_are_refused() {
+    bad(&["crops.global_size=30"], &["crops.global_size", "30", "8"]);
+    bad(&["crops.local_size=4"], &["crops.local_size", "4", "8"]);
+    bad(&["backbone.heads=3"], &["heads", "3", "32"]);
+    bad(&["batch.size=0"], &["batch.size"]);
+    bad(&["batch.size=5", "batch.micro_batches=2"], &["batch.micro_batches", "5"]);
+    bad(&["data.size=4"], &["size 4x4"]);
+    bad(&["losses.koleo.topk=9"], &["koleo", "10"]);
+}
+
+#[test]
+fn combinations_that_make_no_sense_are_refused() {
+    let folder = Folder::with_micro();
+    let text = folder.read("micro.toml");
+    let alone = "name = 'alone'\nsteps = 2\nbackbone = { plugin = 'vit', preset = 'vit_tiny_test' }\n\
+        data = { plugin = 'scenes' }\nteacher = { plugin = 'ema' }\nlosses = { gram = {} }\n";
+    folder.write("micro.toml", alone);
+    refused(&folder, 2, &[], &["gram", "gram_teacher"]);
+    folder.write("micro.toml", &text);
+    refused(&folder, 2, &["backbone.plugin=vti"], &["vti", "`vit`"]);
+    refused(&folder, 2, &["losses.gramm.weight=1"], &["gramm", "`gram`"]);
+    refused(&folder, 2, &["optimizer.lrr=1"], &["optimizer.lrr", "`lr`"]);
+    refused(&folder, 2, &["optimizer.lr='fast'"], &["optimizer.lr", "fast"]);
+    refused(&folder, 2, &["steps=-1"], &["steps", "-1"]);
+}
+
+#[test]
+fn a_checkpoint_of_another_architecture_says_which_tensors_differ() {
+    let folder = Folder::with_micro();
+    folder.succeed(&["train", "micro.toml", "--out", "narrow"]);
+    let sets = ["init_from=narrow", "backbone.dim=64"];
+    refused(&folder, 2, &sets, &["narrow", "backbone.", "[32", "[64"]);
+    let sets = ["init_from=narrow", "backbone.depth=3"];
+    refused(&folder, 2, &sets, &["narrow", "backbone.blocks.2"]);
+    let sets = ["init_from=nowhere"];
+    refused(&folder, 2, &sets, &["nowhere"]);
+}
+
+#[test]
+fn a_truncated_checkpoint_is_passed_over_for_the_one_before() {
+    let folder = Folder::with_micro();
+    folder.succeed(&["train", "micro.toml", "--out", "whole"]);
+    folder.succeed(&["train", "micro.toml", "--out", "run"]);
+    fs::remove_file(folder.path("run/result.json")).unwrap();
+    let model = folder.path("run/checkpoints/step-00000012/model.safetensors");
+    let bytes = fs::read(&model).unwrap();
+    fs::write(&model, &bytes[..bytes.len() / 2]).unwrap();
+    let ended = folder.succeed(&["train", "micro.toml", "--out", "run", "--resume"]);
+    assert!(ended.err.contains("step-00000012") && ended.err.contains("step 8"), "{}", ended.err);
+    assert!(fs::read(&model).unwrap() == bytes, "the same bytes as if nothing had happened");
+
+    let copy = folder.path("half.safetensors");
+    fs::write(&copy, &bytes[..bytes.len() / 2]).unwrap();
+    refused(&folder, 2, &["init_from=half.safetensors"], &["half.safetensors", "help"]);
+}
+
+#[test]
+fn an_output_folder_that_cannot_be_written_is_named() {
+    let folder = Folder::with_micro();
+    folder.write("file", "");
+    let ended = folder.run(&["train", "micro.toml", "--out", "file/run"]);
+    assert_eq!(ended.code, 1);
+    assert!(ended.err.contains("cannot create file/run"), "{}", ended.err);
+}
+
+/// Runs the program with a limit on the size of a file, in blocks of 1 KiB: what a full disk looks like.
+fn with_file_limit(folder: &Folder, blocks: u32, args: &str) -> program::Ended {
+    let script = format!("trap '' XFSZ; ulimit -f {blocks}; exec {} {args}", env!("CARGO_BIN_EXE_with_plugins"));
+    let mut command = std::process::Command::new("bash");
+    command.args(["-c", &script]).current_dir(folder.path("."));
+    command.output().expect("there is a bash").into()
+}
+
+#[test]
+fn a_full_disk_stops_the_run_and_leaves_what_was_saved() {
+    let folder = Folder::with_micro();
+    folder.succeed(&["train", "micro.toml", "--out", "whole"]);
+    // Ample for what is logged, too little for a checkpoint.
+    let ended = with_file_limit(&folder, 100, "train micro.toml --out run");
+    assert_eq!(ended.code, 1, "{}{}", ended.out, ended.err);
+    assert!(ended.err.contains("cannot write") && ended.err.contains("run/checkpoints"), "{}", ended.err);
+    assert!(ended.err.contains("help"), "{}", ended.err);
+    assert!(!folder.path("run/checkpoints/step-00000004").exists(), "half a checkpoint was left");
+    folder.succeed(&["train", "micro.toml", "--out", "run", "--resume"]);
+    let weights = |run: &str| fs::read(folder.path(run).join("checkpoints/step-00000012/model.safetensors")).unwrap();
+    assert!(weights("whole") == weights("run"));
+}
+
+#[test]
+fn nothing_is_overwritten() {
+    let folder = Folder::with_micro();
+    folder.succeed(&["train", "micro.toml", "--out", "refused"]);
+    let before = folder.read("refused/metrics.jsonl");
+    refused(&folder, 2, &[], &["refused", "already", "--resume", "--out"]);
+    let ended = folder.run(&["train", "micro.toml", "--out", "refused", "--resume", "--set", "optimizer.lr=1"]);
+    assert_eq!(ended.code, 2);
+    assert!(ended.err.contains("another recipe") && ended.err.contains("recipe diff"), "{}", ended.err);
+    assert_eq!(folder.read("refused/metrics.jsonl"), before);
+}
+
+#[test]
+fn captures_that_are_none_are_refused() {
+    let folder = Folder::new();
+    folder.write("text.safetensors", "text");
+    let ended = folder.run(&["replay", "text.safetensors"]);
+    assert_eq!(ended.code, 2);
+    assert!(ended.err.contains("text.safetensors") && ended.err.contains("help"), "{}", ended.err);
+}

@@ -1,0 +1,251 @@
+//! Whole runs of the real program: stopping, resuming, failing, and what they leave behind.
+
+#[allow(dead_code)]
+mod program;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Child;
+use std::time::{Duration, Instant};
+
+use program::{root, Ended, Folder};
+
+/// Names and bytes of the files of a run's last checkpoint.
+fn final_weights(folder: &Folder, run: &str, step: u64) -> Vec<(String, Vec<u8>)> {
+    let path = folder.path(run).join(format!("checkpoints/step-{step:08}"));
+    ["model.safetensors", "optimizer.safetensors", "state.json"]
+        .map(|name| (name.into(), fs::read(path.join(name)).unwrap_or_else(|e| panic!("{name}: {e}"))))
+        .into()
+}
+
+fn assert_same_weights(folder: &Folder, one: &str, other: &str, step: u64) {
+    for ((name, a), (_, b)) in final_weights(folder, one, step).iter().zip(final_weights(folder, other, step)) {
+        assert!(*a == b, "{name} of {one} and {other} differ");
+    }
+}
+
+/// Waits until `ready` holds, for a minute at most and as long as the program runs.
+fn wait_until(child: &mut Child, ready: impl Fn() -> bool) {
+    let begin = Instant::now();
+    while !ready() {
+        assert!(child.try_wait().expect("it was started").is_none(), "the program ended too early");
+        assert!(begin.elapsed() < Duration::from_secs(60), "nothing happened for a minute");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn signal(child: &Child, name: &str) {
+    let sent = std::process::Command::new("kill").args([name, &child.id().to_string()]).status();
+    assert!(sent.expect("there is a kill command").success());
+}
+
+/// The `step` of every logged line.
+fn logged_steps(folder: &Folder, run: &str) -> Vec<u64> {
+    let lines = folder.read(&format!("{run}/metrics.jsonl"));
+    let step =
+        |line: &str| serde_json::from_str::<serde_json::Value>(line).expect("a line is an object")["step"].as_u64();
+    lines.lines().map(|line| step(line).expect("a number")).collect()
+}
+
+const LONG: [&str; 4] = ["--set", "steps=80", "--set", "losses.gram.enabled=true"];
+
+#[test]
+fn a_killed_run_resumes_to_the_same_bytes() {
+    let folder = Folder::with_micro();
+    folder.succeed(&[&["train", "micro.toml", "--out", "whole"][..], &LONG].concat());
+    let killed = [&["train", "micro.toml", "--out", "killed"][..], &LONG].concat();
+    let mut child = folder.start(&killed);
+    let checkpoint = folder.path("killed/checkpoints/step-00000012");
+    wait_until(&mut child, || checkpoint.exists());
+    child.kill().expect("it runs");
+    child.wait().expect("it was started");
+    assert!(!folder.path("killed/result.json").exists(), "it was killed too late to show anything");
+
+    let again = folder.run(&killed);
+    assert_eq!(again.code, 2, "a run is not overwritten");
+    assert!(again.err.contains("--resume"), "{}", again.err);
+    folder.succeed(&[&killed[..], &["--resume"]].concat());
+    assert_same_weights(&folder, "whole", "killed", 80);
+    assert_eq!(logged_steps(&folder, "killed"), (1..=80).collect::<Vec<_>>(), "every step is logged once");
+}
+
+#[test]
+fn sigterm_saves_and_says_how_to_go_on() {
+    let folder = Folder::with_micro();
+    folder.succeed(&[&["train", "micro.toml", "--out", "whole"][..], &LONG].concat());
+    for (name, out) in [("-TERM", "terminated"), ("-INT", "interrupted")] {
+        let args = [&["train", "micro.toml", "--out", out][..], &LONG].concat();
+        let mut child = folder.start(&args);
+        wait_until(&mut child, || folder.path(out).join("checkpoints/step-00000004").exists());
+        signal(&child, name);
+        let ended: Ended = child.wait_with_output().expect("it was started").into();
+        assert_eq!(ended.code, 75, "{}{}", ended.out, ended.err);
+        assert!(ended.out.contains("--resume"), "{}", ended.out);
+        folder.succeed(&[&args[..], &["--resume"]].concat());
+        assert_same_weights(&folder, "whole", out, 80);
+    }
+}
+
+#[test]
+fn the_same_seed_gives_the_same_bytes_on_any_number_of_threads() {
+    let folder = Folder::with_micro();
+    for threads in ["1", "3"] {
+        let ended = folder.run_with(&[("RAYON_NUM_THREADS", threads)], &["train", "micro.toml", "--out", threads]);
+        assert_eq!(ended.code, 0, "{}", ended.err);
+    }
+    assert_same_weights(&folder, "1", "3", 12);
+    folder.succeed(&["train", "micro.toml", "--out", "other", "--set", "seed=1"]);
+    assert_ne!(final_weights(&folder, "1", 12)[0].1, final_weights(&folder, "other", 12)[0].1);
+}
+
+/// A loss of the tests' own that is infinite at step 6.
+const SPIKE: [&str; 2] = ["--set", "losses.toy_spike.at_step=6"];
+
+#[test]
+fn a_loss_that_is_not_finite_is_captured_before_the_update_and_replayed() {
+    let folder = Folder::with_micro();
+    let ended = folder.run(&[&["train", "micro.toml", "--out", "run"][..], &SPIKE].concat());
+    assert_eq!(ended.code, 1, "{}", ended.err);
+    assert!(ended.err.contains("step 6") && ended.err.contains("toy_spike"), "{}", ended.err);
+    let capture = "run/captures/step-00000006.safetensors";
+    assert!(ended.err.contains(capture) && ended.err.contains("dinolab replay"), "{}", ended.err);
+
+    let replayed = folder.run(&["replay", capture]);
+    assert_eq!(replayed.code, 1, "the failure reproduces: {}{}", replayed.out, replayed.err);
+    assert!(replayed.out.contains("not finite") && replayed.out.contains("toy_spike"), "{}", replayed.out);
+}
+
+#[test]
+fn rare_steps_that_are_not_finite_are_skipped_if_the_recipe_allows_it() {
+    let folder = Folder::with_micro();
+    let args = [&["train", "micro.toml", "--out", "run", "--set", "on_non_finite={ skip = 1 }"][..], &SPIKE].concat();
+    folder.succeed(&args);
+    let result: serde_json::Value = serde_json::from_str(&folder.read("run/result.json")).expect("JSON");
+    assert_eq!(result["skipped"], 1);
+    assert!(folder.read("run/messages.jsonl").contains("was skipped"));
+}
+
+/// The most memory the process has held so far, in KiB.
+fn peak_rss(child: &Child) -> Option<u64> {
+    let status = fs::read_to_string(format!("/proc/{}/status", child.id())).ok()?;
+    status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?.trim().strip_suffix(" kB")?.parse().ok()
+}
+
+#[test]
+fn memory_is_flat_from_step_10_to_step_500() {
+    let folder = Folder::with_micro();
+    let args = ["train", "micro.toml", "--set", "steps=500", "--set", "checkpoint.every=0", "--out", "run"];
+    let gram = ["--set", "losses.gram.enabled=true", "--set", "gram_teacher.first_step=2"];
+    let mut child = folder.start(&[&args[..], &gram].concat());
+    let metrics = folder.path("run/metrics.jsonl");
+    let logged = || fs::read_to_string(&metrics).map_or(0, |text| text.lines().count());
+    wait_until(&mut child, || logged() >= 10);
+    let early = peak_rss(&child).expect("it runs");
+    let mut late = early;
+    while child.try_wait().expect("it was started").is_none() {
+        late = peak_rss(&child).unwrap_or(late);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(logged(), 500);
+    // The metrics on disk, the event files' buffers and the allocator move a little.
+    assert!(late < early + 8 * 1024, "{early} KiB at step 10, {late} KiB at step 500");
+}
+
+#[test]
+fn a_second_stage_starts_from_the_first() {
+    let folder = Folder::with_micro();
+    folder.succeed(&["train", "micro.toml", "--out", "first"]);
+    let gram = ["--set", "losses.gram.enabled=true", "--set", "gram_teacher.source={ checkpoint = 'first' }"];
+    folder.succeed(&[&["train", "micro.toml", "--out", "second", "--set", "init_from='first'"][..], &gram].concat());
+    let line = folder.read("second/metrics.jsonl").lines().next().expect("a step was logged").to_string();
+    assert!(line.contains("\"step\":1"), "schedules start anew: {line}");
+}
+
+#[test]
+fn a_folder_of_pictures_trains_and_broken_ones_are_named() {
+    let folder = Folder::with_micro();
+    for class in ["red", "blue"] {
+        fs::create_dir_all(folder.path("pictures").join(class)).expect("the folder can be written");
+        for i in 0..6u8 {
+            let pixel = |x, y| image::Rgb([x as u8 * 3, y as u8 * 4, i * 20 + class.len() as u8]);
+            let picture = image::RgbImage::from_fn(60 + u32::from(i), 50, pixel);
+            picture.save(folder.path(&format!("pictures/{class}/{i}.png"))).expect("it can be written");
+        }
+    }
+    folder.write("pictures/red/broken.jpg", "not a picture");
+    let data =
+        ["--set", "data.plugin=image_folder", "--set", "data.path=pictures", "--set", "batch.max_broken_share=0.2"];
+    folder.succeed(&[&["train", "micro.toml", "--out", "run"][..], &data].concat());
+    assert!(folder.read("run/messages.jsonl").contains("broken.jpg"));
+}
+
+fn files(folder: &str, ending: &str) -> Vec<PathBuf> {
+    let entries = fs::read_dir(root().join(folder)).expect("the repository is whole");
+    let mut files: Vec<_> = entries.map(|e| e.expect("it can be read").path()).collect();
+    files.retain(|p| p.to_string_lossy().ends_with(ending) && p.file_name() != Some("Cargo.toml".as_ref()));
+    files.sort();
+    assert!(!files.is_empty());
+    files
+}
+
+#[test]
+fn every_shipped_recipe_passes_check() {
+    for recipe in files("recipes", ".toml") {
+        let path = recipe.to_str().expect("a UTF-8 path");
+        let ended = Folder::new().succeed(&["recipe", "check", "--cost", path]);
+        // Only the user's own images are missing.
+        let mut warnings = ended.err.lines().filter(|line| line.contains("warning"));
+        assert!(warnings.all(|line| line.ends_with("there is no such folder")), "{path}: {}", ended.err);
+    }
+}
+
+/// What makes a run of the tiny recipe take a second.
+const SHRINK: [&str; 14] = [
+    "backbone.dim=32",
+    "backbone.depth=2",
+    "backbone.heads=2",
+    "batch.size=4",
+    "crops.local_count=2",
+    "gram_teacher.first_step=2",
+    "gram_teacher.refresh.every=2",
+    "optimizer.freeze_last_layer_steps=0",
+    "log.every=1",
+    "data.held_out=32",
+    "probes.knn.train_samples=32",
+    "probes.knn.test_samples=16",
+    "probes.linear_segmentation.train_samples=8",
+    "probes.linear_segmentation.test_samples=8",
+];
+
+/// Runs a shipped suite for 6 steps and gives its summary.
+fn run_suite(folder: &Folder, suite: &Path) -> serde_json::Value {
+    let mut args =
+        vec!["ablate", suite.to_str().expect("a UTF-8 path"), "--out", "out", "--seeds", "0,1", "--steps", "6"];
+    args.extend(SHRINK.iter().flat_map(|set| ["--set", set]));
+    folder.succeed(&args);
+    assert!(folder.read("out/report.html").contains("</html>"));
+    assert!(folder.read("out/summary.md").contains("## Arms"));
+    serde_json::from_str(&folder.read("out/summary.json")).expect("JSON")
+}
+
+#[test]
+fn every_shipped_suite_runs_to_its_report() {
+    for suite in files("ablations", ".toml") {
+        let folder = Folder::new();
+        let summary = run_suite(&folder, &suite);
+        let arms = summary["arms"].as_array().expect("a list");
+        let metrics = summary["metrics"].as_array().expect("a list");
+        assert!(arms.len() >= 2 && metrics.len() >= 2, "{suite:?}");
+        for arm in arms {
+            let runs = arm["runs"].as_array().expect("a list");
+            assert_eq!(runs.iter().filter(|run| run["status"] == "finished").count(), 2, "{suite:?}: {arm}");
+        }
+        let comparisons = summary["comparisons"].as_array().expect("a list");
+        assert_eq!(comparisons.len(), (arms.len() - 1) * metrics.len(), "{suite:?}");
+        assert!(comparisons.iter().all(|c| c["n"] == 2 && c["difference"].is_f64()), "{suite:?}: {comparisons:?}");
+        // A second call finds everything done.
+        let before = fs::metadata(folder.path("out/arms")).and_then(|m| m.modified()).expect("it was written");
+        assert_eq!(run_suite(&folder, &suite)["comparisons"], summary["comparisons"]);
+        assert_eq!(before, fs::metadata(folder.path("out/arms")).and_then(|m| m.modified()).expect("it is there"));
+    }
+}

@@ -1,0 +1,127 @@
+//! The real program, run in a folder of its own.
+
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+/// A run of a second: a two-block ViT on few small crops, with all losses but Gram, and no probe.
+pub const MICRO: &str = r#"
+extends = "RECIPES/tiny.toml"
+name = "micro"
+steps = 12
+[backbone]
+dim = 32
+depth = 2
+heads = 2
+[data]
+count = 64
+held_out = 16
+size = 48
+[batch]
+size = 4
+[crops]
+global_size = 32
+local_size = 16
+local_count = 2
+[losses.dino]
+head = { hidden = 32, bottleneck = 16, prototypes = 32 }
+[losses.ibot]
+head = { hidden = 32, bottleneck = 16, prototypes = 32 }
+[gram_teacher]
+first_step = 4
+refresh = { every = 4 }
+crop_size = 48
+[optimizer]
+lr = 1e-3
+freeze_last_layer_steps = 0
+[log]
+every = 1
+[checkpoint]
+every = 4
+[probes]
+knn = { enabled = false }
+linear_segmentation = { enabled = false }
+patch_similarity = { enabled = false }
+cls_patch_cosine = { enabled = false }
+"#;
+
+/// The repository's root.
+pub fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the tests' crate is in the workspace").to_path_buf()
+}
+
+/// How the program ended and what it said.
+#[derive(Debug)]
+pub struct Ended {
+    /// The exit code, or 128 and the number of the signal that ended it.
+    pub code: i32,
+    pub out: String,
+    pub err: String,
+}
+
+impl From<Output> for Ended {
+    fn from(output: Output) -> Self {
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("the program prints UTF-8");
+        let signal = || 128 + output.status.signal().expect("it ended by exiting or by a signal");
+        Self { code: output.status.code().unwrap_or_else(signal), out: text(output.stdout), err: text(output.stderr) }
+    }
+}
+
+/// A temporary folder in which the program runs.
+pub struct Folder(tempfile::TempDir);
+
+impl Folder {
+    pub fn new() -> Self {
+        Self(tempfile::tempdir().expect("a temporary folder"))
+    }
+
+    /// A folder with [`MICRO`] as micro.toml.
+    pub fn with_micro() -> Self {
+        let folder = Self::new();
+        let recipes = root().join("recipes");
+        folder.write("micro.toml", &MICRO.replace("RECIPES", recipes.to_str().expect("a UTF-8 path")));
+        folder
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    pub fn write(&self, name: &str, text: &str) -> PathBuf {
+        std::fs::write(self.path(name), text).expect("the folder can be written");
+        PathBuf::from(name)
+    }
+
+    pub fn read(&self, name: &str) -> String {
+        std::fs::read_to_string(self.path(name)).unwrap_or_else(|e| panic!("{name}: {e}"))
+    }
+
+    /// The program with arguments, not yet started.
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_with_plugins"));
+        command.args(args).current_dir(self.0.path()).stdin(Stdio::null());
+        command
+    }
+
+    /// Runs the program to its end.
+    pub fn run(&self, args: &[&str]) -> Ended {
+        self.command(args).output().expect("the program starts").into()
+    }
+
+    /// Runs the program to its end with more environment.
+    pub fn run_with(&self, env: &[(&str, &str)], args: &[&str]) -> Ended {
+        self.command(args).envs(env.iter().copied()).output().expect("the program starts").into()
+    }
+
+    /// Runs the program, which has to succeed.
+    pub fn succeed(&self, args: &[&str]) -> Ended {
+        let ended = self.run(args);
+        assert_eq!(ended.code, 0, "{args:?}: {}{}", ended.out, ended.err);
+        ended
+    }
+
+    /// Starts the program.
+    pub fn start(&self, args: &[&str]) -> Child {
+        self.command(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the program starts")
+    }
+}
