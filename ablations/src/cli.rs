@@ -25,7 +25,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Run a suite: several arms of a recipe over several seeds, then statistics and a report.
-    Ablate(commands::ablate::AblateArgs),
+    Ablate(commands::ablate::Args),
     /// Train a recipe, or go on with a run.
     Train(commands::train::Args),
     /// Time the training step and the data pipeline of a recipe.

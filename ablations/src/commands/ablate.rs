@@ -3,11 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use clap::Args;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::Table;
 use dinolab_core::recipe::{cost, Overrides as Sets, RawRecipe, Resolved};
-use dinolab_core::train::{self, Level, Observer, RunOptions};
+use dinolab_core::train::{self, Observer, RunOptions};
 use dinolab_core::{Error, Result};
 
 use crate::report::{self, duration, Provenance};
@@ -20,8 +19,8 @@ use crate::suite::{
 ///
 /// Run it again to continue: finished runs are kept, an interrupted run goes on from its checkpoint. Several processes may
 /// work on one folder.
-#[derive(Debug, Args)]
-pub struct AblateArgs {
+#[derive(Debug, clap::Args)]
+pub struct Args {
     /// The suite, such as ablations/gram_on_off.toml
     #[arg(required_unless_present = "schema")]
     suite: Option<PathBuf>,
@@ -61,7 +60,7 @@ pub struct AblateArgs {
 ///
 /// # Errors
 /// If the suite or a recipe is wrong, a trial fails, or the folder cannot be used.
-pub fn run(args: AblateArgs) -> Result<ExitCode> {
+pub fn run(args: Args) -> Result<ExitCode> {
     let Some(path) = args.suite.as_ref().filter(|_| !args.schema) else {
         let schema = dinolab_core::schemars::schema_for!(SuiteFile);
         println!("{}", serde_json::to_string_pretty(&schema).expect("a schema is plain data"));
@@ -179,10 +178,8 @@ impl Observer for Watcher<'_> {
         (self.0)(Event::Step { step: p.step, steps: p.total, text: &text });
     }
 
-    fn message(&mut self, level: Level, text: &str) {
-        if level == Level::Warning {
-            (self.0)(Event::Message(text));
-        }
+    fn warning(&mut self, text: &str) {
+        (self.0)(Event::Message(text));
     }
 }
 

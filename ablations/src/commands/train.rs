@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use dinolab_core::recipe::Recipe;
-use dinolab_core::train::{self, Level, Observer, Outcome, Progress, RunOptions};
+use dinolab_core::train::{self, Observer, Outcome, Progress, RunOptions};
 use dinolab_core::Result;
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -74,7 +74,7 @@ impl Bar {
 impl Observer for Bar {
     fn started(&mut self, _: &Recipe, step: u64) {
         if step > 0 {
-            self.message(Level::Info, &format!("continuing after step {step}"));
+            self.0.suspend(|| eprintln!("continuing after step {step}"));
         }
         self.0.set_position(step);
         self.0.reset_eta();
@@ -89,16 +89,13 @@ impl Observer for Bar {
         self.0.set_position(p.step);
     }
 
-    fn message(&mut self, level: Level, text: &str) {
-        self.0.suspend(|| match level {
-            Level::Warning => style::warn(text),
-            Level::Info => eprintln!("{text}"),
-        });
+    fn warning(&mut self, text: &str) {
+        self.0.suspend(|| style::warn(text));
     }
 
     fn probed(&mut self, step: u64, scores: &BTreeMap<String, f64>) {
         let scores: Vec<String> =
             scores.iter().map(|(name, v)| format!("{} {v:.3}", name.trim_start_matches("probe/"))).collect();
-        self.message(Level::Info, &format!("step {step}: {}", scores.join(", ")));
+        self.0.suspend(|| eprintln!("step {step}: {}", scores.join(", ")));
     }
 }

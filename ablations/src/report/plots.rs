@@ -94,7 +94,7 @@ pub fn curves(bands: &[Band]) -> String {
             .axis_style(INK.mix(0.4))
             .label_style(("sans-serif", 13).into_font().color(&INK.mix(0.75)))
             .x_label_formatter(&|x| format!("{x:.0}"))
-            .y_label_formatter(&|y| super::number(*y))
+            .y_label_formatter(&|y| super::number(if y.abs() < 1e-9 * (y1 - y0) { 0.0 } else { *y }))
             .draw()?;
         for band in bands {
             if band.points.iter().any(|p| p.2 > 0.0) {
@@ -152,7 +152,7 @@ pub fn forest(rows: &[ForestRow]) -> String {
             .bold_line_style(INK.mix(0.1))
             .axis_style(INK.mix(0.4))
             .label_style(("sans-serif", 13).into_font().color(&INK.mix(0.75)))
-            .x_label_formatter(&|x| super::number(*x))
+            .x_label_formatter(&|x| super::number(if x.abs() < 1e-9 * (high - low) { 0.0 } else { *x }))
             .draw()?;
         let zero = PathElement::new(vec![(0.0, 0.0), (0.0, rows.len() as f64)], INK.mix(0.6).stroke_width(1));
         chart.draw_series([zero])?;

@@ -6,10 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{p_text, rounded_to};
 use crate::statistics::{estimate, holm, paired, Estimate, Paired, ALPHA};
-use crate::suite::{Better, Metric, Plan, RunRecord, Status};
-
-/// Health lines of a run that a report repeats; the others are in its `messages.jsonl`.
-const HEALTH_LINES: usize = 3;
+use crate::suite::{Better, Metric, Plan, RunRecord, Status, Warning};
 
 /// `summary.json`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -306,12 +303,12 @@ fn warnings(plan: &Plan, records: &[RunRecord]) -> Vec<String> {
                 warnings.push(format!("{run} gave no finite {}: it is left out of that metric", metric.name));
             }
         }
-        warnings.extend(record.health.iter().take(HEALTH_LINES).map(|line| format!("{run}: {line}")));
-        if record.health.len() > HEALTH_LINES {
-            let more = record.health.len() - HEALTH_LINES;
-            warnings.push(format!("{run}: {more} more like these in {}/messages.jsonl", record.dir));
-        }
     }
+    let mut kinds = BTreeMap::<&str, Vec<(&RunRecord, &Warning)>>::new();
+    for (record, warning) in records.iter().flat_map(|r| r.warnings.iter().map(move |w| (r, w))) {
+        kinds.entry(&warning.kind).or_default().push((record, warning));
+    }
+    warnings.extend(kinds.into_values().map(|said| told_once(&said)));
     for arm in plan.suite.arms.iter().filter(|a| a.name != plan.suite.baseline) {
         let declared = |key: &str| {
             let sets = [&arm.set, &plan.suite.arm(&plan.suite.baseline).expect("the baseline is an arm").set];
@@ -326,4 +323,19 @@ fn warnings(plan: &Plan, records: &[RunRecord]) -> Vec<String> {
         }
     }
     warnings
+}
+
+/// Warnings of one kind as one: the text of the first, and who else gave one.
+fn told_once(said: &[(&RunRecord, &Warning)]) -> String {
+    let (record, first) = said[0];
+    let mut text = format!("{} seed {}, step {}: {}", record.arm, record.seed, first.step, first.text);
+    let mut runs: Vec<String> = said.iter().map(|(r, _)| format!("{} seed {}", r.arm, r.seed)).collect();
+    runs.dedup();
+    if said.len() > runs.len() {
+        text += &format!(" ({} like this; see messages.jsonl of the runs)", said.len());
+    }
+    if runs.len() > 1 {
+        text += &format!(". The like in {} more runs: {}", runs.len() - 1, runs[1..].join(", "));
+    }
+    text
 }

@@ -14,4 +14,4 @@ pub use execute::{execute, ExecuteOptions, Tally};
 pub use file::{nearest, Arm, Better, Metric, Overrides, Suite, SuiteFile};
 pub use plan::{changed_keys, Event, Job, Outcome, Plan, PlannedRun, Prepare, Prepared};
 pub use progress::Progress;
-pub use record::{RunRecord, RunResult, Series, Status};
+pub use record::{RunRecord, RunResult, Series, Status, Warning};

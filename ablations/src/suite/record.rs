@@ -90,10 +90,21 @@ pub struct RunRecord {
     pub status: Status,
     /// Every number of `metrics.jsonl` by name.
     pub curves: BTreeMap<String, Series>,
-    /// Warnings of `messages.jsonl`: sicknesses seen while training.
-    pub health: Vec<String>,
+    /// The warnings of `messages.jsonl`: sicknesses seen while training, samples that could not be read.
+    pub warnings: Vec<Warning>,
     /// What it ran on, from `run.json`.
     pub device: Option<String>,
+}
+
+/// A line of `messages.jsonl`.
+#[derive(Clone, Debug, serde::Deserialize)]
+pub struct Warning {
+    /// Steps done when it was said.
+    pub step: u64,
+    /// What it is about; one kind is told once for all runs.
+    pub kind: String,
+    /// What was said.
+    pub text: String,
 }
 
 impl RunRecord {
@@ -107,8 +118,8 @@ impl RunRecord {
         let shown = run.dir.to_string_lossy().into_owned();
         let info: Option<serde_json::Value> = read_json(&dir.join("run.json"))?;
         let device = info.and_then(|i| i["device"].as_str().map(String::from));
-        let (arm, curves, health) = (run.arm.clone(), BTreeMap::new(), Vec::new());
-        let mut record = Self { arm, seed: run.seed, dir: shown, status, curves, health, device };
+        let (arm, curves, warnings) = (run.arm.clone(), BTreeMap::new(), Vec::new());
+        let mut record = Self { arm, seed: run.seed, dir: shown, status, curves, warnings, device };
         for line in read_lines(&dir.join("metrics.jsonl"))? {
             let Some(step) = line.get("step").and_then(serde_json::Value::as_u64) else { continue };
             for (name, value) in line {
@@ -118,11 +129,7 @@ impl RunRecord {
             }
         }
         for line in read_lines(&dir.join("messages.jsonl"))? {
-            let text = |key: &str| line.get(key).and_then(serde_json::Value::as_str).unwrap_or_default();
-            let step = line.get("step").and_then(serde_json::Value::as_u64).unwrap_or_default();
-            if text("level") == "warning" {
-                record.health.push(format!("step {step}: {}", text("text")));
-            }
+            record.warnings.extend(serde_json::from_value(line.into()));
         }
         Ok(record)
     }

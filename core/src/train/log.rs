@@ -16,7 +16,6 @@ use crate::step::{Learner, Report};
 use crate::{Error, Result, Tensor};
 
 use super::folder::RunFolder;
-use super::Level;
 
 /// The open files of a run's log.
 pub(super) struct Log {
@@ -107,8 +106,8 @@ impl Log {
         Ok(())
     }
 
-    pub(super) fn message(&mut self, step: u64, level: Level, text: &str) -> Result<()> {
-        let object = serde_json::json!({ "step": step, "level": level, "text": text });
+    pub(super) fn warning(&mut self, step: u64, kind: &str, text: &str) -> Result<()> {
+        let object = serde_json::json!({ "step": step, "kind": kind, "text": text });
         self.messages.put(object.as_object().expect("an object was just made"))
     }
 

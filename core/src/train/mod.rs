@@ -5,7 +5,7 @@
 //!   recipe.toml            the resolved recipe, every default filled in, written before step 0
 //!   run.json               version, revision, device, threads
 //!   metrics.jsonl          one object a logged step: the source of truth
-//!   messages.jsonl         warnings and health verdicts
+//!   messages.jsonl         warnings, one object each
 //!   tensorboard/           the same numbers, pictures of crops, histograms
 //!   checkpoints/           see `checkpoint`
 //!   captures/              batches and weights of steps that were not finite
@@ -61,16 +61,6 @@ pub enum Outcome {
     },
 }
 
-/// How bad a message is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Level {
-    /// Good to know.
-    Info,
-    /// Look at it.
-    Warning,
-}
-
 /// One step, for a progress display.
 #[derive(Clone, Debug)]
 pub struct Progress<'a> {
@@ -96,9 +86,9 @@ pub trait Observer {
     fn step(&mut self, progress: &Progress<'_>) {
         let _ = progress;
     }
-    /// Something to tell the user.
-    fn message(&mut self, level: Level, text: &str) {
-        let _ = (level, text);
+    /// Something to warn the user of.
+    fn warning(&mut self, text: &str) {
+        let _ = text;
     }
     /// Probes were run after `step` steps.
     fn probed(&mut self, step: u64, scores: &BTreeMap<String, f64>) {
@@ -175,7 +165,7 @@ pub fn run(resolved: &Resolved, options: &RunOptions, observer: &mut dyn Observe
     };
     run.observer.started(recipe, start);
     for text in messages {
-        run.message(start, Level::Warning, &text)?;
+        run.warn(start, "checkpoint", &text)?;
     }
     run.steps(start, &options.stop)
 }
@@ -245,7 +235,7 @@ impl Run<'_> {
         let (waited, broken) = (batches.waited, batches.broken);
         for sample in broken {
             let text = format!("{} cannot be used and was replaced: {}", sample.name, sample.reason);
-            self.message(step, Level::Warning, &text)?;
+            self.warn(step, "data", &text)?;
         }
         if logged && step == 0 {
             self.log.crops(&batches.batches, self.recipe);
@@ -272,10 +262,10 @@ impl Run<'_> {
         match self.recipe.on_non_finite {
             OnNonFinite::Skip(most) if skipped <= most => {
                 let text = format!(
-                    "{what} is not finite; step {step} was skipped ({skipped} of at most {most}), captured in {}",
+                    "{what} is not finite; the update was skipped ({skipped} of at most {most}), captured in {}",
                     path.display()
                 );
-                self.message(step, Level::Warning, &text)
+                self.warn(step, "non_finite", &text)
             }
             policy => {
                 let mut help = format!("look at it with `dinolab replay {}`", path.display());
@@ -300,15 +290,16 @@ impl Run<'_> {
             self.log.histograms(done, &self.learner);
         }
         self.window = Window::default();
-        for text in self.verdict.judge(done, report, &self.learner) {
-            self.message(done, Level::Warning, &text)?;
+        for (kind, text) in self.verdict.judge(report, &self.learner) {
+            self.warn(done, kind, &text)?;
         }
         Ok(())
     }
 
-    fn message(&mut self, step: u64, level: Level, text: &str) -> Result<()> {
-        self.observer.message(level, text);
-        self.log.message(step, level, text)
+    /// Warns of something of a `kind` (reports gather by it), after `step` steps.
+    fn warn(&mut self, step: u64, kind: &str, text: &str) -> Result<()> {
+        self.observer.warning(&format!("step {step}: {text}"));
+        self.log.warning(step, kind, text)
     }
 
     fn save(&mut self, step: u64) -> Result<()> {

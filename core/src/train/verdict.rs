@@ -16,8 +16,8 @@ pub(super) struct Verdict {
 const PATIENCE: usize = 5;
 
 impl Verdict {
-    /// Sicknesses that show now and were not named before.
-    pub(super) fn judge(&mut self, step: u64, report: &Report, learner: &Learner) -> Vec<String> {
+    /// Sicknesses that show now and were not named before: a short name, and what it is.
+    pub(super) fn judge(&mut self, report: &Report, learner: &Learner) -> Vec<(&'static str, String)> {
         let Some(health) = &report.health else { return Vec::new() };
         self.measured += 1;
         self.best_rank = self.best_rank.max(health.effective_rank);
@@ -74,6 +74,6 @@ impl Verdict {
         }
         found.retain(|(key, _)| !self.said.contains(key));
         self.said.extend(found.iter().map(|(key, _)| *key));
-        found.into_iter().map(|(_, text)| format!("step {step}: {text}")).collect()
+        found
     }
 }
