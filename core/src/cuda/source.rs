@@ -107,8 +107,10 @@ impl Source {
     }
 
     fn run_compiler(&self, text: &str, arch: &str) -> Result<(Vec<u8>, String)> {
-        let text = CString::new(text).map_err(|_| Error::user(format!("{}: a zero byte in it", self.name), "remove it"))?;
-        let broken = |e: nvrtc::NvrtcError| Error::user(format!("NVRTC failed on {}: {e}", self.name), "reinstall NVRTC");
+        let text =
+            CString::new(text).map_err(|_| Error::user(format!("{}: a zero byte in it", self.name), "remove it"))?;
+        let broken =
+            |e: nvrtc::NvrtcError| Error::user(format!("NVRTC failed on {}: {e}", self.name), "reinstall NVRTC");
         let program = nvrtc::create_program(&text, None).map_err(broken)?;
         // SAFETY: `program` is alive until it is destroyed below, once.
         unsafe {
