@@ -95,7 +95,11 @@ pub fn library_path() -> Option<PathBuf> {
         // Under another name until it is whole.
         let unfinished = builds.join("unfinished");
         let built = Command::new(sources.join("build.sh")).arg(&unfinished).output().expect("bash runs build.sh");
-        assert!(built.status.success(), "the CUDA emulator does not build:\n{}", String::from_utf8_lossy(&built.stderr));
+        assert!(
+            built.status.success(),
+            "the CUDA emulator does not build:\n{}",
+            String::from_utf8_lossy(&built.stderr)
+        );
         std::fs::rename(&unfinished, &folder).expect("a folder can be renamed");
     }
     Some(folder)

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, LaunchConfig, PushKernelArg};
-use cudarc::nvrtc::{CompileOptions, compile_ptx_with_opts};
+use cudarc::nvrtc::{compile_ptx_with_opts, CompileOptions};
 use dinolab_tests::gpu_test;
 
 /// What kernels of the engine start from.
@@ -24,8 +24,7 @@ impl Gpu {
     }
 
     fn module(&self, source: &str) -> Arc<CudaModule> {
-        let options =
-            CompileOptions { arch: Some("sm_80"), name: Some("test.cu".into()), ..Default::default() };
+        let options = CompileOptions { arch: Some("sm_80"), name: Some("test.cu".into()), ..Default::default() };
         let image = compile_ptx_with_opts(format!("{COMMON}\n#line 1 \"test.cu\"\n{source}"), options);
         self.context.load_module(image.unwrap_or_else(|e| panic!("{e}"))).expect("a module")
     }
