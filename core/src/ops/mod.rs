@@ -48,7 +48,7 @@ pub use tokens::rows_of_images;
 pub(crate) use elementwise::{accumulate, convert, fill};
 
 use crate::tensor::{Grads, Real};
-use crate::{DType, Error, Result, Tensor};
+use crate::{Error, Result, Tensor};
 
 /// Fails unless all operands have the type of the first.
 pub(crate) fn same_dtype(op: &'static str, inputs: &[&Tensor]) -> Result<()> {
@@ -60,7 +60,7 @@ pub(crate) fn same_dtype(op: &'static str, inputs: &[&Tensor]) -> Result<()> {
 
 /// Fails unless scalars, weights of rows and statistics have the type that they have beside `features`: f32 for bf16.
 pub(crate) fn scalars_of(op: &'static str, features: &Tensor, scalars: &[&Tensor]) -> Result<()> {
-    let wanted = if features.dtype() == DType::BF16 { DType::F32 } else { features.dtype() };
+    let wanted = features.dtype().wide();
     match scalars.iter().find(|x| x.dtype() != wanted) {
         Some(other) => {
             let problem =
