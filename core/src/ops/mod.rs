@@ -45,7 +45,8 @@ pub use attention::Segment;
 pub use gram_loss::{GramOptions, NegativeRemoval};
 pub use tokens::rows_of_images;
 
-pub(crate) use elementwise::{accumulate, convert, fill};
+pub(crate) use adamw::ADAMW;
+pub(crate) use elementwise::{accumulate, all_finite, convert, convert_into, copy_if, fill};
 
 use crate::tensor::{Grads, Real};
 use crate::{Error, Result, Tensor};
