@@ -156,7 +156,7 @@ std::vector<Kernel> take_kernels(std::string& source) {
 std::string table_of(const std::vector<Kernel>& kernels) {
     std::string text = "\n# 1 \"table of kernels\"\n", table;
     for (const Kernel& kernel : kernels) {
-        const std::string entry = "emu_" + kernel.name;
+        const std::string entry = "emu_entry_of_" + kernel.name;
         std::string close, path;
         for (const std::string& scope : kernel.namespaces) {
             if (scope.empty()) continue; // a brace of extern "C"
