@@ -111,6 +111,26 @@ __device__ __forceinline__ void transform(T* out, int d, int lane, int lanes, F 
     }
 }
 
+// ---- elements
+
+// out[i] = f(i, x[i], ...) for all n elements, 16 bytes of T a thread: launched with `over(n / Pack<T>::N, rounded up)`.
+template <class F, class T, class... X>
+__device__ __forceinline__ void elements(T* out, size_t n, F f, const X*... x) {
+    constexpr int N = Pack<T>::N;
+    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * N;
+    const bool packs = aligned16(out) && (true && ... && (sizeof(X) == sizeof(T) && aligned16(x)));
+    if (packs && i + N <= n) {
+        Pack<T> y;
+        [&](const Pack<X>... p) {
+#pragma unroll
+            for (int k = 0; k < N; k++) y.at[k] = from_float<T>(f(i + k, to_float(p.at[k])...));
+        }(*(const Pack<X>*)(x + i)...);
+        *(Pack<T>*)(out + i) = y;
+    } else {
+        for (size_t j = i; j < n && j < i + N; j++) out[j] = from_float<T>(f(j, to_float(x[j])...));
+    }
+}
+
 // ---- reductions
 
 #define FULL_WARP 0xffffffffu
