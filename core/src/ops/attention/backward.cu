@@ -216,8 +216,8 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, BLOCKS) attention_back
 
 // ---- dbias
 
-// The sum over a part of the images, [parts, H, P, P]: a warp owns 16 queries by 16 BACKWARD_ROWS keys of one head. It
-// may be slow: few runs have a bias. Blocks: (tiles, heads, parts). Shared memory: 32 (1 + BACKWARD_ROWS) rows a warp.
+// The sum over each part of the images, `partial` [parts, H, P, P], of the only segment: a warp owns 16 queries by
+// 16 BACKWARD_ROWS keys of one head. Blocks: (tiles, heads, parts). Shared memory: 32 (1 + BACKWARD_ROWS) rows a warp.
 extern "C" __global__ void attention_backward_bias_bf16(BACKWARD_PARAMS, float* partial) {
     constexpr int N = BACKWARD_ROWS, KEYS = 16 * N;
     const Segment& s = all.at[0];
@@ -229,10 +229,10 @@ extern "C" __global__ void attention_backward_bias_bf16(BACKWARD_PARAMS, float* 
     bf16* queries = shared + warp * (32 + 2 * KEYS) * STRIDE;
     bf16 *gradients = queries + 16 * STRIDE, *keys = gradients + 16 * STRIDE, *values = keys + KEYS * STRIDE;
 
-    const int per_part = (s.images + gridDim.z - 1) / gridDim.z, first = blockIdx.z * per_part;
+    const int first = blockIdx.z * all.images_per_part, last = min(first + all.images_per_part, s.images);
     const float scale = LOG2_E * rsqrtf(float(D));
     Accumulators<1, 2 * N> total;
-    for (int image = first; image < min(first + per_part, s.images); image++) {
+    for (int image = first; image < last; image++) {
         const Item item = {s, s.first_row + image * s.tokens, head, 1, 0, s.tokens, all.heads};
         const Backward b = {qkv, out, dout, log_sum, delta, dqkv, item};
         load_plain(gradients, b.gradient(head), row, 16, this_warp());
@@ -261,15 +261,6 @@ extern "C" __global__ void attention_backward_bias_bf16(BACKWARD_PARAMS, float* 
         const int i = row - s.prefix + 8 * (e / 2) + lane_id() / 4, j = column - s.prefix + c;
         if (i < patches && j < patches) to[(size_t)i * patches + j] = x;
     });
-}
-
-// dbias = the sum of the parts, n elements each.
-extern "C" __global__ void attention_backward_bias_sum_bf16(const float* partial, int parts, int n, Gradient dbias) {
-    const int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= n) return;
-    float sum = 0.0f;
-    for (int part = 0; part < parts; part++) sum += partial[(size_t)part * n + i];
-    put(dbias, i, sum);
 }
 
 #endif

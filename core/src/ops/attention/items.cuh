@@ -3,7 +3,7 @@
 
 #define MAX_SEGMENTS 4
 
-// Images with equally many tokens, in consecutive packed rows; `Segment` of cuda.rs.
+// Images with equally many tokens, in consecutive packed rows; `SegmentArg` of cuda.rs.
 struct Segment {
     const void* sin;  // [P, d] each, or null; the storage type is that of the queries
     const void* cos;
@@ -17,9 +17,12 @@ struct Segment {
     int chunk;           // rows in shared memory at a time (of each of the item's heads)
 };
 
+// `SegmentsArg` of cuda.rs.
 struct Segments {
     Segment at[MAX_SEGMENTS];
     int count, heads;
+    int head_dim;
+    int images_per_part;  // for dbias, which is summed over parts of the images first
 };
 
 // Rows [row, row + rows) of heads [head, head + heads) of one image.

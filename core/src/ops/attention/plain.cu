@@ -19,7 +19,8 @@ template <class T> struct Head {
     int d;
     float* next;  // unused shared memory
 
-    __device__ Head(const Segments& all, int d, float* shared) : item(item_of(all, blockIdx.x)), d(d), next(shared) {}
+    __device__ Head(const Segments& all, float* shared)
+        : item(item_of(all, blockIdx.x)), d(all.head_dim), next(shared) {}
 
     __device__ float* tile() {
         float* t = next;
@@ -90,10 +91,11 @@ template <class T> struct Head {
 };
 
 template <class T>
-__device__ void attention_plain_forward(const T* qkv, T* out, float* log_sum, Segments all, int d) {
+__device__ void attention_forward(const T* qkv, T* out, float* log_sum, Segments all) {
     DYNAMIC_SHARED(float, shared);
     __shared__ float weights[WARPS][32];
-    Head<T> head(all, d, shared);
+    Head<T> head(all, shared);
+    const int d = head.d;
     float *q = head.tile(), *k = head.tile(), *v = head.tile(), *o = head.tile();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tokens = head.item.segment.tokens;
     float top[ROWS / WARPS], sum[ROWS / WARPS];
@@ -126,14 +128,15 @@ __device__ void attention_plain_forward(const T* qkv, T* out, float* log_sum, Se
     }
 }
 
-KERNEL(attention_plain_forward, (const T* qkv, T* out, float* log_sum, Segments all, int d), (qkv, out, log_sum, all, d))
+KERNEL(attention_forward, (const T* qkv, T* out, float* log_sum, Segments all), (qkv, out, log_sum, all))
 
 // dQ, and delta = rowsum(dO O).
 template <class T>
-__device__ void attention_plain_queries(const T* qkv, const T* out, const T* dout, const float* log_sum, float* delta, T* dqkv, Segments all, int d) {
+__device__ void attention_backward_queries(const T* qkv, const T* out, const T* dout, const float* log_sum, float* delta, T* dqkv, Segments all) {
     DYNAMIC_SHARED(float, shared);
     __shared__ float weights[WARPS][32];
-    Head<T> head(all, d, shared);
+    Head<T> head(all, shared);
+    const int d = head.d;
     float *q = head.tile(), *dy = head.tile(), *k = head.tile(), *v = head.tile(), *dq = head.tile();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tokens = head.item.segment.tokens;
     const size_t sums = head.item.sums(head.item.head);
@@ -178,15 +181,16 @@ __device__ void attention_plain_queries(const T* qkv, const T* out, const T* dou
     }
 }
 
-KERNEL(attention_plain_queries, (const T* qkv, const T* out, const T* dout, const float* log_sum, float* delta, T* dqkv, Segments all, int d),
-       (qkv, out, dout, log_sum, delta, dqkv, all, d))
+KERNEL(attention_backward_queries, (const T* qkv, const T* out, const T* dout, const float* log_sum, float* delta, T* dqkv, Segments all),
+       (qkv, out, dout, log_sum, delta, dqkv, all))
 
 // dK and dV.
 template <class T>
-__device__ void attention_plain_keys(const T* qkv, const T* out, const T* dout, const float* log_sum, float* delta, T* dqkv, Segments all, int d) {
+__device__ void attention_backward_keys(const T* qkv, const T* out, const T* dout, const float* log_sum, float* delta, T* dqkv, Segments all) {
     DYNAMIC_SHARED(float, shared);
     __shared__ float weights[WARPS][32];
-    Head<T> head(all, d, shared);
+    Head<T> head(all, shared);
+    const int d = head.d;
     float *k = head.tile(), *v = head.tile(), *q = head.tile(), *dy = head.tile(), *dk = head.tile(), *dv = head.tile();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tokens = head.item.segment.tokens;
     const size_t sums = head.item.sums(head.item.head);
@@ -224,33 +228,46 @@ __device__ void attention_plain_keys(const T* qkv, const T* out, const T* dout, 
     }
 }
 
-KERNEL(attention_plain_keys, (const T* qkv, const T* out, const T* dout, const float* log_sum, float* delta, T* dqkv, Segments all, int d),
-       (qkv, out, dout, log_sum, delta, dqkv, all, d))
+KERNEL(attention_backward_keys, (const T* qkv, const T* out, const T* dout, const float* log_sum, float* delta, T* dqkv, Segments all),
+       (qkv, out, dout, log_sum, delta, dqkv, all))
 
-// dbias, a thread for each element of [H, P, P]: the sum over all images of the only segment.
+// dbias, a thread for each element of [H, P, P]: the sum over each part of the images, `partial` [parts, H, P, P], of
+// the only segment. Blocks: (elements, 1, parts).
 template <class T>
-__device__ void attention_plain_bias(const T* qkv, const T* dout, const float* log_sum, const float* delta, Segments all, int d, Gradient dbias) {
-    Head<T> head(all, d, nullptr);
+__device__ void attention_backward_bias(const T* qkv, const T* dout, const float* log_sum, const float* delta, Segments all, float* partial) {
     const Segment& s = all.at[0];
     const int patches = s.tokens - s.prefix;
-    const size_t element = blockIdx.x * (size_t)blockDim.x + threadIdx.x;
-    if (element >= (size_t)all.heads * patches * patches) return;
+    const size_t element = (size_t)blockIdx.x * blockDim.x + threadIdx.x, elements = (size_t)all.heads * patches * patches;
+    if (element >= elements) return;
+    Head<T> head(all, nullptr);
     const int query = s.prefix + element / patches % patches, key = s.prefix + element % patches;
+    head.item.segment = s;
     head.item.head = element / patches / patches;
+    const int first = blockIdx.z * all.images_per_part, last = min(first + all.images_per_part, s.images);
     float sum = 0.0f;
-    for (int image = 0; image < s.images; image++) {
+    for (int image = first; image < last; image++) {
         head.item.image_row = s.first_row + image * s.tokens;
         const Matrix<T> q = head.packed(qkv, 0), k = head.packed(qkv, 1), v = head.packed(qkv, 2), dy = head.mixed(dout);
         float score = 0.0f, dp = 0.0f;
-        for (int c = 0; c < d; c++) {
+        for (int c = 0; c < head.d; c++) {
             score += head.rotated(q, query, c) * head.rotated(k, key, c);
             dp += to_float(dy.at[query * dy.stride + c]) * to_float(v.at[key * v.stride + c]);
         }
         const size_t row = head.item.sums(head.item.head) + query;
         sum += expf(score * head.scale() + head.bias(query, key) - log_sum[row]) * (dp - delta[row]);
     }
-    put(dbias, element, sum);
+    partial[blockIdx.z * elements + element] = sum;
 }
 
-KERNEL(attention_plain_bias, (const T* qkv, const T* dout, const float* log_sum, const float* delta, Segments all, int d, Gradient dbias),
-       (qkv, dout, log_sum, delta, all, d, dbias))
+KERNEL(attention_backward_bias,
+       (const T* qkv, const T* out, const T* dout, const float* log_sum, float* delta, T* dqkv, Segments all, float* partial),
+       (qkv, dout, log_sum, delta, all, partial))
+
+// dbias = the sum of the parts, n elements each; of either path.
+extern "C" __global__ void attention_sum_bias_f32(const float* partial, int parts, int n, Gradient dbias) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    float sum = 0.0f;
+    for (int part = 0; part < parts; part++) sum += partial[(size_t)part * n + i];
+    put(dbias, i, sum);
+}

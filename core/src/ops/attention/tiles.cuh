@@ -8,7 +8,7 @@
 
 // The most threads of a block, and the blocks that registers leave room for.
 #define MAX_THREADS 192
-#define BLOCKS (HEAD_DIM <= 64 && !BIASED ? 2 : 1)
+#define BLOCKS (HEAD_DIM <= 64 ? 2 : 1)
 
 constexpr int D = HEAD_DIM;
 constexpr int HALF = D / 2;
