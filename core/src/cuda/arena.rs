@@ -150,10 +150,8 @@ impl Arena {
         if offset + bytes > self.reserved {
             return Err(Failure { call: "cuMemCreate", result: sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY });
         }
-        let location = sys::CUmemLocation {
-            type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE,
-            id: self.ordinal,
-        };
+        let location =
+            sys::CUmemLocation { type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE, id: self.ordinal };
         // SAFETY: the struct is plain data for which zeros are the defaults.
         let mut prop: sys::CUmemAllocationProp = unsafe { std::mem::zeroed() };
         prop.type_ = sys::CUmemAllocationType::CU_MEM_ALLOCATION_TYPE_PINNED;

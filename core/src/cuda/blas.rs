@@ -388,7 +388,8 @@ impl Gpu {
         }
         let blas = self.blas()?;
         let addresses = [p.a.address, p.b.address, p.out.address, p.bias.unwrap_or(0)];
-        let alignment = addresses.into_iter().fold(256u64, |low, a| if a == 0 { low } else { low.min(1 << a.trailing_zeros()) });
+        let alignment =
+            addresses.into_iter().fold(256u64, |low, a| if a == 0 { low } else { low.min(1 << a.trailing_zeros()) });
         let shape = Shape {
             mnk: [m, n, k],
             transposed: [p.a.transposed, p.b.transposed],

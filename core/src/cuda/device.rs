@@ -165,7 +165,10 @@ impl Gpu {
         let n = Self::count();
         if ordinal >= n {
             let problem = format!("there is no GPU {ordinal}: the driver sees {n}");
-            return Err(Error::user(problem, "choose --device cuda:0 ... or cpu; CUDA_VISIBLE_DEVICES may hide devices"));
+            return Err(Error::user(
+                problem,
+                "choose --device cuda:0 ... or cpu; CUDA_VISIBLE_DEVICES may hide devices",
+            ));
         }
         let nvrtc = source::version()?;
         let device = result::device::get(ordinal as i32).map_err(failed("cuDeviceGet"))?;
@@ -188,8 +191,14 @@ impl Gpu {
         check("cuDriverGetVersion", unsafe { sys::cuDriverGetVersion(&mut driver) })?;
         let driver = (driver / 1000, driver % 1000 / 10);
         if driver.0 < nvrtc.0 {
-            let problem = format!("the driver supports CUDA {}.{}, the libraries are {}.{}", driver.0, driver.1, nvrtc.0, nvrtc.1);
-            return Err(Error::user(problem, "update the driver, or put libraries of the driver's version on LD_LIBRARY_PATH"));
+            let problem = format!(
+                "the driver supports CUDA {}.{}, the libraries are {}.{}",
+                driver.0, driver.1, nvrtc.0, nvrtc.1
+            );
+            return Err(Error::user(
+                problem,
+                "update the driver, or put libraries of the driver's version on LD_LIBRARY_PATH",
+            ));
         }
         // SAFETY: `device` is valid; the context is current from here on.
         let (context, memory) = unsafe {
@@ -288,7 +297,10 @@ impl Gpu {
             DType::U32 => "",
             DType::F64 => {
                 let problem = format!("{name} is not implemented for F64 on a GPU");
-                return Err(Error::user(problem, "use dtype = \"bf16\" or \"f32\" there; f64 is for checks on the CPU"));
+                return Err(Error::user(
+                    problem,
+                    "use dtype = \"bf16\" or \"f32\" there; f64 is for checks on the CPU",
+                ));
             }
         };
         if !kernels.modules.contains_key(source.name) {
@@ -298,8 +310,9 @@ impl Gpu {
         let module = kernels.modules[source.name].0;
         let full = std::ffi::CString::new(format!("{name}{suffix}")).expect("kernel names have no zero byte");
         // SAFETY: the module is loaded.
-        let function = unsafe { result::module::get_function(module, full) }
-            .map_err(|_| Error::user(format!("{}.cu has no kernel {name}{suffix}", source.name), "see KERNEL in common.cuh"))?;
+        let function = unsafe { result::module::get_function(module, full) }.map_err(|_| {
+            Error::user(format!("{}.cu has no kernel {name}{suffix}", source.name), "see KERNEL in common.cuh")
+        })?;
         let kernel = Kernel { gpu: self, function, name };
         kernels.functions.insert(key, kernel);
         Ok(kernel)

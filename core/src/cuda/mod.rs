@@ -36,6 +36,7 @@ mod graph;
 mod launch;
 mod profile;
 mod source;
+mod staging;
 
 use cudarc::driver::sys;
 
@@ -46,6 +47,7 @@ pub use graph::Graph;
 pub use launch::{Arg, Kernel, Launch};
 pub use profile::{Profile, ProfileRow};
 pub use source::{compile_all, sources, Compiled, Source, SourceRef};
+pub use staging::Staging;
 
 pub use crate::cuda_args as args;
 

@@ -37,7 +37,12 @@ impl Drop for Event {
 pub(super) struct Recorder(Vec<(&'static str, (f64, f64), Event, Option<Event>)>);
 
 impl Recorder {
-    pub(super) fn before(&mut self, stream: sys::CUstream, name: &'static str, work: (f64, f64)) -> Result<(), Failure> {
+    pub(super) fn before(
+        &mut self,
+        stream: sys::CUstream,
+        name: &'static str,
+        work: (f64, f64),
+    ) -> Result<(), Failure> {
         self.0.push((name, work, Event::record(stream)?, None));
         Ok(())
     }

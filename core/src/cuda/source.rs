@@ -31,8 +31,8 @@ inventory::collect!(SourceRef);
 /// `cuda_source! { static LAYER_NORM = "layer_norm" { include_str!("layer_norm.cu") } }`.
 #[macro_export]
 macro_rules! cuda_source {
-    (static $name:ident = $text:literal { $($code:expr),+ $(,)? }) => {
-        static $name: $crate::cuda::Source = $crate::cuda::Source { name: $text, code: &[$($code),+] };
+    ($visible:vis static $name:ident = $text:literal { $($code:expr),+ $(,)? }) => {
+        $visible static $name: $crate::cuda::Source = $crate::cuda::Source { name: $text, code: &[$($code),+] };
         $crate::inventory::submit! { $crate::cuda::SourceRef(&$name) }
     };
 }
@@ -107,8 +107,10 @@ impl Source {
     }
 
     fn run_compiler(&self, text: &str, arch: &str) -> Result<(Vec<u8>, String)> {
-        let text = CString::new(text).map_err(|_| Error::user(format!("{}: a zero byte in it", self.name), "remove it"))?;
-        let broken = |e: nvrtc::NvrtcError| Error::user(format!("NVRTC failed on {}: {e}", self.name), "reinstall NVRTC");
+        let text =
+            CString::new(text).map_err(|_| Error::user(format!("{}: a zero byte in it", self.name), "remove it"))?;
+        let broken =
+            |e: nvrtc::NvrtcError| Error::user(format!("NVRTC failed on {}: {e}", self.name), "reinstall NVRTC");
         let program = nvrtc::create_program(&text, None).map_err(broken)?;
         // SAFETY: `program` is alive until it is destroyed below, once.
         unsafe {

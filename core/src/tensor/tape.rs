@@ -116,7 +116,11 @@ impl<O: Op> Op for OnHost<O> {
         let out = out.to(self.device);
         // Features stay in the step's type, scalars in theirs.
         let narrow = out.len() > 1 && out.dtype() == DType::F32 && inputs.iter().any(|x| x.dtype() == DType::BF16);
-        if narrow { out.cast(DType::BF16) } else { Ok(out) }
+        if narrow {
+            out.cast(DType::BF16)
+        } else {
+            Ok(out)
+        }
     }
 
     fn backward(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
