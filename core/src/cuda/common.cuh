@@ -65,14 +65,41 @@ __device__ __forceinline__ void put(Gradient g, size_t i, float x) {
     }
 }
 
-// ---- rows
-
 template <class T> struct alignas(16) Pack {
     static constexpr int N = 16 / sizeof(T);
     T at[N];
 };
 
 __device__ __forceinline__ bool aligned16(const void* p) { return ((size_t)p & 15) == 0; }
+
+// N neighbours from element i on, which is a multiple of N; in packs where memory is aligned for them.
+template <int N> __device__ __forceinline__ void put_all(Gradient g, size_t i, const float* x) {
+    if (g.is_bf16 && N == Pack<bf16>::N && aligned16(g.at)) {
+        Pack<bf16>* p = (Pack<bf16>*)((bf16*)g.at + i);
+        Pack<bf16> y, old;
+        if (g.add) old = *p;
+#pragma unroll
+        for (int k = 0; k < N; k++) y.at[k % Pack<bf16>::N] = from_float<bf16>(g.add ? to_float(old.at[k % Pack<bf16>::N]) + x[k] : x[k]);
+        *p = y;
+    } else {
+#pragma unroll
+        for (int k = 0; k < N; k++) put(g, i + k, x[k]);
+    }
+}
+
+// N neighbours of a row as floats; `x + i` is aligned for packs if N > 1.
+template <int N, class T> __device__ __forceinline__ void get_all(float* y, const T* x) {
+    if (N == Pack<T>::N) {
+        const Pack<T> p = *(const Pack<T>*)x;
+#pragma unroll
+        for (int k = 0; k < N; k++) y[k] = to_float(p.at[k % Pack<T>::N]);
+    } else {
+#pragma unroll
+        for (int k = 0; k < N; k++) y[k] = to_float(x[k]);
+    }
+}
+
+// ---- rows
 
 // f(i, x[i], ...) for the columns i of rows of d elements that belong to `lane` of `lanes`, values as float; 16 bytes
 // at a time where all rows allow it. Which columns a lane gets depends on d and alignment alone.

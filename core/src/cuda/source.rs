@@ -31,8 +31,8 @@ inventory::collect!(SourceRef);
 /// `cuda_source! { static LAYER_NORM = "layer_norm" { include_str!("layer_norm.cu") } }`.
 #[macro_export]
 macro_rules! cuda_source {
-    (static $name:ident = $text:literal { $($code:expr),+ $(,)? }) => {
-        static $name: $crate::cuda::Source = $crate::cuda::Source { name: $text, code: &[$($code),+] };
+    ($visible:vis static $name:ident = $text:literal { $($code:expr),+ $(,)? }) => {
+        $visible static $name: $crate::cuda::Source = $crate::cuda::Source { name: $text, code: &[$($code),+] };
         $crate::inventory::submit! { $crate::cuda::SourceRef(&$name) }
     };
 }
