@@ -113,7 +113,11 @@ impl Learner {
         for (micro, draws) in draws.iter_mut().enumerate() {
             own.place(micro, draws)?;
         }
-        let batches = own.batches.upload(batches)?.to_vec();
+        // The loader makes them on the device; batches of another origin are copied there.
+        let batches = match batches.iter().all(|b| b.global.gpu().is_some()) {
+            true => batches.to_vec(),
+            false => own.batches.upload(batches)?.to_vec(),
+        };
         let follow = self.teacher.after_step(at);
         let momentum = if let Follow::Ema { momentum } = follow { Some(momentum) } else { None };
         own.update.write(at, &self.optimizer, self.weights.skipped, momentum)?;

@@ -163,6 +163,11 @@ impl Learner {
         self.weights.student.dtype()
     }
 
+    /// The type of features and crops.
+    pub fn features_dtype(&self) -> DType {
+        self.weights.student().dtype()
+    }
+
     /// Where it computes.
     pub fn device(&self) -> Device {
         self.device

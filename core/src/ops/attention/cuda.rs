@@ -150,9 +150,12 @@ impl Attention {
             let mut at = [SegmentArg::default(); MAX_SEGMENTS];
             at[0] = self.segment_args().swap_remove(segment);
             let segments = SegmentsArg { at, images_per_part: int(images_per_part), ..self.segments_arg(&kernels) };
-            kernels.launch_bias(parts, self.heads, patches, args![
-                qkv, out, dy, log_sum, &delta, &mut dqkv, segments, &mut partial
-            ])?;
+            kernels.launch_bias(
+                parts,
+                self.heads,
+                patches,
+                args![qkv, out, dy, log_sum, &delta, &mut dqkv, segments, &mut partial],
+            )?;
             grads.accumulate(input, |mut dbias| {
                 let sum = gpu.kernel(&PLAIN, "attention_sum_bias", DType::F32)?.over(n);
                 sum.launch(args![&partial, int(parts), int(n), &mut dbias])
