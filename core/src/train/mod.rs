@@ -167,6 +167,12 @@ pub fn run(resolved: &Resolved, options: &RunOptions, observer: &mut dyn Observe
     for text in messages {
         run.warn(start, "checkpoint", &text)?;
     }
+    let losses = run.learner.model().losses.iter();
+    let notes: Vec<String> =
+        losses.filter_map(|l| l.loss.note().map(|note| format!("loss `{}` {note}", l.name))).collect();
+    for text in notes {
+        run.warn(start, "loss", &text)?;
+    }
     run.steps(start, &options.stop)
 }
 
