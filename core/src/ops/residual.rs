@@ -8,7 +8,7 @@ use crate::ops::columns::Partial;
 use crate::ops::linear::sum_rows;
 use crate::ops::{same_dtype, with_grad};
 use crate::tensor::{Grads, Op, Real};
-use crate::{cuda_source, dispatch_real, simd, DType, Error, Result, Tensor};
+use crate::{cuda_source, dispatch_real, simd, Error, Result, Tensor};
 
 cuda_source! { static RESIDUAL = "residual" { include_str!("columns.cuh"), include_str!("residual.cu") } }
 
@@ -25,7 +25,7 @@ impl Tensor {
     pub fn residual(&self, y: &Tensor, gamma: Option<&Tensor>, rows: Option<(&Tensor, &Tensor)>) -> Result<Tensor> {
         let inputs: Vec<&Tensor> = [self, y].into_iter().chain(gamma).collect();
         let rows = rows
-            .map(|(rows, scale)| -> Result<_> { Ok((rows.detach(), scale.detach().cast(scale_type(self))?)) })
+            .map(|(rows, scale)| -> Result<_> { Ok((rows.detach(), scale.detach().cast(self.dtype().wide())?)) })
             .transpose()?;
         Residual { rows, saved: None }.apply(&inputs)
     }
@@ -35,14 +35,6 @@ struct Residual {
     rows: Option<(Tensor, Tensor)>,
     /// y (needed for dgamma only) and gamma.
     saved: Option<(Tensor, Tensor)>,
-}
-
-/// Scales of rows are f32 beside bf16.
-fn scale_type(x: &Tensor) -> DType {
-    match x.dtype() {
-        DType::BF16 => DType::F32,
-        other => other,
-    }
 }
 
 /// Rows a task handles.
@@ -61,7 +53,7 @@ impl Residual {
             && gamma.is_none_or(|g| g.shape() == [d])
             && match &self.rows {
                 Some((rows, scale)) => {
-                    rows.len() == count(y) && scale.len() == count(y) && scale.dtype() == scale_type(x)
+                    rows.len() == count(y) && scale.len() == count(y) && scale.dtype() == x.dtype().wide()
                 }
                 None => y.len() == x.len(),
             };

@@ -55,3 +55,9 @@ template <class T> __device__ void prefix_sums(float* partial, const T* dout, in
     BY_PACKS(T, width, stride % Pack<T>::N == 0 && aligned16(dout), (prefix_sums_by<T, N>(partial, dout, images, stride, width)))
 }
 KERNEL(prefix_sums, (float* partial, const T* dout, int images, size_t stride, int width), (partial, dout, images, stride, width))
+
+// rows[i * tokens + t] = first + images[i] * tokens + t.
+extern "C" __global__ void rows_of_images(u32* rows, const u32* images, u32 first, u32 tokens, u32 count) {
+    const u32 i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count) rows[i] = first + images[i / tokens] * tokens + i % tokens;
+}

@@ -41,6 +41,36 @@ impl Tensor {
     }
 }
 
+/// The rows of some images of packed tokens: for each part (images u32 `[s]`, the part's first row, tokens of an image)
+/// the rows of its images' tokens; all parts one after the other, u32. The images are not checked.
+///
+/// # Errors
+/// If the images are not u32.
+pub fn rows_of_images(parts: &[(Tensor, usize, usize)]) -> Result<Tensor> {
+    if let Some((images, ..)) = parts.iter().find(|(images, ..)| images.dtype() != DType::U32) {
+        return Err(Error::shape("rows_of_images", format!("images are {:?}, not u32", images.dtype())));
+    }
+    let total = parts.iter().map(|(images, _, tokens)| images.len() * tokens).sum();
+    let mut rows = Tensor::uninit(&[total], DType::U32);
+    let mut start = 0;
+    for (images, first, tokens) in parts {
+        let count = images.len() * tokens;
+        if let Some(gpu) = rows.gpu() {
+            let place = Arg::from(rows.device_address() + 4 * start as u64);
+            let launch = gpu.kernel(&TOKENS, "rows_of_images", DType::U32)?.over(count);
+            launch.launch(args![&place, images, *first as u32, *tokens as u32, count as u32])?;
+        } else {
+            let out = rows.as_mut_slice::<u32>()[start..start + count].chunks_exact_mut(*tokens);
+            for (out, &image) in out.zip(images.as_slice::<u32>()) {
+                let row = *first as u32 + image * *tokens as u32;
+                out.iter_mut().zip(row..).for_each(|(out, row)| *out = row);
+            }
+        }
+        start += count;
+    }
+    Ok(rows)
+}
+
 struct Assemble {
     images: usize,
     mask: Option<Tensor>,
