@@ -10,6 +10,7 @@
 pub mod checkpoint;
 pub mod comm;
 pub mod contract;
+pub mod cuda;
 pub mod data;
 pub mod dfdx_loss;
 mod error;

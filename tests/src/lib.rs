@@ -1,1 +1,8 @@
-//! Tests.
+//! Tests that cross crates. The library holds the pages of the book whose Rust is compiled as documentation tests.
+
+/// Pages, by name.
+#[cfg(doctest)]
+mod pages {
+    #[doc = include_str!("../../book/src/plugins.md")]
+    mod plugins {}
+}

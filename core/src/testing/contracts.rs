@@ -11,7 +11,7 @@ use crate::rng::{Rng, Stream};
 use crate::step::CHANNELS;
 use crate::tensor::Tape;
 use crate::testing::normal;
-use crate::{DType, Error, Result};
+use crate::{DType, Error, Result, Tensor};
 
 /// What holds, or what does not.
 pub type Held = Result<(), String>;
@@ -71,7 +71,9 @@ pub fn pos_encoding(mut encoding: Box<dyn PosEncoding>) -> Held {
     ensure(draw() == draw(), "equal generators draw differently: everything random comes from `rng`")?;
     for (grid, draw) in [(grid, None), (grid, Some(draw())), (Grid { height: 2, width: 5 }, Some(draw()))] {
         let p = grid.patches();
-        let tables = || encoding.tables(&params, grid, draw.as_deref(), heads, DType::F64);
+        let draw = draw.filter(|d| !d.is_empty()).map(|d| Tensor::from_slice(&d, &[d.len()]));
+        let draw = draw.transpose().map_err(text)?;
+        let tables = || encoding.tables(&params, grid, draw.as_ref(), heads, DType::F64);
         let (first, second) = (tables().map_err(text)?, tables().map_err(text)?);
         if let (Some((sin, cos)), Some((sin2, _))) = (&first.rotary, &second.rotary) {
             let shape = [p, dim / heads];
@@ -142,7 +144,7 @@ pub fn backbone(table: &str) -> Held {
     let again = run(&Params::frozen(&layout, &flat), Mode::Eval)?;
     ensure(eval.patches.to_f64_vec() == again.patches.to_f64_vec(), "the second call gives other features")?;
     let trained = run(&tracked, Mode::Train(&draws))?;
-    let mut grads = crate::Tensor::zeros(&[layout.len()], DType::F64);
+    let mut grads = Tensor::zeros(&[layout.len()], DType::F64);
     let loss = || trained.cls.square()?.sum()?.add(&trained.patches.square()?.sum()?);
     tape.backward(&loss().map_err(text)?, 1.0, Some(&mut grads)).map_err(text)?;
     let grads = grads.to_f64_vec();
