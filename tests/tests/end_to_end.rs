@@ -162,6 +162,52 @@ fn a_second_stage_starts_from_the_first() {
 }
 
 #[test]
+fn the_folder_of_a_run_is_a_recipe_that_repeats_it() {
+    let folder = Folder::with_micro();
+    folder.succeed(&["train", "micro.toml", "--out", "first", "--set", "optimizer.lr=3e-3"]);
+    folder.succeed(&["train", "first", "--out", "again"]);
+    assert_same_weights(&folder, "first", "again", 12);
+}
+
+#[test]
+fn two_runs_are_compared_by_recipe_code_data_and_metrics() {
+    let folder = Folder::with_micro();
+    folder.succeed(&["train", "micro.toml", "--out", "a"]);
+    folder.succeed(&["train", "micro.toml", "--out", "b", "--set", "optimizer.lr=2e-3"]);
+    let text = folder.succeed(&["recipe", "diff", "a", "b"]).out;
+    for part in ["optimizer.lr", "0.001 -> 0.002", "in both", "as the recipe says", "loss/total", "B - A"] {
+        assert!(text.contains(part), "no `{part}` in\n{text}");
+    }
+}
+
+const PHOTOS: [&str; 6] =
+    ["--set", "data.plugin=image_folder", "--set", "data.path=photos", "--set", "probes.cls_patch_cosine.enabled=true"];
+
+#[test]
+fn photographs_train_and_are_probed() {
+    let folder = Folder::with_micro();
+    folder.add_photos("photos");
+    folder.succeed(&[&["train", "micro.toml", "--out", "run"][..], &PHOTOS].concat());
+    let result: serde_json::Value = serde_json::from_str(&folder.read("run/result.json")).expect("JSON");
+    assert!(result["metrics"]["probe/cls_patch_cosine/mean"].is_f64(), "{result}");
+    let messages = folder.read("run/messages.jsonl");
+    assert!(!messages.contains("cannot be used"), "every photograph can be read: {messages}");
+}
+
+#[test]
+fn a_run_that_goes_on_says_if_its_images_are_others() {
+    let folder = Folder::with_micro();
+    folder.add_photos("photos");
+    let args = [&["train", "micro.toml", "--out", "run"][..], &PHOTOS].concat();
+    folder.succeed(&args);
+    fs::remove_file(folder.path("run/result.json")).expect("the run finished");
+    fs::remove_dir_all(folder.path("run/checkpoints/step-00000012")).expect("the run finished");
+    fs::remove_file(folder.path("photos/cat.jpg")).expect("it was copied");
+    folder.succeed(&[&args[..], &["--resume"]].concat());
+    assert!(folder.read("run/messages.jsonl").contains("came, went or changed"));
+}
+
+#[test]
 fn a_folder_of_pictures_trains_and_broken_ones_are_named() {
     let folder = Folder::with_micro();
     for class in ["red", "blue"] {

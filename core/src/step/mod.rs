@@ -284,7 +284,7 @@ impl Learner {
                 });
             }
             if health && micro == 0 {
-                measured = Some(Health::measure(&teacher.of(0), &self.model)?);
+                measured = Some(Health::measure(&teacher.of(0), &self.model, &batch.indices)?);
             }
             // Before its loss begins, a run may have nothing to learn from.
             let Some(total) = total else { continue };
