@@ -63,30 +63,36 @@ pub trait Op: Send + 'static {
     }
 
     /// Runs the operation where its inputs are, and records it if any input is tracked.
-    fn apply(mut self, inputs: &[&Tensor]) -> Result<Tensor>
+    fn apply(self, inputs: &[&Tensor]) -> Result<Tensor>
     where
         Self: Sized,
     {
         let device = inputs.first().map_or_else(Device::current, |x| x.device());
         if device != Device::Cpu && !self.cuda() {
-            return OnHost { op: self, device }.apply(inputs);
+            return run(OnHost { op: self, device }, inputs, device);
         }
-        if let Some(other) = inputs.iter().find(|x| x.device() != device) {
-            let problem = format!("operands are on {device} and {}", other.device());
-            return Err(Error::shape(self.name(), problem));
-        }
-        let _on = device.enter();
-        let tape = inputs.iter().find_map(|x| x.var.as_ref()).map(|v| v.tape.clone());
-        let name = self.name();
-        let mut out = self.forward(inputs, tape.is_some())?;
-        scope::observe(|| format!("{name} in {}", scope::current()), &out);
-        if let Some(tape) = tape {
-            let ids = inputs.iter().map(|x| x.var.as_ref().map(|v| v.id)).collect();
-            let kind = NodeKind::Op { op: Box::new(self), inputs: ids, scope: scope::current() };
-            out.var = Some(tape.push(kind, &out));
-        }
-        Ok(out)
+        run(self, inputs, device)
     }
+}
+
+/// Runs an operation that knows what to do on `device`. (Not part of [`Op::apply`], which would then contain itself for
+/// [`OnHost`] of [`OnHost`], without end.)
+fn run<O: Op>(mut op: O, inputs: &[&Tensor], device: Device) -> Result<Tensor> {
+    if let Some(other) = inputs.iter().find(|x| x.device() != device) {
+        let problem = format!("operands are on {device} and {}", other.device());
+        return Err(Error::shape(op.name(), problem));
+    }
+    let _on = device.enter();
+    let tape = inputs.iter().find_map(|x| x.var.as_ref()).map(|v| v.tape.clone());
+    let name = op.name();
+    let mut out = op.forward(inputs, tape.is_some())?;
+    scope::observe(|| format!("{name} in {}", scope::current()), &out);
+    if let Some(tape) = tape {
+        let ids = inputs.iter().map(|x| x.var.as_ref().map(|v| v.id)).collect();
+        let kind = NodeKind::Op { op: Box::new(op), inputs: ids, scope: scope::current() };
+        out.var = Some(tape.push(kind, &out));
+    }
+    Ok(out)
 }
 
 /// An operation without a kernel of its own, run on the host for tensors on a GPU.
