@@ -2,6 +2,8 @@
 
 pub mod ablate;
 pub mod bench;
+pub mod export;
+pub mod import;
 pub mod plugins;
 pub mod recipe;
 pub mod replay;

@@ -6,6 +6,7 @@ use crate::checkpoint::{self, Checkpoint, Content, NamedTensors};
 use crate::contract::{Crops, Features, Mode, Role, TeacherPolicy};
 use crate::params::{load_named, Layout, Params};
 use crate::recipe::Recipe;
+use crate::weights::check_same_model;
 use crate::{DType, Error, Result, Tensor};
 
 use super::{Declared, DeclaredLoss};
@@ -63,9 +64,13 @@ impl Weights {
     ) -> Result<()> {
         let layout = &model.layout;
         self.student = layout.init(recipe.seed, self.student.dtype())?;
+        if let Some(path) = &recipe.backbone.weights {
+            let source = read_model(path, model)?;
+            load_role(&layout.part("backbone."), &mut self.student, &source, &["teacher.", "student.", ""], path)?;
+        }
         self.teacher.copy_from(&self.student)?;
         if let Some(path) = &recipe.init_from {
-            let source = checkpoint::read_weights(path)?;
+            let source = read_model(path, model)?;
             load_role(layout, &mut self.student, &source, &["student.", "teacher.", ""], path)?;
             load_role(layout, &mut self.teacher, &source, &["teacher.", "student.", ""], path)?;
         }
@@ -93,7 +98,7 @@ impl Weights {
             Role::Teacher => Ok(()),
             Role::Student => self.teacher.copy_from(&self.student),
             Role::Checkpoint(path) => {
-                let source = checkpoint::read_weights(path)?;
+                let source = read_model(path, model)?;
                 load_role(&model.layout, &mut self.teacher, &source, &["teacher.", "student.", ""], path)
             }
         }
@@ -106,7 +111,7 @@ impl Weights {
             Role::Student => gram.copy_from(&self.student.view(0, &[n])),
             Role::Teacher => gram.copy_from(&self.teacher.view(0, &[n])),
             Role::Checkpoint(path) => {
-                let source = checkpoint::read_weights(path)?;
+                let source = read_model(path, model)?;
                 let prefixes = ["teacher.", "gram_teacher.", "student.", ""];
                 load_role(&model.layout.part("backbone."), gram, &source, &prefixes, path)
             }
@@ -184,6 +189,12 @@ impl Weights {
         self.skipped = from.skipped;
         Ok(())
     }
+}
+
+/// Weights of the same model.
+fn read_model(path: &Path, model: &Declared) -> Result<NamedTensors> {
+    check_same_model(path, model.backbone.as_ref())?;
+    checkpoint::read_weights(path)
 }
 
 /// Loads a model from the first of `prefixes` under which the file has a backbone. A head that the file does not have
