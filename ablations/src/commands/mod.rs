@@ -3,6 +3,8 @@
 pub mod ablate;
 pub mod bench;
 pub mod check;
+pub mod export;
+pub mod import;
 pub mod plugins;
 pub mod recipe;
 pub mod replay;

@@ -197,6 +197,13 @@ pub trait Backbone: fmt::Debug + Send + Sync {
         0
     }
 
+    /// What, beside names and shapes of parameters, decides what the model computes in evaluation: a table by the keys of
+    /// a recipe. Weights are refused for a backbone that says something else here (see
+    /// [`check_same_model`](crate::weights::check_same_model)).
+    fn architecture(&self) -> serde_json::Value {
+        serde_json::Value::Null
+    }
+
     /// Draws the random numbers of one training forward over `kinds` of crops with these many images each.
     /// `rng(stream, index)` is the generator for that purpose.
     fn draw(&self, rng: &dyn Fn(crate::rng::Stream, u64) -> Rng, images: &[usize]) -> Draws {
