@@ -1,51 +1,78 @@
-//! A trained model read back for evaluation and pictures.
+//! A trained backbone read back for evaluation, features and pictures.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::checkpoint;
-use crate::contract::{Dataset, Features};
+use crate::checkpoint::{self, NamedTensors};
+use crate::contract::{Backbone, Crops, Features, Mode};
+use crate::params::{load_named, Layout, ParamBuilder, Params};
 use crate::recipe::{Overrides, Recipe, Resolved};
-use crate::step::Learner;
+use crate::registry::BackboneContext;
+use crate::step::CHANNELS;
 use crate::{Error, Result, Tensor};
 
-use super::datasets;
-
-/// The EMA teacher of a run's newest checkpoint.
+/// The backbone of a run as it is evaluated: the EMA of the student. Heads and optimizer are left behind.
 pub struct Trained {
-    /// The run's recipe.
+    /// What it was trained by.
     pub recipe: Recipe,
-    /// Steps that it was trained for.
-    pub step: u64,
-    learner: Learner,
+    /// The backbone.
+    pub backbone: Box<dyn Backbone>,
+    layout: Arc<Layout>,
+    flat: Tensor,
 }
 
 impl Trained {
-    /// Reads the newest checkpoint of the run in `run`.
+    /// Reads a run folder (its newest checkpoint) or one checkpoint folder inside a run.
     ///
     /// # Errors
     /// If there is no run or no whole checkpoint.
-    pub fn load(run: &Path) -> Result<Self> {
-        let recipe = Resolved::load(run.join("recipe.toml"), &Overrides::default())?.recipe;
-        let help = "train it first, or name another run folder";
-        let (newest, _) =
-            checkpoint::load_newest(run)?.ok_or_else(|| Error::content(run, "no checkpoint in this run", help))?;
-        let learner = Learner::from_checkpoint(&recipe, &newest)?;
-        Ok(Self { recipe, step: newest.step, learner })
+    pub fn open(path: &Path) -> Result<Self> {
+        let recipe = recipe_of(path)?;
+        let source = checkpoint::read_weights(path)?;
+        Self::build(recipe, &source, path)
+    }
+
+    /// The backbone of `recipe` with the weights `teacher.backbone.*` of `source`, which was read from `path`.
+    fn build(recipe: Recipe, source: &NamedTensors, path: &Path) -> Result<Self> {
+        let mut params = ParamBuilder::new();
+        let global_size = recipe.crops.global_size;
+        let backbone = params.scope("backbone", |params| {
+            recipe.backbone.build(&mut BackboneContext { params, global_size, channels: CHANNELS })
+        })?;
+        let layout = params.finish();
+        let mut flat = Tensor::zeros(&[layout.len()], recipe.dtype());
+        load_named(&layout, &mut flat, |name| source.get(&format!("teacher.{name}")).cloned(), path)?;
+        Ok(Self { recipe, backbone, layout, flat })
     }
 
     /// Features of normalised pixels `[B, 3, h, w]`, in evaluation.
+    ///
+    /// # Errors
+    /// If the image is smaller than a patch.
     pub fn features(&self, pixels: &Tensor) -> Result<Features> {
-        self.learner.teacher_features(pixels)
+        let params = Params::frozen(&self.layout, &self.flat);
+        let mut features = self.backbone.forward(&params, &[Crops::global(pixels.clone())], Mode::Eval)?;
+        features.pop().ok_or_else(|| Error::shape("backbone", "no features"))
     }
+}
 
-    /// Side of a patch in pixels.
-    pub fn patch_size(&self) -> usize {
-        self.learner.model().backbone.patch_size()
+/// The resolved recipe of the run that `path` is, or is a checkpoint of.
+///
+/// # Errors
+/// If there is none.
+pub fn recipe_of(path: &Path) -> Result<Recipe> {
+    let help = "name a run folder, or a checkpoint folder (step-...) inside one";
+    if !path.exists() {
+        return Err(Error::content(path, "does not exist", help));
     }
-
-    /// The images that the run did not train on (the training images if none were set aside).
-    pub fn held_out(&self) -> Result<Arc<dyn Dataset>> {
-        Ok(datasets(&self.recipe)?.1)
+    let run: PathBuf = match path.join("state.json").exists() {
+        // <run>/checkpoints/step-00000300
+        true => path.join("../.."),
+        false => path.into(),
+    };
+    let file = run.join("recipe.toml");
+    if !file.exists() {
+        return Err(Error::content(path, "there is no run here: no recipe.toml", help));
     }
+    Ok(Resolved::load(file, &Overrides::default())?.recipe)
 }
