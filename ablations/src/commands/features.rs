@@ -136,7 +136,7 @@ fn models(args: &Args) -> Result<Vec<Model>> {
     let folders: &[&'static str] = if paths.len() == 1 { &[""] } else { &["a", "b"] };
     let open = |(path, folder): (&&PathBuf, &&'static str)| {
         let trained = Trained::open(path)?;
-        let side = args.window.unwrap_or(WINDOW * trained.recipe.crops.global_size);
+        let side = args.window.unwrap_or(WINDOW * trained.global_size);
         let window = side / trained.backbone.patch_size();
         if window == 0 {
             let problem = format!("a window of {side} pixels holds no patch of {}", trained.backbone.patch_size());

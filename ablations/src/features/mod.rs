@@ -77,7 +77,7 @@ pub fn see(trained: &Trained, image: RgbImage, window: usize) -> Result<Seen> {
 
 /// Pixels as the model was trained on: `[1, 3, h, w]`.
 fn normalised(trained: &Trained, image: &RgbImage) -> Result<Tensor> {
-    let (mean, std) = (trained.recipe.crops.mean, trained.recipe.crops.std);
+    let (mean, std) = trained.normalization;
     let channel = |c: usize| image.pixels().map(move |p| (f32::from(p.0[c]) / 255.0 - mean[c]) / std[c]);
     let pixels: Vec<f32> = (0..3).flat_map(channel).collect();
     Tensor::from_slice(&pixels, &[1, 3, image.height() as usize, image.width() as usize])

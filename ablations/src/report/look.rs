@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use dinolab_core::contract::Sample;
+use dinolab_core::recipe::Resolved;
 use dinolab_core::train::{datasets, Trained};
 use dinolab_core::{Error, Result};
 use image::imageops::{crop_imm, resize, FilterType};
@@ -22,9 +23,8 @@ const ENLARGE: usize = 2;
 /// If the run has no checkpoint, or an image cannot be read.
 pub fn look(run: &Path) -> Result<Vec<PatchView>> {
     let trained = Trained::open(run)?;
-    let (_, held_out) = datasets(&trained.recipe)?;
-    let patch = trained.backbone.patch_size();
-    let patches = (ENLARGE * trained.recipe.crops.global_size / patch).max(1);
+    let (_, held_out) = datasets(&Resolved::of_run(run)?.recipe)?;
+    let patches = (ENLARGE * trained.global_size / trained.backbone.patch_size()).max(1);
     let shown = IMAGES.min(held_out.len());
     (0..shown).map(|i| view(&trained, &held_out.get(i * held_out.len() / shown)?, patches)).collect()
 }

@@ -143,6 +143,12 @@ pub trait Backbone: fmt::Debug + Send + Sync {
         0
     }
 
+    /// Whether [`Crops::masks`] hides patches from it; without a mask token it sees them, and a loss on masked patches is
+    /// one on patches in plain sight.
+    fn hides_masked_patches(&self) -> bool {
+        true
+    }
+
     /// Draws the random numbers of one training forward over `kinds` of crops with these many images each.
     /// `rng(stream, index)` is the generator for that purpose.
     fn draw(&self, rng: &dyn Fn(crate::rng::Stream, u64) -> Rng, images: &[usize]) -> Draws {

@@ -19,6 +19,7 @@ pub mod parallel;
 mod adamw;
 mod attention;
 mod broadcast;
+mod depthwise_conv;
 mod elementwise;
 mod gram_loss;
 mod koleo;

@@ -8,12 +8,14 @@
 //! ```
 
 mod declare;
+mod distillation;
 mod health;
 mod optimizer;
 mod outputs;
 mod weights;
 
 pub use declare::{declare, loss_context, Declared, DeclaredLoss, CHANNELS, GLOBALS};
+pub(crate) use distillation::distilled_model;
 pub use health::Health;
 pub use optimizer::ParamRule;
 pub use weights::Weights;
@@ -30,6 +32,7 @@ use crate::rng::Rng;
 use crate::tensor::{scope, Tape};
 use crate::{DType, Error, Result, Tensor};
 
+use distillation::TeacherModel;
 use optimizer::AdamW;
 use outputs::{StudentPass, TeacherPass};
 
@@ -39,6 +42,7 @@ pub struct Learner {
     weights: Weights,
     optimizer: AdamW,
     teacher: Box<dyn TeacherPolicy>,
+    distilled: Option<TeacherModel>,
     gram: Option<Box<dyn TeacherPolicy>>,
     comm: Box<dyn Comm>,
     seed: u64,
@@ -89,6 +93,7 @@ impl Learner {
     fn unstarted(recipe: &Recipe) -> Result<Self> {
         let model = declare(recipe)?;
         let teacher = recipe.teacher.build(&mut ())?;
+        let distilled = TeacherModel::of(teacher.as_ref(), &model, recipe)?;
         let wanted = model.losses.iter().any(|l| l.needs.gram_teacher);
         let gram = recipe.gram_teacher.as_ref().filter(|_| wanted).map(|g| g.build(&mut ())).transpose()?;
         let weights = Weights::new(&model, gram.is_some(), recipe.dtype());
@@ -98,6 +103,7 @@ impl Learner {
             weights,
             optimizer,
             teacher,
+            distilled,
             gram,
             comm: Box::new(Single),
             seed: recipe.seed,

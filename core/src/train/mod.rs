@@ -21,7 +21,7 @@ mod verdict;
 
 pub use capture::replay;
 pub use folder::{RunFolder, RunResult};
-pub use trained::{recipe_of, Trained};
+pub use trained::Trained;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
