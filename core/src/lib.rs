@@ -10,6 +10,7 @@
 pub mod checkpoint;
 pub mod comm;
 pub mod contract;
+pub mod cuda;
 pub mod data;
 mod error;
 pub mod head;

@@ -5,7 +5,7 @@ use std::sync::{Mutex, PoisonError};
 use dinolab_core::contract::{Grid, PosContext, PosEncoding, PosTables};
 use dinolab_core::params::{Init, ParamBuilder, ParamId, Params};
 use dinolab_core::rng::Rng;
-use dinolab_core::{plugin, DType, Error, Result, Tensor};
+use dinolab_core::{plugin, DType, Device, Error, Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -81,7 +81,7 @@ impl RelativeBiasBox {
     fn places(&self, grid: Grid, heads: usize) -> Result<Tensor> {
         // Only finished tables are pushed, so a panic elsewhere leaves the list whole.
         let mut known = self.places.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, places)) = known.iter().find(|k| k.0 == grid) {
+        if let Some((_, places)) = known.iter().find(|k| k.0 == grid && k.1.device() == Device::current()) {
             return Ok(places.clone());
         }
         let (h, w, p) = (grid.height, grid.width, grid.patches());
@@ -122,13 +122,13 @@ impl PosEncoding for RelativeBiasBox {
         &self,
         params: &Params<'_>,
         grid: Grid,
-        draw: Option<&[f64]>,
+        draw: Option<&Tensor>,
         _: usize,
         dtype: DType,
     ) -> Result<PosTables> {
         let (network, heads) = self.network.expect("a backbone declares its position encoding before it uses it");
         let [weight1, bias1, weight2] = network.map(|id| params.get(id));
-        let factor = draw.and_then(|draw| draw.first().copied()).unwrap_or(1.0);
+        let factor = draw.map_or(1.0, |draw| draw.to_f64_vec()[0]);
         let differences = self.differences(grid, factor, params.dtype())?;
         let biases = differences.linear_gelu(&weight1, Some(&bias1))?.linear(&weight2, None)?;
         let (p, flat) = (grid.patches(), biases.reshape(&[biases.len()])?);
@@ -179,7 +179,9 @@ mod tests {
         let params = Params::frozen(&layout, &flat);
         let weights: Vec<&[f64]> = layout.specs().iter().map(|s| &flat.as_slice::<f64>()[s.range()]).collect();
         for (grid, factor) in [(Grid { height: 2, width: 3 }, 1.0), (Grid { height: 3, width: 1 }, 1.7)] {
-            let tables = encoding.tables(&params, grid, Some(&[factor]), 2, DType::F64).unwrap();
+            let tables = encoding
+                .tables(&params, grid, Some(&Tensor::from_slice(&[factor], &[1]).unwrap()), 2, DType::F64)
+                .unwrap();
             let bias = tables.bias.unwrap();
             assert_eq!(bias.shape(), [2, grid.patches(), grid.patches()]);
             let want = by_formula([weights[0], weights[1], weights[2]], grid, factor);

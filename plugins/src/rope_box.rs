@@ -4,9 +4,10 @@ use std::f64::consts::TAU;
 use std::sync::{Mutex, PoisonError};
 
 use dinolab_core::contract::{Grid, PosContext, PosEncoding, PosTables};
+use dinolab_core::cuda::args;
 use dinolab_core::params::{ParamBuilder, Params};
 use dinolab_core::rng::Rng;
-use dinolab_core::{plugin, DType, Error, Result, Tensor};
+use dinolab_core::{cuda_source, plugin, DType, Device, Error, Result, Tensor};
 use half::bf16;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -89,6 +90,8 @@ impl TableType {
     }
 }
 
+cuda_source! { static ROPE_BOX = "rope_box" { include_str!("rope_box.cu") } }
+
 /// The numbers that an augmentation applies, in the order in which they are drawn and applied:
 /// `[shift_h, shift_w, jitter_h, jitter_w, rescale]`.
 const NEUTRAL: [f64; 5] = [0.0, 0.0, 1.0, 1.0, 1.0];
@@ -100,7 +103,7 @@ pub struct RopeBox {
     /// Width D of a head; 0 until declared.
     head_dim: usize,
     /// Evaluation tables: every block asks for the same few.
-    evaluation: Mutex<Vec<(Grid, DType, PosTables)>>,
+    evaluation: Mutex<Vec<(Grid, DType, Device, PosTables)>>,
 }
 
 impl RopeBox {
@@ -181,6 +184,34 @@ impl RopeBox {
     }
 }
 
+impl RopeBox {
+    /// Tables for a draw on a GPU, computed there.
+    fn compute_on(&self, grid: Grid, draw: &Tensor, dtype: DType) -> Result<PosTables> {
+        let gpu = draw.gpu().expect("called for a draw on a GPU");
+        let round = |x| self.config.dtype.round(x);
+        let list = |x: Vec<f64>| Tensor::from_slice(&x, &[x.len()]);
+        let [rows, columns] = axes(grid, self.config.normalize, round);
+        let (rows, columns, periods) = (list(rows)?, list(columns)?, list(self.periods(self.head_dim))?);
+        let shape = [grid.patches(), self.head_dim];
+        let (mut sin, mut cos) = (Tensor::uninit(&shape, dtype), Tensor::uninit(&shape, dtype));
+        let (width, n, narrow) = (grid.width as i32, periods.len() as i32, self.config.dtype == TableType::Bf16);
+        let count = (grid.patches() * 2 * periods.len()) as i32;
+        gpu.kernel(&ROPE_BOX, "rope_box", dtype)?.over(count as usize).launch(args![
+            &mut sin,
+            &mut cos,
+            &rows,
+            &columns,
+            &periods,
+            draw,
+            width,
+            n,
+            i32::from(narrow),
+            count
+        ])?;
+        Ok(PosTables { rotary: Some((sin, cos)), bias: None })
+    }
+}
+
 impl PosEncoding for RopeBox {
     fn declare(&mut self, _: &mut ParamBuilder, context: PosContext) -> Result<()> {
         let (dim, heads) = (context.dim, context.heads);
@@ -215,20 +246,22 @@ impl PosEncoding for RopeBox {
         self.config.draw_per == DrawPer::Block && self.augments()
     }
 
-    fn tables(&self, _: &Params<'_>, grid: Grid, draw: Option<&[f64]>, _: usize, dtype: DType) -> Result<PosTables> {
+    fn tables(&self, _: &Params<'_>, grid: Grid, draw: Option<&Tensor>, _: usize, dtype: DType) -> Result<PosTables> {
         match draw {
-            Some(draw) if !draw.is_empty() => {
-                let problem = |_| Error::shape("rope_box", format!("a draw has 5 numbers, not {}", draw.len()));
-                self.compute(grid, draw.try_into().map_err(problem)?, dtype)
+            Some(draw) if draw.shape() != [5] || draw.dtype() != DType::F64 => {
+                Err(Error::shape("rope_box", format!("a draw is 5 numbers in f64, not {draw:?}")))
             }
-            _ => {
+            Some(draw) if draw.gpu().is_some() => self.compute_on(grid, draw, dtype),
+            Some(draw) => self.compute(grid, draw.as_slice().try_into().expect("checked just above"), dtype),
+            None => {
                 // Only finished tables are pushed, so a panic elsewhere leaves the list whole.
+                let here = Device::current();
                 let mut known = self.evaluation.lock().unwrap_or_else(PoisonError::into_inner);
-                if let Some((.., tables)) = known.iter().find(|k| (k.0, k.1) == (grid, dtype)) {
+                if let Some((.., tables)) = known.iter().find(|k| (k.0, k.1, k.2) == (grid, dtype, here)) {
                     return Ok(tables.clone());
                 }
                 let tables = self.compute(grid, &NEUTRAL, dtype)?;
-                known.push((grid, dtype, tables.clone()));
+                known.push((grid, dtype, here, tables.clone()));
                 Ok(tables)
             }
         }

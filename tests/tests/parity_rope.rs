@@ -29,7 +29,8 @@ fn encoding(table: &Value, head_dim: usize) -> Box<dyn PosEncoding> {
 fn rotary(encoding: &dyn PosEncoding, grid: Grid, draw: Option<&[f64]>, dtype: DType) -> (Tensor, Tensor) {
     let layout = ParamBuilder::new().finish();
     let flat = layout.init(0, dtype).unwrap();
-    let tables = encoding.tables(&Params::frozen(&layout, &flat), grid, draw, 1, dtype).unwrap();
+    let draw = draw.map(|d| Tensor::from_slice(d, &[d.len()]).unwrap());
+    let tables = encoding.tables(&Params::frozen(&layout, &flat), grid, draw.as_ref(), 1, dtype).unwrap();
     tables.rotary.expect("rope_box rotates")
 }
 

@@ -27,7 +27,9 @@ impl Crops {
 
 /// The random numbers of one training forward, drawn before it begins.
 ///
-/// They are data, not a generator: a step can be replayed with the draws of another implementation.
+/// They are data, not a generator: a step can be replayed with the draws of another implementation. A forward takes
+/// them as tensors ([`position`](Self::position), [`kept`](Self::kept)): on a GPU those lie at fixed addresses, so that a
+/// recorded step finds the next step's draws there.
 #[derive(Clone, Debug, Default)]
 pub struct Draws {
     /// Position augmentation, `[block][kind of crop]`: see
@@ -36,6 +38,58 @@ pub struct Draws {
     /// Stochastic depth by sample subset, `[block][kind of crop][branch]`: the images that are kept, out of that kind's
     /// `B`. Empty: nothing is dropped.
     pub kept: Vec<Vec<[Vec<u32>; 2]>>,
+    /// All of `position` and all of `kept`, one after the other, where the forward runs.
+    placed: Option<(Tensor, Tensor)>,
+}
+
+impl Draws {
+    /// Without stochastic depth where `kept` is empty.
+    pub fn new(position: Vec<Vec<Vec<f64>>>, kept: Vec<Vec<[Vec<u32>; 2]>>) -> Self {
+        Self { position, kept, placed: None }
+    }
+
+    /// The numbers of [`PosEncoding::draw`](super::PosEncoding::draw) for a block and kind of crop, f64; `None` if there
+    /// are none.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn position(&self, block: usize, kind: usize) -> Result<Option<Tensor>> {
+        let Some(numbers) = self.position.get(block).and_then(|b| b.get(kind)).filter(|n| !n.is_empty()) else {
+            return Ok(None);
+        };
+        let before = self.position[..block].iter().flatten().chain(&self.position[block][..kind]);
+        let start = before.map(Vec::len).sum();
+        match &self.placed {
+            Some((position, _)) => Ok(Some(position.view(start, &[numbers.len()]))),
+            None => Tensor::from_slice(numbers, &[numbers.len()]).map(Some),
+        }
+    }
+
+    /// The images of a kind that a block's branch keeps: `[s]`, u32; `None` if it keeps all.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn kept(&self, block: usize, kind: usize, branch: usize) -> Result<Option<Tensor>> {
+        let Some(branches) = self.kept.get(block).and_then(|b| b.get(kind)) else { return Ok(None) };
+        let images = &branches[branch];
+        let before = self.kept[..block].iter().flatten().chain(&self.kept[block][..kind]).flatten();
+        let start = before.chain(&branches[..branch]).map(Vec::len).sum();
+        match &self.placed {
+            Some((_, kept)) => Ok(Some(kept.view(start, &[images.len()]))),
+            None => Tensor::from_slice(images, &[images.len()]).map(Some),
+        }
+    }
+
+    /// All numbers in the order of [`place`](Self::place).
+    pub(crate) fn flat(&self) -> (Vec<f64>, Vec<u32>) {
+        let kept = self.kept.iter().flatten().flatten().flatten().copied().collect();
+        (self.position.iter().flatten().flatten().copied().collect(), kept)
+    }
+
+    /// Draws whose numbers are in these tensors (f64, u32) when the forward runs.
+    pub(crate) fn place(&mut self, position: Tensor, kept: Tensor) {
+        self.placed = Some((position, kept));
+    }
 }
 
 /// Whether a forward trains.

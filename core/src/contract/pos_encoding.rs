@@ -59,7 +59,7 @@ pub struct PosTables {
 /// struct Manhattan;
 ///
 /// impl PosEncoding for Manhattan {
-///     fn tables(&self, _: &Params<'_>, grid: Grid, _: Option<&[f64]>, heads: usize, dtype: DType) -> Result<PosTables> {
+///     fn tables(&self, _: &Params<'_>, grid: Grid, _: Option<&Tensor>, heads: usize, dtype: DType) -> Result<PosTables> {
 ///         let p = grid.patches();
 ///         let at = |i: usize| ((i / grid.width) as f64, (i % grid.width) as f64);
 ///         let score = |i, j| -((at(i).0 - at(j).0).abs() + (at(i).1 - at(j).1).abs());
@@ -89,13 +89,14 @@ pub trait PosEncoding: fmt::Debug + Send + Sync {
         true
     }
 
-    /// Rotation and bias for one block and one kind of crop. `draw` is what [`draw`](Self::draw) gave, `None` in
-    /// evaluation.
+    /// Rotation and bias for one block and one kind of crop. `draw` is what [`draw`](Self::draw) gave, as f64 where the
+    /// forward runs, `None` in evaluation. An encoding that looks at its numbers on the host keeps a step on a GPU from
+    /// being recorded; one that computes with them there does not.
     fn tables(
         &self,
         params: &Params<'_>,
         grid: Grid,
-        draw: Option<&[f64]>,
+        draw: Option<&Tensor>,
         heads: usize,
         dtype: DType,
     ) -> Result<PosTables> {

@@ -27,6 +27,25 @@ impl Batch {
     pub fn images(&self) -> usize {
         self.indices.len()
     }
+
+    /// All tensors, in a fixed order: crops, then masks.
+    pub fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        let Masks { masks, indices, unmasked, weights } = &self.masks;
+        let crops = [Some(&self.global), self.local.as_ref(), self.gram.as_ref()];
+        crops.into_iter().flatten().chain([masks, indices, unmasked, weights])
+    }
+
+    /// The same batch with every tensor replaced by `f` of it.
+    pub fn map(&self, f: impl Fn(&Tensor) -> Tensor) -> Self {
+        let Masks { masks, indices, unmasked, weights } = &self.masks;
+        Self {
+            global: f(&self.global),
+            local: self.local.as_ref().map(&f),
+            gram: self.gram.as_ref().map(&f),
+            masks: Masks { masks: f(masks), indices: f(indices), unmasked: f(unmasked), weights: f(weights) },
+            indices: self.indices.clone(),
+        }
+    }
 }
 
 /// The micro-batches of one step.

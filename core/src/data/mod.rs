@@ -12,6 +12,7 @@ mod augment;
 mod batch;
 mod blur;
 mod color;
+mod gpu;
 mod loader;
 pub mod masks;
 mod order;
@@ -21,6 +22,7 @@ mod resize;
 
 pub use augment::{Augmentation, Views};
 pub use batch::{views_of_images, Batch, StepBatches};
+pub use gpu::DeviceBatches;
 pub use loader::Loader;
 pub use masks::{BlockMask, Masks};
 pub use order::Order;

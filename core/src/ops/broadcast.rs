@@ -3,11 +3,15 @@
 
 use rayon::prelude::*;
 
-use crate::ops::linear::sum_rows;
+use crate::cuda::{args, Arg, Gpu};
+use crate::ops::columns::Partial;
+use crate::ops::linear::{sum_rows, sum_rows_on};
 use crate::ops::parallel::{lane_sum, BLOCK};
 use crate::ops::same_dtype;
 use crate::tensor::{Grads, Op, Real};
-use crate::{dispatch_real, simd, Error, Result, Tensor};
+use crate::{cuda_source, dispatch_real, simd, Error, Result, Tensor};
+
+cuda_source! { static BROADCAST = "broadcast" { include_str!("columns.cuh"), include_str!("broadcast.cu") } }
 
 impl Tensor {
     /// `self + row` for every row of the last axis: `[.., D]`, `row [D]`; drow = sum of the rows of dy.
@@ -79,6 +83,10 @@ impl Op for Broadcast {
         }
     }
 
+    fn cuda(&self) -> bool {
+        true
+    }
+
     fn forward(&mut self, inputs: &[&Tensor], save: bool) -> Result<Tensor> {
         let (x, v) = (inputs[0], inputs[1]);
         same_dtype(self.name(), inputs)?;
@@ -86,6 +94,12 @@ impl Op for Broadcast {
         let fits = if self.kind == Kind::ScaleRows { v.len() * d == x.len() } else { v.shape() == [d] };
         if !fits {
             return Err(Error::shape(self.name(), format!("{:?} and {:?}", x.shape(), v.shape())));
+        }
+        if let Some(gpu) = x.gpu() {
+            if save && self.kind != Kind::AddRow {
+                self.saved = Some((x.detach(), v.detach()));
+            }
+            return by_row(gpu, self.name(), x, v, d);
         }
         let mut out = Tensor::uninit(x.shape(), x.dtype());
         dispatch_real!(self.name(), x.dtype(), T => {
@@ -105,6 +119,9 @@ impl Op for Broadcast {
 
     fn backward(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
         let d = dy.last_dim();
+        if let Some(gpu) = dy.gpu() {
+            return self.backward_on(gpu, dy, grads, d);
+        }
         dispatch_real!("broadcast", dy.dtype(), T => {
             let Some((x, v)) = self.saved else {
                 grads.accumulate(1, |mut dv| {
@@ -133,6 +150,42 @@ impl Op for Broadcast {
             multiply(self.kind, dx.as_mut_slice::<T>(), g, v.as_slice::<T>(), d);
             grads.add(0, dx)
         })
+    }
+}
+
+/// The kernel of that name on every row.
+fn by_row(gpu: &'static Gpu, name: &'static str, x: &Tensor, v: &Tensor, d: usize) -> Result<Tensor> {
+    let mut out = Tensor::uninit(x.shape(), x.dtype());
+    let rows = x.len() / d.max(1);
+    let launch = gpu.kernel(&BROADCAST, name, x.dtype())?.rows(rows);
+    launch.work(0.0, (2 * x.len() * x.dtype().size()) as f64).launch(args![&mut out, x, v, rows as i32, d as i32])?;
+    Ok(out)
+}
+
+impl Broadcast {
+    fn backward_on(self: Box<Self>, gpu: &'static Gpu, dy: Tensor, grads: &mut Grads<'_>, d: usize) -> Result<()> {
+        let (kind, name, rows) = (self.kind, self.name(), dy.len() / d.max(1));
+        let Some((x, v)) = self.saved else {
+            grads.accumulate(1, |mut dv| sum_rows_on(gpu, &dy, rows, d, Arg::from(&mut dv)))?;
+            return grads.add(0, dy);
+        };
+        if grads.needs(1) && kind == Kind::ScaleRows {
+            let mut dv = Tensor::uninit(v.shape(), v.dtype());
+            let launch = gpu.kernel(&BROADCAST, "row_dots", dy.dtype())?.rows(rows);
+            launch.launch(args![&mut dv, &dy, &x, rows as i32, d as i32])?;
+            grads.add(1, dv)?;
+        } else {
+            grads.accumulate(1, |mut dv| {
+                let mut sums = Partial::new(rows, 1, d);
+                let launch = sums.launch(gpu.kernel(&BROADCAST, "product_sums", dy.dtype())?, dy.dtype());
+                launch.launch(args![sums.buffer(), &dy, &x, rows as i32, d as i32])?;
+                sums.finish(gpu, &BROADCAST, 0, Arg::from(&mut dv))
+            })?;
+        }
+        match grads.needs(0) {
+            true => grads.add(0, by_row(gpu, name, &dy, &v, d)?),
+            false => Ok(()),
+        }
     }
 }
 

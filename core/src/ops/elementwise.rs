@@ -1,9 +1,66 @@
 //! Element by element: arithmetic with a tensor of the same shape or a scalar, and functions of one variable.
 
+use crate::cuda::{args, Arg};
 use crate::ops::parallel::{map, map2};
 use crate::ops::same_dtype;
-use crate::tensor::{Grads, Op, Real};
-use crate::{dispatch_real, Error, Result, Tensor};
+use crate::tensor::{GradMut, Grads, Op, Real};
+use crate::{cuda_source, dispatch_real, DType, Error, Result, Tensor};
+
+cuda_source! { static ELEMENTWISE = "elementwise" { include_str!("elementwise.cu") } }
+
+/// A tensor like `x`, made by a kernel of `elementwise.cu` with a thread for every 16 bytes: it gets the result, the
+/// arguments, and the number of elements.
+fn by_kernel(name: &'static str, x: &Tensor, args: &[Arg]) -> Result<Tensor> {
+    let mut out = Tensor::uninit(x.shape(), x.dtype());
+    let gpu = x.gpu().expect("called for a tensor on a GPU");
+    let n = x.len();
+    let all: Vec<Arg> = [Arg::from(&mut out)].into_iter().chain(args.iter().copied()).chain([n.into()]).collect();
+    let size = x.dtype().size();
+    let bytes = ((args.len() + 1) * n * size) as f64;
+    gpu.kernel(&ELEMENTWISE, name, x.dtype())?.over((n * size).div_ceil(16)).work(0.0, bytes).launch(&mut { all })?;
+    Ok(out)
+}
+
+/// Sets all elements of a tensor on a GPU.
+pub(crate) fn fill(out: &mut Tensor, value: f64) -> Result<()> {
+    let (n, dtype) = (out.len(), out.dtype());
+    let gpu = out.gpu().expect("called for a tensor on a GPU");
+    let kernel = gpu.kernel(&ELEMENTWISE, "fill", dtype)?;
+    match dtype {
+        DType::U32 => kernel.over(n).launch(args![out, value as u32, n]),
+        _ => kernel.over((n * dtype.size()).div_ceil(16)).launch(args![out, value as f32, n]),
+    }
+}
+
+/// Writes, or adds, a gradient on a GPU to its place, whatever their types.
+pub(crate) fn accumulate(place: &mut GradMut<'_>, grad: &Tensor) -> Result<()> {
+    let (n, gpu) = (grad.len(), grad.gpu().expect("called for a tensor on a GPU"));
+    let bytes = (n * (grad.dtype().size() + 8)) as f64;
+    gpu.kernel(&ELEMENTWISE, "accumulate", grad.dtype())?.over(n).work(0.0, bytes).launch(args![place, grad, n])
+}
+
+/// Between f32 and bf16 on a GPU.
+pub(crate) fn convert(x: &Tensor, to: DType) -> Result<Tensor> {
+    let (n, gpu) = (x.len(), x.gpu().expect("called for a tensor on a GPU"));
+    let mut out = Tensor::uninit(x.shape(), to);
+    let (name, kind, bytes) = match (x.dtype(), to) {
+        (DType::F32, DType::BF16) => ("narrow", DType::F32, 2),
+        (DType::BF16, DType::F32) => ("widen", DType::BF16, 4),
+        (from, to) => return Err(Error::shape("cast", format!("{from:?} to {to:?} on a GPU"))),
+    };
+    let kernel = gpu.kernel(&ELEMENTWISE, name, kind)?;
+    kernel.over((n * bytes).div_ceil(16)).work(0.0, 6.0 * n as f64).launch(args![&mut out, x, n])?;
+    Ok(out)
+}
+
+/// Operands of one type: bf16 beside f32 is widened, as sums and losses of bf16 features are f32.
+fn promoted(a: &Tensor, b: &Tensor) -> Result<(Tensor, Tensor)> {
+    match (a.dtype(), b.dtype()) {
+        (DType::BF16, DType::F32) if b.len() > 1 || a.len() == 1 => Ok((a.cast(DType::F32)?, b.clone())),
+        (DType::F32, DType::BF16) => Ok((a.clone(), b.cast(DType::F32)?)),
+        _ => Ok((a.clone(), b.clone())),
+    }
+}
 
 /// A function of one variable: (name, f, derivative from x and y = f(x)).
 macro_rules! unary {
@@ -23,11 +80,18 @@ macro_rules! unary {
                     stringify!($method)
                 }
 
+                fn cuda(&self) -> bool {
+                    true
+                }
+
                 fn forward(&mut self, inputs: &[&Tensor], save: bool) -> Result<Tensor> {
                     let x = inputs[0];
-                    let out = dispatch_real!(stringify!($method), x.dtype(), T => {
-                        map(x, #[inline(always)] |$x: T| $f)
-                    })?;
+                    let out = match x.gpu() {
+                        Some(_) => by_kernel(concat!("unary_", stringify!($method)), x, &[x.into()])?,
+                        None => dispatch_real!(stringify!($method), x.dtype(), T => {
+                            map(x, #[inline(always)] |$x: T| $f)
+                        })?,
+                    };
                     if save {
                         self.0 = Some((x.detach(), out.clone()));
                     }
@@ -37,6 +101,10 @@ macro_rules! unary {
                 #[allow(unused_variables)]
                 fn backward(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
                     let (x, y) = self.0.expect("saved by forward");
+                    if x.gpu().is_some() {
+                        let name = concat!("unary_", stringify!($method), "_backward");
+                        return grads.add(0, by_kernel(name, &x, &[(&x).into(), (&y).into(), (&dy).into()])?);
+                    }
                     let slope = dispatch_real!(stringify!($method), x.dtype(), T => {
                         map2(&x, &y, #[inline(always)] |$dx: T, $dy: T| $derivative)
                     })?;
@@ -102,17 +170,22 @@ struct Binary {
 impl Tensor {
     /// `self + other`; `other` has the same shape or one element.
     pub fn add(&self, other: &Tensor) -> Result<Tensor> {
-        Binary { kind: Arithmetic::Add, saved: None }.apply(&[self, other])
+        self.binary(Arithmetic::Add, other)
     }
 
     /// `self - other`; `other` has the same shape or one element.
     pub fn sub(&self, other: &Tensor) -> Result<Tensor> {
-        Binary { kind: Arithmetic::Sub, saved: None }.apply(&[self, other])
+        self.binary(Arithmetic::Sub, other)
     }
 
     /// `self * other`; `other` has the same shape or one element.
     pub fn mul(&self, other: &Tensor) -> Result<Tensor> {
-        Binary { kind: Arithmetic::Mul, saved: None }.apply(&[self, other])
+        self.binary(Arithmetic::Mul, other)
+    }
+
+    fn binary(&self, kind: Arithmetic, other: &Tensor) -> Result<Tensor> {
+        let (a, b) = promoted(self, other)?;
+        Binary { kind, saved: None }.apply(&[&a, &b])
     }
 
     /// `self / other`; `other` has the same shape or one element.
@@ -150,9 +223,15 @@ impl Op for Binary {
         }
     }
 
+    fn cuda(&self) -> bool {
+        true
+    }
+
     fn forward(&mut self, inputs: &[&Tensor], save: bool) -> Result<Tensor> {
         let (a, b) = (inputs[0], inputs[1]);
-        same_dtype(self.name(), inputs)?;
+        if b.len() != 1 || a.gpu().is_none() {
+            same_dtype(self.name(), inputs)?;
+        }
         if a.shape() != b.shape() && b.len() != 1 {
             return Err(Error::shape(self.name(), format!("{:?} and {:?}", a.shape(), b.shape())));
         }
@@ -160,6 +239,9 @@ impl Op for Binary {
             self.saved = Some((a.detach(), b.detach()));
         }
         let kind = self.kind;
+        if a.gpu().is_some() {
+            return combine(kind, a, b);
+        }
         dispatch_real!(self.name(), a.dtype(), T => {
             if a.len() != b.len() {
                 let s = b.as_slice::<T>()[0];
@@ -206,9 +288,28 @@ impl Op for Binary {
     }
 }
 
+/// [`Binary`] on a GPU.
+fn combine(kind: Arithmetic, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let one = b.len() == 1 && (a.len() != 1 || a.dtype() != b.dtype());
+    let narrow = i32::from(b.dtype() == DType::BF16);
+    match (kind, one) {
+        (Arithmetic::Add, false) => by_kernel("add", a, &[a.into(), b.into()]),
+        (Arithmetic::Sub, false) => by_kernel("sub", a, &[a.into(), b.into()]),
+        (Arithmetic::Mul, false) => by_kernel("mul", a, &[a.into(), b.into()]),
+        (Arithmetic::Mul, true) => by_kernel("mul_one", a, &[a.into(), b.into(), narrow.into()]),
+        (kind, true) => {
+            let sign = if kind == Arithmetic::Sub { -1f32 } else { 1.0 };
+            by_kernel("add_one", a, &[a.into(), b.into(), narrow.into(), sign.into()])
+        }
+    }
+}
+
 impl Tensor {
     /// Product of equal lengths, whatever the shapes.
     fn mul_same(&self, other: &Tensor) -> Result<Tensor> {
+        if self.gpu().is_some() {
+            return combine(Arithmetic::Mul, self, other);
+        }
         dispatch_real!("mul", self.dtype(), T => map2(self, other, |x: T, y: T| x * y))
     }
 }
@@ -223,7 +324,15 @@ impl Op for Affine {
         "affine"
     }
 
+    fn cuda(&self) -> bool {
+        true
+    }
+
     fn forward(&mut self, inputs: &[&Tensor], _: bool) -> Result<Tensor> {
+        if inputs[0].gpu().is_some() {
+            let factors = [inputs[0].into(), (self.factor as f32).into(), (self.shift as f32).into()];
+            return by_kernel("affine", inputs[0], &factors);
+        }
         dispatch_real!("affine", inputs[0].dtype(), T => {
             let (a, b) = (T::of(self.factor), T::of(self.shift));
             map(inputs[0], |x: T| x * a + b)

@@ -7,11 +7,15 @@
 
 use rayon::prelude::*;
 
+use crate::cuda::{args, Arg, Gpu};
+use crate::ops::columns::Partial;
 use crate::ops::linear::sum_rows;
 use crate::ops::parallel::lane_sum;
 use crate::ops::{same_dtype, with_grad};
 use crate::tensor::{Grads, Op, Real};
-use crate::{dispatch_real, simd, Error, Result, Tensor};
+use crate::{cuda_source, dispatch_real, simd, DType, Error, Result, Tensor};
+
+cuda_source! { static NORM = "layer_norm" { include_str!("columns.cuh"), include_str!("layer_norm.cu") } }
 
 impl Tensor {
     /// `(x - mean) / sqrt(variance + eps) * weight + bias` over the last axis, with the biased variance:
@@ -58,6 +62,10 @@ impl Op for Norm {
         }
     }
 
+    fn cuda(&self) -> bool {
+        true
+    }
+
     fn forward(&mut self, inputs: &[&Tensor], save: bool) -> Result<Tensor> {
         let (x, weight, bias) = (inputs[0], inputs[1], inputs.get(2));
         same_dtype(self.name(), inputs)?;
@@ -67,7 +75,19 @@ impl Op for Norm {
             return Err(Error::shape(self.name(), format!("x {:?}, weight and bias {params:?}", x.shape())));
         }
         let mut out = Tensor::uninit(x.shape(), x.dtype());
-        let mut stats = Tensor::uninit(&[x.len() / d, 2], x.dtype());
+        let rows = x.len() / d;
+        if let Some(gpu) = x.gpu() {
+            let mut stats = save.then(|| Tensor::uninit(&[rows, 2], DType::F32));
+            let at = stats.as_mut().map_or(Arg::from(0u64), Arg::from);
+            let bytes = (2 * x.len() * x.dtype().size()) as f64;
+            let (eps, centred) = (self.eps as f32, i32::from(self.centred));
+            let launch = gpu.kernel(&NORM, "norm", x.dtype())?.rows(rows).work(0.0, bytes);
+            let bias = bias.map(|b| &**b);
+            launch.launch(args![&mut out, &at, x, weight, bias, eps, centred, rows as i32, d as i32])?;
+            self.saved = stats.map(|stats| Saved { x: x.detach(), weight: weight.detach(), stats });
+            return Ok(out);
+        }
+        let mut stats = Tensor::uninit(&[rows, 2], x.dtype());
         dispatch_real!(self.name(), x.dtype(), T => {
             let (eps, n) = (T::of(self.eps), T::of(d as f64));
             let (weight, bias) = (weight.as_slice::<T>(), bias.map(|b| b.as_slice::<T>()));
@@ -97,6 +117,9 @@ impl Op for Norm {
     fn backward(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
         let saved = self.saved.as_ref().expect("saved by forward");
         let d = saved.x.last_dim();
+        if let Some(gpu) = dy.gpu() {
+            return self.backward_on(gpu, saved, &dy, grads);
+        }
         let blocks = saved.stats.dim(0).div_ceil(ROWS);
         dispatch_real!(self.name(), dy.dtype(), T => {
             // The parameters' gradients are summed in blocks of rows of fixed size, and the blocks in order.
@@ -123,6 +146,26 @@ impl Op for Norm {
 }
 
 impl Norm {
+    fn backward_on(&self, gpu: &'static Gpu, saved: &Saved, dy: &Tensor, grads: &mut Grads<'_>) -> Result<()> {
+        let (rows, d) = (saved.stats.dim(0), saved.x.last_dim());
+        let mut sums = Partial::new(rows, 2, d);
+        let launch = sums.launch(gpu.kernel(&NORM, "norm_backward", dy.dtype())?, dy.dtype());
+        let launch = launch.work(0.0, (3 * dy.len() * dy.dtype().size()) as f64);
+        let centred = i32::from(self.centred);
+        let mut run = |dx: Arg| {
+            let Saved { x, weight, stats } = saved;
+            launch.launch(args![&dx, sums.buffer(), x, weight, stats, dy, centred, rows as i32, d as i32])
+        };
+        match grads.needs(0) {
+            true => grads.accumulate(0, |mut dx| run(Arg::from(&mut dx)))?,
+            false => run(Arg::no_gradient())?,
+        }
+        for i in 1..grads.inputs() {
+            grads.accumulate(i, |mut dw| sums.finish(gpu, &NORM, i - 1, Arg::from(&mut dw)))?;
+        }
+        Ok(())
+    }
+
     /// dx of every row, and for every block of rows its part of dweight and dbias (`[blocks, D]` each).
     fn rows<T: Real>(&self, saved: &Saved, dy: &[T], dx: &mut [T], add: bool, dweight: &mut [T], dbias: &mut [T]) {
         let weight = saved.weight.as_slice::<T>();

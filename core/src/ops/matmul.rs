@@ -3,6 +3,7 @@
 use gemm::{gemm, Parallelism};
 use rayon::prelude::*;
 
+use crate::cuda::{Gpu, Matrix, Product};
 use crate::ops::same_dtype;
 use crate::tensor::{Grads, Op, Real};
 use crate::{dispatch_real, Error, Result, Tensor};
@@ -130,9 +131,20 @@ fn each_matrix<T: Real>(out: &mut [T], size: usize, f: impl Fn(usize, &mut [T], 
     }
 }
 
+fn batched(gpu: &'static Gpu, a: Matrix, b: Matrix, out: Matrix, batch: usize, add: bool) -> Result<()> {
+    match batch {
+        0 => Ok(()),
+        _ => gpu.matmul(&Product { add, batch, ..Product::new(a, b, out) }),
+    }
+}
+
 impl Op for Matmul {
     fn name(&self) -> &'static str {
         "matmul"
+    }
+
+    fn cuda(&self) -> bool {
+        true
     }
 
     fn forward(&mut self, inputs: &[&Tensor], save: bool) -> Result<Tensor> {
@@ -153,15 +165,21 @@ impl Op for Matmul {
         let mut shape = a.shape().to_vec();
         shape[a.rank() - 1] = n;
         let mut out = Tensor::uninit(&shape, a.dtype());
-        dispatch_real!("matmul", a.dtype(), T => {
-            let (a, b) = (a.as_slice::<T>(), b.as_slice::<T>());
-            each_matrix(out.as_mut_slice::<T>(), m * n, |i, out, threads| {
-                let a = Mat::new(&a[i * m * k..], m, k);
-                let b = Mat::new(&b[i * k * n..], b_rows, b_cols);
-                product(out, n, false, T::ONE, a, if self.transpose { b.t() } else { b }, threads);
-            });
-            Ok(())
-        })?;
+        if let Some(gpu) = a.gpu() {
+            let right = Matrix::of(b, b_rows, b_cols);
+            let right = if self.transpose { right.t() } else { right };
+            batched(gpu, Matrix::of(a, m, k), right, Matrix::of(&out, m, n), out.len() / (m * n).max(1), false)?;
+        } else {
+            dispatch_real!("matmul", a.dtype(), T => {
+                let (a, b) = (a.as_slice::<T>(), b.as_slice::<T>());
+                each_matrix(out.as_mut_slice::<T>(), m * n, |i, out, threads| {
+                    let a = Mat::new(&a[i * m * k..], m, k);
+                    let b = Mat::new(&b[i * k * n..], b_rows, b_cols);
+                    product(out, n, false, T::ONE, a, if self.transpose { b.t() } else { b }, threads);
+                });
+                Ok(())
+            })?;
+        }
         if save {
             self.saved = Some((a.detach(), b.detach()));
         }
@@ -173,6 +191,22 @@ impl Op for Matmul {
         let (_, m, k) = matrix_dims(&a);
         let (_, b_rows, b_cols) = matrix_dims(&b);
         let n = dy.last_dim();
+        if let Some(gpu) = dy.gpu() {
+            let count = dy.len() / (m * n).max(1);
+            let (left, right, g) = (Matrix::of(&a, m, k), Matrix::of(&b, b_rows, b_cols), Matrix::of(&dy, m, n));
+            let place = |d: &crate::tensor::GradMut<'_>, rows, cols| {
+                let (at, dtype) = d.device_place();
+                Matrix::at(at, dtype, rows, cols)
+            };
+            grads.accumulate(0, |da| {
+                let factor = if self.transpose { right } else { right.t() };
+                batched(gpu, g, factor, place(&da, m, k), count, da.add)
+            })?;
+            return grads.accumulate(1, |db| {
+                let (l, r) = if self.transpose { (g.t(), left) } else { (left.t(), g) };
+                batched(gpu, l, r, place(&db, b_rows, b_cols), count, db.add)
+            });
+        }
         dispatch_real!("matmul", dy.dtype(), T => {
             let (a, b, dy) = (a.as_slice::<T>(), b.as_slice::<T>(), dy.as_slice::<T>());
             grads.accumulate(0, |mut da| {

@@ -19,6 +19,7 @@ pub mod parallel;
 mod adamw;
 mod attention;
 mod broadcast;
+mod columns;
 mod depthwise_conv;
 mod elementwise;
 mod gram_loss;
@@ -43,6 +44,9 @@ mod transpose;
 pub use adamw::{adamw_step, ema_update, l2_norm, AdamW, Ema, Group, Moments};
 pub use attention::Segment;
 pub use gram_loss::{GramOptions, NegativeRemoval};
+pub use tokens::rows_of_images;
+
+pub(crate) use elementwise::{accumulate, convert, fill};
 
 use crate::tensor::{Grads, Real};
 use crate::{Error, Result, Tensor};

@@ -2,8 +2,11 @@
 
 use rayon::prelude::*;
 
+use crate::cuda::{args, Arg};
 use crate::tensor::{Grads, Op, Real};
-use crate::{dispatch_real, simd, Error, Result, Tensor};
+use crate::{cuda_source, dispatch_real, simd, Error, Result, Tensor};
+
+cuda_source! { static PATCHIFY = "patchify" { include_str!("patchify.cu") } }
 
 impl Tensor {
     /// Square patches of `patch` pixels: `[B, C, H, W]` to `[B P, C patch patch]` with P = (H / patch) (W / patch),
@@ -49,6 +52,11 @@ impl Patchify {
         }
     }
 
+    /// The kernel's `Images`.
+    fn images_arg(&self) -> Arg {
+        Arg::plain([self.channels, self.height, self.width, self.patch].map(|n| n as i32))
+    }
+
     /// Pixels of an image, and of its patches.
     fn sizes(&self) -> (usize, usize) {
         let count = (self.height / self.patch) * (self.width / self.patch);
@@ -61,11 +69,22 @@ impl Op for Patchify {
         "patchify"
     }
 
+    fn cuda(&self) -> bool {
+        true
+    }
+
     fn forward(&mut self, inputs: &[&Tensor], _: bool) -> Result<Tensor> {
         let (image_len, patches_len) = self.sizes();
         let (p, row) = (self.patch, self.channels * self.patch * self.patch);
         let rows = self.images * (self.height / p) * (self.width / p);
         let mut out = Tensor::uninit(&[rows, row], inputs[0].dtype());
+        if let Some(gpu) = out.gpu() {
+            let n = out.len();
+            let launch = gpu.kernel(&PATCHIFY, "patchify", out.dtype())?.over(n);
+            let bytes = (2 * n * out.dtype().size()) as f64;
+            launch.work(0.0, bytes).launch(args![&mut out, inputs[0], &self.images_arg(), n])?;
+            return Ok(out);
+        }
         dispatch_real!("patchify", out.dtype(), T => {
             let images = inputs[0].as_slice::<T>().par_chunks(image_len.max(1));
             out.as_mut_slice::<T>().par_chunks_mut(patches_len.max(1)).zip(images).for_each(|(patches, image)| {
@@ -78,6 +97,13 @@ impl Op for Patchify {
     fn backward(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
         let (image_len, patches_len) = self.sizes();
         let p = self.patch;
+        if let Some(gpu) = dy.gpu() {
+            // Zeros where no patch reaches; each pixel belongs to one patch.
+            let mut dx = Tensor::zeros(&[grads.input_len(0)], dy.dtype());
+            let launch = gpu.kernel(&PATCHIFY, "patchify_backward", dy.dtype())?.over(dy.len());
+            launch.launch(args![&Arg::gradient(&mut dx), &dy, &self.images_arg(), dy.len()])?;
+            return grads.add(0, dx);
+        }
         dispatch_real!("patchify", dy.dtype(), T => grads.accumulate(0, |mut dx| {
             let add = dx.add;
             if !add {

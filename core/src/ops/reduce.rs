@@ -1,13 +1,19 @@
 //! Sums and means: over everything, or over one axis.
 
+use crate::cuda::args;
 use crate::ops::parallel;
 use crate::tensor::{Grads, Op};
-use crate::{dispatch_real, Error, Result, Tensor};
+use crate::{cuda_source, dispatch_real, DType, Error, Result, Tensor};
+
+cuda_source! { static REDUCE = "reduce" { include_str!("reduce.cu") } }
+
+/// Elements that a block of `reduce.cu` sums.
+const ELEMENTS_OF_BLOCK: usize = 8192;
 
 impl Tensor {
-    /// The sum of all elements, rank 0.
+    /// The sum of all elements, rank 0; f32 for bf16, as every sum.
     pub fn sum(&self) -> Result<Tensor> {
-        Sum { shape: self.shape().to_vec() }.apply(&[self])
+        Sum { shape: self.shape().to_vec(), dtype: self.dtype() }.apply(&[self])
     }
 
     /// The mean of all elements, rank 0.
@@ -22,7 +28,7 @@ impl Tensor {
         }
         let outer = self.shape()[..axis].iter().product();
         let inner = self.shape()[axis + 1..].iter().product();
-        SumAxis { outer, n: self.dim(axis), inner, axis }.apply(&[self])
+        SumAxis { outer, n: self.dim(axis), inner, axis, dtype: self.dtype() }.apply(&[self])
     }
 
     /// The mean over one axis, which disappears.
@@ -34,6 +40,7 @@ impl Tensor {
 
 struct Sum {
     shape: Vec<usize>,
+    dtype: DType,
 }
 
 impl Op for Sum {
@@ -41,13 +48,35 @@ impl Op for Sum {
         "sum"
     }
 
+    fn cuda(&self) -> bool {
+        true
+    }
+
     fn forward(&mut self, inputs: &[&Tensor], _: bool) -> Result<Tensor> {
+        let x = inputs[0];
+        if let Some(gpu) = x.gpu() {
+            let blocks = x.len().div_ceil(ELEMENTS_OF_BLOCK);
+            let mut partial = Tensor::uninit(&[blocks], DType::F32);
+            let mut y = Tensor::uninit(&[], DType::F32);
+            let launch = gpu.kernel(&REDUCE, "sum_blocks", x.dtype())?.grid(blocks, 256);
+            launch.work(0.0, (x.len() * x.dtype().size()) as f64).launch(args![&mut partial, x, x.len()])?;
+            let last = gpu.kernel(&REDUCE, "sum_partial", DType::F32)?.grid(1, 1024);
+            last.launch(args![&mut y, &partial, blocks as i32])?;
+            return Ok(y);
+        }
         dispatch_real!("sum", inputs[0].dtype(), T => {
             Tensor::from_slice(&[parallel::sum(inputs[0].as_slice::<T>(), |x| x)], &[])
         })
     }
 
     fn backward(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
+        if let Some(gpu) = dy.gpu() {
+            let mut dx = Tensor::uninit(&self.shape, self.dtype);
+            let (n, bytes) = (dx.len(), dx.len() * self.dtype.size());
+            let launch = gpu.kernel(&REDUCE, "spread", self.dtype)?.over(bytes.div_ceil(16));
+            launch.work(0.0, bytes as f64).launch(args![&mut dx, &dy, n])?;
+            return grads.add(0, dx);
+        }
         grads.add(0, Tensor::full(&self.shape, dy.dtype(), dy.item())?)
     }
 }
@@ -57,6 +86,7 @@ struct SumAxis {
     n: usize,
     inner: usize,
     axis: usize,
+    dtype: DType,
 }
 
 impl Op for SumAxis {
@@ -64,9 +94,20 @@ impl Op for SumAxis {
         "sum_axis"
     }
 
+    fn cuda(&self) -> bool {
+        true
+    }
+
     fn forward(&mut self, inputs: &[&Tensor], _: bool) -> Result<Tensor> {
         let mut shape = inputs[0].shape().to_vec();
         shape.remove(self.axis);
+        if let Some(gpu) = inputs[0].gpu() {
+            let mut y = Tensor::uninit(&shape, DType::F32);
+            let launch = gpu.kernel(&REDUCE, "sum_axis", self.dtype)?.over(y.len());
+            let launch = launch.work(0.0, (inputs[0].len() * self.dtype.size()) as f64);
+            launch.launch(args![&mut y, inputs[0], self.outer, self.n, self.inner])?;
+            return Ok(y);
+        }
         let mut out = Tensor::zeros(&shape, inputs[0].dtype());
         dispatch_real!("sum_axis", inputs[0].dtype(), T => {
             let x = inputs[0].as_slice::<T>();
@@ -83,7 +124,14 @@ impl Op for SumAxis {
     }
 
     fn backward(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
-        let mut dx = Tensor::uninit(&[self.outer * self.n * self.inner], dy.dtype());
+        let len = self.outer * self.n * self.inner;
+        if let Some(gpu) = dy.gpu() {
+            let mut dx = Tensor::uninit(&[len], self.dtype);
+            let launch = gpu.kernel(&REDUCE, "sum_axis_backward", self.dtype)?.over(len);
+            launch.launch(args![&mut dx, &dy, self.outer, self.n, self.inner])?;
+            return grads.add(0, dx);
+        }
+        let mut dx = Tensor::uninit(&[len], dy.dtype());
         dispatch_real!("sum_axis", dy.dtype(), T => {
             let (out, dy) = (dx.as_mut_slice::<T>(), dy.as_slice::<T>());
             for o in 0..self.outer {

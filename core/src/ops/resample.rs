@@ -4,8 +4,11 @@
 
 use rayon::prelude::*;
 
+use crate::cuda::{args, Arg, Gpu};
 use crate::tensor::{Grads, Op, Real};
-use crate::{dispatch_real, simd, Error, Result, Tensor};
+use crate::{cuda_source, dispatch_real, simd, Error, Result, Tensor};
+
+cuda_source! { static RESAMPLE = "resample" { include_str!("resample.cu") } }
 
 impl Tensor {
     /// Patches on another grid: `[B, h * w, D]` to `[B, h2 * w2, D]`, as `torch.nn.functional.interpolate` with
@@ -132,6 +135,42 @@ impl Axes {
     }
 }
 
+/// An axis on a GPU, and the kernel's `Axis` that points to it.
+struct DeviceTaps {
+    _tables: [Tensor; 3],
+    axis: Arg,
+}
+
+impl DeviceTaps {
+    fn new(taps: &Taps) -> Result<Self> {
+        let mut starts = vec![0u32];
+        starts.extend(taps.taps.iter().scan(0, |end, t| {
+            *end += t.len() as u32;
+            Some(*end)
+        }));
+        let entries = || taps.taps.iter().flatten();
+        let from: Vec<u32> = entries().map(|t| t.0 as u32).collect();
+        let weight: Vec<f32> = entries().map(|t| t.1 as f32).collect();
+        let tables = [
+            Tensor::from_slice(&starts, &[starts.len()])?,
+            Tensor::from_slice(&from, &[from.len()])?,
+            Tensor::from_slice(&weight, &[weight.len()])?,
+        ];
+        let [starts, from, weight] = [0, 1, 2].map(|i| tables[i].device_address());
+        let sizes = taps.inputs as u64 | (taps.taps.len() as u64) << 32;
+        Ok(Self { axis: Arg::plain([starts, from, weight, sizes]), _tables: tables })
+    }
+}
+
+impl Axes {
+    fn run_on(&self, gpu: &'static Gpu, x: &Tensor, d: usize, out: &mut Tensor) -> Result<()> {
+        let (rows, columns) = (DeviceTaps::new(&self.rows)?, DeviceTaps::new(&self.columns)?);
+        let launch = gpu.kernel(&RESAMPLE, "resample", x.dtype())?.grid(out.len() / d, 128);
+        let bytes = ((x.len() + out.len()) * x.dtype().size()) as f64;
+        launch.work(0.0, bytes).launch(args![out, x, &rows.axis, &columns.axis, d as i32])
+    }
+}
+
 /// `out = sum of weight * x[tap]`, x in pieces of `width`.
 #[inline(always)]
 fn mix<T: Real>(out: &mut [T], x: &[T], width: usize, taps: &[(usize, f64)]) {
@@ -152,10 +191,18 @@ impl Op for Resize {
         self.name
     }
 
+    fn cuda(&self) -> bool {
+        true
+    }
+
     fn forward(&mut self, inputs: &[&Tensor], _: bool) -> Result<Tensor> {
         let x = inputs[0];
         let patches = self.axes.rows.taps.len() * self.axes.columns.taps.len();
         let mut out = Tensor::uninit(&[x.dim(0), patches, x.dim(2)], x.dtype());
+        if let Some(gpu) = x.gpu() {
+            self.axes.run_on(gpu, x, x.dim(2), &mut out)?;
+            return Ok(out);
+        }
         dispatch_real!(self.name, x.dtype(), T => {
             self.axes.run(x.as_slice::<T>(), x.dim(2), out.as_mut_slice::<T>());
             Ok(out)
@@ -165,6 +212,10 @@ impl Op for Resize {
     fn backward(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
         let axes = Axes { rows: self.axes.rows.transpose(), columns: self.axes.columns.transpose() };
         let mut dx = Tensor::uninit(&[grads.input_len(0)], dy.dtype());
+        if let Some(gpu) = dy.gpu() {
+            axes.run_on(gpu, &dy, dy.last_dim(), &mut dx)?;
+            return grads.add(0, dx);
+        }
         dispatch_real!(self.name, dy.dtype(), T => {
             axes.run(dy.as_slice::<T>(), dy.last_dim(), dx.as_mut_slice::<T>());
             grads.add(0, dx)

@@ -3,10 +3,14 @@
 
 use rayon::prelude::*;
 
+use crate::cuda::{args, Arg, Gpu};
+use crate::ops::columns::Partial;
 use crate::ops::linear::sum_rows;
 use crate::ops::{same_dtype, with_grad};
 use crate::tensor::{Grads, Op, Real};
-use crate::{dispatch_real, simd, Error, Result, Tensor};
+use crate::{cuda_source, dispatch_real, simd, Error, Result, Tensor};
+
+cuda_source! { static RESIDUAL = "residual" { include_str!("columns.cuh"), include_str!("residual.cu") } }
 
 impl Tensor {
     /// `x + gamma y` by rows: `x [T, D]`, `y [T, D]`, `gamma [D]` (1 if not given) to `[T, D]`.
@@ -20,7 +24,9 @@ impl Tensor {
     /// If the shapes do not fit, or a row number is out of bounds or repeated.
     pub fn residual(&self, y: &Tensor, gamma: Option<&Tensor>, rows: Option<(&Tensor, &Tensor)>) -> Result<Tensor> {
         let inputs: Vec<&Tensor> = [self, y].into_iter().chain(gamma).collect();
-        let rows = rows.map(|(rows, scale)| (rows.detach(), scale.detach()));
+        let rows = rows
+            .map(|(rows, scale)| -> Result<_> { Ok((rows.detach(), scale.detach().cast(self.dtype().wide())?)) })
+            .transpose()?;
         Residual { rows, saved: None }.apply(&inputs)
     }
 }
@@ -46,7 +52,9 @@ impl Residual {
             && y.last_dim() == d
             && gamma.is_none_or(|g| g.shape() == [d])
             && match &self.rows {
-                Some((rows, scale)) => rows.len() == count(y) && scale.len() == count(y) && scale.dtype() == x.dtype(),
+                Some((rows, scale)) => {
+                    rows.len() == count(y) && scale.len() == count(y) && scale.dtype() == x.dtype().wide()
+                }
                 None => y.len() == x.len(),
             };
         if !fits {
@@ -78,10 +86,20 @@ impl Op for Residual {
         "residual"
     }
 
+    fn cuda(&self) -> bool {
+        true
+    }
+
     fn forward(&mut self, inputs: &[&Tensor], save: bool) -> Result<Tensor> {
         self.check(inputs)?;
         let (x, y, gamma) = (inputs[0], inputs[1], inputs.get(2));
         let d = x.last_dim();
+        if let Some(gpu) = x.gpu() {
+            if let (true, Some(gamma)) = (save, gamma) {
+                self.saved = Some((y.detach(), gamma.detach()));
+            }
+            return self.forward_on(gpu, x, y, gamma.map(|g| &**g));
+        }
         let inverse = self.inverse(x.len() / d)?;
         let mut out = Tensor::uninit(x.shape(), x.dtype());
         dispatch_real!("residual", x.dtype(), T => {
@@ -115,6 +133,10 @@ impl Op for Residual {
     fn backward(self: Box<Self>, dout: Tensor, grads: &mut Grads<'_>) -> Result<()> {
         let d = dout.last_dim();
         let count = self.rows.as_ref().map_or(dout.len() / d, |(rows, _)| rows.len());
+        if let (Some(gpu), true) = (dout.gpu(), self.rows.is_some() || self.saved.is_some()) {
+            self.backward_on(gpu, &dout, grads, count, d)?;
+            return grads.add(0, dout);
+        }
         dispatch_real!("residual", dout.dtype(), T => {
             if self.rows.is_none() && self.saved.is_none() {
                 grads.add(1, dout.clone())?;
@@ -137,6 +159,47 @@ impl Op for Residual {
 }
 
 impl Residual {
+    fn forward_on(&self, gpu: &'static Gpu, x: &Tensor, y: &Tensor, gamma: Option<&Tensor>) -> Result<Tensor> {
+        let d = x.last_dim();
+        let bytes = (3 * y.len() * x.dtype().size()) as f64;
+        let (count, width) = (y.len() / d, d as i32);
+        let Some((rows, scale)) = &self.rows else {
+            let mut out = Tensor::uninit(x.shape(), x.dtype());
+            let launch = gpu.kernel(&RESIDUAL, "residual", x.dtype())?.rows(count).work(0.0, bytes);
+            launch.launch(args![&mut out, x, y, gamma, count as i32, width])?;
+            return Ok(out);
+        };
+        let mut out = x.to_owned();
+        let launch = gpu.kernel(&RESIDUAL, "residual_subset", x.dtype())?.rows(count).work(0.0, bytes);
+        launch.launch(args![&mut out, y, gamma, rows, scale, count as i32, width])?;
+        Ok(out)
+    }
+
+    fn backward_on(
+        &self,
+        gpu: &'static Gpu,
+        dout: &Tensor,
+        grads: &mut Grads<'_>,
+        count: usize,
+        d: usize,
+    ) -> Result<()> {
+        let (y, gamma) = self.saved.as_ref().map_or((None, None), |(y, gamma)| (Some(y), Some(gamma)));
+        let (rows, scale) = self.rows.as_ref().map_or((None, None), |(rows, scale)| (Some(rows), Some(scale)));
+        let mut sums = Partial::new(count, 1, d);
+        let launch = sums.launch(gpu.kernel(&RESIDUAL, "residual_backward", dout.dtype())?, dout.dtype());
+        let launch = launch.work(0.0, (3 * count * d * dout.dtype().size()) as f64);
+        let mut run =
+            |dy: Arg| launch.launch(args![&dy, sums.buffer(), dout, y, gamma, rows, scale, count as i32, d as i32]);
+        match grads.needs(1) {
+            true => grads.accumulate(1, |mut dy| run(Arg::from(&mut dy)))?,
+            false => run(Arg::no_gradient())?,
+        }
+        match gamma {
+            Some(_) => grads.accumulate(2, |mut dgamma| sums.finish(gpu, &RESIDUAL, 0, Arg::from(&mut dgamma))),
+            None => Ok(()),
+        }
+    }
+
     /// dy of every row, and for every block of rows its part of dgamma (`[blocks, D]`).
     fn rows<T: Real>(&self, dout: &[T], dy: &mut [T], add: bool, dgamma: Option<&mut [T]>, d: usize) {
         let rows = self.rows.as_ref().map(|(rows, scale)| (rows.as_slice::<u32>(), scale.as_slice::<T>()));

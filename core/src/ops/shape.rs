@@ -3,9 +3,12 @@
 use half::bf16;
 use rayon::prelude::*;
 
+use crate::cuda::{args, Arg, Gpu};
 use crate::ops::same_dtype;
 use crate::tensor::{DType, Grads, Op};
-use crate::{dispatch_real, Error, Result, Tensor};
+use crate::{cuda_source, dispatch_real, Error, Result, Tensor};
+
+cuda_source! { pub(crate) static SHAPE = "shape" { include_str!("shape.cu") } }
 
 impl Tensor {
     /// The same elements with another shape of equal size; no copy.
@@ -92,6 +95,10 @@ impl Op for Narrow {
         "narrow"
     }
 
+    fn cuda(&self) -> bool {
+        true
+    }
+
     fn forward(&mut self, inputs: &[&Tensor], _: bool) -> Result<Tensor> {
         Ok(inputs[0].view(self.start, &self.shape))
     }
@@ -99,6 +106,10 @@ impl Op for Narrow {
     fn backward(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
         if dy.len() == self.full.iter().product::<usize>() {
             return grads.add(0, dy);
+        }
+        if let Some(gpu) = dy.gpu() {
+            let window = Window { row: self.full.iter().product(), start: self.start, len: dy.len() };
+            return grads.accumulate(0, |mut dx| window.backward(gpu, Arg::from(&mut dx), &dy, 1));
         }
         dispatch_real!("narrow", dy.dtype(), T => grads.accumulate(0, |mut dx| {
             let add = dx.add;
@@ -117,6 +128,27 @@ impl Op for Narrow {
     }
 }
 
+/// Elements `start..start + len` of rows of `row` elements, on a GPU.
+struct Window {
+    row: usize,
+    start: usize,
+    len: usize,
+}
+
+impl Window {
+    fn forward(&self, gpu: &'static Gpu, out: &mut Tensor, x: &Tensor, rows: usize) -> Result<()> {
+        let bytes = out.len() * out.dtype().size();
+        let launch = gpu.kernel(&SHAPE, "window", x.dtype())?.over(bytes.div_ceil(16));
+        launch.work(0.0, 2.0 * bytes as f64).launch(args![out, x, self.row, self.start, self.len, rows])
+    }
+
+    fn backward(&self, gpu: &'static Gpu, dx: Arg, dy: &Tensor, rows: usize) -> Result<()> {
+        let bytes = ((dy.len() + rows * self.row) * dy.dtype().size()) as f64;
+        let launch = gpu.kernel(&SHAPE, "window_backward", dy.dtype())?.over(rows * self.row);
+        launch.work(0.0, bytes).launch(args![&dx, dy, self.row, self.start, self.len, rows])
+    }
+}
+
 /// Elements `start..start + len` of every `row` elements; the gradient is zero elsewhere.
 struct NarrowAxis {
     row: usize,
@@ -125,13 +157,28 @@ struct NarrowAxis {
     shape: Vec<usize>,
 }
 
+impl NarrowAxis {
+    fn window(&self) -> Window {
+        Window { row: self.row, start: self.start, len: self.len }
+    }
+}
+
 impl Op for NarrowAxis {
     fn name(&self) -> &'static str {
         "narrow_axis"
     }
 
+    fn cuda(&self) -> bool {
+        true
+    }
+
     fn forward(&mut self, inputs: &[&Tensor], _: bool) -> Result<Tensor> {
         let mut out = Tensor::uninit(&self.shape, inputs[0].dtype());
+        if let Some(gpu) = out.gpu() {
+            let rows = inputs[0].len() / self.row.max(1);
+            self.window().forward(gpu, &mut out, inputs[0], rows)?;
+            return Ok(out);
+        }
         dispatch_real!("narrow_axis", out.dtype(), T => {
             let rows = inputs[0].as_slice::<T>().par_chunks(self.row.max(1));
             out.as_mut_slice::<T>().par_chunks_mut(self.len.max(1)).zip(rows).for_each(|(y, x)| {
@@ -144,6 +191,10 @@ impl Op for NarrowAxis {
     fn backward(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
         if dy.is_empty() {
             return Ok(());
+        }
+        if let Some(gpu) = dy.gpu() {
+            let rows = dy.len() / self.len;
+            return grads.accumulate(0, |mut dx| self.window().backward(gpu, Arg::from(&mut dx), &dy, rows));
         }
         let range = self.start..self.start + self.len;
         dispatch_real!("narrow_axis", dy.dtype(), T => grads.accumulate(0, |mut dx| {
@@ -173,6 +224,10 @@ impl Op for Cat {
         "cat"
     }
 
+    fn cuda(&self) -> bool {
+        true
+    }
+
     fn forward(&mut self, inputs: &[&Tensor], _: bool) -> Result<Tensor> {
         same_dtype("cat", inputs)?;
         if let Some(other) = inputs.iter().find(|x| x.rank() == 0 || x.shape()[1..] != inputs[0].shape()[1..]) {
@@ -182,6 +237,15 @@ impl Op for Cat {
         shape[0] = inputs.iter().map(|x| x.dim(0)).sum();
         self.lens = inputs.iter().map(|x| x.len()).collect();
         let mut out = Tensor::uninit(&shape, inputs[0].dtype());
+        if let Some(gpu) = out.gpu() {
+            let mut at = out.device_address();
+            for x in inputs {
+                let bytes = x.len() * x.dtype().size();
+                gpu.copy(at, x.device_address(), bytes)?;
+                at += bytes as u64;
+            }
+            return Ok(out);
+        }
         dispatch_real!("cat", out.dtype(), T => {
             let mut rest = out.as_mut_slice::<T>();
             for x in inputs {
@@ -213,8 +277,15 @@ impl Op for Cast {
         "cast"
     }
 
+    fn cuda(&self) -> bool {
+        true
+    }
+
     fn forward(&mut self, inputs: &[&Tensor], _: bool) -> Result<Tensor> {
         let x = inputs[0];
+        if x.gpu().is_some() {
+            return crate::ops::convert(x, self.to);
+        }
         let mut out = Tensor::uninit(x.shape(), self.to);
         macro_rules! convert {
             ($from:ty, $to:ty, $f:expr) => {
@@ -258,7 +329,21 @@ impl Op for GatherRows {
         "gather_rows"
     }
 
+    fn cuda(&self) -> bool {
+        true
+    }
+
     fn forward(&mut self, inputs: &[&Tensor], _: bool) -> Result<Tensor> {
+        if let Some(gpu) = inputs[0].gpu() {
+            let (x, count, inner) = (inputs[0], self.rows.len(), self.inner());
+            let mut shape = self.full.clone();
+            shape[0] = count;
+            let mut out = Tensor::uninit(&shape, x.dtype());
+            let launch = gpu.kernel(&SHAPE, "gather", x.dtype())?.rows(count);
+            let launch = launch.work(0.0, (2 * out.len() * x.dtype().size()) as f64);
+            launch.launch(args![&mut out, x, &self.rows, count as i32, inner as i32])?;
+            return Ok(out);
+        }
         let (x, rows, inner) = (inputs[0], self.rows.as_slice::<u32>(), self.inner());
         if let Some(row) = rows.iter().find(|&&r| r as usize >= self.full[0]) {
             return Err(Error::shape("gather_rows", format!("row {row} of {:?}", self.full)));
@@ -277,6 +362,13 @@ impl Op for GatherRows {
 
     fn backward(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
         let inner = self.inner();
+        if let Some(gpu) = dy.gpu() {
+            let (count, total) = (self.rows.len() as i32, self.full[0]);
+            return grads.accumulate(0, |mut dx| {
+                let launch = gpu.kernel(&SHAPE, "gather_backward", dy.dtype())?.rows(total);
+                launch.launch(args![&Arg::from(&mut dx), &dy, &self.rows, count, total as i32, inner as i32])
+            });
+        }
         dispatch_real!("gather_rows", dy.dtype(), T => grads.accumulate(0, |mut dx| {
             let add = dx.add;
             let dx = dx.as_mut_slice::<T>();

@@ -2,11 +2,14 @@
 
 use rayon::prelude::*;
 
+use crate::cuda::args;
 use crate::ops::elementwise::sigmoid;
 use crate::ops::parallel::{map2, BLOCK};
 use crate::ops::same_dtype;
 use crate::tensor::{Grads, Op, Real};
-use crate::{dispatch_real, simd, Error, Result, Tensor};
+use crate::{cuda_source, dispatch_real, simd, Error, Result, Tensor};
+
+cuda_source! { static SWIGLU = "swiglu" { include_str!("swiglu.cu") } }
 
 impl Tensor {
     /// `silu(self) * up` with `silu(x) = x sigmoid(x)`; both have the same shape.
@@ -28,6 +31,10 @@ impl Op for Swiglu {
         "swiglu"
     }
 
+    fn cuda(&self) -> bool {
+        true
+    }
+
     fn forward(&mut self, inputs: &[&Tensor], save: bool) -> Result<Tensor> {
         let (gate, up) = (inputs[0], inputs[1]);
         same_dtype("swiglu", inputs)?;
@@ -37,6 +44,13 @@ impl Op for Swiglu {
         if save {
             self.0 = Some((gate.detach(), up.detach()));
         }
+        if let Some(gpu) = gate.gpu() {
+            let (n, bytes) = (gate.len(), gate.len() * gate.dtype().size());
+            let mut y = Tensor::uninit(gate.shape(), gate.dtype());
+            let launch = gpu.kernel(&SWIGLU, "swiglu", gate.dtype())?.over(bytes.div_ceil(16));
+            launch.work(0.0, 3.0 * bytes as f64).launch(args![&mut y, gate, up, n])?;
+            return Ok(y);
+        }
         dispatch_real!("swiglu", gate.dtype(), T => map2(gate, up, #[inline(always)] |gate: T, up: T| gate * sigmoid(gate) * up))
     }
 
@@ -45,6 +59,13 @@ impl Op for Swiglu {
         let mut dgate = Tensor::uninit(gate.shape(), gate.dtype());
         if !dy.is_unique() {
             dy = dy.to_owned();
+        }
+        if let Some(gpu) = gate.gpu() {
+            let (n, bytes) = (gate.len(), gate.len() * gate.dtype().size());
+            let launch = gpu.kernel(&SWIGLU, "swiglu_backward", gate.dtype())?.over(bytes.div_ceil(16));
+            launch.work(0.0, 5.0 * bytes as f64).launch(args![&mut dgate, &mut dy, &gate, &up, n])?;
+            grads.add(0, dgate)?;
+            return grads.add(1, dy);
         }
         dispatch_real!("swiglu", gate.dtype(), T => {
             // dy becomes dup.

@@ -2,10 +2,14 @@
 
 use rayon::prelude::*;
 
+use crate::cuda::{args, Arg, Gpu};
+use crate::ops::columns::Partial;
 use crate::ops::linear::sum_rows;
 use crate::ops::{same_dtype, with_grad};
 use crate::tensor::{Grads, Op, Real};
-use crate::{dispatch_real, simd, DType, Error, Result, Tensor};
+use crate::{cuda_source, dispatch_real, simd, DType, Error, Result, Tensor};
+
+cuda_source! { static TOKENS = "tokens" { include_str!("columns.cuh"), include_str!("tokens.cu") } }
 
 impl Tensor {
     /// Tokens of `images` images: patch embeddings `[B P, D]` and a prefix `[1 + R, D]` (CLS and registers, the same
@@ -35,6 +39,36 @@ impl Tensor {
         let by_image = self.reshape(&[images, tokens, self.dim(1)])?;
         Ok((by_image.narrow_axis(1, 0, prefix)?, by_image.narrow_axis(1, prefix, tokens - prefix)?))
     }
+}
+
+/// The rows of some images of packed tokens: for each part (images u32 `[s]`, the part's first row, tokens of an image)
+/// the rows of its images' tokens; all parts one after the other, u32. The images are not checked.
+///
+/// # Errors
+/// If the images are not u32.
+pub fn rows_of_images(parts: &[(Tensor, usize, usize)]) -> Result<Tensor> {
+    if let Some((images, ..)) = parts.iter().find(|(images, ..)| images.dtype() != DType::U32) {
+        return Err(Error::shape("rows_of_images", format!("images are {:?}, not u32", images.dtype())));
+    }
+    let total = parts.iter().map(|(images, _, tokens)| images.len() * tokens).sum();
+    let mut rows = Tensor::uninit(&[total], DType::U32);
+    let mut start = 0;
+    for (images, first, tokens) in parts {
+        let count = images.len() * tokens;
+        if let Some(gpu) = rows.gpu() {
+            let place = Arg::from(rows.device_address() + 4 * start as u64);
+            let launch = gpu.kernel(&TOKENS, "rows_of_images", DType::U32)?.over(count);
+            launch.launch(args![&place, images, *first as u32, *tokens as u32, count as u32])?;
+        } else {
+            let out = rows.as_mut_slice::<u32>()[start..start + count].chunks_exact_mut(*tokens);
+            for (out, &image) in out.zip(images.as_slice::<u32>()) {
+                let row = *first as u32 + image * *tokens as u32;
+                out.iter_mut().zip(row..).for_each(|(out, row)| *out = row);
+            }
+        }
+        start += count;
+    }
+    Ok(rows)
 }
 
 struct Assemble {
@@ -88,12 +122,35 @@ impl Op for Assemble {
         "assemble_tokens"
     }
 
+    fn cuda(&self) -> bool {
+        true
+    }
+
     fn forward(&mut self, inputs: &[&Tensor], _: bool) -> Result<Tensor> {
         let sizes = self.sizes(inputs)?;
         let Sizes { prefix, patches, d } = sizes;
         self.sizes = Some(sizes);
         let image_len = prefix + patches;
         let mut out = Tensor::uninit(&[self.images * image_len / d, d], inputs[0].dtype());
+        if let Some(gpu) = out.gpu() {
+            let (rows, tokens) = (out.len() / d, image_len / d);
+            let (token, mask) = (inputs.get(2).map(|t| &**t), self.mask.as_ref());
+            let launch = gpu.kernel(&TOKENS, "assemble", out.dtype())?.rows(rows);
+            let launch = launch.work(0.0, (2 * out.len() * out.dtype().size()) as f64);
+            let before = (prefix / d) as i32;
+            launch.launch(args![
+                &mut out,
+                inputs[0],
+                inputs[1],
+                token,
+                mask,
+                rows as i32,
+                before,
+                tokens as i32,
+                d as i32
+            ])?;
+            return Ok(out);
+        }
         dispatch_real!("assemble_tokens", out.dtype(), T => {
             let (x, first) = (inputs[0].as_slice::<T>(), inputs[1].as_slice::<T>());
             let token = inputs.get(2).map(|t| t.as_slice::<T>()).unwrap_or_default();
@@ -112,6 +169,9 @@ impl Op for Assemble {
     fn backward(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
         let Sizes { prefix, patches, d } = self.sizes.expect("set by forward");
         let image_len = prefix + patches;
+        if let Some(gpu) = dy.gpu() {
+            return self.backward_on(gpu, &dy, grads);
+        }
         dispatch_real!("assemble_tokens", dy.dtype(), T => {
             let mut dtoken = Tensor::zeros(&[self.images, d], dy.dtype());
             let dy = dy.as_slice::<T>();
@@ -154,6 +214,38 @@ impl Op for Assemble {
                 Ok(())
             })
         })
+    }
+}
+
+impl Assemble {
+    fn backward_on(&self, gpu: &'static Gpu, dy: &Tensor, grads: &mut Grads<'_>) -> Result<()> {
+        let Sizes { prefix, patches, d } = self.sizes.expect("set by forward");
+        let (dtype, size) = (dy.dtype(), dy.dtype().size());
+        let count = self.images * patches / d;
+        let (before, tokens) = ((prefix / d) as i32, ((prefix + patches) / d) as i32);
+        let mut sums = Partial::new(count, 1, d);
+        let launch = sums.launch(gpu.kernel(&TOKENS, "assemble_backward", dtype)?, dtype);
+        let launch = launch.work(0.0, (2 * count * d * size) as f64);
+        let mut run = |dx: Arg| {
+            let mask = self.mask.as_ref();
+            launch.launch(args![&dx, sums.buffer(), dy, mask, count as i32, before, tokens, d as i32])
+        };
+        match grads.needs(0) {
+            true => grads.accumulate(0, |mut dx| run(Arg::from(&mut dx)))?,
+            false => run(Arg::no_gradient())?,
+        }
+        if prefix > 0 {
+            grads.accumulate(1, |mut dprefix| {
+                let mut sums = Partial::new(self.images, 1, prefix);
+                let launch = sums.launch(gpu.kernel(&TOKENS, "prefix_sums", dtype)?, dtype);
+                launch.launch(args![sums.buffer(), dy, self.images as i32, prefix + patches, prefix as i32])?;
+                sums.finish(gpu, &TOKENS, 0, Arg::from(&mut dprefix))
+            })?;
+        }
+        match grads.inputs() {
+            3 => grads.accumulate(2, |mut dtoken| sums.finish(gpu, &TOKENS, 0, Arg::from(&mut dtoken))),
+            _ => Ok(()),
+        }
     }
 }
 

@@ -2,6 +2,8 @@
 
 use rayon::prelude::*;
 
+use crate::cuda::args;
+use crate::ops::shape::SHAPE;
 use crate::tensor::{Element, Grads, Op};
 use crate::{dispatch_real, Error, Result, Tensor};
 
@@ -43,6 +45,13 @@ fn transposed(x: &Tensor) -> Result<Tensor> {
     if x.is_empty() {
         return Ok(out);
     }
+    if let Some(gpu) = x.gpu() {
+        let grid = (n.div_ceil(TILE), m.div_ceil(TILE), x.len() / (m * n));
+        let launch = gpu.kernel(&SHAPE, "transpose", x.dtype())?.grid(grid, 256);
+        let bytes = (2 * x.len() * x.dtype().size()) as f64;
+        launch.work(0.0, bytes).launch(args![&mut out, x, *m as i32, *n as i32])?;
+        return Ok(out);
+    }
     dispatch_real!("transpose", x.dtype(), T => {
         let matrices = out.as_mut_slice::<T>().par_chunks_mut(m * n).zip(x.as_slice::<T>().par_chunks(m * n));
         matrices.for_each(|(out, x)| transpose(out, x, *m, *n));
@@ -53,6 +62,10 @@ fn transposed(x: &Tensor) -> Result<Tensor> {
 impl Op for Transpose {
     fn name(&self) -> &'static str {
         "transpose"
+    }
+
+    fn cuda(&self) -> bool {
+        true
     }
 
     fn forward(&mut self, inputs: &[&Tensor], _: bool) -> Result<Tensor> {

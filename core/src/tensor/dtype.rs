@@ -17,6 +17,14 @@ pub enum DType {
 }
 
 impl DType {
+    /// The type of sums, losses and factors beside features of this type: f32 beside bf16, otherwise the same.
+    pub const fn wide(self) -> Self {
+        match self {
+            Self::BF16 => Self::F32,
+            other => other,
+        }
+    }
+
     /// Bytes per element.
     pub const fn size(self) -> usize {
         match self {

@@ -4,6 +4,7 @@
 //! computes its result at once and, when an operand is tracked by a [`Tape`], records itself for the backward pass.
 //! A tensor made from untracked operands is untracked, so a teacher runs without a tape by being given plain weights.
 
+mod device;
 mod dtype;
 mod math;
 pub mod scope;
@@ -13,24 +14,18 @@ pub mod tape;
 use std::fmt;
 use std::sync::Arc;
 
+pub use device::{catch_out_of_memory, Device};
 pub use dtype::{DType, Element, Real};
 pub use storage::{memory_stats, reset_peak, trim, MemoryStats};
-pub use tape::{Grads, LeafGrads, Op, Tape};
+pub use tape::{GradMut, Grads, LeafGrads, Op, Tape};
 
 use crate::{Error, Result};
-use storage::CpuBuffer;
-
-/// Where a tensor lives. The CUDA back end will add `Cuda(ordinal)`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Device {
-    /// Host memory.
-    Cpu,
-}
+use storage::Buffer;
 
 /// A dense, row-major, contiguous array; rank 0 is a scalar.
 #[derive(Clone)]
 pub struct Tensor {
-    buffer: Arc<CpuBuffer>,
+    buffer: Arc<Buffer>,
     /// In elements.
     offset: usize,
     shape: Vec<usize>,
@@ -57,23 +52,28 @@ macro_rules! dispatch_real {
 }
 
 impl Tensor {
-    /// A tensor with unspecified content, to be filled by the caller.
+    /// A tensor with unspecified content, to be filled by the caller. Tensors are made where the operation that makes
+    /// them runs: on the device of its inputs; outside operations in host memory, in a step on the run's device.
     pub fn uninit(shape: &[usize], dtype: DType) -> Self {
         let len: usize = shape.iter().product();
-        let buffer = Arc::new(CpuBuffer::new(len * dtype.size()));
+        let buffer = Arc::new(Buffer::new(len * dtype.size()));
         Self { buffer, offset: 0, shape: shape.to_vec(), dtype, var: None }
     }
 
     /// All elements zero.
     pub fn zeros(shape: &[usize], dtype: DType) -> Self {
         let mut out = Self::uninit(shape, dtype);
-        out.bytes_mut().fill(0);
+        out.fill_zero();
         out
     }
 
     /// All elements `value`.
     pub fn full(shape: &[usize], dtype: DType, value: f64) -> Result<Self> {
         let mut out = Self::uninit(shape, dtype);
+        if out.gpu().is_some() {
+            crate::ops::fill(&mut out, value)?;
+            return Ok(out);
+        }
         dispatch_real!("full", dtype, T => {
             out.as_mut_slice::<T>().fill(T::of(value));
             Ok(out)
@@ -93,6 +93,9 @@ impl Tensor {
         if data.len() != shape.iter().product::<usize>() {
             return Err(Error::shape("from_slice", format!("{} elements cannot have shape {shape:?}", data.len())));
         }
+        if let Device::Cuda(_) = Device::current() {
+            return device::constant(bytemuck::cast_slice(data), shape, T::DTYPE);
+        }
         let mut out = Self::uninit(shape, T::DTYPE);
         out.as_mut_slice().copy_from_slice(data);
         Ok(out)
@@ -100,8 +103,12 @@ impl Tensor {
 
     /// `data` converted to `dtype` (a real type).
     pub fn from_f64(data: &[f64], shape: &[usize], dtype: DType) -> Result<Self> {
-        let source = Self::from_slice(data, shape)?;
-        source.cast(dtype)
+        let here = Device::current();
+        let host = here.leave(|| Self::from_slice(data, shape)?.cast(dtype))?;
+        match here {
+            Device::Cpu => Ok(host),
+            Device::Cuda(_) => device::constant(host.as_bytes(), shape, dtype),
+        }
     }
 
     /// The lengths of the axes.
@@ -141,7 +148,7 @@ impl Tensor {
 
     /// Where the elements are.
     pub fn device(&self) -> Device {
-        Device::Cpu
+        self.buffer.device()
     }
 
     /// Whether a tape follows this tensor.
@@ -157,11 +164,10 @@ impl Tensor {
     /// The elements.
     ///
     /// # Panics
-    /// If `T` is not the tensor's type: kernels dispatch on it first.
+    /// If `T` is not the tensor's type (kernels dispatch on it first), or the tensor is on a GPU.
     pub fn as_slice<T: Element>(&self) -> &[T] {
         assert_eq!(T::DTYPE, self.dtype, "kernels dispatch on the dtype before they look at the data");
-        let size = self.dtype.size();
-        bytemuck::cast_slice(&self.buffer.bytes()[self.offset * size..(self.offset + self.len()) * size])
+        bytemuck::cast_slice(self.as_bytes())
     }
 
     /// The elements, to be written.
@@ -178,7 +184,7 @@ impl Tensor {
         let size = self.dtype.size();
         let range = self.offset * size..(self.offset + self.len()) * size;
         let buffer = Arc::get_mut(&mut self.buffer).expect("only an unshared tensor is written to");
-        &mut buffer.bytes_mut()[range]
+        &mut buffer.host_mut().bytes_mut()[range]
     }
 
     /// Sets all elements to zero.
@@ -186,7 +192,14 @@ impl Tensor {
     /// # Panics
     /// If the buffer is shared.
     pub fn fill_zero(&mut self) {
-        self.bytes_mut().fill(0);
+        match self.gpu() {
+            Some(gpu) => {
+                assert!(self.is_unique(), "only an unshared tensor is written to");
+                let done = gpu.zero(self.device_address(), self.len() * self.dtype.size());
+                done.expect("memory that a tensor holds can be set");
+            }
+            None => self.bytes_mut().fill(0),
+        }
     }
 
     /// Overwrites all elements with those of a tensor of the same length and type.
@@ -198,8 +211,7 @@ impl Tensor {
             let problem = format!("{:?} {:?} into {:?} {:?}", source.shape, source.dtype, self.shape, self.dtype);
             return Err(Error::shape("copy_from", problem));
         }
-        self.bytes_mut().copy_from_slice(source.as_bytes());
-        Ok(())
+        device::copy(self, source)
     }
 
     /// Whether this handle is the only one to its buffer, so that a kernel may write the result in place.
@@ -210,13 +222,17 @@ impl Tensor {
     /// An untracked copy in a buffer of its own.
     #[allow(clippy::should_implement_trait)]
     pub fn to_owned(&self) -> Self {
+        let _on = self.device().enter();
         let mut own = Self::uninit(&self.shape, self.dtype);
-        own.bytes_mut().copy_from_slice(self.as_bytes());
+        device::copy(&mut own, self).expect("a copy has room for what is copied");
         own
     }
 
     /// The elements widened to f64 (real types): for logs, tests and files, never inside a step.
     pub fn to_f64_vec(&self) -> Vec<f64> {
+        if self.gpu().is_some() {
+            return self.to(Device::Cpu).to_f64_vec();
+        }
         match self.dtype {
             DType::F32 => self.as_slice::<f32>().iter().map(|&x| f64::from(x)).collect(),
             DType::F64 => self.as_slice::<f64>().to_vec(),
@@ -235,9 +251,12 @@ impl Tensor {
     }
 
     /// The raw little-endian bytes, for files.
+    ///
+    /// # Panics
+    /// If the tensor is on a GPU.
     pub fn as_bytes(&self) -> &[u8] {
         let size = self.dtype.size();
-        &self.buffer.bytes()[self.offset * size..(self.offset + self.len()) * size]
+        &self.buffer.host().bytes()[self.offset * size..(self.offset + self.len()) * size]
     }
 
     /// An untracked view of `len` elements from `start` with another shape: how a named parameter looks into its flat

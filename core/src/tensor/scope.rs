@@ -51,10 +51,12 @@ pub(crate) fn observe(what: impl FnOnce() -> String, value: &Tensor) {
         if watch.first.is_some() {
             return;
         }
+        let value = &value.to(super::Device::Cpu);
         let finite = match value.dtype() {
             DType::F32 => value.as_slice::<f32>().iter().all(|x| x.is_finite()),
             DType::F64 => value.as_slice::<f64>().iter().all(|x| x.is_finite()),
-            DType::BF16 | DType::U32 => true,
+            DType::BF16 => value.as_slice::<half::bf16>().iter().all(|x| x.is_finite()),
+            DType::U32 => true,
         };
         if !finite {
             watch.first = Some(what());

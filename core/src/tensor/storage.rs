@@ -7,8 +7,54 @@
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 
+use super::Device;
+use crate::cuda::CudaBuffer;
+
 /// Bytes are aligned to a cache line, which is also the widest vector register.
 const ALIGN: usize = 64;
+
+/// Host or device memory of one tensor and its views.
+#[derive(Debug)]
+pub(crate) enum Buffer {
+    Cpu(CpuBuffer),
+    Cuda(CudaBuffer),
+}
+
+impl Buffer {
+    /// On the thread's current device; unspecified content.
+    pub(crate) fn new(bytes: usize) -> Self {
+        match Device::current().gpu() {
+            None => Self::Cpu(CpuBuffer::new(bytes)),
+            Some(gpu) => Self::Cuda(CudaBuffer::new(gpu, bytes)),
+        }
+    }
+
+    pub(crate) fn device(&self) -> Device {
+        match self {
+            Self::Cpu(_) => Device::Cpu,
+            Self::Cuda(buffer) => Device::Cuda(buffer.gpu().ordinal()),
+        }
+    }
+
+    /// The host memory.
+    ///
+    /// # Panics
+    /// If it is on a device.
+    pub(crate) fn host(&self) -> &CpuBuffer {
+        match self {
+            Self::Cpu(buffer) => buffer,
+            Self::Cuda(_) => panic!("a tensor on a GPU is looked at after `to(Device::Cpu)`, or by a kernel"),
+        }
+    }
+
+    /// As [`host`](Self::host).
+    pub(crate) fn host_mut(&mut self) -> &mut CpuBuffer {
+        match self {
+            Self::Cpu(buffer) => buffer,
+            Self::Cuda(_) => panic!("a tensor on a GPU is written by a kernel"),
+        }
+    }
+}
 
 /// A block of host memory that returns to the pool when dropped.
 #[derive(Debug)]

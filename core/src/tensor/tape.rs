@@ -41,7 +41,7 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::{scope, DType, Element, Tensor};
+use super::{scope, DType, Device, Element, Tensor};
 use crate::{dispatch_real, Error, Result};
 
 /// A differentiable operation: forward once, then (if recorded) backward once.
@@ -56,11 +56,26 @@ pub trait Op: Send + 'static {
     /// that needs one. `dy` is owned: when it [is unique](Tensor::is_unique) it may be overwritten.
     fn backward(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()>;
 
-    /// Runs the operation and records it if any input is tracked.
+    /// Whether it knows what to do with tensors on a GPU. One that does not runs on the host: its inputs are copied
+    /// there (bf16 as f32), its results back.
+    fn cuda(&self) -> bool {
+        false
+    }
+
+    /// Runs the operation where its inputs are, and records it if any input is tracked.
     fn apply(mut self, inputs: &[&Tensor]) -> Result<Tensor>
     where
         Self: Sized,
     {
+        let device = inputs.first().map_or_else(Device::current, |x| x.device());
+        if device != Device::Cpu && !self.cuda() {
+            return OnHost { op: self, device }.apply(inputs);
+        }
+        if let Some(other) = inputs.iter().find(|x| x.device() != device) {
+            let problem = format!("operands are on {device} and {}", other.device());
+            return Err(Error::shape(self.name(), problem));
+        }
+        let _on = device.enter();
         let tape = inputs.iter().find_map(|x| x.var.as_ref()).map(|v| v.tape.clone());
         let name = self.name();
         let mut out = self.forward(inputs, tape.is_some())?;
@@ -71,6 +86,49 @@ pub trait Op: Send + 'static {
             out.var = Some(tape.push(kind, &out));
         }
         Ok(out)
+    }
+}
+
+/// An operation without a kernel of its own, run on the host for tensors on a GPU.
+struct OnHost<O> {
+    op: O,
+    device: Device,
+}
+
+impl<O: Op> Op for OnHost<O> {
+    fn name(&self) -> &'static str {
+        self.op.name()
+    }
+
+    fn cuda(&self) -> bool {
+        true
+    }
+
+    fn forward(&mut self, inputs: &[&Tensor], save: bool) -> Result<Tensor> {
+        let name = self.op.name();
+        super::device::cannot_record(|| format!("operation `{name}` has no CUDA kernel and runs on the host"));
+        let wide = |x: &&Tensor| match x.dtype() {
+            DType::BF16 => x.cast(DType::F32).map(|x| x.to(Device::Cpu)),
+            _ => Ok(x.to(Device::Cpu)),
+        };
+        let host: Vec<Tensor> = inputs.iter().map(wide).collect::<Result<_>>()?;
+        let out = Device::Cpu.with(|| self.op.forward(&host.iter().collect::<Vec<_>>(), save))?;
+        let out = out.to(self.device);
+        // Features stay in the step's type, scalars in theirs.
+        let narrow = out.len() > 1 && out.dtype() == DType::F32 && inputs.iter().any(|x| x.dtype() == DType::BF16);
+        if narrow {
+            out.cast(DType::BF16)
+        } else {
+            Ok(out)
+        }
+    }
+
+    fn backward(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
+        let Self { op, device, .. } = *self;
+        let dy = if dy.dtype() == DType::BF16 { dy.cast(DType::F32)? } else { dy }.to(Device::Cpu);
+        let _on = Device::Cpu.enter();
+        let mut host = Grads { host: Some(device), ..grads.reborrow() };
+        Box::new(op).backward(dy, &mut host)
     }
 }
 
@@ -145,6 +203,7 @@ impl Tape {
         }
         // The nodes leave the tape, so that operations in `backward` may use tensors of their own freely.
         let mut nodes = std::mem::take(&mut *self.lock());
+        let _on = loss.device().enter();
         let mut slots: Vec<Option<Tensor>> = nodes.iter().map(|_| None).collect();
         slots[var.id] = Some(Tensor::full(&loss.shape, loss.dtype, seed)?);
         for id in (0..=var.id).rev() {
@@ -155,7 +214,8 @@ impl Tape {
             let Some(dy) = slots[id].take() else { continue };
             let name = op.name();
             scope::observe(|| format!("gradient of {name} in {scope}"), &dy);
-            let mut grads = Grads { nodes: &nodes, inputs: &inputs, slots: &mut slots, params: params.as_deref_mut() };
+            let params = params.as_deref_mut();
+            let mut grads = Grads { nodes: &nodes, inputs: &inputs, slots: &mut slots, params, host: None };
             op.backward(dy, &mut grads)?;
         }
         let leaves = nodes.iter().enumerate().filter(|(_, n)| matches!(n.kind, NodeKind::Leaf));
@@ -184,6 +244,8 @@ pub struct Grads<'a> {
     inputs: &'a [Option<usize>],
     slots: &'a mut [Option<Tensor>],
     params: Option<&'a mut Tensor>,
+    /// The device of the gradients, when the operation itself runs on the host.
+    host: Option<Device>,
 }
 
 /// The place of one input's gradient: write it (or add to it, when `add`).
@@ -199,9 +261,21 @@ impl GradMut<'_> {
     pub fn as_mut_slice<T: Element>(&mut self) -> &mut [T] {
         &mut self.buffer.as_mut_slice()[self.range.clone()]
     }
+
+    /// On a GPU: the address of the gradient and the type of its elements. Gradients of parameters are f32 whatever the
+    /// type of the step.
+    pub fn device_place(&self) -> (u64, DType) {
+        let dtype = self.buffer.dtype();
+        (self.buffer.device_address() + (self.range.start * dtype.size()) as u64, dtype)
+    }
 }
 
 impl Grads<'_> {
+    fn reborrow(&mut self) -> Grads<'_> {
+        let params = self.params.as_deref_mut();
+        Grads { nodes: self.nodes, inputs: self.inputs, slots: self.slots, params, host: self.host }
+    }
+
     /// Whether input `i` is tracked.
     pub fn needs(&self, i: usize) -> bool {
         self.inputs[i].is_some()
@@ -222,10 +296,18 @@ impl Grads<'_> {
         let Some(id) = self.inputs[i] else { return Ok(()) };
         debug_assert_eq!(grad.len(), self.nodes[id].shape.iter().product::<usize>(), "gradient of another shape");
         let moves = !matches!(self.nodes[id].kind, NodeKind::Param(_)) && self.slots[id].is_none();
-        if moves && grad.is_unique() {
+        if let Some(device) = self.host.take() {
+            let moved = device.with(|| self.add(i, grad.to(device)));
+            self.host = Some(device);
+            return moved;
+        }
+        if moves && grad.is_unique() && grad.dtype() == self.nodes[id].dtype {
             grad.shape.clone_from(&self.nodes[id].shape);
             self.slots[id] = Some(grad);
             return Ok(());
+        }
+        if grad.gpu().is_some() {
+            return self.accumulate(i, |mut dst| crate::ops::accumulate(&mut dst, &grad));
         }
         dispatch_real!("gradient", grad.dtype(), T => self.accumulate(i, |mut dst| {
             let add = dst.add;
@@ -244,6 +326,14 @@ impl Grads<'_> {
     pub fn accumulate(&mut self, i: usize, f: impl FnOnce(GradMut<'_>) -> Result<()>) -> Result<()> {
         let Some(id) = self.inputs[i] else { return Ok(()) };
         let node = &self.nodes[id];
+        if self.host.is_some() {
+            // Written on the host, then added where the gradient is.
+            let dtype = if node.dtype == DType::BF16 { DType::F32 } else { node.dtype };
+            let mut grad = Tensor::uninit(&node.shape, dtype);
+            let range = 0..grad.len();
+            f(GradMut { buffer: &mut grad, range, add: false })?;
+            return self.add(i, grad);
+        }
         if let NodeKind::Param(range) = &node.kind {
             let Some(buffer) = self.params.as_deref_mut() else {
                 return Err(Error::shape("backward", "parameters are tracked but no gradient buffer was given"));

@@ -1,5 +1,6 @@
 //! One ConvNeXt block, `x + gamma pwconv2(gelu(pwconv1(norm(dwconv(x)))))`, and the layers that it shares with the model.
 
+use dinolab_core::ops::rows_of_images;
 use dinolab_core::params::{Init, ParamBuilder, ParamId, Params};
 use dinolab_core::tensor::scope;
 use dinolab_core::{Result, Tensor};
@@ -78,7 +79,7 @@ impl Block {
         params: &Params<'_>,
         x: &Tensor,
         grid: (usize, usize),
-        kept: Option<&[u32]>,
+        kept: Option<&Tensor>,
         eps: f64,
     ) -> Result<Tensor> {
         let gamma = self.gamma.map(|id| params.get(id));
@@ -86,11 +87,9 @@ impl Block {
             return x.residual(&self.branch(params, x, grid, eps)?, gamma.as_ref(), None);
         };
         let (images, pixels) = (x.dim(0), x.dim(1));
-        let seen = x.gather_rows(&Tensor::from_slice(kept, &[kept.len()])?)?;
-        let rows: Vec<u32> =
-            kept.iter().flat_map(|&i| (0..pixels as u32).map(move |p| i * pixels as u32 + p)).collect();
-        let rows = Tensor::from_slice(&rows, &[rows.len()])?;
-        let scales = Tensor::full(&[rows.len()], x.dtype(), images as f64 / kept.len() as f64)?;
+        let rows = rows_of_images(&[(kept.clone(), 0, pixels)])?;
+        let scales = Tensor::full(&[rows.len()], x.dtype().wide(), images as f64 / kept.len() as f64)?;
+        let seen = x.gather_rows(kept)?;
         x.residual(&self.branch(params, &seen, grid, eps)?, gamma.as_ref(), Some((&rows, &scales)))
     }
 

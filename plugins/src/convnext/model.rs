@@ -69,7 +69,7 @@ impl ConvNext {
 
     /// The last stage's map `[B, rows * columns, C]` and its grid. `kept[block]` are the images of a block that are not
     /// dropped.
-    fn map(&self, params: &Params<'_>, pixels: &Tensor, kept: &[&[u32]]) -> Result<(Tensor, (usize, usize))> {
+    fn map(&self, params: &Params<'_>, pixels: &Tensor, kept: &[Tensor]) -> Result<(Tensor, (usize, usize))> {
         let &[images, channels, height, width] = pixels.shape() else {
             return Err(Error::shape("convnext", format!("crops are [B, C, H, W], not {:?}", pixels.shape())));
         };
@@ -99,7 +99,7 @@ impl ConvNext {
             grid = (grid.0 / squares(i), grid.1 / squares(i));
             for (j, block) in stage.blocks.iter().enumerate() {
                 let _scope = scope::enter(j.to_string());
-                x = block.forward(params, &x, grid, kept.next().copied(), eps)?;
+                x = block.forward(params, &x, grid, kept.next(), eps)?;
             }
         }
         Ok((x, grid))
@@ -176,14 +176,16 @@ impl Backbone for ConvNext {
             };
             images.iter().enumerate().map(keep).collect()
         });
-        Draws { position: Vec::new(), kept: kept.collect() }
+        Draws::new(Vec::new(), kept.collect())
     }
 
     fn forward(&self, params: &Params<'_>, crops: &[Crops], mode: Mode<'_>) -> Result<Vec<Features>> {
         let kind = |(k, crop): (usize, &Crops)| {
-            let kept: Vec<&[u32]> = match mode {
+            let kept = match mode {
                 Mode::Eval => Vec::new(),
-                Mode::Train(draws) => draws.kept.iter().map(|block| block[k][0].as_slice()).collect(),
+                Mode::Train(draws) => {
+                    (0..self.depth()).map_while(|block| draws.kept(block, k, 0).transpose()).collect::<Result<_>>()?
+                }
             };
             let (map, from) = self.map(params, &crop.pixels, &kept)?;
             let patch = self.config.patch_size;

@@ -1,7 +1,7 @@
 //! One pre-norm transformer block: `x + g1 attn(norm1(x))`, then `x + g2 ffn(norm2(x))`.
 
 use dinolab_core::contract::PosTables;
-use dinolab_core::ops::Segment;
+use dinolab_core::ops::{rows_of_images, Segment};
 use dinolab_core::params::{Init, ParamBuilder, ParamId, Params};
 use dinolab_core::tensor::scope;
 use dinolab_core::{Result, Tensor};
@@ -114,21 +114,21 @@ impl Block {
         Self { norm1, qkv, proj, scale1, norm2, ffn, scale2: scale(p, "ls2") }
     }
 
-    /// Packed tokens `[sum of B * N, D]` to packed tokens. `kept` (stochastic depth) names, for every kind of crop and both branches, the
-    /// images that go through; their branch is scaled by `B / kept`.
+    /// Packed tokens `[sum of B * N, D]` to packed tokens. `kept` (stochastic depth) names, for both branches and every
+    /// kind of crop, the images that go through; their branch is scaled by `B / kept`.
     pub fn forward(
         &self,
         params: &Params<'_>,
         x: &Tensor,
         layers: &[Layer],
-        kept: Option<&[[Vec<u32>; 2]]>,
+        kept: Option<&[Vec<Tensor>; 2]>,
         config: &VitConfig,
     ) -> Result<Tensor> {
-        let x = branch(params, x, layers, kept, 0, self.scale1, |x, images| {
+        let x = branch(params, x, layers, kept.map(|k| &k[0][..]), self.scale1, |x, images| {
             let _scope = scope::enter("attn");
             self.attention(params, x, layers, images, config)
         })?;
-        branch(params, &x, layers, kept, 1, self.scale2, |x, _| {
+        branch(params, &x, layers, kept.map(|k| &k[1][..]), self.scale2, |x, _| {
             let _scope = scope::enter("mlp");
             let x = self.norm2.apply(params, x, config)?;
             match &self.ffn {
@@ -180,8 +180,7 @@ fn branch(
     params: &Params<'_>,
     x: &Tensor,
     layers: &[Layer],
-    kept: Option<&[[Vec<u32>; 2]]>,
-    which: usize,
+    kept: Option<&[Tensor]>,
     gamma: Option<ParamId>,
     f: impl FnOnce(&Tensor, &[usize]) -> Result<Tensor>,
 ) -> Result<Tensor> {
@@ -190,18 +189,14 @@ fn branch(
         let images: Vec<usize> = layers.iter().map(|l| l.images).collect();
         return x.residual(&f(x, &images)?, gamma.as_ref(), None);
     };
-    let (mut rows, mut scales, mut start) = (Vec::new(), Vec::new(), 0);
+    let (mut parts, mut scales, mut start) = (Vec::new(), Vec::new(), 0);
     for (layer, kept) in layers.iter().zip(kept) {
-        let scale = layer.images as f64 / kept[which].len() as f64;
-        for &image in &kept[which] {
-            let first = (start + image as usize * layer.tokens) as u32;
-            rows.extend(first..first + layer.tokens as u32);
-            scales.extend(std::iter::repeat_n(scale, layer.tokens));
-        }
+        parts.push((kept.clone(), start, layer.tokens));
+        scales.extend(std::iter::repeat_n(layer.images as f64 / kept.len() as f64, kept.len() * layer.tokens));
         start += layer.images * layer.tokens;
     }
-    let images: Vec<usize> = kept.iter().map(|k| k[which].len()).collect();
-    let rows = Tensor::from_slice(&rows, &[rows.len()])?;
-    let scales = Tensor::from_f64(&scales, &[scales.len()], x.dtype())?;
+    let images: Vec<usize> = kept.iter().map(Tensor::len).collect();
+    let rows = rows_of_images(&parts)?;
+    let scales = Tensor::from_f64(&scales, &[scales.len()], x.dtype().wide())?;
     x.residual(&f(&x.gather_rows(&rows)?, &images)?, gamma.as_ref(), Some((&rows, &scales)))
 }

@@ -146,11 +146,11 @@ impl Vit {
     ) -> Result<Vec<PosTables>> {
         shared.resize(kinds.len(), None);
         let table = |(k, kind): (usize, &Kind)| {
-            let draw = draws.and_then(|d| d.position.get(block)?.get(k)).filter(|d| !d.is_empty());
-            if let (None, Some(tables)) = (draw, &shared[k]) {
+            let draw = draws.map(|d| d.position(block, k)).transpose()?.flatten();
+            if let (None, Some(tables)) = (&draw, &shared[k]) {
                 return Ok(tables.clone());
             }
-            let draw = draw.map(Vec::as_slice);
+            let draw = draw.as_ref();
             let tables = self.position.tables(params, kind.grid, draw, self.config.heads, params.dtype())?;
             if draw.is_none() {
                 shared[k] = Some(tables.clone());
@@ -214,8 +214,12 @@ impl Vit {
                 .zip(tables)
                 .map(|(kind, tables)| Layer { images: kind.images, tokens: kind.tokens, tables })
                 .collect();
-            let kept = draws.and_then(|d| d.kept.get(i)).map(Vec::as_slice);
-            x = block.forward(params, &x, &layers, kept, &self.config)?;
+            let kept = draws.filter(|d| !d.kept.is_empty()).map(|draws| {
+                let of_kind = |kind, branch| Ok(draws.kept(i, kind, branch)?.expect("every block has its own"));
+                let of = |branch| (0..kinds.len()).map(|kind| of_kind(kind, branch)).collect::<Result<Vec<_>>>();
+                Ok::<_, Error>([of(0)?, of(1)?])
+            });
+            x = block.forward(params, &x, &layers, kept.transpose()?.as_ref(), &self.config)?;
             visit(i, &x, &kinds)?;
         }
         Ok(())
@@ -269,10 +273,7 @@ impl Backbone for Vit {
             };
             images.iter().enumerate().map(keep).collect()
         });
-        Draws {
-            position: position.collect(),
-            kept: if self.config.drop_path > 0.0 { kept.collect() } else { Vec::new() },
-        }
+        Draws::new(position.collect(), if self.config.drop_path > 0.0 { kept.collect() } else { Vec::new() })
     }
 
     fn forward(&self, params: &Params<'_>, crops: &[Crops], mode: Mode<'_>) -> Result<Vec<Features>> {

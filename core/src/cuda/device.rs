@@ -1,0 +1,513 @@
+//! The device: found, opened once, shared by everything that computes on it.
+
+use std::cell::Cell;
+use std::collections::HashMap;
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+use cudarc::driver::{result, sys};
+
+use super::arena::{Arena, ArenaStats};
+use super::blas::Blas;
+use super::launch::Kernel;
+use super::profile::Recorder;
+use super::source::{self, Source};
+use super::{check, Failure};
+use crate::tensor::scope;
+use crate::{DType, Device, Error, Result};
+
+/// What is known of a device before anything runs on it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GpuInfo {
+    /// As the driver calls it: `NVIDIA H100 80GB HBM3`.
+    pub name: String,
+    /// Compute capability, (9, 0) for an H100.
+    pub capability: (i32, i32),
+    /// Memory in bytes.
+    pub memory: usize,
+    /// Multiprocessors.
+    pub multiprocessors: i32,
+    /// The CUDA version that the driver supports, (13, 0).
+    pub driver: (i32, i32),
+    /// NVRTC's version.
+    pub nvrtc: (i32, i32),
+}
+
+/// A device with its compute stream, memory, kernels and matrix products. One a device and process, never closed.
+pub struct Gpu {
+    ordinal: usize,
+    info: GpuInfo,
+    context: sys::CUcontext,
+    stream: sys::CUstream,
+    /// What lives from step to step, and what a step uses: apart, so that a recorded step's memory is its own.
+    lasting: Arena,
+    step: Arena,
+    kernels: Mutex<Kernels>,
+    blas: OnceLock<Blas>,
+    pub(super) recorder: Mutex<Option<Recorder>>,
+    launched: Mutex<Vec<&'static str>>,
+    sync_every_launch: bool,
+}
+
+// SAFETY: the driver's handles may be used from any thread on which their context is current, which `bind` sees to.
+unsafe impl Send for Gpu {}
+// SAFETY: as above; everything mutable is behind a lock.
+unsafe impl Sync for Gpu {}
+
+impl std::fmt::Debug for Gpu {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Gpu({}, {})", self.ordinal, self.info.name)
+    }
+}
+
+#[derive(Default)]
+struct Kernels {
+    modules: HashMap<&'static str, Module>,
+    functions: HashMap<(&'static str, &'static str, DType), Kernel>,
+    /// The dynamic shared memory that each function may have.
+    shared: HashMap<usize, u32>,
+}
+
+struct Module(sys::CUmodule);
+
+// SAFETY: as for `Gpu`.
+unsafe impl Send for Kernels {}
+
+/// Devices that were opened, by ordinal.
+static OPEN: Mutex<Vec<&'static Gpu>> = Mutex::new(Vec::new());
+
+thread_local! {
+    static BOUND: Cell<Option<usize>> = const { Cell::new(None) };
+    static CURRENT: Cell<Device> = const { Cell::new(Device::Cpu) };
+    static IN_STEP: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Until it is dropped, tensors of this thread are made on another device.
+#[must_use = "the device is left when the guard is dropped"]
+pub(crate) struct DeviceGuard(Device);
+
+impl Drop for DeviceGuard {
+    fn drop(&mut self) {
+        CURRENT.set(self.0);
+    }
+}
+
+/// Makes tensors of this thread on `device` from now on, until the guard is dropped.
+pub(crate) fn enter(device: Device) -> DeviceGuard {
+    DeviceGuard(CURRENT.replace(device))
+}
+
+/// Where this thread makes tensors.
+pub(crate) fn current() -> Device {
+    CURRENT.get()
+}
+
+/// Until it is dropped, device memory of this thread comes from the step's arena.
+#[must_use = "the step ends when the guard is dropped"]
+pub(crate) struct StepGuard(bool);
+
+impl Drop for StepGuard {
+    fn drop(&mut self) {
+        IN_STEP.set(self.0);
+    }
+}
+
+/// Takes device memory from the step's arena until the guard is dropped.
+pub(crate) fn step_scope() -> StepGuard {
+    StepGuard(IN_STEP.replace(true))
+}
+
+/// Whether this thread is inside a step.
+pub(crate) fn in_step() -> bool {
+    IN_STEP.get()
+}
+
+/// How many devices there are; 0 without a driver.
+fn count() -> usize {
+    // SAFETY: only looks for the library.
+    if !unsafe { sys::is_culib_present() } || result::init().is_err() {
+        return 0;
+    }
+    result::device::get_count().map_or(0, |n| usize::try_from(n).unwrap_or(0))
+}
+
+impl Gpu {
+    /// The number of devices that could be opened; 0 where there is no driver. Asks the driver once.
+    pub fn count() -> usize {
+        static COUNT: OnceLock<usize> = OnceLock::new();
+        *COUNT.get_or_init(count)
+    }
+
+    /// Device `ordinal`, opened when it is first asked for.
+    ///
+    /// # Errors
+    /// If the driver, a library or the device is missing, or too old.
+    pub fn get(ordinal: usize) -> Result<&'static Gpu> {
+        let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(gpu) = open.iter().find(|g| g.ordinal == ordinal) {
+            gpu.bind();
+            return Ok(gpu);
+        }
+        let gpu: &'static Gpu = Box::leak(Box::new(Self::open(ordinal)?));
+        open.push(gpu);
+        Ok(gpu)
+    }
+
+    fn open(ordinal: usize) -> Result<Self> {
+        // SAFETY: only looks for the library.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(Error::user(
+                "no CUDA driver: libcuda.so was not found",
+                "install NVIDIA's driver, or run with --device cpu",
+            ));
+        }
+        let failed = |call| move |e: cudarc::driver::DriverError| Error::from(Failure { call, result: e.0 });
+        result::init().map_err(failed("cuInit"))?;
+        let n = Self::count();
+        if ordinal >= n {
+            let problem = format!("there is no GPU {ordinal}: the driver sees {n}");
+            return Err(Error::user(
+                problem,
+                "choose --device cuda:0 ... or cpu; CUDA_VISIBLE_DEVICES may hide devices",
+            ));
+        }
+        let nvrtc = source::version()?;
+        let device = result::device::get(ordinal as i32).map_err(failed("cuDeviceGet"))?;
+        let attribute = |a| {
+            // SAFETY: `device` was just given by the driver.
+            unsafe { result::device::get_attribute(device, a) }.map_err(failed("cuDeviceGetAttribute"))
+        };
+        use sys::CUdevice_attribute as A;
+        let capability = (
+            attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+            attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+        );
+        let name = result::device::get_name(device).map_err(failed("cuDeviceGetName"))?;
+        if capability < (8, 0) {
+            let problem = format!("{name} has compute capability {}.{}; 8.0 is the least", capability.0, capability.1);
+            return Err(Error::user(problem, "use an A100, RTX 30 or newer, or run with --device cpu"));
+        }
+        let mut driver = 0;
+        // SAFETY: an out-pointer to a local.
+        check("cuDriverGetVersion", unsafe { sys::cuDriverGetVersion(&mut driver) })?;
+        let driver = (driver / 1000, driver % 1000 / 10);
+        if driver.0 < nvrtc.0 {
+            let problem = format!(
+                "the driver supports CUDA {}.{}, the libraries are {}.{}",
+                driver.0, driver.1, nvrtc.0, nvrtc.1
+            );
+            return Err(Error::user(
+                problem,
+                "update the driver, or put libraries of the driver's version on LD_LIBRARY_PATH",
+            ));
+        }
+        // SAFETY: `device` is valid; the context is current from here on.
+        let (context, memory) = unsafe {
+            let context = result::primary_ctx::retain(device).map_err(failed("cuDevicePrimaryCtxRetain"))?;
+            result::ctx::set_current(context).map_err(failed("cuCtxSetCurrent"))?;
+            (context, result::device::total_mem(device).map_err(failed("cuDeviceTotalMem"))?)
+        };
+        BOUND.set(Some(ordinal));
+        let stream =
+            result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed("cuStreamCreate"))?;
+        let multiprocessors = attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        Ok(Self {
+            ordinal,
+            info: GpuInfo { name, capability, memory, multiprocessors, driver, nvrtc },
+            context,
+            stream,
+            lasting: Arena::new(ordinal, memory)?,
+            step: Arena::new(ordinal, memory)?,
+            kernels: Mutex::default(),
+            blas: OnceLock::new(),
+            recorder: Mutex::default(),
+            launched: Mutex::default(),
+            sync_every_launch: std::env::var_os("DINOLAB_CUDA_SYNC").is_some_and(|v| v == "1"),
+        })
+    }
+
+    /// What is known of the device.
+    pub fn info(&self) -> &GpuInfo {
+        &self.info
+    }
+
+    /// Its number.
+    pub fn ordinal(&self) -> usize {
+        self.ordinal
+    }
+
+    /// The architecture that kernels are compiled for: `sm_90a` for an H100.
+    pub fn arch(&self) -> String {
+        let (major, minor) = self.info.capability;
+        // The `a` variants have what is special to a generation; they exist from Hopper on.
+        format!("sm_{major}{minor}{}", if major >= 9 { "a" } else { "" })
+    }
+
+    /// Makes the device's context current on this thread.
+    pub(crate) fn bind(&self) {
+        if BOUND.get() != Some(self.ordinal) {
+            // SAFETY: the context is never released.
+            unsafe { result::ctx::set_current(self.context) }.expect("a live context can be made current");
+            BOUND.set(Some(self.ordinal));
+        }
+    }
+
+    pub(super) fn stream(&self) -> sys::CUstream {
+        self.bind();
+        self.stream
+    }
+
+    /// Compiles all registered sources that are not in the cache, in parallel, and loads them.
+    ///
+    /// # Errors
+    /// If one does not compile.
+    pub fn load_all(&'static self) -> Result<Vec<source::Compiled>> {
+        let compiled = source::compile_all(&self.arch())?;
+        let mut kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
+        for c in &compiled {
+            self.load(&mut kernels, c)?;
+        }
+        Ok(compiled)
+    }
+
+    fn load(&self, kernels: &mut Kernels, compiled: &source::Compiled) -> Result<(), Failure> {
+        if kernels.modules.contains_key(compiled.name) {
+            return Ok(());
+        }
+        self.bind();
+        // SAFETY: the image is machine code for this device, made by NVRTC.
+        let module = unsafe { result::module::load_data(compiled.cubin.as_ptr().cast()) };
+        let module = module.map_err(|e| Failure { call: "cuModuleLoadData", result: e.0 })?;
+        kernels.modules.insert(compiled.name, Module(module));
+        Ok(())
+    }
+
+    /// Kernel `name` of `source` for a storage type: the function `<name>_f32` or `<name>_bf16` (`_u32`: `<name>`).
+    ///
+    /// # Errors
+    /// If the source does not compile, has no such kernel, or the type has none.
+    pub fn kernel(&'static self, source: &'static Source, name: &'static str, dtype: DType) -> Result<Kernel> {
+        let mut kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = (source.name, name, dtype);
+        if let Some(kernel) = kernels.functions.get(&key) {
+            return Ok(*kernel);
+        }
+        let suffix = match dtype {
+            DType::F32 => "_f32",
+            DType::BF16 => "_bf16",
+            DType::U32 => "",
+            DType::F64 => {
+                let problem = format!("{name} is not implemented for F64 on a GPU");
+                return Err(Error::user(
+                    problem,
+                    "use dtype = \"bf16\" or \"f32\" there; f64 is for checks on the CPU",
+                ));
+            }
+        };
+        if !kernels.modules.contains_key(source.name) {
+            let compiled = source.compile(&self.arch(), self.info.nvrtc)?;
+            self.load(&mut kernels, &compiled)?;
+        }
+        let module = kernels.modules[source.name].0;
+        let full = std::ffi::CString::new(format!("{name}{suffix}")).expect("kernel names have no zero byte");
+        // SAFETY: the module is loaded.
+        let function = unsafe { result::module::get_function(module, full) }.map_err(|_| {
+            Error::user(format!("{}.cu has no kernel {name}{suffix}", source.name), "see KERNEL in common.cuh")
+        })?;
+        let kernel = Kernel { gpu: self, function, name };
+        kernels.functions.insert(key, kernel);
+        Ok(kernel)
+    }
+
+    /// Lets a kernel have this much dynamic shared memory.
+    pub(super) fn allow_shared(&self, kernel: Kernel, bytes: u32) -> Result<(), Failure> {
+        let mut kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
+        let allowed = kernels.shared.entry(kernel.function as usize).or_insert(48 << 10);
+        if bytes > *allowed {
+            self.bind();
+            let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: the function belongs to a loaded module.
+            let result = unsafe { sys::cuFuncSetAttribute(kernel.function, attribute, bytes as i32) };
+            check("cuFuncSetAttribute", result)?;
+            *allowed = bytes;
+        }
+        Ok(())
+    }
+
+    /// Runs a launch, remembered for diagnoses and timed where a profile is being made.
+    pub(super) fn timed(
+        &self,
+        name: &'static str,
+        work: (f64, f64),
+        launch: impl FnOnce() -> Result<(), Failure>,
+    ) -> Result<()> {
+        self.bind();
+        let mut recorder = self.recorder.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(recorder) = recorder.as_mut() {
+            recorder.before(self.stream, name, work)?;
+        }
+        launch()?;
+        if let Some(recorder) = recorder.as_mut() {
+            recorder.after(self.stream)?;
+        }
+        if self.sync_every_launch {
+            // SAFETY: the stream is alive.
+            unsafe { result::stream::synchronize(self.stream) }.map_err(|e| {
+                let error = Error::from(Failure { call: name, result: e.0 });
+                Error::user(format!("kernel {name}, in {}: {error}", scope::current()), "mend that kernel")
+            })?;
+        } else {
+            let mut launched = self.launched.lock().unwrap_or_else(PoisonError::into_inner);
+            if !launched.contains(&name) {
+                launched.push(name);
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until all work given so far is done.
+    ///
+    /// # Errors
+    /// If something went wrong since the last time; the message names the kernels that ran.
+    pub fn synchronize(&self) -> Result<()> {
+        self.bind();
+        // SAFETY: the stream is alive.
+        let done = unsafe { result::stream::synchronize(self.stream) };
+        let mut launched = self.launched.lock().unwrap_or_else(PoisonError::into_inner);
+        let names = std::mem::take(&mut *launched).join(", ");
+        done.map_err(|e| {
+            let failure = Failure { call: "cuStreamSynchronize", result: e.0 };
+            let (problem, help) = match Error::from(failure) {
+                Error::User { problem, help } => (problem, help),
+                other => (other.to_string(), String::new()),
+            };
+            Error::user(format!("{problem}; one of these kernels, or a matrix product, failed: {names}"), help)
+        })
+    }
+
+    /// Matrix products.
+    pub(super) fn blas(&'static self) -> Result<&'static Blas> {
+        if self.blas.get().is_none() {
+            let blas = Blas::new(self)?;
+            // Another thread may have been faster; then this one is dropped.
+            let _ = self.blas.set(blas);
+        }
+        Ok(self.blas.get().expect("set just above"))
+    }
+
+    /// Memory for tensors: what lasts, and what steps use.
+    pub fn memory(&self) -> [ArenaStats; 2] {
+        [self.lasting.stats(), self.step.stats()]
+    }
+
+    /// Starts a new measurement of the peaks.
+    pub fn reset_peaks(&self) {
+        self.lasting.reset_peak();
+        self.step.reset_peak();
+    }
+
+    fn arena(&self, step: bool) -> &Arena {
+        if step {
+            &self.step
+        } else {
+            &self.lasting
+        }
+    }
+}
+
+/// A block of device memory that goes back to its arena when dropped.
+#[derive(Debug)]
+pub(crate) struct CudaBuffer {
+    gpu: &'static Gpu,
+    address: sys::CUdeviceptr,
+    size: usize,
+    in_step: bool,
+}
+
+impl CudaBuffer {
+    /// A block with unspecified content, from the arena of the thread's scope.
+    ///
+    /// A device that is full unwinds with the [`Error`] as payload (tensors are made by functions that cannot fail on a
+    /// CPU); [`catch`](crate::tensor::catch_out_of_memory) turns it back into a result.
+    pub(crate) fn new(gpu: &'static Gpu, bytes: usize) -> Self {
+        gpu.bind();
+        let in_step = in_step();
+        match gpu.arena(in_step).take(bytes) {
+            Ok((address, size)) => Self { gpu, address, size, in_step },
+            Err(failure) => std::panic::resume_unwind(Box::new(gpu.full(bytes, failure))),
+        }
+    }
+
+    pub(crate) fn gpu(&self) -> &'static Gpu {
+        self.gpu
+    }
+
+    pub(crate) fn address(&self) -> sys::CUdeviceptr {
+        self.address
+    }
+}
+
+impl Drop for CudaBuffer {
+    fn drop(&mut self) {
+        self.gpu.arena(self.in_step).give(self.address, self.size);
+    }
+}
+
+impl Gpu {
+    /// What to say when there is no room for `bytes`.
+    fn full(&self, bytes: usize, failure: Failure) -> Error {
+        if !failure.is_out_of_memory() {
+            return failure.into();
+        }
+        let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
+        let free = result::mem_get_info().map_or(0, |(free, _)| free);
+        let [lasting, step] = self.memory();
+        let asked_by = match scope::current() {
+            scope if scope.is_empty() => String::new(),
+            scope => format!(" for {scope}"),
+        };
+        Error::user(
+            format!(
+                "GPU {} is full: {:.2} GiB were asked{asked_by}, {:.2} GiB are free; weights and their like hold {:.2} \
+                 GiB, the step {:.2} GiB",
+                self.ordinal,
+                gib(bytes),
+                gib(free),
+                gib(lasting.live),
+                gib(step.live)
+            ),
+            "raise batch.micro_batches, set memory.checkpointing = \"full\", or lower batch.size; \
+             `dinolab recipe check --cost` tells beforehand",
+        )
+    }
+
+    /// Copies host bytes to the device, before all work given later.
+    pub(crate) fn upload(&self, to: sys::CUdeviceptr, bytes: &[u8]) -> Result<()> {
+        self.bind();
+        // SAFETY: the caller owns the block at `to`; the driver has copied pageable memory when the call returns.
+        let result = unsafe { sys::cuMemcpyHtoDAsync_v2(to, bytes.as_ptr().cast(), bytes.len(), self.stream) };
+        Ok(check("cuMemcpyHtoDAsync", result)?)
+    }
+
+    /// Waits for all work, and copies device bytes to the host.
+    pub(crate) fn download(&self, bytes: &mut [u8], from: sys::CUdeviceptr) -> Result<()> {
+        self.bind();
+        // SAFETY: the caller holds the block at `from`; the copy is complete after the synchronisation.
+        let result = unsafe { sys::cuMemcpyDtoHAsync_v2(bytes.as_mut_ptr().cast(), from, bytes.len(), self.stream) };
+        check("cuMemcpyDtoHAsync", result)?;
+        self.synchronize()
+    }
+
+    /// Copies within the device.
+    pub(crate) fn copy(&self, to: sys::CUdeviceptr, from: sys::CUdeviceptr, bytes: usize) -> Result<()> {
+        self.bind();
+        // SAFETY: the caller holds both blocks.
+        Ok(check("cuMemcpyDtoDAsync", unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.stream) })?)
+    }
+
+    /// Sets bytes to zero.
+    pub(crate) fn zero(&self, at: sys::CUdeviceptr, bytes: usize) -> Result<()> {
+        self.bind();
+        // SAFETY: the caller owns the block.
+        Ok(check("cuMemsetD8Async", unsafe { sys::cuMemsetD8Async(at, 0, bytes, self.stream) })?)
+    }
+}

@@ -1,0 +1,125 @@
+//! Where the time goes: every launch between two events.
+
+use cudarc::driver::{result, sys};
+
+use super::{Failure, Gpu};
+use crate::Result;
+
+struct Event(sys::CUevent);
+
+// SAFETY: events are used with their context bound.
+unsafe impl Send for Event {}
+
+impl Event {
+    fn record(stream: sys::CUstream) -> Result<Self, Failure> {
+        let event = result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT)
+            .map_err(|e| Failure { call: "cuEventCreate", result: e.0 })?;
+        // SAFETY: both are alive.
+        unsafe { result::event::record(event, stream) }.map_err(|e| Failure { call: "cuEventRecord", result: e.0 })?;
+        Ok(Self(event))
+    }
+
+    fn milliseconds_to(&self, end: &Event) -> Result<f64, Failure> {
+        // SAFETY: both were recorded, and the stream was synchronised.
+        let elapsed = unsafe { result::event::elapsed(self.0, end.0) };
+        elapsed.map(f64::from).map_err(|e| Failure { call: "cuEventElapsedTime", result: e.0 })
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: made by `record`, destroyed once.
+        let _ = unsafe { result::event::destroy(self.0) };
+    }
+}
+
+/// Launches with their events.
+pub(super) struct Recorder(Vec<(&'static str, (f64, f64), Event, Option<Event>)>);
+
+impl Recorder {
+    pub(super) fn before(
+        &mut self,
+        stream: sys::CUstream,
+        name: &'static str,
+        work: (f64, f64),
+    ) -> Result<(), Failure> {
+        self.0.push((name, work, Event::record(stream)?, None));
+        Ok(())
+    }
+
+    pub(super) fn after(&mut self, stream: sys::CUstream) -> Result<(), Failure> {
+        self.0.last_mut().expect("`before` came first").3 = Some(Event::record(stream)?);
+        Ok(())
+    }
+}
+
+/// What one kind of launch cost.
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
+pub struct ProfileRow {
+    /// Kernel or matrix product.
+    pub name: String,
+    /// How often it was launched.
+    pub launches: usize,
+    /// Milliseconds, all launches together.
+    pub ms: f64,
+    /// Floating-point operations, where the launch says them.
+    pub flops: f64,
+    /// Bytes of memory touched, where the launch says them.
+    pub bytes: f64,
+}
+
+/// The launches of a piece of work, by kind, longest first.
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
+pub struct Profile {
+    /// One row a kind.
+    pub rows: Vec<ProfileRow>,
+}
+
+impl Profile {
+    /// Runs `f` with every launch timed. Timing keeps launches from overlapping, so the sum is a little more than `f`
+    /// takes without.
+    ///
+    /// # Errors
+    /// Those of `f`, and of the device.
+    pub fn of<R>(gpu: &'static Gpu, f: impl FnOnce() -> Result<R>) -> Result<(Self, R)> {
+        let lock = || gpu.recorder.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        *lock() = Some(Recorder(Vec::new()));
+        let done = f().and_then(|r| gpu.synchronize().map(|()| r));
+        let recorder = lock().take().expect("put there above");
+        let value = done?;
+        let mut rows: Vec<ProfileRow> = Vec::new();
+        for (name, (flops, bytes), start, end) in recorder.0 {
+            let Some(end) = end else { continue };
+            let at = rows.iter().position(|r| r.name == name).unwrap_or_else(|| {
+                rows.push(ProfileRow { name: name.to_string(), ..ProfileRow::default() });
+                rows.len() - 1
+            });
+            let row = &mut rows[at];
+            row.launches += 1;
+            row.ms += start.milliseconds_to(&end)?;
+            row.flops += flops;
+            row.bytes += bytes;
+        }
+        rows.sort_by(|a, b| b.ms.total_cmp(&a.ms));
+        Ok((Self { rows }, value))
+    }
+}
+
+/// Milliseconds between two points of the stream, by the device's clock.
+pub(super) fn device_ms(gpu: &'static Gpu, f: impl FnOnce() -> Result<()>) -> Result<f64> {
+    let start = Event::record(gpu.stream())?;
+    f()?;
+    let end = Event::record(gpu.stream())?;
+    gpu.synchronize()?;
+    Ok(start.milliseconds_to(&end)?)
+}
+
+impl Gpu {
+    /// Milliseconds that the device takes for the work that `f` gives it.
+    ///
+    /// # Errors
+    /// Those of `f`, and of the device.
+    pub fn time(&'static self, f: impl FnOnce() -> Result<()>) -> Result<f64> {
+        device_ms(self, f)
+    }
+}

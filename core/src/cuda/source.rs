@@ -1,0 +1,161 @@
+//! Kernel sources, compiled at run time by NVRTC and kept on disk as machine code.
+
+use std::ffi::CString;
+use std::path::PathBuf;
+
+use cudarc::nvrtc::{result as nvrtc, sys};
+use rayon::prelude::*;
+
+use crate::{Error, Result};
+
+/// What every source is compiled behind.
+const COMMON: &str = include_str!("common.cuh");
+
+/// CUDA C++ that is compiled as one module, behind the common header (element types, reductions, tensor cores).
+#[derive(Debug)]
+pub struct Source {
+    /// Its name in messages and in the cache.
+    pub name: &'static str,
+    /// The code, in parts.
+    pub code: &'static [&'static str],
+}
+
+/// A registered source: every source of every linked crate can be found, so that all are compiled before they are
+/// needed, and checked.
+#[derive(Clone, Copy, Debug)]
+pub struct SourceRef(pub &'static Source);
+
+inventory::collect!(SourceRef);
+
+/// Defines and registers a [`Source`](crate::cuda::Source):
+/// `cuda_source! { static LAYER_NORM = "layer_norm" { include_str!("layer_norm.cu") } }`.
+#[macro_export]
+macro_rules! cuda_source {
+    ($visible:vis static $name:ident = $text:literal { $($code:expr),+ $(,)? }) => {
+        $visible static $name: $crate::cuda::Source = $crate::cuda::Source { name: $text, code: &[$($code),+] };
+        $crate::inventory::submit! { $crate::cuda::SourceRef(&$name) }
+    };
+}
+
+/// All registered sources, by name.
+pub fn sources() -> Vec<&'static Source> {
+    let mut all: Vec<_> = inventory::iter::<SourceRef>.into_iter().map(|s| s.0).collect();
+    all.sort_by_key(|s| s.name);
+    all
+}
+
+/// A source's machine code.
+#[derive(Clone, Debug)]
+pub struct Compiled {
+    /// The source's name.
+    pub name: &'static str,
+    /// Whether it was found on disk.
+    pub cached: bool,
+    /// What the compiler said.
+    pub log: String,
+    pub(super) cubin: Vec<u8>,
+}
+
+/// Compiles every registered source for an architecture (`sm_90a`), in parallel. Needs NVRTC, but no GPU.
+///
+/// # Errors
+/// If NVRTC is missing, or a source does not compile.
+pub fn compile_all(arch: &str) -> Result<Vec<Compiled>> {
+    let version = version()?;
+    sources().into_par_iter().map(|source| source.compile(arch, version)).collect()
+}
+
+/// NVRTC's version, if the library is there.
+pub(super) fn version() -> Result<(i32, i32)> {
+    // SAFETY: only looks for the library.
+    if !unsafe { sys::is_culib_present() } {
+        return Err(Error::user(
+            "NVRTC (libnvrtc.so) was not found: kernels cannot be compiled",
+            "install CUDA's NVRTC (`pip install nvidia-cuda-nvrtc`) and put its folder on LD_LIBRARY_PATH",
+        ));
+    }
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: out-pointers to locals.
+    let result = unsafe { sys::nvrtcVersion(&mut major, &mut minor) };
+    result.result().map_err(|e| Error::user(format!("NVRTC does not answer: {e:?}"), "reinstall CUDA's NVRTC"))?;
+    Ok((major, minor))
+}
+
+impl Source {
+    fn text(&self) -> String {
+        let mut text = format!("#line 1 \"common.cuh\"\n{COMMON}");
+        for code in self.code {
+            text += &format!("\n#line 1 \"{}.cu\"\n{code}", self.name);
+        }
+        text
+    }
+
+    /// From the cache on disk, or compiled and put there.
+    pub(super) fn compile(&'static self, arch: &str, version: (i32, i32)) -> Result<Compiled> {
+        let text = self.text();
+        let key = blake3::hash(format!("{arch} {version:?} {:?}\n{text}", options(arch)).as_bytes());
+        let file = cache_folder().map(|f| f.join(format!("{}-{arch}-{}.cubin", self.name, &key.to_hex()[..24])));
+        if let Some(cubin) = file.as_ref().and_then(|f| std::fs::read(f).ok()).filter(|c| !c.is_empty()) {
+            return Ok(Compiled { name: self.name, cached: true, log: String::new(), cubin });
+        }
+        let (cubin, log) = self.run_compiler(&text, arch)?;
+        if let Some(file) = file {
+            // A cache that cannot be written only costs time.
+            let _ = write_whole(&file, &cubin);
+        }
+        Ok(Compiled { name: self.name, cached: false, log, cubin })
+    }
+
+    fn run_compiler(&self, text: &str, arch: &str) -> Result<(Vec<u8>, String)> {
+        let text =
+            CString::new(text).map_err(|_| Error::user(format!("{}: a zero byte in it", self.name), "remove it"))?;
+        let broken =
+            |e: nvrtc::NvrtcError| Error::user(format!("NVRTC failed on {}: {e}", self.name), "reinstall NVRTC");
+        let program = nvrtc::create_program(&text, None).map_err(broken)?;
+        // SAFETY: `program` is alive until it is destroyed below, once.
+        unsafe {
+            let compiled = nvrtc::compile_program(program, &options(arch));
+            let log = nvrtc::get_program_log(program).map_err(broken)?;
+            let log: Vec<u8> = log.into_iter().map(|c| c as u8).take_while(|&c| c != 0).collect();
+            let log = String::from_utf8_lossy(&log).trim().to_string();
+            let cubin = compiled.map_err(|_| {
+                let problem = format!("{}.cu does not compile for {arch}:\n{log}", self.name);
+                Error::user(problem, "mend the kernel; common.cuh says what it may use")
+            });
+            let cubin = cubin.and_then(|()| {
+                let mut size = 0;
+                sys::nvrtcGetCUBINSize(program, &mut size).result().map_err(broken)?;
+                let mut cubin = vec![0u8; size];
+                sys::nvrtcGetCUBIN(program, cubin.as_mut_ptr().cast()).result().map_err(broken)?;
+                Ok(cubin)
+            });
+            nvrtc::destroy_program(program).map_err(broken)?;
+            Ok((cubin?, log))
+        }
+    }
+}
+
+/// No `--use_fast_math`: division and square roots stay exact; kernels name the fast functions where they want them.
+fn options(arch: &str) -> [String; 3] {
+    [format!("--gpu-architecture={arch}"), "--std=c++17".into(), "--ptxas-options=-O3".into()]
+}
+
+/// Where machine code and tuned choices are kept: DINOLAB_CACHE, or the user's cache folder.
+pub(super) fn cache_folder() -> Option<PathBuf> {
+    let var = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    let folder = var("DINOLAB_CACHE")
+        .or_else(|| var("XDG_CACHE_HOME").map(|f| f.join("dinolab")))
+        .or_else(|| var("HOME").map(|f| f.join(".cache/dinolab")))?;
+    std::fs::create_dir_all(&folder).ok()?;
+    Some(folder)
+}
+
+/// Writes a file that is whole whenever it is there.
+pub(super) fn write_whole(path: &std::path::Path, bytes: &[u8]) -> std::io::Result<()> {
+    use std::io::Write;
+    let folder = path.parent().expect("a file in the cache folder");
+    let mut file = tempfile::NamedTempFile::new_in(folder)?;
+    file.write_all(bytes)?;
+    file.persist(path)?;
+    Ok(())
+}

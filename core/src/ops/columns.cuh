@@ -1,0 +1,72 @@
+// Sums over the rows of a matrix, in a fixed order and without atomics. A block takes a run of rows, its threads own
+// columns, and partial sums stay in registers; a second kernel adds the blocks' sums in order.
+
+constexpr int CHUNK_ROWS = 32;
+
+// For every row r of this block's run and every N columns c.., once: row(r, c, sums), which adds to sums[SUMS][N].
+// Before a chunk of rows is visited, all threads call prepare(first, last). Leaves the run's sums in
+// partial[block][SUMS][d]. Launched with `column_grid`.
+template <int SUMS, int N, class Prepare, class Row>
+__device__ __forceinline__ void column_sums(float* partial, int rows, int d, Prepare prepare, Row row) {
+    const int groups = (d + N - 1) / N, threads = blockDim.x;
+    const int wide = groups < threads ? groups : threads, lanes = threads / wide;
+    const int lane = threadIdx.x / wide, group = threadIdx.x % wide;
+    const int run = ((rows + gridDim.x - 1) / gridDim.x + CHUNK_ROWS - 1) / CHUNK_ROWS * CHUNK_ROWS;
+    const int first = blockIdx.x * run, end = first + run < rows ? first + run : rows;
+    __shared__ float of_lane[1024 * N];
+    for (int base = 0; base < groups; base += wide) {
+        const int column = (base + group) * N;
+        const bool mine = lane < lanes && base + group < groups;
+        float sums[SUMS][N] = {};
+        for (int chunk = first; chunk < end; chunk += CHUNK_ROWS) {
+            const int last = chunk + CHUNK_ROWS < end ? chunk + CHUNK_ROWS : end;
+            prepare(chunk, last);
+            if (mine) {
+                for (int r = chunk + lane; r < last; r += lanes) row(r, column, sums);
+            }
+        }
+#pragma unroll
+        for (int s = 0; s < SUMS; s++) {
+            __syncthreads();
+            if (mine) {
+#pragma unroll
+                for (int k = 0; k < N; k++) of_lane[(lane * wide + group) * N + k] = sums[s][k];
+            }
+            __syncthreads();
+            if (lane == 0 && mine) {
+                for (int k = 0; k < N && column + k < d; k++) {
+                    float total = 0.0f;
+                    for (int l = 0; l < lanes; l++) total += of_lane[(l * wide + group) * N + k];
+                    partial[((size_t)blockIdx.x * SUMS + s) * d + column + k] = total;
+                }
+            }
+        }
+    }
+}
+
+// out[c] (+)= sum over blocks b of partial[b * stride + c], for d columns: 32 columns and 32 lanes a block.
+extern "C" __global__ void add_blocks_f32(Gradient out, const float* partial, int blocks, size_t stride, int d) {
+    __shared__ float of_lane[32][33];
+    const int column = blockIdx.x * 32 + threadIdx.x % 32, lane = threadIdx.x / 32;
+    float sum = 0.0f;
+    if (column < d) {
+        for (int b = lane; b < blocks; b += 32) sum += partial[b * stride + column];
+    }
+    of_lane[lane][threadIdx.x % 32] = sum;
+    __syncthreads();
+    if (lane == 0 && column < d) {
+        sum = 0.0f;
+        for (int l = 0; l < 32; l++) sum += of_lane[l][threadIdx.x];
+        put(out, column, sum);
+    }
+}
+
+// Columns that a thread takes at a time: packs where rows of d elements at these addresses allow it, else one.
+#define BY_PACKS(T, d, aligned, call)                      \
+    if ((d) % Pack<T>::N == 0 && (aligned)) {              \
+        constexpr int N = Pack<T>::N;                      \
+        call;                                              \
+    } else {                                               \
+        constexpr int N = 1;                               \
+        call;                                              \
+    }

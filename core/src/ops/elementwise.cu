@@ -1,0 +1,91 @@
+// Element by element. `elements` gives each thread 16 bytes.
+
+template <class T> __device__ void fill(T* y, float value, size_t n) {
+    elements(y, n, [=](size_t) { return value; });
+}
+KERNEL(fill, (T* y, float value, size_t n), (y, value, n))
+
+extern "C" __global__ void fill(u32* y, u32 value, size_t n) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) y[i] = value;
+}
+
+// dst (+)= src, whatever the types.
+template <class T> __device__ void accumulate(Gradient dst, const T* src, size_t n) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) put(dst, i, to_float(src[i]));
+}
+KERNEL(accumulate, (Gradient dst, const T* src, size_t n), (dst, src, n))
+
+template <class T> __device__ void affine(T* y, const T* x, float factor, float shift, size_t n) {
+    elements(y, n, [=](size_t, float x) { return x * factor + shift; }, x);
+}
+KERNEL(affine, (T* y, const T* x, float factor, float shift, size_t n), (y, x, factor, shift, n))
+
+// ---- a function of one variable and its derivative, from x and y = f(x)
+
+#define UNARY(name, f, derivative)                                                                              \
+    template <class T> __device__ void unary_##name(T* out, const T* in, size_t n) {                            \
+        elements(out, n, [](size_t, float x) { return f; }, in);                                                \
+    }                                                                                                           \
+    KERNEL(unary_##name, (T* out, const T* in, size_t n), (out, in, n))                                         \
+    template <class T>                                                                                          \
+    __device__ void unary_##name##_backward(T* out, const T* in, const T* value, const T* slope, size_t n) {    \
+        elements(out, n, [](size_t, float x, float y, float dy) { return dy * (derivative); }, in, value, slope); \
+    }                                                                                                           \
+    KERNEL(unary_##name##_backward, (T* out, const T* in, const T* value, const T* slope, size_t n), (out, in, value, slope, n))
+
+UNARY(exp, expf(x), y)
+UNARY(ln, logf(x), 1.0f / x)
+UNARY(sqrt, sqrtf(x), 0.5f / y)
+UNARY(square, x* x, x + x)
+UNARY(relu, x > 0.0f ? x : 0.0f, x > 0.0f ? 1.0f : 0.0f)
+UNARY(recip, 1.0f / x, -y * y)
+UNARY(abs, fabsf(x), x > 0.0f ? 1.0f : x < 0.0f ? -1.0f : 0.0f)
+UNARY(gelu, x* normal_cdf(x), normal_cdf(x) + x * normal_pdf(x))
+UNARY(sigmoid, sigmoid(x), y*(1.0f - y))
+
+// ---- a and b, of one shape
+
+template <class T> __device__ void add(T* y, const T* a, const T* b, size_t n) {
+    elements(y, n, [](size_t, float a, float b) { return a + b; }, a, b);
+}
+KERNEL(add, (T* y, const T* a, const T* b, size_t n), (y, a, b, n))
+
+template <class T> __device__ void sub(T* y, const T* a, const T* b, size_t n) {
+    elements(y, n, [](size_t, float a, float b) { return a - b; }, a, b);
+}
+KERNEL(sub, (T* y, const T* a, const T* b, size_t n), (y, a, b, n))
+
+template <class T> __device__ void mul(T* y, const T* a, const T* b, size_t n) {
+    elements(y, n, [](size_t, float a, float b) { return a * b; }, a, b);
+}
+KERNEL(mul, (T* y, const T* a, const T* b, size_t n), (y, a, b, n))
+
+// ---- a, and b of one element (f32, or bf16 if `narrow`)
+
+__device__ __forceinline__ float one(const void* b, int narrow) {
+    return narrow ? to_float(*(const bf16*)b) : *(const float*)b;
+}
+
+template <class T> __device__ void add_one(T* y, const T* a, const void* b, int narrow, float sign, size_t n) {
+    const float s = sign * one(b, narrow);
+    elements(y, n, [=](size_t, float a) { return a + s; }, a);
+}
+KERNEL(add_one, (T* y, const T* a, const void* b, int narrow, float sign, size_t n), (y, a, b, narrow, sign, n))
+
+template <class T> __device__ void mul_one(T* y, const T* a, const void* b, int narrow, size_t n) {
+    const float s = one(b, narrow);
+    elements(y, n, [=](size_t, float a) { return a * s; }, a);
+}
+KERNEL(mul_one, (T* y, const T* a, const void* b, int narrow, size_t n), (y, a, b, narrow, n))
+
+// ---- casts
+
+extern "C" __global__ void narrow_f32(bf16* y, const float* x, size_t n) {
+    elements(y, n, [](size_t, float x) { return x; }, x);
+}
+
+extern "C" __global__ void widen_bf16(float* y, const bf16* x, size_t n) {
+    elements(y, n, [](size_t, float x) { return x; }, x);
+}

@@ -1,0 +1,237 @@
+//! Where tensors are, and how they get from one place to another.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::fmt;
+use std::str::FromStr;
+
+use super::storage::Buffer;
+use super::{DType, Tensor};
+use crate::cuda::{self, DeviceGuard, Gpu};
+use crate::{Error, Result};
+
+/// Where a tensor lives.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Device {
+    /// Host memory.
+    #[default]
+    Cpu,
+    /// A GPU, by its number.
+    Cuda(usize),
+}
+
+impl Device {
+    /// Where this thread makes tensors that no operation makes.
+    pub fn current() -> Self {
+        cuda::current()
+    }
+
+    /// Makes this thread's tensors here until the guard is dropped.
+    pub(crate) fn enter(self) -> DeviceGuard {
+        cuda::enter(self)
+    }
+
+    /// Runs `f` with this thread's tensors made here.
+    pub fn with<R>(self, f: impl FnOnce() -> R) -> R {
+        let _on = self.enter();
+        f()
+    }
+
+    /// Runs `f` with this thread's tensors made in host memory.
+    pub(crate) fn leave<R>(self, f: impl FnOnce() -> R) -> R {
+        Self::Cpu.with(f)
+    }
+
+    /// The GPU, opened before a tensor could be put on it.
+    pub(crate) fn gpu(self) -> Option<&'static Gpu> {
+        match self {
+            Self::Cpu => None,
+            Self::Cuda(ordinal) => Some(Gpu::get(ordinal).expect("a device is opened before tensors are made on it")),
+        }
+    }
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cpu => write!(f, "cpu"),
+            Self::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+        }
+    }
+}
+
+impl FromStr for Device {
+    type Err = Error;
+
+    /// `cpu`, `cuda`, `cuda:1`, or `auto`: the first GPU if there is one.
+    fn from_str(text: &str) -> Result<Self> {
+        let ordinal = match text {
+            "cpu" => return Ok(Self::Cpu),
+            "auto" if Gpu::count() == 0 => return Ok(Self::Cpu),
+            "auto" | "cuda" => Some(0),
+            other => other.strip_prefix("cuda:").and_then(|n| n.parse().ok()),
+        };
+        let unknown = || Error::user(format!("`{text}` is not a device"), "choose auto, cpu, cuda or cuda:N");
+        let ordinal = ordinal.ok_or_else(unknown)?;
+        Gpu::get(ordinal).map(|_| Self::Cuda(ordinal))
+    }
+}
+
+/// Runs `f`; a device that is full is its error (see [`Tensor::uninit`], which cannot fail).
+///
+/// # Errors
+/// Those of `f`, and that the device is full.
+pub fn catch_out_of_memory<R>(f: impl FnOnce() -> Result<R>) -> Result<R> {
+    // Nothing that `f` was changing is looked at afterwards: the error ends the run.
+    match std::panic::catch_unwind(std::panic::AssertUnwindSafe(f)) {
+        Ok(done) => done,
+        Err(payload) => match payload.downcast::<Error>() {
+            Ok(error) => Err(*error),
+            Err(other) => std::panic::resume_unwind(other),
+        },
+    }
+}
+
+/// Numbers that host code gave to a step, by content: a step that runs again finds them on the device. Bounded, since
+/// numbers that change from step to step would pile up.
+const MOST_CONSTANTS: usize = 4096;
+
+thread_local! {
+    static CONSTANTS: RefCell<HashMap<(usize, DType, blake3::Hash), Tensor>> = RefCell::default();
+    /// While a step is recorded: why it cannot be, once that is known.
+    static RECORDING: RefCell<Option<Option<String>>> = const { RefCell::new(None) };
+}
+
+/// A tensor of host bytes on the current GPU.
+pub(super) fn constant(bytes: &[u8], shape: &[usize], dtype: DType) -> Result<Tensor> {
+    let upload = || -> Result<Tensor> {
+        let out = Tensor::uninit(shape, dtype);
+        let gpu = out.gpu().expect("called on a GPU");
+        gpu.upload(out.device_address(), bytes)?;
+        Ok(out)
+    };
+    if !cuda::in_step() || bytes.is_empty() {
+        return upload();
+    }
+    let Device::Cuda(ordinal) = Device::current() else { unreachable!("called on a GPU") };
+    let key = (ordinal, dtype, blake3::hash(bytes));
+    let known = CONSTANTS.with_borrow(|c| c.get(&key).cloned());
+    if let Some(known) = known {
+        return Ok(known.view(0, shape));
+    }
+    if is_recording() {
+        cannot_record(|| "numbers computed on the host change from step to step".into());
+        return Ok(Tensor::uninit(shape, dtype));
+    }
+    let made = upload()?;
+    CONSTANTS.with_borrow_mut(|c| {
+        if c.len() == MOST_CONSTANTS {
+            c.clear();
+        }
+        c.insert(key, made.clone());
+    });
+    Ok(made)
+}
+
+/// Whether this thread records a step.
+pub(crate) fn is_recording() -> bool {
+    RECORDING.with_borrow(Option::is_some)
+}
+
+/// Notes why the step being recorded cannot be (the first reason stays).
+pub(crate) fn cannot_record(why: impl FnOnce() -> String) {
+    RECORDING.with_borrow_mut(|r| {
+        if let Some(reason @ None) = r {
+            let scope = super::scope::current();
+            *reason = Some(if scope.is_empty() { why() } else { format!("{scope}: {}", why()) });
+        }
+    });
+}
+
+/// Runs `f` as a recording; gives the reason why it cannot be one, if there is one.
+pub(crate) fn recording<R>(f: impl FnOnce() -> R) -> (R, Option<String>) {
+    RECORDING.set(Some(None));
+    let result = f();
+    (result, RECORDING.take().flatten())
+}
+
+/// Copies elements between tensors of equal length and type, wherever they are.
+pub(super) fn copy(to: &mut Tensor, from: &Tensor) -> Result<()> {
+    let bytes = from.len() * from.dtype().size();
+    match (to.gpu(), from.gpu()) {
+        (None, None) => to.bytes_mut().copy_from_slice(from.as_bytes()),
+        (Some(gpu), None) => {
+            assert!(to.is_unique(), "only an unshared tensor is written to");
+            gpu.upload(to.device_address(), from.as_bytes())?;
+        }
+        (None, Some(_)) if is_recording() => {
+            cannot_record(|| "the host looks at values inside the step".into());
+            to.fill_zero();
+        }
+        (None, Some(gpu)) => gpu.download(to.bytes_mut(), from.device_address())?,
+        (Some(gpu), Some(other)) if gpu.ordinal() == other.ordinal() => {
+            assert!(to.is_unique(), "only an unshared tensor is written to");
+            gpu.copy(to.device_address(), from.device_address(), bytes)?;
+        }
+        (Some(_), Some(_)) => copy(to, &from.to(Device::Cpu))?,
+    }
+    Ok(())
+}
+
+impl Tensor {
+    /// The GPU that holds the elements, if one does.
+    pub fn gpu(&self) -> Option<&'static Gpu> {
+        match &*self.buffer {
+            Buffer::Cpu(_) => None,
+            Buffer::Cuda(buffer) => Some(buffer.gpu()),
+        }
+    }
+
+    /// The address of the first element in device memory.
+    ///
+    /// # Panics
+    /// If the tensor is not on a GPU.
+    pub fn device_address(&self) -> u64 {
+        match &*self.buffer {
+            Buffer::Cpu(_) => panic!("a kernel was given a tensor in host memory"),
+            Buffer::Cuda(buffer) => buffer.address() + (self.offset * self.dtype.size()) as u64,
+        }
+    }
+
+    /// An untracked tensor with the same elements on `device`; this one if it is there already.
+    ///
+    /// # Panics
+    /// If the device fails: what it is asked here it always can do.
+    pub fn to(&self, device: Device) -> Tensor {
+        if self.device() == device {
+            return self.detach();
+        }
+        let mut out = device.with(|| Self::uninit(&self.shape, self.dtype));
+        if let Err(error) = copy(&mut out, self) {
+            std::panic::resume_unwind(Box::new(error));
+        }
+        out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_are_named_as_on_the_command_line() {
+        assert_eq!("cpu".parse::<Device>().unwrap(), Device::Cpu);
+        assert_eq!(Device::Cuda(1).to_string(), "cuda:1");
+        assert!("gpu".parse::<Device>().unwrap_err().to_string().contains("cuda:N"));
+    }
+
+    #[test]
+    fn only_the_first_reason_why_a_step_cannot_be_recorded_is_kept() {
+        let ((), why) = recording(|| {
+            cannot_record(|| "first".into());
+            cannot_record(|| "second".into());
+        });
+        assert_eq!(why.as_deref(), Some("first"));
+        assert!(!is_recording());
+    }
+}
