@@ -344,9 +344,10 @@ proptest! {
     }
 
     #[test]
-    fn bicubic_resize_has_the_right_gradient(from in (1usize..7, 1usize..7), to in (1usize..7, 1usize..7), antialias: bool, seed: u64) {
+    fn resizes_have_the_right_gradients(from in (1usize..7, 1usize..7), to in (1usize..7, 1usize..7), antialias: bool, seed: u64) {
         let x = normal(seed, 0, &[2, from.0 * from.1, 2]);
-        gradients_are_right(&[x], |x| x[0].resize_bicubic(from, to, antialias));
+        gradients_are_right(std::slice::from_ref(&x), |x| x[0].resize_bicubic(from, to, antialias));
+        gradients_are_right(&[x], |x| x[0].resize_bilinear(from, to));
     }
 
     #[test]

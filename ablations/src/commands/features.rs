@@ -137,9 +137,9 @@ fn models(args: &Args) -> Result<Vec<Model>> {
     let open = |(path, folder): (&&PathBuf, &&'static str)| {
         let trained = Trained::open(path)?;
         let side = args.window.unwrap_or(WINDOW * trained.global_size);
-        let window = side / trained.backbone.patch_size();
-        if window == 0 {
-            let problem = format!("a window of {side} pixels holds no patch of {}", trained.backbone.patch_size());
+        let (window, least) = (side / trained.backbone.patch_size(), trained.backbone.smallest_crop());
+        if side < least {
+            let problem = format!("a window of {side} pixels is too small: the model sees at least {least} a side");
             return Err(Error::user(problem, "raise --window"));
         }
         Ok(Model { trained, path: path.to_path_buf(), folder, window })
@@ -188,9 +188,12 @@ fn look(image: &RgbImage, input: &Input, models: &[Model], args: &Args) -> Resul
     let size = args.size.map_or(Size::Native, Size::Long);
     let one = |model: &Model| {
         let patch = model.trained.backbone.patch_size();
-        let fitted = fit(image, size, patch).ok_or_else(|| {
-            let problem = format!("{}x{} pixels are less than a patch of {patch}", image.width(), image.height());
-            Error::content(&input.path, problem, "resize it with --size")
+        let least = model.trained.backbone.smallest_crop();
+        let whole = |image: &RgbImage| image.width().min(image.height()) as usize >= least;
+        let fitted = fit(image, size, patch).filter(whole).ok_or_else(|| {
+            let (width, height) = image.dimensions();
+            let problem = format!("{width}x{height} pixels are too few: the model sees at least {least} a side");
+            Error::content(&input.path, problem, "enlarge it with --size")
         })?;
         let seen = see(&model.trained, fitted, model.window)?;
         let folder = args.out.join(&input.name).join(model.folder);

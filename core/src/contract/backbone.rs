@@ -192,6 +192,11 @@ pub trait Backbone: fmt::Debug + Send + Sync {
     /// Side of a patch in pixels.
     fn patch_size(&self) -> usize;
 
+    /// Side in pixels of the smallest crop that it can see.
+    fn smallest_crop(&self) -> usize {
+        self.patch_size()
+    }
+
     /// Blocks, for learning-rate decay over depth: block `i` declares its parameters in layer `i + 1`.
     fn depth(&self) -> usize {
         0

@@ -179,9 +179,14 @@ fn crops(
     }
     for (key, side) in sides {
         let (below, above) = (side / patch * patch, side.div_ceil(patch) * patch);
+        let least = backbone.smallest_crop().next_multiple_of(patch);
         if side < patch {
             let message = format!("a crop of {side} pixels is smaller than a patch of {patch}");
-            problems.push(Problem::error(key, message).help(format!("use at least {patch}")));
+            problems.push(Problem::error(key, message).help(format!("use at least {least}")));
+        } else if side < least {
+            let name = recipe.backbone.name();
+            let message = format!("a crop of {side} pixels is too small for the backbone `{name}`");
+            problems.push(Problem::error(key, message).help(format!("use at least {least}")));
         } else if side != below {
             let message = format!("{side} pixels are not a whole number of patches of {patch}");
             problems.push(Problem::error(key, message).help(format!("use {below} or {above}")));

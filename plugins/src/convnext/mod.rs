@@ -1,12 +1,13 @@
 //! ConvNeXt (Liu et al., "A ConvNet for the 2020s", arXiv:2201.03545), with the features that DINOv3 takes from it.
 //!
-//! Options and presets are here; `model` has the forward pass, `block` one block.
+//! Options and presets are here; `model` has the forward pass, `block` one block, `hugging_face` the published names.
 
 use dinolab_core::plugin;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 mod block;
+pub mod hugging_face;
 mod model;
 
 use model::ConvNext;

@@ -152,6 +152,10 @@ impl Backbone for ConvNext {
         self.config.patch_size
     }
 
+    fn smallest_crop(&self) -> usize {
+        STRIDE
+    }
+
     fn depth(&self) -> usize {
         self.config.depths.iter().sum()
     }
