@@ -1,1 +1,3 @@
-//! Tests.
+//! What tests of several crates share.
+
+pub mod emulator;

@@ -116,6 +116,23 @@ pub struct Features {
     pub grid: Grid,
 }
 
+impl Features {
+    /// The same on the host, bf16 as f32.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn to_host(&self) -> Result<Self> {
+        let host = |x: &Tensor| Ok::<_, crate::Error>(x.cast(x.dtype().wide())?.to(crate::Device::Cpu));
+        Ok(Self {
+            cls: host(&self.cls)?,
+            registers: host(&self.registers)?,
+            patches: host(&self.patches)?,
+            prenorm: host(&self.prenorm)?,
+            grid: self.grid,
+        })
+    }
+}
+
 /// What a model costs, by the formula of the book's performance chapter.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Cost {

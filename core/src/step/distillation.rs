@@ -10,7 +10,7 @@ use crate::checkpoint;
 use crate::contract::TeacherPolicy;
 use crate::params::load_named;
 use crate::recipe::{Recipe, Resolved};
-use crate::{Error, Result, Tensor};
+use crate::{Device, Error, Result, Tensor};
 
 use super::{declare, Declared};
 
@@ -43,8 +43,11 @@ impl TeacherModel {
         let model = declared_by(path)?;
         fits(path, &model, student)?;
         let source = checkpoint::read_weights(path)?;
-        let mut flat = Tensor::zeros(&[model.layout.len()], recipe.dtype());
+        let device = recipe.device()?;
+        let dtype = recipe.dtype(device);
+        let mut flat = Device::Cpu.with(|| Tensor::zeros(&[model.layout.len()], dtype.wide()));
         load_named(&model.layout, &mut flat, |name| source.get(&format!("teacher.{name}")).cloned(), path)?;
+        let flat = flat.cast(dtype)?.to(device);
         Ok(Some(Self { model, flat }))
     }
 }

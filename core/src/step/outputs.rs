@@ -45,7 +45,7 @@ impl TeacherPass {
         // A frozen model of its own, or the student's EMA.
         let (model, flat) = match &learner.distilled {
             Some(teacher) => (&teacher.model, &teacher.flat),
-            None => (&learner.model, &learner.weights.teacher),
+            None => (&learner.model, learner.weights.teacher()),
         };
         let params = Params::frozen(&model.layout, flat);
         let mut features = Vec::new();
@@ -148,7 +148,7 @@ impl Learner {
     pub(super) fn gram_target(&self, batch: &Batch) -> Result<GramTarget> {
         let _scope = scope::enter("gram_teacher");
         let (model, weights) = (&self.model, &self.weights);
-        let flat = weights.gram.as_ref().expect("a Gram teacher has weights");
+        let flat = weights.gram().expect("a Gram teacher has weights");
         let pixels = batch.gram.as_ref().unwrap_or(&batch.global);
         let crops = Crops::global(pixels.clone());
         let mut features = model.backbone.forward(&Params::frozen(&model.layout, flat), &[crops], Mode::Eval)?;

@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::write_file;
+use crate::cuda::Gpu;
 use crate::recipe::{Overrides, Resolved};
-use crate::{Error, Result};
+use crate::{Device, Error, Result};
 
 use super::RunOptions;
 
@@ -76,12 +77,16 @@ impl RunFolder {
         if !recipe.exists() {
             write_file(&recipe, resolved.to_toml().as_bytes())?;
         }
+        let recipe_device = match resolved.recipe.device()? {
+            Device::Cpu => "cpu".to_string(),
+            Device::Cuda(ordinal) => format!("cuda:{ordinal} ({})", Gpu::get(ordinal)?.info().name),
+        };
         let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         let info = RunInfo {
             dinolab: env!("CARGO_PKG_VERSION"),
             revision: &options.revision,
             recipe_hash: &resolved.hash,
-            device: "cpu",
+            device: &recipe_device,
             threads: rayon::current_num_threads(),
             started_unix: since.map_or(0, |d| d.as_secs()),
         };

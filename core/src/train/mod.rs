@@ -118,6 +118,7 @@ pub fn loader_spec(recipe: &Recipe, learner: &Learner, start: u64) -> LoaderSpec
         patch_size: learner.model().backbone.patch_size(),
         gram_crop_size: learner.gram_crop_size(),
         seed: recipe.seed,
+        device: learner.weights().student.device(),
         dtype: learner.dtype(),
         start_step: start,
         total_steps: recipe.steps,

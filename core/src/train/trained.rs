@@ -6,12 +6,15 @@ use std::sync::Arc;
 use crate::checkpoint;
 use crate::contract::{Backbone, Crops, Features, Mode};
 use crate::params::{load_named, Layout, ParamBuilder, Params};
-use crate::recipe::Resolved;
+use crate::recipe::{Precision, Resolved};
 use crate::registry::BackboneContext;
 use crate::step::CHANNELS;
-use crate::{Error, Result, Tensor};
+use crate::tensor::catch_out_of_memory;
+use crate::{DType, Device, Error, Result, Tensor};
 
 /// The backbone of a run as it is evaluated: the EMA of the student. Heads and optimizer are left behind.
+///
+/// It runs on a GPU when there is one, in f32 there and on the CPU; f64 runs stay what they are.
 pub struct Trained {
     /// The backbone.
     pub backbone: Box<dyn Backbone>,
@@ -37,19 +40,30 @@ impl Trained {
             recipe.backbone.build(&mut BackboneContext { params, global_size, channels: CHANNELS })
         })?;
         let layout = params.finish();
-        let mut flat = Tensor::zeros(&[layout.len()], recipe.dtype());
+        let (device, dtype) = match recipe.precision {
+            Precision::F64 => (Device::Cpu, DType::F64),
+            _ => ("auto".parse()?, DType::F32),
+        };
+        let mut flat = Device::Cpu.with(|| Tensor::zeros(&[layout.len()], dtype));
         load_named(&layout, &mut flat, |name| source.get(&format!("teacher.{name}")).cloned(), path)?;
         let normalization = (recipe.crops.mean, recipe.crops.std);
-        Ok(Self { backbone, normalization, global_size, layout, flat })
+        Ok(Self { backbone, normalization, global_size, layout, flat: flat.to(device) })
     }
 
-    /// Features of normalised pixels `[B, 3, h, w]`, in evaluation.
+    /// Features of normalised pixels `[B, 3, h, w]`, in evaluation; everything on the host.
     ///
     /// # Errors
-    /// If the image is smaller than a patch.
+    /// If the image is too small for the model, or too large for the device's memory.
     pub fn features(&self, pixels: &Tensor) -> Result<Features> {
-        let params = Params::frozen(&self.layout, &self.flat);
-        let mut features = self.backbone.forward(&params, &[Crops::global(pixels.clone())], Mode::Eval)?;
-        features.pop().ok_or_else(|| Error::shape("backbone", "no features"))
+        let device = self.flat.device();
+        let features = device.with(|| {
+            catch_out_of_memory(|| {
+                let params = Params::frozen(&self.layout, &self.flat);
+                let crops = Crops::global(pixels.to(device));
+                let mut features = self.backbone.forward(&params, &[crops], Mode::Eval)?;
+                features.pop().ok_or_else(|| Error::shape("backbone", "no features"))
+            })
+        })?;
+        features.to_host()
     }
 }
