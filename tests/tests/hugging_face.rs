@@ -128,7 +128,7 @@ fn transformers_reads_a_trained_teacher() {
     let folder = Folder::with_micro();
     folder.succeed(&["train", "micro.toml", "--out", "run", "--set", "steps=2"]);
     folder.succeed(&["export", "run", "--format", "hf", "--out", "hf"]);
-    let trained = Trained::load(&folder.path("run")).unwrap();
+    let trained = Trained::open(&folder.path("run")).unwrap();
     let pixels: Vec<f32> = (0..3 * 40 * 24).map(|i| (i as f32 * 0.37).sin()).collect();
     let pixels = Tensor::from_slice(&pixels, &[1, 3, 40, 24]).unwrap();
     write_tensors(&folder.path("hf/pixels.safetensors"), &[("pixels".into(), pixels.clone())], &[]).unwrap();

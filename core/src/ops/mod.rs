@@ -20,6 +20,7 @@ mod adamw;
 mod attention;
 mod broadcast;
 mod columns;
+mod depthwise_conv;
 mod elementwise;
 mod gram_loss;
 mod koleo;
