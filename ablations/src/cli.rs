@@ -34,8 +34,12 @@ enum Command {
     Export(commands::export::Args),
     /// Time the training step and the data pipeline of a recipe.
     Bench(commands::bench::Args),
+    /// See what trained weights see in images: features, pictures, a page to click in.
+    Features(commands::features::Args),
     /// Run a step again that was captured because something was not finite.
     Replay(commands::replay::Args),
+    /// Check values and gradients of operations and losses on random cases.
+    Check(commands::check::Args),
     /// List the plugins: `dinolab plugins`, `dinolab plugins loss`, `dinolab plugins loss gram`.
     Plugins(commands::plugins::Args),
     /// Show, check, compare and explain recipes.
@@ -56,7 +60,9 @@ impl Command {
             Self::Import(args) => commands::import::run(&args),
             Self::Export(args) => commands::export::run(&args),
             Self::Bench(args) => commands::bench::run(&args),
+            Self::Features(args) => commands::features::run(&args),
             Self::Replay(args) => commands::replay::run(&args),
+            Self::Check(args) => commands::check::run(&args),
             Self::Plugins(args) => commands::plugins::run(&args),
             Self::Recipe(command) => commands::recipe::run(command),
             Self::Completions { shell } => {

@@ -85,8 +85,7 @@ pub fn write_pieces<S: AsRef<str> + Ord + std::fmt::Display, V: View>(
     pieces: impl IntoIterator<Item = (S, V)>,
     metadata: &[(&str, String)],
 ) -> Result<()> {
-    let metadata: std::collections::HashMap<_, _> =
-        metadata.iter().map(|(k, v)| (k.to_string(), v.clone())).collect();
+    let metadata: std::collections::HashMap<_, _> = metadata.iter().map(|(k, v)| (k.to_string(), v.clone())).collect();
     let metadata = Some(metadata).filter(|m| !m.is_empty());
     safetensors::serialize_to_file(pieces, metadata, path).map_err(|e| match e {
         safetensors::SafeTensorError::IoError(source) => Error::Io { action: "write", path: path.into(), source },

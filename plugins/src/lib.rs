@@ -4,7 +4,7 @@
 //!
 //! | kind | plugins |
 //! |---|---|
-//! | backbone | [`vit`] |
+//! | backbone | [`vit`], [`convnext`] |
 //! | position encoding | [`rope_box`], [`relative_bias_box`], [`learned_absolute`], [`none`] |
 //! | loss | [`dino`], [`ibot`], [`koleo`], [`gram`] |
 //! | scheduler | [`constant`], [`linear_warmup`], [`linear_warmup_cosine`], [`cosine`], [`step`] |
@@ -13,6 +13,7 @@
 //! | probe | [`knn`], [`linear_segmentation`], [`patch_similarity`], [`cls_patch_cosine`] |
 
 // Backbones
+pub mod convnext;
 pub mod published;
 pub mod vit;
 
@@ -28,6 +29,7 @@ pub mod dino;
 pub mod gram;
 pub mod ibot;
 pub mod koleo;
+mod oracle;
 mod teacher_targets;
 
 // Schedulers

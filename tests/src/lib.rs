@@ -1,1 +1,10 @@
-//! Tests.
+//! Tests that cross crates: what they share, and the pages of the book whose Rust is compiled as documentation tests.
+
+pub mod emulator;
+
+/// Pages, by name.
+#[cfg(doctest)]
+mod pages {
+    #[doc = include_str!("../../book/src/plugins.md")]
+    mod plugins {}
+}

@@ -46,7 +46,7 @@ fn relative_error(a: &[f64], b: &[f64]) -> f64 {
 fn errors(folder: &Path, expected: &Path) -> [f64; 2] {
     let model = ModelInfo::of(folder).unwrap().expect("a weights folder says what it is");
     let mut params = ParamBuilder::new();
-    let backbone = model.build(&mut params, 224).unwrap();
+    let backbone = model.build(&mut params).unwrap();
     let layout = params.finish();
     let mut flat = Tensor::zeros(&[layout.len()], DType::F32);
     let weights = read_weights(folder).unwrap();
@@ -128,7 +128,7 @@ fn transformers_reads_a_trained_teacher() {
     let folder = Folder::with_micro();
     folder.succeed(&["train", "micro.toml", "--out", "run", "--set", "steps=2"]);
     folder.succeed(&["export", "run", "--format", "hf", "--out", "hf"]);
-    let trained = Trained::load(&folder.path("run")).unwrap();
+    let trained = Trained::open(&folder.path("run")).unwrap();
     let pixels: Vec<f32> = (0..3 * 40 * 24).map(|i| (i as f32 * 0.37).sin()).collect();
     let pixels = Tensor::from_slice(&pixels, &[1, 3, 40, 24]).unwrap();
     write_tensors(&folder.path("hf/pixels.safetensors"), &[("pixels".into(), pixels.clone())], &[]).unwrap();

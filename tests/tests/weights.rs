@@ -61,7 +61,8 @@ fn the_shipped_recipe_continues_from_imported_weights() {
     let next = ["steps=2", "backbone.drop_path=0.3"];
     let from = ["backbone.weights=back", "gram_teacher.source.checkpoint=run"];
     folder.succeed(
-        &[&["train", recipe.to_str().unwrap(), "--out", "next"][..], &sets(&SHRINK), &sets(&from), &sets(&next)].concat(),
+        &[&["train", recipe.to_str().unwrap(), "--out", "next"][..], &sets(&SHRINK), &sets(&from), &sets(&next)]
+            .concat(),
     );
 }
 
@@ -70,14 +71,17 @@ fn weights_of_another_model_are_refused_key_by_key() {
     let folder = imported("hf_mlp");
     let ended = folder.run(&["train", "micro.toml", "--set", "backbone.weights=weights"]);
     assert_eq!(ended.code, 2);
-    for said in ["backbone.dim is 64 in the weights, 32 in the recipe", "backbone.depth is 3", "backbone.ffn_hidden is 160"] {
+    for said in
+        ["backbone.dim is 64 in the weights, 32 in the recipe", "backbone.depth is 3", "backbone.ffn_hidden is 160"]
+    {
         assert!(ended.err.contains(said), "{said}: {}", ended.err);
     }
     // The number of heads changes no shape.
     let same = ["backbone.dim=64", "backbone.depth=3", "backbone.ffn_ratio=2.5", "backbone.heads=8"];
-    for key in ["backbone.weights=weights", "init_from=weights", "teacher={ plugin = \"frozen\", checkpoint = \"weights\" }"] {
-        let args = [&["train", "micro.toml"][..], &sets(&same), &sets(&[key])].concat();
-        let ended = folder.run(&args);
+    for key in
+        ["backbone.weights=weights", "init_from=weights", "teacher={ plugin = \"frozen\", checkpoint = \"weights\" }"]
+    {
+        let ended = folder.run(&[&["train", "micro.toml", "--set", key][..], &sets(&same)].concat());
         assert_eq!(ended.code, 2, "{}", ended.err);
         assert!(ended.err.contains("backbone.heads is 4 in the weights, 8 in the recipe"), "{}", ended.err);
         assert!(!ended.err.contains("backbone.dim"), "{}", ended.err);
@@ -94,7 +98,11 @@ fn a_recipe_without_a_plugin_says_only_what_the_weights_know() {
     let ended = check(&[from[0], "backbone.preset=vit_l16"]);
     assert!(ended.code == 2 && ended.err.contains("the model of weights has no such key"), "{}", ended.err);
     let ended = check(&["backbone.weights=nowhere"]);
-    assert!(ended.code == 2 && ended.err.contains("nothing says what model the weights in nowhere are of"), "{}", ended.err);
+    assert!(
+        ended.code == 2 && ended.err.contains("nothing says what model the weights in nowhere are of"),
+        "{}",
+        ended.err
+    );
     let ended = check(&[from[0], "init_from=weights"]);
     assert!(ended.code == 2 && ended.err.contains("backbone.weights already"), "{}", ended.err);
 }
@@ -169,7 +177,7 @@ fn importing_needs_less_memory_than_the_file() {
     fs::create_dir(folder.path("wide")).unwrap();
     folder.write("wide/weights.toml", &text);
     let mut params = ParamBuilder::new();
-    ModelInfo::of(&folder.path("wide")).unwrap().unwrap().build(&mut params, 32).unwrap();
+    ModelInfo::of(&folder.path("wide")).unwrap().unwrap().build(&mut params).unwrap();
     let layout = params.finish();
     let flat = Tensor::zeros(&[layout.len()], DType::F32);
     let tensors: Vec<(String, Tensor)> =

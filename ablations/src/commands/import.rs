@@ -38,6 +38,8 @@ fn refuse_pickle(file: &Path) -> Result<()> {
         return Ok(());
     }
     let problem = "a PyTorch file is read by running it, which dinolab does not do";
-    let help = format!("convert it with PyTorch, which can check that it holds tensors only, and import the result:\n\n{CONVERT}");
+    let help = format!(
+        "convert it with PyTorch, which can check that it holds tensors only, and import the result:\n\n{CONVERT}"
+    );
     Err(Error::content(file, problem, help))
 }

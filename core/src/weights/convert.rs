@@ -121,7 +121,9 @@ pub fn from_published<'a>(
         pieces.push((rule.name.clone(), piece));
     }
     let extra = files.names().filter(|name| !used.contains(name) && !unused(name));
-    problems.extend(extra.map(|name| format!("not part of the model: {name} {:?}", files.get(name).map_or(&[][..], |t| t.shape))));
+    problems.extend(
+        extra.map(|name| format!("not part of the model: {name} {:?}", files.get(name).map_or(&[][..], |t| t.shape))),
+    );
     let help = "check that the configuration beside the file is its own, and that the download is whole";
     refuse(files.path(), "not the tensors of this model", problems, help)?;
     Ok(pieces)

@@ -69,9 +69,8 @@ impl TensorFiles {
         // SAFETY: the map is only read, as bytes, which have no invalid values. A file that another process changes
         // meanwhile gives other bytes, one that it cuts off ends this process: nothing in it is trusted as a pointer.
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))?;
-        let broken = |e| {
-            Error::content(path, format!("not a whole safetensors file ({e})"), "copy or download it again")
-        };
+        let broken =
+            |e| Error::content(path, format!("not a whole safetensors file ({e})"), "copy or download it again");
         let parsed = SafeTensors::deserialize(&map).map_err(broken)?;
         for (name, view) in parsed.iter() {
             let start = view.data().as_ptr() as usize - map.as_ptr() as usize;

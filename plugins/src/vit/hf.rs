@@ -7,7 +7,7 @@ use dinolab_core::contract::Backbone;
 use dinolab_core::params::ParamSpec;
 use dinolab_core::registry::Chosen;
 use dinolab_core::weights::convert::{Part, Rule};
-use dinolab_core::weights::{ModelInfo, Normalization, TensorFiles};
+use dinolab_core::weights::{ModelInfo, Pixels, TensorFiles};
 use dinolab_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::{json, Value as Json};
@@ -78,8 +78,9 @@ impl Default for Config {
 ///
 /// # Errors
 /// If the configuration asks for something that dinolab does not do.
-pub(crate) fn read(files: &TensorFiles, config: &Json, crops: Normalization) -> Result<Published> {
-    let wrong = |problem: String| Error::content(files.path(), format!("config.json: {problem}"), "dinolab has no such model");
+pub(crate) fn read(files: &TensorFiles, config: &Json, crops: Pixels) -> Result<Published> {
+    let wrong =
+        |problem: String| Error::content(files.path(), format!("config.json: {problem}"), "dinolab has no such model");
     let c = Config::deserialize(config).map_err(|e| wrong(e.to_string()))?;
     let ffn = if c.use_gated_mlp { Ffn::Swiglu } else { Ffn::Mlp };
     let activation = if c.use_gated_mlp { "silu" } else { "gelu" };
@@ -91,8 +92,7 @@ pub(crate) fn read(files: &TensorFiles, config: &Json, crops: Normalization) -> 
     }
     let (ffn_ratio, ffn_align) = ffn.ratio(c.intermediate_size, c.hidden_size);
     let mut pos_encoding = json!({ "plugin": "rope_box", "periods": { "base": c.rope_theta } });
-    for (key, value) in
-        [("shift", c.pos_embed_shift), ("jitter", c.pos_embed_jitter), ("rescale", c.pos_embed_rescale)]
+    for (key, value) in [("shift", c.pos_embed_shift), ("jitter", c.pos_embed_jitter), ("rescale", c.pos_embed_rescale)]
     {
         if let Some(value) = value {
             pos_encoding[key] = value.into();
@@ -119,18 +119,22 @@ pub(crate) fn read(files: &TensorFiles, config: &Json, crops: Normalization) -> 
         "drop_path": c.drop_path_rate,
         "pos_encoding": pos_encoding,
     });
-    let backbone: Chosen<dyn Backbone> =
-        serde_json::from_value(table).map_err(|e| wrong(e.to_string()))?;
+    let backbone: Chosen<dyn Backbone> = serde_json::from_value(table).map_err(|e| wrong(e.to_string()))?;
     let model = ModelInfo { backbone, crops };
     // Files have `layer.0`; a state dict of transformers 5 that was saved as it is has `model.layer.0`.
     let layer = if files.names().any(|n| n.starts_with("model.layer.")) { "model.layer" } else { "layer" };
     let bias = [c.query_bias, c.key_bias, c.value_bias];
     let (title, specs) = super::declared(&model)?;
-    let rules = specs.iter().map(|spec| {
-        rule(spec, layer, bias).ok_or_else(|| wrong(format!("nothing is known of {}", spec.name)))
-    });
+    let rules = specs
+        .iter()
+        .map(|spec| rule(spec, layer, bias).ok_or_else(|| wrong(format!("nothing is known of {}", spec.name))));
     let unused = if c.num_register_tokens == 0 { |name: &str| name == REGISTERS } else { |_: &str| false };
-    Ok(Published { title: format!("{title}, Hugging Face layout"), rules: rules.collect::<Result<_>>()?, model, unused })
+    Ok(Published {
+        title: format!("{title}, Hugging Face layout"),
+        rules: rules.collect::<Result<_>>()?,
+        model,
+        unused,
+    })
 }
 
 /// In files of models without registers this tensor is empty.
@@ -194,7 +198,7 @@ pub(crate) fn write(backbone: &Chosen<dyn Backbone>) -> Result<(Json, Vec<Rule>)
         pos_embed_jitter: rope.jitter,
         pos_embed_rescale: rescale,
     };
-    let model = ModelInfo { backbone: backbone.clone(), crops: Normalization::default() };
+    let model = ModelInfo { backbone: backbone.clone(), crops: Pixels::default() };
     let specs = super::declared(&model)?.1;
     // The norm of local crops is of training only.
     let specs = specs.iter().filter(|spec| !spec.name.starts_with("backbone.local_cls_norm."));
@@ -203,7 +207,6 @@ pub(crate) fn write(backbone: &Chosen<dyn Backbone>) -> Result<(Json, Vec<Rule>)
     let mut json = serde_json::to_value(&c).expect("plain data");
     json["architectures"] = json!(["DINOv3ViTModel"]);
     json["model_type"] = MODEL_TYPE.into();
-    json["image_size"] = (14 * config.patch_size).into();
     Ok((json, rules))
 }
 

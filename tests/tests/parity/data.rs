@@ -1,12 +1,12 @@
 //! Masks and collation against the reference's numbers.
 
+use crate::golden::{Comparison, Golden};
 use dinolab_core::contract::Grid;
 use dinolab_core::data::masks::{mask_sizes, mask_sizes_at};
 use dinolab_core::data::{views_of_images, BlockMask, Masks};
 use dinolab_core::recipe::MaskConfig;
 use dinolab_core::rng::{Rng, Stream};
 use dinolab_core::{DType, Tensor};
-use crate::golden::{Comparison, Golden};
 
 /// Our draws; the reference's statistics are of `draws` in the file's options.
 const DRAWS: usize = 20_000;

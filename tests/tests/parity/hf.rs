@@ -13,7 +13,8 @@ use crate::golden::{Comparison, Golden};
 fn hidden_state(features: &Features) -> Vec<f64> {
     let &[images, tokens, dim] = features.prenorm.shape() else { panic!("tokens are [B, N, D]") };
     let parts = [&features.cls, &features.registers, &features.patches].map(Tensor::to_f64_vec);
-    let image = |i: usize| parts.iter().flat_map(move |part| part[i * part.len() / images..][..part.len() / images].iter());
+    let image =
+        |i: usize| parts.iter().flat_map(move |part| part[i * part.len() / images..][..part.len() / images].iter());
     let all: Vec<f64> = (0..images).flat_map(image).copied().collect();
     assert_eq!(all.len(), images * tokens * dim);
     all
@@ -25,7 +26,7 @@ pub fn published_layout(g: &Golden, dtype: DType, c: &mut Comparison<'_>) {
     published::import(&g.path.with_file_name(g.options["folder"].as_str().unwrap()), &weights).unwrap();
     let model = ModelInfo::of(&weights).unwrap().expect("an imported folder says what it is");
     let mut params = ParamBuilder::new();
-    let backbone = model.build(&mut params, g.number("/image_size", None) as usize).unwrap();
+    let backbone = model.build(&mut params).unwrap();
     let layout = params.finish();
     let mut flat = Tensor::zeros(&[layout.len()], dtype);
     let read = read_weights(&weights).unwrap();
@@ -33,7 +34,8 @@ pub fn published_layout(g: &Golden, dtype: DType, c: &mut Comparison<'_>) {
     let params = Params::frozen(&layout, &flat);
 
     let plain = Crops::global(g.tensor("pixel_values", dtype));
-    let evaluate = |crops: &Crops| backbone.forward(&params, std::slice::from_ref(crops), Mode::Eval).unwrap().remove(0);
+    let evaluate =
+        |crops: &Crops| backbone.forward(&params, std::slice::from_ref(crops), Mode::Eval).unwrap().remove(0);
     let features = evaluate(&plain);
     c.check_values("last_hidden_state", &hidden_state(&features));
     c.check("pooler_output", &features.cls);

@@ -1,5 +1,6 @@
 //! The layers of a transformer, composed from the engine's operations, against the reference's numbers.
 
+use crate::golden::{Comparison, Golden};
 use dinolab_core::contract::{Grid, PosContext, PosEncoding};
 use dinolab_core::ops::Segment;
 use dinolab_core::params::{ParamBuilder, Params};
@@ -7,7 +8,6 @@ use dinolab_core::registry::Chosen;
 use dinolab_core::tensor::Tape;
 use dinolab_core::{DType, Result, Tensor};
 use dinolab_plugins as _;
-use crate::golden::{Comparison, Golden};
 
 /// The tensors of one case of a file: its input `x`, its weights, and which gradients are stored.
 struct Layer<'a> {
@@ -124,8 +124,7 @@ pub fn attention(g: &Golden, dtype: DType, c: &mut Comparison<'_>) {
             (bias, _) => bias.cloned(),
         };
         let packed = x.linear(layer.weight("qkv.weight"), bias.as_ref()).unwrap();
-        let segment =
-            Segment { images, tokens, rotary: rotary.map(|[sin, cos]: [Tensor; 2]| (sin, cos)), bias: None };
+        let segment = Segment { images, tokens, rotary: rotary.map(|[sin, cos]: [Tensor; 2]| (sin, cos)), bias: None };
         let mixed = packed.reshape(&[images * tokens, 3 * dim]).unwrap().attention(heads, &[segment]).unwrap();
         let y = layer.linear("proj", &mixed);
         layer.check(c, y);

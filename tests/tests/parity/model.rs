@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::golden::{Comparison, Golden};
 use dinolab_core::contract::{Backbone, Crops, Draws, Features, Grid, Mode, PosContext, PosEncoding};
 use dinolab_core::head::{Head, HeadConfig};
 use dinolab_core::params::{load_named, Layout, ParamBuilder, Params};
@@ -11,7 +12,6 @@ use dinolab_core::tensor::Tape;
 use dinolab_core::{DType, Tensor};
 use dinolab_plugins::vit::block::{Block, Layer};
 use dinolab_plugins::vit::VitConfig;
-use crate::golden::{Comparison, Golden};
 use serde_json::{json, Value};
 
 /// The file's weights `<prefix><name>` in a layout. Only buffers, which the product does not keep, may be left over.

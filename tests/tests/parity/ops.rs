@@ -1,11 +1,11 @@
 //! The losses' operations and the optimizer against the reference's numbers, in f32 and f64.
 
+use crate::golden::{Comparison, Golden};
 use dinolab_core::comm::Single;
 use dinolab_core::ops::{adamw_step, ema_update, l2_norm, AdamW, GramOptions, Group, Moments, NegativeRemoval};
 use dinolab_core::params::{Init, ParamBuilder};
 use dinolab_core::tensor::Tape;
 use dinolab_core::{DType, Tensor};
-use crate::golden::{Comparison, Golden};
 
 /// A pair of rows with its weight, as `soft_cross_entropy` takes them.
 type Pair = (usize, usize, f64);
@@ -104,8 +104,7 @@ pub fn ibot_loss(g: &Golden, dtype: DType, c: &mut Comparison<'_>) {
     assert_eq!(listed, masked);
     let in_row = |i: usize| masked.iter().filter(|&&j| j / patches == i / patches).count();
     let share = |i: usize| 1.0 / (in_row(i) * rows) as f64;
-    let given =
-        g.values("masks_weight").iter().enumerate().map(|(i, w)| (i, i, w / rows as f64)).collect::<Vec<_>>();
+    let given = g.values("masks_weight").iter().enumerate().map(|(i, w)| (i, i, w / rows as f64)).collect::<Vec<_>>();
     let counted: Vec<Pair> = masked.iter().enumerate().map(|(i, &at)| (i, i, share(at))).collect();
     let dense: Vec<Pair> = masked.iter().map(|&at| (at, at, share(at))).collect();
     for (prefix, pairs, value, gradient) in [

@@ -1,5 +1,6 @@
 //! Rotary tables against the reference's numbers, and the properties that a rotary embedding lives by.
 
+use crate::golden::{Comparison, Golden};
 use dinolab_core::contract::{Grid, PosContext, PosEncoding};
 use dinolab_core::ops::Segment;
 use dinolab_core::params::{ParamBuilder, Params};
@@ -8,7 +9,6 @@ use dinolab_core::rng::{Rng, Stream};
 use dinolab_core::tensor::Tape;
 use dinolab_core::{DType, Tensor};
 use dinolab_plugins::rope_box::{RopeBox, RopeBoxConfig};
-use crate::golden::{Comparison, Golden};
 use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;
 use serde_json::{json, Value};
@@ -110,7 +110,11 @@ fn rotated(x: &Tensor, part: Part, back: bool, tables: &(Tensor, Tensor), dtype:
     let ends = |row: usize| {
         let mine = place(row, row % (n - 1) + 1, part as usize);
         let token_0 = place(row, 0, other as usize);
-        if back { (token_0, mine) } else { (mine, token_0) }
+        if back {
+            (token_0, mine)
+        } else {
+            (mine, token_0)
+        }
     };
     for (row, x) in x.to_f64_vec().chunks(d).enumerate() {
         qkv[ends(row).0..][..d].copy_from_slice(x);
@@ -172,8 +176,7 @@ fn rotate(x: &[f64], (sin, cos): (&[f64], &[f64]), tokens: usize, d: usize, roun
 pub fn bf16_tables(g: &Golden, dtype: DType, c: &mut Comparison<'_>) {
     let bf16 = |x: f64| Tensor::scalar(x, DType::F32).cast(DType::BF16).unwrap().item();
     let d = g.number("/D_head", None) as usize;
-    let table =
-        json!({ "dtype": "bf16", "periods": periods(&g.options), "normalize": g.options["normalize_coords"] });
+    let table = json!({ "dtype": "bf16", "periods": periods(&g.options), "normalize": g.options["normalize_coords"] });
     let config: RopeBoxConfig = serde_json::from_value(table.clone()).unwrap();
     c.check_values("periods", &RopeBox::new(config).unwrap().periods(d));
     let encoding = encoding(&table, d);

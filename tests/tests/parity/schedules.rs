@@ -3,10 +3,10 @@
 //! The translation from the reference's configuration (epochs, scaling rules) to a recipe (steps, final numbers) is here:
 //! a recipe states the learning rate it uses, so that a change of the batch size changes nothing behind one's back.
 
+use crate::golden::{Comparison, Golden};
 use dinolab_core::contract::{At, Schedule};
 use dinolab_core::DType;
 use dinolab_plugins as _;
-use crate::golden::{Comparison, Golden};
 use serde_json::{json, Value};
 
 /// Values of a recipe's schedule in a run of `total` steps.

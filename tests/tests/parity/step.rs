@@ -5,6 +5,7 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use crate::golden::{Comparison, Golden};
 use dinolab_core::checkpoint::write_tensors;
 use dinolab_core::contract::{
     At, Loss, LossValue, Needs, Outputs, Schedule, Scheduler, StateSpec, StepContext, TeacherBatch,
@@ -15,7 +16,6 @@ use dinolab_core::registry::{Chosen, LossContext};
 use dinolab_core::step::{Learner, Report};
 use dinolab_core::{plugin, DType, Result, Tensor};
 use dinolab_plugins as _;
-use crate::golden::{Comparison, Golden};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{json, Value};
