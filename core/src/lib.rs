@@ -5,7 +5,7 @@
 //! [`params`], teacher policies follow, and [`train`] logs and checkpoints.
 //!
 //! This crate knows no plugin by name: backbones, position encodings, losses, schedulers, teacher policies,
-//! datasets and probes are implementations of the traits in [`contract`], registered with [`plugin!`].
+//! datasets and probes are implementations of the traits in [`contract`], registered with [`plugin!`]. [`testing`] is for those who write one.
 
 pub mod checkpoint;
 pub mod comm;
