@@ -28,8 +28,14 @@ enum Command {
     Ablate(commands::ablate::Args),
     /// Train a recipe, or go on with a run.
     Train(commands::train::Args),
+    /// Read published DINOv3 weights into a folder that recipes can start from.
+    Import(commands::import::Args),
+    /// Write the weights of a run for Hugging Face transformers or other tools.
+    Export(commands::export::Args),
     /// Time the training step and the data pipeline of a recipe.
     Bench(commands::bench::Args),
+    /// See what trained weights see in images: features, pictures, a page to click in.
+    Features(commands::features::Args),
     /// Run a step again that was captured because something was not finite.
     Replay(commands::replay::Args),
     /// Make a plugin of your own: a crate that works, to be changed.
@@ -54,7 +60,10 @@ impl Command {
         match self {
             Self::Ablate(args) => commands::ablate::run(args),
             Self::Train(args) => commands::train::run(&args),
+            Self::Import(args) => commands::import::run(&args),
+            Self::Export(args) => commands::export::run(&args),
             Self::Bench(args) => commands::bench::run(&args),
+            Self::Features(args) => commands::features::run(&args),
             Self::Replay(args) => commands::replay::run(&args),
             Self::New(command) => commands::new::run(&command),
             Self::Check(args) => commands::check::run(&args),

@@ -5,7 +5,7 @@
 //! [`params`], teacher policies follow, and [`train`] logs and checkpoints.
 //!
 //! This crate knows no plugin by name: backbones, position encodings, losses, schedulers, teacher policies,
-//! datasets and probes are implementations of the traits in [`contract`], registered with [`plugin!`]. [`testing`] is for those who write one.
+//! datasets and probes are implementations of the traits in [`contract`], registered with [`plugin!`].
 
 pub mod checkpoint;
 pub mod comm;
@@ -24,6 +24,7 @@ pub mod step;
 pub mod tensor;
 pub mod testing;
 pub mod train;
+pub mod weights;
 
 pub use error::{Error, Result};
 pub use tensor::{DType, Device, Tensor};

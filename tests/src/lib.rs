@@ -1,4 +1,6 @@
-//! Tests that cross crates. The library holds the pages of the book whose Rust is compiled as documentation tests.
+//! Tests that cross crates: what they share, and the pages of the book whose Rust is compiled as documentation tests.
+
+pub mod emulator;
 
 /// Pages, by name.
 #[cfg(doctest)]

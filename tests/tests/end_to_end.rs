@@ -225,6 +225,52 @@ fn a_folder_of_pictures_trains_and_broken_ones_are_named() {
     assert!(folder.read("run/messages.jsonl").contains("broken.jpg"));
 }
 
+#[test]
+fn pictures_without_content_are_named() {
+    let folder = Folder::with_micro();
+    folder.add_photos("pictures");
+    for name in ["night.png", "lens_cap.png"] {
+        image::RgbImage::new(60, 60).save(folder.path("pictures").join(name)).expect("it can be written");
+    }
+    let data = ["--set", "data.plugin=image_folder", "--set", "data.path=pictures", "--set", "data.held_out=0"];
+    folder.succeed(&[&["train", "micro.toml", "--out", "run", "--set", "batch.size=10"][..], &data].concat());
+    let messages = folder.read("run/messages.jsonl");
+    let line = messages.lines().find(|line| line.contains("duplicates")).unwrap_or_else(|| panic!("{messages}"));
+    assert!(line.contains("night.png") && line.contains("lens_cap.png"), "{line}");
+}
+
+const SUITE: &str = r#"
+name = "lr"
+base = "micro.toml"
+seeds = [0, 1]
+metrics = ["loss/total"]
+baseline = "optimizer.lr=0.001"
+[grid]
+"optimizer.lr" = [1e-3, 2e-3]
+"#;
+
+#[test]
+fn a_killed_suite_goes_on_to_the_same_report() {
+    let folder = Folder::with_micro();
+    folder.write("suite.toml", SUITE);
+    folder.succeed(&["ablate", "suite.toml", "--out", "whole"]);
+    let args = ["ablate", "suite.toml", "--out", "killed"];
+    let mut child = folder.start(&args);
+    wait_until(&mut child, || folder.path("killed/arms/optimizer.lr=0.002/seed-0/checkpoints").exists());
+    child.kill().expect("it runs");
+    child.wait().expect("it was started");
+    let first = folder.path("killed/arms/optimizer.lr=0.001/seed-0/result.json");
+    let before = fs::metadata(&first).and_then(|m| m.modified()).expect("the first run was finished");
+    folder.succeed(&args);
+    assert_eq!(before, fs::metadata(&first).and_then(|m| m.modified()).expect("it is there"), "it was not run again");
+    let comparisons = |out: &str| -> serde_json::Value {
+        let summary: serde_json::Value =
+            serde_json::from_str(&folder.read(&format!("{out}/summary.json"))).expect("JSON");
+        summary["comparisons"].clone()
+    };
+    assert_eq!(comparisons("whole"), comparisons("killed"));
+}
+
 fn files(folder: &str, ending: &str) -> Vec<PathBuf> {
     let entries = fs::read_dir(root().join(folder)).expect("the repository is whole");
     let mut files: Vec<_> = entries.map(|e| e.expect("it can be read").path()).collect();
@@ -278,6 +324,13 @@ fn run_suite(folder: &Folder, suite: &Path) -> serde_json::Value {
 fn every_shipped_suite_runs_to_its_report() {
     for suite in files("ablations", ".toml") {
         let folder = Folder::new();
+        if suite.ends_with("distill_vs_scratch.toml") {
+            // The run that its students learn from.
+            let teacher = root().join("recipes/tiny.toml");
+            let mut args = vec!["train", teacher.to_str().expect("a UTF-8 path"), "--set", "steps=6"];
+            args.extend(SHRINK.iter().flat_map(|set| ["--set", set]));
+            folder.succeed(&args);
+        }
         let summary = run_suite(&folder, &suite);
         let arms = summary["arms"].as_array().expect("a list");
         let metrics = summary["metrics"].as_array().expect("a list");

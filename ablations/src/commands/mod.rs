@@ -3,6 +3,9 @@
 pub mod ablate;
 pub mod bench;
 pub mod check;
+pub mod export;
+pub mod features;
+pub mod import;
 pub mod new;
 pub mod plugins;
 pub mod recipe;

@@ -37,12 +37,12 @@ pub struct Views<'a> {
 /// from the global crop at the student's size; the reference takes them from the top left corner of the Gram crop.
 #[derive(Clone, Debug)]
 pub struct Augmentation {
-    config: CropConfig,
+    pub(super) config: CropConfig,
     patch_size: usize,
-    gram_size: Option<usize>,
+    pub(super) gram_size: Option<usize>,
     /// Value `x` of channel `c` becomes `scale[c] * x + shift[c]`.
-    scale: [f32; 3],
-    shift: [f32; 3],
+    pub(super) scale: [f32; 3],
+    pub(super) shift: [f32; 3],
 }
 
 /// Buffers that a thread reuses from image to image.
@@ -163,7 +163,7 @@ impl Augmentation {
     }
 }
 
-fn image_box(crop: &CropPlan) -> (Rect, bool) {
+pub(super) fn image_box(crop: &CropPlan) -> (Rect, bool) {
     match crop.cut {
         Cut::Image { area, flip } => (area, flip),
         Cut::Global { .. } => unreachable!("global crops are cut from the image"),

@@ -31,7 +31,7 @@ pub(super) fn gaussian_blur(pixels: &mut [f32], side: usize, sigma: f32, scratch
 }
 
 /// `taps[0]` is the centre, `taps[i]` the weight at distance `i`; all nine sum to 1.
-fn taps(sigma: f32) -> [f32; RADIUS + 1] {
+pub(super) fn taps(sigma: f32) -> [f32; RADIUS + 1] {
     let sigma = f64::from(sigma);
     let raw: [f64; RADIUS + 1] = std::array::from_fn(|i| (-0.5 * (i as f64 / sigma).powi(2)).exp());
     let sum = 2.0 * raw.iter().sum::<f64>() - raw[0];

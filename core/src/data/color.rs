@@ -69,8 +69,7 @@ fn step(pixels: &mut [f32], jitter: &Jitter, op: JitterOp) {
             },
         ),
         JitterOp::Hue => {
-            // Pillow keeps the hue in 8 bits; the shift is cut towards zero.
-            let shift = (jitter.hue * 255.0).trunc() as f32;
+            let shift = jitter.hue_shift();
             if shift != 0.0 {
                 each(
                     pixels,

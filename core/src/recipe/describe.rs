@@ -17,34 +17,6 @@ pub fn schema() -> Json {
     schema
 }
 
-/// The schema as an editor needs it: what a file says is checked, what it leaves out only where it extends no other
-/// recipe, which may say it. (`dinolab recipe check` sees the whole chain.)
-pub fn editor_schema() -> Json {
-    let mut schema = schema();
-    let required = schema.get("required").cloned();
-    relax(&mut schema);
-    if let Some(root) = schema.as_object_mut() {
-        root.insert("if".into(), serde_json::json!({ "not": { "required": ["extends"] } }));
-        root.insert("then".into(), serde_json::json!({ "required": required }));
-    }
-    schema
-}
-
-/// No key is required, except that a loss or probe that is not named after its plugin says which it is.
-fn relax(schema: &mut Json) {
-    match schema {
-        Json::Object(map) => {
-            let own = map.get("x-own").and_then(Json::as_array).is_some_and(|own| !own.is_empty());
-            if let Some(Json::Array(required)) = map.get_mut("required") {
-                required.retain(|key| own && key == "plugin");
-            }
-            map.values_mut().for_each(relax);
-        }
-        Json::Array(list) => list.iter_mut().for_each(relax),
-        _ => {}
-    }
-}
-
 /// JSON schema (draft 07) of any file that is read with serde.
 pub fn schema_of<T: schemars::JsonSchema>() -> Json {
     let settings = schemars::generate::SchemaSettings::draft07().with(|s| s.inline_subschemas = true);

@@ -8,8 +8,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::write_file;
 use crate::contract::Dataset;
+use crate::cuda::Gpu;
 use crate::recipe::{Overrides, Resolved};
-use crate::{Error, Result};
+use crate::{Device, Error, Result};
 
 use super::RunOptions;
 
@@ -93,13 +94,17 @@ impl RunFolder {
         if !recipe.exists() {
             write_file(&recipe, resolved.to_toml().as_bytes())?;
         }
+        let recipe_device = match resolved.recipe.device()? {
+            Device::Cpu => "cpu".to_string(),
+            Device::Cuda(ordinal) => format!("cuda:{ordinal} ({})", Gpu::get(ordinal)?.info().name),
+        };
         let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         let info = RunInfo {
             dinolab: env!("CARGO_PKG_VERSION").into(),
             revision: options.revision.clone(),
             recipe_hash: resolved.hash.clone(),
             data: data.fingerprint(),
-            device: "cpu".into(),
+            device: recipe_device,
             threads: rayon::current_num_threads(),
             started_unix: since.map_or(0, |d| d.as_secs()),
         };

@@ -118,7 +118,8 @@ pub fn loader_spec(recipe: &Recipe, learner: &Learner, start: u64) -> LoaderSpec
         patch_size: learner.model().backbone.patch_size(),
         gram_crop_size: learner.gram_crop_size(),
         seed: recipe.seed,
-        dtype: learner.dtype(),
+        device: learner.device(),
+        dtype: learner.features_dtype(),
         start_step: start,
         total_steps: recipe.steps,
     }

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Builds libcuda, libnvrtc and libcublasLt of the emulator into a folder, with the headers that kernels are compiled with.
+set -euo pipefail
+[ $# -eq 1 ] || { echo "usage: build.sh OUT_DIR" >&2; exit 2; }
+cd "$(dirname "$0")"
+mkdir -p "$1"
+rm -rf "$1/kernels"
+out=$(cd "$1" && pwd)
+
+flags="-std=c++20 -O2 -march=native -Wall -Wextra -Werror -fPIC -shared -fvisibility=hidden -Wl,-z,defs,-z,nodelete"
+g++ $flags -Wl,-soname,libnvrtc.so nvrtc.cpp -o "$out/libnvrtc.so" -ldl &
+nvrtc=$!
+g++ $flags -Wl,-soname,libcuda.so.1 device.cpp memory.cpp stream.cpp module.cpp grid.cpp fibers.cpp collectives.cpp \
+    -o "$out/libcuda.so.1" -ldl -lpthread
+ln -sf libcuda.so.1 "$out/libcuda.so"
+g++ $flags -O3 -Wl,-soname,libcublasLt.so cublaslt.cpp product.cpp -o "$out/libcublasLt.so" "$out/libcuda.so.1"
+wait $nvrtc
+cp -r include "$out/"
