@@ -38,6 +38,9 @@ enum Command {
     Features(commands::features::Args),
     /// Run a step again that was captured because something was not finite.
     Replay(commands::replay::Args),
+    /// Make a plugin of your own: a crate that works, to be changed.
+    #[command(subcommand)]
+    New(commands::new::Command),
     /// Check values and gradients of operations and losses on random cases.
     Check(commands::check::Args),
     /// List the plugins: `dinolab plugins`, `dinolab plugins loss`, `dinolab plugins loss gram`.
@@ -62,6 +65,7 @@ impl Command {
             Self::Bench(args) => commands::bench::run(&args),
             Self::Features(args) => commands::features::run(&args),
             Self::Replay(args) => commands::replay::run(&args),
+            Self::New(command) => commands::new::run(&command),
             Self::Check(args) => commands::check::run(&args),
             Self::Plugins(args) => commands::plugins::run(&args),
             Self::Recipe(command) => commands::recipe::run(command),

@@ -6,6 +6,7 @@ pub mod check;
 pub mod export;
 pub mod features;
 pub mod import;
+pub mod new;
 pub mod plugins;
 pub mod recipe;
 pub mod replay;
