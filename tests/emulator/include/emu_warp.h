@@ -93,7 +93,7 @@ inline void emu_ldmatrix(EmuOp op, int count, unsigned* r, const void* row, EmuP
     mine.argument = count, mine.loaded = r, mine.row = row;
     emu_meet(op, ~0u, place);
 }
-/// `ldmatrix.sync.aligned.m8n8.{x1,x2,x4}[.trans].shared.b16`; `row` is the address of this lane's row, 16-byte aligned.
+/// `ldmatrix.sync.aligned.m8n8.{x1,x2,x4}[.trans].shared.b16`; `row` is where this lane's row is.
 #define EMU_LDMATRIX(count)                                                                                       \
     inline void emu_ldmatrix_x##count(unsigned* r, const void* row, EMU_HERE) {                                   \
         emu_ldmatrix(EmuOp::LoadMatrix, count, r, row, {emu_file, emu_line});                                     \
