@@ -69,7 +69,7 @@ pub trait Op: Send + 'static {
     {
         let device = inputs.first().map_or_else(Device::current, |x| x.device());
         if device != Device::Cpu && !self.cuda() {
-            return OnHost { op: self, device }.apply(inputs);
+            return OnHost { op: Box::new(self), device }.apply(inputs);
         }
         if let Some(other) = inputs.iter().find(|x| x.device() != device) {
             let problem = format!("operands are on {device} and {}", other.device());
@@ -90,12 +90,12 @@ pub trait Op: Send + 'static {
 }
 
 /// An operation without a kernel of its own, run on the host for tensors on a GPU.
-struct OnHost<O> {
-    op: O,
+struct OnHost {
+    op: Box<dyn Op>,
     device: Device,
 }
 
-impl<O: Op> Op for OnHost<O> {
+impl Op for OnHost {
     fn name(&self) -> &'static str {
         self.op.name()
     }
@@ -128,7 +128,7 @@ impl<O: Op> Op for OnHost<O> {
         let dy = if dy.dtype() == DType::BF16 { dy.cast(DType::F32)? } else { dy }.to(Device::Cpu);
         let _on = Device::Cpu.enter();
         let mut host = Grads { host: Some(device), ..grads.reborrow() };
-        Box::new(op).backward(dy, &mut host)
+        op.backward(dy, &mut host)
     }
 }
 
