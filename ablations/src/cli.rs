@@ -30,6 +30,8 @@ enum Command {
     Train(commands::train::Args),
     /// Time the training step and the data pipeline of a recipe.
     Bench(commands::bench::Args),
+    /// Check the GPU engine: driver, libraries, kernels, every operation and a training step against the CPU.
+    Doctor(commands::doctor::Args),
     /// Run a step again that was captured because something was not finite.
     Replay(commands::replay::Args),
     /// List the plugins: `dinolab plugins`, `dinolab plugins loss`, `dinolab plugins loss gram`.
@@ -50,6 +52,7 @@ impl Command {
             Self::Ablate(args) => commands::ablate::run(args),
             Self::Train(args) => commands::train::run(&args),
             Self::Bench(args) => commands::bench::run(&args),
+            Self::Doctor(args) => commands::doctor::run(&args),
             Self::Replay(args) => commands::replay::run(&args),
             Self::Plugins(args) => commands::plugins::run(&args),
             Self::Recipe(command) => commands::recipe::run(command),

@@ -2,6 +2,7 @@
 
 pub mod ablate;
 pub mod bench;
+pub mod doctor;
 pub mod plugins;
 pub mod recipe;
 pub mod replay;
