@@ -55,6 +55,8 @@ struct Files {
     /// Class of each; empty if there are no classes.
     labels: Vec<u32>,
     classes: usize,
+    /// BLAKE3 of every path in the folder and the size of its file.
+    fingerprint: String,
 }
 
 impl ImageFolder {
@@ -116,6 +118,10 @@ impl Dataset for ImageFolder {
         self.path(index).display().to_string()
     }
 
+    fn fingerprint(&self) -> Option<String> {
+        Some(self.files.fingerprint.clone())
+    }
+
     fn held_out(&self) -> Option<Arc<dyn Dataset>> {
         self.held_out.clone().map(|part| part as Arc<dyn Dataset>)
     }
@@ -155,15 +161,19 @@ impl Files {
             let help = "set data.path to a folder of images; a relative path starts where the program is run";
             return Err(Error::content(root, problem, help));
         }
-        let mut paths = Vec::new();
+        let (mut paths, mut hash) = (Vec::new(), blake3::Hasher::new());
+        let unreadable = |e: walkdir::Error| {
+            let path = e.path().unwrap_or(root).to_path_buf();
+            Error::io("read", path)(e.into())
+        };
         for entry in WalkDir::new(root).follow_links(true).sort_by_file_name() {
-            let entry = entry.map_err(|e| {
-                let path = e.path().unwrap_or(root).to_path_buf();
-                Error::io("read", path)(e.into())
-            })?;
+            let entry = entry.map_err(unreadable)?;
             let extension = entry.path().extension().map(|e| e.to_string_lossy().to_ascii_lowercase());
             let known = extension.is_some_and(|e| EXTENSIONS.contains(&e.as_str()));
             if known && entry.file_type().is_file() {
+                let size = entry.metadata().map_err(unreadable)?.len();
+                let inside = entry.path().strip_prefix(root).expect("what is found in a folder begins with it");
+                hash.update(inside.as_os_str().as_encoded_bytes()).update(&[0]).update(&size.to_le_bytes());
                 paths.push(entry.into_path());
             }
         }
@@ -172,7 +182,7 @@ impl Files {
             return Err(Error::content(root, "the folder holds no image", help));
         }
         let (labels, classes) = classes(root, &paths);
-        Ok(Self { paths, labels, classes })
+        Ok(Self { paths, labels, classes, fingerprint: hash.finalize().to_hex().to_string() })
     }
 }
 

@@ -5,7 +5,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <dlfcn.h>
 #include <sys/mman.h>
 
 #if !defined(__x86_64__)
@@ -114,9 +113,7 @@ void Worker::run_block(uint3 index) {
     const size_t bytes = (launch->dynamic_shared + 127) / 128 * 128;
     block.shared = shared - bytes;
     std::memset(block.shared, 0xff, bytes);
-    void* variables = nullptr;
-    if (launch->static_shared > 0 && dlinfo(launch->program, RTLD_DI_TLS_DATA, &variables) == 0 && variables)
-        std::memset(variables, 0xff, launch->static_shared);
+    std::memset(static_shared, 0xff, launch->program->shared_bytes);
 
     start_fibers();
     while (live > 0) {

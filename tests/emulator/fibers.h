@@ -40,6 +40,7 @@ struct Order {
 struct Worker {
     const Launch* launch = nullptr;
     std::vector<void*> parameters;
+    void* static_shared = nullptr;
     EmuBlock block = {};
     Order order;
     uint64_t random = 0;

@@ -4,6 +4,7 @@
 #include <condition_variable>
 #include <csignal>
 #include <cstdio>
+#include <dlfcn.h>
 #include <mutex>
 #include <thread>
 
@@ -55,6 +56,8 @@ void run_blocks(Worker& worker, Grid& grid) {
         worker.parameters.push_back(const_cast<std::byte*>(parameter));
         parameter += (grid.launch->kernel->parameter_sizes[i] + 15) / 16 * 16;
     }
+    grid.launch->program->allot_shared();
+    dlinfo(grid.launch->program->handle, RTLD_DI_TLS_DATA, &worker.static_shared);
     running = &worker;
     if (setjmp(worker.escape) == 0) {
         const dim3 dim = grid.launch->grid;

@@ -6,12 +6,19 @@
 #include "include/emu_runtime.h"
 #include "results.h"
 
+/// A compiled program: its handle (dlopen) and its `__shared__` variables, which are thread-local ones.
+struct Program {
+    void* handle;
+    const EmuKernel* kernels;
+    size_t shared_bytes;
+    /// Makes the loader allot them to the calling thread.
+    void* (*allot_shared)();
+};
+
 /// A kernel with all that it needs: its parameters are copied, so that a graph can run it again.
 struct Launch {
     const EmuKernel* kernel;
-    /// The handle of the program that holds it (dlopen), and how many bytes of `__shared__` variables that has.
-    void* program;
-    size_t static_shared;
+    const Program* program;
     dim3 grid, block;
     size_t dynamic_shared;
     std::vector<std::byte> parameters;

@@ -17,16 +17,13 @@ constexpr char MAGIC[] = "// emulated\n";
 
 struct Function {
     const EmuKernel* kernel;
-    void* program;
-    size_t static_shared;
+    const Program* program;
     /// What cuFuncSetAttribute allows.
     size_t max_dynamic_shared = 48 << 10;
 };
 
 struct Module {
-    void* program;
-    const EmuKernel* kernels;
-    size_t static_shared;
+    Program program;
     std::vector<Function*> functions = {};
     std::vector<CUdeviceptr> globals = {};
 };
@@ -63,7 +60,7 @@ CUresult launch(Function* function, dim3 grid, dim3 block, unsigned shared, CUst
     if (grid.x > 2147483647u || grid.y > 65535 || grid.z > 65535) return CUDA_ERROR_INVALID_VALUE;
     if (shared > function->max_dynamic_shared) return CUDA_ERROR_INVALID_VALUE;
 
-    Launch work = {&kernel, function->program, function->static_shared, grid, block, shared, {}};
+    Launch work = {&kernel, function->program, grid, block, shared, {}};
     for (unsigned i = 0; i < kernel.parameter_count; i++) {
         const auto* bytes = static_cast<const std::byte*>(parameters[i]);
         work.parameters.insert(work.parameters.end(), bytes, bytes + kernel.parameter_sizes[i]);
@@ -85,8 +82,9 @@ API cuModuleLoadData(Module** module, const void* image) {
         return CUDA_ERROR_FILE_NOT_FOUND;
     }
     const auto* kernels = static_cast<const EmuKernel*>(dlsym(program, "emu_kernels"));
-    if (kernels == nullptr) return CUDA_ERROR_SHARED_OBJECT_INIT_FAILED;
-    *module = modules.create(program, kernels, thread_local_size(program));
+    const auto allot = reinterpret_cast<void* (*)()>(dlsym(program, "emu_shared_variables"));
+    if (kernels == nullptr || allot == nullptr) return CUDA_ERROR_SHARED_OBJECT_INIT_FAILED;
+    *module = modules.create(Program{program, kernels, thread_local_size(program), allot});
     return CUDA_SUCCESS;
 }
 API cuModuleUnload(Module* module) {
@@ -94,15 +92,15 @@ API cuModuleUnload(Module* module) {
     if (modules.find(module) == nullptr) return CUDA_ERROR_INVALID_HANDLE;
     for (Function* function : module->functions) functions.destroy(function);
     for (const CUdeviceptr global : module->globals) remove_global(global);
-    dlclose(module->program);
+    dlclose(module->program.handle);
     return modules.destroy(module);
 }
 API cuModuleGetFunction(Function** function, Module* module, const char* name) {
     ENTER;
     if (modules.find(module) == nullptr) return CUDA_ERROR_INVALID_HANDLE;
-    for (const EmuKernel* kernel = module->kernels; kernel->name != nullptr; kernel++) {
+    for (const EmuKernel* kernel = module->program.kernels; kernel->name != nullptr; kernel++) {
         if (std::strcmp(kernel->name, name) != 0) continue;
-        *function = functions.create(kernel, module->program, module->static_shared);
+        *function = functions.create(kernel, &module->program);
         module->functions.push_back(*function);
         return CUDA_SUCCESS;
     }
@@ -111,7 +109,7 @@ API cuModuleGetFunction(Function** function, Module* module, const char* name) {
 API cuModuleGetGlobal_v2(CUdeviceptr* address, size_t* bytes, Module* module, const char* name) {
     ENTER;
     if (modules.find(module) == nullptr) return CUDA_ERROR_INVALID_HANDLE;
-    void* symbol = dlsym(module->program, name);
+    void* symbol = dlsym(module->program.handle, name);
     Dl_info info;
     ElfW(Sym)* entry = nullptr;
     if (symbol == nullptr || dladdr1(symbol, &info, reinterpret_cast<void**>(&entry), RTLD_DL_SYMENT) == 0)

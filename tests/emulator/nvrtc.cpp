@@ -92,7 +92,8 @@ std::string options_for_gcc(const std::vector<std::string>& options) {
 }
 
 struct Kernel {
-    std::string name, qualified, bounds;
+    std::string name, parameters, bounds;
+    std::vector<std::string> namespaces;
 };
 
 /// Takes `__global__` and `__launch_bounds__(...)`, which mean nothing to g++, out of preprocessed source, and returns
@@ -109,6 +110,15 @@ std::vector<Kernel> take_kernels(std::string& source) {
     const auto blank = [&](size_t from, size_t to) {
         for (; from < to; from++) source[from] = source[from] == '\n' ? '\n' : ' ';
     };
+    // From an opening parenthesis to the one that closes it.
+    const auto in_parentheses = [&](size_t& i) {
+        const size_t open = i;
+        for (int depth = 1; depth > 0 && i + 1 < source.size();) {
+            const char c = source[++i];
+            depth += c == '(' ? 1 : c == ')' ? -1 : 0;
+        }
+        return source.substr(open + 1, i - open - 1);
+    };
     for (size_t i = 0; i < source.size(); i++) {
         const char c = source[i];
         if (c == '"' || c == '\'') { // literals; digit separators are not expected
@@ -117,17 +127,13 @@ std::vector<Kernel> take_kernels(std::string& source) {
             const size_t begin = i;
             while (in_word(i + 1)) i++;
             const std::string last = std::exchange(word, source.substr(begin, i + 1 - begin));
-            if (last == "namespace") name_space = word + "::";
+            if (last == "namespace") name_space = word;
             if (word == "__global__") {
                 global = true;
                 blank(begin, i + 1);
             } else if (word == "__launch_bounds__") {
-                const size_t open = i = source.find('(', i);
-                for (int depth = 1; depth > 0 && i + 1 < source.size();) {
-                    const char d = source[++i];
-                    depth += d == '(' ? 1 : d == ')' ? -1 : 0;
-                }
-                bounds = source.substr(open + 1, i - open - 1);
+                i = std::min(source.find('(', i), source.size() - 1);
+                bounds = in_parentheses(i);
                 blank(begin, i + 1);
             }
         } else if (c == '{') {
@@ -137,9 +143,7 @@ std::vector<Kernel> take_kernels(std::string& source) {
         } else if (c == ';') {
             name_space.clear();
         } else if (c == '(' && global && word != "__attribute__") {
-            std::string qualified;
-            for (const std::string& scope : scopes) qualified += scope;
-            if (seen.insert(word).second) kernels.push_back({word, qualified + word, bounds});
+            if (seen.insert(word).second) kernels.push_back({word, in_parentheses(i), bounds, scopes});
             global = false;
             bounds.clear();
         }
@@ -147,18 +151,28 @@ std::vector<Kernel> take_kernels(std::string& source) {
     return kernels;
 }
 
-/// The end of the program: its table of kernels. Each is found by its plain name, so it is declared again as `extern "C"`;
-/// that does not compile, or not link, if it is not, in whatever namespace it stands.
+/// The end of the program: its table of kernels. Each is found by its plain name, so it is declared again as `extern "C"`,
+/// which does not compile if it is not.
 std::string table_of(const std::vector<Kernel>& kernels) {
-    std::string text = "\n# 1 \"table of kernels\"\n";
-    for (const Kernel& kernel : kernels) text += "extern \"C\" decltype(" + kernel.qualified + ") " + kernel.name + ";\n";
-    text += "extern \"C\" __attribute__((visibility(\"default\"))) const EmuKernel emu_kernels[] = {\n";
-    for (const Kernel& kernel : kernels)
-        text += "EmuEntry<&" + kernel.name + ">::entry(\"" + kernel.name + "\"" + (kernel.bounds.empty() ? "" : ", ") +
-                kernel.bounds + "),\n";
+    std::string text = "\n# 1 \"table of kernels\"\n", table;
+    for (const Kernel& kernel : kernels) {
+        const std::string entry = "emu_entry_of_" + kernel.name;
+        std::string close, path;
+        for (const std::string& scope : kernel.namespaces) {
+            if (scope.empty()) continue; // a brace of extern "C"
+            text += "namespace " + scope + " { ";
+            path += scope + "::";
+            close += "}";
+        }
+        text += "extern \"C\" void " + kernel.name + "(" + kernel.parameters + ");\nconstexpr EmuKernel " + entry +
+                " = EmuEntry<static_cast<void (*)(" + kernel.parameters + ")>(&" + kernel.name + ")>::entry(\"" +
+                kernel.name + "\"" + (kernel.bounds.empty() ? "" : ", ") + kernel.bounds + ");" + close + "\n";
+        table += path + entry + ", ";
+    }
     // A variable of its own makes the loader allot the __shared__ variables when the driver asks for them.
-    return text + "{}};\nextern \"C\" __attribute__((visibility(\"default\"))) void* emu_shared_variables() {\n"
-                  "    static thread_local char first;\n    return &first;\n}\n";
+    return text + "extern \"C\" __attribute__((visibility(\"default\"))) const EmuKernel emu_kernels[] = {" + table +
+           "{}};\nextern \"C\" __attribute__((visibility(\"default\"))) void* emu_shared_variables() {\n"
+           "    static thread_local char first;\n    return &first;\n}\n";
 }
 
 nvrtcResult compile(Program& program, const std::vector<std::string>& options) {

@@ -3,6 +3,7 @@
 pub mod ablate;
 pub mod bench;
 pub mod doctor;
+pub mod check;
 pub mod plugins;
 pub mod recipe;
 pub mod replay;

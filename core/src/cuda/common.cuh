@@ -87,17 +87,44 @@ template <int N> __device__ __forceinline__ void put_all(Gradient g, size_t i, c
     }
 }
 
-// N neighbours of a row as floats; `x + i` is aligned for packs if N > 1.
+// N neighbours of a row as floats; `x` is aligned for packs if N > 1.
 template <int N, class T> __device__ __forceinline__ void get_all(float* y, const T* x) {
-    if (N == Pack<T>::N) {
-        const Pack<T> p = *(const Pack<T>*)x;
+    constexpr int P = Pack<T>::N;
+    if (N % P == 0) {
 #pragma unroll
-        for (int k = 0; k < N; k++) y[k] = to_float(p.at[k % Pack<T>::N]);
+        for (int i = 0; i < N / P; i++) {
+            const Pack<T> p = ((const Pack<T>*)x)[i];
+#pragma unroll
+            for (int k = 0; k < P; k++) y[(i * P + k) % N] = to_float(p.at[k]);
+        }
     } else {
 #pragma unroll
         for (int k = 0; k < N; k++) y[k] = to_float(x[k]);
     }
 }
+
+// N neighbours of a row, rounded; `y` is aligned for packs if N > 1.
+template <int N, class T> __device__ __forceinline__ void put_all(T* y, const float* x) {
+    if (N == Pack<T>::N) {
+        Pack<T> p;
+#pragma unroll
+        for (int k = 0; k < Pack<T>::N; k++) p.at[k] = from_float<T>(x[k % N]);
+        *(Pack<T>*)y = p;
+    } else {
+#pragma unroll
+        for (int k = 0; k < N; k++) y[k] = from_float<T>(x[k]);
+    }
+}
+
+// Elements that a thread takes at a time: packs where rows of d elements at these addresses allow it, else one.
+#define BY_PACKS(T, d, aligned, call)                      \
+    if ((d) % Pack<T>::N == 0 && (aligned)) {              \
+        constexpr int N = Pack<T>::N;                      \
+        call;                                              \
+    } else {                                               \
+        constexpr int N = 1;                               \
+        call;                                              \
+    }
 
 // ---- rows
 

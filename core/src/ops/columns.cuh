@@ -60,13 +60,3 @@ extern "C" __global__ void add_blocks_f32(Gradient out, const float* partial, in
         put(out, column, sum);
     }
 }
-
-// Columns that a thread takes at a time: packs where rows of d elements at these addresses allow it, else one.
-#define BY_PACKS(T, d, aligned, call)                      \
-    if ((d) % Pack<T>::N == 0 && (aligned)) {              \
-        constexpr int N = Pack<T>::N;                      \
-        call;                                              \
-    } else {                                               \
-        constexpr int N = 1;                               \
-        call;                                              \
-    }

@@ -5,11 +5,14 @@
 
 use rayon::prelude::*;
 
+use crate::cuda::{args, Arg, Gpu, Matrix, Product};
 use crate::ops::matmul::{product, Mat, Threads};
 use crate::ops::parallel::{lane_sum, BLOCK};
 use crate::ops::same_dtype;
 use crate::tensor::{Grads, Op, Real};
-use crate::{dispatch_real, simd, Error, Result, Tensor};
+use crate::{cuda_source, dispatch_real, simd, DType, Error, Result, Tensor};
+
+cuda_source! { static GRAM = "gram_loss" { include_str!("gram_loss.cu") } }
 
 /// Which negative similarities are set to 0 before the comparison.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
@@ -48,7 +51,7 @@ impl Tensor {
     /// `[M, D]` for chosen patches of a batch. The mean is over B N^2 entries at image level, (B N)^2 at batch level.
     ///
     /// With `E` the difference, dS = 4 E S / entries; where a negative entry of the student was removed, E counts as 0.
-    /// The teacher gets no gradient. No matrix of similarities is kept: tiles of them are made and used at once.
+    /// The teacher gets no gradient. The loss of bf16 features is f32. No matrix of similarities is kept: tiles of them are made and used at once.
     ///
     /// # Errors
     /// If the shapes differ or have another rank.
@@ -141,6 +144,10 @@ impl Op for GramLoss {
         "gram_loss"
     }
 
+    fn cuda(&self) -> bool {
+        true
+    }
+
     fn forward(&mut self, inputs: &[&Tensor], save: bool) -> Result<Tensor> {
         let student = inputs[0];
         let d = student.last_dim();
@@ -148,6 +155,11 @@ impl Op for GramLoss {
         let n = if self.options.image_level && student.rank() == 3 { student.dim(1) } else { rows };
         let entries = (rows * n) as f64;
         let mut gradient = save.then(|| Tensor::uninit(student.shape(), student.dtype()));
+        if let Some(gpu) = student.gpu() {
+            let loss = self.forward_on(gpu, student, n, gradient.as_ref());
+            self.gradient = gradient;
+            return loss;
+        }
         let squares = dispatch_real!("gram_loss", student.dtype(), T => {
             let (s, t) = (student.as_slice::<T>(), self.teacher.as_slice::<T>());
             let blocks = n.div_ceil(ROWS);
@@ -177,11 +189,91 @@ impl Op for GramLoss {
 
     fn backward(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
         let mut gradient = self.gradient.expect("saved by forward");
+        if gradient.gpu().is_some() {
+            return grads.add(0, gradient.mul(&dy)?);
+        }
         dispatch_real!("gram_loss", dy.dtype(), T => {
             let dy = dy.as_slice::<T>()[0];
             gradient.as_mut_slice::<T>().par_chunks_mut(BLOCK).for_each(|g| simd!(g.iter_mut().for_each(|g| *g *= dy)));
             grads.add(0, gradient)
         })
+    }
+}
+
+/// Entries of a tile on a GPU. There are two in f32, because a difference of similarities has few digits in bf16, and
+/// one of the difference, in the type of the features.
+const ENTRIES_OF_TILE: usize = 1 << 24;
+/// Entries that a block of `gram_loss.cu` compares.
+const ENTRIES_OF_BLOCK: usize = 4096;
+
+/// Similarities that are compared at once: whole images, or some rows of one.
+struct Tile {
+    /// The first row of features that the tile's images begin with.
+    image: usize,
+    /// The tile's first row of features.
+    row: usize,
+    /// Rows of each image in the tile.
+    height: usize,
+    images: usize,
+}
+
+/// The tiles of `rows` rows of features in images of `n`, each of at most about `entries` similarities.
+fn tiles(rows: usize, n: usize, entries: usize) -> Vec<Tile> {
+    let (height, images) = ((entries / n).clamp(1, n), (entries / (n * n)).max(1));
+    let starts = (0..rows).step_by(n * images);
+    let of_images = |image: usize| {
+        let images = images.min((rows - image) / n);
+        let tile = move |start: usize| Tile { image, row: image + start, height: height.min(n - start), images };
+        (0..n).step_by(height).map(tile)
+    };
+    starts.flat_map(of_images).collect()
+}
+
+impl GramLoss {
+    /// Writes `gradient` tile by tile, if it is given.
+    fn forward_on(&self, gpu: &'static Gpu, student: &Tensor, n: usize, gradient: Option<&Tensor>) -> Result<Tensor> {
+        let (dtype, d) = (student.dtype(), student.last_dim());
+        let rows = student.len() / d;
+        let entries = (rows * n) as f64;
+        let remove = match self.options.remove {
+            NegativeRemoval::None => 0,
+            NegativeRemoval::Both => 1,
+            NegativeRemoval::Teacher => 2,
+        };
+        let features = |x: &Tensor, row: usize, height: usize| {
+            let at = x.device_address() + (row * d * dtype.size()) as u64;
+            Matrix { batch_stride: n * d, ..Matrix::at(at, dtype, height, d) }
+        };
+        let mut sums: Option<Tensor> = None;
+        for Tile { image, row, height, images } in tiles(rows, n, ENTRIES_OF_TILE) {
+            let shape = [images, height, n];
+            let similarities = |x: &Tensor| -> Result<Tensor> {
+                let out = Tensor::uninit(&shape, DType::F32);
+                let (rows, columns) = (features(x, row, height), features(x, image, n));
+                let product = Product::new(rows, columns.t(), Matrix::of(&out, height, n));
+                gpu.matmul(&Product { batch: images, ..product })?;
+                Ok(out)
+            };
+            let (s, t) = (similarities(student)?, similarities(&self.teacher)?);
+            let blocks = s.len().div_ceil(ENTRIES_OF_BLOCK);
+            let mut partial = Tensor::uninit(&[blocks], DType::F32);
+            let mut e = gradient.map(|_| Tensor::uninit(&shape, dtype));
+            let at = e.as_mut().map_or(Arg::from(0u64), Arg::from);
+            let bytes = (s.len() * (8 + if e.is_some() { dtype.size() } else { 0 })) as f64;
+            let launch = gpu.kernel(&GRAM, "gram_difference", dtype)?.grid(blocks, 256).work(0.0, bytes);
+            launch.launch(args![&at, &mut partial, &s, &t, remove, s.len()])?;
+            if let (Some(e), Some(gradient)) = (&e, gradient) {
+                let (e, x) = (Matrix::of(e, height, n), features(student, image, n));
+                let product = Product::new(e, x, features(gradient, row, height));
+                gpu.matmul(&Product { alpha: (4.0 / entries) as f32, batch: images, ..product })?;
+            }
+            let sum = partial.sum()?;
+            sums = Some(match sums {
+                Some(sums) => sums.add(&sum)?,
+                None => sum,
+            });
+        }
+        sums.expect("there is an image").scale(1.0 / entries)
     }
 }
 
@@ -215,6 +307,20 @@ mod tests {
             let both = tape.backward(&fused.add(&plain).unwrap(), 1.0, None).unwrap();
             let (fused, plain) = (both.of(&a).unwrap().to_f64_vec(), both.of(&b).unwrap().to_f64_vec());
             assert!(fused.iter().zip(&plain).all(|(f, p)| (f - p).abs() < 1e-12));
+        }
+    }
+
+    #[test]
+    fn tiles_on_a_gpu_cover_every_row_once() {
+        for (rows, n, entries) in [(12, 3, 100), (12, 3, 18), (12, 3, 7), (12, 12, 40), (12, 12, 1), (5, 1, 3)] {
+            let mut covered = vec![0; rows];
+            for Tile { image, row, height, images } in tiles(rows, n, entries) {
+                assert!(images * height * n <= entries.max(n), "{images} images of {height} x {n}");
+                let starts = (0..images).map(|i| row + i * n);
+                starts.for_each(|start| covered[start..start + height].iter_mut().for_each(|c| *c += 1));
+                assert!(image <= row && row + height <= image + n);
+            }
+            assert_eq!(covered, vec![1; rows], "{rows} rows in images of {n}, {entries} entries");
         }
     }
 

@@ -5,10 +5,13 @@
 
 use rayon::prelude::*;
 
+use crate::cuda::{args, Gpu, Matrix, Product};
 use crate::ops::matmul::{product, Mat, Threads};
 use crate::ops::parallel::lane_sum;
 use crate::tensor::{Grads, Op, Real};
-use crate::{dispatch_real, simd, Error, Result, Tensor};
+use crate::{cuda_source, dispatch_real, simd, DType, Error, Result, Tensor};
+
+cuda_source! { static KOLEO = "koleo" { include_str!("koleo.cu") } }
 
 impl Tensor {
     /// Per row, the mean over its `topk` nearest neighbours of `-ln(d + eps)`: `[rows, D]` to `[rows]`.
@@ -18,13 +21,13 @@ impl Tensor {
     /// eps = 1e-8 added to every component, so that equal rows have a finite loss. With `g = -1 / (topk d (d + eps))`
     /// and `e = y_i - y_n + eps`, dy_i = g e and dy_n = -g e; the choice of neighbours has no derivative.
     ///
-    /// The loss is the mean over rows. Over several ranks: gather the rows of all, take the mean of one's own.
+    /// bf16 features are computed with in f32. The loss is the mean over rows. Over several ranks: gather the rows of all, take the mean of one's own.
     ///
     /// # Errors
     /// If the shape is not `[rows, D]`, groups do not divide the rows, or a group has fewer than `topk + 1` rows.
     pub fn koleo(&self, topk: usize, group: Option<usize>) -> Result<Tensor> {
         let group = group_size(self, topk, group)?;
-        Koleo { topk, group, saved: None }.apply(&[&self.l2_normalize(EPS)?])
+        Koleo { topk, group, saved: None }.apply(&[&unit_rows(self)?])
     }
 
     /// The nearest neighbours that [`koleo`](Self::koleo) uses, nearest first (of equals, the first row first):
@@ -34,7 +37,11 @@ impl Tensor {
     /// As [`koleo`](Self::koleo).
     pub fn koleo_neighbours(&self, topk: usize, group: Option<usize>) -> Result<Tensor> {
         let group = group_size(self, topk, group)?;
-        let unit = self.detach().l2_normalize(EPS)?;
+        let unit = unit_rows(&self.detach())?;
+        if let Some(gpu) = unit.gpu() {
+            let _on = unit.device().enter();
+            return Ok(Found::on(gpu, &unit, topk, group)?.neighbours);
+        }
         let found = dispatch_real!("koleo", unit.dtype(), T => Ok(neighbours::<T>(&unit, topk, group)))?;
         Tensor::from_slice(&found, &[self.dim(0), topk])
     }
@@ -47,6 +54,11 @@ const ROWS: usize = 128;
 /// Columns of a tile of similarities.
 const COLUMNS: usize = 512;
 
+fn unit_rows(x: &Tensor) -> Result<Tensor> {
+    let wide = if x.dtype() == DType::BF16 { x.cast(DType::F32)? } else { x.clone() };
+    wide.l2_normalize(EPS)
+}
+
 struct Koleo {
     topk: usize,
     group: usize,
@@ -56,8 +68,8 @@ struct Koleo {
 struct Saved {
     /// The normalised rows.
     unit: Tensor,
-    /// Neighbours of every row.
-    neighbours: Vec<u32>,
+    /// Neighbours of every row: `[rows, topk]`, u32.
+    neighbours: Tensor,
     /// `g` of every row and neighbour.
     slopes: Tensor,
 }
@@ -120,9 +132,20 @@ impl Op for Koleo {
         "koleo"
     }
 
+    fn cuda(&self) -> bool {
+        true
+    }
+
     fn forward(&mut self, inputs: &[&Tensor], save: bool) -> Result<Tensor> {
         let (unit, topk) = (inputs[0], self.topk);
         let (rows, d) = (unit.dim(0), unit.dim(1));
+        if let Some(gpu) = unit.gpu() {
+            let Found { values, neighbours, slopes } = Found::on(gpu, unit, topk, self.group)?;
+            if save {
+                self.saved = Some(Saved { unit: unit.detach(), neighbours, slopes });
+            }
+            return Ok(values);
+        }
         let mut out = Tensor::uninit(&[rows], unit.dtype());
         let mut slopes = Tensor::uninit(&[rows, topk], unit.dtype());
         let neighbours = dispatch_real!("koleo", unit.dtype(), T => {
@@ -149,6 +172,7 @@ impl Op for Koleo {
             Ok(neighbours)
         })?;
         if save {
+            let neighbours = Tensor::from_slice(&neighbours, &[rows, topk])?;
             self.saved = Some(Saved { unit: unit.detach(), neighbours, slopes });
         }
         Ok(out)
@@ -157,6 +181,14 @@ impl Op for Koleo {
     fn backward(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
         let Saved { unit, neighbours, slopes } = self.saved.expect("saved by forward");
         let (rows, d, topk) = (unit.dim(0), unit.dim(1), self.topk);
+        if let Some(gpu) = unit.gpu() {
+            let mut dx = Tensor::uninit(unit.shape(), DType::F32);
+            let launch = gpu.kernel(&KOLEO, "koleo_backward", DType::F32)?.grid((rows, d.div_ceil(256)), 256);
+            let (group, topk, d) = (self.group as i32, topk as i32, d as i32);
+            launch.launch(args![&mut dx, &dy, &unit, &neighbours, &slopes, group, topk, d])?;
+            return grads.add(0, dx);
+        }
+        let neighbours = neighbours.as_slice::<u32>();
         // Who has row n as a neighbour: entries `start[n]..start[n + 1]` of `incoming`.
         let mut start = vec![0usize; rows + 1];
         neighbours.iter().for_each(|&n| start[n as usize + 1] += 1);
@@ -185,6 +217,34 @@ impl Op for Koleo {
             }));
             grads.add(0, dx)
         })
+    }
+}
+
+/// What the kernel finds: `-ln` of distances, neighbours and slopes of every row.
+struct Found {
+    values: Tensor,
+    neighbours: Tensor,
+    slopes: Tensor,
+}
+
+impl Found {
+    fn on(gpu: &'static Gpu, unit: &Tensor, topk: usize, group: usize) -> Result<Self> {
+        let (rows, d) = (unit.dim(0), unit.dim(1));
+        // Similarities within the groups.
+        let dots = Tensor::uninit(&[rows, group], DType::F32);
+        let features = Matrix::of(unit, group, d);
+        let product = Product::new(features, features.t(), Matrix::of(&dots, group, group));
+        gpu.matmul(&Product { batch: rows / group, ..product })?;
+        let mut found = Self {
+            values: Tensor::uninit(&[rows], DType::F32),
+            neighbours: Tensor::uninit(&[rows, topk], DType::U32),
+            slopes: Tensor::uninit(&[rows, topk], DType::F32),
+        };
+        let Self { values, neighbours, slopes } = &mut found;
+        let [group, topk, rows_, d] = [group, topk, rows, d].map(|n| n as i32);
+        let launch = gpu.kernel(&KOLEO, "koleo", DType::F32)?.rows(rows);
+        launch.launch(args![values, neighbours, slopes, &dots, unit, group, topk, rows_, d])?;
+        Ok(found)
     }
 }
 

@@ -2,8 +2,11 @@
 
 use rayon::prelude::*;
 
+use crate::cuda::args;
 use crate::tensor::{Grads, Op, Real};
-use crate::{dispatch_real, simd, Result, Tensor};
+use crate::{cuda_source, dispatch_real, simd, DType, Result, Tensor};
+
+cuda_source! { static L2_NORMALIZE = "l2_normalize" { include_str!("l2_normalize.cu") } }
 
 impl Tensor {
     /// Rows of the last axis divided by their length: `x / max(|x|, eps)`, as `torch.nn.functional.normalize`.
@@ -28,11 +31,26 @@ impl Op for L2Normalize {
         "l2_normalize"
     }
 
+    fn cuda(&self) -> bool {
+        true
+    }
+
     fn forward(&mut self, inputs: &[&Tensor], save: bool) -> Result<Tensor> {
         let x = inputs[0];
         let d = x.last_dim();
         let mut out = Tensor::uninit(x.shape(), x.dtype());
-        let mut scale = Tensor::uninit(&[x.len() / d.max(1)], x.dtype());
+        let rows = x.len() / d.max(1);
+        if let Some(gpu) = x.gpu() {
+            let mut scale = Tensor::uninit(&[rows], DType::F32);
+            let bytes = (2 * x.len() * x.dtype().size()) as f64;
+            let launch = gpu.kernel(&L2_NORMALIZE, "l2_normalize", x.dtype())?.rows(rows).work(0.0, bytes);
+            launch.launch(args![&mut out, &mut scale, x, self.eps as f32, rows as i32, d as i32])?;
+            if save {
+                self.saved = Some((out.clone(), scale));
+            }
+            return Ok(out);
+        }
+        let mut scale = Tensor::uninit(&[rows], x.dtype());
         dispatch_real!("l2_normalize", x.dtype(), T => {
             let eps = T::of(self.eps);
             let rows = out.as_mut_slice::<T>().par_chunks_mut(ROWS * d).zip(scale.as_mut_slice::<T>().par_chunks_mut(ROWS));
@@ -56,6 +74,12 @@ impl Op for L2Normalize {
         let (y, scale) = self.saved.expect("saved by forward");
         let d = y.last_dim();
         let mut dx = Tensor::uninit(y.shape(), y.dtype());
+        if let Some(gpu) = y.gpu() {
+            let (rows, bytes) = (scale.len(), (3 * y.len() * y.dtype().size()) as f64);
+            let launch = gpu.kernel(&L2_NORMALIZE, "l2_normalize_backward", y.dtype())?.rows(rows).work(0.0, bytes);
+            launch.launch(args![&mut dx, &y, &dy, &scale, rows as i32, d as i32])?;
+            return grads.add(0, dx);
+        }
         dispatch_real!("l2_normalize", y.dtype(), T => {
             let (y, dy, scale) = (y.as_slice::<T>(), dy.as_slice::<T>(), scale.as_slice::<T>());
             dx.as_mut_slice::<T>().par_chunks_mut(ROWS * d).enumerate().for_each(|(block, dx)| simd!({

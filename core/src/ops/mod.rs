@@ -45,15 +45,29 @@ pub use attention::Segment;
 pub use gram_loss::{GramOptions, NegativeRemoval};
 pub use tokens::rows_of_images;
 
-pub(crate) use elementwise::{accumulate, convert, fill};
+pub(crate) use adamw::ADAMW;
+pub(crate) use elementwise::{accumulate, all_finite, convert, convert_into, copy_if, fill};
 
 use crate::tensor::{Grads, Real};
-use crate::{Error, Result, Tensor};
+use crate::{DType, Error, Result, Tensor};
 
 /// Fails unless all operands have the type of the first.
 pub(crate) fn same_dtype(op: &'static str, inputs: &[&Tensor]) -> Result<()> {
     match inputs.iter().find(|x| x.dtype() != inputs[0].dtype()) {
         Some(other) => Err(Error::shape(op, format!("operands are {:?} and {:?}", inputs[0].dtype(), other.dtype()))),
+        None => Ok(()),
+    }
+}
+
+/// Fails unless scalars, weights of rows and statistics have the type that they have beside `features`: f32 for bf16.
+pub(crate) fn scalars_of(op: &'static str, features: &Tensor, scalars: &[&Tensor]) -> Result<()> {
+    let wanted = if features.dtype() == DType::BF16 { DType::F32 } else { features.dtype() };
+    match scalars.iter().find(|x| x.dtype() != wanted) {
+        Some(other) => {
+            let problem =
+                format!("{:?} operands beside {:?} features: expected {wanted:?}", other.dtype(), features.dtype());
+            Err(Error::shape(op, problem))
+        }
         None => Ok(()),
     }
 }

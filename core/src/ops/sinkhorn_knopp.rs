@@ -3,10 +3,16 @@
 use rayon::prelude::*;
 
 use crate::comm::Comm;
+use crate::cuda::{args, Arg, Gpu, Launch};
 use crate::ops::parallel::{lane_max, lane_sum};
-use crate::ops::same_dtype;
+use crate::ops::scalars_of;
+use crate::ops::softmax::block_of;
 use crate::tensor::Real;
-use crate::{dispatch_real, simd, Error, Result, Tensor};
+use crate::{cuda_source, dispatch_real, simd, DType, Error, Result, Tensor};
+
+cuda_source! { static SINKHORN = "sinkhorn_knopp" {
+    include_str!("log_sum.cuh"), include_str!("sinkhorn_knopp.cu")
+} }
 
 impl Tensor {
     /// Assignments of samples to prototypes (SwAV, Caron et al., arXiv:2006.09882; DINOv2, arXiv:2304.07193): logits
@@ -14,7 +20,7 @@ impl Tensor {
     ///
     /// `Q = exp(self / temperature)`, then `iterations` times: every prototype is divided by its sum over the samples
     /// of all ranks, every sample by its sum over the prototypes. (The reference also divides by sum(Q), K and B and
-    /// multiplies by B; in exact numbers these cancel.) `temperature` has rank 0.
+    /// multiplies by B; in exact numbers these cancel.) `temperature` has rank 0; it is f32 beside bf16 logits.
     ///
     /// The exponentials are taken relative to the greatest logit of each prototype, then of each sample; the first
     /// cancels in the first division and the second is put back as the sample's first factor. The result is that of
@@ -23,7 +29,7 @@ impl Tensor {
     /// # Errors
     /// If the shape is not `[B, K]` with at least one row and column, or `iterations` is 0.
     pub fn sinkhorn_knopp(&self, temperature: &Tensor, iterations: usize, comm: &dyn Comm) -> Result<Tensor> {
-        same_dtype("sinkhorn_knopp", &[self, temperature])?;
+        scalars_of("sinkhorn_knopp", self, &[temperature])?;
         if self.rank() != 2 || self.is_empty() || temperature.len() != 1 || iterations == 0 {
             let problem = format!(
                 "logits {:?}, temperature {:?}, {iterations} iterations: expected [B, K], a scalar, at least one",
@@ -31,6 +37,10 @@ impl Tensor {
                 temperature.shape()
             );
             return Err(Error::shape("sinkhorn_knopp", problem));
+        }
+        if let Some(gpu) = self.gpu() {
+            let _on = self.device().enter();
+            return OnGpu::new(gpu, self, temperature).run(iterations, comm);
         }
         dispatch_real!("sinkhorn_knopp", self.dtype(), T => sinkhorn_knopp::<T>(self, temperature, iterations, comm))
     }
@@ -135,6 +145,102 @@ fn column_max<T: Real>(logits: &Tensor) -> Tensor {
         });
     });
     out
+}
+
+/// The same on a GPU, in the logarithm, because exponentials stored as bf16 would lose three digits: the assignment of
+/// sample b to prototype k is `2^(c x_bk - shift_k - norm_b)`, c = log2(e) / temperature, with two steps in turn:
+/// `norm_b = log2(sum_k 2^(c x_bk - shift_k))`, and `shift_k += log2(mass_k)`, the mass that prototype k has of all
+/// samples, which is between 1 / (B K) and B. Shifts round at 2^-24 of `x / temperature`.
+///
+/// The logits are read 2 n times in n iterations and once more for the result (a row that was just read, so mostly from
+/// the cache), which is written once; nothing else of their size is read or written. For 5,056 x 65,536 bf16 and
+/// n = 3 that are 4.6 to 5.3 GB: 1.6 to 1.8 ms at 3 TB/s.
+struct OnGpu<'a> {
+    gpu: &'static Gpu,
+    logits: &'a Tensor,
+    temperature: &'a Tensor,
+    /// Rows that are summed by themselves, and how many such runs there are: fixed by the shape.
+    run: usize,
+    runs: usize,
+}
+
+/// Threads of a block, each with a pack of columns.
+const THREADS: usize = 128;
+
+impl<'a> OnGpu<'a> {
+    fn new(gpu: &'static Gpu, logits: &'a Tensor, temperature: &'a Tensor) -> Self {
+        let run = logits.dim(0).div_ceil(32).max(16);
+        Self { gpu, logits, temperature, run, runs: logits.dim(0).div_ceil(run) }
+    }
+
+    fn run(&self, iterations: usize, comm: &dyn Comm) -> Result<Tensor> {
+        let (x, temperature) = (self.logits, self.temperature);
+        let [run, runs, rows, k] = [self.run, self.runs, x.dim(0), x.dim(1)].map(|n| n as i32);
+        // The first sums over samples are held relative to the greatest exponent of each prototype.
+        let [mut tops, mut sums] = [(); 2].map(|()| self.per_run());
+        self.columns("column_sums")?.launch(args![&mut tops, &mut sums, x, temperature, run, rows, k])?;
+        let mut top = self.per_prototype();
+        self.over("top_of_runs")?.launch(args![&mut top, &tops, runs, k])?;
+        let top = comm.all_reduce_max(&top)?;
+        let mut shift = self.shifted(&top, &sums, Some(&tops), comm)?;
+        for _ in 1..iterations {
+            let mut norms = Tensor::uninit(&[x.dim(0)], DType::F32);
+            self.rows(Arg::from(0u64), Arg::from(&mut norms), &shift)?;
+            let mut mass = self.per_run();
+            self.columns("column_mass")?.launch(args![&mut mass, x, temperature, &shift, &norms, run, rows, k])?;
+            shift = self.shifted(&shift, &mass, None, comm)?;
+        }
+        let mut out = Tensor::uninit(x.shape(), x.dtype());
+        self.rows(Arg::from(&mut out), Arg::from(0u64), &shift)?;
+        Ok(out)
+    }
+
+    fn per_run(&self) -> Tensor {
+        Tensor::uninit(&[self.runs, self.logits.dim(1)], DType::F32)
+    }
+
+    fn per_prototype(&self) -> Tensor {
+        Tensor::uninit(&[self.logits.dim(1)], DType::F32)
+    }
+
+    fn bytes(&self) -> f64 {
+        (self.logits.len() * self.logits.dtype().size()) as f64
+    }
+
+    /// A launch that goes down the columns of every run of rows.
+    fn columns(&self, name: &'static str) -> Result<Launch> {
+        let (x, pack) = (self.logits, 16 / self.logits.dtype().size());
+        let packs = x.dim(1).is_multiple_of(pack) && x.device_address().is_multiple_of(16);
+        let threads = x.dim(1) / if packs { pack } else { 1 };
+        let kernel = self.gpu.kernel(&SINKHORN, name, x.dtype())?;
+        Ok(kernel.grid((threads.div_ceil(THREADS), self.runs), THREADS as u32).work(0.0, self.bytes()))
+    }
+
+    /// A launch with a thread for each prototype.
+    fn over(&self, name: &'static str) -> Result<Launch> {
+        Ok(self.gpu.kernel(&SINKHORN, name, DType::F32)?.over(self.logits.dim(1)))
+    }
+
+    /// Writes the norms of all samples, or (with `out`) their assignments.
+    fn rows(&self, out: Arg, norms: Arg, shift: &Tensor) -> Result<()> {
+        let (x, rows, k) = (self.logits, self.logits.dim(0), self.logits.dim(1));
+        // Four rows a block read the shifts once, where there are rows enough for all multiprocessors.
+        let (name, rows_of_block) = if rows < 1024 { ("row_norms", 1) } else { ("row_norms_by_four", 4) };
+        let launch = self.gpu.kernel(&SINKHORN, name, x.dtype())?.grid(rows.div_ceil(rows_of_block), block_of(k));
+        let launch = launch.work(0.0, self.bytes());
+        launch.launch(args![&out, &norms, x, self.temperature, shift, rows as i32, k as i32])
+    }
+
+    /// `base + log2(sum over runs and ranks)`; sums that are relative to `tops` are made relative to `base` first.
+    fn shifted(&self, base: &Tensor, sums: &Tensor, tops: Option<&Tensor>, comm: &dyn Comm) -> Result<Tensor> {
+        let k = self.logits.dim(1) as i32;
+        let mut total = self.per_prototype();
+        self.over("sum_of_runs")?.launch(args![&mut total, sums, tops, base, self.runs as i32, k])?;
+        let total = comm.all_reduce_sum(&total)?;
+        let mut shift = self.per_prototype();
+        self.over("shift")?.launch(args![&mut shift, base, &total, k])?;
+        Ok(shift)
+    }
 }
 
 #[cfg(test)]

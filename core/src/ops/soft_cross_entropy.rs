@@ -8,18 +8,25 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use crate::cuda::{args, Arg, Gpu};
 use crate::ops::parallel::{lane_max, lane_sum, BLOCK};
-use crate::ops::same_dtype;
+use crate::ops::softmax::block_of;
+use crate::ops::{same_dtype, scalars_of};
 use crate::tensor::{DType, Grads, Op, Real};
-use crate::{dispatch_real, simd, Error, Result, Tensor};
+use crate::{cuda_source, dispatch_real, simd, Error, Result, Tensor};
+
+cuda_source! { static CROSS_ENTROPY = "soft_cross_entropy" {
+    include_str!("log_sum.cuh"), include_str!("soft_cross_entropy.cu")
+} }
 
 impl Tensor {
     /// `sum_e weights[e] * CE(targets[target_rows[e]], self[student_rows[e]] / temperature)`, rank 0, with
     /// `CE(q, z) = -sum_k q_k log_softmax(z)_k`.
     ///
     /// `self` (the student's logits) is `[R, K]`, `targets` `[Q, K]`; `student_rows` and `target_rows` are `[E]` (u32)
-    /// and `weights` `[E]`. Entries of one student row are consecutive; a row without entries has no part in the loss.
-    /// Targets and weights get no gradient. With `W = sum_e w_e sum_k q_k` over the entries of a row,
+    /// and `weights` `[E]`. Entries of one student row are consecutive, on a GPU in ascending order of the rows (which
+    /// it cannot check); a row without entries has no part in the loss. Beside bf16 logits and targets, weights and
+    /// loss are f32. Targets and weights get no gradient. With `W = sum_e w_e sum_k q_k` over the entries of a row,
     /// dz = W softmax(z / T) / T - (sum_e w_e q) / T.
     ///
     /// # Errors
@@ -32,36 +39,42 @@ impl Tensor {
         weights: &Tensor,
         temperature: f64,
     ) -> Result<Tensor> {
-        let entries = entries_of_rows(self, targets, student_rows, target_rows, weights)?;
-        let [targets, target_rows, weights] = [targets, target_rows, weights].map(Tensor::detach);
-        SoftCrossEntropy { entries, targets, target_rows, weights, temperature, gradient: None }.apply(&[self])
+        check_shapes(self, targets, student_rows, target_rows, weights)?;
+        let [targets, student_rows, target_rows, weights] =
+            [targets, student_rows, target_rows, weights].map(Tensor::detach);
+        SoftCrossEntropy { targets, student_rows, target_rows, weights, temperature, saved: None }.apply(&[self])
     }
 }
 
 struct SoftCrossEntropy {
-    /// The entries of every student row.
-    entries: Vec<Range<usize>>,
     targets: Tensor,
+    student_rows: Tensor,
     target_rows: Tensor,
     weights: Tensor,
     temperature: f64,
-    /// The gradient for dy = 1: forward has the exponentials at hand, so it is made there.
-    gradient: Option<Tensor>,
+    saved: Option<Saved>,
+}
+
+enum Saved {
+    /// The gradient for dy = 1: forward has the exponentials at hand, so on the CPU it is made there.
+    Gradient(Tensor),
+    /// On a GPU: the logits, which cost less to read again than a gradient to write, and two numbers a row.
+    Logits(Tensor, Tensor),
 }
 
 /// Elements of a row that go through the cache together; also the length of partial sums.
 const CHUNK: usize = 2048;
 
-/// Checks the pairs and finds the entries of every student row.
-fn entries_of_rows(
+fn check_shapes(
     logits: &Tensor,
     targets: &Tensor,
     student_rows: &Tensor,
     target_rows: &Tensor,
     weights: &Tensor,
-) -> Result<Vec<Range<usize>>> {
+) -> Result<()> {
     let fail = |problem: String| Err(Error::shape("soft_cross_entropy", problem));
-    same_dtype("soft_cross_entropy", &[logits, targets, weights])?;
+    same_dtype("soft_cross_entropy", &[logits, targets])?;
+    scalars_of("soft_cross_entropy", logits, &[weights])?;
     if logits.rank() != 2 || targets.rank() != 2 || logits.dim(1) != targets.dim(1) {
         return fail(format!("logits {:?}, targets {:?}: expected [R, K] and [Q, K]", logits.shape(), targets.shape()));
     }
@@ -69,16 +82,27 @@ fn entries_of_rows(
     if lists != [lists[0]; 3] || student_rows.dtype() != DType::U32 || target_rows.dtype() != DType::U32 {
         return fail(format!("pairs of lengths {lists:?}: expected three lists of one length, rows as u32"));
     }
+    Ok(())
+}
+
+/// The entries of every one of `rows` student rows; checks the pairs.
+fn entries_of_rows(
+    rows: usize,
+    targets: &Tensor,
+    student_rows: &Tensor,
+    target_rows: &Tensor,
+) -> Result<Vec<Range<usize>>> {
+    let fail = |problem: String| Err(Error::shape("soft_cross_entropy", problem));
     let (student, target) = (student_rows.as_slice::<u32>(), target_rows.as_slice::<u32>());
     if let Some(row) = target.iter().find(|&&r| r as usize >= targets.dim(0)) {
         return fail(format!("target row {row} of {}", targets.dim(0)));
     }
-    let mut entries = vec![0..0; logits.dim(0)];
+    let mut entries = vec![0..0; rows];
     let mut start = 0;
     for run in student.chunk_by(|a, b| a == b) {
         let (row, end) = (run[0] as usize, start + run.len());
         match entries.get_mut(row) {
-            None => return fail(format!("student row {row} of {}", logits.dim(0))),
+            None => return fail(format!("student row {row} of {rows}")),
             Some(range) if range.end > 0 => return fail(format!("the entries of row {row} are not consecutive")),
             Some(range) => *range = start..end,
         }
@@ -136,15 +160,23 @@ impl Op for SoftCrossEntropy {
         "soft_cross_entropy"
     }
 
+    fn cuda(&self) -> bool {
+        true
+    }
+
     fn forward(&mut self, inputs: &[&Tensor], save: bool) -> Result<Tensor> {
         let logits = inputs[0];
         let (rows, k) = (logits.dim(0), logits.dim(1));
+        if let Some(gpu) = logits.gpu() {
+            return self.forward_on(gpu, logits, save);
+        }
+        let entries = entries_of_rows(rows, &self.targets, &self.student_rows, &self.target_rows)?;
         let mut gradient = save.then(|| Tensor::uninit(logits.shape(), logits.dtype()));
         let loss = dispatch_real!("soft_cross_entropy", logits.dtype(), T => {
             let (x, q, weights) = (logits.as_slice::<T>(), self.targets.as_slice::<T>(), self.weights.as_slice::<T>());
             let target_rows = self.target_rows.as_slice::<u32>();
             let loss_of = |row: usize, gradient: &mut [T]| {
-                let pairs: Vec<(&[T], T)> = self.entries[row]
+                let pairs: Vec<(&[T], T)> = entries[row]
                     .clone()
                     .map(|e| (&q[target_rows[e] as usize * k..][..k], weights[e]))
                     .collect();
@@ -168,16 +200,53 @@ impl Op for SoftCrossEntropy {
             };
             Ok(losses.into_iter().map(Real::f64).sum::<f64>())
         })?;
-        self.gradient = gradient;
+        self.saved = gradient.map(Saved::Gradient);
         Ok(Tensor::scalar(loss, logits.dtype()))
     }
 
-    fn backward(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
-        let mut gradient = self.gradient.expect("saved by forward");
+    fn backward(mut self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
+        let mut gradient = match self.saved.take().expect("saved by forward") {
+            Saved::Gradient(gradient) => gradient,
+            Saved::Logits(logits, stats) => return self.backward_on(&logits, &stats, &dy, grads),
+        };
         dispatch_real!("soft_cross_entropy", dy.dtype(), T => {
             let dy = dy.as_slice::<T>()[0];
             gradient.as_mut_slice::<T>().par_chunks_mut(BLOCK).for_each(|g| simd!(g.iter_mut().for_each(|g| *g *= dy)));
             grads.add(0, gradient)
+        })
+    }
+}
+
+impl SoftCrossEntropy {
+    /// A kernel's `Pairs`, and exponents of two for a difference of 1 between logits.
+    fn pairs_and_scale(&self) -> (Arg, f32) {
+        let lists = [&self.student_rows, &self.target_rows, &self.weights].map(Tensor::device_address);
+        let pairs = Arg::plain([lists[0], lists[1], lists[2], self.weights.len() as u64]);
+        (pairs, (std::f64::consts::LOG2_E / self.temperature) as f32)
+    }
+
+    fn forward_on(&mut self, gpu: &'static Gpu, logits: &Tensor, save: bool) -> Result<Tensor> {
+        let (rows, k) = (logits.dim(0), logits.dim(1));
+        let (pairs, scale) = self.pairs_and_scale();
+        let mut losses = Tensor::uninit(&[rows], DType::F32);
+        let mut stats = save.then(|| Tensor::uninit(&[rows, 2], DType::F32));
+        let at = stats.as_mut().map_or(Arg::from(0u64), Arg::from);
+        let bytes = ((rows + self.weights.len()) * k * logits.dtype().size()) as f64;
+        let launch = gpu.kernel(&CROSS_ENTROPY, "cross_entropy", logits.dtype())?.grid(rows, block_of(k));
+        launch.work(0.0, bytes).launch(args![&mut losses, &at, logits, &self.targets, &pairs, scale, k as i32])?;
+        self.saved = stats.map(|stats| Saved::Logits(logits.detach(), stats));
+        losses.sum()
+    }
+
+    fn backward_on(&self, logits: &Tensor, stats: &Tensor, dy: &Tensor, grads: &mut Grads<'_>) -> Result<()> {
+        let gpu = logits.gpu().expect("saved on a GPU");
+        let (rows, k) = (logits.dim(0), logits.dim(1));
+        let (pairs, scale) = self.pairs_and_scale();
+        let bytes = ((2 * rows + self.weights.len()) * k * logits.dtype().size()) as f64;
+        let launch = gpu.kernel(&CROSS_ENTROPY, "cross_entropy_backward", logits.dtype())?.grid(rows, block_of(k));
+        grads.accumulate(0, |mut dx| {
+            let launch = launch.work(0.0, bytes);
+            launch.launch(args![&mut dx, dy, stats, logits, &self.targets, &pairs, scale, k as i32])
         })
     }
 }

@@ -2,9 +2,12 @@
 
 use rayon::prelude::*;
 
+use crate::cuda::{args, Gpu};
 use crate::ops::parallel::{lane_max, lane_sum, rows_per_task};
 use crate::tensor::{Grads, Op, Real};
-use crate::{dispatch_real, simd, Result, Tensor};
+use crate::{cuda_source, dispatch_real, simd, Result, Tensor};
+
+cuda_source! { static SOFTMAX = "softmax" { include_str!("log_sum.cuh"), include_str!("softmax.cu") } }
 
 impl Tensor {
     /// `exp(x) / sum(exp(x))` over the last axis. dx = y (dy - sum(y dy)).
@@ -32,8 +35,19 @@ impl Op for Softmax {
         }
     }
 
+    fn cuda(&self) -> bool {
+        true
+    }
+
     fn forward(&mut self, inputs: &[&Tensor], save: bool) -> Result<Tensor> {
         let x = inputs[0];
+        if let Some(gpu) = x.gpu() {
+            let out = softmax_on(gpu, x, None, self.log)?;
+            if save {
+                self.out = Some(out.clone());
+            }
+            return Ok(out);
+        }
         let d = x.last_dim().max(1);
         let block = rows_per_task(d) * d;
         let mut out = Tensor::uninit(x.shape(), x.dtype());
@@ -63,6 +77,13 @@ impl Op for Softmax {
     fn backward(self: Box<Self>, mut dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
         let y = self.out.expect("saved by forward");
         let d = y.last_dim().max(1);
+        if let Some(gpu) = y.gpu() {
+            let mut dx = Tensor::uninit(y.shape(), y.dtype());
+            let bytes = (3 * y.len() * y.dtype().size()) as f64;
+            let launch = gpu.kernel(&SOFTMAX, "softmax_backward", y.dtype())?.grid(y.len() / d, block_of(d));
+            launch.work(0.0, bytes).launch(args![&mut dx, &y, &dy, i32::from(self.log), d as i32])?;
+            return grads.add(0, dx);
+        }
         let block = rows_per_task(d) * d;
         if !dy.is_unique() {
             dy = dy.to_owned();
@@ -84,6 +105,22 @@ impl Op for Softmax {
         })?;
         grads.add(0, dy)
     }
+}
+
+/// Threads of a block that has a row of `d` elements: about a pack of eight elements each.
+pub(crate) fn block_of(d: usize) -> u32 {
+    (d / 8).next_multiple_of(32).clamp(32, 512) as u32
+}
+
+/// `softmax((x - center) / temperature)`, or its logarithm; without the two, `softmax(x)`. They are f32.
+pub(crate) fn softmax_on(gpu: &'static Gpu, x: &Tensor, center: Option<[&Tensor; 2]>, log: bool) -> Result<Tensor> {
+    let d = x.last_dim().max(1);
+    let mut y = Tensor::uninit(x.shape(), x.dtype());
+    let (center, temperature) = (center.map(|c| c[0]), center.map(|c| c[1]));
+    let bytes = (2 * x.len() * x.dtype().size()) as f64;
+    let launch = gpu.kernel(&SOFTMAX, "softmax", x.dtype())?.grid(x.len() / d, block_of(d)).work(0.0, bytes);
+    launch.launch(args![&mut y, x, center, temperature, i32::from(log), d as i32])?;
+    Ok(y)
 }
 
 #[cfg(test)]

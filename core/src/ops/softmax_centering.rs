@@ -5,7 +5,8 @@ use rayon::prelude::*;
 use crate::comm::Comm;
 use crate::ops::linear::sum_rows;
 use crate::ops::parallel::{lane_max, lane_sum};
-use crate::ops::same_dtype;
+use crate::ops::scalars_of;
+use crate::ops::softmax::softmax_on;
 use crate::tensor::Real;
 use crate::{dispatch_real, simd, Error, Result, Tensor};
 
@@ -14,16 +15,20 @@ const CHUNK: usize = 2048;
 
 impl Tensor {
     /// `softmax((self - center) / temperature)` over the last axis: logits `[.., K]`, `center` with K elements,
-    /// `temperature` rank 0. No gradient.
+    /// `temperature` rank 0; these two are f32 beside bf16 logits. No gradient.
     ///
     /// # Errors
     /// If the shapes do not fit.
     pub fn centered_softmax(&self, center: &Tensor, temperature: &Tensor) -> Result<Tensor> {
-        same_dtype("centered_softmax", &[self, center, temperature])?;
+        scalars_of("centered_softmax", self, &[center, temperature])?;
         let k = self.last_dim();
         if center.len() != k || temperature.len() != 1 || self.is_empty() {
             let problem = format!("logits {:?}, center {:?}", self.shape(), center.shape());
             return Err(Error::shape("centered_softmax", problem));
+        }
+        if let Some(gpu) = self.gpu() {
+            let _on = self.device().enter();
+            return softmax_on(gpu, self, Some([center, temperature]), false);
         }
         let mut out = Tensor::uninit(self.shape(), self.dtype());
         dispatch_real!("centered_softmax", self.dtype(), T => {
@@ -49,6 +54,13 @@ impl Tensor {
     /// (see [`ema_update`](crate::ops::ema_update)). No gradient.
     pub fn mean_row(&self, comm: &dyn Comm) -> Result<Tensor> {
         let k = self.last_dim();
+        if self.gpu().is_some() {
+            let _on = self.device().enter();
+            let rows = self.len() / k.max(1);
+            let sums = self.view(0, &[rows, k]).sum_axis(0)?;
+            let count = Tensor::scalar(rows as f64, sums.dtype());
+            return comm.all_reduce_sum(&sums)?.div(&comm.all_reduce_sum(&count)?);
+        }
         let mut sums = Tensor::uninit(&[k], self.dtype());
         dispatch_real!("mean_row", self.dtype(), T => {
             sum_rows(sums.as_mut_slice::<T>(), self.as_slice::<T>(), false);

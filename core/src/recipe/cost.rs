@@ -77,10 +77,7 @@ pub fn cost_of(recipe: &Recipe, model: &Declared) -> RunCost {
 
     let modules: Vec<(String, usize)> =
         model.layout.modules().into_iter().map(|m| (m.clone(), count(&format!("{m}.")))).collect();
-    let number = match recipe.precision {
-        Precision::F32 => 4.0,
-        Precision::F64 => 8.0,
-    };
+    let number = if recipe.precision == Precision::F64 { 8.0 } else { 4.0 };
     let all = model.layout.len() as f64 * number;
     let images = (recipe.batch.size / recipe.batch.micro_batches.max(1)) as f64;
     let mut memory = vec![

@@ -43,7 +43,7 @@ impl TeacherPass {
     ) -> Result<Self> {
         let _scope = scope::enter("teacher");
         let (model, weights) = (&learner.model, &learner.weights);
-        let params = Params::frozen(&model.layout, &weights.teacher);
+        let params = Params::frozen(&model.layout, weights.teacher());
         let mut features = Vec::new();
         for batch in batches {
             let crops = Crops::global(batch.global.clone());
@@ -144,7 +144,7 @@ impl Learner {
     pub(super) fn gram_target(&self, batch: &Batch) -> Result<GramTarget> {
         let _scope = scope::enter("gram_teacher");
         let (model, weights) = (&self.model, &self.weights);
-        let flat = weights.gram.as_ref().expect("a Gram teacher has weights");
+        let flat = weights.gram().expect("a Gram teacher has weights");
         let pixels = batch.gram.as_ref().unwrap_or(&batch.global);
         let crops = Crops::global(pixels.clone());
         let mut features = model.backbone.forward(&Params::frozen(&model.layout, flat), &[crops], Mode::Eval)?;
