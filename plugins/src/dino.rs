@@ -82,7 +82,7 @@ impl Dino {
             }
         }
         let n = student.len();
-        let weights = Tensor::full(&[n], logits.dtype(), 1.0 / n as f64)?;
+        let weights = Tensor::full(&[n], logits.dtype().wide(), 1.0 / n as f64)?;
         let (student, teacher) = (Tensor::from_slice(&student, &[n])?, Tensor::from_slice(&teacher, &[n])?);
         logits.soft_cross_entropy(targets, &student, &teacher, &weights, self.student_temp)
     }

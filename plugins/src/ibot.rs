@@ -71,12 +71,12 @@ impl Loss for Ibot {
         self.targets().compute(teacher, context)
     }
 
-    fn compute(&self, out: &Outputs<'_>, _: &StepContext<'_>) -> Result<LossValue> {
+    fn compute(&self, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
         let logits = out.student_logits.expect("`needs` asks for a head");
         let targets = out.targets.expect("`needs` asks for a head");
         let rows: Vec<u32> = (0..logits.dim(0) as u32).collect();
         let rows = Tensor::from_slice(&rows, &[rows.len()])?;
-        let weights = out.mask_weights.cast(logits.dtype())?.scale(1.0 / (out.globals * out.images) as f64)?;
+        let weights = out.mask_weights.cast(context.dtype)?.scale(1.0 / (out.globals * out.images) as f64)?;
         logits.soft_cross_entropy(targets, &rows, &rows, &weights, self.student_temp).map(LossValue::of)
     }
 }

@@ -9,7 +9,7 @@ use dinolab_core::data::plan::{random_box, Cut, ImagePlan};
 use dinolab_core::data::{Augmentation, BlockMask, Loader, LoaderSpec, Masks, Pipeline, StepBatches, Views};
 use dinolab_core::recipe::{BatchConfig, CropConfig, MaskConfig};
 use dinolab_core::rng::{Rng, Stream};
-use dinolab_core::{DType, Error, Result};
+use dinolab_core::{DType, Device, Error, Result};
 use proptest::prelude::*;
 
 /// Noise images of several sizes; some cannot be read, and reading may take time.
@@ -57,6 +57,7 @@ fn spec() -> LoaderSpec {
         patch_size: 4,
         gram_crop_size: Some(24),
         seed: 9,
+        device: Device::Cpu,
         dtype: DType::F32,
         start_step: 0,
         total_steps: 6,

@@ -47,7 +47,7 @@ pub struct StepContext<'a> {
     pub seed: u64,
     /// Sums and gathers over devices.
     pub comm: &'a dyn Comm,
-    /// The type of scalars and features.
+    /// The type of scalars, losses and factors: that of the features, or f32 beside bf16 features.
     pub dtype: DType,
     /// The loss's own state, in the order of [`Loss::state`].
     pub state: &'a [Tensor],
@@ -57,7 +57,7 @@ impl StepContext<'_> {
     /// A schedule's value now, as a rank-0 tensor: operations take numbers that change over time as tensors, so that a
     /// recorded step can be replayed with other values.
     pub fn scalar(&self, schedule: &Schedule) -> Tensor {
-        Tensor::scalar(schedule.at(self.at), self.dtype)
+        crate::step::scalar(schedule, self.at, self.dtype)
     }
 }
 
@@ -148,6 +148,11 @@ impl LossValue {
 pub trait Loss: fmt::Debug + Send + Sync {
     /// What the step has to compute for this loss.
     fn needs(&self) -> Needs;
+
+    /// Something to warn the user of when a run with this loss begins.
+    fn note(&self) -> Option<&'static str> {
+        None
+    }
 
     /// Buffers carried from step to step.
     fn state(&self) -> Vec<StateSpec> {

@@ -37,12 +37,12 @@ pub struct Views<'a> {
 /// from the global crop at the student's size; the reference takes them from the top left corner of the Gram crop.
 #[derive(Clone, Debug)]
 pub struct Augmentation {
-    config: CropConfig,
+    pub(super) config: CropConfig,
     patch_size: usize,
-    gram_size: Option<usize>,
+    pub(super) gram_size: Option<usize>,
     /// Value `x` of channel `c` becomes `scale[c] * x + shift[c]`.
-    scale: [f32; 3],
-    shift: [f32; 3],
+    pub(super) scale: [f32; 3],
+    pub(super) shift: [f32; 3],
 }
 
 /// Buffers that a thread reuses from image to image.
@@ -158,15 +158,12 @@ impl Augmentation {
         let n = planes.len() / 3;
         for (c, plane) in planes.chunks_exact_mut(n).enumerate() {
             let (scale, shift) = (self.scale[c], self.shift[c]);
-            crate::ops::parallel::dispatch(
-                #[inline(always)]
-                || plane.iter_mut().for_each(|x| *x = *x * scale + shift),
-            );
+            crate::simd!(plane.iter_mut().for_each(|x| *x = *x * scale + shift));
         }
     }
 }
 
-fn image_box(crop: &CropPlan) -> (Rect, bool) {
+pub(super) fn image_box(crop: &CropPlan) -> (Rect, bool) {
     match crop.cut {
         Cut::Image { area, flip } => (area, flip),
         Cut::Global { .. } => unreachable!("global crops are cut from the image"),

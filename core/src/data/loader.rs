@@ -4,13 +4,15 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use crossbeam_channel::{bounded, Receiver};
+use crossbeam_channel::{bounded, Receiver, Sender};
 
 use super::batch::StepBatches;
+use super::gpu::{pack, DeviceBatches, Staged};
 use super::pipeline::{list, BrokenSample, LoaderSpec, Pipeline};
 use crate::contract::Dataset;
+use crate::cuda::Staging;
 use crate::{Error, Result};
 
 /// A share of broken samples is judged over at least this many (or all, if the dataset has fewer).
@@ -21,14 +23,32 @@ const EVIDENCE: u64 = 1000;
 /// One thread goes from step to step; `loader_threads` others read and augment its images. Dropping the loader stops
 /// and joins them.
 ///
+/// For a GPU the threads only read, draw and upload, while the device works on steps before. The crops are made there
+/// when a step is taken, in place of those of the step taken before: only the newest step's batches are valid.
+///
 /// An item is an error, and the last, when too many samples cannot be read: more than `max_broken_share` of those tried
 /// so far (of the first thousand, or of the dataset if it is smaller, as long as fewer were tried).
 #[derive(Debug)]
 pub struct Loader {
     pipeline: Arc<Pipeline>,
-    steps: Option<Receiver<Result<StepBatches>>>,
+    steps: Option<Receiver<Result<Made>>>,
+    on_gpu: Option<OnGpu>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
+}
+
+/// A step as the thread makes it.
+enum Made {
+    Whole(StepBatches),
+    /// Its images are on their way to the GPU.
+    Staged(Staged),
+}
+
+/// Where crops are made on a GPU, and what images are uploaded with: memory goes back to the thread when it is read.
+#[derive(Debug)]
+struct OnGpu {
+    batches: DeviceBatches,
+    free: Sender<Staging>,
 }
 
 impl Loader {
@@ -50,11 +70,33 @@ impl Loader {
         let mut tally = Tally::new(spec.batch.max_broken_share, dataset.len() as u64);
         // The step that waits to be sent counts as prepared too.
         let (sender, steps) = bounded(spec.batch.prefetch.saturating_sub(1));
+        let (on_gpu, staging) = match spec.device.gpu() {
+            None => (None, None),
+            Some(gpu) => {
+                // One for each prepared step, and one for that whose crops are being made.
+                let (free, staging) = bounded(spec.batch.prefetch.max(1) + 1);
+                for _ in 0..spec.batch.prefetch.max(1) + 1 {
+                    free.send(Staging::new(gpu)?).expect("there is room for all");
+                }
+                (Some(OnGpu { batches: DeviceBatches::new(gpu, spec.dtype)?, free }), Some(staging))
+            }
+        };
         let stop = Arc::new(AtomicBool::new(false));
         let (range, source, stopped) = (spec.start_step..spec.total_steps, pipeline.clone(), stop.clone());
+        let make = move |step| match &staging {
+            None => source.step_unless(step, &stopped).map(|made| Some(Made::Whole(made))),
+            Some(staging) => {
+                let Some(raw) = source.raw_unless(step, &stopped)? else { return Ok(None) };
+                // No memory comes back any more: the loader was dropped.
+                let Ok(staging) = staging.recv() else { return Ok(None) };
+                pack(&source, raw, staging).map(|staged| Some(Made::Staged(staged)))
+            }
+        };
+        let stopped = stop.clone();
         let run = move || {
             for step in range {
-                let made = pool.install(|| source.step_unless(step, &stopped)).and_then(|made| tally.judge(made));
+                let Some(made) = pool.install(|| make(step)).transpose() else { return };
+                let made = made.and_then(|made| tally.judge(&made).map(|()| made));
                 let last = made.is_err() || stopped.load(Ordering::Relaxed);
                 if sender.send(made).is_err() || last {
                     return;
@@ -62,12 +104,25 @@ impl Loader {
             }
         };
         let thread = std::thread::Builder::new().name("loader".into()).spawn(run).map_err(|e| no_threads(&e))?;
-        Ok(Self { pipeline, steps: Some(steps), stop, thread: Some(thread) })
+        Ok(Self { pipeline, steps: Some(steps), on_gpu, stop, thread: Some(thread) })
     }
 
     /// What makes the batches: any step can be made again with it.
     pub fn pipeline(&self) -> &Arc<Pipeline> {
         &self.pipeline
+    }
+
+    fn finish(&mut self, made: Made) -> Result<StepBatches> {
+        let staged = match made {
+            Made::Whole(made) => return Ok(made),
+            Made::Staged(staged) => staged,
+        };
+        let OnGpu { batches, free } = self.on_gpu.as_mut().expect("staged steps are for a GPU");
+        let (step, broken) = (staged.step, staged.broken.clone());
+        let (batches, staging) = batches.augment(staged)?;
+        // The thread may have ended with the last step.
+        let _ = free.send(staging);
+        Ok(StepBatches { step, batches: batches.to_vec(), waited: Duration::ZERO, broken })
     }
 }
 
@@ -77,7 +132,10 @@ impl Iterator for Loader {
     fn next(&mut self) -> Option<Self::Item> {
         let start = Instant::now();
         match self.steps.as_ref()?.recv() {
-            Ok(made) => Some(made.map(|made| StepBatches { waited: start.elapsed(), ..made })),
+            Ok(made) => {
+                let made = made.and_then(|made| self.finish(made));
+                Some(made.map(|made| StepBatches { waited: start.elapsed(), ..made }))
+            }
             Err(_) => {
                 self.steps = None;
                 if let Some(Err(panic)) = self.thread.take().map(JoinHandle::join) {
@@ -92,8 +150,9 @@ impl Iterator for Loader {
 impl Drop for Loader {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
-        // Closing the channel wakes a thread that waits to send.
+        // Closing the channels wakes a thread that waits to send, or for memory.
         self.steps = None;
+        self.on_gpu = None;
         if let Some(thread) = self.thread.take() {
             // A panic of the thread was already printed; drop must not panic again.
             let _ = thread.join();
@@ -122,13 +181,16 @@ impl Tally {
         Self { max_share, evidence: samples.min(EVIDENCE), tried: 0, failed: 0, broken: BTreeMap::new() }
     }
 
-    fn judge(&mut self, made: StepBatches) -> Result<StepBatches> {
-        let read: usize = made.batches.iter().map(|b| b.indices.len()).sum();
-        self.tried += (read + made.broken.len()) as u64;
-        self.failed += made.broken.len() as u64;
-        self.broken.extend(made.broken.iter().map(|b| (b.index, b.clone())));
+    fn judge(&mut self, made: &Made) -> Result<()> {
+        let (read, broken) = match made {
+            Made::Whole(made) => (made.batches.iter().map(|b| b.indices.len()).sum(), &made.broken),
+            Made::Staged(staged) => (staged.images(), &staged.broken),
+        };
+        self.tried += (read + broken.len()) as u64;
+        self.failed += broken.len() as u64;
+        self.broken.extend(broken.iter().map(|b| (b.index, b.clone())));
         if self.failed as f64 <= self.max_share * self.tried.max(self.evidence) as f64 {
-            return Ok(made);
+            return Ok(());
         }
         let (failed, tried, share) = (self.failed, self.tried, self.max_share);
         Err(Error::user(

@@ -10,10 +10,11 @@ use super::augment::{Augmentation, Views};
 use super::batch::{views_of_images, Batch, StepBatches};
 use super::masks::{mask_sizes, Masks};
 use super::order::Order;
+use super::plan::ImagePlan;
 use crate::contract::{Dataset, Grid, Sample};
 use crate::recipe::{BatchConfig, CropConfig, MaskConfig, Resolution};
 use crate::rng::{Rng, Stream};
-use crate::{DType, Error, Result, Tensor};
+use crate::{DType, Device, Error, Result, Tensor};
 
 /// Samples read in place of a broken one before the run gives up.
 const REPLACEMENTS: u64 = 100;
@@ -33,7 +34,9 @@ pub struct LoaderSpec {
     pub gram_crop_size: Option<usize>,
     /// The run's seed.
     pub seed: u64,
-    /// Type of the mask weights.
+    /// Where the crops are made.
+    pub device: Device,
+    /// The step's type: that of mask weights on the CPU, of crops on a GPU; the others are f32.
     pub dtype: DType,
     /// First step that is made.
     pub start_step: u64,
@@ -67,6 +70,22 @@ struct Variant {
     sizes: Resolution,
     augmentation: Augmentation,
     grid: Grid,
+}
+
+/// The images of a step, and what is drawn for them: what a device makes crops from.
+pub(crate) struct RawStep {
+    pub(super) step: u64,
+    pub(super) images: Vec<RawImage>,
+    /// Of each micro-batch.
+    pub(super) masks: Vec<Masks>,
+    pub(super) broken: Vec<BrokenSample>,
+}
+
+/// An image as it was read.
+pub(super) struct RawImage {
+    pub(super) index: usize,
+    pub(super) sample: Sample,
+    pub(super) plan: ImagePlan,
 }
 
 /// The crops of one micro-batch, while they are made.
@@ -147,13 +166,46 @@ impl Pipeline {
 
         let mut batches = Vec::with_capacity(crops.len());
         for (part, (crops, read)) in crops.into_iter().zip(read.chunks(images)).enumerate() {
-            let mut rng = Rng::new(self.spec.seed, Stream::Mask, step, part as u64);
-            let masks = Masks::draw(&mut rng, 2 * images, variant.grid, &self.spec.masking, self.spec.dtype)?;
+            let masks = self.masks(variant, step, part)?;
             let indices = read.iter().map(|(index, _)| *index).collect();
             batches.push(Batch { global: crops.global, local: crops.local, gram: crops.gram, masks, indices });
         }
         let broken = read.into_iter().flat_map(|(_, broken)| broken).collect();
         Ok(StepBatches { step, batches, waited: Duration::ZERO, broken })
+    }
+
+    /// The images of `step`; nothing if `stop` is set before all are read.
+    pub(super) fn raw_unless(&self, step: u64, stop: &AtomicBool) -> Result<Option<RawStep>> {
+        let variant = self.variant(step);
+        let read = |i: usize| {
+            if stop.load(Ordering::Relaxed) {
+                return Ok(None);
+            }
+            let (index, sample, plan, broken) = self.draw(variant, step, i as u64)?;
+            Ok(Some((RawImage { index, sample, plan }, broken)))
+        };
+        let read: Result<Option<Vec<_>>> = (0..self.spec.batch.size)
+            .into_par_iter()
+            .with_max_len(1)
+            .map(read)
+            .collect::<Result<Vec<_>>>()
+            .map(|r| r.into_iter().collect());
+        let Some(read) = read? else { return Ok(None) };
+        let (images, broken): (Vec<_>, Vec<_>) = read.into_iter().unzip();
+        let masks = (0..self.spec.batch.micro_batches).map(|part| self.masks(variant, step, part));
+        Ok(Some(RawStep { step, images, masks: masks.collect::<Result<_>>()?, broken: broken.concat() }))
+    }
+
+    /// What makes the crops of `step`, and their sizes.
+    pub(super) fn of_step(&self, step: u64) -> (&Augmentation, &Resolution) {
+        let variant = self.variant(step);
+        (&variant.augmentation, &variant.sizes)
+    }
+
+    fn masks(&self, variant: &Variant, step: u64, part: usize) -> Result<Masks> {
+        let mut rng = Rng::new(self.spec.seed, Stream::Mask, step, part as u64);
+        let dtype = if self.spec.device == Device::Cpu { self.spec.dtype } else { DType::F32 };
+        Masks::draw(&mut rng, 2 * self.images(), variant.grid, &self.spec.masking, dtype)
     }
 
     fn allocate(&self, variant: &Variant) -> Crops {
@@ -174,12 +226,18 @@ impl Pipeline {
 
     /// Makes the crops of image `i` of `step`; returns the sample used and the broken ones met before it.
     fn image(&self, variant: &Variant, step: u64, i: u64, views: &mut Views<'_>) -> Result<(usize, Vec<BrokenSample>)> {
+        let (index, sample, plan, broken) = self.draw(variant, step, i)?;
+        variant.augmentation.apply(&sample, &plan, views);
+        Ok((index, broken))
+    }
+
+    /// Reads image `i` of `step` and draws its plan.
+    fn draw(&self, variant: &Variant, step: u64, i: u64) -> Result<(usize, Sample, ImagePlan, Vec<BrokenSample>)> {
         let first = self.order.sample(step * self.spec.batch.size as u64 + i);
         let (index, sample, broken) = self.read(first)?;
         let rng = |crop: u64| Rng::new(self.spec.seed, Stream::Augment, step, i << 16 | crop);
         let plan = variant.augmentation.plan((sample.width, sample.height), rng);
-        variant.augmentation.apply(&sample, &plan, views);
-        Ok((index, broken))
+        Ok((index, sample, plan, broken))
     }
 
     /// Sample `first`, or the first readable one of its replacements.

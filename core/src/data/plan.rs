@@ -54,6 +54,13 @@ pub struct Jitter {
     pub hue: f64,
 }
 
+impl Jitter {
+    /// What is added to an 8-bit hue: Pillow cuts the shift towards zero.
+    pub(super) fn hue_shift(&self) -> f32 {
+        (self.hue * 255.0).trunc() as f32
+    }
+}
+
 /// Distortion of a crop's colours.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct ColorPlan {

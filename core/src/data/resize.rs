@@ -39,6 +39,52 @@ pub(super) fn resize_plane(resizer: &mut Resizer, plane: &[f32], from: usize, ou
     resizer.resize_typed(&source, &mut target, &bicubic()).expect("sizes and types were checked above");
 }
 
+/// The weights of one axis of such a resize, for a device: those that `fast_image_resize` computes.
+pub(super) struct Weights {
+    /// Most inputs of an output.
+    pub(super) window: usize,
+    /// Of each output: its first input, and the weights from there.
+    rows: Vec<(usize, Vec<f64>)>,
+}
+
+impl Weights {
+    /// From `from` inputs to `to` outputs.
+    pub(super) fn new(from: usize, to: usize) -> Self {
+        let cubic = |x: f64| match x.abs() {
+            x if x < 1.0 => (1.5 * x - 2.5) * x * x + 1.0,
+            x if x < 2.0 => (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5,
+            _ => 0.0,
+        };
+        let scale = from as f64 / to as f64;
+        let widen = scale.max(1.0);
+        let radius = 2.0 * widen;
+        let row = |i: usize| {
+            let centre = (i as f64 + 0.5) * scale;
+            let start = (centre - radius).floor().max(0.0) as usize;
+            let end = (centre + radius).ceil().min(from as f64) as usize;
+            let all: Vec<f64> = (start..end).map(|x| cubic((x as f64 - (centre - 0.5)) * (1.0 / widen))).collect();
+            // Weights of zero at either end are no weights.
+            let skip = all.iter().take_while(|w| **w == 0.0).count();
+            let used = all.len() - all.iter().rev().take_while(|w| **w == 0.0).count();
+            let sum: f64 = all.iter().sum();
+            (start + skip, all[skip..used].iter().map(|w| w / sum).collect())
+        };
+        Self { window: 2 * radius.ceil() as usize + 1, rows: (0..to).map(row).collect() }
+    }
+
+    /// Of each output: its first input, and the weights from there.
+    pub(super) fn rows(&self) -> impl Iterator<Item = (usize, &[f64])> {
+        self.rows.iter().map(|(first, weights)| (*first, weights.as_slice()))
+    }
+
+    /// Fractional bits with which all weights fit into 16 bits; at most 21, so that sums of products with 8-bit values
+    /// fit into 32.
+    pub(super) fn precision(&self) -> u32 {
+        let most = self.rows.iter().flat_map(|(_, weights)| weights).copied().fold(0.0, f64::max);
+        (0..22).find(|bits| (most * f64::from(2 << bits)).round() >= 32768.0).unwrap_or(21)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

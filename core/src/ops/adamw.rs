@@ -7,9 +7,12 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use crate::cuda::args;
 use crate::ops::parallel::{zip_mut, BLOCK};
 use crate::tensor::Real;
-use crate::{dispatch_real, simd, Error, Result, Tensor};
+use crate::{cuda_source, dispatch_real, simd, Error, Result, Tensor};
+
+cuda_source! { pub(crate) static ADAMW = "adamw" { include_str!("adamw.cu") } }
 
 /// What all parameters share in [`adamw_step`].
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -163,6 +166,11 @@ impl<T: Real> Update<T> {
 /// If the two differ in type or length.
 pub fn ema_update(ema: &mut Tensor, params: &Tensor, momentum: f64) -> Result<()> {
     same_layout("ema", ema, params)?;
+    if let Some(gpu) = ema.gpu() {
+        let n = ema.len();
+        let launch = gpu.kernel(&ADAMW, "ema", ema.dtype())?.over(n.div_ceil(4));
+        return launch.work(0.0, 12.0 * n as f64).launch(args![ema, params, momentum as f32, n]);
+    }
     dispatch_real!("ema", ema.dtype(), T => {
         let (keep, rest) = (T::of(momentum), T::of(1.0 - momentum));
         zip_mut(ema.as_mut_slice::<T>(), params.as_slice::<T>(), |e, p| *e = keep * *e + rest * p);

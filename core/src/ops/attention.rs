@@ -8,6 +8,7 @@
 //! P is never kept: forward saves the logarithm of each row's normaliser, and backward computes P again, a block of
 //! query rows at a time (Dao, arXiv:2307.08691). Memory is therefore linear in the number of tokens.
 
+mod cuda;
 mod head;
 
 use std::ops::Range;
@@ -168,9 +169,16 @@ impl Op for Attention {
         "attention"
     }
 
+    fn cuda(&self) -> bool {
+        true
+    }
+
     fn forward(&mut self, inputs: &[&Tensor], save: bool) -> Result<Tensor> {
         self.check(inputs)?;
         let qkv = inputs[0];
+        if let Some(gpu) = qkv.gpu() {
+            return self.forward_on(gpu, qkv, save);
+        }
         let rows = qkv.dim(0);
         let mut out = Tensor::uninit(&[rows, qkv.dim(1) / 3], qkv.dtype());
         let mut log_sum = Tensor::uninit(&[rows * self.heads], qkv.dtype());
@@ -192,6 +200,9 @@ impl Op for Attention {
     }
 
     fn backward(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
+        if let Some(gpu) = dy.gpu() {
+            return self.backward_on(gpu, &dy, grads);
+        }
         let Saved { qkv, out, log_sum } = self.saved.as_ref().expect("saved by forward");
         let mut dqkv = Tensor::uninit(qkv.shape(), qkv.dtype());
         let mut dbias = self.partial_dbias(grads, qkv.dtype());

@@ -41,16 +41,36 @@ pub(crate) fn accumulate(place: &mut GradMut<'_>, grad: &Tensor) -> Result<()> {
 
 /// Between f32 and bf16 on a GPU.
 pub(crate) fn convert(x: &Tensor, to: DType) -> Result<Tensor> {
-    let (n, gpu) = (x.len(), x.gpu().expect("called for a tensor on a GPU"));
     let mut out = Tensor::uninit(x.shape(), to);
-    let (name, kind, bytes) = match (x.dtype(), to) {
+    convert_into(&mut out, x)?;
+    Ok(out)
+}
+
+/// [`convert`] into a tensor that is there already.
+pub(crate) fn convert_into(out: &mut Tensor, x: &Tensor) -> Result<()> {
+    let (n, gpu) = (x.len(), x.gpu().expect("called for a tensor on a GPU"));
+    let (name, kind, bytes) = match (x.dtype(), out.dtype()) {
         (DType::F32, DType::BF16) => ("narrow", DType::F32, 2),
         (DType::BF16, DType::F32) => ("widen", DType::BF16, 4),
         (from, to) => return Err(Error::shape("cast", format!("{from:?} to {to:?} on a GPU"))),
     };
     let kernel = gpu.kernel(&ELEMENTWISE, name, kind)?;
-    kernel.over((n * bytes).div_ceil(16)).work(0.0, 6.0 * n as f64).launch(args![&mut out, x, n])?;
-    Ok(out)
+    kernel.over((n * bytes).div_ceil(16)).work(0.0, 6.0 * n as f64).launch(args![out, x, n])
+}
+
+/// 1 if all elements (f32, on a GPU) are finite, 0 if not: rank 0.
+pub(crate) fn all_finite(values: &Tensor) -> Result<Tensor> {
+    let gpu = values.gpu().expect("called for a tensor on a GPU");
+    let mut flag = Tensor::uninit(&[], DType::F32);
+    let launch = gpu.kernel(&ELEMENTWISE, "all_finite", DType::F32)?.grid(1, 256);
+    launch.launch(args![&mut flag, values, values.len() as i32])?;
+    Ok(flag)
+}
+
+/// `to = from` (f32, on a GPU) if `flag` is not 0.
+pub(crate) fn copy_if(to: &mut Tensor, from: &Tensor, flag: &Tensor) -> Result<()> {
+    let (n, gpu) = (to.len(), to.gpu().expect("called for a tensor on a GPU"));
+    gpu.kernel(&ELEMENTWISE, "copy_if", DType::F32)?.over(n).launch(args![to, from, flag, n])
 }
 
 /// Operands of one type: bf16 beside f32 is widened, as sums and losses of bf16 features are f32.

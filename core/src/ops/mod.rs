@@ -20,6 +20,7 @@ mod adamw;
 mod attention;
 mod broadcast;
 mod columns;
+mod depthwise_conv;
 mod elementwise;
 mod gram_loss;
 mod koleo;
@@ -28,6 +29,7 @@ mod layer_norm;
 mod linear;
 mod matmul;
 mod patchify;
+mod recompute;
 mod reduce;
 mod resample;
 mod residual;
@@ -45,7 +47,8 @@ pub use attention::Segment;
 pub use gram_loss::{GramOptions, NegativeRemoval};
 pub use tokens::rows_of_images;
 
-pub(crate) use elementwise::{accumulate, convert, fill};
+pub(crate) use adamw::ADAMW;
+pub(crate) use elementwise::{accumulate, all_finite, convert, convert_into, copy_if, fill};
 
 use crate::tensor::{Grads, Real};
 use crate::{Error, Result, Tensor};

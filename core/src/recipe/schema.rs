@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, Serializer};
 
-use super::entries::{Losses, Probes};
-use crate::contract::{Backbone, Dataset, Schedule, TeacherPolicy};
+use super::entries::{BackboneEntry, Losses, Probes};
+use crate::contract::{Dataset, Schedule, TeacherPolicy};
 use crate::registry::Chosen;
+use crate::{DType, Device, Error};
 
 /// One run: what is trained, on what, how, and what is measured.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -26,12 +27,12 @@ pub struct Recipe {
     /// Arithmetic of the step.
     #[serde(default)]
     pub precision: Precision,
-    /// Start from these weights (a run folder, a checkpoint folder or a safetensors file): student and teacher.
-    /// Optimizer and schedules start anew.
+    /// Start from these weights (a run, a checkpoint, a weights folder or a safetensors file): student and teacher, heads
+    /// too where it has them. Optimizer and schedules start anew.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub init_from: Option<PathBuf>,
-    /// The model: a plugin.
-    pub backbone: Chosen<dyn Backbone>,
+    /// The model: a plugin. With `weights` it may be left to these which.
+    pub backbone: BackboneEntry,
     /// Where images come from: a plugin.
     pub data: Chosen<dyn Dataset>,
     /// Images a step and how they are read.
@@ -67,34 +68,77 @@ pub struct Recipe {
     pub on_non_finite: OnNonFinite,
 }
 
-/// Where a run runs.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum DeviceChoice {
-    /// A GPU when there is one, otherwise the CPU.
-    #[default]
-    Auto,
-    /// The CPU.
-    Cpu,
+/// Where a run runs: `auto` (the first GPU if there is one, otherwise the CPU), `cpu`, `cuda`, or `cuda:N`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(try_from = "String", into = "String")]
+#[schemars(extend("pattern" = "^(auto|cpu|cuda(:[0-9]+)?)$"))]
+pub struct DeviceChoice(String);
+
+impl Default for DeviceChoice {
+    fn default() -> Self {
+        Self("auto".into())
+    }
+}
+
+impl TryFrom<String> for DeviceChoice {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let number = |text: &str| text.parse::<usize>().is_ok();
+        let known = ["auto", "cpu", "cuda"].contains(&text.as_str());
+        match known || text.strip_prefix("cuda:").is_some_and(number) {
+            true => Ok(Self(text)),
+            false => Err(format!("`{text}` is not a device: choose auto, cpu, cuda or cuda:N")),
+        }
+    }
+}
+
+impl From<DeviceChoice> for String {
+    fn from(choice: DeviceChoice) -> Self {
+        choice.0
+    }
 }
 
 /// Arithmetic of the step.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Precision {
-    /// 32-bit floats.
+    /// `bf16` on a GPU, `f32` on the CPU.
     #[default]
+    Auto,
+    /// Features and matrix products in bfloat16, sums in 32 bits, master weights, moments and EMA in 32 bits: on a GPU.
+    Bf16,
+    /// 32-bit floats; on a GPU, products take TF32 tensor cores (10 bits of mantissa).
+    Tf32,
+    /// 32-bit floats.
     F32,
     /// 64-bit floats: for checks, on the CPU.
     F64,
 }
 
 impl Recipe {
-    /// The type of weights and features.
-    pub fn dtype(&self) -> crate::DType {
-        match self.precision {
-            Precision::F32 => crate::DType::F32,
-            Precision::F64 => crate::DType::F64,
+    /// Where the run runs, opened.
+    ///
+    /// # Errors
+    /// If there is no such device here, or it does not know the recipe's precision.
+    pub fn device(&self) -> crate::Result<Device> {
+        let device: Device = self.device.0.parse()?;
+        let problem = match (device, self.precision) {
+            (Device::Cuda(_), Precision::F64) => "f64 is for checks on the CPU",
+            (Device::Cpu, Precision::Bf16 | Precision::Tf32) => "it is for GPUs, and this run is on the CPU",
+            _ => return Ok(device),
+        };
+        let precision = serde_json::to_string(&self.precision).expect("a name");
+        let help = "set precision = \"auto\", or choose another device";
+        Err(Error::user(format!("precision = {precision}: {problem}"), help))
+    }
+
+    /// The type of features on a device.
+    pub fn dtype(&self, device: Device) -> DType {
+        match (self.precision, device) {
+            (Precision::F64, _) => DType::F64,
+            (Precision::Bf16, _) | (Precision::Auto, Device::Cuda(_)) => DType::BF16,
+            _ => DType::F32,
         }
     }
 }
@@ -212,7 +256,7 @@ impl CropConfig {
 }
 
 /// Writes f32 as the shortest decimals that mean it: 0.485, not 0.48500001430511475.
-fn as_written<S: Serializer>(values: &[f32; 3], serializer: S) -> Result<S::Ok, S::Error> {
+pub(crate) fn as_written<S: Serializer>(values: &[f32; 3], serializer: S) -> Result<S::Ok, S::Error> {
     values.map(|x| x.to_string().parse::<f64>().expect("a printed number is a number")).serialize(serializer)
 }
 

@@ -8,30 +8,40 @@
 //! ```
 
 mod declare;
+mod distillation;
+mod gpu;
 mod health;
 mod optimizer;
 mod outputs;
+mod scalars;
+mod update;
 mod weights;
 
 pub use declare::{declare, loss_context, Declared, DeclaredLoss, CHANNELS, GLOBALS};
+pub(crate) use distillation::distilled_model;
 pub use health::Health;
 pub use optimizer::ParamRule;
 pub use weights::Weights;
+
+pub(crate) use scalars::scalar;
 
 use std::collections::BTreeMap;
 
 use crate::checkpoint::Checkpoint;
 use crate::comm::{Comm, Single};
-use crate::contract::{At, Draws, Follow, Role, StepContext, TeacherPolicy};
+use crate::contract::{At, Crops, Draws, Features, Follow, Mode, StepContext, TeacherPolicy};
 use crate::data::Batch;
 use crate::params::Params;
-use crate::recipe::Recipe;
+use crate::recipe::{Precision, Recipe};
 use crate::rng::Rng;
-use crate::tensor::{scope, Tape};
-use crate::{DType, Error, Result, Tensor};
+use crate::tensor::{catch_out_of_memory, scope, Tape};
+use crate::{DType, Device, Error, Result, Tensor};
 
+use distillation::TeacherModel;
+use gpu::GpuStep;
 use optimizer::AdamW;
 use outputs::{StudentPass, TeacherPass};
+use update::DeviceUpdate;
 
 /// A model in training: weights, optimizer, losses and the teachers' policies.
 pub struct Learner {
@@ -39,11 +49,23 @@ pub struct Learner {
     weights: Weights,
     optimizer: AdamW,
     teacher: Box<dyn TeacherPolicy>,
+    distilled: Option<TeacherModel>,
     gram: Option<Box<dyn TeacherPolicy>>,
     comm: Box<dyn Comm>,
     seed: u64,
     total: u64,
     locals: usize,
+    device: Device,
+    gpu_step: Option<GpuStep>,
+}
+
+/// What a forward and backward pass gave, where it ran.
+struct Pass {
+    /// As in [`Report`], rank 0.
+    losses: BTreeMap<String, Tensor>,
+    health: Option<Health>,
+    /// The losses' next state.
+    state: Vec<Vec<Tensor>>,
 }
 
 /// What one step gave.
@@ -89,20 +111,31 @@ impl Learner {
     fn unstarted(recipe: &Recipe) -> Result<Self> {
         let model = declare(recipe)?;
         let teacher = recipe.teacher.build(&mut ())?;
+        let distilled = TeacherModel::of(teacher.as_ref(), &model, recipe)?;
         let wanted = model.losses.iter().any(|l| l.needs.gram_teacher);
         let gram = recipe.gram_teacher.as_ref().filter(|_| wanted).map(|g| g.build(&mut ())).transpose()?;
-        let weights = Weights::new(&model, gram.is_some(), recipe.dtype());
+        let device = recipe.device()?;
+        let dtype = recipe.dtype(device);
+        let weights = catch_out_of_memory(|| Ok(device.with(|| Weights::new(&model, gram.is_some(), dtype))))?;
         let optimizer = AdamW::new(&recipe.optimizer, &model);
+        let gpu_step = device.gpu().map(|gpu| {
+            gpu.set_tf32(recipe.precision == Precision::Tf32)?;
+            gpu.load_all()?;
+            GpuStep::new(gpu, dtype, DeviceUpdate::new(gpu, &optimizer)?)
+        });
         Ok(Self {
             model,
             weights,
             optimizer,
             teacher,
+            distilled,
             gram,
             comm: Box::new(Single),
             seed: recipe.seed,
             total: recipe.steps,
             locals: recipe.crops.local_count,
+            device,
+            gpu_step: gpu_step.transpose()?,
         })
     }
 
@@ -131,9 +164,19 @@ impl Learner {
         self.gram.as_ref().and_then(|g| g.crop_size())
     }
 
-    /// The type of weights and features.
+    /// The type of weights and losses; features may be narrower.
     pub fn dtype(&self) -> DType {
         self.weights.student.dtype()
+    }
+
+    /// The type of features and crops.
+    pub fn features_dtype(&self) -> DType {
+        self.weights.student().dtype()
+    }
+
+    /// Where it computes.
+    pub fn device(&self) -> Device {
+        self.device
     }
 
     /// Steps whose update was skipped.
@@ -145,51 +188,64 @@ impl Learner {
     /// report says what it was.
     ///
     /// # Errors
-    /// If shapes do not fit, or a policy's weights cannot be read.
+    /// If shapes do not fit, a policy's weights cannot be read, or the device fails or is full.
     pub fn step(&mut self, step: u64, batches: &[Batch], health: bool) -> Result<Report> {
         let at = At { step, total: self.total };
-        self.before_step(at)?;
-        let mut grads = self.weights.take_grads();
-        let pass = self.forward_backward(at, batches, &mut grads, health, &|b, m| self.draw(step, b, m));
-        let (mut report, state) = match pass {
-            Ok(done) => done,
-            Err(error) => {
-                self.weights.grads = grads;
-                return Err(error);
+        let _on = self.device.enter();
+        catch_out_of_memory(|| {
+            self.before_step(at)?;
+            match self.device {
+                Device::Cpu => self.step_on_cpu(at, batches, health),
+                Device::Cuda(_) => self.step_on_gpu(at, batches, health),
             }
+        })
+    }
+
+    fn step_on_cpu(&mut self, at: At, batches: &[Batch], health: bool) -> Result<Report> {
+        let draws: Vec<Draws> = batches.iter().enumerate().map(|(m, b)| self.draw(at.step, b, m)).collect();
+        let mut grads = self.weights.take_grads();
+        let pass = self.forward_backward(at, batches, &draws, &mut grads, health);
+        let norms = self.optimizer.grad_norms(&grads);
+        self.weights.grads = grads;
+        let Pass { losses, health, state } = pass?;
+        let mut report = Report {
+            losses: losses.into_iter().map(|(name, loss)| (name, loss.item())).collect(),
+            grad_norms: norms?,
+            lr: self.optimizer.lr(at),
+            weight_decay: self.optimizer.weight_decay(at),
+            health,
+            non_finite: None,
         };
-        report.lr = self.optimizer.lr(at);
-        report.weight_decay = self.optimizer.weight_decay(at);
-        report.grad_norms = self.optimizer.grad_norms(&grads)?;
-        report.non_finite = self.find_non_finite(at, batches, &report, &mut grads)?;
+        report.non_finite = self.find_non_finite(at, batches, &draws, &report)?;
         if report.non_finite.is_some() {
             self.weights.skipped += 1;
-        } else {
-            self.weights.loss_state = state;
-            self.update(at, &grads, &report.grad_norms)?;
+            return Ok(report);
         }
-        self.weights.grads = grads;
+        self.weights.loss_state = state;
+        let follow = self.teacher.after_step(at);
+        let momentum = if let Follow::Ema { momentum } = follow { Some(momentum) } else { None };
+        self.optimizer.update(at, &mut self.weights, &report.grad_norms, momentum)?;
+        self.follow_after(at, follow)?;
         Ok(report)
     }
 
     /// The random numbers of the student's forward on micro-batch `micro`.
-    pub fn draw(&self, step: u64, batch: &Batch, micro: usize) -> Draws {
+    fn draw(&self, step: u64, batch: &Batch, micro: usize) -> Draws {
         let images: Vec<usize> =
             [batch.global.dim(0)].into_iter().chain(batch.local.as_ref().map(|l| l.dim(0))).collect();
         let base = (micro as u64) << 32;
         self.model.backbone.draw(&|stream, index| Rng::new(self.seed, stream, step, base | index), &images)
     }
 
-    /// Teachers, student, losses and gradients of one step; `grads` is overwritten. Gives the report and the losses'
-    /// next state.
-    pub fn forward_backward(
+    /// Teachers, student, losses and gradients of one step; `grads` is overwritten.
+    fn forward_backward(
         &self,
         at: At,
         batches: &[Batch],
+        draws: &[Draws],
         grads: &mut Tensor,
         health: bool,
-        draw: &dyn Fn(&Batch, usize) -> Draws,
-    ) -> Result<(Report, Vec<Vec<Tensor>>)> {
+    ) -> Result<Pass> {
         grads.fill_zero();
         let dtype = self.dtype();
         let context = |state| StepContext { at, seed: self.seed, comm: self.comm.as_ref(), dtype, state };
@@ -207,9 +263,9 @@ impl Learner {
         let mut measured = None;
         for (micro, batch) in batches.iter().enumerate() {
             let tape = Tape::new();
-            let params = Params::tracked(&self.model.layout, &self.weights.student, &tape);
+            let params = Params::tracked(&self.model.layout, self.weights.student(), &tape);
             let gram = if gram_active { Some(self.gram_target(batch)?) } else { None };
-            let student = StudentPass::run(self, &params, batch, &draw(batch, micro))?;
+            let student = StudentPass::run(self, &params, batch, &draws[micro])?;
             let mut total: Option<Tensor> = None;
             for (i, declared) in self.model.losses.iter().enumerate() {
                 if declared.needs.gram_teacher && !gram_active {
@@ -223,18 +279,18 @@ impl Learner {
                     let problem = format!("loss `{}` gave shape {:?}, not a scalar", declared.name, value.loss.shape());
                     return Err(Error::shape("loss", problem));
                 }
-                add(format!("loss/{}", declared.name), &value.loss.detach())?;
+                add(format!("loss/{}", declared.name), &value.loss.detach().cast(dtype)?)?;
                 for (part, value) in &value.parts {
-                    add(format!("loss/{}/{part}", declared.name), &value.detach())?;
+                    add(format!("loss/{}/{part}", declared.name), &value.detach().cast(dtype)?)?;
                 }
-                let weighted = value.loss.mul(&context.scalar(&declared.weight))?;
+                let weighted = value.loss.cast(dtype)?.mul(&context.scalar(&declared.weight))?;
                 total = Some(match total {
                     Some(total) => total.add(&weighted)?,
                     None => weighted,
                 });
             }
             if health && micro == 0 {
-                measured = Some(Health::measure(&teacher.of(0), &self.model)?);
+                measured = Some(Health::measure(&teacher.of(0), &self.model, &batch.indices)?);
             }
             // Before its loss begins, a run may have nothing to learn from.
             let Some(total) = total else { continue };
@@ -243,18 +299,17 @@ impl Learner {
                 tape.backward(&total, 1.0 / batches.len() as f64, Some(grads))?;
             }
         }
-        let n = batches.len() as f64;
-        let losses = sums.into_iter().map(|(name, sum)| (name, sum.item() / n)).collect();
-        Ok((Report { losses, health: measured, ..Report::default() }, teacher.state))
+        let mean = |(name, sum): (String, Tensor)| Ok((name, sum.scale(1.0 / batches.len() as f64)?));
+        Ok(Pass { losses: sums.into_iter().map(mean).collect::<Result<_>>()?, health: measured, state: teacher.state })
     }
 
     /// What was not finite, and the operation where it began: found by running the step again and watching.
     fn find_non_finite(
-        &self,
+        &mut self,
         at: At,
         batches: &[Batch],
+        draws: &[Draws],
         report: &Report,
-        grads: &mut Tensor,
     ) -> Result<Option<String>> {
         let bad_loss = report.losses.iter().find(|(_, v)| !v.is_finite());
         let bad_norm = report.grad_norms.iter().find(|(_, v)| !v.is_finite());
@@ -263,8 +318,9 @@ impl Learner {
             (None, Some((module, _))) => format!("the gradient of {module}"),
             (None, None) => return Ok(None),
         };
-        let again = || self.forward_backward(at, batches, grads, false, &|b, m| self.draw(at.step, b, m));
-        let (result, first) = scope::first_non_finite(again);
+        let mut grads = self.weights.take_grads();
+        let (result, first) = scope::first_non_finite(|| self.forward_backward(at, batches, draws, &mut grads, false));
+        self.weights.grads = grads;
         result?;
         Ok(Some(match first {
             Some(first) => format!("{what} (first: {first})"),
@@ -273,7 +329,7 @@ impl Learner {
     }
 
     /// What the teachers' policies do before a step.
-    pub fn before_step(&mut self, at: At) -> Result<()> {
+    fn before_step(&mut self, at: At) -> Result<()> {
         match self.teacher.before_step(at) {
             Follow::Keep => {}
             Follow::Copy(role) => self.weights.copy_to_teacher(&role, &self.model)?,
@@ -282,14 +338,8 @@ impl Learner {
         self.follow_gram(|g| g.before_step(at))
     }
 
-    /// Clipping, AdamW and EMA in one pass; then the Gram teacher's policy.
-    pub fn update(&mut self, at: At, grads: &Tensor, norms: &BTreeMap<String, f64>) -> Result<()> {
-        let follow = self.teacher.after_step(at);
-        let momentum = match follow {
-            Follow::Ema { momentum } => Some(momentum),
-            Follow::Keep | Follow::Copy(_) => None,
-        };
-        self.optimizer.update(at, &mut self.weights, grads, norms, momentum)?;
+    /// What the policies do after the update, which the EMA was part of.
+    fn follow_after(&mut self, at: At, follow: Follow) -> Result<()> {
         if let Follow::Copy(role) = follow {
             self.weights.copy_to_teacher(&role, &self.model)?;
         }
@@ -305,8 +355,17 @@ impl Learner {
         }
     }
 
-    /// The EMA teacher's features of normalised pixels `[B, 3, h, w]`, in evaluation: what probes and pictures see.
-    pub fn teacher_features(&self, pixels: &Tensor) -> Result<crate::contract::Features> {
-        self.weights.features(&self.model, &Role::Teacher, pixels)
+    /// The EMA teacher's features of normalised pixels `[B, 3, h, w]`, in evaluation, in host memory: what probes and
+    /// pictures see.
+    pub fn teacher_features(&self, pixels: &Tensor) -> Result<Features> {
+        let features = self.device.with(|| {
+            catch_out_of_memory(|| {
+                let params = Params::frozen(&self.model.layout, self.weights.teacher());
+                let crops = Crops::global(pixels.to(self.device));
+                let mut features = self.model.backbone.forward(&params, &[crops], Mode::Eval)?;
+                features.pop().ok_or_else(|| Error::shape("backbone", "no features"))
+            })
+        })?;
+        features.to_host()
     }
 }

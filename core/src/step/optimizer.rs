@@ -32,9 +32,9 @@ pub struct ParamRule {
     pub decays: bool,
     /// Whether it is held still for `freeze_last_layer_steps`.
     pub last_layer: bool,
-    range: Range<usize>,
+    pub(super) range: Range<usize>,
     /// Index of its sub-model.
-    module: usize,
+    pub(super) module: usize,
 }
 
 /// Learning-rate multiplier of the reference: `decay^(depth + 1 - layer)`, and the patch embedding's own.
@@ -66,6 +66,21 @@ impl AdamW {
         Self { config: config.clone(), rules: layout.specs().iter().map(rule).collect(), modules }
     }
 
+    /// The recipe's table.
+    pub(super) fn config(&self) -> &OptimizerConfig {
+        &self.config
+    }
+
+    /// The names of the sub-models.
+    pub(super) fn modules(&self) -> impl Iterator<Item = &str> {
+        self.modules.iter().map(|(name, _)| name.as_str())
+    }
+
+    /// The sub-models' ranges in the flat buffers.
+    pub(super) fn module_ranges(&self) -> impl Iterator<Item = &Range<usize>> {
+        self.modules.iter().map(|(_, range)| range)
+    }
+
     pub(super) fn lr(&self, at: At) -> f64 {
         self.config.lr.at(at)
     }
@@ -85,7 +100,6 @@ impl AdamW {
         &self,
         at: At,
         weights: &mut Weights,
-        grads: &Tensor,
         norms: &BTreeMap<String, f64>,
         momentum: Option<f64>,
     ) -> Result<()> {
@@ -108,7 +122,7 @@ impl AdamW {
         let groups: Vec<Group> = self.rules.iter().map(group).collect();
         // Moments begin at zero, so their corrections count updates, not steps.
         let updates = at.step + 1 - weights.skipped;
-        let Weights { student, teacher, exp_avg, exp_avg_sq, .. } = weights;
+        let Weights { student, teacher, exp_avg, exp_avg_sq, grads, .. } = weights;
         let moments = Moments { mean: exp_avg, square: exp_avg_sq };
         let ema = momentum.map(|momentum| Ema { params: teacher, momentum });
         let [beta1, beta2] = self.config.betas;

@@ -3,10 +3,12 @@
 use std::path::Path;
 
 use crate::checkpoint::{self, Checkpoint, Content, NamedTensors};
-use crate::contract::{Crops, Features, Mode, Role, TeacherPolicy};
-use crate::params::{load_named, Layout, Params};
+use crate::contract::{Role, TeacherPolicy};
+use crate::ops::convert_into;
+use crate::params::{load_named, Layout};
 use crate::recipe::Recipe;
-use crate::{DType, Error, Result, Tensor};
+use crate::weights::check_same_model;
+use crate::{DType, Device, Error, Result, Tensor};
 
 use super::{Declared, DeclaredLoss};
 
@@ -28,6 +30,15 @@ pub struct Weights {
     pub skipped: u64,
     /// Gradients of the last step.
     pub(super) grads: Tensor,
+    /// Copies in bf16 that a bf16 step computes with.
+    pub(super) narrow: Option<Narrow>,
+}
+
+/// Student, teacher and Gram teacher in bf16, at fixed addresses.
+pub(super) struct Narrow {
+    pub(super) student: Tensor,
+    pub(super) teacher: Tensor,
+    pub(super) gram: Option<Tensor>,
 }
 
 /// The end of the backbone's part of a layout.
@@ -36,10 +47,17 @@ fn backbone_len(layout: &Layout) -> usize {
 }
 
 impl Weights {
-    /// All zero; a Gram teacher only if there is one.
-    pub(super) fn new(model: &Declared, gram: bool, dtype: DType) -> Self {
+    /// All zero, for features in `features`; a Gram teacher only if there is one.
+    pub(super) fn new(model: &Declared, gram: bool, features: DType) -> Self {
         let layout = &model.layout;
+        let dtype = features.wide();
         let zeros = || Tensor::zeros(&[layout.len()], dtype);
+        let narrow = |len| Tensor::zeros(&[len], DType::BF16);
+        let narrow = (features == DType::BF16).then(|| Narrow {
+            student: narrow(layout.len()),
+            teacher: narrow(layout.len()),
+            gram: gram.then(|| narrow(backbone_len(layout))),
+        });
         let state = |l: &DeclaredLoss| l.loss.state().iter().map(|s| Tensor::zeros(&s.shape, dtype)).collect();
         Self {
             student: zeros(),
@@ -50,6 +68,33 @@ impl Weights {
             loss_state: model.losses.iter().map(state).collect(),
             skipped: 0,
             grads: zeros(),
+            narrow,
+        }
+    }
+
+    /// What the student computes with.
+    pub(super) fn student(&self) -> &Tensor {
+        self.narrow.as_ref().map_or(&self.student, |n| &n.student)
+    }
+
+    /// What the teacher computes with.
+    pub(super) fn teacher(&self) -> &Tensor {
+        self.narrow.as_ref().map_or(&self.teacher, |n| &n.teacher)
+    }
+
+    /// What the Gram teacher computes with.
+    pub(super) fn gram(&self) -> Option<&Tensor> {
+        self.narrow.as_ref().map_or(self.gram.as_ref(), |n| n.gram.as_ref())
+    }
+
+    /// Brings the bf16 copies up to date after weights were replaced outside the update.
+    fn narrow(&mut self) -> Result<()> {
+        let Some(narrow) = &mut self.narrow else { return Ok(()) };
+        convert_into(&mut narrow.student, &self.student)?;
+        convert_into(&mut narrow.teacher, &self.teacher)?;
+        match (&mut narrow.gram, &self.gram) {
+            (Some(narrow), Some(gram)) => convert_into(narrow, gram),
+            _ => Ok(()),
         }
     }
 
@@ -62,20 +107,25 @@ impl Weights {
         gram: Option<&dyn TeacherPolicy>,
     ) -> Result<()> {
         let layout = &model.layout;
-        self.student = layout.init(recipe.seed, self.student.dtype())?;
+        let dtype = self.student.dtype();
+        self.student.copy_from(&layout.init(recipe.seed, dtype)?)?;
+        if let Some(path) = &recipe.backbone.weights {
+            let source = read_model(path, model)?;
+            load_role(&layout.part("backbone."), &mut self.student, &source, &["teacher.", "student.", ""], path)?;
+        }
         self.teacher.copy_from(&self.student)?;
         if let Some(path) = &recipe.init_from {
-            let source = checkpoint::read_weights(path)?;
+            let source = read_model(path, model)?;
             load_role(layout, &mut self.student, &source, &["student.", "teacher.", ""], path)?;
             load_role(layout, &mut self.teacher, &source, &["teacher.", "student.", ""], path)?;
         }
         if let role @ Role::Checkpoint(_) = teacher.start() {
             self.copy_to_teacher(&role, model)?;
         }
-        match gram {
-            Some(gram) => self.copy_to_gram(&gram.start(), model),
-            None => Ok(()),
+        if let Some(gram) = gram {
+            self.copy_to_gram(&gram.start(), model)?;
         }
+        self.narrow()
     }
 
     /// The gradients of the last step, in the student's layout.
@@ -85,59 +135,53 @@ impl Weights {
 
     /// The gradient buffer, to be written outside; put back after the step.
     pub(super) fn take_grads(&mut self) -> Tensor {
-        std::mem::replace(&mut self.grads, Tensor::zeros(&[0], self.student.dtype()))
+        std::mem::replace(&mut self.grads, Device::Cpu.with(|| Tensor::zeros(&[0], DType::F32)))
     }
 
     pub(super) fn copy_to_teacher(&mut self, role: &Role, model: &Declared) -> Result<()> {
         match role {
-            Role::Teacher => Ok(()),
-            Role::Student => self.teacher.copy_from(&self.student),
+            Role::Teacher => return Ok(()),
+            Role::Student => self.teacher.copy_from(&self.student)?,
             Role::Checkpoint(path) => {
-                let source = checkpoint::read_weights(path)?;
-                load_role(&model.layout, &mut self.teacher, &source, &["teacher.", "student.", ""], path)
+                let source = read_model(path, model)?;
+                load_role(&model.layout, &mut self.teacher, &source, &["teacher.", "student.", ""], path)?;
             }
         }
+        self.narrow()
     }
 
     pub(super) fn copy_to_gram(&mut self, role: &Role, model: &Declared) -> Result<()> {
         let gram = self.gram.as_mut().expect("a Gram teacher has weights");
         let n = gram.len();
         match role {
-            Role::Student => gram.copy_from(&self.student.view(0, &[n])),
-            Role::Teacher => gram.copy_from(&self.teacher.view(0, &[n])),
+            Role::Student => gram.copy_from(&self.student.view(0, &[n]))?,
+            Role::Teacher => gram.copy_from(&self.teacher.view(0, &[n]))?,
             Role::Checkpoint(path) => {
-                let source = checkpoint::read_weights(path)?;
+                let source = read_model(path, model)?;
                 let prefixes = ["teacher.", "gram_teacher.", "student.", ""];
-                load_role(&model.layout.part("backbone."), gram, &source, &prefixes, path)
+                load_role(&model.layout.part("backbone."), gram, &source, &prefixes, path)?;
             }
         }
+        self.narrow()
     }
 
     pub(super) fn ema(&mut self, momentum: f64) -> Result<()> {
-        crate::ops::ema_update(&mut self.teacher, &self.student, momentum)
+        crate::ops::ema_update(&mut self.teacher, &self.student, momentum)?;
+        self.narrow()
     }
 
     pub(super) fn ema_gram(&mut self, momentum: f64) -> Result<()> {
         let gram = self.gram.as_mut().expect("a Gram teacher has weights");
         let n = gram.len();
-        crate::ops::ema_update(gram, &self.teacher.view(0, &[n]), momentum)
+        crate::ops::ema_update(gram, &self.teacher.view(0, &[n]), momentum)?;
+        self.narrow()
     }
 
-    /// Features of normalised pixels `[B, 3, h, w]` in evaluation.
-    pub(super) fn features(&self, model: &Declared, role: &Role, pixels: &Tensor) -> Result<Features> {
-        let flat = match role {
-            Role::Student => &self.student,
-            Role::Teacher | Role::Checkpoint(_) => &self.teacher,
-        };
-        let params = Params::frozen(&model.layout, flat);
-        let mut features = model.backbone.forward(&params, &[Crops::global(pixels.clone())], Mode::Eval)?;
-        features.pop().ok_or_else(|| Error::shape("backbone", "no features"))
-    }
-
-    /// Everything a run needs to go on after `step` steps, by name.
+    /// Everything a run needs to go on after `step` steps, by name, in host memory.
     pub fn content(&self, step: u64, model: &Declared) -> Content {
         let mut content = Content { step, skipped: self.skipped, model: Vec::new(), optimizer: Vec::new() };
         let put = |list: &mut Vec<(String, Tensor)>, role: &str, flat: &Tensor| {
+            let flat = flat.to(Device::Cpu);
             let inside = model.layout.specs().iter().filter(|s| s.range().end <= flat.len());
             list.extend(inside.map(|s| (format!("{role}.{}", s.name), flat.view(s.offset, &s.shape))));
         };
@@ -150,7 +194,7 @@ impl Weights {
         put(&mut content.optimizer, "exp_avg_sq", &self.exp_avg_sq);
         for (loss, state) in model.losses.iter().zip(&self.loss_state) {
             for (spec, value) in loss.loss.state().iter().zip(state) {
-                content.optimizer.push((format!("state.{}.{}", loss.name, spec.name), value.clone()));
+                content.optimizer.push((format!("state.{}.{}", loss.name, spec.name), value.to(Device::Cpu)));
             }
         }
         content
@@ -163,7 +207,7 @@ impl Weights {
     pub fn restore(&mut self, from: &Checkpoint, model: &Declared) -> Result<()> {
         let layout = &model.layout;
         let whole = |source: &NamedTensors, role: &str, layout: &Layout, flat: &mut Tensor| {
-            load_named(layout, flat, |name| source.get(&format!("{role}.{name}")).cloned(), &from.path)
+            load(layout, flat, |name| source.get(&format!("{role}.{name}")).cloned(), &from.path)
         };
         whole(&from.model, "student", layout, &mut self.student)?;
         whole(&from.model, "teacher", layout, &mut self.teacher)?;
@@ -178,12 +222,18 @@ impl Weights {
                 let found = from.optimizer.get(&name).filter(|t| t.shape() == spec.shape);
                 let missing =
                     || Error::content(&from.path, format!("no {name} {:?}", spec.shape), "start the run anew");
-                *value = found.ok_or_else(missing)?.cast(value.dtype())?;
+                value.copy_from(&found.ok_or_else(missing)?.cast(value.dtype())?)?;
             }
         }
         self.skipped = from.skipped;
-        Ok(())
+        self.narrow()
     }
+}
+
+/// Weights of the same model.
+fn read_model(path: &Path, model: &Declared) -> Result<NamedTensors> {
+    check_same_model(path, model.backbone.as_ref())?;
+    Device::Cpu.with(|| checkpoint::read_weights(path))
 }
 
 /// Loads a model from the first of `prefixes` under which the file has a backbone. A head that the file does not have
@@ -198,7 +248,15 @@ fn load_role(layout: &Layout, flat: &mut Tensor, source: &NamedTensors, prefixes
         layout.modules().into_iter().filter(|m| m == "backbone" || source.has(&format!("{prefix}{m}."))).collect();
     for module in known {
         let part = layout.part(&format!("{module}."));
-        load_named(&part, flat, |name| source.get(&format!("{prefix}{name}")).cloned(), path)?;
+        load(&part, flat, |name| source.get(&format!("{prefix}{name}")).cloned(), path)?;
     }
     Ok(())
+}
+
+/// [`load_named`] into a buffer wherever it is.
+fn load(layout: &Layout, flat: &mut Tensor, source: impl Fn(&str) -> Option<Tensor>, path: &Path) -> Result<()> {
+    let Device::Cuda(_) = flat.device() else { return load_named(layout, flat, source, path) };
+    let mut host = flat.to(Device::Cpu);
+    Device::Cpu.with(|| load_named(layout, &mut host, source, path))?;
+    flat.copy_from(&host)
 }

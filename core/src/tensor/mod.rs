@@ -14,6 +14,7 @@ pub mod tape;
 use std::fmt;
 use std::sync::Arc;
 
+pub(crate) use device::{cannot_record, recording};
 pub use device::{catch_out_of_memory, Device};
 pub use dtype::{DType, Element, Real};
 pub use storage::{memory_stats, reset_peak, trim, MemoryStats};

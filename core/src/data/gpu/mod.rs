@@ -1,0 +1,226 @@
+//! Batches on a GPU, at addresses that do not change from step to step, so that a recorded step finds them.
+//!
+//! Decoded images go up once, eight bits a value; all crops are cut from them there, by the plans that the CPU would
+//! follow ([`pack`]). Resizes, colours and blur round to whole numbers where the CPU's do, so crops are the same numbers
+//! (f32; in bf16 those numbers rounded). Only where the Gram teacher's crops are made from distorted ones
+//! ([`CropConfig::gram_without_distortion`](crate::recipe::CropConfig) false) sums are f32 here and f64 there: they
+//! agree to 1e-5.
+
+mod jobs;
+mod pack;
+
+use crate::cuda::{args, Arg, Gpu, Launch, Staging};
+use crate::data::batch::Batch;
+use crate::data::Masks;
+use crate::{cuda_source, DType, Device, Error, Result, Tensor};
+
+use jobs::{Finish, Paint};
+pub(super) use pack::{pack, Staged};
+use pack::{Micro, Section};
+
+cuda_source! { static AUGMENT = "augment" { include_str!("augment.cu") } }
+
+/// Parts of an upload begin at multiples of this many bytes.
+const ALIGN: usize = 256;
+
+/// The shapes of a micro-batch's tensors, in the order of [`Batch::tensors`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Shapes {
+    global: [usize; 4],
+    local: Option<[usize; 4]>,
+    gram: Option<[usize; 4]>,
+    masks: [usize; 4],
+}
+
+impl Shapes {
+    fn of(batch: &Batch) -> Self {
+        let crops = |t: &Tensor| -> [usize; 4] { t.shape().try_into().expect("crops are [N, 3, H, W]") };
+        let Masks { masks, indices, unmasked, weights } = &batch.masks;
+        Self {
+            global: crops(&batch.global),
+            local: batch.local.as_ref().map(crops),
+            gram: batch.gram.as_ref().map(crops),
+            masks: [masks, indices, unmasked, weights].map(Tensor::len),
+        }
+    }
+
+    /// A batch of these shapes on the current device.
+    fn make(&self, dtype: DType) -> Batch {
+        let crops = |shape: &[usize; 4]| Tensor::uninit(shape, dtype);
+        let [masks, indices, unmasked, weights] = self.masks;
+        let list = |n: usize| Tensor::uninit(&[n], DType::U32);
+        Batch {
+            global: crops(&self.global),
+            local: self.local.as_ref().map(crops),
+            gram: self.gram.as_ref().map(crops),
+            masks: Masks {
+                masks: list(masks),
+                indices: list(indices),
+                unmasked: list(unmasked),
+                weights: Tensor::uninit(&[weights], DType::F32),
+            },
+            indices: Vec::new(),
+        }
+    }
+}
+
+/// The micro-batches of the step that runs, on a GPU. Batches of the same shapes always lie at the same addresses: those
+/// of a step are gone when the next one's are made.
+#[derive(Debug)]
+pub struct DeviceBatches {
+    gpu: &'static Gpu,
+    dtype: DType,
+    /// For finished crops: one is copied while the work that reads the other goes on.
+    staging: [Staging; 2],
+    turn: usize,
+    sets: Vec<(Vec<Shapes>, Vec<Batch>)>,
+}
+
+impl DeviceBatches {
+    /// With crops in `dtype`, f32 or bf16.
+    ///
+    /// # Errors
+    /// If the device gives no memory for copies, or `dtype` is another.
+    pub fn new(gpu: &'static Gpu, dtype: DType) -> Result<Self> {
+        if !matches!(dtype, DType::F32 | DType::BF16) {
+            return Err(Error::shape("batches", format!("crops on a GPU are f32 or bf16, not {dtype:?}")));
+        }
+        Ok(Self { gpu, dtype, staging: [Staging::new(gpu)?, Staging::new(gpu)?], turn: 0, sets: Vec::new() })
+    }
+
+    /// Copies finished micro-batches of a step, from the host or from elsewhere on the device, behind all work given
+    /// before: what the step before reads is overwritten when it is done. The host does not wait.
+    ///
+    /// # Errors
+    /// If crops or mask weights are of another type than f32 (on the device crops may be of the step's), or the device
+    /// fails.
+    pub fn upload(&mut self, batches: &[Batch]) -> Result<&[Batch]> {
+        let set = self.set(batches.iter().map(Shapes::of).collect());
+        let mut packed = pack::Pack::default();
+        let pairs = batches.iter().flat_map(Batch::tensors).zip(self.sets[set].1.iter().flat_map(Batch::tensors));
+        let copies: Vec<(&Tensor, u64, &Tensor)> = pairs
+            .map(|(source, target)| match source.dtype() {
+                same if same == target.dtype() => Ok((source, target)),
+                DType::F32 => Ok((source, target)),
+                other => Err(Error::shape("batches", format!("{other:?} cannot be uploaded as {:?}", target.dtype()))),
+            })
+            .map(|pair| {
+                pair.map(|(source, target)| match source.gpu() {
+                    Some(_) => (source, source.device_address(), target),
+                    None => (source, packed.put(source.as_bytes()), target),
+                })
+            })
+            .collect::<Result<_>>()?;
+        let staging = &mut self.staging[self.turn];
+        self.turn = 1 - self.turn;
+        packed.write(staging)?;
+        staging.send()?;
+        let base = staging.receive()?;
+        let gpu = self.gpu;
+        for (source, at, target) in copies {
+            let from = if source.gpu().is_some() { at } else { base + at };
+            let n = target.len();
+            if n == 0 || from == target.device_address() {
+                continue;
+            }
+            if source.dtype() == target.dtype() {
+                gpu.copy(target.device_address(), from, n * source.dtype().size())?;
+            } else {
+                let bytes = (n * (source.dtype().size() + target.dtype().size())) as f64;
+                let kernel = gpu.kernel(&AUGMENT, "unpack", target.dtype())?;
+                kernel.over(n).work(0.0, bytes).launch(args![target, from, n])?;
+            }
+        }
+        staging.release()?;
+        for (batch, source) in self.sets[set].1.iter_mut().zip(batches) {
+            batch.indices.clone_from(&source.indices);
+        }
+        Ok(&self.sets[set].1)
+    }
+
+    /// Makes the crops of a step from its images, behind all work given before. Gives back what they were uploaded with.
+    pub(super) fn augment(&mut self, staged: Staged) -> Result<(&[Batch], Staging)> {
+        let Staged { mut staging, micros, normal, .. } = staged;
+        let set = self.set(micros.iter().map(|m| m.shapes.clone()).collect());
+        let base = staging.receive()?;
+        for (micro, batch) in micros.iter().zip(&self.sets[set].1) {
+            self.crops(micro, batch, base, Arg::plain(normal))?;
+            let Masks { masks, indices, unmasked, weights } = &batch.masks;
+            for (target, at) in [masks, indices, unmasked, weights].into_iter().zip(micro.masks) {
+                if !target.is_empty() {
+                    self.gpu.copy(target.device_address(), base + at, target.len() * 4)?;
+                }
+            }
+        }
+        staging.release()?;
+        for (batch, micro) in self.sets[set].1.iter_mut().zip(micros) {
+            batch.indices = micro.indices;
+        }
+        Ok((&self.sets[set].1, staging))
+    }
+
+    fn crops(&self, micro: &Micro, batch: &Batch, base: u64, normal: Arg) -> Result<()> {
+        let gpu = self.gpu;
+        let here = Device::Cuda(gpu.ordinal());
+        let memory = |bytes: usize| here.with(|| Tensor::uninit(&[bytes.div_ceil(4)], DType::U32));
+        let jobs = |section: &Section| base + section.at;
+        let tables = base + micro.tables;
+        let scratch = memory(micro.scratch);
+        let means = |section: &Section, from: u64, job_bytes: usize| -> Result<Tensor> {
+            let means = memory(4 * section.jobs);
+            let kernel = gpu.kernel(&AUGMENT, "mean_grey", DType::U32)?.grid(section.jobs, 512);
+            kernel.launch(args![jobs(section), job_bytes as i32, from, &means])?;
+            Ok(means)
+        };
+        // Threads take several pixels each, so that small crops beside large ones leave few blocks without work.
+        let launch = |name, section: &Section| -> Result<Launch> {
+            let blocks = section.most.div_ceil(256 * 8);
+            let kernel = gpu.kernel(&AUGMENT, name, DType::U32)?.grid((blocks, section.jobs), 256);
+            Ok(kernel.work(0.0, section.bytes))
+        };
+        if micro.repaint.jobs > 0 {
+            let means = means(&micro.repaint, base, size_of::<Paint>())?;
+            launch("repaint", &micro.repaint)?.launch(args![jobs(&micro.repaint), base, &means])?;
+        }
+        for (section, from) in [(&micro.cut, base), (&micro.shrink, scratch.device_address())] {
+            launch("resize_columns", section)?.launch(args![jobs(section), tables, from, &scratch])?;
+            launch("resize_rows", section)?.launch(args![jobs(section), tables, &scratch])?;
+        }
+        let finish = |section: &Section, out: &Tensor| -> Result<()> {
+            let means = means(section, scratch.device_address(), size_of::<Finish>())?;
+            let kernel = gpu.kernel(&AUGMENT, "finish", out.dtype())?;
+            let launch = kernel.grid((section.most.div_ceil(32).pow(2), section.jobs), 256);
+            let launch = launch.work(0.0, (out.len() * (1 + out.dtype().size())) as f64);
+            launch.launch(&mut [out.into(), jobs(section).into(), (&scratch).into(), (&means).into(), normal])
+        };
+        let [global, local, gram] = &micro.finish;
+        if let Some((large, sizes)) = &micro.planes {
+            let shape = [batch.global.dim(0), 3, *large, *large];
+            let planes = here.with(|| Tensor::uninit(&shape, DType::F32));
+            finish(global, &planes)?;
+            let crops = [Some(&batch.global), batch.gram.as_ref()];
+            for (out, table) in crops.into_iter().flatten().zip(sizes) {
+                let side = out.last_dim();
+                let kernel = gpu.kernel(&AUGMENT, "resample_planes", out.dtype())?;
+                let launch = kernel.grid(((side * side).div_ceil(256), out.dim(0) * 3), 256);
+                let (words, from) = (table.width as i32, *large as i32);
+                let work = (planes.len() * 4 + out.len() * out.dtype().size()) as f64;
+                launch.work(0.0, work).launch(args![out, &planes, base + table.at, words, from, side as i32])?;
+            }
+        } else {
+            finish(global, &batch.global)?;
+            batch.gram.iter().try_for_each(|out| finish(gram, out))?;
+        }
+        batch.local.iter().try_for_each(|out| finish(local, out))
+    }
+
+    /// The place of batches of these shapes, made if it is not there yet.
+    fn set(&mut self, shapes: Vec<Shapes>) -> usize {
+        if let Some(known) = self.sets.iter().position(|(s, _)| *s == shapes) {
+            return known;
+        }
+        let made = Device::Cuda(self.gpu.ordinal()).with(|| shapes.iter().map(|s| s.make(self.dtype)).collect());
+        self.sets.push((shapes, made));
+        self.sets.len() - 1
+    }
+}

@@ -1,0 +1,165 @@
+//! A step's images, masks and jobs in one upload, made by the loader's threads.
+
+use rayon::prelude::*;
+
+use super::jobs::{plane_table, Jobs};
+use super::{Shapes, ALIGN};
+use crate::cuda::Staging;
+use crate::data::pipeline::{BrokenSample, Pipeline, RawStep};
+use crate::data::Masks;
+use crate::Result;
+
+/// Pieces of memory that are uploaded together.
+#[derive(Default)]
+pub(super) struct Pack<'a> {
+    parts: Vec<(usize, &'a [u8])>,
+    end: usize,
+}
+
+impl<'a> Pack<'a> {
+    /// Adds a piece; gives its offset.
+    pub(super) fn put(&mut self, bytes: &'a [u8]) -> u64 {
+        let at = self.end;
+        self.parts.push((at, bytes));
+        self.end = (at + bytes.len()).next_multiple_of(ALIGN);
+        at as u64
+    }
+
+    /// Writes all pieces to pinned memory, on the threads of the current pool.
+    pub(super) fn write(&self, staging: &mut Staging) -> Result<()> {
+        let (mut rest, mut start) = (staging.host(self.end)?, 0);
+        let mut targets = Vec::with_capacity(self.parts.len());
+        for &(at, bytes) in &self.parts {
+            let (target, behind) = rest[at - start..].split_at_mut(bytes.len());
+            targets.push((target, bytes));
+            (rest, start) = (behind, at + bytes.len());
+        }
+        targets.into_par_iter().for_each(|(target, bytes)| target.copy_from_slice(bytes));
+        Ok(())
+    }
+}
+
+/// A step on its way to the device.
+#[derive(Debug)]
+pub(crate) struct Staged {
+    pub(super) staging: Staging,
+    pub(super) micros: Vec<Micro>,
+    /// Three factors and three summands of the normalisation.
+    pub(super) normal: [f32; 6],
+    pub(crate) step: u64,
+    pub(crate) broken: Vec<BrokenSample>,
+}
+
+impl Staged {
+    /// Images in it.
+    pub(crate) fn images(&self) -> usize {
+        self.micros.iter().map(|m| m.indices.len()).sum()
+    }
+}
+
+/// Where a micro-batch's parts are in the upload.
+#[derive(Debug)]
+pub(super) struct Micro {
+    pub(super) shapes: Shapes,
+    pub(super) repaint: Section,
+    pub(super) cut: Section,
+    pub(super) shrink: Section,
+    /// Into global, local and the Gram teacher's crops.
+    pub(super) finish: [Section; 3],
+    pub(super) tables: u64,
+    /// When global crops and the Gram teacher's are resized from planes of this side: to those two sizes.
+    pub(super) planes: Option<(usize, [Table; 2])>,
+    pub(super) masks: [u64; 4],
+    /// Bytes of scratch memory.
+    pub(super) scratch: usize,
+    pub(super) indices: Vec<usize>,
+}
+
+/// Jobs of one kind.
+#[derive(Debug)]
+pub(super) struct Section {
+    pub(super) at: u64,
+    pub(super) jobs: usize,
+    /// Size of the largest job: pixels, bytes, or the side of a crop.
+    pub(super) most: usize,
+    /// Bytes that all jobs together write.
+    pub(super) bytes: f64,
+}
+
+/// Weights of a resize of planes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Table {
+    pub(super) at: u64,
+    /// Words of a row.
+    pub(super) width: usize,
+}
+
+/// Packs a step for the device and starts its upload.
+pub(crate) fn pack(pipeline: &Pipeline, raw: RawStep, mut staging: Staging) -> Result<Staged> {
+    let images = raw.images.len() / raw.masks.len();
+    let (augmentation, sizes) = pipeline.of_step(raw.step);
+    let mut pack = Pack::default();
+    let places: Vec<u64> = raw.images.iter().map(|image| pack.put(&image.sample.rgb)).collect();
+    // Weights of a thousand resizes take a while: one micro-batch's are made in parallel with another's.
+    let of_micro = |(part, at): (&[crate::data::pipeline::RawImage], &[u64])| {
+        let mut jobs = Jobs::default();
+        for (i, (image, &at)) in part.iter().zip(at).enumerate() {
+            jobs.add(augmentation, &image.plan, at, (image.sample.width, image.sample.height), i, images);
+        }
+        jobs
+    };
+    let jobs: Vec<Jobs> = raw.images.par_chunks(images).zip(places.par_chunks(images)).map(of_micro).collect();
+    let large = sizes.gram_size.map(|gram| gram.max(sizes.global_size));
+    let planes = large.filter(|_| !augmentation.config.gram_without_distortion);
+    let tables = planes.map(|large| {
+        let gram = sizes.gram_size.expect("planes are for the Gram teacher");
+        (large, [sizes.global_size, gram].map(|to| plane_table(large, to)))
+    });
+    let locals = augmentation.config.local_count;
+    let mut micros = Vec::with_capacity(jobs.len());
+    for ((jobs, masks), part) in jobs.iter().zip(&raw.masks).zip(raw.images.chunks(images)) {
+        let crops = |count: usize, side: usize| [count * images, 3, side, side];
+        let Masks { masks, indices, unmasked, weights } = masks;
+        let masks = [masks, indices, unmasked, weights];
+        micros.push(Micro {
+            shapes: Shapes {
+                global: crops(2, sizes.global_size),
+                local: (locals > 0).then(|| crops(locals, sizes.local_size)),
+                gram: sizes.gram_size.map(|side| crops(2, side)),
+                masks: masks.map(|t| t.len()),
+            },
+            repaint: section(&mut pack, &jobs.repaint, |j| j.pixels as usize, |j| 3.0 * j.pixels as f64),
+            cut: resizes(&mut pack, &jobs.cut),
+            shrink: resizes(&mut pack, &jobs.shrink),
+            finish: jobs.finish.each_ref().map(|f| section(&mut pack, f, |j| j.out as usize, |_| 0.0)),
+            tables: pack.put(bytemuck::cast_slice(&jobs.tables)),
+            planes: tables.as_ref().map(|(large, [student, gram])| {
+                let both = [student, gram];
+                (*large, both.map(|(words, width)| Table { at: pack.put(bytemuck::cast_slice(words)), width: *width }))
+            }),
+            masks: masks.map(|t| pack.put(t.as_bytes())),
+            scratch: jobs.scratch,
+            indices: part.iter().map(|image| image.index).collect(),
+        });
+    }
+    pack.write(&mut staging)?;
+    staging.send()?;
+    let [a, b, c] = augmentation.scale;
+    let [d, e, f] = augmentation.shift;
+    Ok(Staged { staging, micros, normal: [a, b, c, d, e, f], step: raw.step, broken: raw.broken })
+}
+
+fn section<'a, J: bytemuck::NoUninit>(
+    pack: &mut Pack<'a>,
+    jobs: &'a [J],
+    most: impl Fn(&J) -> usize,
+    bytes: impl Fn(&J) -> f64,
+) -> Section {
+    let (most, bytes) = (jobs.iter().map(most).max().unwrap_or(0), jobs.iter().map(bytes).sum());
+    Section { at: pack.put(bytemuck::cast_slice(jobs)), jobs: jobs.len(), most, bytes }
+}
+
+fn resizes<'a>(pack: &mut Pack<'a>, jobs: &'a [super::jobs::Resize]) -> Section {
+    let size = |j: &super::jobs::Resize| 3 * (j.side * j.columns.max(j.side)) as usize;
+    section(pack, jobs, size, |j| size(j) as f64)
+}

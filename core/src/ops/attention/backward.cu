@@ -1,0 +1,266 @@
+// With P = exp(S - log_sum), computed again, and delta = rowsum(dO O):
+// dV = P^T dO, dS = P (dO V^T - delta), dR(Q) = s dS R(K), dR(K) = s dS^T R(Q), dbias = dS.
+//
+// Two kernels, so that every sum has one owner and its order is fixed: one gives each warp rows of dQ, which sweep over
+// the keys; the other rows of dK and dV, which sweep over the queries. P and dP are computed in both: 7 products in
+// place of 5, and no atomic additions.
+//
+// Shared memory as in forward; the second kernel also holds log_sum and delta of the chunk, 8 bytes a row.
+
+#ifndef BACKWARD_TILES
+#define BACKWARD_TILES 1
+#endif
+#ifndef BACKWARD_ROWS
+#define BACKWARD_ROWS (HEAD_DIM <= 96 ? 2 : 1)
+#endif
+
+// What both kernels read and write.
+struct Backward {
+    const bf16 *qkv, *out, *dout;
+    const float* log_sum;
+    float* delta;
+    bf16* dqkv;
+    const Item& item;
+
+    __device__ __forceinline__ int width() const { return item.total_heads * D; }
+    __device__ __forceinline__ size_t place(int part, int head) const {
+        return (size_t)item.image_row * 3 * width() + part * width() + head * D;
+    }
+    __device__ __forceinline__ Rows packed(int part, int head) const {
+        return {qkv + place(part, head), (size_t)(3 * width()), item.segment.tokens};
+    }
+    __device__ __forceinline__ size_t mixed(int head) const { return (size_t)item.image_row * width() + head * D; }
+    __device__ __forceinline__ Rows gradient(int head) const {
+        return {dout + mixed(head), (size_t)width(), item.segment.tokens};
+    }
+};
+
+// ---- dQ and delta
+
+struct QueryGradient : Backward {
+    static constexpr int M = BACKWARD_TILES;
+    static constexpr int N = BACKWARD_ROWS;
+
+    bf16 *keys, *values, *staging;
+    float scale;  // of the scores, in base 2
+
+    Operand<M, K_STEPS> q, dy;
+    Accumulators<M, COLUMNS> dq;
+    float sums[M][2], deltas[M][2];  // of rows g and g + 8; log_sum in base 2
+
+    __device__ __forceinline__ QueryGradient(const Backward& b, bf16* keys, bf16* values, bf16* staging)
+        : Backward(b), keys(keys), values(values), staging(staging), scale(LOG2_E * rsqrtf(float(D))) {}
+
+    __device__ __forceinline__ void begin(Tile tile) {
+        load_plain(staging, gradient(tile.head), tile.row, 16 * M, this_warp());
+        copy_wait<0>();
+        __syncwarp();
+        dy = operand<M>(staging);
+        __syncwarp();
+        load_rotated(staging, packed(0, tile.head), tile.row, 16 * M, item.segment, this_warp());
+        __syncwarp();
+        q = operand<M>(staging);
+        dq = {};
+        row_statistics(tile);
+    }
+
+    // delta of the warp's rows, from dO as it lies in the operand; also written for the other kernel.
+    __device__ __forceinline__ void row_statistics(Tile tile) {
+        const int g = lane_id() / 4, t = lane_id() % 4;
+        const size_t place = item.sums(tile.head);
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const int row = tile.row + 16 * m + 8 * h + g;
+                const bool inside = row < item.segment.tokens;
+                const bf16* y = out + mixed(tile.head) + (size_t)(inside ? row : 0) * width();
+                float dot = 0.0f;
+#pragma unroll
+                for (int n = 0; n < COLUMNS; n++) {
+                    const u32 dy_pair = dy.at[m][n / 2][h + n % 2 * 2];
+                    const u32 y_pair = __ldg((const u32*)(y + 8 * n + 2 * t));
+                    dot += __uint_as_float(dy_pair << 16) * __uint_as_float(y_pair << 16);
+                    dot += __uint_as_float(dy_pair & 0xffff0000u) * __uint_as_float(y_pair & 0xffff0000u);
+                }
+                dot += __shfl_xor_sync(FULL_WARP, dot, 1);
+                dot += __shfl_xor_sync(FULL_WARP, dot, 2);
+                deltas[m][h] = dot;
+                sums[m][h] = inside ? log_sum[place + row] * LOG2_E : 0.0f;
+                if (inside && t == 0) delta[place + row] = dot;
+            }
+    }
+
+    __device__ __forceinline__ void load(int head, int h, int first, int count) {
+        const int slot = h * item.segment.chunk * STRIDE;
+        load_plain(values + slot, packed(2, head), first, count, this_block());
+        load_rotated(keys + slot, packed(1, head), first, count, item.segment, this_block());
+    }
+
+    __device__ __forceinline__ void step(Tile tile, int h, int first, int count) {
+        const int slot = h * item.segment.chunk;
+        for (int j = 0; j < count; j += 16 * N) {
+            const int valid = count - j;
+            auto p = products<M, N>(q, keys + (slot + j) * STRIDE, valid);
+            auto ds = products<M, N>(dy, values + (slot + j) * STRIDE, valid);
+            if (BIASED) add_bias<false>(p, item.segment, tile.head, tile.row, first + j, LOG2_E / scale);
+            p.each([&](float& x, int m, int e, int) { x = exp2_fast(x * scale - sums[m][e / 2]); });
+            ds.each([&](float& x, int m, int e, int c) {
+                const int n = c / 8;
+                x = c < valid ? p.at[m][n][e] * (x - deltas[m][e / 2]) : 0.0f;
+            });
+            add_product<M, N>(dq, ds, keys + (slot + j) * STRIDE, valid);
+        }
+    }
+
+    __device__ __forceinline__ void end(Tile tile) {
+        unrotate(dq, tile.row, item.segment);
+        dq.each([](float& x, int, int, int) { x *= rsqrtf(float(D)); });
+        store_rows(dqkv + place(0, tile.head), 3 * width(), tile.row, item.segment.tokens, dq, staging);
+    }
+};
+
+// ---- dK and dV
+
+struct KeyGradient : Backward {
+    static constexpr int M = 1;
+    static constexpr int N = BACKWARD_ROWS;
+
+    bf16 *queries, *gradients, *staging;
+    float *sums, *deltas;  // of the rows of the chunk; log_sum in base 2
+    float scale;           // of the scores, in base 2
+
+    Operand<M, K_STEPS> k, v;
+    Accumulators<M, COLUMNS> dk, dv;
+
+    __device__ __forceinline__ KeyGradient(const Backward& b, bf16* queries, bf16* gradients, float* sums, float* deltas, bf16* staging)
+        : Backward(b), queries(queries), gradients(gradients), staging(staging), sums(sums), deltas(deltas),
+          scale(LOG2_E * rsqrtf(float(D))) {}
+
+    __device__ __forceinline__ void begin(Tile tile) {
+        load_plain(staging, packed(2, tile.head), tile.row, 16 * M, this_warp());
+        copy_wait<0>();
+        __syncwarp();
+        v = operand<M>(staging);
+        __syncwarp();
+        load_rotated(staging, packed(1, tile.head), tile.row, 16 * M, item.segment, this_warp());
+        __syncwarp();
+        k = operand<M>(staging);
+        dk = {};
+        dv = {};
+    }
+
+    // Rows behind the last token are zeros with log_sum 0 and delta 0, and add nothing.
+    __device__ __forceinline__ void load(int head, int h, int first, int count) {
+        const int slot = h * item.segment.chunk;
+        load_plain(gradients + slot * STRIDE, gradient(head), first, count, this_block());
+        load_rotated(queries + slot * STRIDE, packed(0, head), first, count, item.segment, this_block());
+        const size_t place = item.sums(head) + first;
+        for (int i = threadIdx.x; i < count; i += blockDim.x) {
+            const bool inside = first + i < item.segment.tokens;
+            sums[slot + i] = inside ? log_sum[place + i] * LOG2_E : 0.0f;
+            deltas[slot + i] = inside ? delta[place + i] : 0.0f;
+        }
+    }
+
+    __device__ __forceinline__ void step(Tile tile, int h, int first, int count) {
+        const int slot = h * item.segment.chunk;
+        for (int j = 0; j < count; j += 16 * N) {
+            const int at = slot + j, valid = count - j;
+            auto p = products<M, N>(k, queries + at * STRIDE, valid);
+            auto ds = products<M, N>(v, gradients + at * STRIDE, valid);
+            if (BIASED) add_bias<true>(p, item.segment, tile.head, tile.row, first + j, LOG2_E / scale);
+            p.each([&](float& x, int, int, int c) { x = exp2_fast(x * scale - sums[at + c]); });
+            ds.each([&](float& x, int m, int e, int c) { x = p.at[m][c / 8][e] * (x - deltas[at + c]); });
+            add_product<M, N>(dv, p, gradients + at * STRIDE, valid);
+            add_product<M, N>(dk, ds, queries + at * STRIDE, valid);
+        }
+    }
+
+    __device__ __forceinline__ void end(Tile tile) {
+        const int stride = 3 * width(), tokens = item.segment.tokens;
+        unrotate(dk, tile.row, item.segment);
+        dk.each([](float& x, int, int, int) { x *= rsqrtf(float(D)); });
+        store_rows(dqkv + place(1, tile.head), stride, tile.row, tokens, dk, staging);
+        store_rows(dqkv + place(2, tile.head), stride, tile.row, tokens, dv, staging);
+    }
+};
+
+#define BACKWARD_PARAMS                                                                                           \
+    const bf16 *qkv, const bf16 *out, const bf16 *dout, const float *log_sum, float *delta, bf16 *dqkv, Segments all
+
+extern "C" __global__ void __launch_bounds__(MAX_THREADS, BLOCKS) attention_backward_queries_bf16(BACKWARD_PARAMS) {
+    DYNAMIC_SHARED(bf16, shared);
+    __shared__ Item item;
+    if (threadIdx.x == 0) item = item_of(all, blockIdx.x);
+    __syncthreads();
+    const int chunk = item.segment.chunk * item.segment.heads_per_item * STRIDE;
+    bf16* staging = shared + 2 * chunk + threadIdx.x / 32 * 16 * QueryGradient::M * STRIDE;
+    QueryGradient work({qkv, out, dout, log_sum, delta, dqkv, item}, shared, shared + chunk, staging);
+    sweep<16 * QueryGradient::M>(item, work);
+}
+
+extern "C" __global__ void __launch_bounds__(MAX_THREADS, BLOCKS) attention_backward_keys_bf16(BACKWARD_PARAMS) {
+    DYNAMIC_SHARED(bf16, shared);
+    __shared__ Item item;
+    if (threadIdx.x == 0) item = item_of(all, blockIdx.x);
+    __syncthreads();
+    const int rows = item.segment.chunk * item.segment.heads_per_item;
+    bf16* staging = shared + 2 * rows * STRIDE + threadIdx.x / 32 * 16 * KeyGradient::M * STRIDE;
+    float* sums = (float*)(shared + 2 * rows * STRIDE + blockDim.x / 32 * 16 * KeyGradient::M * STRIDE);
+    KeyGradient work({qkv, out, dout, log_sum, delta, dqkv, item}, shared, shared + rows * STRIDE, sums, sums + rows, staging);
+    sweep<16 * KeyGradient::M>(item, work);
+}
+
+#if BIASED
+
+// ---- dbias
+
+// The sum over each part of the images, `partial` [parts, H, P, P], of the only segment: a warp owns 16 queries by
+// 16 BACKWARD_ROWS keys of one head. Blocks: (tiles, heads, parts). Shared memory: 32 (1 + BACKWARD_ROWS) rows a warp.
+extern "C" __global__ void attention_backward_bias_bf16(BACKWARD_PARAMS, float* partial) {
+    constexpr int N = BACKWARD_ROWS, KEYS = 16 * N;
+    const Segment& s = all.at[0];
+    const int patches = s.tokens - s.prefix, across = (patches + KEYS - 1) / KEYS;
+    const int warp = threadIdx.x / 32, index = blockIdx.x * (blockDim.x / 32) + warp, head = blockIdx.y;
+    const int row = s.prefix + index / across * 16, column = s.prefix + index % across * KEYS;
+    if (row >= s.tokens) return;
+    DYNAMIC_SHARED(bf16, shared);
+    bf16* queries = shared + warp * (32 + 2 * KEYS) * STRIDE;
+    bf16 *gradients = queries + 16 * STRIDE, *keys = gradients + 16 * STRIDE, *values = keys + KEYS * STRIDE;
+
+    const int first = blockIdx.z * all.images_per_part, last = min(first + all.images_per_part, s.images);
+    const float scale = LOG2_E * rsqrtf(float(D));
+    Accumulators<1, 2 * N> total;
+    for (int image = first; image < last; image++) {
+        const Item item = {s, s.first_row + image * s.tokens, head, 1, 0, s.tokens, all.heads};
+        const Backward b = {qkv, out, dout, log_sum, delta, dqkv, item};
+        load_plain(gradients, b.gradient(head), row, 16, this_warp());
+        load_plain(values, b.packed(2, head), column, KEYS, this_warp());
+        load_rotated(queries, b.packed(0, head), row, 16, s, this_warp());
+        load_rotated(keys, b.packed(1, head), column, KEYS, s, this_warp());
+        copy_wait<0>();
+        __syncwarp();
+        auto p = products<1, N>(operand<1>(queries), keys, KEYS);
+        auto ds = products<1, N>(operand<1>(gradients), values, KEYS);
+        add_bias<false>(p, s, head, row, column, LOG2_E / scale);
+        float sums[2], deltas[2];
+        for (int h = 0; h < 2; h++) {
+            const size_t at = item.sums(head) + min(row + 8 * h + lane_id() / 4, s.tokens - 1);
+            sums[h] = log_sum[at] * LOG2_E;
+            deltas[h] = delta[at];
+        }
+        total.each([&](float& x, int m, int e, int c) {
+            const int n = c / 8, h = e / 2;
+            x += exp2_fast(p.at[m][n][e] * scale - sums[h]) * (ds.at[m][n][e] - deltas[h]);
+        });
+        __syncwarp();
+    }
+    float* to = partial + ((size_t)blockIdx.z * all.heads + head) * patches * patches;
+    total.each([&](float& x, int, int e, int c) {
+        const int i = row - s.prefix + 8 * (e / 2) + lane_id() / 4, j = column - s.prefix + c;
+        if (i < patches && j < patches) to[(size_t)i * patches + j] = x;
+    });
+}
+
+#endif

@@ -1,0 +1,135 @@
+// out = softmax(s R(Q) R(K)^T + bias) V, a block of keys at a time (FlashAttention-2, arXiv:2307.08691): each row keeps
+// its maximum, its sum and the weighted values so far, and rescales them when the maximum grows.
+//
+// Shared memory: K and V of the chunk, and TILE rows for each warp (its queries, then its results). d = 64: 288 bytes a
+// row of the chunk, 4.5 KiB a warp; 261 tokens and 5 warps take 99 KiB, so that two blocks run side by side, one loading
+// while the other computes.
+
+#ifndef FORWARD_TILES
+#define FORWARD_TILES (HEAD_DIM <= 64 ? 2 : 1)
+#endif
+#ifndef FORWARD_KEYS
+#define FORWARD_KEYS 2
+#endif
+
+struct Forward {
+    static constexpr int M = FORWARD_TILES;  // tiles of 16 query rows a warp
+    static constexpr int N = FORWARD_KEYS;   // tiles of 16 keys at a time
+
+    const Item& item;
+    const bf16* qkv;
+    bf16* out;
+    float* log_sum;
+    bf16 *keys, *values, *staging;
+    float scale;  // of the scores, in base 2
+
+    Operand<M, K_STEPS> q;
+    Accumulators<M, COLUMNS> o;
+    float top[M][2], sum[M][2];  // of rows g and g + 8: the maximum, and this lane's part of the sum
+
+    __device__ __forceinline__ int width() const { return item.total_heads * D; }
+    __device__ __forceinline__ Rows rows(int part, int head) const {
+        const size_t stride = 3 * width();
+        return {qkv + item.image_row * stride + part * width() + head * D, stride, item.segment.tokens};
+    }
+
+    __device__ __forceinline__ void begin(Tile tile) {
+        load_rotated(staging, rows(0, tile.head), tile.row, 16 * M, item.segment, this_warp());
+        __syncwarp();
+        q = operand<M>(staging);
+        o = {};
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                top[m][h] = -1e30f;  // finite, so that the difference of two is a number
+                sum[m][h] = 0.0f;
+            }
+    }
+
+    __device__ __forceinline__ void load(int head, int h, int first, int count) {
+        const int slot = h * item.segment.chunk * STRIDE;
+        load_plain(values + slot, rows(2, head), first, count, this_block());
+        load_rotated(keys + slot, rows(1, head), first, count, item.segment, this_block());
+    }
+
+    __device__ __forceinline__ void step(Tile tile, int h, int first, int count) {
+        const int slot = h * item.segment.chunk;
+        for (int j = 0; j < count; j += 16 * N) {
+            const int valid = count - j;
+            auto s = products<M, N>(q, keys + (slot + j) * STRIDE, valid);
+            if (BIASED) add_bias<false>(s, item.segment, tile.head, tile.row, first + j, LOG2_E / scale);
+            if (valid < 16 * N) {
+                s.each([&](float& x, int, int, int c) { x = c < valid ? x : -INFINITY; });
+            }
+            weigh(s);
+            add_product<M, N>(o, s, values + (slot + j) * STRIDE, valid);
+        }
+    }
+
+    // Scores to weights relative to the rows' maxima.
+    __device__ __forceinline__ void weigh(Accumulators<M, 2 * N>& s) {
+        float now[M][2];
+        bool grows = false;
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                float x = top[m][h];
+#pragma unroll
+                for (int n = 0; n < 2 * N; n++) x = fmaxf(x, fmaxf(s.at[m][n][2 * h], s.at[m][n][2 * h + 1]));
+                x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, 1));
+                x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, 2));
+                grows |= x > top[m][h];
+                now[m][h] = x;
+            }
+        if (__any_sync(FULL_WARP, grows)) {
+            float shrink[M][2];
+#pragma unroll
+            for (int m = 0; m < M; m++)
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    shrink[m][h] = exp2_fast((top[m][h] - now[m][h]) * scale);
+                    top[m][h] = now[m][h];
+                    sum[m][h] *= shrink[m][h];
+                }
+            o.each([&](float& x, int m, int e, int) { x *= shrink[m][e / 2]; });
+        }
+        s.each([&](float& x, int m, int e, int) {
+            x = exp2_fast(x * scale - top[m][e / 2] * scale);
+            sum[m][e / 2] += x;
+        });
+    }
+
+    __device__ __forceinline__ void end(Tile tile) {
+        float* sums = log_sum + item.sums(tile.head);
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                float x = sum[m][h];
+                x += __shfl_xor_sync(FULL_WARP, x, 1);
+                x += __shfl_xor_sync(FULL_WARP, x, 2);
+                sum[m][h] = 1.0f / x;
+                const int row = tile.row + 16 * m + 8 * h + lane_id() / 4;
+                if (lane_id() % 4 == 0 && row < item.segment.tokens) sums[row] = (top[m][h] * scale + log2f(x)) / LOG2_E;
+            }
+        o.each([&](float& x, int m, int e, int) { x *= sum[m][e / 2]; });
+        bf16* to = out + (size_t)item.image_row * width() + tile.head * D;
+        store_rows(to, width(), tile.row, item.segment.tokens, o, staging);
+    }
+};
+
+// qkv [T, 3 D H] to out [T, D H] and, for each image, the logarithms of the rows' normalisers [H, tokens].
+// Dynamic shared memory: see `Plan` in cuda.rs.
+extern "C" __global__ void __launch_bounds__(MAX_THREADS, BLOCKS)
+attention_forward_bf16(const bf16* qkv, bf16* out, float* log_sum, Segments all) {
+    DYNAMIC_SHARED(bf16, shared);
+    __shared__ Item item;
+    if (threadIdx.x == 0) item = item_of(all, blockIdx.x);
+    __syncthreads();
+    const int chunk = item.segment.chunk * item.segment.heads_per_item * STRIDE;
+    bf16* staging = shared + 2 * chunk + threadIdx.x / 32 * 16 * Forward::M * STRIDE;
+    Forward work = {item, qkv, out, log_sum, shared, shared + chunk, staging, LOG2_E * rsqrtf(float(D))};
+    sweep<16 * Forward::M>(item, work);
+}

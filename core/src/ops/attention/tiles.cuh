@@ -1,0 +1,287 @@
+// Attention on tensor cores: tiles in shared memory and in registers. bf16, head dimension HEAD_DIM (16..128, a multiple
+// of 16).
+//
+// A warp owns TILE = 16 * M rows of the result (queries in forward and for dQ, keys for dK and dV) and goes through all
+// the rows of the other side, which the block holds in shared memory. Its own rows are operands in registers from
+// beginning to end. A row in shared memory is HEAD_DIM + 8 elements long: eight consecutive rows then lie in different
+// banks, for every head dimension. BIASED says whether a segment has a score bias.
+
+// The most threads of a block, and the blocks that registers leave room for.
+#define MAX_THREADS 192
+#define BLOCKS (HEAD_DIM <= 64 ? 2 : 1)
+
+constexpr int D = HEAD_DIM;
+constexpr int HALF = D / 2;
+constexpr int STRIDE = D + 8;
+constexpr int K_STEPS = D / 16;  // steps of a product over the head dimension
+constexpr int COLUMNS = D / 8;   // blocks of 8 columns
+
+static_assert(D % 16 == 0 && D >= 16 && D <= 128, "head dimension");
+
+constexpr float LOG2_E = 1.4426950408889634f;
+
+// The accumulators of M tiles of 16 rows and N blocks of 8 columns. Lane 4 g + t holds, of each block, row g and columns
+// 2 t, 2 t + 1 ([0], [1]), then row g + 8 ([2], [3]).
+template <int M, int N> struct Accumulators {
+    float at[M][N][4];
+
+    __device__ __forceinline__ Accumulators() {
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int n = 0; n < N; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) at[m][n][e] = 0.0f;
+    }
+
+    // f(x, m, e, column) for each element x; its row is 16 m + 8 (e / 2) + g.
+    template <class F> __device__ __forceinline__ void each(F f) {
+        const int t = threadIdx.x % 4;
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int n = 0; n < N; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) f(at[m][n][e], m, e, 8 * n + 2 * t + e % 2);
+    }
+};
+
+// M tiles of 16 rows and 16 K columns as the left operand of a product.
+template <int M, int K> struct Operand {
+    u32 at[M][K][4];
+};
+
+__device__ __forceinline__ int lane_id() { return threadIdx.x % 32; }
+
+// What lane l gives to ldmatrix for a 16x16 tile whose 8x8 matrices are wanted rows first, or columns first.
+__device__ __forceinline__ const bf16* rows_first(const bf16* tile) {
+    const int l = lane_id();
+    return tile + (l % 16) * STRIDE + l / 16 * 8;
+}
+__device__ __forceinline__ const bf16* columns_first(const bf16* tile) {
+    const int l = lane_id();
+    return tile + (l % 8 + l / 16 * 8) * STRIDE + l / 8 % 2 * 8;
+}
+
+// 16 M rows of shared memory as a left operand.
+template <int M> __device__ __forceinline__ Operand<M, K_STEPS> operand(const bf16* rows) {
+    Operand<M, K_STEPS> a;
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int k = 0; k < K_STEPS; k++) ldmatrix_x4(a.at[m][k], rows_first(rows + 16 * m * STRIDE + 16 * k));
+    return a;
+}
+
+// a b^T, with a the warp's rows and b up to 16 N rows of shared memory, of which those from `valid` on (rounded up to
+// 16) are left out: their products stay 0.
+template <int M, int N>
+__device__ __forceinline__ Accumulators<M, 2 * N> products(const Operand<M, K_STEPS>& a, const bf16* b, int valid) {
+    Accumulators<M, 2 * N> s;
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        if (n > 0 && 16 * n >= valid) break;
+#pragma unroll
+        for (int k = 0; k < K_STEPS; k++) {
+            u32 fragment[4];
+            ldmatrix_x4(fragment, columns_first(b + 16 * n * STRIDE + 16 * k));
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                mma_bf16(s.at[m][2 * n], a.at[m][k], fragment, s.at[m][2 * n]);
+                mma_bf16(s.at[m][2 * n + 1], a.at[m][k], fragment + 2, s.at[m][2 * n + 1]);
+            }
+        }
+    }
+    return s;
+}
+
+// sum += p b, with p the result of `products`, rounded to bf16, and b the same rows of shared memory.
+template <int M, int N>
+__device__ __forceinline__ void add_product(Accumulators<M, COLUMNS>& sum, const Accumulators<M, 2 * N>& p, const bf16* b, int valid) {
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        if (n > 0 && 16 * n >= valid) break;
+        u32 a[M][4];
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float* pair = p.at[m][2 * n + i / 2] + i % 2 * 2;
+                a[m][i] = pack_bf16(pair[0], pair[1]);
+            }
+#pragma unroll
+        for (int c = 0; c < K_STEPS; c++) {
+            u32 fragment[4];
+            ldmatrix_x4_trans(fragment, rows_first(b + 16 * n * STRIDE + 16 * c));
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                mma_bf16(sum.at[m][2 * c], a[m], fragment, sum.at[m][2 * c]);
+                mma_bf16(sum.at[m][2 * c + 1], a[m], fragment + 2, sum.at[m][2 * c + 1]);
+            }
+        }
+    }
+}
+
+// ---- rows between global and shared memory
+
+typedef Pack<bf16> Eight;
+
+// The threads that do something together: a warp or a block.
+struct Threads {
+    int index, count;
+};
+__device__ __forceinline__ Threads this_warp() { return {lane_id(), 32}; }
+__device__ __forceinline__ Threads this_block() { return {(int)threadIdx.x, (int)blockDim.x}; }
+
+// One head's rows of one image: `stride` elements from row to row.
+struct Rows {
+    const bf16* at;
+    size_t stride;
+    int tokens;
+};
+
+__device__ __forceinline__ Eight load_eight(const bf16* p) {
+    union {
+        uint4 bits;
+        Eight values;
+    } x;
+    x.bits = __ldg((const uint4*)p);
+    return x.values;
+}
+
+// Rows [first, first + count) to shared memory, those of patches rotated (in f32, then rounded), zeros behind the last
+// token. A pair of columns (c, c + d / 2) turns by its angle; a thread takes eight pairs.
+__device__ __forceinline__ void load_rotated(bf16* to, Rows from, int first, int count, const Segment& s, Threads threads) {
+    constexpr int PER_ROW = HALF / 8;
+#pragma unroll 2
+    for (int i = threads.index; i < count * PER_ROW; i += threads.count) {
+        const int row = first + i / PER_ROW, c = i % PER_ROW * 8;
+        Eight a = {}, b = {};
+        if (row < from.tokens) {
+            a = load_eight(from.at + row * from.stride + c);
+            b = load_eight(from.at + row * from.stride + c + HALF);
+            if (s.sin && row >= s.prefix) {
+                const size_t at = (size_t)(row - s.prefix) * D + c;
+                const bf16 *sin = (const bf16*)s.sin + at, *cos = (const bf16*)s.cos + at;
+                const Eight sin_a = load_eight(sin), sin_b = load_eight(sin + HALF);
+                const Eight cos_a = load_eight(cos), cos_b = load_eight(cos + HALF);
+#pragma unroll
+                for (int k = 0; k < 8; k++) {
+                    const float x = to_float(a.at[k]), y = to_float(b.at[k]);
+                    a.at[k] = from_float<bf16>(x * to_float(cos_a.at[k]) - y * to_float(sin_a.at[k]));
+                    b.at[k] = from_float<bf16>(y * to_float(cos_b.at[k]) + x * to_float(sin_b.at[k]));
+                }
+            }
+        }
+        bf16* place = to + i / PER_ROW * STRIDE + c;
+        *(Eight*)place = a;
+        *(Eight*)(place + HALF) = b;
+    }
+}
+
+// Rows [first, first + count) to shared memory as they are, in the background; zeros behind the last token.
+__device__ __forceinline__ void load_plain(bf16* to, Rows from, int first, int count, Threads threads) {
+    for (int i = threads.index; i < count * COLUMNS; i += threads.count) {
+        const int row = first + i / COLUMNS, c = i % COLUMNS * 8;
+        const bool inside = row < from.tokens;
+        copy_async16(to + i / COLUMNS * STRIDE + c, from.at + (inside ? row : 0) * from.stride + c, inside ? 16 : 0);
+    }
+    copy_commit();
+}
+
+// The transpose of the rotation: the gradients of rotated rows to those of packed ones, where they were accumulated.
+template <int M> __device__ __forceinline__ void unrotate(Accumulators<M, COLUMNS>& x, int first, const Segment& s) {
+    if (!s.sin) return;
+    const int g = lane_id() / 4, t = lane_id() % 4;
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int row = first + 16 * m + 8 * h + g;
+            if (row < s.prefix || row >= s.tokens) continue;
+            const bf16* sin = (const bf16*)s.sin + (size_t)(row - s.prefix) * D;
+            const bf16* cos = (const bf16*)s.cos + (size_t)(row - s.prefix) * D;
+#pragma unroll
+            for (int n = 0; n < COLUMNS / 2; n++)
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    const int c = 8 * n + 2 * t + e;
+                    float &a = x.at[m][n][2 * h + e], &b = x.at[m][n + COLUMNS / 2][2 * h + e];
+                    const float old_a = a;
+                    a = a * to_float(cos[c]) + b * to_float(sin[c + HALF]);
+                    b = b * to_float(cos[c + HALF]) - old_a * to_float(sin[c]);
+                }
+        }
+}
+
+// The warp's rows of a result, scaled and rounded, to global memory by way of `staging`, [16 M, STRIDE] of the warp's
+// own, so that whole sectors are written.
+template <int M>
+__device__ __forceinline__ void store_rows(bf16* to, size_t stride, int first, int tokens, Accumulators<M, COLUMNS>& x, bf16* staging) {
+    const int g = lane_id() / 4, t = lane_id() % 4;
+    __syncwarp();
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int n = 0; n < COLUMNS; n++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const float* pair = x.at[m][n] + 2 * h;
+                *(u32*)(staging + (16 * m + 8 * h + g) * STRIDE + 8 * n + 2 * t) = pack_bf16(pair[0], pair[1]);
+            }
+    __syncwarp();
+    const int count = min(16 * M, tokens - first);
+    for (int i = lane_id(); i < count * COLUMNS; i += 32) {
+        const int row = i / COLUMNS, c = i % COLUMNS * 8;
+        *(Eight*)(to + (first + row) * stride + c) = *(const Eight*)(staging + row * STRIDE + c);
+    }
+    __syncwarp();
+}
+
+// Adds the bias between patches to scores of the rows from `row` on with the columns from `column` on. `inverse_scale`
+// makes it of the size of scores before they are scaled. Rows are queries, or keys if `transposed`.
+template <bool transposed, int M, int N>
+__device__ __forceinline__ void add_bias(Accumulators<M, N>& s, const Segment& segment, int head, int row, int column, float inverse_scale) {
+    if (!segment.bias) return;
+    const int patches = segment.tokens - segment.prefix, g = lane_id() / 4;
+    const bf16* bias = (const bf16*)segment.bias + (size_t)head * patches * patches;
+    s.each([&](float& x, int m, int e, int c) {
+        const int i = row + 16 * m + 8 * (e / 2) + g - segment.prefix, j = column + c - segment.prefix;
+        if (min(i, j) < 0 || max(i, j) >= patches) return;
+        x += to_float(bias[transposed ? j * patches + i : i * patches + j]) * inverse_scale;
+    });
+}
+
+// ---- the sweep that all kernels are
+
+// What a warp has to know of the tile it computes: the head, and the tile's first row in the image.
+struct Tile {
+    int head, row;
+};
+
+// For every tile of the item that is this warp's: work.begin(tile), work.step(tile, h, chunk's first row, its rows) for
+// all rows of the image, chunk by chunk, work.end(tile). work.load(head, h, first, count) fills slot h of shared memory.
+// A short sequence is one chunk, which stays for all tiles, of all heads of the item; a long one has as many tiles in
+// an item as there are warps.
+template <int TILE, class Work> __device__ __forceinline__ void sweep(const Item& item, Work& work) {
+    const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const int tokens = item.segment.tokens, chunk = item.segment.chunk;
+    const int per_head = (item.rows + TILE - 1) / TILE, tiles = item.heads * per_head;
+    for (int round = 0; round < tiles; round += warps) {
+        const int index = round + warp, h = index / per_head;
+        const Tile tile = {item.head + h, item.row + index % per_head * TILE};
+        const bool mine = index < tiles;
+        if (mine) work.begin(tile);
+        for (int first = 0; first < tokens; first += chunk) {
+            const int count = min(chunk, tokens - first);
+            if (round == 0 || tokens > chunk) {
+                __syncthreads();
+                for (int i = 0; i < item.heads; i++) work.load(item.head + i, i, first, (count + 15) / 16 * 16);
+                copy_wait<0>();
+                __syncthreads();
+            }
+            if (mine) work.step(tile, h, first, count);
+        }
+        if (mine) work.end(tile);
+    }
+}

@@ -1,0 +1,219 @@
+//! The step on a GPU: inputs at fixed addresses, the whole step recorded once and replayed, one answer read at its end.
+//!
+//! A step of new shapes runs eagerly first, which makes plans and constants, and is recorded when it comes again. What
+//! cannot be recorded (an operation on the host, numbers that the host computes from step to step) goes on eagerly, and
+//! [`Learner::eager_reason`] says why. Steps whose health is measured run eagerly as well, with the same kernels and bits.
+
+use std::collections::{HashMap, HashSet};
+
+use crate::contract::{At, Draws, Follow};
+use crate::cuda::{self, Gpu, Graph};
+use crate::data::{Batch, DeviceBatches};
+use crate::tensor::recording;
+use crate::{ops, DType, Device, Result, Tensor};
+
+use super::scalars::Feed;
+use super::update::DeviceUpdate;
+use super::{Health, Learner, Pass, Report};
+
+/// What a learner on a GPU has beside its weights.
+pub(super) struct GpuStep {
+    gpu: &'static Gpu,
+    batches: DeviceBatches,
+    draws: Vec<PlacedDraws>,
+    feed: Feed,
+    update: DeviceUpdate,
+    /// Kinds of steps that ran eagerly once.
+    met: HashSet<Kind>,
+    recorded: HashMap<Kind, Recorded>,
+    /// Why steps are not recorded.
+    reason: Option<String>,
+}
+
+/// What makes two steps the same work on other numbers.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Kind {
+    shapes: Vec<Vec<usize>>,
+    draws: Vec<(usize, usize)>,
+    gram: bool,
+    follows: bool,
+}
+
+struct Recorded {
+    graph: Graph,
+    answer: Answer,
+}
+
+/// What the host reads at the end of a step: losses, then norms, one f32 each.
+struct Answer {
+    losses: Vec<String>,
+    values: Tensor,
+}
+
+/// The draws of one micro-batch, at their fixed address.
+struct PlacedDraws {
+    lens: (usize, usize),
+    micro: usize,
+    position: Tensor,
+    kept: Tensor,
+}
+
+impl GpuStep {
+    pub(super) fn new(gpu: &'static Gpu, dtype: DType, update: DeviceUpdate) -> Result<Self> {
+        Ok(Self {
+            gpu,
+            batches: DeviceBatches::new(gpu, dtype)?,
+            draws: Vec::new(),
+            feed: Feed::new(Device::Cuda(gpu.ordinal())),
+            update,
+            met: HashSet::new(),
+            recorded: HashMap::new(),
+            reason: None,
+        })
+    }
+
+    /// Copies a micro-batch's draws to where steps of their kind look for them.
+    fn place(&mut self, micro: usize, draws: &mut Draws) -> Result<()> {
+        let (position, kept) = draws.flat();
+        let lens = (position.len(), kept.len());
+        let known = self.draws.iter().position(|p| p.micro == micro && p.lens == lens);
+        let placed = match known {
+            Some(i) => &self.draws[i],
+            None => {
+                let here = Device::Cuda(self.gpu.ordinal());
+                let room = |len, dtype| here.with(|| Tensor::zeros(&[len], dtype));
+                let (position, kept) = (room(lens.0, DType::F64), room(lens.1, DType::U32));
+                self.draws.push(PlacedDraws { lens, micro, position, kept });
+                self.draws.last().expect("pushed just above")
+            }
+        };
+        self.gpu.upload(placed.position.device_address(), bytemuck::cast_slice(&position))?;
+        self.gpu.upload(placed.kept.device_address(), bytemuck::cast_slice(&kept))?;
+        draws.place(placed.position.clone(), placed.kept.clone());
+        Ok(())
+    }
+}
+
+impl Learner {
+    /// Launches, copies and fills of the steps that were recorded on a GPU, one number a kind of step.
+    pub fn recorded_nodes(&self) -> Vec<usize> {
+        self.gpu_step.iter().flat_map(|g| g.recorded.values()).map(|r| r.graph.nodes).collect()
+    }
+
+    /// Why steps on a GPU are not recorded and replayed, if they are not.
+    pub fn eager_reason(&self) -> Option<&str> {
+        self.gpu_step.as_ref().and_then(|g| g.reason.as_deref())
+    }
+
+    /// [`Learner::step`] on a GPU, after the policies have acted.
+    pub(super) fn step_on_gpu(&mut self, at: At, batches: &[Batch], health: bool) -> Result<Report> {
+        let mut own = self.gpu_step.take().expect("called for a learner on a GPU");
+        let result = self.run_on_gpu(&mut own, at, batches, health);
+        self.gpu_step = Some(own);
+        result
+    }
+
+    fn run_on_gpu(&mut self, own: &mut GpuStep, at: At, batches: &[Batch], health: bool) -> Result<Report> {
+        let mut draws: Vec<Draws> = batches.iter().enumerate().map(|(m, b)| self.draw(at.step, b, m)).collect();
+        for (micro, draws) in draws.iter_mut().enumerate() {
+            own.place(micro, draws)?;
+        }
+        // The loader makes them on the device; batches of another origin are copied there.
+        let batches = match batches.iter().all(|b| b.global.gpu().is_some()) {
+            true => batches.to_vec(),
+            false => own.batches.upload(batches)?.to_vec(),
+        };
+        let follow = self.teacher.after_step(at);
+        let momentum = if let Follow::Ema { momentum } = follow { Some(momentum) } else { None };
+        own.update.write(at, &self.optimizer, self.weights.skipped, momentum)?;
+        let kind = Kind {
+            shapes: batches.iter().flat_map(Batch::tensors).map(|t| t.shape().to_vec()).collect(),
+            draws: draws.iter().map(|d| (d.flat().0.len(), d.flat().1.len())).collect(),
+            gram: self.gram.as_ref().is_some_and(|g| g.active(at)),
+            follows: momentum.is_some(),
+        };
+        let record = !health && own.reason.is_none() && !own.recorded.contains_key(&kind) && own.met.contains(&kind);
+        if record {
+            self.record(own, &kind, at, &batches, &draws)?;
+        }
+        let mut measured = None;
+        let (losses, values) = match own.recorded.get(&kind).filter(|_| !health) {
+            Some(recorded) => {
+                own.feed.fill(at)?;
+                recorded.graph.launch()?;
+                (recorded.answer.losses.clone(), recorded.answer.values.to_f64_vec())
+            }
+            None => {
+                let GpuStep { feed, update, .. } = own;
+                let (answer, health) =
+                    feed.during(at, || self.whole_step(update, at, &batches, &draws, health, momentum.is_some()))?;
+                measured = health;
+                own.met.insert(kind);
+                (answer.losses, answer.values.to_f64_vec())
+            }
+        };
+        let (losses_of, norms_of) = values.split_at(losses.len());
+        let modules = self.optimizer.modules().map(String::from);
+        let mut report = Report {
+            losses: losses.into_iter().zip(losses_of.iter().copied()).collect(),
+            grad_norms: modules.zip(norms_of.iter().copied()).collect(),
+            lr: self.optimizer.lr(at),
+            weight_decay: self.optimizer.weight_decay(at),
+            health: measured,
+            non_finite: None,
+        };
+        report.non_finite = own.feed.during(at, || self.find_non_finite(at, &batches, &draws, &report))?;
+        if report.non_finite.is_some() {
+            self.weights.skipped += 1;
+        } else {
+            self.follow_after(at, follow)?;
+        }
+        Ok(report)
+    }
+
+    /// Forward, losses, backward, norms and the update, all given to the device; gives where its answer will be.
+    fn whole_step(
+        &mut self,
+        update: &DeviceUpdate,
+        at: At,
+        batches: &[Batch],
+        draws: &[Draws],
+        health: bool,
+        follows: bool,
+    ) -> Result<(Answer, Option<Health>)> {
+        let _step = cuda::step_scope();
+        let mut grads = self.weights.take_grads();
+        let pass = self.forward_backward(at, batches, draws, &mut grads, health);
+        let done = pass.and_then(|pass| {
+            let norms = update.norms(&grads)?;
+            let Pass { losses, health, state } = pass;
+            let parts: Vec<Tensor> = losses.values().map(|t| t.reshape(&[1])).collect::<Result<_>>()?;
+            let values = Tensor::cat(&parts.iter().chain([&norms]).collect::<Vec<_>>())?;
+            let finite = ops::all_finite(&values)?;
+            update.apply(&mut self.weights, &grads, &norms, &finite, follows)?;
+            for (old, new) in self.weights.loss_state.iter_mut().flatten().zip(state.iter().flatten()) {
+                ops::copy_if(old, new, &finite)?;
+            }
+            Ok((Answer { losses: losses.into_keys().collect(), values }, health))
+        });
+        self.weights.grads = grads;
+        done
+    }
+
+    /// Records a step of this kind, or notes why that cannot be done.
+    fn record(&mut self, own: &mut GpuStep, kind: &Kind, at: At, batches: &[Batch], draws: &[Draws]) -> Result<()> {
+        let GpuStep { gpu, feed, update, .. } = own;
+        let gpu: &'static Gpu = gpu;
+        let (recorded, reason) = recording(|| {
+            feed.during(at, || Graph::record(gpu, || self.whole_step(update, at, batches, draws, false, kind.follows)))
+        });
+        match (recorded, reason) {
+            (_, Some(reason)) => own.reason = Some(reason),
+            (Ok((graph, (answer, _))), None) => {
+                own.recorded.insert(kind.clone(), Recorded { graph, answer });
+            }
+            (Err(error), None) => own.reason = Some(error.problem()),
+        }
+        Ok(())
+    }
+}

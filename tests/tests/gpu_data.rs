@@ -1,0 +1,138 @@
+//! Batches on a GPU: the crops that the CPU makes.
+
+use std::sync::Arc;
+
+use dinolab_core::contract::{Dataset, Sample};
+use dinolab_core::cuda::Gpu;
+use dinolab_core::data::{Batch, DeviceBatches, Loader, LoaderSpec, Pipeline};
+use dinolab_core::recipe::{BatchConfig, CropConfig, MaskConfig, Resolution};
+use dinolab_core::rng::{Rng, Stream};
+use dinolab_core::{DType, Device, Result, Tensor};
+use dinolab_tests::gpu_test;
+
+/// Smooth colours with noise, in several sizes.
+#[derive(Debug)]
+struct Pictures;
+
+impl Dataset for Pictures {
+    fn len(&self) -> usize {
+        10
+    }
+
+    fn get(&self, index: usize) -> Result<Sample> {
+        let (width, height) = (50 + 13 * (index % 4), 70 - 9 * (index % 5));
+        let mut rng = Rng::new(3, Stream::Plugin, 0, index as u64);
+        let rgb = (0..3 * width * height).map(|i| {
+            let (x, y, c) = (i / 3 % width, i / 3 / width, i % 3);
+            let smooth = 128.0 + 120.0 * ((x * (c + 1) + index * 17) as f64 / 23.0).sin() * (y as f64 / 17.0).cos();
+            (smooth + rng.uniform(-20.0, 20.0)).clamp(0.0, 255.0) as u8
+        });
+        Ok(Sample { width, height, rgb: rgb.collect(), label: None, mask: None })
+    }
+}
+
+fn spec(crops: CropConfig, gram_crop_size: Option<usize>) -> LoaderSpec {
+    LoaderSpec {
+        batch: BatchConfig { size: 4, micro_batches: 2, loader_threads: 2, ..BatchConfig::default() },
+        crops: CropConfig { global_size: 48, local_size: 20, local_count: 3, ..crops },
+        masking: MaskConfig::default(),
+        patch_size: 4,
+        gram_crop_size,
+        seed: 5,
+        device: Device::Cpu,
+        dtype: DType::F32,
+        start_step: 0,
+        total_steps: 3,
+    }
+}
+
+fn host(batch: &Batch) -> Vec<Tensor> {
+    batch.tensors().map(|t| t.to(Device::Cpu)).collect()
+}
+
+/// The largest difference of all crops and masks over all steps.
+fn difference(spec: LoaderSpec) -> f64 {
+    Gpu::get(0).unwrap();
+    let on_gpu = LoaderSpec { device: Device::Cuda(0), ..spec.clone() };
+    let cpu = Pipeline::new(Arc::new(Pictures), spec.clone()).unwrap();
+    let mut most = 0.0f64;
+    let mut steps = 0;
+    for step in Loader::new(Arc::new(Pictures), on_gpu).unwrap() {
+        let step = step.unwrap();
+        let expected = cpu.step(step.step).unwrap();
+        for (batch, expected) in step.batches.iter().zip(&expected.batches) {
+            assert_eq!(batch.indices, expected.indices);
+            for (got, want) in host(batch).iter().zip(expected.tensors()) {
+                assert_eq!((got.shape(), got.dtype()), (want.shape(), want.dtype()));
+                let pairs = got.to_f64_vec().into_iter().zip(want.to_f64_vec());
+                // NaN counts.
+                most = pairs.map(|(a, b)| (a - b).abs()).fold(most, |m, d| if d <= m { m } else { d });
+            }
+        }
+        steps += 1;
+    }
+    assert_eq!(steps, spec.total_steps);
+    most
+}
+
+gpu_test!(crops_are_the_same_numbers_as_on_the_cpu, {
+    assert_eq!(difference(spec(CropConfig::default(), None)), 0.0);
+});
+
+gpu_test!(shared_colours_and_local_crops_of_global_ones_are_the_same_too, {
+    let crops = CropConfig { share_color_jitter: true, local_from_global: true, ..CropConfig::default() };
+    assert_eq!(difference(spec(crops, None)), 0.0);
+});
+
+gpu_test!(gram_crops_without_distortion_are_the_same, {
+    let crops = CropConfig { gram_without_distortion: true, local_from_global: true, ..CropConfig::default() };
+    assert_eq!(difference(spec(crops, Some(96))), 0.0);
+});
+
+gpu_test!(gram_crops_resized_from_distorted_ones_agree_to_rounding, {
+    let most = difference(spec(CropConfig::default(), Some(96)));
+    assert!(most < 1e-5, "{most}");
+});
+
+gpu_test!(sizes_may_change_from_step_to_step, {
+    let size = |global_size| Resolution { share: 1.0, global_size, local_size: 20, gram_size: None };
+    let crops = CropConfig { resolutions: vec![size(40), size(32)], ..CropConfig::default() };
+    assert_eq!(difference(LoaderSpec { total_steps: 6, ..spec(crops, None) }), 0.0);
+});
+
+gpu_test!(finished_batches_keep_their_place_from_step_to_step, {
+    let pipeline = Pipeline::new(Arc::new(Pictures), spec(CropConfig::default(), None)).unwrap();
+    let mut batches = DeviceBatches::new(Gpu::get(0).unwrap(), DType::F32).unwrap();
+    let mut places = Vec::new();
+    for step in 0..3 {
+        let made = pipeline.step(step).unwrap().batches;
+        let there = batches.upload(&made).unwrap();
+        for (there, made) in there.iter().zip(&made) {
+            assert_eq!(there.indices, made.indices);
+            let same = host(there).iter().zip(made.tensors()).all(|(a, b)| a.as_bytes() == b.as_bytes());
+            assert!(same, "step {step}");
+        }
+        places.push(there.iter().flat_map(Batch::tensors).map(Tensor::device_address).collect::<Vec<_>>());
+    }
+    assert!(places.windows(2).all(|w| w[0] == w[1]));
+});
+
+gpu_test!(crops_in_bf16_are_those_in_f32_rounded, {
+    let spec = LoaderSpec { device: Device::Cuda(0), dtype: DType::BF16, ..spec(CropConfig::default(), None) };
+    Gpu::get(0).unwrap();
+    let cpu = Pipeline::new(Arc::new(Pictures), LoaderSpec { device: Device::Cpu, dtype: DType::F32, ..spec.clone() });
+    let expected = cpu.unwrap().step(0).unwrap();
+    let got = Loader::new(Arc::new(Pictures), spec).unwrap().next().unwrap().unwrap();
+    let (got, expected) = (got.batches[1].global.to(Device::Cpu), &expected.batches[1].global);
+    assert_eq!(got.dtype(), DType::BF16);
+    for (a, b) in got.to_f64_vec().into_iter().zip(expected.to_f64_vec()) {
+        assert!((a - b).abs() <= b.abs() / 256.0, "{a}, {b}");
+    }
+});
+
+gpu_test!(a_loader_that_is_dropped_early_ends, {
+    Gpu::get(0).unwrap();
+    let spec = LoaderSpec { device: Device::Cuda(0), total_steps: 1000, ..spec(CropConfig::default(), None) };
+    let mut loader = Loader::new(Arc::new(Pictures), spec).unwrap();
+    assert_eq!(loader.next().unwrap().unwrap().step, 0);
+});
