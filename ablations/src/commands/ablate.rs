@@ -9,6 +9,7 @@ use dinolab_core::recipe::{cost, Overrides as Sets, RawRecipe, Resolved};
 use dinolab_core::train::{self, Observer, RunOptions};
 use dinolab_core::{Error, Result};
 
+use crate::cli::DeviceArgs;
 use crate::report::{self, duration, Provenance};
 use crate::signals;
 use crate::suite::{
@@ -38,6 +39,8 @@ pub struct Args {
     /// Change the recipe of all arms, such as --set batch.size=32
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Steps that every arm is tried for before any run; 0: no trial
     #[arg(long, default_value_t = 2, value_name = "STEPS")]
     smoke_steps: u64,
@@ -59,7 +62,13 @@ pub struct Args {
 pub fn run(args: Args) -> Result<ExitCode> {
     let suite = Suite::load(&args.suite)?;
     let out = args.out.clone().unwrap_or_else(|| Path::new("runs").join(&suite.name));
-    let mut extra = args.set.iter().map(|text| parse_set(text)).collect::<Result<Overrides>>()?;
+    let mut extra = args
+        .set
+        .iter()
+        .cloned()
+        .chain(args.device.sets())
+        .map(|text| parse_set(&text))
+        .collect::<Result<Overrides>>()?;
     if let Some(steps) = args.steps {
         extra.insert("steps".into(), i64::from(steps).into());
     }

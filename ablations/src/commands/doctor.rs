@@ -43,7 +43,10 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     style::print(&style::table(rows));
     let missing = libraries.iter().filter(|l| l.version.is_none()).count();
     if missing > 0 {
-        println!("\n{missing} of {} libraries are missing; without them runs are on the CPU (--device cpu)", libraries.len());
+        println!(
+            "\n{missing} of {} libraries are missing; without them runs are on the CPU (--device cpu)",
+            libraries.len()
+        );
         return Ok(ExitCode::FAILURE);
     }
     let gpu = Gpu::get(args.gpu)?;
@@ -146,6 +149,10 @@ fn step(gpu: usize, precision: &str, limit: f64) -> Result<usize> {
         vec![name.clone(), format!("{error:.1e}{}", if failed(*error) { " FAILED" } else { "" })]
     };
     style::print(&style::table(worst.iter().map(row)));
+    match ours.eager_reason() {
+        None => println!("the step was recorded and replayed as one graph"),
+        Some(reason) => println!("the step is not recorded: {reason}"),
+    }
     Ok(worst.iter().filter(|(_, error)| failed(*error)).count())
 }
 

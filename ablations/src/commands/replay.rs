@@ -3,18 +3,24 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use dinolab_core::recipe::Overrides;
 use dinolab_core::{train, Result};
+
+use crate::cli::DeviceArgs;
 
 /// What it is given.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// A file of a run's captures/ folder
     file: PathBuf,
+    #[command(flatten)]
+    device: DeviceArgs,
 }
 
 /// Runs the command. Fails when the step fails again.
 pub fn run(args: &Args) -> Result<ExitCode> {
-    let (recipe, step, report) = train::replay(&args.file)?;
+    let (recipe, step, report) =
+        train::replay(&args.file, &Overrides { sets: args.device.sets().collect(), env: false })?;
     println!("step {step} of `{}`", recipe.name);
     for (name, value) in &report.losses {
         println!("  {name:<30} {value}");

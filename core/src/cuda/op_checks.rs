@@ -46,7 +46,11 @@ impl OpCheck {
             let length = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
             let difference = length(&mut ours.iter().zip(exact).map(|(a, b)| a - b));
             let far = difference / length(&mut exact.iter().copied()).max(1e-3);
-            if ours.len() == exact.len() && !far.is_nan() { far } else { f64::INFINITY }
+            if ours.len() == exact.len() && !far.is_nan() {
+                far
+            } else {
+                f64::INFINITY
+            }
         };
         let mut errors = ours.iter().zip(&exact).map(far);
         let value = errors.next().expect("a result comes first");
@@ -57,7 +61,8 @@ impl OpCheck {
     fn on(&self, device: Device, dtype: DType) -> Result<Vec<Vec<f64>>> {
         device.with(|| {
             let tape = Tape::new();
-            let inputs: Vec<Tensor> = (0..).zip(self.inputs).map(|(i, shape)| normal(i, shape, dtype)).collect::<Result<_>>()?;
+            let inputs: Vec<Tensor> =
+                (0..).zip(self.inputs).map(|(i, shape)| normal(i, shape, dtype)).collect::<Result<_>>()?;
             let leaves: Vec<Tensor> = inputs.iter().map(|x| tape.leaf(x)).collect();
             let out = (self.run)(&leaves)?;
             let mut all = vec![out.to_f64_vec()];

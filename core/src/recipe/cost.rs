@@ -6,9 +6,9 @@
 
 use super::Recipe;
 use crate::contract::{Grid, HeadInput};
-use crate::recipe::Precision;
-use crate::step::{declare, Declared, GLOBALS};
-use crate::Result;
+use crate::recipe::DeviceChoice;
+use crate::step::{declare, distilled_model, Declared, CHANNELS, GLOBALS};
+use crate::{DType, Device, Result};
 
 /// What a recipe costs.
 #[derive(Clone, Debug, PartialEq)]
@@ -17,7 +17,7 @@ pub struct RunCost {
     pub modules: Vec<(String, usize)>,
     /// Operations for one image of a step in which everything is active.
     pub flops_per_image: f64,
-    /// Parts of the memory, in bytes.
+    /// Parts of the memory at the point of a step where it is most, in bytes: on a GPU unless the recipe says otherwise.
     pub memory: Vec<(&'static str, f64)>,
 }
 
@@ -48,49 +48,102 @@ pub fn cost_of(recipe: &Recipe, model: &Declared) -> RunCost {
     let globals = (GLOBALS, grid(recipe.crops.global_size));
     let locals = (recipe.crops.local_count, grid(recipe.crops.local_size));
     let student = backbone.cost(&[globals, locals]);
-    let teacher = backbone.cost(&[globals]);
+    // A model to distil from whose run is not there yet is counted like the student.
+    let distilled = distilled_model(recipe);
+    let teacher_model = distilled.as_ref().unwrap_or(model);
+    let teacher = teacher_model.backbone.cost(&[globals]);
     let mut flops = 3.0 * student.forward_flops + teacher.forward_flops;
-    // The student keeps everything for the backward pass; a teacher only what its widest layer needs, which is less.
-    let mut kept = student.activations;
-
     let has_gram = gram_is_used(recipe, model);
     if has_gram {
         flops += backbone.cost(&[(GLOBALS, grid(gram_side(recipe)))]).forward_flops;
     }
-    let count = |prefix: &str| {
-        let inside = model.layout.specs().iter().filter(|s| s.name.starts_with(prefix));
-        inside.map(|s| s.range().len()).sum::<usize>()
-    };
+    let count = |prefix: &str| count_in(model, prefix);
+    let mut heads = HeadNumbers::default();
     for loss in &model.losses {
         let Some((input, head)) = &loss.needs.head else { continue };
         let (of_student, of_teacher) = match input {
             HeadInput::Cls => ((GLOBALS + recipe.crops.local_count) as f64, GLOBALS as f64),
             HeadInput::MaskedPatches => (masked_patches(recipe, globals.1), masked_patches(recipe, globals.1)),
         };
-        let parameters = count(&format!("{}_head.", loss.name)) as f64;
-        flops += 2.0 * parameters * (3.0 * of_student + of_teacher);
-        // Kept: input of every layer, pre-activations, logits; targets of the teacher beside them.
+        let parameters = |model| count_in(model, &format!("{}_head.", loss.name)) as f64;
+        flops += 2.0 * (3.0 * parameters(model) * of_student + parameters(teacher_model) * of_teacher);
+        // Kept: input of every layer, slopes of the activations, bottlenecks before and after their normalisation.
         let hidden = 2.0 * (head.layers.saturating_sub(1) * head.hidden) as f64;
-        let per_vector = backbone.dim() as f64 + hidden + 2.0 * head.bottleneck as f64 + head.prototypes as f64;
-        kept += of_student * per_vector + of_teacher * head.prototypes as f64;
+        let logits = head.prototypes as f64;
+        heads.kept += of_student * (backbone.dim() as f64 + hidden + 2.0 * head.bottleneck as f64);
+        heads.logits += of_student * logits;
+        heads.most_logits = heads.most_logits.max(of_student * logits);
+        heads.targets += of_teacher * logits;
+        heads.most_targets = heads.most_targets.max(of_teacher * logits);
     }
-
     let modules: Vec<(String, usize)> =
         model.layout.modules().into_iter().map(|m| (m.clone(), count(&format!("{m}.")))).collect();
-    let number = if recipe.precision == Precision::F64 { 8.0 } else { 4.0 };
-    let all = model.layout.len() as f64 * number;
-    let images = (recipe.batch.size / recipe.batch.micro_batches.max(1)) as f64;
-    let mut memory = vec![
-        ("student", all),
-        ("gradients", all),
-        ("optimizer (2 moments)", 2.0 * all),
-        ("EMA teacher", all),
-        ("activations (estimate)", kept * images * number),
-    ];
-    if has_gram {
-        memory.insert(4, ("Gram teacher", model.layout.range_of("backbone.").len() as f64 * number));
-    }
+    let gram = has_gram.then(|| model.layout.range_of("backbone.").len());
+    let mut memory = weights(recipe, model.layout.len(), gram, distilled.as_ref().map(|m| m.layout.len()));
+
+    let number = features_type(recipe).size() as f64;
+    let all = recipe.batch.size as f64;
+    let part = (recipe.batch.size / recipe.batch.micro_batches.max(1)) as f64;
+    let pixels = |count: usize, side: usize| (count * CHANNELS * side * side) as f64;
+    let gram_pixels = if has_gram { pixels(GLOBALS, gram_side(recipe)) } else { 0.0 };
+    let crops = pixels(GLOBALS, recipe.crops.global_size) + pixels(recipe.crops.local_count, recipe.crops.local_size);
+    // The teacher goes over the whole batch before the student begins. While it turns logits into targets there are the
+    // logits by part and together, and the targets; while the student's losses go backward, the logits and a gradient.
+    let gram_kept = if has_gram { 2.0 * (GLOBALS * globals.1.patches() * backbone.dim()) as f64 } else { 0.0 };
+    let kept = part * (student.activations + student.features + heads.kept + gram_kept);
+    let backward = part * student.working.max(heads.logits + heads.most_logits);
+    let teaching = all * 2.0 * heads.most_targets;
+    memory.extend([
+        ("crops", number * all * (crops + gram_pixels)),
+        ("teacher's features and targets", number * all * (teacher.features + heads.targets)),
+    ]);
+    memory.extend(match kept + backward >= teaching {
+        true => vec![("activations", number * kept), ("logits and gradients", number * backward)],
+        false => vec![("teacher's logits", number * teaching)],
+    });
     RunCost { modules, flops_per_image: flops, memory }
+}
+
+/// Numbers in the parameters whose names begin with `prefix`.
+fn count_in(model: &Declared, prefix: &str) -> usize {
+    let inside = model.layout.specs().iter().filter(|s| s.name.starts_with(prefix));
+    inside.map(|s| s.range().len()).sum()
+}
+
+/// Numbers of one image in heads and losses.
+#[derive(Default)]
+struct HeadNumbers {
+    kept: f64,
+    logits: f64,
+    most_logits: f64,
+    targets: f64,
+    most_targets: f64,
+}
+
+/// The type of a run's features: bf16 unless the recipe says that it is not on a GPU, or names another.
+fn features_type(recipe: &Recipe) -> DType {
+    let on_cpu = DeviceChoice::try_from("cpu".to_string()).is_ok_and(|cpu| recipe.device == cpu);
+    recipe.dtype(if on_cpu { Device::Cpu } else { Device::Cuda(0) })
+}
+
+/// What lasts from step to step, in bytes: for so many parameters, those of a Gram teacher and of a model to distil from.
+fn weights(recipe: &Recipe, own: usize, gram: Option<usize>, distilled: Option<usize>) -> Vec<(&'static str, f64)> {
+    let features = features_type(recipe);
+    let wide = |n: usize| (n * features.wide().size()) as f64;
+    let mut memory = vec![
+        ("student", wide(own)),
+        ("gradients", wide(own)),
+        ("optimizer (2 moments)", 2.0 * wide(own)),
+        ("EMA teacher", wide(own)),
+    ];
+    memory.extend(distilled.map(|n| ("teacher to distil from", wide(n))));
+    memory.extend(gram.map(|n| ("Gram teacher", wide(n))));
+    if features == DType::BF16 {
+        let copied = own + distilled.unwrap_or(own) + gram.unwrap_or(0);
+        memory.push(("copies of weights in bf16", 2.0 * copied as f64));
+        memory.push(("workspace of matrix products", f64::from(32 << 20)));
+    }
+    memory
 }
 
 fn gram_is_used(recipe: &Recipe, model: &Declared) -> bool {

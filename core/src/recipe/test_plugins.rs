@@ -82,7 +82,7 @@ impl Backbone for Matrix {
     /// One operation and one kept number a patch.
     fn cost(&self, crops: &[(usize, Grid)]) -> Cost {
         let patches = crops.iter().map(|(n, grid)| (n * grid.patches()) as f64).sum();
-        Cost { forward_flops: patches, activations: patches }
+        Cost { forward_flops: patches, activations: patches, ..Cost::default() }
     }
 }
 plugin!(Backbone, "test_matrix", Matrix, Matrix::build);

@@ -7,7 +7,7 @@
 use std::collections::{HashMap, HashSet};
 
 use crate::contract::{At, Draws, Follow};
-use crate::cuda::{self, Gpu, Graph};
+use crate::cuda::{self, Gpu, Graph, Profile};
 use crate::data::{Batch, DeviceBatches};
 use crate::tensor::recording;
 use crate::{ops, DType, Device, Result, Tensor};
@@ -28,12 +28,16 @@ pub(super) struct GpuStep {
     recorded: HashMap<Kind, Recorded>,
     /// Why steps are not recorded.
     reason: Option<String>,
+    /// Whether the next step runs eagerly although it was recorded.
+    eager: bool,
 }
 
 /// What makes two steps the same work on other numbers.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Kind {
     shapes: Vec<Vec<usize>>,
+    /// Where the batches are: a recorded step knows them by their addresses.
+    places: Vec<u64>,
     draws: Vec<(usize, usize)>,
     gram: bool,
     follows: bool,
@@ -69,6 +73,7 @@ impl GpuStep {
             met: HashSet::new(),
             recorded: HashMap::new(),
             reason: None,
+            eager: false,
         })
     }
 
@@ -95,9 +100,29 @@ impl GpuStep {
 }
 
 impl Learner {
+    /// Launches, copies and fills of the steps that were recorded on a GPU, one number a kind of step.
+    pub fn recorded_nodes(&self) -> Vec<usize> {
+        self.gpu_step.iter().flat_map(|g| g.recorded.values()).map(|r| r.graph.nodes).collect()
+    }
+
     /// Why steps on a GPU are not recorded and replayed, if they are not.
     pub fn eager_reason(&self) -> Option<&str> {
         self.gpu_step.as_ref().and_then(|g| g.reason.as_deref())
+    }
+
+    /// Runs a step as [`Learner::step`] does, launch by launch, each one timed: where the time goes.
+    ///
+    /// # Errors
+    /// Those of the step.
+    ///
+    /// # Panics
+    /// If the learner is not on a GPU.
+    pub fn profile(&mut self, step: u64, batches: &[Batch]) -> Result<Profile> {
+        let own = self.gpu_step.as_mut().expect("profiles are of steps on a GPU");
+        own.eager = true;
+        let profiled = Profile::of(own.gpu, || self.step(step, batches, false));
+        self.gpu_step.as_mut().expect("as above").eager = false;
+        profiled.map(|(profile, _)| profile)
     }
 
     /// [`Learner::step`] on a GPU, after the policies have acted.
@@ -123,16 +148,18 @@ impl Learner {
         own.update.write(at, &self.optimizer, self.weights.skipped, momentum)?;
         let kind = Kind {
             shapes: batches.iter().flat_map(Batch::tensors).map(|t| t.shape().to_vec()).collect(),
+            places: batches.iter().flat_map(Batch::tensors).map(Tensor::device_address).collect(),
             draws: draws.iter().map(|d| (d.flat().0.len(), d.flat().1.len())).collect(),
             gram: self.gram.as_ref().is_some_and(|g| g.active(at)),
             follows: momentum.is_some(),
         };
-        let record = !health && own.reason.is_none() && !own.recorded.contains_key(&kind) && own.met.contains(&kind);
+        let eager = health || own.eager;
+        let record = !eager && own.reason.is_none() && !own.recorded.contains_key(&kind) && own.met.contains(&kind);
         if record {
             self.record(own, &kind, at, &batches, &draws)?;
         }
         let mut measured = None;
-        let (losses, values) = match own.recorded.get(&kind).filter(|_| !health) {
+        let (losses, values) = match own.recorded.get(&kind).filter(|_| !eager) {
             Some(recorded) => {
                 own.feed.fill(at)?;
                 recorded.graph.launch()?;

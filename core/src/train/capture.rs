@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use crate::checkpoint::{read_tensors, write_tensors, Checkpoint, NamedTensors};
 use crate::data::{Batch, Masks};
-use crate::recipe::{Recipe, Resolved};
+use crate::recipe::{Overrides, RawRecipe, Recipe, Resolved};
 use crate::step::{Learner, Report};
 use crate::{Device, Error, Result, Tensor};
 
@@ -52,11 +52,12 @@ pub(super) fn write(
     Ok(path)
 }
 
-/// Runs a captured step again and gives its recipe, its number and its report.
+/// Runs a captured step again, on another device if `overrides` says so, and gives its recipe, its number and its
+/// report.
 ///
 /// # Errors
 /// If the file is not a capture, or was made by plugins that are not here.
-pub fn replay(path: &Path) -> Result<(Recipe, u64, Report)> {
+pub fn replay(path: &Path, overrides: &Overrides) -> Result<(Recipe, u64, Report)> {
     let tensors = read_tensors(path)?;
     let help = "name a file of a run's captures/ folder";
     let meta = |key: &str| {
@@ -65,7 +66,7 @@ pub fn replay(path: &Path) -> Result<(Recipe, u64, Report)> {
     let number = |key: &str| -> Result<u64> {
         meta(key)?.parse().map_err(|_| Error::content(path, format!("`{key}` is not a number"), help))
     };
-    let recipe = Resolved::from_text(meta("recipe")?)?.recipe;
+    let recipe = RawRecipe::from_text(meta("recipe")?)?.with(overrides)?.resolve()?.recipe;
     let (step, skipped, count) = (number("step")?, number("skipped")?, number("batches")?);
     let batches = (0..count).map(|i| read_batch(&tensors, i, path)).collect::<Result<Vec<_>>>()?;
     let optimizer = read_tensors(path)?;

@@ -8,7 +8,7 @@ use dinolab_core::tensor::scope;
 use dinolab_core::{Error, Result, Tensor};
 
 use super::block::{Block, Layer, NormParams};
-use super::{Ffn, VitConfig};
+use super::{Checkpointing, Ffn, VitConfig};
 
 /// A vision transformer: which parameter is where, and how crops become features.
 #[derive(Debug)]
@@ -219,7 +219,11 @@ impl Vit {
                 let of = |branch| (0..kinds.len()).map(|kind| of_kind(kind, branch)).collect::<Result<Vec<_>>>();
                 Ok::<_, Error>([of(0)?, of(1)?])
             });
-            x = block.forward(params, &x, &layers, kept.transpose()?.as_ref(), &self.config)?;
+            let kept = kept.transpose()?;
+            x = match self.config.checkpointing {
+                Checkpointing::Full => block.recomputed(params, &x, layers, kept, &self.config)?,
+                _ => block.forward(params, &x, &layers, kept.as_ref(), &self.config)?,
+            };
             visit(i, &x, &kinds)?;
         }
         Ok(())
@@ -255,6 +259,28 @@ impl Backbone for Vit {
 
     fn depth(&self) -> usize {
         self.config.depth
+    }
+
+    fn architecture(&self) -> serde_json::Value {
+        let c = &self.config;
+        serde_json::json!({
+            "patch_size": c.patch_size,
+            "dim": c.dim,
+            "depth": c.depth,
+            "heads": c.heads,
+            "registers": c.registers,
+            "ffn": c.ffn,
+            "ffn_hidden": c.hidden(),
+            "ffn_bias": c.ffn_bias,
+            "qkv_bias": c.qkv_bias,
+            "mask_k_bias": c.qkv_bias && c.mask_k_bias,
+            "proj_bias": c.proj_bias,
+            "norm": c.norm,
+            "norm_eps": c.norm_eps,
+            "layer_scale": c.layer_scale != 0.0,
+            "untie_cls_and_patch_norms": c.untie_cls_and_patch_norms,
+            "pos_encoding": { "plugin": c.pos_encoding.name(), "keys": self.position.architecture() },
+        })
     }
 
     fn draw(&self, rng: &dyn Fn(Stream, u64) -> Rng, images: &[usize]) -> Draws {
@@ -302,15 +328,32 @@ impl Backbone for Vit {
     fn cost(&self, crops: &[(usize, Grid)]) -> Cost {
         let (d, l, h) = (self.config.dim as f64, self.config.depth as f64, self.config.hidden() as f64);
         let ffn = if self.config.ffn == Ffn::Mlp { 4.0 } else { 6.0 };
-        // Kept for backward, a token and block: two norm inputs, two norm outputs, q k v, attention output, the two
-        // branches, the feed-forward's hidden values before and after its activation; and a row of scores a head.
+        // Kept for backward, a token and block: what the norms read (2 d) and give (2 d), queries, keys and values (3 d),
+        // what attention gives, what both branches give (for the gradient of LayerScale), and the feed-forward's hidden
+        // numbers before and after its activation (`inside` with its norm); in f32 two numbers of each norm and one of
+        // each head.
         let hidden = if self.config.ffn == Ffn::Mlp { 2.0 } else { 3.0 };
+        let branches = if self.config.layer_scale == 0.0 { 0.0 } else { 2.0 };
+        let inside = d + hidden * h + 4.0;
+        let block = (7.0 + branches) * d + inside + 2.0 * self.config.heads as f64 + 4.0;
+        // What is kept of it, and what is made again for one block at a time.
+        let (kept, again) = match self.config.checkpointing {
+            Checkpointing::None => (block, 0.0),
+            Checkpointing::Selective => (block - inside, inside),
+            Checkpointing::Full => (d, block),
+        };
+        let pixels = (self.channels * self.config.patch_size.pow(2)) as f64;
         let mut cost = Cost::default();
         for &(count, grid) in crops {
             let n = (self.prefix() + grid.patches()) as f64;
             let tokens = count as f64 * n;
             cost.forward_flops += tokens * l * (8.0 * d * d + ffn * d * h + 4.0 * n * d);
-            cost.activations += tokens * l * (10.0 * d + hidden * h + self.config.heads as f64 * n);
+            // Images whose path is dropped keep nothing. The embedding keeps its patches, the last norm its tokens.
+            cost.activations += tokens * l * kept * (1.0 - self.config.drop_path);
+            cost.activations += count as f64 * grid.patches() as f64 * pixels + tokens * (d + 4.0);
+            cost.features += 2.0 * tokens * d;
+            // The gradients of a block's result and of the hidden numbers before and after the activation.
+            cost.working += tokens * (d + hidden * h + again);
         }
         cost
     }

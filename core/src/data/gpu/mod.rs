@@ -104,10 +104,12 @@ impl DeviceBatches {
                 DType::F32 => Ok((source, target)),
                 other => Err(Error::shape("batches", format!("{other:?} cannot be uploaded as {:?}", target.dtype()))),
             })
-            .map(|pair| pair.map(|(source, target)| match source.gpu() {
-                Some(_) => (source, source.device_address(), target),
-                None => (source, packed.put(source.as_bytes()), target),
-            }))
+            .map(|pair| {
+                pair.map(|(source, target)| match source.gpu() {
+                    Some(_) => (source, source.device_address(), target),
+                    None => (source, packed.put(source.as_bytes()), target),
+                })
+            })
             .collect::<Result<_>>()?;
         let staging = &mut self.staging[self.turn];
         self.turn = 1 - self.turn;

@@ -1,0 +1,88 @@
+//! What a card could do at most, and how near each kind of launch comes.
+
+use dinolab_core::cuda::{Profile, ProfileRow};
+
+use crate::style;
+
+/// What makers publish: dense bf16 products with f32 sums, and memory.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Ceiling {
+    /// TFLOP/s.
+    pub(super) tflops: f64,
+    /// GB/s.
+    memory: f64,
+}
+
+/// The ceilings of a card by the driver's name for it, if they are known. The first that fits counts.
+pub(super) fn ceiling(card: &str) -> Option<Ceiling> {
+    let known = [
+        ("H200", 989.0, 4800.0),
+        ("H100 PCIe", 756.0, 2000.0),
+        ("H100 NVL", 835.0, 3900.0),
+        ("H100", 989.0, 3350.0),
+        ("A100-PCIE-40GB", 312.0, 1555.0),
+        ("A100-SXM4-40GB", 312.0, 1555.0),
+        ("A100", 312.0, 2039.0),
+        ("B200", 2250.0, 8000.0),
+        ("RTX 4090", 165.0, 1008.0),
+    ];
+    let found = known.into_iter().find(|(name, ..)| card.contains(name));
+    found.map(|(_, tflops, memory)| Ceiling { tflops, memory })
+}
+
+/// The longest rows of a profile as a table: launches, time, share, and what was reached of the nearer ceiling.
+pub(super) fn table(profile: &Profile, ceiling: Option<Ceiling>) -> String {
+    let total: f64 = profile.rows.iter().map(|r| r.ms).sum();
+    let head = ["", "launches", "ms", "share", "reached", "of the ceiling"].map(String::from).to_vec();
+    let row = |r: &ProfileRow| {
+        let (reached, share) = reached(r, ceiling);
+        let share = share.map_or(String::new(), |s| format!("{:.0}%", 100.0 * s));
+        vec![
+            r.name.clone(),
+            r.launches.to_string(),
+            format!("{:.3}", r.ms),
+            format!("{:.1}%", 100.0 * r.ms / total),
+            reached,
+            share,
+        ]
+    };
+    let rows = profile.rows.iter().map(row);
+    style::table(std::iter::once(head).chain(rows))
+}
+
+/// Operations or bytes a second, whichever is nearer to its ceiling, and how near.
+fn reached(row: &ProfileRow, ceiling: Option<Ceiling>) -> (String, Option<f64>) {
+    let seconds = row.ms / 1e3;
+    let (flops, bytes) = (row.flops / seconds / 1e12, row.bytes / seconds / 1e9);
+    let of = |x: f64, most: fn(Ceiling) -> f64| ceiling.map(|c| x / most(c));
+    let (compute, memory) = (of(flops, |c| c.tflops), of(bytes, |c| c.memory));
+    match (row.flops > 0.0, row.bytes > 0.0) {
+        (false, false) => (String::new(), None),
+        (true, _) if compute >= memory || row.bytes == 0.0 => (format!("{flops:.0} TFLOP/s"), compute),
+        _ => (format!("{bytes:.0} GB/s"), memory),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cards_are_known_by_the_drivers_names() {
+        let tflops = |name: &str| ceiling(name).map(|c| c.tflops);
+        assert_eq!(tflops("NVIDIA H100 80GB HBM3"), Some(989.0));
+        assert_eq!(tflops("NVIDIA H100 PCIe"), Some(756.0));
+        assert_eq!(tflops("NVIDIA A100-SXM4-80GB"), Some(312.0));
+        assert_eq!(tflops("NVIDIA GeForce RTX 4090"), Some(165.0));
+        assert_eq!(tflops("A card of next year"), None);
+    }
+
+    #[test]
+    fn a_launch_is_held_against_the_ceiling_that_it_is_nearer_to() {
+        let row = |flops, bytes| ProfileRow { ms: 1.0, flops, bytes, launches: 1, name: String::new() };
+        let h100 = ceiling("H100");
+        assert_eq!(reached(&row(500e9, 1e6), h100).0, "500 TFLOP/s");
+        assert_eq!(reached(&row(1e9, 2e9), h100).0, "2000 GB/s");
+        assert_eq!(reached(&row(0.0, 0.0), h100), (String::new(), None));
+    }
+}

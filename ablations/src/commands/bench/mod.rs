@@ -1,0 +1,207 @@
+//! `dinolab bench`: what a recipe's step costs.
+
+mod ceilings;
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use dinolab_core::cuda::{Gpu, Profile};
+use dinolab_core::data::{Batch, Loader};
+use dinolab_core::step::{Learner, Report};
+use dinolab_core::{recipe, tensor, train, Device, Error, Result};
+use serde::Serialize;
+
+use crate::cli::RecipeArgs;
+use crate::style;
+
+/// What it is given.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    recipe: RecipeArgs,
+    /// Steps that are timed
+    #[arg(long, default_value_t = 20)]
+    steps: u64,
+    /// Steps before that, not timed
+    #[arg(long, default_value_t = 3)]
+    warmup: u64,
+    /// One JSON object instead of a table
+    #[arg(long)]
+    json: bool,
+}
+
+/// Steps read to time the data pipeline.
+const READ: usize = 4;
+
+/// What was measured. The step is timed on batches that are ready, so that data and compute are told apart; on a GPU on
+/// one batch that is there already.
+#[derive(Debug, Serialize)]
+struct Measured {
+    recipe: String,
+    device: String,
+    precision: String,
+    threads: usize,
+    batch: usize,
+    steps: u64,
+    /// On a GPU by the device's clock.
+    ms_median: f64,
+    ms_min: f64,
+    ms_max: f64,
+    images_per_s: f64,
+    /// Time to make one step's batches, all loader threads working and nothing else.
+    data_ms: f64,
+    /// Model operations an image, by the formula of the book's performance chapter.
+    gflop_per_image: f64,
+    tflop_per_s: f64,
+    /// Share of what the card could do at most, where that is known.
+    mfu: Option<f64>,
+    /// Most tensor memory that was ever live.
+    peak_gib: f64,
+    /// From the start of the command to the end of the first step.
+    first_step_s: f64,
+    /// Why the step was not replayed as one graph, if it was not.
+    eager: Option<String>,
+    /// Where the time of a step goes, on a GPU.
+    profile: Option<Profile>,
+}
+
+/// Runs the command.
+pub fn run(args: &Args) -> Result<ExitCode> {
+    let begin = Instant::now();
+    if args.steps == 0 {
+        return Err(Error::user("--steps 0 measures nothing", "ask for at least one step"));
+    }
+    let resolved = args.recipe.resolve()?;
+    let recipe = &resolved.recipe;
+    let mut learner = Learner::new(recipe)?;
+    let gpu = match learner.device() {
+        Device::Cpu => None,
+        Device::Cuda(ordinal) => Some(Gpu::get(ordinal)?),
+    };
+    let ready = first_step(recipe, &learner)?;
+    let (mut times, mut first_step_s) = (Vec::new(), None);
+    for step in 0..args.warmup + args.steps {
+        let (report, ms) = timed(gpu, || learner.step(step, &ready, false))?;
+        first_step_s.get_or_insert_with(|| begin.elapsed().as_secs_f64());
+        if let Some(what) = report.non_finite {
+            let help = "a benchmark of broken numbers means nothing: check the recipe with a short `dinolab train`";
+            return Err(Error::user(format!("{what} is not finite at step {step}"), help));
+        }
+        if step >= args.warmup {
+            times.push(ms);
+        }
+    }
+    let peak = match gpu {
+        None => tensor::memory_stats().peak,
+        Some(gpu) => gpu.memory().iter().map(|arena| arena.peak).sum(),
+    };
+    let profile = gpu.map(|_| learner.profile(args.warmup + args.steps, &ready)).transpose()?;
+    times.sort_by(f64::total_cmp);
+    let median = times[times.len() / 2];
+    let cost = recipe::cost::cost(recipe)?;
+    let images_per_s = recipe.batch.size as f64 * 1e3 / median;
+    let tflop_per_s = cost.flops_per_image * images_per_s / 1e12;
+    let ceiling = gpu.and_then(|gpu| ceilings::ceiling(&gpu.info().name));
+    let measured = Measured {
+        recipe: recipe.name.clone(),
+        device: gpu.map_or("cpu".into(), |gpu| gpu.info().name.clone()),
+        precision: format!("{:?}", learner.features_dtype()).to_lowercase(),
+        threads: rayon::current_num_threads(),
+        batch: recipe.batch.size,
+        steps: args.steps,
+        ms_median: median,
+        ms_min: times[0],
+        ms_max: times[times.len() - 1],
+        images_per_s,
+        data_ms: data_ms(recipe, &learner)?,
+        gflop_per_image: cost.flops_per_image / 1e9,
+        tflop_per_s,
+        mfu: ceiling.map(|c| tflop_per_s / c.tflops),
+        peak_gib: peak as f64 / f64::from(1 << 30),
+        first_step_s: first_step_s.unwrap_or_default(),
+        eager: learner.eager_reason().map(String::from),
+        profile,
+    };
+    if args.json {
+        println!("{}", serde_json::to_string(&measured).expect("plain data"));
+    } else {
+        style::print(&measured.table(ceiling));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+impl Measured {
+    fn table(&self, ceiling: Option<ceilings::Ceiling>) -> String {
+        let m = self;
+        let mfu = m.mfu.map_or(String::new(), |mfu| format!(", {:.1}% MFU", 100.0 * mfu));
+        let mut text = format!(
+            "{} on {} in {} with {} threads, batch {}\n\
+             \x20 step        {:.2} ms median of {} ({:.2} to {:.2})\n\
+             \x20 throughput  {:.1} images/s\n\
+             \x20 data        {:.1} ms a step, when nothing else runs\n\
+             \x20 model       {:.3} GFLOP an image, {:.3} TFLOP/s{mfu}\n\
+             \x20 memory      {:.3} GiB of tensors at the peak\n\
+             \x20 first step  {:.2} s after the start\n",
+            m.recipe,
+            m.device,
+            m.precision,
+            m.threads,
+            m.batch,
+            m.ms_median,
+            m.steps,
+            m.ms_min,
+            m.ms_max,
+            m.images_per_s,
+            m.data_ms,
+            m.gflop_per_image,
+            m.tflop_per_s,
+            m.peak_gib,
+            m.first_step_s
+        );
+        if let Some(profile) = &m.profile {
+            text += &match &m.eager {
+                None => "  replayed as one graph; launch by launch:\n".to_string(),
+                Some(reason) => format!("  not replayed as a graph ({reason}); launch by launch:\n"),
+            };
+            text += &ceilings::table(profile, ceiling);
+        }
+        text
+    }
+}
+
+/// Milliseconds of a step: by the device's clock where there is one.
+fn timed(gpu: Option<&'static Gpu>, step: impl FnOnce() -> Result<Report>) -> Result<(Report, f64)> {
+    let Some(gpu) = gpu else {
+        let start = Instant::now();
+        let report = step()?;
+        return Ok((report, start.elapsed().as_secs_f64() * 1e3));
+    };
+    let mut report = None;
+    let ms = gpu.time(|| step().map(|r| report = Some(r)))?;
+    Ok((report.expect("the step gave one"), ms))
+}
+
+fn loader(recipe: &recipe::Recipe, learner: &Learner, steps: usize) -> Result<Loader> {
+    let mut spec = train::loader_spec(recipe, learner, 0);
+    spec.total_steps = steps as u64;
+    Loader::new(train::datasets(recipe)?.0, spec)
+}
+
+/// The first step's batches, in memory of their own.
+fn first_step(recipe: &recipe::Recipe, learner: &Learner) -> Result<Vec<Batch>> {
+    let first = loader(recipe, learner, 1)?.next().expect("the loader makes one step")?;
+    Ok(first.batches.iter().map(|batch| batch.map(tensor::Tensor::to_owned)).collect())
+}
+
+/// Milliseconds a step of the data pipeline alone.
+fn data_ms(recipe: &recipe::Recipe, learner: &Learner) -> Result<f64> {
+    let mut loader = loader(recipe, learner, READ)?;
+    let start = Instant::now();
+    for step in loader.by_ref() {
+        step?;
+    }
+    if let Device::Cuda(ordinal) = learner.device() {
+        Gpu::get(ordinal)?.synchronize()?;
+    }
+    Ok(start.elapsed().as_secs_f64() * 1e3 / READ as f64)
+}
