@@ -28,6 +28,10 @@ enum Command {
     Ablate(commands::ablate::Args),
     /// Train a recipe, or go on with a run.
     Train(commands::train::Args),
+    /// Read published DINOv3 weights into a folder that recipes can start from.
+    Import(commands::import::Args),
+    /// Write the weights of a run for Hugging Face transformers or other tools.
+    Export(commands::export::Args),
     /// Time the training step and the data pipeline of a recipe.
     Bench(commands::bench::Args),
     /// See what trained weights see in images: features, pictures, a page to click in.
@@ -51,6 +55,8 @@ impl Command {
         match self {
             Self::Ablate(args) => commands::ablate::run(args),
             Self::Train(args) => commands::train::run(&args),
+            Self::Import(args) => commands::import::run(&args),
+            Self::Export(args) => commands::export::run(&args),
             Self::Bench(args) => commands::bench::run(&args),
             Self::Features(args) => commands::features::run(&args),
             Self::Replay(args) => commands::replay::run(&args),

@@ -22,6 +22,7 @@ pub mod rng;
 pub mod step;
 pub mod tensor;
 pub mod train;
+pub mod weights;
 
 pub use error::{Error, Result};
 pub use tensor::{DType, Device, Tensor};

@@ -1,5 +1,6 @@
 //! The built-in plugins of dinolab, one file each. A program that links this crate (`use dinolab_plugins as _;`) has
-//! them all in its registry; nothing here is called by name except by tests.
+//! them all in its registry; nothing here is called by name except by tests, and [`published`], which knows the layouts
+//! of published weights.
 //!
 //! | kind | plugins |
 //! |---|---|
@@ -13,6 +14,7 @@
 
 // Backbones
 pub mod convnext;
+pub mod published;
 pub mod vit;
 
 // Position encodings

@@ -2,7 +2,9 @@
 
 pub mod ablate;
 pub mod bench;
+pub mod export;
 pub mod features;
+pub mod import;
 pub mod plugins;
 pub mod recipe;
 pub mod replay;

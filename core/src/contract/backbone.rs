@@ -219,6 +219,13 @@ pub trait Backbone: fmt::Debug + Send + Sync {
         0
     }
 
+    /// What, beside names and shapes of parameters, decides what the model computes in evaluation: a table by the keys of
+    /// a recipe. Weights are refused for a backbone that says something else here (see
+    /// [`check_same_model`](crate::weights::check_same_model)).
+    fn architecture(&self) -> serde_json::Value {
+        serde_json::Value::Null
+    }
+
     /// Whether [`Crops::masks`] hides patches from it; without a mask token it sees them, and a loss on masked patches is
     /// one on patches in plain sight.
     fn hides_masked_patches(&self) -> bool {

@@ -99,6 +99,8 @@ fn numbers(recipe: &Recipe, problems: &mut Vec<Problem>) {
         require(ordered, key, format!("has to be [least, most] with {from} least <= most <= 1, not [{least}, {most}]"));
     }
     require(recipe.crops.std.iter().all(|s| *s > 0.0), "crops.std", "has to be positive in every channel".into());
+    let twice = recipe.init_from.is_some() && recipe.backbone.weights.is_some();
+    require(!twice, "init_from", "the backbone starts from backbone.weights already: remove one of the two".into());
     let o = &recipe.optimizer;
     require(o.betas.iter().all(|b| (0.0..1.0).contains(b)), "optimizer.betas", "have to be in [0, 1)".into());
     require(o.eps > 0.0, "optimizer.eps", "has to be positive".into());

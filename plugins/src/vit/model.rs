@@ -257,6 +257,28 @@ impl Backbone for Vit {
         self.config.depth
     }
 
+    fn architecture(&self) -> serde_json::Value {
+        let c = &self.config;
+        serde_json::json!({
+            "patch_size": c.patch_size,
+            "dim": c.dim,
+            "depth": c.depth,
+            "heads": c.heads,
+            "registers": c.registers,
+            "ffn": c.ffn,
+            "ffn_hidden": c.hidden(),
+            "ffn_bias": c.ffn_bias,
+            "qkv_bias": c.qkv_bias,
+            "mask_k_bias": c.qkv_bias && c.mask_k_bias,
+            "proj_bias": c.proj_bias,
+            "norm": c.norm,
+            "norm_eps": c.norm_eps,
+            "layer_scale": c.layer_scale != 0.0,
+            "untie_cls_and_patch_norms": c.untie_cls_and_patch_norms,
+            "pos_encoding": { "plugin": c.pos_encoding.name(), "keys": self.position.architecture() },
+        })
+    }
+
     fn draw(&self, rng: &dyn Fn(Stream, u64) -> Rng, images: &[usize]) -> Draws {
         let kinds = images.len() as u64;
         let index = |block: usize, kind: usize| block as u64 * kinds + kind as u64;

@@ -3,13 +3,10 @@
 //! The translation from the reference's configuration (epochs, scaling rules) to a recipe (steps, final numbers) is here:
 //! a recipe states the learning rate it uses, so that a change of the batch size changes nothing behind one's back.
 
-#[allow(dead_code)]
-mod golden;
-
+use crate::golden::{Comparison, Golden};
 use dinolab_core::contract::{At, Schedule};
 use dinolab_core::DType;
 use dinolab_plugins as _;
-use golden::{Comparison, Golden};
 use serde_json::{json, Value};
 
 /// Values of a recipe's schedule in a run of `total` steps.
@@ -109,10 +106,7 @@ fn check_old_config(name: &str, config: &Value, world: f64, c: &mut Comparison<'
     c.check_values(&format!("{name}.teacher_temp_past_end"), &past_end);
 }
 
-#[test]
-fn schedules_equal_the_reference() {
-    let Some(golden) = Golden::open("schedules") else { return };
-    let mut c = golden.compare(DType::F64);
+pub fn schedules(golden: &Golden, _: DType, c: &mut Comparison<'_>) {
     let options = &golden.options;
     let cases = |key: &str| options[key].as_object().cloned().unwrap_or_default();
     for (case, table) in cases("linear_warmup_cosine_decay") {
@@ -142,12 +136,11 @@ fn schedules_equal_the_reference() {
     }
     let world = golden.number("/world_size", Some(1.0));
     for (name, config) in cases("configs") {
-        check_training_config(&name, &config, world, &mut c);
+        check_training_config(&name, &config, world, c);
     }
     for (name, config) in options.as_object().expect("options are a table").iter().filter(|o| o.0.starts_with("v1.")) {
-        check_old_config(name, config, world, &mut c);
+        check_old_config(name, config, world, c);
     }
-    c.finish();
 }
 
 /// DINOv3's own choice is a warm-up and then nothing: `linear_warmup` says so, and is the same curve.

@@ -1,15 +1,14 @@
 //! Rotary tables against the reference's numbers, and the properties that a rotary embedding lives by.
 
-#[allow(dead_code)]
-mod golden;
-
+use crate::golden::{Comparison, Golden};
 use dinolab_core::contract::{Grid, PosContext, PosEncoding};
+use dinolab_core::ops::Segment;
 use dinolab_core::params::{ParamBuilder, Params};
 use dinolab_core::registry::Chosen;
 use dinolab_core::rng::{Rng, Stream};
+use dinolab_core::tensor::Tape;
 use dinolab_core::{DType, Tensor};
 use dinolab_plugins::rope_box::{RopeBox, RopeBoxConfig};
-use golden::{for_both_types, Comparison};
 use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;
 use serde_json::{json, Value};
@@ -52,46 +51,109 @@ fn parse_grid(text: &str) -> Grid {
     Grid { height: height.parse().unwrap(), width: width.parse().unwrap() }
 }
 
-#[test]
-fn evaluation_tables_equal_the_reference() {
-    for_both_types("rope_eval", |g, dtype, c| {
-        for name in g.prefixes(".sin") {
-            // <normalize>_<variant>_d<D>_<H>x<W>
-            let [normalize, variant, dim, grid] = name.split('_').collect::<Vec<_>>()[..] else { panic!("{name}") };
-            let table = json!({ "normalize": normalize, "periods": periods(&g.options["variants"][variant]) });
-            let encoding = encoding(&table, dim[1..].parse().unwrap());
-            check(c, name, rotary(encoding.as_ref(), parse_grid(grid), None, dtype));
-        }
-        for name in g.names().filter(|n| n.starts_with("periods_")) {
-            let [_, variant, dim] = name.split('_').collect::<Vec<_>>()[..] else { panic!("{name}") };
-            let table = json!({ "periods": periods(&g.options["variants"][variant]) });
-            let config: RopeBoxConfig = serde_json::from_value(table).unwrap();
-            c.check_values(name, &RopeBox::new(config).unwrap().periods(dim[1..].parse().unwrap()));
-        }
-    });
+pub fn evaluation_tables(g: &Golden, dtype: DType, c: &mut Comparison<'_>) {
+    for name in g.prefixes(".sin") {
+        // <normalize>_<variant>_d<D>_<H>x<W>
+        let [normalize, variant, dim, grid] = name.split('_').collect::<Vec<_>>()[..] else { panic!("{name}") };
+        let table = json!({ "normalize": normalize, "periods": periods(&g.options["variants"][variant]) });
+        let encoding = encoding(&table, dim[1..].parse().unwrap());
+        check(c, name, rotary(encoding.as_ref(), parse_grid(grid), None, dtype));
+    }
+    for name in g.names().filter(|n| n.starts_with("periods_")) {
+        let [_, variant, dim] = name.split('_').collect::<Vec<_>>()[..] else { panic!("{name}") };
+        let table = json!({ "periods": periods(&g.options["variants"][variant]) });
+        let config: RopeBoxConfig = serde_json::from_value(table).unwrap();
+        c.check_values(name, &RopeBox::new(config).unwrap().periods(dim[1..].parse().unwrap()));
+    }
 }
 
-#[test]
-fn training_tables_equal_the_reference() {
-    for_both_types("rope_train", |g, dtype, c| {
-        let grid = Grid { height: g.number("/H", None) as usize, width: g.number("/W", None) as usize };
-        let table = json!({ "periods": periods(&g.options), "normalize": g.options["normalize_coords"] });
-        let encoding = encoding(&table, g.number("/D_head", None) as usize);
-        for name in g.prefixes(".sin") {
-            let mut draw = vec![0.0, 0.0, 1.0, 1.0, 1.0];
-            if g.has(&format!("{name}.shift_hw")) {
-                draw[..2].copy_from_slice(g.values(&format!("{name}.shift_hw")));
-            }
-            for (factor, range) in [("jitter", 2..4), ("rescale", 4..5)] {
-                if g.has(&format!("{name}.{factor}_log")) {
-                    let logs = g.values(&format!("{name}.{factor}_log")).iter();
-                    draw[range.clone()].iter_mut().zip(logs).for_each(|(d, log)| *d = log.exp());
-                    c.check_values(&format!("{name}.{factor}"), &draw[range]);
-                }
-            }
-            check(c, name, rotary(encoding.as_ref(), grid, Some(&draw), dtype));
+pub fn training_tables(g: &Golden, dtype: DType, c: &mut Comparison<'_>) {
+    let grid = Grid { height: g.number("/H", None) as usize, width: g.number("/W", None) as usize };
+    let table = json!({ "periods": periods(&g.options), "normalize": g.options["normalize_coords"] });
+    let encoding = encoding(&table, g.number("/D_head", None) as usize);
+    for name in g.prefixes(".sin") {
+        let mut draw = vec![0.0, 0.0, 1.0, 1.0, 1.0];
+        if g.has(&format!("{name}.shift_hw")) {
+            draw[..2].copy_from_slice(g.values(&format!("{name}.shift_hw")));
         }
-    });
+        for (factor, range) in [("jitter", 2..4), ("rescale", 4..5)] {
+            if g.has(&format!("{name}.{factor}_log")) {
+                let logs = g.values(&format!("{name}.{factor}_log")).iter();
+                draw[range.clone()].iter_mut().zip(logs).for_each(|(d, log)| *d = log.exp());
+                c.check_values(&format!("{name}.{factor}"), &draw[range]);
+            }
+        }
+        check(c, name, rotary(encoding.as_ref(), grid, Some(&draw), dtype));
+    }
+}
+
+/// Which part of attention's packed input is rotated.
+#[derive(Clone, Copy, PartialEq)]
+enum Part {
+    Query,
+    Key,
+}
+
+/// Rows `[.., tokens, D]` rotated by attention, or by the transpose of its rotation.
+///
+/// The rotation is inside attention, and shows in its gradients. Where all queries or all keys are zero, the weights of
+/// n tokens are 1/n. Let token i have the value e, a further token 0, which is not rotated, zero, and the gradient of the
+/// output of token 0 be e. Then that score has the gradient `c = (1 - 1/n) / n`, so that the gradient of the query of
+/// token 0 is `c R(k_i) / sqrt(D)`, and that of key i is `c R^T(q_0) / sqrt(D)`; for queries with the parts exchanged.
+fn rotated(x: &Tensor, part: Part, back: bool, tables: &(Tensor, Tensor), dtype: DType) -> Vec<f64> {
+    let (d, rows) = (x.last_dim(), x.len() / x.last_dim());
+    let n = x.dim(x.rank() - 2) + 1;
+    let (mut qkv, mut dy) = (vec![0.0; rows * n * 3 * d], vec![0.0; rows * n * d]);
+    let other = if part == Part::Query { Part::Key } else { Part::Query };
+    let place = |row: usize, token: usize, part: usize| ((row * n + token) * 3 + part) * d;
+    // One image a row: where its x goes, and where its result comes from.
+    let ends = |row: usize| {
+        let mine = place(row, row % (n - 1) + 1, part as usize);
+        let token_0 = place(row, 0, other as usize);
+        if back {
+            (token_0, mine)
+        } else {
+            (mine, token_0)
+        }
+    };
+    for (row, x) in x.to_f64_vec().chunks(d).enumerate() {
+        qkv[ends(row).0..][..d].copy_from_slice(x);
+        let (query, key) = if part == Part::Query { (row % (n - 1) + 1, 0) } else { (0, row % (n - 1) + 1) };
+        qkv[place(row, key, 2)] = 1.0;
+        dy[(row * n + query) * d] = 1.0;
+    }
+    let tape = Tape::new();
+    let qkv = tape.leaf(&Tensor::from_f64(&qkv, &[rows * n, 3 * d], dtype).unwrap());
+    let segment = Segment { images: rows, tokens: n, rotary: Some(tables.clone()), bias: None };
+    let y = qkv.attention(1, &[segment]).unwrap();
+    let dy = Tensor::from_f64(&dy, y.shape(), dtype).unwrap();
+    let grads = tape.backward(&y.mul(&dy).unwrap().sum().unwrap(), 1.0, None).unwrap();
+    let grads = grads.of(&qkv).unwrap().to_f64_vec();
+    let n = n as f64;
+    let scale = n * n / (n - 1.0) * (d as f64).sqrt();
+    (0..rows).flat_map(|row| grads[ends(row).1..][..d].iter().map(|g| g * scale)).collect()
+}
+
+pub fn rotation(g: &Golden, dtype: DType, c: &mut Comparison<'_>) {
+    let table = json!({ "periods": periods(&g.options), "normalize": g.options["normalize_coords"] });
+    let encoding = encoding(&table, g.number("/D_head", None) as usize);
+    let grid = Grid { height: g.number("/H", None) as usize, width: g.number("/W", None) as usize };
+    let tables = rotary(encoding.as_ref(), grid, None, dtype);
+    c.check("sin", &tables.0);
+    c.check("cos", &tables.1);
+    for (name, part) in [("q", Part::Query), ("k", Part::Key)] {
+        let x = g.tensor(name, dtype);
+        c.check_values(&format!("{name}_out"), &rotated(&x, part, false, &tables, dtype));
+        let upstream = g.tensor(&format!("w{name}"), dtype);
+        c.check_values(&format!("grad_{name}"), &rotated(&upstream, part, true, &tables, dtype));
+        let (patches, tokens) = (grid.patches(), x.dim(2));
+        assert_eq!(tokens - patches, g.number("/prefix", None) as usize);
+        if g.has(&format!("{name}_patches_out")) {
+            let heads = x.reshape(&[x.dim(0) * x.dim(1), tokens, x.dim(3)]).unwrap();
+            let only = heads.narrow_axis(1, tokens - patches, patches).unwrap();
+            c.check_values(&format!("{name}_patches_out"), &rotated(&only, part, false, &tables, dtype));
+        }
+    }
 }
 
 /// `x cos + rotate_half(x) sin` for the last P of the tokens `[.., N, D]`; `round` after every operation, and on all
@@ -111,27 +173,23 @@ fn rotate(x: &[f64], (sin, cos): (&[f64], &[f64]), tokens: usize, d: usize, roun
 }
 
 /// The stored values are bf16 numbers, so following every rounding gives them exactly.
-#[test]
-fn bf16_tables_equal_the_reference_to_the_bit() {
+pub fn bf16_tables(g: &Golden, dtype: DType, c: &mut Comparison<'_>) {
     let bf16 = |x: f64| Tensor::scalar(x, DType::F32).cast(DType::BF16).unwrap().item();
-    for_both_types("rope_bf16", |g, dtype, c| {
-        let d = g.number("/D_head", None) as usize;
-        let table =
-            json!({ "dtype": "bf16", "periods": periods(&g.options), "normalize": g.options["normalize_coords"] });
-        let config: RopeBoxConfig = serde_json::from_value(table.clone()).unwrap();
-        c.check_values("periods", &RopeBox::new(config).unwrap().periods(d));
-        let encoding = encoding(&table, d);
-        for name in g.prefixes(".sin") {
-            check(c, name, rotary(encoding.as_ref(), parse_grid(name), None, dtype));
-        }
-        let grid = &g.options["grids"][0];
-        let [height, width] = [0, 1].map(|i| grid[i].as_u64().expect("a grid is two numbers") as usize);
-        let (sin, cos) = rotary(encoding.as_ref(), Grid { height, width }, None, DType::F64);
-        for (x, out) in [("q", "q_out"), ("k", "k_out")] {
-            let tables = (sin.as_slice(), cos.as_slice());
-            c.check_values(out, &rotate(g.values(x), tables, g.shape(x)[2], d, bf16));
-        }
-    });
+    let d = g.number("/D_head", None) as usize;
+    let table = json!({ "dtype": "bf16", "periods": periods(&g.options), "normalize": g.options["normalize_coords"] });
+    let config: RopeBoxConfig = serde_json::from_value(table.clone()).unwrap();
+    c.check_values("periods", &RopeBox::new(config).unwrap().periods(d));
+    let encoding = encoding(&table, d);
+    for name in g.prefixes(".sin") {
+        check(c, name, rotary(encoding.as_ref(), parse_grid(name), None, dtype));
+    }
+    let grid = &g.options["grids"][0];
+    let [height, width] = [0, 1].map(|i| grid[i].as_u64().expect("a grid is two numbers") as usize);
+    let (sin, cos) = rotary(encoding.as_ref(), Grid { height, width }, None, DType::F64);
+    for (x, out) in [("q", "q_out"), ("k", "k_out")] {
+        let tables = (sin.as_slice(), cos.as_slice());
+        c.check_values(out, &rotate(g.values(x), tables, g.shape(x)[2], d, bf16));
+    }
 }
 
 #[test]

@@ -1,11 +1,8 @@
 //! The model against the reference's numbers: block, head, and whole vision transformers with all random draws given.
 
-#[allow(dead_code)]
-mod golden;
-mod reference;
-
 use std::sync::Arc;
 
+use crate::golden::{Comparison, Golden};
 use dinolab_core::contract::{Backbone, Crops, Draws, Features, Grid, Mode, PosContext, PosEncoding};
 use dinolab_core::head::{Head, HeadConfig};
 use dinolab_core::params::{load_named, Layout, ParamBuilder, Params};
@@ -15,7 +12,6 @@ use dinolab_core::tensor::Tape;
 use dinolab_core::{DType, Tensor};
 use dinolab_plugins::vit::block::{Block, Layer};
 use dinolab_plugins::vit::VitConfig;
-use golden::{for_both_types, Comparison, Golden};
 use serde_json::{json, Value};
 
 /// The file's weights `<prefix><name>` in a layout. Only buffers, which the product does not keep, may be left over.
@@ -55,7 +51,7 @@ struct Model {
 
 impl Model {
     fn new(g: &Golden, dtype: DType) -> Self {
-        let table = reference::backbone(&g.options["vit"]);
+        let table = crate::reference::backbone(&g.options["vit"]);
         let chosen: Chosen<dyn Backbone> = serde_json::from_value(table).unwrap();
         let mut params = ParamBuilder::new();
         let mut context = BackboneContext { params: &mut params, global_size: 32, channels: 3 };
@@ -216,119 +212,96 @@ fn check_training(g: &Golden, model: &Model, dtype: DType, c: &mut Comparison<'_
     check_gradients(g, c, "g.", &model.layout, &grads);
 }
 
-fn check_vit(case: &str) {
-    for_both_types(case, |g, dtype, c| {
-        let model = Model::new(g, dtype);
-        if g.has("images") {
-            check_evaluation(g, &model, dtype, c);
-        }
-        if g.has("list.global_images") {
-            check_training(g, &model, dtype, c);
-        }
+pub fn vit(g: &Golden, dtype: DType, c: &mut Comparison<'_>) {
+    let model = Model::new(g, dtype);
+    if g.has("images") {
+        check_evaluation(g, &model, dtype, c);
+    }
+    if g.has("list.global_images") {
+        check_training(g, &model, dtype, c);
+    }
+}
+
+pub fn block(g: &Golden, dtype: DType, c: &mut Comparison<'_>) {
+    let o = |key: &str| g.options.get(key).cloned().unwrap_or(Value::Null);
+    let mut table = crate::reference::backbone(&json!({
+        "embed_dim": o("dim"),
+        "num_heads": o("heads"),
+        "ffn_layer": o("ffn"),
+        "ffn_ratio": o("ffn_ratio"),
+        "mask_k_bias": o("mask_k_bias") == true,
+        "qkv_bias": g.has("w.attn.qkv.bias"),
+        "proj_bias": g.has("w.attn.proj.bias"),
+        "ffn_bias": g.names().any(|n| n.starts_with("w.mlp.") && n.ends_with(".bias")),
+        "layerscale_init": g.has("w.ls1.gamma").then_some(1.0),
+        "norm_layer": if g.has("w.norm1.bias") { "layernorm" } else { "rmsnorm" },
+        "drop_path_rate": o("drop_path"),
+        "pos_embed_rope_base": o("base"),
+        "pos_embed_rope_min_period": o("min_period"),
+        "pos_embed_rope_max_period": o("max_period"),
+        "pos_embed_rope_normalize_coords": o("normalize_coords"),
+    }));
+    table["norm_eps"] = o("norm_eps");
+    table.as_object_mut().unwrap().remove("plugin");
+    let config: VitConfig = serde_json::from_value(table.clone()).unwrap();
+    let mut builder = ParamBuilder::new();
+    let block = Block::declare(&mut builder, &config);
+    let layout = builder.finish();
+    let weights = load(g, "w.", &layout, dtype);
+
+    let &[images, tokens, dim] = g.shape("x") else { panic!("x is [B, N, D]") };
+    let (heads, side) = (g.number("/heads", None) as usize, |key| g.number(key, None) as usize);
+    let grid = Grid { height: side("/H"), width: side("/W") };
+    assert_eq!(tokens - grid.patches(), side("/prefix"));
+    let chosen: Chosen<dyn PosEncoding> = serde_json::from_value(table["pos_encoding"].clone()).unwrap();
+    let mut position = chosen.build(&mut ()).unwrap();
+    position.declare(&mut ParamBuilder::new(), PosContext { dim, heads, grid }).unwrap();
+    let tables = position.tables(&Params::frozen(&layout, &weights), grid, None, heads, dtype).unwrap();
+    let layers = [Layer { images, tokens, tables }];
+
+    let count = ((images as f64 * (1.0 - g.number("/drop_path", Some(0.0)))) as usize).max(1);
+    let kept = ["attn", "ffn"].map(|branch| {
+        let order = g.values(&format!("train.perm_{branch}"));
+        order[..count].iter().map(|&i| i as u32).collect()
     });
+    for (mode, kept) in [("eval", None), ("train", Some(&[kept][..]))] {
+        let tape = Tape::new();
+        let params = Params::tracked(&layout, &weights, &tape);
+        let x = tape.leaf(&g.tensor("x", dtype));
+        let rows = x.reshape(&[images * tokens, dim]).unwrap();
+        let y = block.forward(&params, &rows, &layers, kept, &config).unwrap();
+        c.check(&format!("{mode}.y"), &y);
+        let mut grads = Tensor::zeros(&[layout.len()], dtype);
+        let leaves = tape.backward(&dot(&y, &g.tensor("gy", dtype)), 1.0, Some(&mut grads)).unwrap();
+        c.check(&format!("{mode}.gx"), leaves.of(&x).unwrap());
+        check_gradients(g, c, &format!("{mode}.g."), &layout, &grads);
+    }
 }
 
-#[test]
-fn vit_with_mlp_equals_the_reference() {
-    check_vit("vit_mlp");
-}
-
-#[test]
-fn vit_with_swiglu_equals_the_reference() {
-    check_vit("vit_swiglu64");
-}
-
-#[test]
-fn stochastic_depth_and_rotary_augmentation_equal_the_reference() {
-    check_vit("vit_train_stochastic");
-}
-
-#[test]
-fn block_equals_the_reference() {
-    for_both_types("block", |g, dtype, c| {
-        let o = |key: &str| g.options.get(key).cloned().unwrap_or(Value::Null);
-        let mut table = reference::backbone(&json!({
-            "embed_dim": o("dim"),
-            "num_heads": o("heads"),
-            "ffn_layer": o("ffn"),
-            "ffn_ratio": o("ffn_ratio"),
-            "mask_k_bias": o("mask_k_bias") == true,
-            "qkv_bias": g.has("w.attn.qkv.bias"),
-            "proj_bias": g.has("w.attn.proj.bias"),
-            "ffn_bias": g.names().any(|n| n.starts_with("w.mlp.") && n.ends_with(".bias")),
-            "layerscale_init": g.has("w.ls1.gamma").then_some(1.0),
-            "norm_layer": if g.has("w.norm1.bias") { "layernorm" } else { "rmsnorm" },
-            "drop_path_rate": o("drop_path"),
-            "pos_embed_rope_base": o("base"),
-            "pos_embed_rope_min_period": o("min_period"),
-            "pos_embed_rope_max_period": o("max_period"),
-            "pos_embed_rope_normalize_coords": o("normalize_coords"),
-        }));
-        table["norm_eps"] = o("norm_eps");
-        table.as_object_mut().unwrap().remove("plugin");
-        let config: VitConfig = serde_json::from_value(table.clone()).unwrap();
+pub fn head(g: &Golden, dtype: DType, c: &mut Comparison<'_>) {
+    let o = |key: &str| g.number(&format!("/{key}"), None) as usize;
+    for (case, layers) in g.options["cases"].as_object().unwrap() {
+        let config = HeadConfig {
+            hidden: o("hidden_dim"),
+            bottleneck: o("bottleneck_dim"),
+            prototypes: o("out_dim"),
+            layers: layers.as_u64().unwrap() as usize,
+            ..HeadConfig::default()
+        };
         let mut builder = ParamBuilder::new();
-        let block = Block::declare(&mut builder, &config);
+        let head = Head::declare(&mut builder, o("in_dim"), &config);
         let layout = builder.finish();
-        let weights = load(g, "w.", &layout, dtype);
-
-        let &[images, tokens, dim] = g.shape("x") else { panic!("x is [B, N, D]") };
-        let (heads, side) = (g.number("/heads", None) as usize, |key| g.number(key, None) as usize);
-        let grid = Grid { height: side("/H"), width: side("/W") };
-        assert_eq!(tokens - grid.patches(), side("/prefix"));
-        let chosen: Chosen<dyn PosEncoding> = serde_json::from_value(table["pos_encoding"].clone()).unwrap();
-        let mut position = chosen.build(&mut ()).unwrap();
-        position.declare(&mut ParamBuilder::new(), PosContext { dim, heads, grid }).unwrap();
-        let tables = position.tables(&Params::frozen(&layout, &weights), grid, None, heads, dtype).unwrap();
-        let layers = [Layer { images, tokens, tables }];
-
-        let count = ((images as f64 * (1.0 - g.number("/drop_path", Some(0.0)))) as usize).max(1);
-        let kept = ["attn", "ffn"].map(|branch| {
-            let order = g.values(&format!("train.perm_{branch}"));
-            order[..count].iter().map(|&i| i as u32).collect()
-        });
-        for (mode, kept) in [("eval", None), ("train", Some(&[kept][..]))] {
-            let tape = Tape::new();
-            let params = Params::tracked(&layout, &weights, &tape);
-            let x = tape.leaf(&g.tensor("x", dtype));
-            let rows = x.reshape(&[images * tokens, dim]).unwrap();
-            let y = block.forward(&params, &rows, &layers, kept, &config).unwrap();
-            c.check(&format!("{mode}.y"), &y);
-            let mut grads = Tensor::zeros(&[layout.len()], dtype);
-            let leaves = tape.backward(&dot(&y, &g.tensor("gy", dtype)), 1.0, Some(&mut grads)).unwrap();
-            c.check(&format!("{mode}.gx"), leaves.of(&x).unwrap());
-            check_gradients(g, c, &format!("{mode}.g."), &layout, &grads);
-        }
-    });
-}
-
-#[test]
-fn head_equals_the_reference() {
-    for_both_types("dino_head", |g, dtype, c| {
-        let o = |key: &str| g.number(&format!("/{key}"), None) as usize;
-        for (case, layers) in g.options["cases"].as_object().unwrap() {
-            let config = HeadConfig {
-                hidden: o("hidden_dim"),
-                bottleneck: o("bottleneck_dim"),
-                prototypes: o("out_dim"),
-                layers: layers.as_u64().unwrap() as usize,
-                ..HeadConfig::default()
-            };
-            let mut builder = ParamBuilder::new();
-            let head = Head::declare(&mut builder, o("in_dim"), &config);
-            let layout = builder.finish();
-            let weights = load(g, &format!("{case}.w."), &layout, dtype);
-            let tape = Tape::new();
-            let params = Params::tracked(&layout, &weights, &tape);
-            let x = tape.leaf(&g.tensor(&format!("{case}.x"), dtype));
-            c.check(&format!("{case}.bottleneck"), &head.bottleneck(&params, &x).unwrap());
-            let y = head.forward(&params, &x).unwrap();
-            c.check(&format!("{case}.y"), &y);
-            let mut grads = Tensor::zeros(&[layout.len()], dtype);
-            let scalar = dot(&y, &g.tensor(&format!("{case}.gy"), dtype));
-            let leaves = tape.backward(&scalar, 1.0, Some(&mut grads)).unwrap();
-            c.check(&format!("{case}.g.x"), leaves.of(&x).unwrap());
-            check_gradients(g, c, &format!("{case}.g."), &layout, &grads);
-        }
-    });
+        let weights = load(g, &format!("{case}.w."), &layout, dtype);
+        let tape = Tape::new();
+        let params = Params::tracked(&layout, &weights, &tape);
+        let x = tape.leaf(&g.tensor(&format!("{case}.x"), dtype));
+        c.check(&format!("{case}.bottleneck"), &head.bottleneck(&params, &x).unwrap());
+        let y = head.forward(&params, &x).unwrap();
+        c.check(&format!("{case}.y"), &y);
+        let mut grads = Tensor::zeros(&[layout.len()], dtype);
+        let scalar = dot(&y, &g.tensor(&format!("{case}.gy"), dtype));
+        let leaves = tape.backward(&scalar, 1.0, Some(&mut grads)).unwrap();
+        c.check(&format!("{case}.g.x"), leaves.of(&x).unwrap());
+        check_gradients(g, c, &format!("{case}.g."), &layout, &grads);
+    }
 }

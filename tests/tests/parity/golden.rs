@@ -1,19 +1,30 @@
 //! Golden files: numbers of the public PyTorch reference, and the comparison with them.
 //!
-//! A file is found by its name in `tests/golden`, or in the folder that the environment variable `DINOLAB_GOLDEN` names;
-//! its shapes, options and tolerances are read from the file itself.
+//! Files are found in `tests/golden`, or in the folder that the environment variable `DINOLAB_GOLDEN` names. What a file
+//! is about, its shapes, options and tolerances are read from the file itself.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use dinolab_core::tensor::Real;
 use dinolab_core::{dispatch_real, DType, Tensor};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
+/// The folder of golden files, and whether the environment gave it.
+pub fn folder() -> (PathBuf, bool) {
+    match std::env::var_os("DINOLAB_GOLDEN") {
+        Some(given) => (given.into(), true),
+        None => (PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("golden"), false),
+    }
+}
+
 /// A file of tensors with what its metadata says about them.
 pub struct Golden {
-    name: String,
+    /// What the file is about: `vit_mlp`.
+    pub case: String,
+    /// The file.
+    pub path: PathBuf,
     /// The options that the reference ran with.
     pub options: Value,
     tolerances: Value,
@@ -24,19 +35,30 @@ pub struct Golden {
 }
 
 impl Golden {
-    /// The file `<name>.safetensors`; `None` if a folder given by `DINOLAB_GOLDEN` does not have it.
-    pub fn open(name: &str) -> Option<Self> {
-        let given = std::env::var_os("DINOLAB_GOLDEN").map(PathBuf::from);
-        let folder = given.clone().unwrap_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("golden"));
-        let path = folder.join(format!("{name}.safetensors"));
-        if given.is_some() && !path.exists() {
-            eprintln!("{} does not exist: nothing to compare", path.display());
-            return None;
-        }
-        let bytes = std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-        let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
-        let metadata = header.metadata().clone().expect("a golden file has metadata");
-        let json = |key: &str| serde_json::from_str(&metadata[key]).unwrap();
+    /// Every file of the folder, by name.
+    pub fn all() -> Vec<PathBuf> {
+        let (folder, _) = folder();
+        let entries = std::fs::read_dir(&folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
+        let paths = entries.map(|entry| entry.unwrap().path());
+        let mut paths: Vec<_> = paths.filter(|p| p.extension().is_some_and(|e| e == "safetensors")).collect();
+        paths.sort();
+        assert!(!paths.is_empty(), "{} has no safetensors files", folder.display());
+        paths
+    }
+
+    /// What the file is about.
+    pub fn case_of(path: &Path) -> String {
+        Self::open(path).case
+    }
+
+    /// Reads a file.
+    pub fn open(path: &Path) -> Self {
+        let bytes = std::fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        let name = path.display();
+        let (_, header) = SafeTensors::read_metadata(&bytes).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let metadata = header.metadata().clone().unwrap_or_else(|| panic!("{name} has no metadata"));
+        let text = |key: &str| metadata.get(key).unwrap_or_else(|| panic!("{name}: the metadata has no {key}"));
+        let json = |key: &str| serde_json::from_str(text(key)).unwrap_or_else(|e| panic!("{name}: {key}: {e}"));
         let file = SafeTensors::deserialize(&bytes).unwrap();
         let tensors = file.tensors().into_iter().map(|(tensor, view)| {
             let data = view.data();
@@ -49,15 +71,16 @@ impl Golden {
             };
             (tensor, (view.shape().to_vec(), values))
         });
-        Some(Self {
-            name: name.into(),
+        Self {
+            case: text("case").clone(),
+            path: path.into(),
             options: json("options"),
             tolerances: json("tolerances"),
             f32_errors: json("f32_error"),
             kinds: json("kinds"),
             metadata: metadata.into_iter().collect(),
             tensors: tensors.collect(),
-        })
+        }
     }
 
     /// The names of all tensors.
@@ -75,11 +98,11 @@ impl Golden {
     }
 
     pub fn shape(&self, tensor: &str) -> &[usize] {
-        &self.tensors.get(tensor).unwrap_or_else(|| panic!("{} has no {tensor}", self.name)).0
+        &self.tensors.get(tensor).unwrap_or_else(|| panic!("{} has no {tensor}", self.case)).0
     }
 
     pub fn values(&self, tensor: &str) -> &[f64] {
-        &self.tensors.get(tensor).unwrap_or_else(|| panic!("{} has no {tensor}", self.name)).1
+        &self.tensors.get(tensor).unwrap_or_else(|| panic!("{} has no {tensor}", self.case)).1
     }
 
     pub fn tensor(&self, tensor: &str, dtype: DType) -> Tensor {
@@ -89,27 +112,49 @@ impl Golden {
     /// The number at a JSON pointer of the options, or `default` where the file does not say.
     pub fn number(&self, pointer: &str, default: Option<f64>) -> f64 {
         let found = self.options.pointer(pointer).and_then(Value::as_f64).or(default);
-        found.unwrap_or_else(|| panic!("{}: the options have no {pointer}: {}", self.name, self.options))
+        found.unwrap_or_else(|| panic!("{}: the options have no {pointer}: {}", self.case, self.options))
     }
 
     /// Another JSON value of the metadata.
     pub fn metadata(&self, key: &str) -> Value {
-        let text = self.metadata.get(key).unwrap_or_else(|| panic!("{} has no {key}", self.name));
+        let text = self.metadata.get(key).unwrap_or_else(|| panic!("{} has no {key}", self.case));
         serde_json::from_str(text).unwrap()
+    }
+
+    /// The tensors that are to be compared.
+    fn claims(&self) -> impl Iterator<Item = &str> {
+        let kinds = self.kinds.as_object().expect("kinds are a JSON object");
+        kinds.iter().filter(|(_, kind)| *kind == "output" || *kind == "grad").map(|(name, _)| name.as_str())
     }
 
     /// Starts a comparison in `dtype`.
     pub fn compare(&self, dtype: DType) -> Comparison<'_> {
-        Comparison { golden: self, dtype, seen: BTreeSet::new(), failures: Vec::new() }
+        Comparison { golden: self, dtype, rows: Vec::new() }
     }
 }
 
-/// Collects errors, prints them as a table, and fails at the end if one is too large or an output was left out.
+/// One tensor compared.
+#[derive(Clone, Debug)]
+pub struct Row {
+    pub case: String,
+    pub tensor: String,
+    pub dtype: DType,
+    /// |got - stored| / |stored|, or |got| where all stored numbers are 0; not a number if it was never compared.
+    pub error: f64,
+    pub tolerance: f64,
+}
+
+impl Row {
+    pub fn holds(&self) -> bool {
+        self.error <= self.tolerance
+    }
+}
+
+/// Collects errors; at the end, whatever was left out is one too.
 pub struct Comparison<'a> {
     golden: &'a Golden,
     dtype: DType,
-    seen: BTreeSet<String>,
-    failures: Vec<String>,
+    rows: Vec<Row>,
 }
 
 /// What f64 has to reach: the stored values are rounded to f32.
@@ -129,7 +174,7 @@ impl Comparison<'_> {
 
     /// Compares numbers: |got - stored| / |stored|, or |got| where all stored numbers are 0.
     pub fn check_values(&mut self, tensor: &str, got: &[f64]) {
-        let case = &self.golden.name;
+        let case = &self.golden.case;
         let want = self.golden.values(tensor);
         assert_eq!(got.len(), want.len(), "{case}: {tensor} has another length");
         let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
@@ -144,30 +189,22 @@ impl Comparison<'_> {
             _ => stored,
         };
         let error = if size == 0.0 { difference } else { difference / size };
-        println!("{case:16} {tensor:28} {:?} {error:9.1e} {tolerance:9.1e}", self.dtype);
-        if error.is_nan() || error > tolerance {
-            self.failures.push(format!("{tensor}: {error:e} > {tolerance:e}"));
-        }
-        self.seen.insert(tensor.to_string());
+        let (case, tensor) = (case.clone(), tensor.to_string());
+        self.rows.push(Row { case, tensor, dtype: self.dtype, error, tolerance });
     }
 
-    /// Fails if a tensor was off or an output of the file was not compared.
-    pub fn finish(self) {
-        let kinds = self.golden.kinds.as_object().expect("kinds are a JSON object");
-        let outputs = kinds.iter().filter(|(_, kind)| *kind == "output" || *kind == "grad").map(|(name, _)| name);
-        let missed: Vec<_> = outputs.filter(|name| !self.seen.contains(*name)).collect();
-        let case = &self.golden.name;
-        assert!(missed.is_empty(), "{case}: not compared: {missed:?}");
-        assert!(self.failures.is_empty(), "{case} in {:?}: {:#?}", self.dtype, self.failures);
-    }
-}
-
-/// Runs `compare` on the file `name`, in f32 and in f64.
-pub fn for_both_types(name: &str, compare: impl Fn(&Golden, DType, &mut Comparison<'_>)) {
-    let Some(golden) = Golden::open(name) else { return };
-    for dtype in [DType::F32, DType::F64] {
-        let mut comparison = golden.compare(dtype);
-        compare(&golden, dtype, &mut comparison);
-        comparison.finish();
+    /// All rows, and one that does not hold for every output and gradient of the file that was not compared.
+    pub fn finish(mut self) -> Vec<Row> {
+        let missed = self.golden.claims().filter(|name| !self.rows.iter().any(|row| row.tensor == *name));
+        let missed = missed.map(|name| Row {
+            case: self.golden.case.clone(),
+            tensor: name.into(),
+            dtype: self.dtype,
+            error: f64::NAN,
+            tolerance: 0.0,
+        });
+        let missed: Vec<Row> = missed.collect();
+        self.rows.extend(missed);
+        self.rows
     }
 }

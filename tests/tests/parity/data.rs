@@ -1,15 +1,12 @@
 //! Masks and collation against the reference's numbers.
 
-#[allow(dead_code, reason = "each test binary uses its part")]
-mod golden;
-
+use crate::golden::{Comparison, Golden};
 use dinolab_core::contract::Grid;
 use dinolab_core::data::masks::{mask_sizes, mask_sizes_at};
 use dinolab_core::data::{views_of_images, BlockMask, Masks};
 use dinolab_core::recipe::MaskConfig;
 use dinolab_core::rng::{Rng, Stream};
 use dinolab_core::{DType, Tensor};
-use golden::Golden;
 
 /// Our draws; the reference's statistics are of `draws` in the file's options.
 const DRAWS: usize = 20_000;
@@ -47,9 +44,7 @@ fn components(mask: &[bool], grid: Grid) -> usize {
     count
 }
 
-#[test]
-fn mask_statistics_equal_the_reference() {
-    let Some(golden) = Golden::open("masking") else { return };
+pub fn mask_statistics(golden: &Golden, _: DType, c: &mut Comparison<'_>) {
     let draws = golden.number("/draws", None);
     let cases = golden.options["cases"].as_array().unwrap().clone();
     for (k, case) in cases.iter().enumerate() {
@@ -61,27 +56,31 @@ fn mask_statistics_equal_the_reference() {
 
         let counts = masks.iter().map(|mask| mask.iter().filter(|&&m| m).count() as f64);
         let (least, most) = counts.fold((f64::MAX, 0.0f64), |(a, b), c| (a.min(c), b.max(c)));
-        assert_eq!(golden.values(&name("count")), [count as f64, least, most]);
+        c.check_values(&name("count"), &[count as f64, least, most]);
 
         // In units of the standard error of the difference of both samples.
         let noise = (1.0 / draws + 1.0 / DRAWS as f64).sqrt();
-        let mut worst = 0.0f64;
-        for (cell, &p) in golden.values(&name("prob_map")).iter().enumerate() {
-            let ours = masks.iter().filter(|mask| mask[cell]).count() as f64 / DRAWS as f64;
+        let share = |cell: usize| masks.iter().filter(|mask| mask[cell]).count() as f64 / DRAWS as f64;
+        let ours: Vec<f64> = (0..grid.patches()).map(share).collect();
+        c.check_values(&name("prob_map"), &ours);
+        let stored = golden.values(&name("prob_map")).iter();
+        let off = ours.iter().zip(stored).map(|(our, p)| {
             let spread = (p * (1.0 - p)).max(1.0 / draws).sqrt();
-            worst = worst.max((ours - p).abs() / (spread * noise));
-        }
-        println!("masking {:24} worst cell: {worst:5.2} standard errors", name("prob_map"));
+            (our - p).abs() / (spread * noise)
+        });
+        let worst = off.fold(0.0, f64::max);
         assert!(worst < 5.0, "{}: {worst} standard errors", name("prob_map"));
 
         let [h, v]: [Vec<f64>; 2] = [0, 1].map(|axis| masks.iter().map(|mask| adjacency(mask, grid)[axis]).collect());
         let regions = masks.iter().map(|mask| components(mask, grid) as f64).collect();
         for (what, ours) in [("adj_h", h), ("adj_v", v), ("components", regions)] {
-            let [mean, _, deviation] = golden.values(&name(what)).try_into().unwrap();
-            let our_mean = ours.iter().sum::<f64>() / DRAWS as f64;
-            let off = (our_mean - mean).abs() / (deviation * noise);
-            println!("masking {:24} {our_mean:.4} against {mean:.4}: {off:5.2} standard errors", name(what));
-            assert!(off < 5.0, "{}: {our_mean} against {mean}", name(what));
+            let mean = ours.iter().sum::<f64>() / DRAWS as f64;
+            let deviation = (ours.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / DRAWS as f64).sqrt();
+            // The error of the mean is that of as many draws as the file's.
+            c.check_values(&name(what), &[mean, deviation / draws.sqrt(), deviation]);
+            let [stored, _, spread] = golden.values(&name(what)).try_into().unwrap();
+            let off = (mean - stored).abs() / (spread * noise);
+            assert!(off < 5.0, "{}: {mean} against {stored}, {off} standard errors", name(what));
         }
     }
 }
@@ -111,29 +110,26 @@ fn collated(golden: &Golden, name: &str) -> Vec<f64> {
     buffer.into_iter().map(f64::from).collect()
 }
 
-#[test]
-fn collation_equals_the_reference() {
-    let Some(golden) = Golden::open("collate") else { return };
-    let mut comparison = golden.compare(DType::F32);
+pub fn collate(golden: &Golden, _: DType, c: &mut Comparison<'_>) {
     for crops in ["global_crops", "local_crops", "gram_teacher_crops"] {
-        comparison.check_values(&format!("collated_{crops}"), &collated(&golden, crops));
+        c.check_values(&format!("collated_{crops}"), &collated(golden, crops));
     }
 
     let grid = golden.number("/grid", None) as usize;
     let crops = 2 * golden.number("/B", None) as usize;
     let sizes = mask_sizes(crops, grid * grid, &config(&golden.options));
-    comparison.check_values("requested_sizes", &sizes.iter().map(|&n| n as f64).collect::<Vec<_>>());
-    comparison.check_values("upperbound", &[sizes.iter().sum::<usize>() as f64]);
+    c.check_values("requested_sizes", &sizes.iter().map(|&n| n as f64).collect::<Vec<_>>());
+    c.check_values("upperbound", &[sizes.iter().sum::<usize>() as f64]);
 
     let rows = |name: &str| -> Vec<Vec<bool>> {
         golden.values(name).chunks(grid * grid).map(|row| row.iter().map(|&m| m != 0.0).collect()).collect()
     };
     let (mut given, mut shuffled) = (rows("given_masks"), rows("collated_masks"));
     let masks = Masks::from_rows(&shuffled, DType::F32).unwrap();
-    comparison.check("collated_masks", &masks.masks);
-    comparison.check("mask_indices_list", &masks.indices);
-    comparison.check("masks_weight", &masks.weights);
-    comparison.check("n_masked_patches", &Tensor::from_slice(&[masks.indices.len() as u32], &[1]).unwrap());
+    c.check("collated_masks", &masks.masks);
+    c.check("mask_indices_list", &masks.indices);
+    c.check("masks_weight", &masks.weights);
+    c.check("n_masked_patches", &Tensor::from_slice(&[masks.indices.len() as u32], &[1]).unwrap());
     given.sort();
     shuffled.sort();
     assert_eq!(given, shuffled, "a shuffle keeps the masks");
@@ -143,10 +139,9 @@ fn collation_equals_the_reference() {
         let (crops, patches) = (2 * number("B"), number("N"));
         let ratios: Vec<f32> = golden.values(&format!("ratios{i}")).iter().map(|&r| r as f32).collect();
         let sizes = mask_sizes_at(crops, patches, &ratios);
-        comparison.check_values(&format!("sizes{i}"), &sizes.iter().map(|&n| n as f64).collect::<Vec<_>>());
+        c.check_values(&format!("sizes{i}"), &sizes.iter().map(|&n| n as f64).collect::<Vec<_>>());
         // The last bit of the reference's own ratios depends on its machine.
         let ours = mask_sizes(crops, patches, &config(table));
         assert!(ours.iter().zip(&sizes).all(|(a, b)| a.abs_diff(*b) <= 1), "{ours:?} against {sizes:?}");
     }
-    comparison.finish();
 }

@@ -1,14 +1,11 @@
 //! The training step against the reference's numbers: a recipe is made of the reference's configuration, a learner of the
 //! recipe, and its steps are compared in everything that the reference tells of its own.
 
-#[allow(dead_code)]
-mod golden;
-mod reference;
-
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use crate::golden::{Comparison, Golden};
 use dinolab_core::checkpoint::write_tensors;
 use dinolab_core::contract::{
     At, Loss, LossValue, Needs, Outputs, Schedule, Scheduler, StateSpec, StepContext, TeacherBatch,
@@ -19,7 +16,6 @@ use dinolab_core::registry::{Chosen, LossContext};
 use dinolab_core::step::{Learner, Report};
 use dinolab_core::{plugin, DType, Result, Tensor};
 use dinolab_plugins as _;
-use golden::{for_both_types, Comparison, Golden};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{json, Value};
@@ -264,7 +260,7 @@ fn recipe(g: &Golden, dtype: DType, folder: &Path) -> Value {
         "steps": (optim["epochs"].as_u64().unwrap() * epoch).max(rates.steps.end),
         "precision": if dtype == DType::F64 { "f64" } else { "f32" },
         "init_from": folder.join("start.safetensors"),
-        "backbone": reference::backbone(&backbone),
+        "backbone": crate::reference::backbone(&backbone),
         "data": { "plugin": "scenes" },
         "batch": { "size": g.options["batch"] },
         "crops": {
@@ -438,79 +434,55 @@ fn check_outputs(g: &Golden, c: &mut Comparison<'_>, batch: &Batch) {
     outputs.iter().filter(|(name, _)| g.has(name)).for_each(|(name, got)| c.check(name, got));
 }
 
-fn check_step(case: &str) {
-    for_both_types(case, |g, dtype, c| {
-        let (mut learner, recipe) = learner(g, dtype);
-        let Rates { steps, .. } = Rates::of(g);
-        // As if nothing had been learned before: AdamW's moments begin here.
-        learner.weights_mut().skipped = steps.start;
-        let batch = batch(g, "", &learner);
-        let report = learner.step(steps.start, std::slice::from_ref(&batch), false).unwrap();
+pub fn one_step(g: &Golden, dtype: DType, c: &mut Comparison<'_>) {
+    let (mut learner, recipe) = learner(g, dtype);
+    let Rates { steps, .. } = Rates::of(g);
+    // As if nothing had been learned before: AdamW's moments begin here.
+    learner.weights_mut().skipped = steps.start;
+    let batch = batch(g, "", &learner);
+    let report = learner.step(steps.start, std::slice::from_ref(&batch), false).unwrap();
+    assert_eq!(report.non_finite, None);
+    check_outputs(g, c, &batch);
+    let at = At { step: steps.start, total: recipe["steps"].as_u64().unwrap() };
+    for (name, number) in numbers(g, "", &learner, &recipe, at, &report) {
+        c.check_values(&name, &[number]);
+    }
+    let grads = learner.weights().grads().to_f64_vec();
+    for spec in learner.model().layout.specs() {
+        let (name, grad) = (format!("g.{}", spec.name), &grads[spec.range()]);
+        match g.has(&name) {
+            true => c.check_values(&name, grad),
+            false => assert!(grad.iter().all(|&x| x == 0.0), "the reference has no {name}"),
+        }
+    }
+    check_weights(g, c, &learner, ("u.", "s."), &learner.weights().student);
+    check_weights(g, c, &learner, ("e.", "t."), &learner.weights().teacher);
+}
+
+pub fn trajectory(g: &Golden, dtype: DType, c: &mut Comparison<'_>) {
+    let (mut learner, recipe) = learner(g, dtype);
+    let Rates { steps, .. } = Rates::of(g);
+    let batches = g.number("/n_batches", None) as usize;
+    let batches: Vec<Batch> = (0..batches).map(|i| batch(g, &format!("b{i}."), &learner)).collect();
+    let mut series: BTreeMap<String, Vec<f64>> = BTreeMap::new();
+    let mut refreshed = Vec::new();
+    for step in steps {
+        let gram = learner.weights().gram.as_ref().map(Tensor::to_f64_vec);
+        let batch = &batches[step as usize % batches.len()];
+        let report = learner.step(step, std::slice::from_ref(batch), false).unwrap();
         assert_eq!(report.non_finite, None);
-        check_outputs(g, c, &batch);
-        let at = At { step: steps.start, total: recipe["steps"].as_u64().unwrap() };
-        for (name, number) in numbers(g, "", &learner, &recipe, at, &report) {
-            c.check_values(&name, &[number]);
+        let at = At { step, total: recipe["steps"].as_u64().unwrap() };
+        for (name, number) in numbers(g, "step.", &learner, &recipe, at, &report) {
+            series.entry(name).or_default().push(number);
         }
-        let grads = learner.weights().grads().to_f64_vec();
-        for spec in learner.model().layout.specs() {
-            let (name, grad) = (format!("g.{}", spec.name), &grads[spec.range()]);
-            match g.has(&name) {
-                true => c.check_values(&name, grad),
-                false => assert!(grad.iter().all(|&x| x == 0.0), "the reference has no {name}"),
-            }
+        if gram != learner.weights().gram.as_ref().map(Tensor::to_f64_vec) {
+            refreshed.push(step);
         }
-        check_weights(g, c, &learner, ("u.", "s."), &learner.weights().student);
-        check_weights(g, c, &learner, ("e.", "t."), &learner.weights().teacher);
-    });
-}
-
-fn check_trajectory(case: &str) {
-    for_both_types(case, |g, dtype, c| {
-        let (mut learner, recipe) = learner(g, dtype);
-        let Rates { steps, .. } = Rates::of(g);
-        let batches = g.number("/n_batches", None) as usize;
-        let batches: Vec<Batch> = (0..batches).map(|i| batch(g, &format!("b{i}."), &learner)).collect();
-        let mut series: BTreeMap<String, Vec<f64>> = BTreeMap::new();
-        let mut refreshed = Vec::new();
-        for step in steps {
-            let gram = learner.weights().gram.as_ref().map(Tensor::to_f64_vec);
-            let batch = &batches[step as usize % batches.len()];
-            let report = learner.step(step, std::slice::from_ref(batch), false).unwrap();
-            assert_eq!(report.non_finite, None);
-            let at = At { step, total: recipe["steps"].as_u64().unwrap() };
-            for (name, number) in numbers(g, "step.", &learner, &recipe, at, &report) {
-                series.entry(name).or_default().push(number);
-            }
-            if gram != learner.weights().gram.as_ref().map(Tensor::to_f64_vec) {
-                refreshed.push(step);
-            }
-        }
-        series.iter().for_each(|(name, values)| c.check_values(name, values));
-        if let Some(expected) = g.options.get("gram_updates_after_steps") {
-            assert_eq!(json!(refreshed), *expected);
-        }
-        check_weights(g, c, &learner, ("sN.", "s."), &learner.weights().student);
-        check_weights(g, c, &learner, ("tN.", "t."), &learner.weights().teacher);
-    });
-}
-
-#[test]
-fn one_step_equals_the_reference() {
-    check_step("ssl_step");
-}
-
-#[test]
-fn one_step_with_a_gram_teacher_equals_the_reference() {
-    check_step("ssl_step_gram");
-}
-
-#[test]
-fn ten_steps_equal_the_reference() {
-    check_trajectory("trajectory");
-}
-
-#[test]
-fn ten_steps_with_a_refreshed_gram_teacher_equal_the_reference() {
-    check_trajectory("trajectory_gram");
+    }
+    series.iter().for_each(|(name, values)| c.check_values(name, values));
+    if let Some(expected) = g.options.get("gram_updates_after_steps") {
+        assert_eq!(json!(refreshed), *expected);
+    }
+    check_weights(g, c, &learner, ("sN.", "s."), &learner.weights().student);
+    check_weights(g, c, &learner, ("tN.", "t."), &learner.weights().teacher);
 }
