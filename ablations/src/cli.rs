@@ -38,6 +38,8 @@ enum Command {
     Features(commands::features::Args),
     /// Run a step again that was captured because something was not finite.
     Replay(commands::replay::Args),
+    /// Check values and gradients of operations and losses on random cases.
+    Check(commands::check::Args),
     /// List the plugins: `dinolab plugins`, `dinolab plugins loss`, `dinolab plugins loss gram`.
     Plugins(commands::plugins::Args),
     /// Show, check, compare and explain recipes.
@@ -60,6 +62,7 @@ impl Command {
             Self::Bench(args) => commands::bench::run(&args),
             Self::Features(args) => commands::features::run(&args),
             Self::Replay(args) => commands::replay::run(&args),
+            Self::Check(args) => commands::check::run(&args),
             Self::Plugins(args) => commands::plugins::run(&args),
             Self::Recipe(command) => commands::recipe::run(command),
             Self::Completions { shell } => {

@@ -55,6 +55,8 @@ struct Files {
     /// Class of each; empty if there are no classes.
     labels: Vec<u32>,
     classes: usize,
+    /// BLAKE3 of every path in the folder and the size of its file.
+    fingerprint: String,
 }
 
 impl ImageFolder {
@@ -111,6 +113,10 @@ impl Dataset for ImageFolder {
         self.path(index).display().to_string()
     }
 
+    fn fingerprint(&self) -> Option<String> {
+        Some(self.files.fingerprint.clone())
+    }
+
     fn held_out(&self) -> Option<Arc<dyn Dataset>> {
         self.held_out.clone().map(|part| part as Arc<dyn Dataset>)
     }
@@ -163,8 +169,14 @@ impl Files {
             return Err(Error::content(root, problem, help));
         }
         let paths = list(root)?;
+        let mut hash = blake3::Hasher::new();
+        for path in &paths {
+            let size = std::fs::metadata(path).map_err(Error::io("read", path))?.len();
+            let inside = path.strip_prefix(root).expect("what is found in a folder begins with it");
+            hash.update(inside.as_os_str().as_encoded_bytes()).update(&[0]).update(&size.to_le_bytes());
+        }
         let (labels, classes) = classes(root, &paths);
-        Ok(Self { paths, labels, classes })
+        Ok(Self { paths, labels, classes, fingerprint: hash.finalize().to_hex().to_string() })
     }
 }
 

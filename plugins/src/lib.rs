@@ -29,6 +29,7 @@ pub mod dino;
 pub mod gram;
 pub mod ibot;
 pub mod koleo;
+mod oracle;
 mod teacher_targets;
 
 // Schedulers

@@ -2,6 +2,7 @@
 
 pub mod ablate;
 pub mod bench;
+pub mod check;
 pub mod export;
 pub mod features;
 pub mod import;

@@ -29,6 +29,7 @@ mod layer_norm;
 mod linear;
 mod matmul;
 mod patchify;
+mod recompute;
 mod reduce;
 mod resample;
 mod residual;

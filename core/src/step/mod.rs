@@ -169,6 +169,11 @@ impl Learner {
         self.weights.student.dtype()
     }
 
+    /// The type of features and crops.
+    pub fn features_dtype(&self) -> DType {
+        self.weights.student().dtype()
+    }
+
     /// Where it computes.
     pub fn device(&self) -> Device {
         self.device
@@ -285,7 +290,7 @@ impl Learner {
                 });
             }
             if health && micro == 0 {
-                measured = Some(Health::measure(&teacher.of(0), &self.model)?);
+                measured = Some(Health::measure(&teacher.of(0), &self.model, &batch.indices)?);
             }
             // Before its loss begins, a run may have nothing to learn from.
             let Some(total) = total else { continue };

@@ -262,9 +262,10 @@ pub fn block(g: &Golden, dtype: DType, c: &mut Comparison<'_>) {
     let count = ((images as f64 * (1.0 - g.number("/drop_path", Some(0.0)))) as usize).max(1);
     let kept = ["attn", "ffn"].map(|branch| {
         let order = g.values(&format!("train.perm_{branch}"));
-        order[..count].iter().map(|&i| i as u32).collect()
+        let images: Vec<u32> = order[..count].iter().map(|&i| i as u32).collect();
+        vec![Tensor::from_slice(&images, &[count]).unwrap()]
     });
-    for (mode, kept) in [("eval", None), ("train", Some(&[kept][..]))] {
+    for (mode, kept) in [("eval", None), ("train", Some(&kept))] {
         let tape = Tape::new();
         let params = Params::tracked(&layout, &weights, &tape);
         let x = tape.leaf(&g.tensor("x", dtype));

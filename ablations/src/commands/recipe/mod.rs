@@ -33,7 +33,7 @@ pub enum Command {
         #[arg(long)]
         cost: bool,
     },
-    /// Print what differs between two recipes or runs.
+    /// Print what differs between two recipes; of two runs also code, data and metrics.
     Diff {
         /// A recipe, or the folder of a run.
         a: PathBuf,
