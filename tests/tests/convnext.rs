@@ -14,6 +14,7 @@ use dinolab_core::rng::{Rng, Stream};
 use dinolab_core::tensor::Tape;
 use dinolab_core::train::Trained;
 use dinolab_core::{DType, Tensor};
+use dinolab_plugins as _;
 use program::Folder;
 use serde_json::{json, Value};
 
