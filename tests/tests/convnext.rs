@@ -6,15 +6,14 @@ mod program;
 use std::path::Path;
 use std::sync::Arc;
 
-use dinolab_core::checkpoint::{read_tensors, NamedTensors};
+use dinolab_core::checkpoint::read_tensors;
 use dinolab_core::contract::{Backbone, Crops, Draws, Features, Mode};
-use dinolab_core::params::{Layout, ParamBuilder, Params};
+use dinolab_core::params::{load_named, Layout, ParamBuilder, Params};
 use dinolab_core::registry::{BackboneContext, Chosen};
 use dinolab_core::rng::{Rng, Stream};
 use dinolab_core::tensor::Tape;
-use dinolab_core::train::Trained;
 use dinolab_core::{DType, Tensor};
-use dinolab_plugins as _;
+use dinolab_plugins::convnext::hugging_face;
 use program::Folder;
 use serde_json::{json, Value};
 
@@ -45,28 +44,32 @@ fn relative_error(a: &Tensor, b: &Tensor) -> f64 {
 }
 
 #[test]
-fn an_imported_model_gives_the_features_of_transformers_and_goes_back_to_the_same_bits() {
-    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/convnext_hf");
-    let folder = Folder::new();
-    folder.succeed(&["import", fixture.to_str().expect("a UTF-8 path"), "--out", "weights"]);
-    let expected = read_tensors(&fixture.join("expected.safetensors")).expect("the fixture");
-    let trained = Trained::open(&folder.path("weights")).expect("it was imported");
-    let features = trained.features(expected.get("pixels").expect("pixels")).expect("it runs");
-    let hidden = expected.get("last_hidden_state").expect("tokens");
-    let patches = hidden.narrow_axis(1, 1, hidden.dim(1) - 1).expect("CLS comes first");
-    let cls = hidden.narrow_axis(1, 0, 1).and_then(|x| x.reshape(features.cls.shape())).expect("CLS comes first");
-    for (what, ours, theirs) in [("cls", &features.cls, &cls), ("patches", &features.patches, &patches)] {
-        let error = relative_error(ours, theirs);
-        println!("convnext {what}: {error:.1e}");
-        assert!(error < 1e-5, "{what}: {error:e}");
-    }
-    folder.succeed(&["export", "weights", "--format", "hf", "--out", "back"]);
-    let [there, back] =
-        [fixture, folder.path("back")].map(|f| read_tensors(&f.join("model.safetensors")).expect("weights"));
-    assert!(there.names().eq(back.names()));
-    for name in there.names() {
-        let bits = |file: &NamedTensors| file.get(name).expect("the names are the same").as_bytes().to_vec();
-        assert!(bits(&there) == bits(&back), "{name} changed");
+fn features_equal_those_of_transformers() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/convnext_hf.safetensors");
+    let file = read_tensors(&path).expect("the fixture");
+    let config: Value = serde_json::from_str(&file.metadata["config"]).expect("JSON");
+    assert_eq!(config["model_type"], hugging_face::MODEL_TYPE);
+    let model = build(hugging_face::backbone(&config).expect("it is known"));
+    let published =
+        |name: &str| format!("weights.{}", hugging_face::hf_name(name).expect("every parameter has a name"));
+    let mut left: Vec<&str> = file.names().filter(|n| n.starts_with("weights.")).collect();
+    left.retain(|n| !model.layout.specs().iter().any(|s| published(&s.name) == *n));
+    assert!(left.is_empty(), "nobody reads {left:?}");
+    let pixels = file.get("pixels").expect("it is there");
+    for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F64, 1e-6)] {
+        let mut flat = Tensor::zeros(&[model.layout.len()], dtype);
+        load_named(&model.layout, &mut flat, |name| file.get(&published(name)).cloned(), &path).expect("it fits");
+        let params = Params::frozen(&model.layout, &flat);
+        let features = model.backbone.forward(&params, &[Crops::global(pixels.clone())], Mode::Eval);
+        let Features { cls, patches, .. } = features.expect("it runs").remove(0);
+        let hidden = file.get("last_hidden_state").expect("it is there");
+        let theirs = hidden.narrow_axis(1, 1, hidden.dim(1) - 1).expect("CLS comes first");
+        for (what, ours, theirs) in [("cls", &cls, file.get("pooler_output").unwrap()), ("patches", &patches, &theirs)]
+        {
+            let error = relative_error(ours, theirs);
+            println!("convnext_hf {what} {dtype:?} {error:.1e} (tolerance {tolerance:.0e})");
+            assert!(error < tolerance, "{what} {dtype:?}: {error:e}");
+        }
     }
 }
 
@@ -106,7 +109,8 @@ fn the_gradient_of_every_parameter_is_right_with_dropped_paths_and_a_resized_map
             let moved = Tensor::from_slice(&moved, &[moved.len()]).unwrap();
             loss(&Params::frozen(&model.layout, &moved)).item()
         };
-        let h = 1e-4;
+        // Small beside the maps of a fresh model, whose norms divide by little.
+        let h = 1e-5;
         let want = (8.0 * (at(h) - at(-h)) - (at(2.0 * h) - at(-2.0 * h))) / (12.0 * h);
         let got: f64 = grads[spec.range()].iter().zip(&direction).map(|(g, d)| g * d).sum();
         assert!((got - want).abs() < 1e-6 * want.abs().max(1.0), "{}: {got}, differences give {want}", spec.name);
@@ -122,8 +126,9 @@ fn features_do_not_depend_on_what_else_is_in_the_batch_and_patches_lie_on_the_as
     let see = |pixels: Tensor| model.backbone.forward(&params, &[Crops::global(pixels)], Mode::Eval).unwrap().remove(0);
     let (all, last) = (see(pixels.clone()), see(pixels.narrow(2, 1).unwrap()));
     assert_eq!((all.patches.shape(), all.prenorm.shape()), (&[3, 24, 12][..], &[3, 25, 12][..]));
-    assert_eq!(all.patches.narrow(2, 1).unwrap().to_f64_vec(), last.patches.to_f64_vec());
-    assert_eq!(all.cls.narrow(2, 1).unwrap().to_f64_vec(), last.cls.to_f64_vec());
+    // Products of other sizes add up in another order.
+    assert!(relative_error(&all.patches.narrow(2, 1).unwrap(), &last.patches) < 1e-12);
+    assert!(relative_error(&all.cls.narrow(2, 1).unwrap(), &last.cls) < 1e-12);
 }
 
 #[test]

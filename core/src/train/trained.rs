@@ -6,9 +6,11 @@ use std::sync::Arc;
 use crate::checkpoint;
 use crate::contract::{Backbone, Crops, Features, Mode};
 use crate::params::{load_named, Layout, ParamBuilder, Params};
-use crate::recipe::{CropConfig, Precision, Resolved};
+use crate::recipe::{Precision, Resolved};
+use crate::registry::BackboneContext;
+use crate::step::CHANNELS;
 use crate::tensor::catch_out_of_memory;
-use crate::weights::ModelInfo;
+use crate::weights::{ModelInfo, WEIGHTS_FILE};
 use crate::{DType, Device, Error, Result, Tensor};
 
 /// The backbone of a run as it is evaluated: the EMA of the student. Heads and optimizer are left behind.
@@ -26,34 +28,43 @@ pub struct Trained {
 }
 
 impl Trained {
-    /// Reads a run folder (its newest checkpoint), one checkpoint folder inside a run, or a folder of imported or exported
-    /// weights.
+    /// Reads a run folder (its newest checkpoint), one checkpoint folder inside a run, or a weights folder.
     ///
     /// # Errors
-    /// If there is nothing of that kind, or no whole checkpoint.
+    /// If there is none of these, or no whole checkpoint.
     pub fn open(path: &Path) -> Result<Self> {
-        let help = "name a run, a checkpoint (step-...) inside one, or what `dinolab import` or `dinolab export` wrote";
-        if !path.exists() {
-            return Err(Error::content(path, "does not exist", help));
+        if path.join(WEIGHTS_FILE).exists() {
+            return Self::open_weights(path);
         }
-        let model = ModelInfo::of(path)?;
-        let model = model.ok_or_else(|| Error::content(path, "nothing says what model is here", help))?;
-        // Weights by themselves do not say what they were trained on: DINOv3's crops.
-        let recipe = Resolved::of_run(path).ok().map(|r| r.recipe);
-        let global_size = recipe.as_ref().map_or(CropConfig::default().global_size, |r| r.crops.global_size);
-        let (device, dtype) = match recipe.map(|r| r.precision) {
-            Some(Precision::F64) => (Device::Cpu, DType::F64),
+        let recipe = Resolved::of_run(path)?.recipe;
+        let source = checkpoint::read_weights(path)?;
+        let mut params = ParamBuilder::new();
+        let global_size = recipe.crops.global_size;
+        let backbone = params.scope("backbone", |params| {
+            recipe.backbone.build(&mut BackboneContext { params, global_size, channels: CHANNELS })
+        })?;
+        let layout = params.finish();
+        let (device, dtype) = match recipe.precision {
+            Precision::F64 => (Device::Cpu, DType::F64),
             _ => ("auto".parse()?, DType::F32),
         };
-        let mut params = ParamBuilder::new();
-        let backbone = model.build(&mut params, global_size)?;
-        let layout = params.finish();
-        let source = Device::Cpu.with(|| checkpoint::read_weights(path))?;
-        let prefix = if source.has("teacher.backbone.") { "teacher." } else { "" };
         let mut flat = Device::Cpu.with(|| Tensor::zeros(&[layout.len()], dtype));
-        load_named(&layout, &mut flat, |name| source.get(&format!("{prefix}{name}")).cloned(), path)?;
-        let normalization = (model.crops.mean, model.crops.std);
+        load_named(&layout, &mut flat, |name| source.get(&format!("teacher.{name}")).cloned(), path)?;
+        let normalization = (recipe.crops.mean, recipe.crops.std);
         Ok(Self { backbone, normalization, global_size, layout, flat: flat.to(device) })
+    }
+
+    fn open_weights(path: &Path) -> Result<Self> {
+        let model = ModelInfo::of(path)?.expect("a weights folder says what it is");
+        let source = checkpoint::read_weights(path)?;
+        let mut params = ParamBuilder::new();
+        let backbone = model.build(&mut params)?;
+        let layout = params.finish();
+        let mut flat = Device::Cpu.with(|| Tensor::zeros(&[layout.len()], DType::F32));
+        load_named(&layout, &mut flat, |name| source.get(name).cloned(), path)?;
+        let normalization = (model.crops.mean, model.crops.std);
+        let global_size = model.crops.global_size;
+        Ok(Self { backbone, normalization, global_size, layout, flat: flat.to("auto".parse()?) })
     }
 
     /// Features of normalised pixels `[B, 3, h, w]`, in evaluation; everything on the host.

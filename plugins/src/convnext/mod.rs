@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 mod block;
-pub(crate) mod hugging_face;
+pub mod hugging_face;
 mod model;
 
 use model::ConvNext;

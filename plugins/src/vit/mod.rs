@@ -295,7 +295,7 @@ const PUBLISHED: [(&str, Preset); 6] = [
 fn declared(model: &ModelInfo) -> Result<(String, Vec<ParamSpec>)> {
     let config = VitConfig::of(&model.backbone)?;
     let mut params = ParamBuilder::new();
-    model.build(&mut params, 16 * config.patch_size)?;
+    model.build(&mut params)?;
     let is = |preset: Preset| {
         let (_, dim, depth, heads, ffn, ratio, align, qkv_bias) = preset.dimensions();
         (dim, depth, heads, ffn, ffn.hidden(dim, ratio, align), qkv_bias)
