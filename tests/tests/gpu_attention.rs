@@ -65,14 +65,15 @@ fn run(heads: usize, d: usize, images: &[Images], device: Device, dtype: DType) 
 fn equals_the_cpu(heads: usize, d: usize, images: &[Images], dtype: DType) {
     let tolerance = if dtype == DType::F32 { 1e-5 } else { 1e-2 };
     let device: Device = "cuda".parse().unwrap();
-    let (want, got) =
-        (run(heads, d, images, Device::Cpu, DType::F64), run(heads, d, images, device, dtype));
+    let (want, got) = (run(heads, d, images, Device::Cpu, DType::F64), run(heads, d, images, device, dtype));
     let width = heads * d;
     for (i, (want, got)) in want.iter().zip(&got).enumerate() {
         let matrices = if i == 1 { 3 } else { 1 };
         for part in 0..matrices {
             let chunks = |x: &[f64]| -> Vec<f64> {
-                x.chunks(width * matrices).flat_map(|row| row[part * row.len() / matrices..][..row.len() / matrices].to_vec()).collect()
+                x.chunks(width * matrices)
+                    .flat_map(|row| row[part * row.len() / matrices..][..row.len() / matrices].to_vec())
+                    .collect()
             };
             let (want, got) = (chunks(want), chunks(got));
             let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
@@ -113,7 +114,8 @@ gpu_test!(bf16_heads_of_odd_sizes_need_no_tensor_cores, {
 
 gpu_test!(a_score_bias_and_its_gradient_equal_the_cpu, {
     // More images than parts of the sum, of which the last is shorter.
-    let crops = [Images { bias: true, ..images(10, 30, 3) }, images(2, 20, 3), Images { bias: true, ..images(1, 50, 0) }];
+    let crops =
+        [Images { bias: true, ..images(10, 30, 3) }, images(2, 20, 3), Images { bias: true, ..images(1, 50, 0) }];
     equals_the_cpu(2, 64, &crops, DType::BF16);
     equals_the_cpu(2, 16, &crops, DType::F32);
 });
