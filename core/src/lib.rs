@@ -12,6 +12,7 @@ pub mod comm;
 pub mod contract;
 pub mod cuda;
 pub mod data;
+pub mod dfdx_loss;
 mod error;
 pub mod head;
 pub mod ops;
@@ -21,12 +22,17 @@ pub mod registry;
 pub mod rng;
 pub mod step;
 pub mod tensor;
+pub mod testing;
 pub mod train;
+pub mod weights;
 
 pub use error::{Error, Result};
 pub use tensor::{DType, Device, Tensor};
 
 // Re-exported for plugin crates, so that a plugin needs one dependency and `plugin!` can name them.
+pub use dfdx;
 pub use inventory;
+pub use proptest;
 pub use schemars;
 pub use serde;
+pub use serde_json;

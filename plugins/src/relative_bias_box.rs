@@ -110,6 +110,10 @@ impl PosEncoding for RelativeBiasBox {
         Ok(())
     }
 
+    fn architecture(&self) -> serde_json::Value {
+        serde_json::json!({ "log_spaced": self.config.log_spaced, "normalize": self.config.normalize })
+    }
+
     fn draw(&self, rng: &mut Rng) -> Vec<f64> {
         self.config.rescale.map(|rescale| rescale.draw(rng)).into_iter().collect()
     }
@@ -179,7 +183,9 @@ mod tests {
         let params = Params::frozen(&layout, &flat);
         let weights: Vec<&[f64]> = layout.specs().iter().map(|s| &flat.as_slice::<f64>()[s.range()]).collect();
         for (grid, factor) in [(Grid { height: 2, width: 3 }, 1.0), (Grid { height: 3, width: 1 }, 1.7)] {
-            let tables = encoding.tables(&params, grid, Some(&Tensor::from_slice(&[factor], &[1]).unwrap()), 2, DType::F64).unwrap();
+            let tables = encoding
+                .tables(&params, grid, Some(&Tensor::from_slice(&[factor], &[1]).unwrap()), 2, DType::F64)
+                .unwrap();
             let bias = tables.bias.unwrap();
             assert_eq!(bias.shape(), [2, grid.patches(), grid.patches()]);
             let want = by_formula([weights[0], weights[1], weights[2]], grid, factor);

@@ -225,6 +225,10 @@ impl PosEncoding for RopeBox {
         Ok(())
     }
 
+    fn architecture(&self) -> serde_json::Value {
+        serde_json::json!({ "periods": self.config.periods, "normalize": self.config.normalize })
+    }
+
     fn draw(&self, rng: &mut Rng) -> Vec<f64> {
         if !self.augments() {
             return Vec::new();
@@ -252,9 +256,7 @@ impl PosEncoding for RopeBox {
                 Err(Error::shape("rope_box", format!("a draw is 5 numbers in f64, not {draw:?}")))
             }
             Some(draw) if draw.gpu().is_some() => self.compute_on(grid, draw, dtype),
-            Some(draw) => {
-                self.compute(grid, draw.as_slice().try_into().expect("checked just above"), dtype)
-            }
+            Some(draw) => self.compute(grid, draw.as_slice().try_into().expect("checked just above"), dtype),
             None => {
                 // Only finished tables are pushed, so a panic elsewhere leaves the list whole.
                 let here = Device::current();

@@ -40,8 +40,10 @@ void on_fault(int signal, siginfo_t* info, void*) {
         worker->fail(CUDA_ERROR_HARDWARE_STACK_ERROR, "stack overflow: local variables take more than 64 KiB");
     char text[64];
     // Addresses that x86 cannot form, such as a pointer made of NaN bytes, are not told.
-    if (info->si_code == SI_KERNEL) std::snprintf(text, sizeof text, "illegal address");
-    else std::snprintf(text, sizeof text, "illegal address %p", info->si_addr);
+    if (info->si_code == SI_KERNEL)
+        std::snprintf(text, sizeof text, "illegal address");
+    else
+        std::snprintf(text, sizeof text, "illegal address %p", info->si_addr);
     worker->fail(CUDA_ERROR_ILLEGAL_ADDRESS, text);
 }
 
@@ -77,7 +79,7 @@ void run_blocks(Worker& worker, Grid& grid) {
 
 /// The second worker has an OS thread of its own, which waits for a grid, runs its share and waits again.
 struct Helper {
-    Worker worker{1};
+    Worker worker;
     std::mutex mutex;
     std::condition_variable changed;
     Grid* grid = nullptr;
@@ -95,7 +97,10 @@ struct Helper {
     }
 
     void begin(Grid& work) {
-        { std::lock_guard lock(mutex); grid = &work; }
+        {
+            std::lock_guard lock(mutex);
+            grid = &work;
+        }
         changed.notify_all();
     }
 
@@ -115,7 +120,7 @@ CUresult run_grid(const Launch& launch) {
         // The handler leaves by longjmp, so that its signal has to stay open.
         action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
         for (int signal : SIGNALS) sigaction(signal, &action, &previous[signal]);
-        return new Worker(0);
+        return new Worker;
     }();
     static Helper* const helper = new Helper;
 

@@ -1,3 +1,12 @@
-//! What tests of several crates share.
+//! Tests that cross crates: what they share, and the pages of the book whose Rust is compiled as documentation tests.
 
 pub mod emulator;
+
+/// Pages, by name.
+#[cfg(doctest)]
+mod pages {
+    #[doc = include_str!("../../book/src/checks.md")]
+    mod checks {}
+    #[doc = include_str!("../../book/src/plugins.md")]
+    mod plugins {}
+}

@@ -119,6 +119,10 @@ fn an_output_folder_that_cannot_be_written_is_named() {
     let ended = folder.run(&["train", "micro.toml", "--out", "file/run"]);
     assert_eq!(ended.code, 1);
     assert!(ended.err.contains("cannot create file/run"), "{}", ended.err);
+    let suite = program::root().join("ablations/centring.toml");
+    let ended = folder.run(&["ablate", suite.to_str().expect("a UTF-8 path"), "--out", "file/suite"]);
+    assert_eq!(ended.code, 1);
+    assert!(ended.err.contains("cannot create file/suite"), "{}", ended.err);
 }
 
 /// Runs the program with a limit on the size of a file, in blocks of 1 KiB: what a full disk looks like.

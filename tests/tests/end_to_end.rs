@@ -162,6 +162,52 @@ fn a_second_stage_starts_from_the_first() {
 }
 
 #[test]
+fn the_folder_of_a_run_is_a_recipe_that_repeats_it() {
+    let folder = Folder::with_micro();
+    folder.succeed(&["train", "micro.toml", "--out", "first", "--set", "optimizer.lr=3e-3"]);
+    folder.succeed(&["train", "first", "--out", "again"]);
+    assert_same_weights(&folder, "first", "again", 12);
+}
+
+#[test]
+fn two_runs_are_compared_by_recipe_code_data_and_metrics() {
+    let folder = Folder::with_micro();
+    folder.succeed(&["train", "micro.toml", "--out", "a"]);
+    folder.succeed(&["train", "micro.toml", "--out", "b", "--set", "optimizer.lr=2e-3"]);
+    let text = folder.succeed(&["recipe", "diff", "a", "b"]).out;
+    for part in ["optimizer.lr", "0.001 -> 0.002", "in both", "as the recipe says", "loss/total", "B - A"] {
+        assert!(text.contains(part), "no `{part}` in\n{text}");
+    }
+}
+
+const PHOTOS: [&str; 6] =
+    ["--set", "data.plugin=image_folder", "--set", "data.path=photos", "--set", "probes.cls_patch_cosine.enabled=true"];
+
+#[test]
+fn photographs_train_and_are_probed() {
+    let folder = Folder::with_micro();
+    folder.add_photos("photos");
+    folder.succeed(&[&["train", "micro.toml", "--out", "run"][..], &PHOTOS].concat());
+    let result: serde_json::Value = serde_json::from_str(&folder.read("run/result.json")).expect("JSON");
+    assert!(result["metrics"]["probe/cls_patch_cosine/mean"].is_f64(), "{result}");
+    let messages = folder.read("run/messages.jsonl");
+    assert!(!messages.contains("cannot be used"), "every photograph can be read: {messages}");
+}
+
+#[test]
+fn a_run_that_goes_on_says_if_its_images_are_others() {
+    let folder = Folder::with_micro();
+    folder.add_photos("photos");
+    let args = [&["train", "micro.toml", "--out", "run"][..], &PHOTOS].concat();
+    folder.succeed(&args);
+    fs::remove_file(folder.path("run/result.json")).expect("the run finished");
+    fs::remove_dir_all(folder.path("run/checkpoints/step-00000012")).expect("the run finished");
+    fs::remove_file(folder.path("photos/cat.jpg")).expect("it was copied");
+    folder.succeed(&[&args[..], &["--resume"]].concat());
+    assert!(folder.read("run/messages.jsonl").contains("came, went or changed"));
+}
+
+#[test]
 fn a_folder_of_pictures_trains_and_broken_ones_are_named() {
     let folder = Folder::with_micro();
     for class in ["red", "blue"] {
@@ -179,6 +225,52 @@ fn a_folder_of_pictures_trains_and_broken_ones_are_named() {
     assert!(folder.read("run/messages.jsonl").contains("broken.jpg"));
 }
 
+#[test]
+fn pictures_without_content_are_named() {
+    let folder = Folder::with_micro();
+    folder.add_photos("pictures");
+    for name in ["night.png", "lens_cap.png"] {
+        image::RgbImage::new(60, 60).save(folder.path("pictures").join(name)).expect("it can be written");
+    }
+    let data = ["--set", "data.plugin=image_folder", "--set", "data.path=pictures", "--set", "data.held_out=0"];
+    folder.succeed(&[&["train", "micro.toml", "--out", "run", "--set", "batch.size=10"][..], &data].concat());
+    let messages = folder.read("run/messages.jsonl");
+    let line = messages.lines().find(|line| line.contains("duplicates")).unwrap_or_else(|| panic!("{messages}"));
+    assert!(line.contains("night.png") && line.contains("lens_cap.png"), "{line}");
+}
+
+const SUITE: &str = r#"
+name = "lr"
+base = "micro.toml"
+seeds = [0, 1]
+metrics = ["loss/total"]
+baseline = "optimizer.lr=0.001"
+[grid]
+"optimizer.lr" = [1e-3, 2e-3]
+"#;
+
+#[test]
+fn a_killed_suite_goes_on_to_the_same_report() {
+    let folder = Folder::with_micro();
+    folder.write("suite.toml", SUITE);
+    folder.succeed(&["ablate", "suite.toml", "--out", "whole"]);
+    let args = ["ablate", "suite.toml", "--out", "killed"];
+    let mut child = folder.start(&args);
+    wait_until(&mut child, || folder.path("killed/arms/optimizer.lr=0.002/seed-0/checkpoints").exists());
+    child.kill().expect("it runs");
+    child.wait().expect("it was started");
+    let first = folder.path("killed/arms/optimizer.lr=0.001/seed-0/result.json");
+    let before = fs::metadata(&first).and_then(|m| m.modified()).expect("the first run was finished");
+    folder.succeed(&args);
+    assert_eq!(before, fs::metadata(&first).and_then(|m| m.modified()).expect("it is there"), "it was not run again");
+    let comparisons = |out: &str| -> serde_json::Value {
+        let summary: serde_json::Value =
+            serde_json::from_str(&folder.read(&format!("{out}/summary.json"))).expect("JSON");
+        summary["comparisons"].clone()
+    };
+    assert_eq!(comparisons("whole"), comparisons("killed"));
+}
+
 fn files(folder: &str, ending: &str) -> Vec<PathBuf> {
     let entries = fs::read_dir(root().join(folder)).expect("the repository is whole");
     let mut files: Vec<_> = entries.map(|e| e.expect("it can be read").path()).collect();
@@ -190,9 +282,14 @@ fn files(folder: &str, ending: &str) -> Vec<PathBuf> {
 
 #[test]
 fn every_shipped_recipe_passes_check() {
+    let folder = Folder::new();
+    // The weights that a recipe starts from.
+    fs::create_dir(folder.path("weights")).expect("the folder can be written");
+    let published = root().join("tests/golden/hf_mlp");
+    folder.succeed(&["import", published.to_str().expect("a UTF-8 path"), "--out", "weights/vit_s16"]);
     for recipe in files("recipes", ".toml") {
         let path = recipe.to_str().expect("a UTF-8 path");
-        let ended = Folder::new().succeed(&["recipe", "check", "--cost", path]);
+        let ended = folder.succeed(&["recipe", "check", "--cost", path]);
         // Only the user's own images are missing.
         let mut warnings = ended.err.lines().filter(|line| line.contains("warning"));
         assert!(warnings.all(|line| line.ends_with("there is no such folder")), "{path}: {}", ended.err);
@@ -232,6 +329,13 @@ fn run_suite(folder: &Folder, suite: &Path) -> serde_json::Value {
 fn every_shipped_suite_runs_to_its_report() {
     for suite in files("ablations", ".toml") {
         let folder = Folder::new();
+        if suite.ends_with("distill_vs_scratch.toml") {
+            // The run that its students learn from.
+            let teacher = root().join("recipes/tiny.toml");
+            let mut args = vec!["train", teacher.to_str().expect("a UTF-8 path"), "--set", "steps=6"];
+            args.extend(SHRINK.iter().flat_map(|set| ["--set", set]));
+            folder.succeed(&args);
+        }
         let summary = run_suite(&folder, &suite);
         let arms = summary["arms"].as_array().expect("a list");
         let metrics = summary["metrics"].as_array().expect("a list");

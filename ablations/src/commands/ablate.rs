@@ -12,7 +12,7 @@ use dinolab_core::{Error, Result};
 use crate::report::{self, duration, Provenance};
 use crate::signals;
 use crate::suite::{
-    execute, Event, ExecuteOptions, Job, Outcome, Overrides, Plan, Prepared, Progress, Status, Suite, SuiteFile, Tally,
+    execute, Event, ExecuteOptions, Job, Outcome, Overrides, Plan, Prepared, Progress, Status, Suite, Tally,
 };
 
 /// Runs an ablation: every arm of a suite with every seed, then statistics and a report.
@@ -22,8 +22,7 @@ use crate::suite::{
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The suite, such as ablations/gram_on_off.toml
-    #[arg(required_unless_present = "schema")]
-    suite: Option<PathBuf>,
+    suite: PathBuf,
     /// The suite's folder; by default one named like the suite in runs/
     #[arg(long)]
     out: Option<PathBuf>,
@@ -51,9 +50,6 @@ pub struct Args {
     /// Show what would be run, and what it costs, and run nothing
     #[arg(long)]
     dry_run: bool,
-    /// Print the JSON schema of suite files
-    #[arg(long)]
-    schema: bool,
 }
 
 /// Runs the command.
@@ -61,12 +57,7 @@ pub struct Args {
 /// # Errors
 /// If the suite or a recipe is wrong, a trial fails, or the folder cannot be used.
 pub fn run(args: Args) -> Result<ExitCode> {
-    let Some(path) = args.suite.as_ref().filter(|_| !args.schema) else {
-        let schema = dinolab_core::schemars::schema_for!(SuiteFile);
-        println!("{}", serde_json::to_string_pretty(&schema).expect("a schema is plain data"));
-        return Ok(ExitCode::SUCCESS);
-    };
-    let suite = Suite::load(path)?;
+    let suite = Suite::load(&args.suite)?;
     let out = args.out.clone().unwrap_or_else(|| Path::new("runs").join(&suite.name));
     let mut extra = args.set.iter().map(|text| parse_set(text)).collect::<Result<Overrides>>()?;
     if let Some(steps) = args.steps {

@@ -8,7 +8,7 @@ use minijinja::{context, Environment, Value};
 
 use super::markdown::{estimate_text, verdict_word};
 use super::plots::{color, css, curves, forest, Band, ForestRow};
-use super::{duration, number, p_text, rounded_to, Comparison, Pictures, Summary};
+use super::{duration, number, p_text, rounded_to, Comparison, Pictures, Summary, Verdict};
 use crate::suite::{Better, Plan, RunRecord, Series};
 
 const TEMPLATE: &str = include_str!("template.html");
@@ -57,13 +57,16 @@ pub(super) fn page(
                 name => metric.name.as_str(), parts => metric.name.split('/').map(String::from).collect::<Vec<_>>(),
                 better => if metric.better == Better::Higher { "higher is better" } else { "lower is better" },
                 forest => (!rows.is_empty()).then(|| Value::from_safe_string(forest(&rows))),
-                comparisons => comparisons.into_iter().map(comparison).collect::<Vec<_>>(),
+                comparisons => comparisons.into_iter().map(|c| comparison(c, metric.better)).collect::<Vec<_>>(),
             }
         })
         .collect();
     let headlines: Vec<Value> = summary
         .headlines()
-        .map(|c| context! { sentence => c.sentence.as_str(), kind => verdict_word(c.verdict), color => css(arm_color(&c.arm)) })
+        .map(|c| {
+            let (verdict, worth) = (verdict_word(c.verdict), worth(c, summary.better[&c.metric]));
+            context! { sentence => c.sentence.as_str(), verdict, worth, color => css(arm_color(&c.arm)) }
+        })
         .collect();
     let curve_groups = curve_groups(summary, records, &colors);
     let mut environment = Environment::new();
@@ -77,12 +80,22 @@ pub(super) fn page(
     Ok(page.expect("the template asks for nothing that it is not given"))
 }
 
-fn comparison(c: &Comparison) -> Value {
+/// Whether a difference that was found is for the better; `None` if none was.
+fn worth(c: &Comparison, better: Better) -> Option<&'static str> {
+    match (c.verdict, better) {
+        (Verdict::Higher, Better::Higher) | (Verdict::Lower, Better::Lower) => Some("better"),
+        (Verdict::Higher, Better::Lower) | (Verdict::Lower, Better::Higher) => Some("worse"),
+        _ => None,
+    }
+}
+
+fn comparison(c: &Comparison, better: Better) -> Value {
     let show = rounded_to(c.paired.ci95);
     let range = |ci: Option<[f64; 2]>| ci.map(|[a, b]| format!("{} … {}", show(a), show(b)));
     let p_cell = |p: Option<f64>| p.map(|p| p_text(p).replace("p = ", "").replace("p < ", "< "));
     context! {
-        arm => c.arm.as_str(), sentence => c.sentence.as_str(), verdict => verdict_word(c.verdict), n => c.paired.n,
+        arm => c.arm.as_str(), sentence => c.sentence.as_str(), verdict => verdict_word(c.verdict),
+        worth => worth(c, better), n => c.paired.n,
         difference => c.paired.difference.map(&show), ci95 => range(c.paired.ci95),
         bootstrap => range(c.paired.bootstrap95), effect => c.paired.effect_size.map(number),
         p => p_cell(c.paired.p_value), p_holm => p_cell(c.p_holm), p_sign => p_cell(c.paired.p_sign_flip),

@@ -140,7 +140,7 @@ impl Suite {
     pub fn load(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
         let file: SuiteFile = toml::from_str(&text).map_err(|e| {
-            let help = "`dinolab ablate --schema` prints every key that a suite may have";
+            let help = "`dinolab recipe schema suite` prints every key that a suite may have";
             Error::content(path, e.to_string().trim_end(), help)
         })?;
         Self::check(file, path).map_err(|(problem, help)| Error::content(path, problem, help))

@@ -1,6 +1,7 @@
 //! What a run left in its folder: how it ended, its scores, its curves.
 
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::path::Path;
 
 use dinolab_core::{Error, Result};
@@ -151,7 +152,7 @@ impl RunRecord {
 fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>> {
     let text = match std::fs::read_to_string(path) {
         Ok(text) => text,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(None),
         Err(e) => return Err(Error::io("read", path)(e)),
     };
     let help = "move the run's folder away to do the run again";
@@ -162,7 +163,7 @@ fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>> {
 fn read_lines(path: &Path) -> Result<Vec<serde_json::Map<String, serde_json::Value>>> {
     let text = match std::fs::read_to_string(path) {
         Ok(text) => text,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
         Err(e) => return Err(Error::io("read", path)(e)),
     };
     Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect())

@@ -75,6 +75,11 @@ pub trait Dataset: fmt::Debug + Send + Sync {
         format!("sample {index}")
     }
 
+    /// What the recipe does not say of the data: a hash of what the folder holds. `None` if the recipe says it all.
+    fn fingerprint(&self) -> Option<String> {
+        None
+    }
+
     /// Samples set aside for probes, never trained on; `None`: probes take theirs from this dataset.
     fn held_out(&self) -> Option<std::sync::Arc<dyn Dataset>> {
         None

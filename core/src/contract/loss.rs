@@ -149,6 +149,11 @@ pub trait Loss: fmt::Debug + Send + Sync {
     /// What the step has to compute for this loss.
     fn needs(&self) -> Needs;
 
+    /// Something to warn the user of when a run with this loss begins.
+    fn note(&self) -> Option<&'static str> {
+        None
+    }
+
     /// Buffers carried from step to step.
     fn state(&self) -> Vec<StateSpec> {
         Vec::new()

@@ -158,10 +158,7 @@ impl Augmentation {
         let n = planes.len() / 3;
         for (c, plane) in planes.chunks_exact_mut(n).enumerate() {
             let (scale, shift) = (self.scale[c], self.shift[c]);
-            crate::ops::parallel::dispatch(
-                #[inline(always)]
-                || plane.iter_mut().for_each(|x| *x = *x * scale + shift),
-            );
+            crate::simd!(plane.iter_mut().for_each(|x| *x = *x * scale + shift));
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Gaussian blur of planar 8-bit values: torchvision's with a kernel of 9, as two passes of one dimension.
 
-use crate::ops::parallel::dispatch;
+use crate::simd;
 
 /// Taps on either side of the centre.
 const RADIUS: usize = 4;
@@ -12,24 +12,21 @@ pub(super) fn gaussian_blur(pixels: &mut [f32], side: usize, sigma: f32, scratch
     scratch.resize(side * side + side + 2 * RADIUS, 0.0);
     let (rows, padded) = scratch.split_at_mut(side * side);
     for plane in pixels.chunks_exact_mut(side * side) {
-        dispatch(
-            #[inline(always)]
-            || {
-                for (row, out) in plane.chunks_exact(side).zip(rows.chunks_exact_mut(side)) {
-                    pad(row, padded);
-                    let shifted: [&[f32]; 2 * RADIUS + 1] = std::array::from_fn(|i| &padded[i..i + side]);
-                    weigh(&taps, shifted, out);
-                }
-                for (y, out) in plane.chunks_exact_mut(side).enumerate() {
-                    let shifted: [&[f32]; 2 * RADIUS + 1] = std::array::from_fn(|i| {
-                        let y = mirror(y as isize + i as isize - RADIUS as isize, side);
-                        &rows[y * side..(y + 1) * side]
-                    });
-                    weigh(&taps, shifted, out);
-                    out.iter_mut().for_each(|x| *x = x.round_ties_even());
-                }
-            },
-        );
+        simd!({
+            for (row, out) in plane.chunks_exact(side).zip(rows.chunks_exact_mut(side)) {
+                pad(row, padded);
+                let shifted: [&[f32]; 2 * RADIUS + 1] = std::array::from_fn(|i| &padded[i..i + side]);
+                weigh(&taps, shifted, out);
+            }
+            for (y, out) in plane.chunks_exact_mut(side).enumerate() {
+                let shifted: [&[f32]; 2 * RADIUS + 1] = std::array::from_fn(|i| {
+                    let y = mirror(y as isize + i as isize - RADIUS as isize, side);
+                    &rows[y * side..(y + 1) * side]
+                });
+                weigh(&taps, shifted, out);
+                out.iter_mut().for_each(|x| *x = x.round_ties_even());
+            }
+        });
     }
 }
 

@@ -5,7 +5,7 @@
 //! products below stay under 2^24, so f32 is exact where Pillow uses integers.
 
 use super::plan::{ColorPlan, Jitter, JitterOp};
-use crate::ops::parallel::dispatch;
+use crate::simd;
 
 /// Applies `plan` to planar pixels `[3, n]`.
 pub(super) fn distort(pixels: &mut [f32], plan: &ColorPlan) {
@@ -25,14 +25,11 @@ pub(super) fn distort(pixels: &mut [f32], plan: &ColorPlan) {
 
 /// Inverts values of 128 and more.
 pub(super) fn solarize(pixels: &mut [f32]) {
-    dispatch(
-        #[inline(always)]
-        || {
-            for x in pixels {
-                *x = if *x < 128.0 { *x } else { 255.0 - *x };
-            }
-        },
-    );
+    simd!({
+        for x in pixels {
+            *x = if *x < 128.0 { *x } else { 255.0 - *x };
+        }
+    });
 }
 
 fn step(pixels: &mut [f32], jitter: &Jitter, op: JitterOp) {
@@ -90,14 +87,11 @@ fn each(pixels: &mut [f32], f: impl Fn([f32; 3]) -> [f32; 3]) {
     let n = pixels.len() / 3;
     let (red, rest) = pixels.split_at_mut(n);
     let (green, blue) = rest.split_at_mut(n);
-    dispatch(
-        #[inline(always)]
-        || {
-            for ((r, g), b) in red.iter_mut().zip(green).zip(blue) {
-                [*r, *g, *b] = f([*r, *g, *b]);
-            }
-        },
-    );
+    simd!({
+        for ((r, g), b) in red.iter_mut().zip(green).zip(blue) {
+            [*r, *g, *b] = f([*r, *g, *b]);
+        }
+    });
 }
 
 /// From `base` (factor 0) to `x` (factor 1) and beyond, cut to 0..=255.
@@ -117,27 +111,24 @@ fn mean_luma(pixels: &[f32]) -> f64 {
     let n = pixels.len() / 3;
     let (red, rest) = pixels.split_at(n);
     let (green, blue) = rest.split_at(n);
-    let sum = dispatch(
-        #[inline(always)]
-        || {
-            let mut total = 0.0f64;
-            // Blocks so short that the f32 sums of whole numbers are exact.
-            for ((r, g), b) in red.chunks(4096).zip(green.chunks(4096)).zip(blue.chunks(4096)) {
-                let mut lanes = [0.0f32; LANES];
-                let wide = r.chunks_exact(LANES).zip(g.chunks_exact(LANES)).zip(b.chunks_exact(LANES));
-                for ((r, g), b) in wide {
-                    for i in 0..LANES {
-                        lanes[i] += luma([r[i], g[i], b[i]]);
-                    }
+    let sum = simd!({
+        let mut total = 0.0f64;
+        // Blocks so short that the f32 sums of whole numbers are exact.
+        for ((r, g), b) in red.chunks(4096).zip(green.chunks(4096)).zip(blue.chunks(4096)) {
+            let mut lanes = [0.0f32; LANES];
+            let wide = r.chunks_exact(LANES).zip(g.chunks_exact(LANES)).zip(b.chunks_exact(LANES));
+            for ((r, g), b) in wide {
+                for i in 0..LANES {
+                    lanes[i] += luma([r[i], g[i], b[i]]);
                 }
-                for i in r.len() / LANES * LANES..r.len() {
-                    lanes[0] += luma([r[i], g[i], b[i]]);
-                }
-                total += f64::from(lanes.iter().sum::<f32>());
             }
-            total
-        },
-    );
+            for i in r.len() / LANES * LANES..r.len() {
+                lanes[0] += luma([r[i], g[i], b[i]]);
+            }
+            total += f64::from(lanes.iter().sum::<f32>());
+        }
+        total
+    });
     sum / n as f64
 }
 

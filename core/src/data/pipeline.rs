@@ -184,8 +184,12 @@ impl Pipeline {
             let (index, sample, plan, broken) = self.draw(variant, step, i as u64)?;
             Ok(Some((RawImage { index, sample, plan }, broken)))
         };
-        let read: Result<Option<Vec<_>>> =
-            (0..self.spec.batch.size).into_par_iter().with_max_len(1).map(read).collect::<Result<Vec<_>>>().map(|r| r.into_iter().collect());
+        let read: Result<Option<Vec<_>>> = (0..self.spec.batch.size)
+            .into_par_iter()
+            .with_max_len(1)
+            .map(read)
+            .collect::<Result<Vec<_>>>()
+            .map(|r| r.into_iter().collect());
         let Some(read) = read? else { return Ok(None) };
         let (images, broken): (Vec<_>, Vec<_>) = read.into_iter().unzip();
         let masks = (0..self.spec.batch.micro_batches).map(|part| self.masks(variant, step, part));

@@ -95,6 +95,11 @@ impl GpuStep {
 }
 
 impl Learner {
+    /// Launches, copies and fills of the steps that were recorded on a GPU, one number a kind of step.
+    pub fn recorded_nodes(&self) -> Vec<usize> {
+        self.gpu_step.iter().flat_map(|g| g.recorded.values()).map(|r| r.graph.nodes).collect()
+    }
+
     /// Why steps on a GPU are not recorded and replayed, if they are not.
     pub fn eager_reason(&self) -> Option<&str> {
         self.gpu_step.as_ref().and_then(|g| g.reason.as_deref())
@@ -113,7 +118,11 @@ impl Learner {
         for (micro, draws) in draws.iter_mut().enumerate() {
             own.place(micro, draws)?;
         }
-        let batches = own.batches.upload(batches)?.to_vec();
+        // The loader makes them on the device; batches of another origin are copied there.
+        let batches = match batches.iter().all(|b| b.global.gpu().is_some()) {
+            true => batches.to_vec(),
+            false => own.batches.upload(batches)?.to_vec(),
+        };
         let follow = self.teacher.after_step(at);
         let momentum = if let Follow::Ema { momentum } = follow { Some(momentum) } else { None };
         own.update.write(at, &self.optimizer, self.weights.skipped, momentum)?;

@@ -19,10 +19,16 @@ pub struct Health {
     /// Losses with a head: (name, entropy of the mean target / ln K, mean entropy of a target / ln K). First near 1 and
     /// second near 1: uniform collapse; first near 0: one-hot collapse.
     pub targets: Vec<(String, f64, f64)>,
+    /// Different samples of the dataset whose CLS coincide: copies, or pictures without content.
+    pub coinciding: Vec<(usize, usize)>,
 }
 
+/// CLS features this much closer than the average pair (in squared distance) coincide.
+const COINCIDE: f64 = 1e-4;
+
 impl Health {
-    pub(super) fn measure(teacher: &TeacherOf<'_>, model: &Declared) -> Result<Self> {
+    /// `samples` are the images' indices in the dataset.
+    pub(super) fn measure(teacher: &TeacherOf<'_>, model: &Declared, samples: &[usize]) -> Result<Self> {
         let features = teacher.features;
         let (n, d) = (features.cls.dim(0), features.cls.dim(1));
         let cls = features.cls.detach().l2_normalize(1e-12)?;
@@ -32,7 +38,9 @@ impl Health {
         let trace = centred.iter().map(|x| x * x).sum::<f64>();
         // The non-zero eigenvalues of the covariance are those of the Gram matrix of the rows.
         let rows = Tensor::from_f64(&centred, &[n, d], cls.dtype())?;
-        let gram = rows.matmul_t(&rows)?.square()?.sum()?.item();
+        let products = rows.matmul_t(&rows)?;
+        let coinciding = coinciding(&products.to_f64_vec(), n, samples, COINCIDE * 2.0 * trace / n as f64);
+        let gram = products.square()?.sum()?.item();
         let patches = features.patches.detach().l2_normalize(1e-12)?.mean_axis(1)?;
         let cosine = patches.mul(&cls)?.sum()?.item() / n as f64;
         let mut targets = Vec::new();
@@ -50,10 +58,34 @@ impl Health {
             effective_rank: if gram > 0.0 { trace * trace / gram } else { 0.0 },
             cls_patch_cosine: cosine,
             targets,
+            coinciding,
         })
     }
 }
 
+/// Pairs of different samples whose squared distance is below `limit`, given the products `[n, n]` of all rows. Only
+/// the first crop of every image is looked at.
+fn coinciding(products: &[f64], n: usize, samples: &[usize], limit: f64) -> Vec<(usize, usize)> {
+    let at = |i: usize, j: usize| products[i * n + j];
+    let pairs = (0..samples.len()).flat_map(|j| (0..j).map(move |i| (i, j)));
+    let close = pairs.filter(|&(i, j)| samples[i] != samples[j] && at(i, i) + at(j, j) - 2.0 * at(i, j) < limit);
+    close.map(|(i, j)| (samples[i], samples[j])).collect()
+}
+
 fn entropy(p: Vec<f64>) -> f64 {
     p.into_iter().filter(|&p| p > 0.0).map(|p| -p * p.ln()).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_of_different_samples_that_coincide_are_found() {
+        // Four unit vectors in the plane: two the same, one of those once more as the same sample.
+        let rows = [[1.0, 0.0], [0.6, 0.8], [1.0, 0.0], [1.0, 0.0]];
+        let products: Vec<f64> =
+            rows.iter().flat_map(|a| rows.iter().map(|b| a[0] * b[0] + a[1] * b[1]).collect::<Vec<f64>>()).collect();
+        assert_eq!(coinciding(&products, 4, &[7, 8, 9, 7], 1e-6), [(7, 9), (9, 7)]);
+    }
 }

@@ -6,7 +6,7 @@ use crate::checkpoint::{read_tensors, write_tensors, Checkpoint, NamedTensors};
 use crate::data::{Batch, Masks};
 use crate::recipe::{Recipe, Resolved};
 use crate::step::{Learner, Report};
-use crate::{Error, Result, Tensor};
+use crate::{Device, Error, Result, Tensor};
 
 use super::folder::RunFolder;
 
@@ -25,7 +25,11 @@ pub(super) fn write(
     let mut tensors = content.model;
     tensors.extend(content.optimizer);
     for (i, batch) in batches.iter().enumerate() {
-        let mut put = |name: &str, tensor: &Tensor| tensors.push((format!("batch.{i}.{name}"), tensor.clone()));
+        let mut put = |name: &str, tensor: &Tensor| {
+            // Crops of a bf16 step are kept as f32, which every device takes.
+            let wide = tensor.cast(tensor.dtype().wide()).expect("real types can be widened");
+            tensors.push((format!("batch.{i}.{name}"), wide.to(Device::Cpu)));
+        };
         put("global", &batch.global);
         batch.local.iter().for_each(|t| put("local", t));
         batch.gram.iter().for_each(|t| put("gram", t));

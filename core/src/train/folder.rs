@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::write_file;
+use crate::contract::Dataset;
 use crate::cuda::Gpu;
 use crate::recipe::{Overrides, Resolved};
 use crate::{Device, Error, Result};
@@ -26,20 +27,29 @@ pub struct RunResult {
     pub metrics: BTreeMap<String, f64>,
 }
 
+/// What a run was made of, beside its recipe: `run.json`, of the last time that it was started or continued.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunInfo {
+    /// The program's version.
+    pub dinolab: String,
+    /// Its git revision.
+    pub revision: String,
+    /// Hash of the resolved recipe.
+    pub recipe_hash: String,
+    /// Hash of what the dataset found, if the recipe does not say it all.
+    pub data: Option<String>,
+    /// What it ran on.
+    pub device: String,
+    /// CPU threads.
+    pub threads: usize,
+    /// Seconds since 1970.
+    pub started_unix: u64,
+}
+
 /// A run's folder, locked while this value lives.
 pub struct RunFolder {
     path: PathBuf,
     _lock: File,
-}
-
-#[derive(Serialize)]
-struct RunInfo<'a> {
-    dinolab: &'a str,
-    revision: &'a str,
-    recipe_hash: &'a str,
-    device: &'a str,
-    threads: usize,
-    started_unix: u64,
 }
 
 impl RunFolder {
@@ -71,8 +81,15 @@ impl RunFolder {
         Ok(Self { path, _lock: lock })
     }
 
-    /// Writes what is known before the first step: the resolved recipe, and who runs it.
-    pub(super) fn begin(&self, resolved: &Resolved, options: &RunOptions) -> Result<()> {
+    /// Writes what is known before the first step: the resolved recipe, and who runs it on what. Gives what a run that
+    /// goes on was last run with.
+    pub(super) fn begin(
+        &self,
+        resolved: &Resolved,
+        options: &RunOptions,
+        data: &dyn Dataset,
+    ) -> Result<Option<RunInfo>> {
+        let before = RunInfo::read(&self.path)?;
         let recipe = self.path.join("recipe.toml");
         if !recipe.exists() {
             write_file(&recipe, resolved.to_toml().as_bytes())?;
@@ -83,15 +100,17 @@ impl RunFolder {
         };
         let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         let info = RunInfo {
-            dinolab: env!("CARGO_PKG_VERSION"),
-            revision: &options.revision,
-            recipe_hash: &resolved.hash,
-            device: &recipe_device,
+            dinolab: env!("CARGO_PKG_VERSION").into(),
+            revision: options.revision.clone(),
+            recipe_hash: resolved.hash.clone(),
+            data: data.fingerprint(),
+            device: recipe_device,
             threads: rayon::current_num_threads(),
             started_unix: since.map_or(0, |d| d.as_secs()),
         };
         let info = serde_json::to_string_pretty(&info).expect("plain data");
-        write_file(&self.path.join("run.json"), info.as_bytes())
+        write_file(&self.path.join("run.json"), info.as_bytes())?;
+        Ok(before)
     }
 
     /// Where it is.
@@ -101,7 +120,7 @@ impl RunFolder {
 
     /// The result, if the run is finished.
     pub(super) fn result(&self) -> Result<Option<RunResult>> {
-        read_result(&self.path)
+        RunResult::read(&self.path)
     }
 
     pub(super) fn finish(&self, result: &RunResult) -> Result<()> {
@@ -110,16 +129,30 @@ impl RunFolder {
     }
 }
 
-/// The result of the run in `path`; `None` if it is not finished.
-///
-/// # Errors
-/// If `result.json` is there but cannot be read.
-pub fn read_result(path: &Path) -> Result<Option<RunResult>> {
-    let file = path.join("result.json");
+impl RunResult {
+    /// The result of the run in `path`; `None` if it is not finished.
+    ///
+    /// # Errors
+    /// If `result.json` is there but cannot be read.
+    pub fn read(path: &Path) -> Result<Option<Self>> {
+        read_json(&path.join("result.json"), "remove this file to finish the run again with --resume")
+    }
+}
+
+impl RunInfo {
+    /// What the run in `path` was made of; `None` if it never began.
+    ///
+    /// # Errors
+    /// If `run.json` is there but cannot be read.
+    pub fn read(path: &Path) -> Result<Option<Self>> {
+        read_json(&path.join("run.json"), "remove this file; the run writes it again with --resume")
+    }
+}
+
+fn read_json<T: serde::de::DeserializeOwned>(file: &Path, help: &str) -> Result<Option<T>> {
     if !file.exists() {
         return Ok(None);
     }
-    let text = fs::read_to_string(&file).map_err(Error::io("read", &file))?;
-    let again = "remove this file to finish the run again with --resume";
-    serde_json::from_str(&text).map(Some).map_err(|e| Error::content(&file, e.to_string(), again))
+    let text = fs::read_to_string(file).map_err(Error::io("read", file))?;
+    serde_json::from_str(&text).map(Some).map_err(|e| Error::content(file, e.to_string(), help))
 }

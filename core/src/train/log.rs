@@ -190,7 +190,8 @@ fn contact_sheet(batch: &Batch, recipe: &Recipe) -> (Vec<u8>, usize) {
         let mut left = 0;
         for (crops, count) in &kinds {
             let (h, w) = (crops.dim(2), crops.dim(3));
-            let data = crops.as_slice::<f32>();
+            let host = crops.cast(crate::DType::F32).expect("crops are real").to(crate::Device::Cpu);
+            let data = host.as_slice::<f32>();
             for crop in 0..*count {
                 let base = (crop * images + image) * 3 * h * w;
                 for (i, channel) in (0..h * w).flat_map(|i| (0..3).map(move |c| (i, c))) {

@@ -3,7 +3,7 @@
 //! ```text
 //! <run>/
 //!   recipe.toml            the resolved recipe, every default filled in, written before step 0
-//!   run.json               version, revision, device, threads
+//!   run.json               version, revision, data, device, threads
 //!   metrics.jsonl          one object a logged step: the source of truth
 //!   messages.jsonl         warnings, one object each
 //!   tensorboard/           the same numbers, pictures of crops, histograms
@@ -20,7 +20,7 @@ mod trained;
 mod verdict;
 
 pub use capture::replay;
-pub use folder::{RunFolder, RunResult};
+pub use folder::{RunFolder, RunInfo, RunResult};
 pub use trained::Trained;
 
 use std::collections::BTreeMap;
@@ -118,8 +118,8 @@ pub fn loader_spec(recipe: &Recipe, learner: &Learner, start: u64) -> LoaderSpec
         patch_size: learner.model().backbone.patch_size(),
         gram_crop_size: learner.gram_crop_size(),
         seed: recipe.seed,
-        device: learner.weights().student.device(),
-        dtype: learner.dtype(),
+        device: learner.device(),
+        dtype: learner.features_dtype(),
         start_step: start,
         total_steps: recipe.steps,
     }
@@ -139,7 +139,8 @@ pub fn run(resolved: &Resolved, options: &RunOptions, observer: &mut dyn Observe
     let mut messages = Vec::new();
     let (learner, start) = match checkpoint::load_newest(folder.path())? {
         Some((checkpoint, passed)) => {
-            messages.extend(passed.into_iter().map(|e| format!("passed over a broken checkpoint: {e}")));
+            let passed = passed.into_iter().map(|e| ("checkpoint", format!("passed over a broken checkpoint: {e}")));
+            messages.extend(passed);
             (Learner::from_checkpoint(recipe, &checkpoint)?, checkpoint.step)
         }
         None => (Learner::new(recipe)?, 0),
@@ -148,14 +149,21 @@ pub fn run(resolved: &Resolved, options: &RunOptions, observer: &mut dyn Observe
     resolved.check_data(test.as_ref())?;
     let spec = loader_spec(recipe, &learner, start);
     let probes = probes::Probes::new(recipe, train.clone(), test)?;
-    let loader = Loader::new(train, spec)?;
-    folder.begin(resolved, options)?;
+    let loader = Loader::new(train.clone(), spec)?;
+    let before = folder.begin(resolved, options, train.as_ref())?;
+    if start > 0 && before.is_some_and(|before| before.data != train.fingerprint()) {
+        let text =
+            "files came, went or changed in the data folder since this run was started: it goes on, but not to the \
+            bits of an uninterrupted run";
+        messages.push(("data", text.into()));
+    }
     let (log, seconds) = log::Log::open(&folder, recipe, start)?;
     let mut run = Run {
         log,
         probes,
         loader,
         verdict: verdict::Verdict::default(),
+        told_eager: false,
         window: Window::default(),
         seconds,
         observer,
@@ -163,10 +171,17 @@ pub fn run(resolved: &Resolved, options: &RunOptions, observer: &mut dyn Observe
         recipe,
         folder,
         learner,
+        data: train,
     };
     run.observer.started(recipe, start);
-    for text in messages {
-        run.warn(start, "checkpoint", &text)?;
+    for (kind, text) in messages {
+        run.warn(start, kind, &text)?;
+    }
+    let losses = run.learner.model().losses.iter();
+    let notes: Vec<String> =
+        losses.filter_map(|l| l.loss.note().map(|note| format!("loss `{}` {note}", l.name))).collect();
+    for text in notes {
+        run.warn(start, "loss", &text)?;
     }
     run.steps(start, &options.stop)
 }
@@ -184,10 +199,12 @@ struct Run<'a> {
     recipe: &'a Recipe,
     folder: RunFolder,
     learner: Learner,
+    data: Arc<dyn Dataset>,
     loader: Loader,
     log: log::Log,
     probes: probes::Probes,
     verdict: verdict::Verdict,
+    told_eager: bool,
     window: Window,
     /// Time spent in steps, over all parts of an interrupted run.
     seconds: f64,
@@ -242,6 +259,10 @@ impl Run<'_> {
             self.log.crops(&batches.batches, self.recipe);
         }
         let report = self.learner.step(step, &batches.batches, logged)?;
+        if let Some(reason) = self.learner.eager_reason().filter(|_| !self.told_eager).map(String::from) {
+            self.told_eager = true;
+            self.warn(step, "device", &format!("steps are not recorded as a graph, which is slower: {reason}"))?;
+        }
         if let Some(what) = &report.non_finite {
             self.non_finite(step, what, &batches.batches)?;
         }
@@ -291,7 +312,7 @@ impl Run<'_> {
             self.log.histograms(done, &self.learner);
         }
         self.window = Window::default();
-        for (kind, text) in self.verdict.judge(report, &self.learner) {
+        for (kind, text) in self.verdict.judge(report, &self.learner, self.data.as_ref()) {
             self.warn(done, kind, &text)?;
         }
         Ok(())

@@ -1,5 +1,6 @@
 //! Naming the known sicknesses of self-supervised training when they show.
 
+use crate::contract::Dataset;
 use crate::step::{Learner, Report};
 
 /// What was seen so far, and what was said already: each sickness is named once.
@@ -14,10 +15,17 @@ pub(super) struct Verdict {
 
 /// Measurements before anything is judged: early features are not yet features.
 const PATIENCE: usize = 5;
+/// Standard deviation of the CLS feature below which it counts as constant.
+const CONSTANT: f64 = 0.02;
 
 impl Verdict {
     /// Sicknesses that show now and were not named before: a short name, and what it is.
-    pub(super) fn judge(&mut self, report: &Report, learner: &Learner) -> Vec<(&'static str, String)> {
+    pub(super) fn judge(
+        &mut self,
+        report: &Report,
+        learner: &Learner,
+        data: &dyn Dataset,
+    ) -> Vec<(&'static str, String)> {
         let Some(health) = &report.health else { return Vec::new() };
         self.measured += 1;
         self.best_rank = self.best_rank.max(health.effective_rank);
@@ -38,7 +46,7 @@ impl Verdict {
             found.push(("uniform", text));
         }
         if self.measured > PATIENCE {
-            if health.feature_std < 0.02 {
+            if health.feature_std < CONSTANT {
                 let text = format!(
                     "the CLS feature is nearly constant (standard deviation {:.4}): one-hot collapse; try \
                     KoLeo, a higher teacher temperature or more EMA momentum",
@@ -71,6 +79,16 @@ impl Verdict {
                 );
                 found.push(("locality", text));
             }
+        }
+        // In a constant output everything coincides; that has its own name.
+        if let (Some(&(a, b)), true) = (health.coinciding.first(), health.feature_std >= CONSTANT) {
+            let text = format!(
+                "{} and {} have the same CLS feature: copies of each other, or pictures without content; KoLeo pushes \
+                them apart in vain, so remove one",
+                data.describe(a),
+                data.describe(b)
+            );
+            found.push(("duplicates", text));
         }
         found.retain(|(key, _)| !self.said.contains(key));
         self.said.extend(found.iter().map(|(key, _)| *key));

@@ -87,6 +87,16 @@ impl Folder {
         self.0.path().join(name)
     }
 
+    /// The photographs of `tests/photos` in the folder `name`.
+    pub fn add_photos(&self, name: &str) {
+        std::fs::create_dir(self.path(name)).expect("the folder can be written");
+        for entry in std::fs::read_dir(root().join("tests/photos")).expect("the repository is whole") {
+            let photo = entry.expect("it can be read").path();
+            let target = self.path(name).join(photo.file_name().expect("it is a file"));
+            std::fs::copy(&photo, target).expect("it can be copied");
+        }
+    }
+
     pub fn write(&self, name: &str, text: &str) -> PathBuf {
         std::fs::write(self.path(name), text).expect("the folder can be written");
         PathBuf::from(name)
@@ -100,6 +110,8 @@ impl Folder {
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_with_plugins"));
         command.args(args).current_dir(self.0.path()).stdin(Stdio::null());
+        // The tests' own variable; to the program it is a recipe's key.
+        command.env_remove("DINOLAB_GOLDEN");
         command
     }
 

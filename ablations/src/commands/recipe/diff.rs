@@ -1,19 +1,27 @@
-//! `dinolab recipe diff A B`: changed keys with both values.
+//! `dinolab recipe diff A B`: changed keys with both values; of two runs also code, data and metrics.
 
 use std::collections::BTreeSet;
 use std::path::Path;
 
 use dinolab_core::recipe::{toml_value, Overrides, Resolved};
+use dinolab_core::train::{RunInfo, RunResult};
 use dinolab_core::Result;
 use serde_json::{Map, Value as Json};
 
+use crate::report::number;
 use crate::style;
 
 /// Runs the command.
 pub(super) fn run(a: &Path, b: &Path) -> Result<()> {
     let none = Overrides::default();
-    let (a, b) = (Resolved::load(a, &none)?, Resolved::load(b, &none)?);
-    style::print(&changes(&a.value, &b.value).unwrap_or_else(|| "no difference\n".into()));
+    let (left, right) = (Resolved::load(a, &none)?, Resolved::load(b, &none)?);
+    style::print(&changes(&left.value, &right.value).unwrap_or_else(|| "no difference\n".into()));
+    if let (Some(left), Some(right)) = (RunInfo::read(a)?, RunInfo::read(b)?) {
+        style::print(&surroundings(&left, &right));
+    }
+    if let (Some(left), Some(right)) = (RunResult::read(a)?, RunResult::read(b)?) {
+        style::print(&metrics(&left, &right));
+    }
     Ok(())
 }
 
@@ -41,4 +49,29 @@ fn compare(path: &str, a: Option<&Json>, b: Option<&Json>, rows: &mut Vec<Vec<St
             rows.push(vec![style::out().bold(path), format!("{} -> {}", show(a), show(b))]);
         }
     }
+}
+
+/// Program, data and device of two runs, each as one value or as two.
+fn surroundings(a: &RunInfo, b: &RunInfo) -> String {
+    let program = |run: &RunInfo| format!("dinolab {} ({})", run.dinolab, run.revision);
+    let data = |run: &RunInfo| run.data.as_ref().map_or("as the recipe says".into(), |hash| hash[..16].to_string());
+    let device = |run: &RunInfo| run.device.clone();
+    let row = |name: &str, value: &dyn Fn(&RunInfo) -> String| {
+        let (a, b) = (value(a), value(b));
+        vec![style::out().bold(name), if a == b { format!("{a} in both") } else { format!("{a} -> {b}") }]
+    };
+    format!("\n{}", style::table([row("code", &program), row("data", &data), row("device", &device)]))
+}
+
+/// Final metrics of two runs with the difference.
+fn metrics(a: &RunResult, b: &RunResult) -> String {
+    let style = style::out();
+    let names: BTreeSet<&String> = a.metrics.keys().chain(b.metrics.keys()).collect();
+    let head = ["metric", "A", "B", "B - A"].map(|h| style.dim(h)).to_vec();
+    let rows = names.into_iter().map(|name| {
+        let (a, b) = (a.metrics.get(name).copied(), b.metrics.get(name).copied());
+        let show = |value: Option<f64>| value.map_or("–".into(), number);
+        vec![style.bold(name), show(a), show(b), show(a.zip(b).map(|(a, b)| b - a))]
+    });
+    format!("\n{}", style::table(std::iter::once(head).chain(rows)))
 }

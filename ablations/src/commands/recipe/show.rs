@@ -6,9 +6,10 @@ use std::path::PathBuf;
 use dinolab_core::contract::{At, Schedule};
 use dinolab_core::recipe::{describe, RawRecipe, Resolved};
 use dinolab_core::{Error, Result};
-use textplots::{Chart, Plot, Shape};
+use textplots::{Chart, LabelBuilder, LabelFormat, Plot, Shape};
 
 use crate::cli::SetArgs;
+use crate::report::number;
 use crate::style;
 
 /// Arguments of `dinolab recipe show`.
@@ -62,10 +63,12 @@ fn timeline(resolved: &Resolved) -> Result<String> {
         writeln!(text, "\n{}  {least} .. {most}", style.bold(key)).expect("writing to a string");
         let mut chart = Chart::new_with_y_range(140, 32, 0.0, total as f32, least as f32, most as f32);
         let line = Shape::Lines(&points);
-        let drawn = chart.lineplot(&line);
+        // textplots' own labels have one decimal, which says nothing of a learning rate.
+        let label = || LabelFormat::Custom(Box::new(|x| number(f64::from(x))));
+        let drawn = chart.lineplot(&line).x_label_format(label()).y_label_format(label());
         drawn.axis();
-        // textplots' own figures have one decimal, which says nothing of a learning rate.
-        writeln!(text, "{}\n0{total:>70}", drawn.to_string().trim_end_matches('\n')).expect("writing to a string");
+        drawn.figures();
+        writeln!(text, "{}", drawn.to_string().trim_end_matches('\n')).expect("writing to a string");
     }
     let recipe = &resolved.recipe;
     let teachers = [("teacher", Some(&recipe.teacher)), ("gram_teacher", recipe.gram_teacher.as_ref())];

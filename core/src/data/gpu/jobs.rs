@@ -111,7 +111,15 @@ struct Square {
 
 impl Jobs {
     /// Adds image `i` of `images`, of `width` pixels a row at `at`.
-    pub(super) fn add(&mut self, a: &Augmentation, plan: &ImagePlan, at: u64, size: (usize, usize), i: usize, images: usize) {
+    pub(super) fn add(
+        &mut self,
+        a: &Augmentation,
+        plan: &ImagePlan,
+        at: u64,
+        size: (usize, usize),
+        i: usize,
+        images: usize,
+    ) {
         let (width, height) = size;
         if let Some(color) = &plan.shared_color {
             let pixels = (width * height) as u64;
@@ -128,7 +136,9 @@ impl Jobs {
             students.push((student, flip));
             match a.gram_size {
                 // Both sizes are made from the finished crop, by `resample_planes`.
-                Some(_) if !a.config.gram_without_distortion => self.finish(0, base, flip, crop, (0, 0), large, place(k, large)),
+                Some(_) if !a.config.gram_without_distortion => {
+                    self.finish(0, base, flip, crop, (0, 0), large, place(k, large))
+                }
                 None => self.finish(0, student, flip, crop, (0, 0), side, place(k, side)),
                 Some(gram) => {
                     self.finish(0, student, flip, crop, (0, 0), side, place(k, side));
@@ -189,13 +199,25 @@ impl Jobs {
             // An image has at most 65535 rows or columns; the kernel reads the number without a sign.
             row[0] = first as u16 as i16;
             row[1] = values.len() as i16;
-            row.iter_mut().skip(2).zip(values).for_each(|(out, w)| *out = (w * f64::from(1 << precision)).round() as i16);
+            row.iter_mut()
+                .skip(2)
+                .zip(values)
+                .for_each(|(out, w)| *out = (w * f64::from(1 << precision)).round() as i16);
         }
         Axis { table, width: width as i32, precision: precision as i32 }
     }
 
     #[allow(clippy::too_many_arguments)]
-    fn finish(&mut self, kind: usize, from: Square, flip: bool, plan: &CropPlan, (x, y): (usize, usize), out: usize, target: u64) {
+    fn finish(
+        &mut self,
+        kind: usize,
+        from: Square,
+        flip: bool,
+        plan: &CropPlan,
+        (x, y): (usize, usize),
+        out: usize,
+        target: u64,
+    ) {
         let pixels = (from.side * from.side) as u64;
         self.finish[kind].push(Finish {
             paint: Paint { source: from.at, pixels, color: Color::of(&plan.color), pad: 0 },

@@ -1,0 +1,166 @@
+//! What holds for every plugin of a kind, whatever it computes: one call in a plugin's test.
+//!
+//! Losses have more of their own: [`check`](super::check()).
+
+use crate::contract::{
+    At, Backbone, Crops, Dataset, Follow, Grid, Mode, PosContext, PosEncoding, Scheduler, TeacherPolicy,
+};
+use crate::params::{ParamBuilder, Params};
+use crate::registry::{self, BackboneContext, Chosen, Kind};
+use crate::rng::{Rng, Stream};
+use crate::step::CHANNELS;
+use crate::tensor::Tape;
+use crate::testing::normal;
+use crate::{DType, Error, Result, Tensor};
+
+/// What holds, or what does not.
+pub type Held = Result<(), String>;
+
+fn ensure(holds: bool, otherwise: impl Into<String>) -> Held {
+    if holds {
+        Ok(())
+    } else {
+        Err(otherwise.into())
+    }
+}
+
+/// The plugin that a recipe's table (`plugin = "..."` and its keys, as TOML) chooses.
+///
+/// # Errors
+/// As a recipe: an unknown name, a wrong key, a config that is refused.
+pub fn plugin<K: ?Sized + Kind>(table: &str, context: &mut K::Context<'_>) -> Result<Box<K>> {
+    let table: toml::Table =
+        toml::from_str(table).map_err(|e| Error::user(e.to_string(), "write it as in a recipe"))?;
+    let table = figment::value::Value::serialize(table).expect("a table is plain data");
+    let refused = |e: crate::recipe::Nested| Error::user(e.encode(), "see `dinolab plugins`");
+    Chosen::<K>::from_value(&table, None).map_err(refused)?.build(context)
+}
+
+/// A scheduler is finite at every step of a run, and pure.
+pub fn scheduler(scheduler: &dyn Scheduler) -> Held {
+    let values = || (0..100).map(|step| scheduler.value(At { step, total: 100 })).collect::<Vec<_>>();
+    let first = values();
+    ensure(first.iter().all(|x| x.is_finite()), format!("a value is not finite: {first:?}"))?;
+    ensure(first == values(), "the same step gives another value the second time")
+}
+
+/// A teacher policy is pure, and its momentum lies in [0, 1].
+pub fn teacher(policy: &dyn TeacherPolicy) -> Held {
+    let all = || {
+        let at = |step| At { step, total: 100 };
+        (0..100).flat_map(|s| [policy.before_step(at(s)), policy.after_step(at(s))]).collect::<Vec<_>>()
+    };
+    let first = all();
+    let outside = first.iter().find(|f| matches!(f, Follow::Ema { momentum } if !(0.0..=1.0).contains(momentum)));
+    ensure(outside.is_none(), format!("a momentum is not in [0, 1]: {outside:?}"))?;
+    ensure(first == all(), "the same step does something else the second time")
+}
+
+/// A position encoding gives tables of the right shapes on grids that are square and not, in evaluation and in
+/// training; equal draws give equal tables; a rotation keeps lengths (`sin^2 + cos^2 = 1`).
+pub fn pos_encoding(mut encoding: Box<dyn PosEncoding>) -> Held {
+    let (dim, heads) = (24, 3);
+    let text = |e: Error| e.to_string();
+    let mut builder = ParamBuilder::new();
+    let grid = Grid { height: 4, width: 4 };
+    encoding.declare(&mut builder, PosContext { dim, heads, grid }).map_err(text)?;
+    let layout = builder.finish();
+    let flat = layout.init(0, DType::F64).map_err(text)?;
+    let params = Params::frozen(&layout, &flat);
+    let draw = || encoding.draw(&mut Rng::new(1, Stream::Position, 2, 3));
+    ensure(draw() == draw(), "equal generators draw differently: everything random comes from `rng`")?;
+    for (grid, draw) in [(grid, None), (grid, Some(draw())), (Grid { height: 2, width: 5 }, Some(draw()))] {
+        let p = grid.patches();
+        let draw = draw.filter(|d| !d.is_empty()).map(|d| Tensor::from_slice(&d, &[d.len()]));
+        let draw = draw.transpose().map_err(text)?;
+        let tables = || encoding.tables(&params, grid, draw.as_ref(), heads, DType::F64);
+        let (first, second) = (tables().map_err(text)?, tables().map_err(text)?);
+        if let (Some((sin, cos)), Some((sin2, _))) = (&first.rotary, &second.rotary) {
+            let shape = [p, dim / heads];
+            ensure(sin.shape() == shape && cos.shape() == shape, format!("sin and cos are not [P, D/H] = {shape:?}"))?;
+            ensure(sin.to_f64_vec() == sin2.to_f64_vec(), "equal draws give other tables")?;
+            let lengths = sin.to_f64_vec().into_iter().zip(cos.to_f64_vec()).map(|(s, c)| s * s + c * c);
+            // Loose enough for tables that were rounded to bf16.
+            let kept = lengths.into_iter().all(|l| (l - 1.0).abs() < 2e-2);
+            ensure(kept, "sin^2 + cos^2 is not 1: the rotation changes lengths")?;
+        }
+        if let Some(bias) = &first.bias {
+            ensure(bias.shape() == [heads, p, p], format!("the bias is {:?}, not [H, P, P]", bias.shape()))?;
+            ensure(bias.to_f64_vec().iter().all(|x| x.is_finite()), "the bias is not finite")?;
+        }
+        if let Some(added) = encoding.absolute(&params, grid).map_err(text)? {
+            ensure(added.shape() == [p, dim], format!("what is added is {:?}, not [P, D]", added.shape()))?;
+        }
+    }
+    Ok(())
+}
+
+/// A dataset gives whole samples, the same ones every time, with labels and masks as it says.
+pub fn dataset(data: &dyn Dataset) -> Held {
+    ensure(!data.is_empty(), "it has no sample")?;
+    for index in [0, data.len() / 2, data.len() - 1] {
+        let get = || data.get(index).map_err(|e| e.to_string());
+        let sample = get()?;
+        let pixels = sample.width * sample.height;
+        ensure(pixels > 0 && sample.rgb.len() == 3 * pixels, format!("sample {index} has not 3 bytes a pixel"))?;
+        ensure(sample == get()?, format!("sample {index} is another the second time"))?;
+        let fits = sample.label.is_none_or(|label| (label as usize) < data.classes());
+        ensure(fits, format!("sample {index} has label {:?} of {} classes", sample.label, data.classes()))?;
+        if let Some(mask) = &sample.mask {
+            let known = mask.iter().all(|&class| usize::from(class) < data.mask_classes());
+            ensure(mask.len() == pixels && known, format!("the mask of sample {index} has not a known class a pixel"))?;
+        }
+    }
+    Ok(())
+}
+
+/// A backbone gives features of the shapes that its contract promises, the same in every call, and every parameter has
+/// a gradient.
+///
+/// # Errors
+/// What does not hold.
+pub fn backbone(table: &str) -> Held {
+    let text = |e: Error| e.to_string();
+    let mut builder = ParamBuilder::new();
+    let context = &mut BackboneContext { params: &mut builder, global_size: 32, channels: CHANNELS };
+    let model = plugin::<dyn Backbone>(table, context).map_err(text)?;
+    let layout = builder.finish();
+    let flat = layout.init(0, DType::F64).map_err(text)?;
+    let (patch, dim) = (model.patch_size(), model.dim());
+    let (b, grid) = (2, Grid { height: 2, width: 3 });
+    let pixels = normal(0, 0, &[b, CHANNELS, grid.height * patch, grid.width * patch]);
+    let draws = model.draw(&|stream, index| Rng::new(0, stream, 0, index), &[b]);
+    let tape = Tape::new();
+    let tracked = Params::tracked(&layout, &flat, &tape);
+    let run = |params: &Params<'_>, mode| {
+        let mut all = model.forward(params, &[Crops::global(pixels.clone())], mode).map_err(text)?;
+        all.pop().ok_or_else(|| "it gives no features for the crops".to_string())
+    };
+    let eval = run(&Params::frozen(&layout, &flat), Mode::Eval)?;
+    let p = grid.patches();
+    ensure(eval.grid == grid, format!("the grid is {:?}, not {grid:?}", eval.grid))?;
+    ensure(eval.cls.shape() == [b, dim], format!("cls is {:?}, not [B, D]", eval.cls.shape()))?;
+    ensure(eval.patches.shape() == [b, p, dim], format!("patches are {:?}, not [B, P, D]", eval.patches.shape()))?;
+    let again = run(&Params::frozen(&layout, &flat), Mode::Eval)?;
+    ensure(eval.patches.to_f64_vec() == again.patches.to_f64_vec(), "the second call gives other features")?;
+    let trained = run(&tracked, Mode::Train(&draws))?;
+    let mut grads = Tensor::zeros(&[layout.len()], DType::F64);
+    let loss = || trained.cls.square()?.sum()?.add(&trained.patches.square()?.sum()?);
+    tape.backward(&loss().map_err(text)?, 1.0, Some(&mut grads)).map_err(text)?;
+    let grads = grads.to_f64_vec();
+    ensure(grads.iter().all(|g| g.is_finite()), "a gradient is not finite")?;
+    let moved = layout.specs().iter().any(|spec| grads[spec.range()].iter().any(|&g| g != 0.0));
+    ensure(moved || layout.is_empty(), "no parameter has a gradient")
+}
+
+/// The plugin is registered under that kind and name, and every key of it is documented.
+pub fn registered(kind: &str, name: &str) -> Held {
+    let all = registry::all();
+    let found = all.iter().find(|p| (p.kind, p.name) == (kind, name));
+    let found = found.ok_or_else(|| format!("no {kind} plugin is named `{name}`: is its module part of the crate?"))?;
+    ensure(!found.summary.is_empty(), "its config has no doc comment")?;
+    let keys = found.schema.get("properties").and_then(|p| p.as_object()).into_iter().flatten();
+    let silent: Vec<&String> =
+        keys.filter(|(_, field)| field.get("description").is_none()).map(|(key, _)| key).collect();
+    ensure(silent.is_empty(), format!("keys without a doc comment: {silent:?}"))
+}

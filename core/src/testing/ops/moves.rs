@@ -1,0 +1,237 @@
+//! Operations that move numbers or mix them linearly: each is the product with the matrix that its definition gives.
+
+use dfdx::prelude::{Axes2, PermuteTo as _, Trace as _, TryMatMul as _};
+use proptest::prelude::*;
+use serde_json::json;
+
+use super::{constant, picking};
+use crate::testing::{cases, tracked, OpOracle};
+use crate::Tensor;
+
+inventory::submit! {
+    OpOracle {
+        name: "narrow_axis",
+        cases: || {
+            let options = (1usize..5, 1usize..5, 1usize..5, 0usize..3, any::<u32>(), any::<u32>());
+            let options = options.prop_map(|(a, b, c, axis, start, len)| {
+                let full = [a, b, c][axis];
+                let start = start as usize % full;
+                json!({ "a": a, "b": b, "c": c, "axis": axis, "start": start, "len": 1 + len as usize % (full - start) })
+            });
+            cases(options, |c| vec![tracked("x", &[c.size("a"), c.size("b"), c.size("c")])])
+        },
+        engine: |c| c.tensor("x").narrow_axis(c.case().size("axis"), c.case().size("start"), c.case().size("len")),
+        dfdx: |mut s| {
+            let shape = [s.size("a"), s.size("b"), s.size("c")];
+            let (axis, start, len) = (s.size("axis"), s.size("start"), s.size("len"));
+            let inside = |flat: &usize| {
+                let at = [flat / (shape[1] * shape[2]), flat / shape[2] % shape[1], flat % shape[2]][axis];
+                (start..start + len).contains(&at)
+            };
+            let n = shape.iter().product();
+            let kept: Vec<usize> = (0..n).filter(inside).collect();
+            let x = s.leaf("x", (n, 1usize)).leaky_trace();
+            Some(s.is(picking(&kept, n).matmul(x)))
+        },
+    }
+}
+
+inventory::submit! {
+    OpOracle {
+        name: "gather_rows",
+        cases: || {
+            let options = (1usize..8, 1usize..6, proptest::collection::vec(any::<u32>(), 1..10));
+            let options = options.prop_map(|(n, d, rows)| {
+                json!({ "n": n, "d": d, "rows": rows.iter().map(|r| *r as usize % n).collect::<Vec<_>>() })
+            });
+            cases(options, |c| vec![tracked("x", &[c.size("n"), c.size("d")])])
+        },
+        engine: |c| c.tensor("x").gather_rows(&c.case().rows("rows")),
+        dfdx: |mut s| {
+            let (n, d) = (s.size("n"), s.size("d"));
+            let x = s.leaf("x", (n, d)).leaky_trace();
+            let rows = s.indices("rows");
+            Some(s.is(picking(&rows, n).matmul(x)))
+        },
+    }
+}
+
+inventory::submit! {
+    OpOracle {
+        name: "cat",
+        cases: || {
+            let options = (1usize..6, 1usize..6, 1usize..5).prop_map(|(a, b, d)| json!({ "a": a, "b": b, "d": d }));
+            cases(options, |c| vec![tracked("a", &[c.size("a"), c.size("d")]), tracked("b", &[c.size("b"), c.size("d")])])
+        },
+        engine: |c| Tensor::cat(&[c.tensor("a"), c.tensor("b")]),
+        dfdx: |mut s| {
+            let (a, b, d) = (s.size("a"), s.size("b"), s.size("d"));
+            let (x, y) = (s.leaf("a", (a, d)).leaky_trace(), s.leaf("b", (b, d)).leaky_trace());
+            let place = |from: usize, n: usize| constant(a + b, n, move |i, j| f64::from(u8::from(i == from + j)));
+            Some(s.is(place(0, a).matmul(x) + place(a, b).matmul(y)))
+        },
+    }
+}
+
+inventory::submit! {
+    OpOracle {
+        name: "transpose",
+        cases: || {
+            let options = (1usize..9, 1usize..9).prop_map(|(m, n)| json!({ "m": m, "n": n }));
+            cases(options, |c| vec![tracked("x", &[c.size("m"), c.size("n")])])
+        },
+        engine: |c| c.tensor("x").transpose(),
+        dfdx: |mut s| {
+            let x = s.leaf("x", (s.size("m"), s.size("n"))).leaky_trace();
+            Some(s.is(x.permute::<(usize, usize), Axes2<1, 0>>()))
+        },
+    }
+}
+
+inventory::submit! {
+    OpOracle {
+        name: "patchify",
+        cases: || {
+            let options = (1usize..3, 1usize..3, 1usize..4, 2usize..9, 2usize..9).prop_map(|(b, c, p, h, w)| {
+                let p = p.min(h).min(w);
+                json!({ "images": b, "channels": c, "patch": p, "height": h, "width": w })
+            });
+            cases(options, |c| {
+                vec![tracked("pixels", &[c.size("images"), c.size("channels"), c.size("height"), c.size("width")])]
+            })
+        },
+        engine: |c| c.tensor("pixels").patchify(c.case().size("patch")),
+        dfdx: |mut s| {
+            let [b, c, p, h, w] = ["images", "channels", "patch", "height", "width"].map(|key| s.size(key));
+            let mut order = Vec::new();
+            for image in 0..b {
+                for (row, column) in (0..h / p).flat_map(|r| (0..w / p).map(move |c| (r, c))) {
+                    for (channel, y, x) in (0..c).flat_map(|c| (0..p).flat_map(move |y| (0..p).map(move |x| (c, y, x)))) {
+                        order.push(((image * c + channel) * h + row * p + y) * w + column * p + x);
+                    }
+                }
+            }
+            let n = b * c * h * w;
+            let pixels = s.leaf("pixels", (n, 1usize)).leaky_trace();
+            Some(s.is(picking(&order, n).matmul(pixels)))
+        },
+    }
+}
+
+inventory::submit! {
+    OpOracle {
+        name: "assemble_tokens",
+        cases: || {
+            let options = (1usize..3, 1usize..6, 1usize..4, 1usize..4, proptest::collection::vec(0u32..2, 16));
+            let options = options.prop_map(|(b, p, prefix, d, bits)| {
+                let mask: Vec<u32> = (0..b * p).map(|i| bits[i % bits.len()]).collect();
+                json!({ "images": b, "patches": p, "prefix": prefix, "d": d, "mask": mask })
+            });
+            cases(options, |c| {
+                let d = c.size("d");
+                let patches = tracked("patches", &[c.size("images") * c.size("patches"), d]);
+                vec![patches, tracked("prefix", &[c.size("prefix"), d]), tracked("mask_token", &[1, d])]
+            })
+        },
+        engine: |c| {
+            let mask = c.case().rows("mask");
+            let masked = Some((c.tensor("mask_token"), &mask));
+            c.tensor("patches").assemble_tokens(c.tensor("prefix"), c.case().size("images"), masked)
+        },
+        dfdx: |mut s| {
+            let [b, p, prefix, d] = ["images", "patches", "prefix", "d"].map(|key| s.size(key));
+            let mask = s.indices("mask");
+            let tokens = prefix + p;
+            let rows = b * tokens;
+            // The patch in a row of the result, if there is one.
+            let patch = move |row: usize| (row % tokens).checked_sub(prefix).map(|at| row / tokens * p + at);
+            let one = |is: bool| f64::from(u8::from(is));
+            let from_patches = constant(rows, b * p, |i, j| one(patch(i) == Some(j) && mask[j] == 0));
+            let from_prefix = constant(rows, prefix, |i, j| one(i % tokens == j));
+            let from_mask = constant(rows, 1, |i, _| one(patch(i).is_some_and(|at| mask[at] == 1)));
+            let patches = s.leaf("patches", (b * p, d)).leaky_trace();
+            let front = s.leaf("prefix", (prefix, d)).leaky_trace();
+            let token = s.leaf("mask_token", (1usize, d)).leaky_trace();
+            Some(s.is(from_patches.matmul(patches) + from_prefix.matmul(front) + from_mask.matmul(token)))
+        },
+    }
+}
+
+inventory::submit! {
+    OpOracle {
+        name: "split_tokens",
+        cases: || {
+            let options = (1usize..4, 1usize..6, 1usize..4, 1usize..4)
+                .prop_map(|(b, p, prefix, d)| json!({ "images": b, "patches": p, "prefix": prefix, "d": d }));
+            cases(options, |c| {
+                vec![tracked("tokens", &[c.size("images") * (c.size("prefix") + c.size("patches")), c.size("d")])]
+            })
+        },
+        // Both results, one after the other.
+        engine: |c| {
+            let (prefix, patches) = c.tensor("tokens").split_tokens(c.case().size("images"), c.case().size("prefix"))?;
+            Tensor::cat(&[&prefix.reshape(&[prefix.len()])?, &patches.reshape(&[patches.len()])?])
+        },
+        dfdx: |mut s| {
+            let [b, p, prefix, d] = ["images", "patches", "prefix", "d"].map(|key| s.size(key));
+            let tokens = prefix + p;
+            let front = (0..b * tokens).filter(|row| row % tokens < prefix);
+            let order: Vec<usize> = front.chain((0..b * tokens).filter(|row| row % tokens >= prefix)).collect();
+            let x = s.leaf("tokens", (b * tokens, d)).leaky_trace();
+            Some(s.is(picking(&order, b * tokens).matmul(x)))
+        },
+    }
+}
+
+/// The share of input `i` in output `o` along one axis, as PyTorch's bicubic `interpolate` has it.
+fn bicubic(o: usize, i: usize, from: usize, to: usize, antialias: bool) -> f64 {
+    let keys = |x: f64, a: f64| match x.abs() {
+        x if x < 1.0 => ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0,
+        x if x < 2.0 => ((a * x - 5.0 * a) * x + 8.0 * a) * x - 4.0 * a,
+        _ => 0.0,
+    };
+    let scale = from as f64 / to as f64;
+    let center = scale * (o as f64 + 0.5);
+    if antialias {
+        let wide = scale.max(1.0);
+        let (first, last) = ((center - 2.0 * wide + 0.5).max(0.0) as usize, (center + 2.0 * wide + 0.5) as usize);
+        let weight = |i: usize| keys((i as f64 - center + 0.5) / wide, -0.5);
+        let inside = first..last.min(from);
+        if inside.contains(&i) {
+            weight(i) / inside.map(weight).sum::<f64>()
+        } else {
+            0.0
+        }
+    } else {
+        let first = (center - 0.5).floor();
+        let taps = (-1..3).map(|tap| first + f64::from(tap));
+        let mine = taps.filter(|tap| tap.clamp(0.0, (from - 1) as f64) as usize == i);
+        mine.map(|tap| keys(center - 0.5 - tap, -0.75)).sum()
+    }
+}
+
+inventory::submit! {
+    OpOracle {
+        name: "resize_bicubic",
+        cases: || {
+            let options = (1usize..7, 1usize..7, 1usize..7, 1usize..7, 1usize..3, any::<bool>())
+                .prop_map(|(h, w, h2, w2, d, a)| json!({ "from": [h, w], "to": [h2, w2], "d": d, "antialias": a }));
+            cases(options, |c| vec![tracked("x", &[1, c.indices("from").iter().product(), c.size("d")])])
+        },
+        engine: |c| {
+            let side = |key| c.case().indices(key);
+            let (from, to) = (side("from"), side("to"));
+            c.tensor("x").resize_bicubic((from[0], from[1]), (to[0], to[1]), c.case().flag("antialias"))
+        },
+        dfdx: |mut s| {
+            let (from, to, d, antialias) = (s.indices("from"), s.indices("to"), s.size("d"), s.flag("antialias"));
+            let (n, m) = (from[0] * from[1], to[0] * to[1]);
+            let map = constant(m, n, |o, i| {
+                bicubic(o / to[1], i / from[1], from[0], to[0], antialias)
+                    * bicubic(o % to[1], i % from[1], from[1], to[1], antialias)
+            });
+            let x = s.leaf("x", (n, d)).leaky_trace();
+            Some(s.is(map.matmul(x)))
+        },
+    }
+}
