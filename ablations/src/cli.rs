@@ -28,10 +28,21 @@ enum Command {
     Ablate(commands::ablate::Args),
     /// Train a recipe, or go on with a run.
     Train(commands::train::Args),
+    /// Read published DINOv3 weights into a folder that recipes can start from.
+    Import(commands::import::Args),
+    /// Write the weights of a run for Hugging Face transformers or other tools.
+    Export(commands::export::Args),
     /// Time the training step and the data pipeline of a recipe.
     Bench(commands::bench::Args),
+    /// See what trained weights see in images: features, pictures, a page to click in.
+    Features(commands::features::Args),
+    /// Check the GPU engine: driver, libraries, kernels, every operation and a training step against the CPU.
+    Doctor(commands::doctor::Args),
     /// Run a step again that was captured because something was not finite.
     Replay(commands::replay::Args),
+    /// Make a plugin of your own: a crate that works, to be changed.
+    #[command(subcommand)]
+    New(commands::new::Command),
     /// Check values and gradients of operations and losses on random cases.
     Check(commands::check::Args),
     /// List the plugins: `dinolab plugins`, `dinolab plugins loss`, `dinolab plugins loss gram`.
@@ -51,8 +62,13 @@ impl Command {
         match self {
             Self::Ablate(args) => commands::ablate::run(args),
             Self::Train(args) => commands::train::run(&args),
+            Self::Import(args) => commands::import::run(&args),
+            Self::Export(args) => commands::export::run(&args),
             Self::Bench(args) => commands::bench::run(&args),
+            Self::Features(args) => commands::features::run(&args),
+            Self::Doctor(args) => commands::doctor::run(&args),
             Self::Replay(args) => commands::replay::run(&args),
+            Self::New(command) => commands::new::run(&command),
             Self::Check(args) => commands::check::run(&args),
             Self::Plugins(args) => commands::plugins::run(&args),
             Self::Recipe(command) => commands::recipe::run(command),

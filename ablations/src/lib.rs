@@ -11,6 +11,8 @@
 
 pub mod cli;
 pub mod commands;
+pub mod features;
+pub mod pictures;
 pub mod report;
 pub mod signals;
 pub mod statistics;

@@ -19,6 +19,7 @@ use safetensors::tensor::{Dtype, TensorView, View};
 use safetensors::SafeTensors;
 use serde::{Deserialize, Serialize};
 
+use crate::weights::{MODEL_FILE, WEIGHTS_FILE};
 use crate::{DType, Error, Result, Tensor};
 
 /// The version of the format written here.
@@ -72,9 +73,21 @@ impl View for Bytes<'_> {
 /// # Errors
 /// If the file cannot be written; a full disk is named as such.
 pub fn write_tensors(path: &Path, tensors: &[(String, Tensor)], metadata: &[(&str, String)]) -> Result<()> {
-    let metadata = metadata.iter().map(|(k, v)| (k.to_string(), v.clone())).collect();
-    let views = tensors.iter().map(|(name, tensor)| (name, Bytes(tensor)));
-    safetensors::serialize_to_file(views, Some(metadata), path).map_err(|e| match e {
+    write_pieces(path, tensors.iter().map(|(name, tensor)| (name, Bytes(tensor))), metadata)
+}
+
+/// Writes named pieces to a safetensors file, one after the other, and flushes it to the disk.
+///
+/// # Errors
+/// As [`write_tensors`].
+pub fn write_pieces<S: AsRef<str> + Ord + std::fmt::Display, V: View>(
+    path: &Path,
+    pieces: impl IntoIterator<Item = (S, V)>,
+    metadata: &[(&str, String)],
+) -> Result<()> {
+    let metadata: std::collections::HashMap<_, _> = metadata.iter().map(|(k, v)| (k.to_string(), v.clone())).collect();
+    let metadata = Some(metadata).filter(|m| !m.is_empty());
+    safetensors::serialize_to_file(pieces, metadata, path).map_err(|e| match e {
         safetensors::SafeTensorError::IoError(source) => Error::Io { action: "write", path: path.into(), source },
         other => Error::content(path, other.to_string(), "this is a defect: please report it"),
     })?;
@@ -186,11 +199,9 @@ pub fn save(run: &Path, content: &Content, keep: usize) -> Result<PathBuf> {
             fs::remove_dir_all(entry.path()).map_err(Error::io("remove", entry.path()))?;
         }
     }
-    // Dropped on any error below, and then removed.
-    let building = shared(0o777).prefix(".building-").tempdir_in(&folder);
-    let building = building.map_err(Error::io("create a folder in", &folder))?;
+    let building = new_folder(&folder)?;
     let mut files = BTreeMap::new();
-    for (name, tensors) in [("model.safetensors", &content.model), ("optimizer.safetensors", &content.optimizer)] {
+    for (name, tensors) in [(MODEL_FILE, &content.model), ("optimizer.safetensors", &content.optimizer)] {
         let path = building.path().join(name);
         write_tensors(&path, tensors, &[("step", content.step.to_string())])?;
         files.insert(name.to_string(), hash_file(&path)?);
@@ -227,6 +238,11 @@ fn shared(mode: u32) -> tempfile::Builder<'static, 'static> {
     builder
 }
 
+/// A new folder in `parent`, to be renamed when it is whole: removed when it is dropped before that.
+pub(crate) fn new_folder(parent: &Path) -> Result<tempfile::TempDir> {
+    shared(0o777).prefix(".building-").tempdir_in(parent).map_err(Error::io("create a folder in", parent))
+}
+
 /// Writes a file so that a reader sees the old content or the new, never a part.
 ///
 /// # Errors
@@ -244,7 +260,7 @@ pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
     write().map_err(Error::io("write", path))
 }
 
-fn sync_dir(path: &Path) -> Result<()> {
+pub(crate) fn sync_dir(path: &Path) -> Result<()> {
     fs::File::open(path).and_then(|d| d.sync_all()).map_err(Error::io("flush", path))
 }
 
@@ -282,21 +298,13 @@ pub fn list(run: &Path) -> Result<Vec<PathBuf>> {
 /// # Errors
 /// If a file is missing, cut off or changed, or written by a newer version.
 pub fn load(path: &Path) -> Result<Checkpoint> {
-    let state_path = path.join("state.json");
-    let text = fs::read_to_string(&state_path).map_err(Error::io("read", &state_path))?;
-    let again = "use an older checkpoint of the run, or start it anew";
-    let state: State = serde_json::from_str(&text).map_err(|e| Error::content(&state_path, e.to_string(), again))?;
-    if state.format > FORMAT {
-        let problem =
-            format!("written by dinolab {} in format {}, this is format {FORMAT}", state.dinolab, state.format);
-        return Err(Error::content(&state_path, problem, "use that version or a newer one"));
-    }
+    let state = read_state(path)?;
     let read = |name: &str| -> Result<NamedTensors> {
         let file = path.join(name);
         let bytes = fs::read(&file).map_err(Error::io("read", &file))?;
         let hash = blake3::hash(&bytes).to_hex().to_string();
         if state.files.get(name) != Some(&hash) {
-            return Err(Error::content(&file, "not what was written (its hash differs: cut off or changed)", again));
+            return Err(changed(&file));
         }
         parse_tensors(&file, &bytes)
     };
@@ -304,9 +312,28 @@ pub fn load(path: &Path) -> Result<Checkpoint> {
         path: path.into(),
         step: state.step,
         skipped: state.skipped,
-        model: read("model.safetensors")?,
+        model: read(MODEL_FILE)?,
         optimizer: read("optimizer.safetensors")?,
     })
+}
+
+/// What to do about a broken checkpoint.
+const AGAIN: &str = "use an older checkpoint of the run, or start it anew";
+
+fn changed(file: &Path) -> Error {
+    Error::content(file, "not what was written (its hash differs: cut off or changed)", AGAIN)
+}
+
+fn read_state(path: &Path) -> Result<State> {
+    let state_path = path.join("state.json");
+    let text = fs::read_to_string(&state_path).map_err(Error::io("read", &state_path))?;
+    let state: State = serde_json::from_str(&text).map_err(|e| Error::content(&state_path, e.to_string(), AGAIN))?;
+    if state.format > FORMAT {
+        let problem =
+            format!("written by dinolab {} in format {}, this is format {FORMAT}", state.dinolab, state.format);
+        return Err(Error::content(&state_path, problem, "use that version or a newer one"));
+    }
+    Ok(state)
 }
 
 /// The newest whole checkpoint of a run, with the errors of newer ones that were passed over; `None` if there is none.
@@ -327,14 +354,34 @@ pub fn load_newest(run: &Path) -> Result<Option<(Checkpoint, Vec<Error>)>> {
     }
 }
 
-/// Weights from a run folder (its newest checkpoint), a checkpoint folder or a safetensors file.
+/// The file of weights by role in a run folder (its newest checkpoint) or a checkpoint folder, found to be whole.
+///
+/// # Errors
+/// If there is none, or it is not what was written.
+pub fn model_file(path: &Path) -> Result<PathBuf> {
+    let help = "name a run folder or a checkpoint folder (step-...)";
+    let newest = if path.join("state.json").exists() { Some(path.into()) } else { list(path)?.pop() };
+    let folder: PathBuf = newest.ok_or_else(|| Error::content(path, "no checkpoint in this folder", help))?;
+    let file = folder.join(MODEL_FILE);
+    let state = read_state(&folder)?;
+    if state.files.get(MODEL_FILE) != Some(&hash_file(&file)?) {
+        return Err(changed(&file));
+    }
+    Ok(file)
+}
+
+/// Weights from a run folder (its newest checkpoint), a checkpoint folder, a weights folder or a safetensors file.
 ///
 /// # Errors
 /// If there is nothing of that kind at `path`.
 pub fn read_weights(path: &Path) -> Result<NamedTensors> {
-    let help = "name a run folder, a checkpoint folder (step-...) or a .safetensors file";
+    let help = "name a run folder, a checkpoint folder (step-...), a folder that `dinolab import` or `dinolab export` \
+        wrote, or a .safetensors file";
     if path.join("state.json").exists() {
         return Ok(load(path)?.model);
+    }
+    if path.join(WEIGHTS_FILE).exists() {
+        return read_tensors(&path.join(MODEL_FILE));
     }
     if path.is_dir() {
         let newest = load_newest(path)?;

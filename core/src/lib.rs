@@ -24,6 +24,7 @@ pub mod step;
 pub mod tensor;
 pub mod testing;
 pub mod train;
+pub mod weights;
 
 pub use error::{Error, Result};
 pub use tensor::{DType, Device, Tensor};

@@ -24,12 +24,18 @@ impl Default for Ema {
 
 impl Ema {
     fn build(self) -> Result<Box<dyn TeacherPolicy>> {
+        self.check("ema")?;
+        Ok(Box::new(self))
+    }
+
+    /// Refuses a momentum that is no share; `plugin` is whose it is.
+    pub(crate) fn check(&self, plugin: &str) -> Result<()> {
         match self.momentum.as_constant() {
             Some(m) if !(0.0..=1.0).contains(&m) => Err(Error::user(
-                format!("teacher `ema`: `momentum` is {m}"),
+                format!("teacher `{plugin}`: `momentum` is {m}"),
                 "it is the share of the teacher that is kept each step: give a number in [0, 1], such as 0.994",
             )),
-            _ => Ok(Box::new(self)),
+            _ => Ok(()),
         }
     }
 }

@@ -1,28 +1,52 @@
-//! Teacher policy `frozen`: fixed weights from a file.
+//! Teacher policy `frozen`: a trained model that stays as it is.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use dinolab_core::contract::{At, Follow, Role, TeacherPolicy};
-use dinolab_core::plugin;
+use dinolab_core::contract::{At, Follow, Role, Schedule, TeacherPolicy};
+use dinolab_core::{plugin, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// Fixed weights from a checkpoint: distillation, or a Gram teacher that is never refreshed.
+use crate::ema::Ema;
+
+/// A trained model that stays as it is and gives the targets: distillation, the way DINOv3's smaller models came about
+/// (arXiv:2508.10104, section 5.2).
+///
+/// Backbone and heads are those of the run's own recipe, so a small student may learn from a large teacher; patch size and
+/// prototypes must be the same. What is evaluated is the exponential moving average of the student.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Frozen {
-    /// A run folder, a checkpoint folder or a safetensors file.
+    /// A run folder (its newest checkpoint), or a checkpoint folder inside one.
     pub checkpoint: PathBuf,
+    /// Share of the student's average that is kept each step, in [0, 1].
+    #[serde(default = "momentum")]
+    pub momentum: Schedule,
+}
+
+fn momentum() -> Schedule {
+    Ema::default().momentum
+}
+
+impl Frozen {
+    fn build(self) -> Result<Box<dyn TeacherPolicy>> {
+        Ema { momentum: self.momentum.clone() }.check("frozen")?;
+        Ok(Box::new(self))
+    }
 }
 
 impl TeacherPolicy for Frozen {
     fn start(&self) -> Role {
-        Role::Checkpoint(self.checkpoint.clone())
+        Role::Student
     }
 
-    fn after_step(&self, _: At) -> Follow {
-        Follow::Keep
+    fn distils(&self) -> Option<&Path> {
+        Some(&self.checkpoint)
+    }
+
+    fn after_step(&self, at: At) -> Follow {
+        Follow::Ema { momentum: self.momentum.at(at) }
     }
 }
 
-plugin!(TeacherPolicy, "frozen", Frozen);
+plugin!(TeacherPolicy, "frozen", Frozen, |config: Frozen, _: &mut _| config.build());

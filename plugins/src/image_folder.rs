@@ -8,7 +8,7 @@ use dinolab_core::contract::{Dataset, Sample};
 use dinolab_core::data::Order;
 use dinolab_core::registry::DataContext;
 use dinolab_core::{plugin, Error, Result};
-use image::{DynamicImage, ImageDecoder, ImageReader, Limits};
+use image::{DynamicImage, ImageDecoder, ImageReader, Limits, RgbImage};
 use walkdir::WalkDir;
 
 /// More pixels than this are refused before they are decoded (Pillow's limit for "decompression bombs").
@@ -99,12 +99,7 @@ impl Dataset for ImageFolder {
     }
 
     fn get(&self, index: usize) -> Result<Sample> {
-        let path = self.path(index);
-        let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
-        // Decoders are written for damaged files, but one that panics must not end a run of days.
-        let image = std::panic::catch_unwind(|| decode(bytes)).unwrap_or_else(|_| Err("its decoder panicked".into()));
-        let broken = |problem| Error::content(path, problem, "mend or remove the file");
-        let image = image.map_err(broken)?.into_rgb8();
+        let image = read(self.path(index))?;
         let (width, height) = (image.width() as usize, image.height() as usize);
         let label = self.files.labels.get(self.part[index]).copied();
         Ok(Sample { width, height, rgb: image.into_raw(), label, mask: None })
@@ -125,6 +120,18 @@ impl Dataset for ImageFolder {
     fn held_out(&self) -> Option<Arc<dyn Dataset>> {
         self.held_out.clone().map(|part| part as Arc<dyn Dataset>)
     }
+}
+
+/// The image in a file, upright and in 8-bit RGB as a run sees it.
+///
+/// # Errors
+/// If the file cannot be read, or is no whole image.
+pub fn read(path: &Path) -> Result<RgbImage> {
+    let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
+    // Decoders are written for damaged files, but one that panics must not end a run of days.
+    let image = std::panic::catch_unwind(|| decode(bytes)).unwrap_or_else(|_| Err("its decoder panicked".into()));
+    let broken = |problem| Error::content(path, problem, "mend or remove the file");
+    Ok(image.map_err(broken)?.into_rgb8())
 }
 
 /// The upright image in a file of any supported format, whatever its name says.
@@ -161,29 +168,40 @@ impl Files {
             let help = "set data.path to a folder of images; a relative path starts where the program is run";
             return Err(Error::content(root, problem, help));
         }
-        let (mut paths, mut hash) = (Vec::new(), blake3::Hasher::new());
-        let unreadable = |e: walkdir::Error| {
-            let path = e.path().unwrap_or(root).to_path_buf();
-            Error::io("read", path)(e.into())
-        };
-        for entry in WalkDir::new(root).follow_links(true).sort_by_file_name() {
-            let entry = entry.map_err(unreadable)?;
-            let extension = entry.path().extension().map(|e| e.to_string_lossy().to_ascii_lowercase());
-            let known = extension.is_some_and(|e| EXTENSIONS.contains(&e.as_str()));
-            if known && entry.file_type().is_file() {
-                let size = entry.metadata().map_err(unreadable)?.len();
-                let inside = entry.path().strip_prefix(root).expect("what is found in a folder begins with it");
-                hash.update(inside.as_os_str().as_encoded_bytes()).update(&[0]).update(&size.to_le_bytes());
-                paths.push(entry.into_path());
-            }
-        }
-        if paths.is_empty() {
-            let help = format!("put images in it or in its sub-folders: files ending in {}", EXTENSIONS.join(", "));
-            return Err(Error::content(root, "the folder holds no image", help));
+        let paths = list(root)?;
+        let mut hash = blake3::Hasher::new();
+        for path in &paths {
+            let size = std::fs::metadata(path).map_err(Error::io("read", path))?.len();
+            let inside = path.strip_prefix(root).expect("what is found in a folder begins with it");
+            hash.update(inside.as_os_str().as_encoded_bytes()).update(&[0]).update(&size.to_le_bytes());
         }
         let (labels, classes) = classes(root, &paths);
         Ok(Self { paths, labels, classes, fingerprint: hash.finalize().to_hex().to_string() })
     }
+}
+
+/// The images in a folder and its sub-folders, sorted by path.
+///
+/// # Errors
+/// If the folder cannot be read, or holds no image.
+pub fn list(root: &Path) -> Result<Vec<PathBuf>> {
+    let mut paths = Vec::new();
+    for entry in WalkDir::new(root).follow_links(true).sort_by_file_name() {
+        let entry = entry.map_err(|e| {
+            let path = e.path().unwrap_or(root).to_path_buf();
+            Error::io("read", path)(e.into())
+        })?;
+        let extension = entry.path().extension().map(|e| e.to_string_lossy().to_ascii_lowercase());
+        let known = extension.is_some_and(|e| EXTENSIONS.contains(&e.as_str()));
+        if known && entry.file_type().is_file() {
+            paths.push(entry.into_path());
+        }
+    }
+    if paths.is_empty() {
+        let help = format!("put images in it or in its sub-folders: files ending in {}", EXTENSIONS.join(", "));
+        return Err(Error::content(root, "the folder holds no image", help));
+    }
+    Ok(paths)
 }
 
 /// The class of each path and how many there are: none unless every image lies in one of several sub-folders.

@@ -1,9 +1,10 @@
 //! The built-in plugins of dinolab, one file each. A program that links this crate (`use dinolab_plugins as _;`) has
-//! them all in its registry; nothing here is called by name except by tests.
+//! them all in its registry; nothing here is called by name except by tests, and [`published`], which knows the layouts
+//! of published weights.
 //!
 //! | kind | plugins |
 //! |---|---|
-//! | backbone | [`vit`] |
+//! | backbone | [`vit`], [`convnext`] |
 //! | position encoding | [`rope_box`], [`relative_bias_box`], [`learned_absolute`], [`none`] |
 //! | loss | [`dino`], [`ibot`], [`koleo`], [`gram`] |
 //! | scheduler | [`constant`], [`linear_warmup`], [`linear_warmup_cosine`], [`cosine`], [`step`] |
@@ -12,6 +13,8 @@
 //! | probe | [`knn`], [`linear_segmentation`], [`patch_similarity`], [`cls_patch_cosine`] |
 
 // Backbones
+pub mod convnext;
+pub mod published;
 pub mod vit;
 
 // Position encodings

@@ -110,6 +110,10 @@ impl PosEncoding for RelativeBiasBox {
         Ok(())
     }
 
+    fn architecture(&self) -> serde_json::Value {
+        serde_json::json!({ "log_spaced": self.config.log_spaced, "normalize": self.config.normalize })
+    }
+
     fn draw(&self, rng: &mut Rng) -> Vec<f64> {
         self.config.rescale.map(|rescale| rescale.draw(rng)).into_iter().collect()
     }

@@ -225,6 +225,10 @@ impl PosEncoding for RopeBox {
         Ok(())
     }
 
+    fn architecture(&self) -> serde_json::Value {
+        serde_json::json!({ "periods": self.config.periods, "normalize": self.config.normalize })
+    }
+
     fn draw(&self, rng: &mut Rng) -> Vec<f64> {
         if !self.augments() {
             return Vec::new();

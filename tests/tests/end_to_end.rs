@@ -282,9 +282,14 @@ fn files(folder: &str, ending: &str) -> Vec<PathBuf> {
 
 #[test]
 fn every_shipped_recipe_passes_check() {
+    let folder = Folder::new();
+    // The weights that a recipe starts from.
+    fs::create_dir(folder.path("weights")).expect("the folder can be written");
+    let published = root().join("tests/golden/hf_mlp");
+    folder.succeed(&["import", published.to_str().expect("a UTF-8 path"), "--out", "weights/vit_s16"]);
     for recipe in files("recipes", ".toml") {
         let path = recipe.to_str().expect("a UTF-8 path");
-        let ended = Folder::new().succeed(&["recipe", "check", "--cost", path]);
+        let ended = folder.succeed(&["recipe", "check", "--cost", path]);
         // Only the user's own images are missing.
         let mut warnings = ended.err.lines().filter(|line| line.contains("warning"));
         assert!(warnings.all(|line| line.ends_with("there is no such folder")), "{path}: {}", ended.err);
@@ -324,6 +329,13 @@ fn run_suite(folder: &Folder, suite: &Path) -> serde_json::Value {
 fn every_shipped_suite_runs_to_its_report() {
     for suite in files("ablations", ".toml") {
         let folder = Folder::new();
+        if suite.ends_with("distill_vs_scratch.toml") {
+            // The run that its students learn from.
+            let teacher = root().join("recipes/tiny.toml");
+            let mut args = vec!["train", teacher.to_str().expect("a UTF-8 path"), "--set", "steps=6"];
+            args.extend(SHRINK.iter().flat_map(|set| ["--set", set]));
+            folder.succeed(&args);
+        }
         let summary = run_suite(&folder, &suite);
         let arms = summary["arms"].as_array().expect("a list");
         let metrics = summary["metrics"].as_array().expect("a list");

@@ -100,6 +100,28 @@ proptest! {
     }
 
     #[test]
+    fn depthwise_conv_is_its_definition_and_has_the_right_gradients(
+        images in 1usize..3, h in 1usize..20, w in 1usize..11, c in 1usize..20, reach in 0usize..3, seed: u64,
+    ) {
+        let k = 2 * reach + 1;
+        let inputs = [normal(seed, 0, &[images, h * w, c]), normal(seed, 1, &[c, 1, k, k]), normal(seed, 2, &[c])];
+        let conv = |x: &[Tensor]| x[0].depthwise_conv((h, w), &x[1], &x[2]);
+        let [x, weight, bias] = [0, 1, 2].map(|i| inputs[i].as_slice::<f64>());
+        let value = |i: usize| {
+            let (image, y, column, channel) = (i / (h * w * c), i / (w * c) % h, i / c % w, i % c);
+            let tap = |t: usize| {
+                let (y, column) = ((y + t / k).checked_sub(reach)?, (column + t % k).checked_sub(reach)?);
+                let inside = y < h && column < w;
+                inside.then(|| weight[channel * k * k + t] * x[((image * h + y) * w + column) * c + channel])
+            };
+            bias[channel] + (0..k * k).filter_map(tap).sum::<f64>()
+        };
+        let want: Vec<f64> = (0..images * h * w * c).map(value).collect();
+        close("value", &conv(&inputs).unwrap().to_f64_vec(), &want);
+        gradients_are_right(&inputs, conv);
+    }
+
+    #[test]
     fn layer_norm_equals_dfdx(rows in 1usize..150, d in 1usize..70, seed: u64) {
         let inputs = [normal(seed, 0, &[rows, d]), normal(seed, 1, &[d]), normal(seed, 2, &[d])];
         let ours = run(&inputs, &|x: &[Tensor]| x[0].layer_norm(&x[1], &x[2], 1e-3));
@@ -310,11 +332,13 @@ fn results_do_not_depend_on_the_number_of_threads() {
         cast(normal(1, 2, &[width])),
         cast(normal(1, 3, &[3 * width, width])),
         cast(token_bias(1, heads, tokens - 1)),
+        cast(normal(1, 4, &[width, 1, 7, 7])),
     ];
     let block = |x: &[Tensor]| {
         let segment = Segment { images, tokens, rotary: None, bias: Some(x[4].clone()) };
         let y = x[0].layer_norm(&x[1], &x[2], 1e-6)?.linear(&x[3], None)?.attention(heads, &[segment])?;
-        x[0].residual(&y, Some(&x[1]), None)
+        let y = x[0].residual(&y, Some(&x[1]), None)?.reshape(&[images, tokens, width])?;
+        y.depthwise_conv((tokens, 1), &x[5], &x[2])
     };
     let bits = |threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();

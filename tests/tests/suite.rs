@@ -10,7 +10,7 @@ use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 
-use dinolab::report::pictures::PatchView;
+use dinolab::pictures::PatchView;
 use dinolab::report::{self, Provenance, Verdict};
 use dinolab::suite::{execute, Event, ExecuteOptions, Job, Outcome, Overrides, Plan, Prepared, Progress, Suite, Tally};
 use dinolab_core::rng::{Rng, Stream};

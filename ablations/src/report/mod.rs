@@ -3,7 +3,7 @@
 mod html;
 mod look;
 mod markdown;
-pub mod pictures;
+mod pictures;
 mod plots;
 mod summary;
 
@@ -14,8 +14,8 @@ use dinolab_core::{Error, Result};
 pub use look::look;
 pub use summary::{ArmSummary, Comparison, Provenance, RunSummary, SeedDifference, Summary, Verdict};
 
+use crate::pictures::PatchView;
 use crate::suite::{Plan, RunRecord};
-use pictures::PatchView;
 
 /// What a trained run sees in the held-out images, given its folder: [`look()`].
 pub type Look<'a> = &'a dyn Fn(&Path) -> Result<Vec<PatchView>>;

@@ -116,6 +116,23 @@ pub struct Features {
     pub grid: Grid,
 }
 
+impl Features {
+    /// The same on the host, bf16 as f32.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn to_host(&self) -> Result<Self> {
+        let host = |x: &Tensor| Ok::<_, crate::Error>(x.cast(x.dtype().wide())?.to(crate::Device::Cpu));
+        Ok(Self {
+            cls: host(&self.cls)?,
+            registers: host(&self.registers)?,
+            patches: host(&self.patches)?,
+            prenorm: host(&self.prenorm)?,
+            grid: self.grid,
+        })
+    }
+}
+
 /// What a model costs, by the formula of the book's performance chapter.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Cost {
@@ -192,9 +209,27 @@ pub trait Backbone: fmt::Debug + Send + Sync {
     /// Side of a patch in pixels.
     fn patch_size(&self) -> usize;
 
+    /// Side in pixels of the smallest crop that it can see.
+    fn smallest_crop(&self) -> usize {
+        self.patch_size()
+    }
+
     /// Blocks, for learning-rate decay over depth: block `i` declares its parameters in layer `i + 1`.
     fn depth(&self) -> usize {
         0
+    }
+
+    /// What, beside names and shapes of parameters, decides what the model computes in evaluation: a table by the keys of
+    /// a recipe. Weights are refused for a backbone that says something else here (see
+    /// [`check_same_model`](crate::weights::check_same_model)).
+    fn architecture(&self) -> serde_json::Value {
+        serde_json::Value::Null
+    }
+
+    /// Whether [`Crops::masks`] hides patches from it; without a mask token it sees them, and a loss on masked patches is
+    /// one on patches in plain sight.
+    fn hides_masked_patches(&self) -> bool {
+        true
     }
 
     /// Draws the random numbers of one training forward over `kinds` of crops with these many images each.

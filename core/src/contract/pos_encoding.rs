@@ -78,6 +78,12 @@ pub trait PosEncoding: fmt::Debug + Send + Sync {
         Ok(())
     }
 
+    /// What decides positions in evaluation, by the keys of a recipe: part of
+    /// [`Backbone::architecture`](super::Backbone::architecture).
+    fn architecture(&self) -> serde_json::Value {
+        serde_json::Value::Null
+    }
+
     /// Draws the training-time augmentation of one table, as the numbers that will be applied; empty if there is none.
     fn draw(&self, rng: &mut Rng) -> Vec<f64> {
         let _ = rng;

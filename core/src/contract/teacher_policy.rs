@@ -74,6 +74,13 @@ pub trait TeacherPolicy: fmt::Debug + Send + Sync {
         true
     }
 
+    /// A trained model that gives the targets in place of this teacher: distillation. A run folder, or a checkpoint folder
+    /// inside one, whose recipe says what backbone and heads it has. This teacher then only is the student's average, and
+    /// is what is evaluated.
+    fn distils(&self) -> Option<&std::path::Path> {
+        None
+    }
+
     /// Side in pixels of this teacher's own, larger crops; `None`: it sees the student's global crops.
     fn crop_size(&self) -> Option<usize> {
         None

@@ -1,4 +1,4 @@
-//! Bicubic resize of patch features: how the Gram teacher's larger grid is brought to the student's.
+//! Resize of patch features: bicubic for the Gram teacher's larger grid, bilinear for backbones with another stride.
 //!
 //! Cubic convolution: Keys, "Cubic convolution interpolation for digital image processing" (1981).
 
@@ -21,14 +21,36 @@ impl Tensor {
     /// # Errors
     /// If the shape is not `[B, h * w, D]`, or a side is 0.
     pub fn resize_bicubic(&self, from: (usize, usize), to: (usize, usize), antialias: bool) -> Result<Tensor> {
+        self.resize("resize_bicubic", from, to, Filter::Cubic { antialias })
+    }
+
+    /// Patches on another grid: `[B, h * w, D]` to `[B, h2 * w2, D]`, as `torch.nn.functional.interpolate` with
+    /// `mode="bilinear", align_corners=False, antialias=True`.
+    ///
+    /// # Errors
+    /// If the shape is not `[B, h * w, D]`, or a side is 0.
+    pub fn resize_bilinear(&self, from: (usize, usize), to: (usize, usize)) -> Result<Tensor> {
+        self.resize("resize_bilinear", from, to, Filter::Triangle)
+    }
+
+    fn resize(&self, name: &'static str, from: (usize, usize), to: (usize, usize), filter: Filter) -> Result<Tensor> {
         let sides = [from.0, from.1, to.0, to.1];
         if self.rank() != 3 || self.dim(1) != from.0 * from.1 || sides.contains(&0) {
             let problem = format!("{:?} from grid {from:?} to {to:?}: expected [B, h * w, D]", self.shape());
-            return Err(Error::shape("resize_bicubic", problem));
+            return Err(Error::shape(name, problem));
         }
-        let axes = Axes { rows: Taps::new(from.0, to.0, antialias), columns: Taps::new(from.1, to.1, antialias) };
-        Resize { axes }.apply(&[self])
+        let axes = Axes { rows: Taps::new(from.0, to.0, filter), columns: Taps::new(from.1, to.1, filter) };
+        Resize { name, axes }.apply(&[self])
     }
+}
+
+/// How inputs are weighted by their distance.
+#[derive(Clone, Copy)]
+enum Filter {
+    /// Keys' kernel.
+    Cubic { antialias: bool },
+    /// `1 - |x|`, anti-aliased.
+    Triangle,
 }
 
 /// One axis of the map as a sparse matrix: for every output the inputs it sees, with their weights.
@@ -47,9 +69,14 @@ fn cubic(x: f64, a: f64) -> f64 {
 }
 
 impl Taps {
-    fn new(inputs: usize, outputs: usize, antialias: bool) -> Self {
+    fn new(inputs: usize, outputs: usize, filter: Filter) -> Self {
         let scale = inputs as f64 / outputs as f64;
-        let (a, stretch) = if antialias { (-0.5, scale.max(1.0)) } else { (-0.75, 1.0) };
+        let antialias = !matches!(filter, Filter::Cubic { antialias: false });
+        let stretch = if antialias { scale.max(1.0) } else { 1.0 };
+        let kernel = |x: f64| match filter {
+            Filter::Cubic { antialias } => cubic(x, if antialias { -0.5 } else { -0.75 }),
+            Filter::Triangle => (1.0 - x.abs()).max(0.0),
+        };
         let taps = (0..outputs).map(|i| {
             // The centre of output i, where input j has its centre at j.
             let center = (i as f64 + 0.5) * scale - 0.5;
@@ -57,7 +84,7 @@ impl Taps {
             let (first, last) = ((center - support).floor() as i64, (center + support).ceil() as i64);
             let mut taps: Vec<(usize, f64)> = Vec::new();
             for j in first..=last {
-                let weight = cubic((j as f64 - center) / stretch, a);
+                let weight = kernel((j as f64 - center) / stretch);
                 let inside = j.clamp(0, inputs as i64 - 1);
                 if weight == 0.0 || (antialias && inside != j) {
                     continue;
@@ -155,12 +182,13 @@ fn mix<T: Real>(out: &mut [T], x: &[T], width: usize, taps: &[(usize, f64)]) {
 }
 
 struct Resize {
+    name: &'static str,
     axes: Axes,
 }
 
 impl Op for Resize {
     fn name(&self) -> &'static str {
-        "resize_bicubic"
+        self.name
     }
 
     fn cuda(&self) -> bool {
@@ -175,7 +203,7 @@ impl Op for Resize {
             self.axes.run_on(gpu, x, x.dim(2), &mut out)?;
             return Ok(out);
         }
-        dispatch_real!("resize_bicubic", x.dtype(), T => {
+        dispatch_real!(self.name, x.dtype(), T => {
             self.axes.run(x.as_slice::<T>(), x.dim(2), out.as_mut_slice::<T>());
             Ok(out)
         })
@@ -188,7 +216,7 @@ impl Op for Resize {
             axes.run_on(gpu, &dy, dy.last_dim(), &mut dx)?;
             return grads.add(0, dx);
         }
-        dispatch_real!("resize_bicubic", dy.dtype(), T => {
+        dispatch_real!(self.name, dy.dtype(), T => {
             axes.run(dy.as_slice::<T>(), dy.last_dim(), dx.as_mut_slice::<T>());
             grads.add(0, dx)
         })
@@ -214,13 +242,19 @@ mod tests {
         for (to, antialias) in [((2, 3), false), ((2, 3), true), ((11, 9), false), ((11, 9), true)] {
             let y = x.resize_bicubic((5, 7), to, antialias).unwrap();
             assert!(y.to_f64_vec().iter().all(|y| (y - 3.0).abs() < 1e-5));
+            let y = x.resize_bilinear((5, 7), to).unwrap();
+            assert!(y.to_f64_vec().iter().all(|y| (y - 3.0).abs() < 1e-5));
         }
     }
 
     #[test]
-    fn halving_uses_the_known_taps() {
+    fn halving_and_doubling_use_the_known_taps() {
         // Outputs lie half-way between inputs: the kernel at 1.5 and 0.5.
-        let taps = &Taps::new(8, 4, false).taps[1];
+        let taps = &Taps::new(8, 4, Filter::Cubic { antialias: false }).taps[1];
         assert_eq!(taps[..], [(1, -0.09375), (2, 0.59375), (3, 0.59375), (4, -0.09375)]);
+        // The triangle widened to two inputs, and the plain one at a quarter.
+        assert_eq!(Taps::new(8, 4, Filter::Triangle).taps[1][..], [(1, 0.125), (2, 0.375), (3, 0.375), (4, 0.125)]);
+        let taps = Taps::new(4, 8, Filter::Triangle).taps;
+        assert_eq!((&taps[0][..], &taps[1][..]), (&[(0, 1.0)][..], &[(0, 0.75), (1, 0.25)][..]));
     }
 }

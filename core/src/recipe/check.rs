@@ -12,7 +12,8 @@ pub(super) fn check(recipe: &Recipe) -> Vec<Problem> {
     let mut problems = Vec::new();
     numbers(recipe, &mut problems);
     schedules(recipe, &mut problems);
-    let gram = teachers(recipe, &mut problems);
+    let (teacher, gram) = teachers(recipe, &mut problems);
+    let distils = teacher.is_some_and(|t| t.distils().is_some());
     let mut params = ParamBuilder::new();
     let mut context =
         BackboneContext { params: &mut params, global_size: recipe.crops.global_size, channels: CHANNELS };
@@ -22,7 +23,7 @@ pub(super) fn check(recipe: &Recipe) -> Vec<Problem> {
             Ok(backbone) => {
                 let fits = crops(recipe, backbone.as_ref(), gram.as_deref(), &mut problems);
                 if fits {
-                    losses(recipe, backbone.as_ref(), &mut problems);
+                    losses(recipe, backbone.as_ref(), distils, &mut problems);
                 }
             }
             Err(error) => problems.push(refused("backbone", error)),
@@ -98,6 +99,8 @@ fn numbers(recipe: &Recipe, problems: &mut Vec<Problem>) {
         require(ordered, key, format!("has to be [least, most] with {from} least <= most <= 1, not [{least}, {most}]"));
     }
     require(recipe.crops.std.iter().all(|s| *s > 0.0), "crops.std", "has to be positive in every channel".into());
+    let twice = recipe.init_from.is_some() && recipe.backbone.weights.is_some();
+    require(!twice, "init_from", "the backbone starts from backbone.weights already: remove one of the two".into());
     let o = &recipe.optimizer;
     require(o.betas.iter().all(|b| (0.0..1.0).contains(b)), "optimizer.betas", "have to be in [0, 1)".into());
     require(o.eps > 0.0, "optimizer.eps", "has to be positive".into());
@@ -133,13 +136,22 @@ fn schedules(recipe: &Recipe, problems: &mut Vec<Problem>) {
     }
 }
 
-/// Builds both teacher policies; gives that of the Gram teacher.
-fn teachers(recipe: &Recipe, problems: &mut Vec<Problem>) -> Option<Box<dyn TeacherPolicy>> {
+/// A teacher's policy, if it could be built.
+type Policy = Option<Box<dyn TeacherPolicy>>;
+
+/// Builds both teacher policies: the teacher's, and the Gram teacher's.
+fn teachers(recipe: &Recipe, problems: &mut Vec<Problem>) -> (Policy, Policy) {
     let mut build = |key: &str, chosen: &Chosen<dyn TeacherPolicy>| {
         chosen.build(&mut ()).map_err(|e| problems.push(refused(key, e))).ok()
     };
-    build("teacher", &recipe.teacher);
-    recipe.gram_teacher.as_ref().and_then(|chosen| build("gram_teacher", chosen))
+    let teacher = build("teacher", &recipe.teacher);
+    let gram = recipe.gram_teacher.as_ref().and_then(|chosen| build("gram_teacher", chosen));
+    if gram.as_ref().is_some_and(|g| g.distils().is_some()) {
+        let help = "for fixed weights use `plugin = \"gram_anchor\"` with `source = { checkpoint = \"..\" }`";
+        let message = "this policy distils from another model, which a Gram teacher cannot";
+        problems.push(Problem::error("gram_teacher", message).help(help));
+    }
+    (teacher, gram)
 }
 
 /// Whether all crops are whole numbers of patches.
@@ -169,9 +181,14 @@ fn crops(
     }
     for (key, side) in sides {
         let (below, above) = (side / patch * patch, side.div_ceil(patch) * patch);
+        let least = backbone.smallest_crop().next_multiple_of(patch);
         if side < patch {
             let message = format!("a crop of {side} pixels is smaller than a patch of {patch}");
-            problems.push(Problem::error(key, message).help(format!("use at least {patch}")));
+            problems.push(Problem::error(key, message).help(format!("use at least {least}")));
+        } else if side < least {
+            let name = recipe.backbone.name();
+            let message = format!("a crop of {side} pixels is too small for the backbone `{name}`");
+            problems.push(Problem::error(key, message).help(format!("use at least {least}")));
         } else if side != below {
             let message = format!("{side} pixels are not a whole number of patches of {patch}");
             problems.push(Problem::error(key, message).help(format!("use {below} or {above}")));
@@ -180,7 +197,7 @@ fn crops(
     problems.len() == before
 }
 
-fn losses(recipe: &Recipe, backbone: &dyn Backbone, problems: &mut Vec<Problem>) {
+fn losses(recipe: &Recipe, backbone: &dyn Backbone, distils: bool, problems: &mut Vec<Problem>) {
     let context = loss_context(recipe, backbone);
     let mut gram_is_used = false;
     let mut enabled = 0;
@@ -217,6 +234,15 @@ fn losses(recipe: &Recipe, backbone: &dyn Backbone, problems: &mut Vec<Problem>)
         if let (true, Some(key)) = (needs.masks, none_masked) {
             let message = format!("no patch is ever masked, but the loss `{name}` is computed on masked patches");
             problems.push(Problem::error(key, message).help(format!("raise it, or {off}")));
+        }
+        // With a teacher of its own to learn from, patches in plain sight teach something.
+        if needs.masks && !backbone.hides_masked_patches() && !distils {
+            let message = format!(
+                "the backbone `{}` has no mask token, so it sees the patches that this loss \
+                hides from others: student and teacher get the same image",
+                recipe.backbone.name()
+            );
+            problems.push(Problem::warning(&key, message).help(off.clone()));
         }
         if let Some((_, head)) = &needs.head {
             if head.hidden == 0 || head.bottleneck == 0 || head.prototypes < 2 || head.layers == 0 {

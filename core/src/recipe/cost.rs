@@ -7,7 +7,7 @@
 use super::Recipe;
 use crate::contract::{Grid, HeadInput};
 use crate::recipe::Precision;
-use crate::step::{declare, Declared, GLOBALS};
+use crate::step::{declare, distilled_model, Declared, GLOBALS};
 use crate::Result;
 
 /// What a recipe costs.
@@ -48,7 +48,10 @@ pub fn cost_of(recipe: &Recipe, model: &Declared) -> RunCost {
     let globals = (GLOBALS, grid(recipe.crops.global_size));
     let locals = (recipe.crops.local_count, grid(recipe.crops.local_size));
     let student = backbone.cost(&[globals, locals]);
-    let teacher = backbone.cost(&[globals]);
+    // A model to distil from whose run is not there yet is counted like the student.
+    let distilled = distilled_model(recipe);
+    let teacher_model = distilled.as_ref().unwrap_or(model);
+    let teacher = teacher_model.backbone.cost(&[globals]);
     let mut flops = 3.0 * student.forward_flops + teacher.forward_flops;
     // The student keeps everything for the backward pass; a teacher only what its widest layer needs, which is less.
     let mut kept = student.activations;
@@ -57,18 +60,19 @@ pub fn cost_of(recipe: &Recipe, model: &Declared) -> RunCost {
     if has_gram {
         flops += backbone.cost(&[(GLOBALS, grid(gram_side(recipe)))]).forward_flops;
     }
-    let count = |prefix: &str| {
+    let count_in = |model: &Declared, prefix: &str| {
         let inside = model.layout.specs().iter().filter(|s| s.name.starts_with(prefix));
         inside.map(|s| s.range().len()).sum::<usize>()
     };
+    let count = |prefix: &str| count_in(model, prefix);
     for loss in &model.losses {
         let Some((input, head)) = &loss.needs.head else { continue };
         let (of_student, of_teacher) = match input {
             HeadInput::Cls => ((GLOBALS + recipe.crops.local_count) as f64, GLOBALS as f64),
             HeadInput::MaskedPatches => (masked_patches(recipe, globals.1), masked_patches(recipe, globals.1)),
         };
-        let parameters = count(&format!("{}_head.", loss.name)) as f64;
-        flops += 2.0 * parameters * (3.0 * of_student + of_teacher);
+        let parameters = |model| count_in(model, &format!("{}_head.", loss.name)) as f64;
+        flops += 2.0 * (3.0 * parameters(model) * of_student + parameters(teacher_model) * of_teacher);
         // Kept: input of every layer, pre-activations, logits; targets of the teacher beside them.
         let hidden = 2.0 * (head.layers.saturating_sub(1) * head.hidden) as f64;
         let per_vector = backbone.dim() as f64 + hidden + 2.0 * head.bottleneck as f64 + head.prototypes as f64;
@@ -87,6 +91,9 @@ pub fn cost_of(recipe: &Recipe, model: &Declared) -> RunCost {
         ("EMA teacher", all),
         ("activations (estimate)", kept * images * number),
     ];
+    if let Some(teacher) = &distilled {
+        memory.insert(4, ("teacher to distil from", teacher.layout.len() as f64 * number));
+    }
     if has_gram {
         memory.insert(4, ("Gram teacher", model.layout.range_of("backbone.").len() as f64 * number));
     }

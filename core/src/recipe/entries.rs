@@ -2,14 +2,25 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::ops::Deref;
+use std::path::PathBuf;
 
 use schemars::{JsonSchema, SchemaGenerator};
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::Nested;
-use crate::contract::{Loss, Probe, Schedule};
+use crate::contract::{Backbone, Loss, Probe, Schedule};
 use crate::registry::{plugin_schema, plugins, Chosen, Kind};
+
+/// The backbone in a recipe: the plugin's own keys and these.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BackboneEntry {
+    /// Where the backbone's weights come from; drawn from the seed if not given.
+    pub weights: Option<PathBuf>,
+    /// The plugin.
+    pub plugin: Chosen<dyn Backbone>,
+}
 
 /// A loss in a recipe: the plugin's own keys and these.
 #[derive(Clone, Debug, PartialEq)]
@@ -76,6 +87,60 @@ fn own_schema<T: JsonSchema>(
     schema.insert("description".into(), doc.into());
     schema.insert("default".into(), default.into());
     schema.to_value()
+}
+
+impl BackboneEntry {
+    /// The recipe's own keys.
+    pub const OWN: &'static [&'static str] = &["weights"];
+}
+
+/// What a recipe says of its backbone is the plugin, but for one key.
+impl Deref for BackboneEntry {
+    type Target = Chosen<dyn Backbone>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.plugin
+    }
+}
+
+impl Serialize for BackboneEntry {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut table = serde_json::to_value(&self.plugin).map_err(serde::ser::Error::custom)?;
+        if let (Some(weights), Some(table)) = (&self.weights, table.as_object_mut()) {
+            table.insert("weights".into(), weights.to_string_lossy().into());
+        }
+        table.serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for BackboneEntry {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        use figment::value::Value;
+        let read = |value: Value| -> Result<Self, Nested> {
+            let Value::Dict(tag, mut table) = value else { return Err(Nested::wrong_type(&value, "a table")) };
+            let weights = table.remove("weights").map(|path| path.deserialize());
+            let weights = weights.transpose().map_err(|e| Nested::of(&e).under("weights"))?;
+            let plugin = Chosen::from_value(&Value::Dict(tag, table), None);
+            Ok(Self { weights, plugin: plugin.map_err(|e| e.with_known(Self::OWN.iter().copied()))? })
+        };
+        read(<Value as Deserialize>::deserialize(deserializer)?).map_err(|e| D::Error::custom(e.encode()))
+    }
+}
+
+impl JsonSchema for BackboneEntry {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "backbone".into()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> schemars::Schema {
+        let doc = "Start from these weights of a backbone (what `dinolab import` or `dinolab export` wrote, a run, a \
+            checkpoint or a safetensors file): student and teacher, heads new. If `plugin` is left out the model is \
+            theirs too, and so is every key that is not written.";
+        let mut weights = String::json_schema(generator);
+        weights.insert("description".into(), doc.into());
+        let own = [("weights".to_string(), weights.to_value())].into_iter().collect();
+        plugin_schema::<dyn Backbone>(generator, &own, None)
+    }
 }
 
 impl Entry for LossEntry {

@@ -15,9 +15,10 @@ use figment::providers::{Env, Format, Toml};
 use figment::value::{Dict, Value};
 use figment::Provider;
 
-use super::entries::{Entry, LossEntry, ProbeEntry};
+use super::entries::{BackboneEntry, Entry, LossEntry, ProbeEntry};
 use super::problem::{nearest, Origin, Problem, SourceFile};
 use super::resolved::Resolved;
+use crate::weights::ModelInfo;
 use crate::Result;
 
 /// Variables of this prefix set keys: `DINOLAB_LOSSES__GRAM__WEIGHT=2`.
@@ -178,12 +179,41 @@ impl RawRecipe {
         merge(&mut self.value, layer, "", &mut self.origins, origin);
     }
 
+    /// With the model of `backbone.weights` below, if the recipe leaves the backbone's plugin to it.
+    fn with_model_of_weights(mut self) -> Result<Self> {
+        let path = self.get("backbone.weights").and_then(Value::as_str).map(PathBuf::from);
+        let (Some(path), None) = (path, self.get("backbone.plugin")) else { return Ok(self) };
+        let fail = |m: String, help: &str| Problem::error("backbone.weights", m).help(help);
+        let info = ModelInfo::of(&path).map_err(|e| fail(e.to_string(), "")).and_then(|info| {
+            info.ok_or_else(|| {
+                let m = format!("nothing says what model the weights in {} are of", path.display());
+                fail(m, "name a folder that `dinolab import` or `dinolab export` wrote, or set backbone.plugin and its keys")
+            })
+        });
+        let info = info.map_err(|problem| problem.at(self.origin("backbone.weights")))?;
+        let Ok(Value::Dict(_, model)) = Value::serialize(&info) else { unreachable!("a struct is a table") };
+        let known = model.get("backbone").and_then(Value::as_dict).cloned().unwrap_or_default();
+        for key in self.get("backbone").and_then(Value::as_dict).into_iter().flat_map(Dict::keys) {
+            if !known.contains_key(key) && !BackboneEntry::OWN.contains(&key.as_str()) {
+                let key = format!("backbone.{key}");
+                let m = format!("the model of {} has no such key", path.display());
+                let help = "set backbone.plugin too, to describe the whole model, or remove this key";
+                return Err(Problem::error(&key, m).help(help).at(self.origin(&key)).into());
+            }
+        }
+        let (own, origins) = (std::mem::take(&mut self.value), std::mem::take(&mut self.origins));
+        let by = Origin::Override(format!("weights {}", path.display()));
+        self.merge(model, &|_| by.clone());
+        self.merge(own, &|key| origins.get(key).cloned().unwrap_or(Origin::Default));
+        Ok(self)
+    }
+
     /// Checks everything and fills in the defaults.
     ///
     /// # Errors
     /// All that is wrong with the recipe, together.
     pub fn resolve(self) -> Result<Resolved> {
-        Resolved::of(self)
+        Resolved::of(self.with_model_of_weights()?)
     }
 
     /// The file that was read.
@@ -284,6 +314,9 @@ fn merge(
 
 /// Keys of a plugin table that are the recipe's, not the plugin's.
 fn own_keys(path: &str) -> &'static [&'static str] {
+    if path == "backbone" {
+        return BackboneEntry::OWN;
+    }
     match path.split_once('.') {
         Some(("losses", name)) if !name.contains('.') => LossEntry::OWN,
         Some(("probes", name)) if !name.contains('.') => ProbeEntry::OWN,
@@ -293,7 +326,7 @@ fn own_keys(path: &str) -> &'static [&'static str] {
 
 fn switches_plugin(path: &str, lower: &Dict, upper: &Dict) -> bool {
     // The plugin of `[losses.x]` and `[probes.x]` is x unless another is named.
-    let default = if own_keys(path).is_empty() { None } else { path.split_once('.').map(|(_, name)| name) };
+    let default = path.split_once('.').filter(|_| !own_keys(path).is_empty()).map(|(_, name)| name);
     let below = lower.get("plugin").and_then(Value::as_str).or(if lower.is_empty() { None } else { default });
     matches!((below, upper.get("plugin").and_then(Value::as_str)), (Some(below), Some(above)) if below != above)
 }

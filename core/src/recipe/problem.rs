@@ -115,7 +115,7 @@ impl Problem {
     }
 
     /// As [`Nested`] says it, with the nearest known name as help.
-    pub(super) fn of(nested: &Nested) -> Self {
+    pub(crate) fn of(nested: &Nested) -> Self {
         let mut problem = Self::error(nested.path.join("."), nested.message.clone());
         problem.at_value = matches!(nested.fault, Fault::Value | Fault::UnknownName);
         let mut known: Vec<&str> = nested.known.iter().map(String::as_str).collect();

@@ -12,7 +12,7 @@ use super::layers::{Overrides, RawRecipe};
 use super::nested::{Fault, Nested};
 use super::problem::{Origin, Problem, Severity};
 use super::{check, Recipe};
-use crate::Result;
+use crate::{Error, Result};
 
 /// Problems reported at once.
 const MOST_PROBLEMS: usize = 20;
@@ -39,6 +39,24 @@ impl Resolved {
     /// All that is wrong with the recipe, together.
     pub fn load(path: impl AsRef<Path>, overrides: &Overrides) -> Result<Self> {
         RawRecipe::load(path)?.with(overrides)?.resolve()
+    }
+
+    /// The recipe of the run that `path` is, or is a checkpoint of.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn of_run(path: &Path) -> Result<Self> {
+        let help = "name a run folder, or a checkpoint folder (step-...) inside one";
+        if !path.exists() {
+            return Err(Error::content(path, "does not exist", help));
+        }
+        // A checkpoint is <run>/checkpoints/step-...
+        let run = if path.join("state.json").exists() { path.join("../..") } else { path.into() };
+        let file = run.join("recipe.toml");
+        if !file.exists() {
+            return Err(Error::content(path, "there is no run here: no recipe.toml", help));
+        }
+        Self::load(file, &Overrides::default())
     }
 
     /// From TOML text, without environment.

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, Serializer};
 
-use super::entries::{Losses, Probes};
-use crate::contract::{Backbone, Dataset, Schedule, TeacherPolicy};
+use super::entries::{BackboneEntry, Losses, Probes};
+use crate::contract::{Dataset, Schedule, TeacherPolicy};
 use crate::registry::Chosen;
 use crate::{DType, Device, Error};
 
@@ -27,12 +27,12 @@ pub struct Recipe {
     /// Arithmetic of the step.
     #[serde(default)]
     pub precision: Precision,
-    /// Start from these weights (a run folder, a checkpoint folder or a safetensors file): student and teacher.
-    /// Optimizer and schedules start anew.
+    /// Start from these weights (a run, a checkpoint, a weights folder or a safetensors file): student and teacher, heads
+    /// too where it has them. Optimizer and schedules start anew.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub init_from: Option<PathBuf>,
-    /// The model: a plugin.
-    pub backbone: Chosen<dyn Backbone>,
+    /// The model: a plugin. With `weights` it may be left to these which.
+    pub backbone: BackboneEntry,
     /// Where images come from: a plugin.
     pub data: Chosen<dyn Dataset>,
     /// Images a step and how they are read.
@@ -256,7 +256,7 @@ impl CropConfig {
 }
 
 /// Writes f32 as the shortest decimals that mean it: 0.485, not 0.48500001430511475.
-fn as_written<S: Serializer>(values: &[f32; 3], serializer: S) -> Result<S::Ok, S::Error> {
+pub(crate) fn as_written<S: Serializer>(values: &[f32; 3], serializer: S) -> Result<S::Ok, S::Error> {
     values.map(|x| x.to_string().parse::<f64>().expect("a printed number is a number")).serialize(serializer)
 }
 

@@ -25,6 +25,13 @@ pub struct Declared {
     pub layout: Arc<Layout>,
 }
 
+impl Declared {
+    /// The head of a loss.
+    pub fn head(&self, loss: &str) -> Option<&Head> {
+        self.losses.iter().find(|l| l.name == loss)?.head.as_ref()
+    }
+}
+
 /// An enabled loss.
 #[derive(Debug)]
 pub struct DeclaredLoss {

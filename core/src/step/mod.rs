@@ -8,6 +8,7 @@
 //! ```
 
 mod declare;
+mod distillation;
 mod gpu;
 mod health;
 mod optimizer;
@@ -17,6 +18,7 @@ mod update;
 mod weights;
 
 pub use declare::{declare, loss_context, Declared, DeclaredLoss, CHANNELS, GLOBALS};
+pub(crate) use distillation::distilled_model;
 pub use health::Health;
 pub use optimizer::ParamRule;
 pub use weights::Weights;
@@ -35,6 +37,7 @@ use crate::rng::Rng;
 use crate::tensor::{catch_out_of_memory, scope, Tape};
 use crate::{DType, Device, Error, Result, Tensor};
 
+use distillation::TeacherModel;
 use gpu::GpuStep;
 use optimizer::AdamW;
 use outputs::{StudentPass, TeacherPass};
@@ -46,6 +49,7 @@ pub struct Learner {
     weights: Weights,
     optimizer: AdamW,
     teacher: Box<dyn TeacherPolicy>,
+    distilled: Option<TeacherModel>,
     gram: Option<Box<dyn TeacherPolicy>>,
     comm: Box<dyn Comm>,
     seed: u64,
@@ -107,6 +111,7 @@ impl Learner {
     fn unstarted(recipe: &Recipe) -> Result<Self> {
         let model = declare(recipe)?;
         let teacher = recipe.teacher.build(&mut ())?;
+        let distilled = TeacherModel::of(teacher.as_ref(), &model, recipe)?;
         let wanted = model.losses.iter().any(|l| l.needs.gram_teacher);
         let gram = recipe.gram_teacher.as_ref().filter(|_| wanted).map(|g| g.build(&mut ())).transpose()?;
         let device = recipe.device()?;
@@ -123,6 +128,7 @@ impl Learner {
             weights,
             optimizer,
             teacher,
+            distilled,
             gram,
             comm: Box::new(Single),
             seed: recipe.seed,
@@ -360,13 +366,6 @@ impl Learner {
                 features.pop().ok_or_else(|| Error::shape("backbone", "no features"))
             })
         })?;
-        let host = |x: Tensor| Ok::<_, Error>(x.cast(x.dtype().wide())?.to(Device::Cpu));
-        Ok(Features {
-            cls: host(features.cls)?,
-            registers: host(features.registers)?,
-            patches: host(features.patches)?,
-            prenorm: host(features.prenorm)?,
-            grid: features.grid,
-        })
+        features.to_host()
     }
 }

@@ -8,7 +8,7 @@ use crate::{Error, Result, Tensor};
 
 use super::Learner;
 
-/// The EMA teacher over all micro-batches, and every loss's targets.
+/// The teacher over all micro-batches, and every loss's targets.
 pub(super) struct TeacherPass {
     features: Vec<Features>,
     /// `[loss][micro-batch]`.
@@ -17,7 +17,7 @@ pub(super) struct TeacherPass {
     pub(super) state: Vec<Vec<Tensor>>,
 }
 
-/// The EMA teacher on one micro-batch.
+/// The teacher on one micro-batch.
 pub(super) struct TeacherOf<'a> {
     pub(super) features: &'a Features,
     /// By loss.
@@ -42,16 +42,20 @@ impl TeacherPass {
         context: &dyn Fn(&'s [Tensor]) -> StepContext<'s>,
     ) -> Result<Self> {
         let _scope = scope::enter("teacher");
-        let (model, weights) = (&learner.model, &learner.weights);
-        let params = Params::frozen(&model.layout, weights.teacher());
+        // A frozen model of its own, or the student's EMA.
+        let (model, flat) = match &learner.distilled {
+            Some(teacher) => (&teacher.model, &teacher.flat),
+            None => (&learner.model, learner.weights.teacher()),
+        };
+        let params = Params::frozen(&model.layout, flat);
         let mut features = Vec::new();
         for batch in batches {
             let crops = Crops::global(batch.global.clone());
             features.extend(model.backbone.forward(&params, &[crops], Mode::Eval)?);
         }
         let (mut targets, mut state) = (Vec::new(), Vec::new());
-        for (declared, old) in model.losses.iter().zip(&weights.loss_state) {
-            let (Some((input, _)), Some(head)) = (&declared.needs.head, &declared.head) else {
+        for (declared, old) in learner.model.losses.iter().zip(&learner.weights.loss_state) {
+            let (Some((input, _)), Some(head)) = (&declared.needs.head, model.head(&declared.name)) else {
                 targets.push(vec![None; batches.len()]);
                 state.push(Vec::new());
                 continue;

@@ -7,6 +7,7 @@ use crate::contract::{Role, TeacherPolicy};
 use crate::ops::convert_into;
 use crate::params::{load_named, Layout};
 use crate::recipe::Recipe;
+use crate::weights::check_same_model;
 use crate::{DType, Device, Error, Result, Tensor};
 
 use super::{Declared, DeclaredLoss};
@@ -108,9 +109,13 @@ impl Weights {
         let layout = &model.layout;
         let dtype = self.student.dtype();
         self.student.copy_from(&layout.init(recipe.seed, dtype)?)?;
+        if let Some(path) = &recipe.backbone.weights {
+            let source = read_model(path, model)?;
+            load_role(&layout.part("backbone."), &mut self.student, &source, &["teacher.", "student.", ""], path)?;
+        }
         self.teacher.copy_from(&self.student)?;
         if let Some(path) = &recipe.init_from {
-            let source = Device::Cpu.with(|| checkpoint::read_weights(path))?;
+            let source = read_model(path, model)?;
             load_role(layout, &mut self.student, &source, &["student.", "teacher.", ""], path)?;
             load_role(layout, &mut self.teacher, &source, &["teacher.", "student.", ""], path)?;
         }
@@ -138,7 +143,7 @@ impl Weights {
             Role::Teacher => return Ok(()),
             Role::Student => self.teacher.copy_from(&self.student)?,
             Role::Checkpoint(path) => {
-                let source = Device::Cpu.with(|| checkpoint::read_weights(path))?;
+                let source = read_model(path, model)?;
                 load_role(&model.layout, &mut self.teacher, &source, &["teacher.", "student.", ""], path)?;
             }
         }
@@ -152,7 +157,7 @@ impl Weights {
             Role::Student => gram.copy_from(&self.student.view(0, &[n]))?,
             Role::Teacher => gram.copy_from(&self.teacher.view(0, &[n]))?,
             Role::Checkpoint(path) => {
-                let source = Device::Cpu.with(|| checkpoint::read_weights(path))?;
+                let source = read_model(path, model)?;
                 let prefixes = ["teacher.", "gram_teacher.", "student.", ""];
                 load_role(&model.layout.part("backbone."), gram, &source, &prefixes, path)?;
             }
@@ -223,6 +228,12 @@ impl Weights {
         self.skipped = from.skipped;
         self.narrow()
     }
+}
+
+/// Weights of the same model.
+fn read_model(path: &Path, model: &Declared) -> Result<NamedTensors> {
+    check_same_model(path, model.backbone.as_ref())?;
+    Device::Cpu.with(|| checkpoint::read_weights(path))
 }
 
 /// Loads a model from the first of `prefixes` under which the file has a backbone. A head that the file does not have

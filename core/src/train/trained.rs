@@ -1,51 +1,86 @@
-//! A trained model read back for evaluation and pictures.
+//! A trained backbone read back for evaluation, features and pictures.
 
 use std::path::Path;
 use std::sync::Arc;
 
 use crate::checkpoint;
-use crate::contract::{Dataset, Features};
-use crate::recipe::{Overrides, Recipe, Resolved};
-use crate::step::Learner;
-use crate::{Error, Result, Tensor};
+use crate::contract::{Backbone, Crops, Features, Mode};
+use crate::params::{load_named, Layout, ParamBuilder, Params};
+use crate::recipe::{Precision, Resolved};
+use crate::registry::BackboneContext;
+use crate::step::CHANNELS;
+use crate::tensor::catch_out_of_memory;
+use crate::weights::{ModelInfo, WEIGHTS_FILE};
+use crate::{DType, Device, Error, Result, Tensor};
 
-use super::datasets;
-
-/// The EMA teacher of a run's newest checkpoint.
+/// The backbone of a run as it is evaluated: the EMA of the student. Heads and optimizer are left behind.
+///
+/// It runs on a GPU when there is one, in f32 there and on the CPU; f64 runs stay what they are.
 pub struct Trained {
-    /// The run's recipe.
-    pub recipe: Recipe,
-    /// Steps that it was trained for.
-    pub step: u64,
-    learner: Learner,
+    /// The backbone.
+    pub backbone: Box<dyn Backbone>,
+    /// Mean and standard deviation of pixels per channel, for normalisation.
+    pub normalization: ([f32; 3], [f32; 3]),
+    /// Side in pixels of the global crops that it was trained on.
+    pub global_size: usize,
+    layout: Arc<Layout>,
+    flat: Tensor,
 }
 
 impl Trained {
-    /// Reads the newest checkpoint of the run in `run`.
+    /// Reads a run folder (its newest checkpoint), one checkpoint folder inside a run, or a weights folder.
     ///
     /// # Errors
-    /// If there is no run or no whole checkpoint.
-    pub fn load(run: &Path) -> Result<Self> {
-        let recipe = Resolved::load(run.join("recipe.toml"), &Overrides::default())?.recipe;
-        let help = "train it first, or name another run folder";
-        let (newest, _) =
-            checkpoint::load_newest(run)?.ok_or_else(|| Error::content(run, "no checkpoint in this run", help))?;
-        let learner = Learner::from_checkpoint(&recipe, &newest)?;
-        Ok(Self { recipe, step: newest.step, learner })
+    /// If there is none of these, or no whole checkpoint.
+    pub fn open(path: &Path) -> Result<Self> {
+        if path.join(WEIGHTS_FILE).exists() {
+            return Self::open_weights(path);
+        }
+        let recipe = Resolved::of_run(path)?.recipe;
+        let source = checkpoint::read_weights(path)?;
+        let mut params = ParamBuilder::new();
+        let global_size = recipe.crops.global_size;
+        let backbone = params.scope("backbone", |params| {
+            recipe.backbone.build(&mut BackboneContext { params, global_size, channels: CHANNELS })
+        })?;
+        let layout = params.finish();
+        let (device, dtype) = match recipe.precision {
+            Precision::F64 => (Device::Cpu, DType::F64),
+            _ => ("auto".parse()?, DType::F32),
+        };
+        let mut flat = Device::Cpu.with(|| Tensor::zeros(&[layout.len()], dtype));
+        load_named(&layout, &mut flat, |name| source.get(&format!("teacher.{name}")).cloned(), path)?;
+        let normalization = (recipe.crops.mean, recipe.crops.std);
+        Ok(Self { backbone, normalization, global_size, layout, flat: flat.to(device) })
     }
 
-    /// Features of normalised pixels `[B, 3, h, w]`, in evaluation.
+    fn open_weights(path: &Path) -> Result<Self> {
+        let model = ModelInfo::of(path)?.expect("a weights folder says what it is");
+        let source = checkpoint::read_weights(path)?;
+        let mut params = ParamBuilder::new();
+        let backbone = model.build(&mut params)?;
+        let layout = params.finish();
+        let mut flat = Device::Cpu.with(|| Tensor::zeros(&[layout.len()], DType::F32));
+        load_named(&layout, &mut flat, |name| source.get(name).cloned(), path)?;
+        let normalization = (model.crops.mean, model.crops.std);
+        let global_size = model.crops.global_size;
+        Ok(Self { backbone, normalization, global_size, layout, flat: flat.to("auto".parse()?) })
+    }
+
+    /// Features of normalised pixels `[B, 3, h, w]`, in evaluation; everything on the host.
+    ///
+    /// # Errors
+    /// If the image is too small for the model, or too large for the device's memory.
     pub fn features(&self, pixels: &Tensor) -> Result<Features> {
-        self.learner.teacher_features(pixels)
-    }
-
-    /// Side of a patch in pixels.
-    pub fn patch_size(&self) -> usize {
-        self.learner.model().backbone.patch_size()
-    }
-
-    /// The images that the run did not train on (the training images if none were set aside).
-    pub fn held_out(&self) -> Result<Arc<dyn Dataset>> {
-        Ok(datasets(&self.recipe)?.1)
+        let device = self.flat.device();
+        let features = device.with(|| {
+            catch_out_of_memory(|| {
+                let params = Params::frozen(&self.layout, &self.flat);
+                let crops = Crops::global(pixels.to(device));
+                let mut features = self.backbone.forward(&params, &[crops], Mode::Eval)?;
+                features.pop().ok_or_else(|| Error::shape("backbone", "no features"))
+            })
+        })?;
+        features.to_host()
     }
 }

@@ -1,15 +1,20 @@
 //! The vision transformer of DINOv3: register tokens, pre-norm blocks with LayerScale, a pluggable position encoding.
 //!
-//! Options and presets are here; `model` has the forward pass, `block` one block.
+//! Options and presets are here; `model` has the forward pass, `block` one block, `hf` and `original` the layouts of
+//! published weights.
 
-use dinolab_core::contract::PosEncoding;
-use dinolab_core::plugin;
+use dinolab_core::contract::{Backbone, PosEncoding};
+use dinolab_core::params::{ParamBuilder, ParamSpec};
 use dinolab_core::registry::Chosen;
+use dinolab_core::weights::ModelInfo;
+use dinolab_core::{plugin, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub mod block;
+pub(crate) mod hf;
 mod model;
+pub(crate) mod original;
 
 use model::Vit;
 
@@ -57,6 +62,20 @@ pub enum Norm {
     RmsNorm,
 }
 
+/// What is kept from the forward to the backward pass of a block.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Checkpointing {
+    /// Everything.
+    #[default]
+    None,
+    /// Not what is inside the feed-forward branch, which is computed again: about half of a block's memory for about a
+    /// fifth more time.
+    Selective,
+    /// Nothing but the tokens that go into the block: about a third more time.
+    Full,
+}
+
 /// Vision transformer with register tokens, as in DINOv3.
 ///
 /// A preset fills in the architecture; every key can be set beside it.
@@ -80,6 +99,7 @@ pub struct VitConfig {
     pub(crate) norm_eps: f64,
     pub(crate) layer_scale: f64,
     pub(crate) drop_path: f64,
+    pub(crate) checkpointing: Checkpointing,
     pub(crate) untie_cls_and_patch_norms: bool,
     pub(crate) untie_global_and_local_cls_norm: bool,
     pub(crate) pos_encoding: Chosen<dyn PosEncoding>,
@@ -146,6 +166,10 @@ pub struct Written {
     /// Share of images that skip each branch (stochastic depth by sample subset, the same in every block).
     #[serde(default)]
     drop_path: Option<f64>,
+    /// Activation checkpointing: what of a block is computed again in the backward pass to save memory. Results have the
+    /// same bits with and without.
+    #[serde(default)]
+    checkpointing: Checkpointing,
     /// A final norm of their own for CLS and register tokens.
     #[serde(default)]
     untie_cls_and_patch_norms: Option<bool>,
@@ -206,6 +230,7 @@ impl From<Written> for VitConfig {
             norm_eps: w.norm_eps.unwrap_or(1e-5),
             layer_scale: w.layer_scale.unwrap_or(1e-5),
             drop_path: w.drop_path.unwrap_or(0.0),
+            checkpointing: w.checkpointing,
             untie_cls_and_patch_norms: w.untie_cls_and_patch_norms.unwrap_or(false),
             untie_global_and_local_cls_norm: w.untie_global_and_local_cls_norm.unwrap_or(untie),
             pos_encoding: w.pos_encoding.unwrap_or_else(rope_box),
@@ -219,13 +244,65 @@ fn rope_box() -> Chosen<dyn PosEncoding> {
     Chosen::from_value(&table, Some("rope_box")).expect("`rope_box` is built in and takes `rescale`")
 }
 
-impl VitConfig {
-    /// Hidden width of the feed-forward layer.
-    pub(crate) fn hidden(&self) -> usize {
-        let hidden = (self.dim as f64 * self.ffn_ratio) as usize;
-        match self.ffn {
-            Ffn::Mlp => hidden,
-            Ffn::Swiglu => ((hidden as f64 * 2.0 / 3.0) as usize).div_ceil(self.ffn_align) * self.ffn_align,
+impl Ffn {
+    /// Hidden width for a ratio and an alignment.
+    fn hidden(self, dim: usize, ratio: f64, align: usize) -> usize {
+        let hidden = (dim as f64 * ratio) as usize;
+        match self {
+            Self::Mlp => hidden,
+            Self::Swiglu => ((hidden as f64 * 2.0 / 3.0) as usize).div_ceil(align) * align,
         }
     }
+
+    /// A ratio and an alignment that give this hidden width, round numbers where there are any.
+    fn ratio(self, hidden: usize, dim: usize) -> (f64, usize) {
+        // Before SwiGLU's two thirds.
+        let whole = hidden as f64 * if self == Self::Mlp { 1.0 } else { 1.5 };
+        let round = (whole / dim as f64, 8);
+        // Half a unit, or two thirds of one, above the width: rounding down gives it.
+        let safe = ((whole + if self == Self::Mlp { 0.5 } else { 1.0 }) / dim as f64, 1);
+        if self.hidden(dim, round.0, round.1) == hidden {
+            round
+        } else {
+            safe
+        }
+    }
+}
+
+impl VitConfig {
+    /// The configuration of a backbone that is a `vit`.
+    fn of(backbone: &Chosen<dyn Backbone>) -> Result<Self> {
+        dinolab_core::registry::read_config(backbone.name(), backbone.config().clone())
+    }
+
+    /// Hidden width of the feed-forward layer.
+    pub(crate) fn hidden(&self) -> usize {
+        self.ffn.hidden(self.dim, self.ffn_ratio, self.ffn_align)
+    }
+}
+
+/// Names of the published models, with the presets that have their sizes.
+const PUBLISHED: [(&str, Preset); 6] = [
+    ("ViT-S", Preset::VitS16),
+    ("ViT-S+", Preset::VitS16plus),
+    ("ViT-B", Preset::VitB16),
+    ("ViT-L", Preset::VitL16),
+    ("ViT-H+", Preset::VitH16plus),
+    ("ViT-7B", Preset::Vit7b16),
+];
+
+/// What a model is called, and the parameters that it declares.
+fn declared(model: &ModelInfo) -> Result<(String, Vec<ParamSpec>)> {
+    let config = VitConfig::of(&model.backbone)?;
+    let mut params = ParamBuilder::new();
+    model.build(&mut params)?;
+    let is = |preset: Preset| {
+        let (_, dim, depth, heads, ffn, ratio, align, qkv_bias) = preset.dimensions();
+        (dim, depth, heads, ffn, ffn.hidden(dim, ratio, align), qkv_bias)
+            == (config.dim, config.depth, config.heads, config.ffn, config.hidden(), config.qkv_bias)
+    };
+    let name = PUBLISHED.iter().find(|(_, preset)| is(*preset)).map_or("ViT", |(name, _)| name);
+    let VitConfig { patch_size, dim, depth, heads, registers, .. } = config;
+    let title = format!("{name}/{patch_size}: width {dim}, {depth} blocks, {heads} heads, {registers} registers");
+    Ok((title, params.finish().specs().to_vec()))
 }

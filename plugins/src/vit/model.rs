@@ -8,7 +8,7 @@ use dinolab_core::tensor::scope;
 use dinolab_core::{Error, Result, Tensor};
 
 use super::block::{Block, Layer, NormParams};
-use super::{Ffn, VitConfig};
+use super::{Checkpointing, Ffn, VitConfig};
 
 /// A vision transformer: which parameter is where, and how crops become features.
 #[derive(Debug)]
@@ -219,7 +219,11 @@ impl Vit {
                 let of = |branch| (0..kinds.len()).map(|kind| of_kind(kind, branch)).collect::<Result<Vec<_>>>();
                 Ok::<_, Error>([of(0)?, of(1)?])
             });
-            x = block.forward(params, &x, &layers, kept.transpose()?.as_ref(), &self.config)?;
+            let kept = kept.transpose()?;
+            x = match self.config.checkpointing {
+                Checkpointing::Full => block.recomputed(params, &x, layers, kept, &self.config)?,
+                _ => block.forward(params, &x, &layers, kept.as_ref(), &self.config)?,
+            };
             visit(i, &x, &kinds)?;
         }
         Ok(())
@@ -255,6 +259,28 @@ impl Backbone for Vit {
 
     fn depth(&self) -> usize {
         self.config.depth
+    }
+
+    fn architecture(&self) -> serde_json::Value {
+        let c = &self.config;
+        serde_json::json!({
+            "patch_size": c.patch_size,
+            "dim": c.dim,
+            "depth": c.depth,
+            "heads": c.heads,
+            "registers": c.registers,
+            "ffn": c.ffn,
+            "ffn_hidden": c.hidden(),
+            "ffn_bias": c.ffn_bias,
+            "qkv_bias": c.qkv_bias,
+            "mask_k_bias": c.qkv_bias && c.mask_k_bias,
+            "proj_bias": c.proj_bias,
+            "norm": c.norm,
+            "norm_eps": c.norm_eps,
+            "layer_scale": c.layer_scale != 0.0,
+            "untie_cls_and_patch_norms": c.untie_cls_and_patch_norms,
+            "pos_encoding": { "plugin": c.pos_encoding.name(), "keys": self.position.architecture() },
+        })
     }
 
     fn draw(&self, rng: &dyn Fn(Stream, u64) -> Rng, images: &[usize]) -> Draws {

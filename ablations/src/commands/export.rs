@@ -1,0 +1,108 @@
+//! `dinolab export`: the weights of a run for other tools.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use dinolab_core::checkpoint::{model_file, write_file, write_pieces};
+use dinolab_core::weights::convert::{self, Piece};
+use dinolab_core::weights::{write_folder, ModelInfo, TensorFiles, MODEL_FILE, WEIGHTS_FILE};
+use dinolab_core::{Error, Result};
+use dinolab_plugins::published;
+use safetensors::tensor::{Dtype, View};
+use serde_json::json;
+
+/// What it is given.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// A run, a checkpoint of one, or a weights folder
+    run: PathBuf,
+    /// Who reads it
+    #[arg(long)]
+    format: Format,
+    /// The folder to make
+    #[arg(long)]
+    out: PathBuf,
+    /// Whose weights, of a run
+    #[arg(long, default_value = "teacher")]
+    role: Role,
+}
+
+/// Who reads an export.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Format {
+    /// Hugging Face transformers: `DINOv3ViTModel.from_pretrained(DIR)`
+    Hf,
+    /// Everything that opens safetensors, and dinolab: the backbone and the heads
+    Safetensors,
+}
+
+/// A model of a run.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Role {
+    /// The EMA teacher, which is what is evaluated
+    Teacher,
+    /// The model that is trained
+    Student,
+}
+
+/// Runs the command.
+pub fn run(args: &Args) -> Result<ExitCode> {
+    let is_run = !args.run.join(WEIGHTS_FILE).exists();
+    let file = if is_run { model_file(&args.run)? } else { args.run.join(MODEL_FILE) };
+    let prefix = match (is_run, args.role) {
+        (false, _) => "",
+        (true, Role::Teacher) => "teacher.",
+        (true, Role::Student) => "student.",
+    };
+    let help = "name a run, a checkpoint folder of one, or a folder that `dinolab import` wrote";
+    let nothing = || Error::content(&args.run, "nothing says what model these weights are of", help);
+    let model = ModelInfo::of(&args.run)?.ok_or_else(nothing)?;
+    let files = TensorFiles::open(&file)?;
+    write_folder(&args.out, |folder| match args.format {
+        Format::Hf => write_hf(folder, &files, prefix, &model),
+        Format::Safetensors => {
+            write_pieces(&folder.join(MODEL_FILE), convert::without_prefix(&files, prefix), &[])?;
+            let from = args.run.display();
+            let about = format!("# Exported by dinolab {} from {from}\n", env!("CARGO_PKG_VERSION"));
+            write_file(&folder.join(WEIGHTS_FILE), (about + &model.to_toml()).as_bytes())
+        }
+    })?;
+    println!("written to {}", args.out.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+fn write_hf(folder: &Path, files: &TensorFiles, prefix: &str, model: &ModelInfo) -> Result<()> {
+    let (mut config, rules) = published::hugging_face(&model.backbone)?;
+    let pieces = convert::to_published(files, prefix, &rules)?;
+    config["image_size"] = model.crops.global_size.into();
+    config["dtype"] = dtype_name(&pieces).into();
+    let processor = json!({
+        "image_processor_type": "DINOv3ViTImageProcessorFast",
+        "image_mean": model.crops.mean,
+        "image_std": model.crops.std,
+        "do_normalize": true,
+        "do_rescale": true,
+        "rescale_factor": 1.0 / 255.0,
+        "do_resize": true,
+        "size": { "height": config["image_size"], "width": config["image_size"] },
+    });
+    write_pieces(&folder.join(MODEL_FILE), pieces, &[("format", "pt".into())])?;
+    for (name, value) in [("config.json", &config), ("preprocessor_config.json", &processor)] {
+        let text = serde_json::to_string_pretty(value).expect("plain data");
+        write_file(&folder.join(name), (text + "\n").as_bytes())?;
+    }
+    Ok(())
+}
+
+/// The type that most tensors have, as transformers calls it.
+fn dtype_name(pieces: &[(String, Piece<'_>)]) -> &'static str {
+    let mut counts: BTreeMap<Dtype, usize> = BTreeMap::new();
+    pieces.iter().for_each(|(_, piece)| *counts.entry(piece.dtype()).or_default() += 1);
+    match counts.into_iter().max_by_key(|&(_, count)| count).map(|(dtype, _)| dtype) {
+        Some(Dtype::BF16) => "bfloat16",
+        Some(Dtype::F16) => "float16",
+        Some(Dtype::F64) => "float64",
+        _ => "float32",
+    }
+}

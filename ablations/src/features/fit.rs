@@ -1,0 +1,58 @@
+//! An image to whole patches, its shape kept.
+
+use image::imageops::{crop_imm, resize, FilterType};
+use image::RgbImage;
+
+/// How large an image is shown to the model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Size {
+    /// As it is: what does not fill a patch is cut off, evenly on both sides.
+    Native,
+    /// Resized so that its longer side has about this many pixels. Each side becomes the nearest whole number of patches,
+    /// which changes the shape by less than half a patch.
+    Long(usize),
+}
+
+/// The image with sides that are whole numbers of patches; `None` if it is smaller than a patch.
+pub fn fit(image: &RgbImage, size: Size, patch: usize) -> Option<RgbImage> {
+    let (width, height) = (image.width() as usize, image.height() as usize);
+    match size {
+        Size::Native => {
+            let (w, h) = (width / patch * patch, height / patch * patch);
+            let (left, top) = ((width - w) / 2, (height - h) / 2);
+            (w > 0 && h > 0).then(|| crop_imm(image, left as u32, top as u32, w as u32, h as u32).to_image())
+        }
+        Size::Long(long) => {
+            let scale = long as f64 / width.max(height) as f64;
+            let side = |n: usize| ((n as f64 * scale / patch as f64).round() as usize).max(1) * patch;
+            let (w, h) = (side(width) as u32, side(height) as u32);
+            Some(if (w, h) == image.dimensions() { image.clone() } else { resize(image, w, h, FilterType::CatmullRom) })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_native_image_loses_less_than_a_patch_and_no_pixel_changes() {
+        let image = RgbImage::from_fn(37, 21, |x, y| image::Rgb([x as u8, y as u8, 0]));
+        let fitted = fit(&image, Size::Native, 8).expect("it is larger than a patch");
+        assert_eq!(fitted.dimensions(), (32, 16));
+        assert_eq!(fitted.get_pixel(0, 0).0, [2, 2, 0], "the cut is even");
+        assert!(fit(&image, Size::Native, 32).is_none());
+    }
+
+    #[test]
+    fn a_resized_image_keeps_its_shape_to_half_a_patch() {
+        for (size, long) in [((640, 427), 512), ((300, 1000), 224), ((97, 89), 640)] {
+            let image = RgbImage::new(size.0, size.1);
+            let fitted = fit(&image, Size::Long(long), 16).expect("it is resized");
+            let (w, h) = (f64::from(fitted.width()), f64::from(fitted.height()));
+            let scale = long as f64 / f64::from(size.0.max(size.1));
+            assert!((w - f64::from(size.0) * scale).abs() <= 8.0 && (h - f64::from(size.1) * scale).abs() <= 8.0);
+            assert!(fitted.width() % 16 == 0 && fitted.height() % 16 == 0);
+        }
+    }
+}

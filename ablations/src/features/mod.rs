@@ -1,0 +1,84 @@
+//! What a trained model sees in photographs of any size: features to files, pictures, a contact sheet and a viewer.
+//!
+//! An image keeps its shape. It is cut (or, with a size given, resized) to whole patches and goes through the model as
+//! it is; one that is larger than a window is seen window by window: see [`windows`].
+
+mod files;
+mod fit;
+mod sheet;
+mod viewer;
+pub mod windows;
+
+use dinolab_core::train::Trained;
+use dinolab_core::{Result, Tensor};
+use image::imageops::crop_imm;
+use image::RgbImage;
+
+use crate::pictures::{foreground, principal_scores, PatchView};
+
+pub use files::{write_features, write_pictures, Format};
+pub use fit::{fit, Size};
+pub use sheet::Sheets;
+pub use viewer::Viewer;
+
+/// An image as a model sees it, whole.
+#[derive(Clone, Debug)]
+pub struct Seen {
+    /// The image and its patch features.
+    pub view: PatchView,
+    /// CLS: `[D]`, the mean over windows.
+    pub cls: Vec<f64>,
+}
+
+/// What pictures of one image show.
+#[derive(Clone, Debug)]
+pub struct Maps {
+    /// Scores of every patch on the first three principal components of this image.
+    pub scores: Vec<[f64; 3]>,
+    /// Cosine similarity to each chosen patch.
+    pub similarity: Vec<(usize, Vec<f64>)>,
+    /// Cosine similarity of every patch to CLS.
+    pub cls: Vec<f64>,
+    /// Foreground by the first component.
+    pub foreground: Vec<bool>,
+}
+
+impl Seen {
+    /// Everything that pictures show; `patches` are those whose similarity is wanted.
+    ///
+    /// # Errors
+    /// If features are not finite.
+    pub fn maps(&self, patches: &[usize]) -> Result<Maps> {
+        let scores = principal_scores(std::slice::from_ref(&self.view))?;
+        let foreground = foreground(&scores, self.view.width);
+        let similarity = patches.iter().map(|&p| (p, self.view.cosine_to(self.view.patch(p)))).collect();
+        Ok(Maps { scores, similarity, cls: self.view.cosine_to(&self.cls), foreground })
+    }
+}
+
+/// The features of an image whose sides are whole numbers of patches; `window` is the most patches a side that the
+/// model sees at once.
+///
+/// # Errors
+/// If the model cannot be run.
+pub fn see(trained: &Trained, image: RgbImage, window: usize) -> Result<Seen> {
+    let patch = trained.backbone.patch_size();
+    let (height, width) = (image.height() as usize / patch, image.width() as usize / patch);
+    let mut sum = windows::Blend::new(height, width, trained.backbone.dim());
+    for window in windows::cover(height, width, window) {
+        let [left, top, w, h] = [window.left, window.top, window.width, window.height].map(|n| (n * patch) as u32);
+        let pixels = normalised(trained, &crop_imm(&image, left, top, w, h).to_image())?;
+        let features = trained.features(&pixels)?;
+        sum.add(&window, &features.patches.to_f64_vec(), &features.cls.to_f64_vec());
+    }
+    let (features, cls) = sum.finish();
+    Ok(Seen { view: PatchView { image, height, width, features, foreground: None }, cls })
+}
+
+/// Pixels as the model was trained on: `[1, 3, h, w]`.
+fn normalised(trained: &Trained, image: &RgbImage) -> Result<Tensor> {
+    let (mean, std) = trained.normalization;
+    let channel = |c: usize| image.pixels().map(move |p| (f32::from(p.0[c]) / 255.0 - mean[c]) / std[c]);
+    let pixels: Vec<f32> = (0..3).flat_map(channel).collect();
+    Tensor::from_slice(&pixels, &[1, 3, image.height() as usize, image.width() as usize])
+}

@@ -1,0 +1,78 @@
+//! Distillation: the targets come from a trained model with an architecture of its own, which stays as it is.
+//!
+//! The student learns by the same losses as in pretraining. In place of a teacher of its own layout, the frozen model
+//! (backbone and heads as its run's recipe says) sees the global crops. Prototypes are what both have in common. The
+//! student's EMA goes on beside it, for evaluation alone (Siméoni et al., arXiv:2508.10104, section 5.2).
+
+use std::path::Path;
+
+use crate::checkpoint;
+use crate::contract::TeacherPolicy;
+use crate::params::load_named;
+use crate::recipe::{Recipe, Resolved};
+use crate::{Device, Error, Result, Tensor};
+
+use super::{declare, Declared};
+
+/// A frozen model that gives targets.
+pub(super) struct TeacherModel {
+    /// Its backbone and heads.
+    pub(super) model: Declared,
+    /// Its weights.
+    pub(super) flat: Tensor,
+}
+
+/// The model of the run or checkpoint at `path`, declared but without weights.
+fn declared_by(path: &Path) -> Result<Declared> {
+    declare(&Resolved::of_run(path)?.recipe)
+}
+
+/// The model from which `recipe` distils, where its run can be read.
+pub(crate) fn distilled_model(recipe: &Recipe) -> Option<Declared> {
+    let policy = recipe.teacher.build(&mut ()).ok()?;
+    declared_by(policy.distils()?).ok()
+}
+
+impl TeacherModel {
+    /// The model that `policy` distils from, if it does; it has to fit the student.
+    ///
+    /// # Errors
+    /// If it cannot be read, or what it gives is not what the student learns from.
+    pub(super) fn of(policy: &dyn TeacherPolicy, student: &Declared, recipe: &Recipe) -> Result<Option<Self>> {
+        let Some(path) = policy.distils() else { return Ok(None) };
+        let model = declared_by(path)?;
+        fits(path, &model, student)?;
+        let source = checkpoint::read_weights(path)?;
+        let device = recipe.device()?;
+        let dtype = recipe.dtype(device);
+        let mut flat = Device::Cpu.with(|| Tensor::zeros(&[model.layout.len()], dtype.wide()));
+        load_named(&model.layout, &mut flat, |name| source.get(&format!("teacher.{name}")).cloned(), path)?;
+        let flat = flat.cast(dtype)?.to(device);
+        Ok(Some(Self { model, flat }))
+    }
+}
+
+/// Fails unless teacher and student have the same patches and, for every loss of the student with a head, the same
+/// prototypes.
+fn fits(path: &Path, teacher: &Declared, student: &Declared) -> Result<()> {
+    let (theirs, ours) = (teacher.backbone.patch_size(), student.backbone.patch_size());
+    if theirs != ours {
+        let problem = format!("the teacher's patches have {theirs} pixels a side, the student's {ours}");
+        return Err(Error::content(path, problem, format!("set backbone.patch_size = {theirs}")));
+    }
+    for loss in &student.losses {
+        let Some((input, head)) = &loss.needs.head else { continue };
+        let name = &loss.name;
+        let found = teacher.losses.iter().find(|l| l.name == *name).and_then(|l| l.needs.head.as_ref());
+        let Some((_, found)) = found.filter(|(i, _)| i == input) else {
+            let problem = format!("the teacher was not trained with the loss `{name}`, so it has no head for it");
+            return Err(Error::content(path, problem, format!("set losses.{name}.enabled = false")));
+        };
+        if found.prototypes != head.prototypes {
+            let (theirs, ours) = (found.prototypes, head.prototypes);
+            let problem = format!("the teacher's head of `{name}` has {theirs} prototypes, the student's {ours}");
+            return Err(Error::content(path, problem, format!("set losses.{name}.head.prototypes = {theirs}")));
+        }
+    }
+    Ok(())
+}

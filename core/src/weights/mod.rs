@@ -1,0 +1,17 @@
+//! Weights by themselves: files of named tensors, and what model they are of.
+//!
+//! ```text
+//! <weights folder>/
+//!   weights.toml        the model as a recipe says it: [backbone], and in [crops] what pixels it was trained on
+//!   model.safetensors   backbone.<name>, and <loss>_head.<name> where they come from a run
+//! ```
+//!
+//! Published files are memory-mapped ([`TensorFiles`]) and rewritten tensor by tensor ([`convert`]), so that the size of
+//! a model is not limited by the memory of the machine that converts it.
+
+pub mod convert;
+mod files;
+mod folder;
+
+pub use files::{RawTensor, TensorFiles};
+pub use folder::{check_same_model, write_folder, ModelInfo, Pixels, MODEL_FILE, WEIGHTS_FILE};
