@@ -21,10 +21,10 @@ inventory::submit! {
             let options = (1usize..6, 1usize..4, 1usize..12, proptest::collection::vec((0usize..4, any::<u32>()), 6));
             let options = options.prop_map(|(rows, q, k, drawn)| {
                 let (mut student, mut target) = (Vec::new(), Vec::new());
-                for row in 0..rows {
+                for (row, &(count, first)) in drawn.iter().take(rows).enumerate() {
                     // Rows that meet no, one or several targets.
-                    student.extend(vec![row; drawn[row].0]);
-                    target.extend((0..drawn[row].0).map(|i| (drawn[row].1 as usize + i) % q));
+                    student.extend(vec![row; count]);
+                    target.extend((0..count).map(|i| (first as usize + i) % q));
                 }
                 if student.is_empty() {
                     student.push(0);
