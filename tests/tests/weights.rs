@@ -1,5 +1,6 @@
 //! Weights through the program: import, training from them, export, and what is refused.
 
+#[allow(dead_code)]
 mod program;
 
 use std::fs;
