@@ -177,7 +177,7 @@ fn follow(page: &Path) -> Result<(), String> {
     let folder = workplace();
     let mut script = format!("page={}\n{PRELUDE}", page.display());
     for block in blocks(&text) {
-        write!(script, "line={}\n", block.line).expect("writing to a string");
+        writeln!(script, "line={}", block.line).expect("writing to a string");
         let body = &block.text;
         script += &match block.info.as_str() {
             "toml" => check_toml(&folder, &block),
