@@ -5,6 +5,8 @@ pub mod emulator;
 /// Pages, by name.
 #[cfg(doctest)]
 mod pages {
+    #[doc = include_str!("../../book/src/checks.md")]
+    mod checks {}
     #[doc = include_str!("../../book/src/plugins.md")]
     mod plugins {}
 }

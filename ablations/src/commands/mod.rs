@@ -3,9 +3,11 @@
 pub mod ablate;
 pub mod bench;
 pub mod check;
+pub mod doctor;
 pub mod export;
 pub mod features;
 pub mod import;
+pub mod new;
 pub mod plugins;
 pub mod recipe;
 pub mod replay;

@@ -75,8 +75,8 @@ fn details(plugin: &PluginInfo) -> String {
     text
 }
 
-/// One row a key; a table of plain keys is listed key by key.
-fn keys(schema: &Json, path: &str, rows: &mut Vec<Vec<String>>) {
+/// One row a key (name, type, default, documentation); a table of plain keys is listed key by key.
+pub fn keys(schema: &Json, path: &str, rows: &mut Vec<Vec<String>>) {
     let required: Vec<&str> =
         schema.get("required").and_then(Json::as_array).into_iter().flatten().filter_map(Json::as_str).collect();
     for (key, field) in schema.get("properties").and_then(Json::as_object).into_iter().flatten() {

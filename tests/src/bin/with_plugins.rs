@@ -4,6 +4,8 @@
 use dinolab_core::contract::{
     Backbone, Cost, Crops, Dataset, Features, Grid, Loss, LossValue, Mode, Needs, Outputs, Sample, StepContext,
 };
+use dinolab_core::dfdx::prelude::{MeanTo as _, Trace as _};
+use dinolab_core::dfdx_loss::{on_the_host, DfdxLoss, DfdxOutputs, Scalar};
 use dinolab_core::params::{Init, Params};
 use dinolab_core::registry::BackboneContext;
 use dinolab_core::{plugin, Result, Tensor};
@@ -76,7 +78,12 @@ plugin!(Loss, "toy_loss", ToyLoss);
 #[serde(deny_unknown_fields)]
 struct ToySpike {
     /// The step.
+    #[serde(default = "late")]
     at_step: u64,
+}
+
+fn late() -> u64 {
+    1_000_000
 }
 
 impl Loss for ToySpike {
@@ -90,6 +97,35 @@ impl Loss for ToySpike {
 }
 
 plugin!(Loss, "toy_spike", ToySpike);
+
+/// Squared distance of student and teacher CLS, of operations.
+#[derive(Debug, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct ToyDistance {}
+
+impl Loss for ToyDistance {
+    fn needs(&self) -> Needs {
+        Needs::default()
+    }
+    fn compute(&self, out: &Outputs<'_>, _: &StepContext<'_>) -> Result<LossValue> {
+        out.student_cls.sub(out.teacher_cls)?.square()?.mean().map(LossValue::of)
+    }
+}
+
+plugin!(Loss, "toy_distance", ToyDistance);
+
+/// The same in dfdx only.
+#[derive(Debug, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct ToyDistanceDfdx {}
+
+impl DfdxLoss for ToyDistanceDfdx {
+    fn loss(&self, out: &DfdxOutputs<'_>, _: &StepContext<'_>) -> Result<Scalar> {
+        Ok((out.student_cls.leaky_trace() - out.teacher_cls.clone()).square().mean())
+    }
+}
+
+plugin!(Loss, "toy_distance_dfdx", ToyDistanceDfdx, on_the_host);
 
 /// Grey pixels.
 #[derive(Debug, Serialize, Deserialize, schemars::JsonSchema)]

@@ -2,6 +2,7 @@
 
 mod diff;
 mod explain;
+mod schema;
 mod show;
 
 use std::fmt::Write as _;
@@ -78,7 +79,7 @@ pub fn run(command: Command) -> Result<ExitCode> {
         Command::Diff { a, b } => diff::run(&a, &b)?,
         Command::Schema { of } => {
             let schema = match of {
-                SchemaOf::Recipe => describe::schema(),
+                SchemaOf::Recipe => schema::for_editors(),
                 SchemaOf::Suite => describe::schema_of::<SuiteFile>(),
             };
             let text = serde_json::to_string_pretty(&schema).expect("a schema is plain data");

@@ -1,0 +1,263 @@
+//! `dinolab new plugin NAME --kind KIND`: a crate with a plugin that works, to be changed into one's own.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use dinolab_core::registry;
+use dinolab_core::{Error, Result};
+
+use crate::style;
+
+/// What can be made.
+#[derive(Debug, clap::Subcommand)]
+pub enum Command {
+    /// A crate that registers a plugin, with a test, a recipe, a suite, and a `main` that is the whole program with it.
+    Plugin(Args),
+}
+
+/// Arguments of `dinolab new plugin`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The plugin's name in recipes, and the crate's: `patch_contrast`.
+    name: String,
+    /// What it is.
+    #[arg(long, value_enum)]
+    kind: Kind,
+    /// The folder to make [default: NAME].
+    #[arg(long)]
+    out: Option<PathBuf>,
+}
+
+/// The kinds of plugins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[value(rename_all = "snake_case")]
+#[allow(missing_docs)]
+pub enum Kind {
+    Loss,
+    Backbone,
+    PosEncoding,
+    Scheduler,
+    Teacher,
+    Dataset,
+    Probe,
+}
+
+macro_rules! template {
+    ($file:literal) => {
+        include_str!(concat!("../../templates/plugin/", $file))
+    };
+}
+
+/// What differs from kind to kind.
+struct Template {
+    source: &'static str,
+    test: &'static str,
+    /// Parts of the recipe in place of the usual ones: (placeholder, text).
+    recipe: &'static [(&'static str, &'static str)],
+    question: &'static str,
+    metric: &'static str,
+    /// Name and changes of the arm that is compared with, and of the other.
+    arms: [(&'static str, &'static str); 2],
+}
+
+/// The recipe without a plugin of one's own.
+const USUAL: &[(&str, &str)] = &[
+    (
+        "BACKBONE",
+        "[backbone]\nplugin = \"vit\"\npreset = \"vit_tiny_test\"\nlayer_scale = 1.0\npos_encoding = { plugin = \"rope_box\" }",
+    ),
+    ("DATA", "[data]\nplugin = \"scenes\"\nsize = 96\ncount = 1024\nclasses = 4\ntexture_cue = 1.0"),
+    ("LOSSES", ""),
+    ("TEACHER", "plugin = \"ema\"\nmomentum = 0.99"),
+    ("LR", "1e-3"),
+    ("PROBES", ""),
+];
+
+impl Kind {
+    fn template(self) -> Template {
+        let knn = "probe/knn/top1";
+        match self {
+            Self::Loss => Template {
+                source: template!("loss.rs"),
+                test: template!("loss.test.rs"),
+                recipe: &[("LOSSES", "\n[losses.my_plugin]\nweight = 1.0\n")],
+                question: "Does the loss my_plugin help?",
+                metric: knn,
+                arms: [("without", "\"losses.my_plugin.enabled\" = false"), ("my_plugin", "")],
+            },
+            Self::Backbone => Template {
+                source: template!("backbone.rs"),
+                test: template!("backbone.test.rs"),
+                recipe: &[("BACKBONE", "[backbone]\nplugin = \"my_plugin\"")],
+                question: "How does the backbone my_plugin compare with a small ViT?",
+                metric: knn,
+                arms: [
+                    ("vit", "backbone = { plugin = \"vit\", preset = \"vit_tiny_test\", layer_scale = 1.0 }"),
+                    ("my_plugin", ""),
+                ],
+            },
+            Self::PosEncoding => Template {
+                source: template!("pos_encoding.rs"),
+                test: template!("pos_encoding.test.rs"),
+                recipe: &[(
+                    "BACKBONE",
+                    "[backbone]\nplugin = \"vit\"\npreset = \"vit_tiny_test\"\nlayer_scale = 1.0\npos_encoding = { plugin = \"my_plugin\" }",
+                )],
+                question: "How does the position encoding my_plugin compare with RoPE?",
+                metric: knn,
+                arms: [("rope", "\"backbone.pos_encoding\" = { plugin = \"rope_box\" }"), ("my_plugin", "")],
+            },
+            Self::Scheduler => Template {
+                source: template!("scheduler.rs"),
+                test: template!("scheduler.test.rs"),
+                recipe: &[("LR", "{ plugin = \"my_plugin\", start = 2e-3, half_life = 50 }")],
+                question: "How does my_plugin compare with a constant learning rate?",
+                metric: knn,
+                arms: [("constant", "\"optimizer.lr\" = 1e-3"), ("my_plugin", "")],
+            },
+            Self::Teacher => Template {
+                source: template!("teacher.rs"),
+                test: template!("teacher.test.rs"),
+                recipe: &[("TEACHER", "plugin = \"my_plugin\"")],
+                question: "How does the teacher policy my_plugin compare with a moving average?",
+                metric: knn,
+                arms: [("ema", "teacher = { plugin = \"ema\", momentum = 0.99 }"), ("my_plugin", "")],
+            },
+            Self::Dataset => Template {
+                source: template!("dataset.rs"),
+                test: template!("dataset.test.rs"),
+                recipe: &[("DATA", "[data]\nplugin = \"my_plugin\"")],
+                question: "What does KoLeo change on my_plugin?",
+                metric: knn,
+                arms: [("without_koleo", "\"losses.koleo.enabled\" = false"), ("my_plugin", "")],
+            },
+            Self::Probe => Template {
+                source: template!("probe.rs"),
+                test: template!("probe.test.rs"),
+                recipe: &[("PROBES", "\n[probes.my_plugin]\n")],
+                question: "What does KoLeo change as my_plugin measures it?",
+                metric: "probe/my_plugin/cosine",
+                arms: [("without_koleo", "\"losses.koleo.enabled\" = false"), ("with_koleo_my_plugin", "")],
+            },
+        }
+    }
+
+    fn name(self) -> String {
+        use clap::ValueEnum as _;
+        self.to_possible_value().expect("no kind is hidden").get_name().to_string()
+    }
+
+    /// All files of the crate, with the places where names go.
+    fn files(self) -> Vec<(&'static str, String)> {
+        let template = self.template();
+        let mut recipe = template!("recipe.toml").to_string();
+        for (place, text) in template.recipe.iter().chain(USUAL) {
+            recipe = recipe.replace(place, text);
+        }
+        let [(baseline, changes), (other, other_changes)] = template.arms;
+        let suite = template!("suite.toml")
+            .replace("QUESTION", template.question)
+            .replace("METRIC", template.metric)
+            .replace("BASELINE_SET", changes)
+            .replace("OTHER_SET", other_changes)
+            .replace("BASELINE", baseline)
+            .replace("OTHER", other)
+            .replace("{  }", "{}");
+        vec![
+            ("Cargo.toml", template!("Cargo.toml.in").to_string()),
+            ("README.md", template!("README.md").into()),
+            (".gitignore", "/target\n/runs\n".into()),
+            ("src/lib.rs", template.source.into()),
+            ("src/main.rs", template!("main.rs").into()),
+            ("tests/my_plugin.rs", template!("test.rs").replace("CONTRACT", template.test)),
+            ("recipe.toml", recipe.trim_end().to_string() + "\n"),
+            ("suite.toml", suite),
+        ]
+    }
+}
+
+/// Makes the crate.
+pub fn run(command: &Command) -> Result<ExitCode> {
+    let Command::Plugin(Args { name, kind, out }) = command;
+    check_name(name, *kind)?;
+    let folder = out.clone().unwrap_or_else(|| name.into());
+    if folder.exists() {
+        let help = "choose another name, or another folder with --out";
+        return Err(Error::content(&folder, "this is there already", help));
+    }
+    let camel: String = name.split('_').map(capitalised).collect();
+    let [core, program] = ["core", "ablations"].map(dependency);
+    for (path, text) in kind.files() {
+        let text = text.replace("my_plugin", name).replace("MyPlugin", &camel).replace("KIND", &kind.name());
+        let text = text.replace("DINOLAB", &program).replace("CORE", &core);
+        write(&folder.join(path.replace("my_plugin", name)), &text)?;
+    }
+    add_workspace(&folder)?;
+    let shown = folder.display();
+    style::print(&format!("made {shown}: a {} that works, to be changed\n\n", kind.name()));
+    style::print(&format!("    cd {shown}\n    cargo test --release\n    cargo run --release -- train recipe.toml\n"));
+    Ok(ExitCode::SUCCESS)
+}
+
+fn check_name(name: &str, kind: Kind) -> Result<()> {
+    let plain = name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_');
+    if !plain || !name.starts_with(|c: char| c.is_ascii_lowercase()) || name.ends_with('_') {
+        return Err(Error::user(
+            format!("`{name}` cannot be the name of a plugin"),
+            "use small letters, digits and `_`, beginning with a letter: patch_contrast",
+        ));
+    }
+    let taken = ["test", "std", "core", "alloc", "dinolab", "dinolab_core"];
+    if taken.contains(&name) || KEYWORDS.contains(&name) {
+        return Err(Error::user(format!("a crate cannot be named `{name}`"), "choose another name"));
+    }
+    if registry::all().iter().any(|p| (p.kind, p.name) == (kind.name().as_str(), name)) {
+        let help = "choose another name: recipes could not tell the two apart";
+        return Err(Error::user(format!("there is a {} plugin `{name}` already", kind.name()), help));
+    }
+    Ok(())
+}
+
+/// Words of Rust that no crate can be named.
+const KEYWORDS: &[&str] = &[
+    "abstract", "as", "async", "await", "become", "box", "break", "const", "continue", "crate", "do", "dyn", "else",
+    "enum", "extern", "false", "final", "fn", "for", "gen", "if", "impl", "in", "let", "loop", "macro", "match", "mod",
+    "move", "mut", "override", "priv", "pub", "ref", "return", "self", "static", "struct", "super", "trait", "true",
+    "try", "type", "typeof", "unsafe", "unsized", "use", "virtual", "where", "while", "yield",
+];
+
+fn capitalised(word: &str) -> String {
+    let mut letters = word.chars();
+    letters.next().map(|first| first.to_ascii_uppercase().to_string() + letters.as_str()).unwrap_or_default()
+}
+
+/// How the crate depends on one of this program's: on its source where that lies, else on the repository.
+fn dependency(folder: &str) -> String {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the program's crate is in a workspace");
+    if source.join(folder).join("Cargo.toml").exists() {
+        format!("{{ path = {:?} }}", source.join(folder))
+    } else {
+        let revision = crate::REVISION.trim_end_matches("-modified");
+        format!("{{ git = {:?}, rev = {revision:?} }}", env!("CARGO_PKG_REPOSITORY"))
+    }
+}
+
+/// Makes the crate a workspace of its own, unless it lies in one.
+fn add_workspace(folder: &Path) -> Result<()> {
+    let above = fs::canonicalize(folder).map_err(Error::io("read", folder))?;
+    let is_workspace =
+        |folder: &Path| fs::read_to_string(folder.join("Cargo.toml")).is_ok_and(|text| text.contains("[workspace]"));
+    if above.ancestors().skip(1).any(is_workspace) {
+        return Ok(());
+    }
+    let path = folder.join("Cargo.toml");
+    let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+    write(&path, &format!("{text}\n[workspace]\n"))
+}
+
+fn write(path: &Path, text: &str) -> Result<()> {
+    let folder = path.parent().expect("every file lies in a folder");
+    fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
+    fs::write(path, text).map_err(Error::io("write", path))
+}

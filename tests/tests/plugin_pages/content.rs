@@ -1,0 +1,83 @@
+//! What a page says beyond the plugin's own words: formulas in LaTeX, and recipes for plugins with keys that have no
+//! default.
+
+/// The name of a kind in the table of contents.
+pub fn title(kind: &str) -> &'static str {
+    match kind {
+        "backbone" => "Backbones",
+        "pos_encoding" => "Position encodings",
+        "loss" => "Losses",
+        "scheduler" => "Schedulers",
+        "teacher" => "Teacher policies",
+        "dataset" => "Datasets",
+        "probe" => "Probes",
+        other => panic!("a kind of plugin without a title: {other}"),
+    }
+}
+
+/// The name of one of a kind.
+pub fn singular(kind: &str) -> String {
+    match kind {
+        "teacher" => "Teacher policy".into(),
+        "pos_encoding" => "Position encoding".into(),
+        other => other[..1].to_uppercase() + &other[1..],
+    }
+}
+
+/// The formula of a plugin.
+pub fn formula(kind: &str, name: &str) -> Option<&'static str> {
+    Some(match (kind, name) {
+        ("loss", "dino") => {
+            r"\mathcal{L} = \frac{n_g \mathcal{L}_g + w_l\, n_l \mathcal{L}_l}{n_g + n_l}, \qquad
+              \mathcal{L}_{g,l} = -\operatorname*{mean}_{s,\,t} \sum_{k=1}^{K} q_{tk} \log p_{sk}, \qquad
+              p_s = \operatorname{softmax}(z_s / \tau)"
+        }
+        ("loss", "ibot") => {
+            r"\mathcal{L} = -\frac{1}{C} \sum_{c=1}^{C} \frac{1}{n_c} \sum_{i \in c} \sum_{k=1}^{K} q_{ik} \log p_{ik}"
+        }
+        ("loss", "koleo") => {
+            r"\mathcal{L} = -\sum_{c=1}^{G} \frac{1}{B} \sum_{i=1}^{B}
+              \log \left( \left\lVert x_i - x_{\mathrm{nn}(i)} + \epsilon \right\rVert + \epsilon \right)"
+        }
+        ("loss", "gram") => r"\mathcal{L} = \frac{1}{P^2} \left\lVert X_S X_S^\top - X_G X_G^\top \right\rVert_F^2",
+        ("pos_encoding", "rope_box") => {
+            r"\theta_{p,a,j} = \frac{2 \pi\, c_{p,a}}{\lambda_j}, \qquad
+              \lambda_j = b^{\,2j / (D/2)}, \qquad
+              x \mapsto x \cos\theta + \operatorname{rotate\_half}(x) \sin\theta"
+        }
+        ("scheduler", "linear_warmup") => r"v(i) = v_0 + (v_p - v_0)\, \min\left(1, \frac{i}{w}\right)",
+        ("teacher", "ema") => r"\theta_T \leftarrow m\, \theta_T + (1 - m)\, \theta_S",
+        _ => return None,
+    })
+}
+
+/// A recipe that chooses a plugin, where the plugin has keys without a default or one would choose it in another way.
+pub fn example(kind: &str, name: &str) -> Option<&'static str> {
+    Some(match (kind, name) {
+        ("backbone", "vit") => "[backbone]\nplugin = \"vit\"\npreset = \"vit_s16\"",
+        ("pos_encoding", "rope_box") => {
+            "[backbone.pos_encoding]\nplugin = \"rope_box\"\njitter = 1.1\nrescale = 2.0"
+        }
+        ("loss", "koleo") => "[losses.koleo]\nweight = 0.1",
+        ("loss", "gram") => "[losses.gram]\nenabled = true\nweight = 2.0",
+        ("scheduler", "constant") => "[optimizer]\nlr = { plugin = \"constant\", value = 1e-3 }\nweight_decay = 0.04",
+        ("scheduler", "linear_warmup") => {
+            "[optimizer]\nlr = { plugin = \"linear_warmup\", peak = 1e-3, warmup_steps = 40 }"
+        }
+        ("scheduler", "linear_warmup_cosine") => {
+            "[optimizer]\nlr = { plugin = \"linear_warmup_cosine\", peak = 1e-3, end = 1e-5, warmup_steps = 40 }"
+        }
+        ("scheduler", "cosine") => "[teacher]\nmomentum = { plugin = \"cosine\", peak = 0.992, end = 1.0 }",
+        ("scheduler", "step") => "[optimizer]\nlr = { plugin = \"step\", value = 1e-3, milestones = [150, 225] }",
+        ("teacher", "ema") => "[teacher]\nplugin = \"ema\"\nmomentum = 0.99",
+        ("teacher", "frozen") => "[gram_teacher]\nplugin = \"frozen\"\ncheckpoint = \"runs/earlier\"",
+        ("teacher", "gram_anchor") => {
+            "[losses.gram]\nenabled = true\n\n[gram_teacher]\nplugin = \"gram_anchor\"\nfirst_step = 150\nrefresh = { every = 50 }\ncrop_size = 96"
+        }
+        ("dataset", "scenes") => "[data]\nplugin = \"scenes\"\ncount = 2048\nclasses = 4",
+        ("dataset", "image_folder") => {
+            "extends = \"tiny_photos.toml\"\n\n[data]\nplugin = \"image_folder\"\npath = \"/path/to/images\""
+        }
+        _ => return None,
+    })
+}
