@@ -36,6 +36,8 @@ enum Command {
     Bench(commands::bench::Args),
     /// See what trained weights see in images: features, pictures, a page to click in.
     Features(commands::features::Args),
+    /// Check the GPU engine: driver, libraries, kernels, every operation and a training step against the CPU.
+    Doctor(commands::doctor::Args),
     /// Run a step again that was captured because something was not finite.
     Replay(commands::replay::Args),
     /// Make a plugin of your own: a crate that works, to be changed.
@@ -64,6 +66,7 @@ impl Command {
             Self::Export(args) => commands::export::run(&args),
             Self::Bench(args) => commands::bench::run(&args),
             Self::Features(args) => commands::features::run(&args),
+            Self::Doctor(args) => commands::doctor::run(&args),
             Self::Replay(args) => commands::replay::run(&args),
             Self::New(command) => commands::new::run(&command),
             Self::Check(args) => commands::check::run(&args),

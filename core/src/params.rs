@@ -205,7 +205,7 @@ impl ParamBuilder {
 
 /// Named tensors looked up in one flat buffer; tracked if a tape is given.
 pub struct Params<'a> {
-    layout: &'a Layout,
+    layout: &'a Arc<Layout>,
     flat: &'a Tensor,
     tape: Option<&'a Tape>,
     tracked: std::cell::RefCell<Vec<Option<Tensor>>>,
@@ -213,12 +213,12 @@ pub struct Params<'a> {
 
 impl<'a> Params<'a> {
     /// Plain weights: nothing is recorded (teachers, evaluation).
-    pub fn frozen(layout: &'a Layout, flat: &'a Tensor) -> Self {
+    pub fn frozen(layout: &'a Arc<Layout>, flat: &'a Tensor) -> Self {
         Self { layout, flat, tape: None, tracked: Default::default() }
     }
 
     /// Weights followed by `tape`: gradients land at the same places of a flat gradient buffer.
-    pub fn tracked(layout: &'a Layout, flat: &'a Tensor, tape: &'a Tape) -> Self {
+    pub fn tracked(layout: &'a Arc<Layout>, flat: &'a Tensor, tape: &'a Tape) -> Self {
         let tracked = std::cell::RefCell::new(vec![None; layout.specs.len()]);
         Self { layout, flat, tape: Some(tape), tracked }
     }
@@ -234,6 +234,16 @@ impl<'a> Params<'a> {
     /// The type of the weights.
     pub fn dtype(&self) -> DType {
         self.flat.dtype()
+    }
+
+    /// Names and places of all parameters.
+    pub(crate) fn layout(&self) -> &Arc<Layout> {
+        self.layout
+    }
+
+    /// The flat buffer.
+    pub(crate) fn flat(&self) -> &Tensor {
+        self.flat
     }
 
     /// The tape that follows these weights.

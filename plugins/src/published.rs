@@ -4,15 +4,16 @@ use std::path::Path;
 
 use dinolab_core::checkpoint::{write_file, write_pieces};
 use dinolab_core::contract::Backbone;
+use dinolab_core::params::ParamBuilder;
 use dinolab_core::registry::Chosen;
 use dinolab_core::weights::convert::{from_published, Rule};
-use dinolab_core::weights::{write_folder, ModelInfo, Normalization, TensorFiles, MODEL_FILE, WEIGHTS_FILE};
+use dinolab_core::weights::{write_folder, ModelInfo, Pixels, TensorFiles, MODEL_FILE, WEIGHTS_FILE};
 use dinolab_core::{Error, Result};
 use safetensors::tensor::{Dtype, View};
 use serde::Deserialize;
 use serde_json::Value as Json;
 
-use crate::vit;
+use crate::{convnext, vit};
 
 /// A model in a published layout.
 pub(crate) struct Published {
@@ -71,11 +72,12 @@ fn recognise(files: &TensorFiles) -> Result<Published> {
     if config.exists() {
         let config: Json = read_json(&config)?;
         return match config["model_type"].as_str() {
-            Some(vit::hf::MODEL_TYPE) => vit::hf::read(files, &config, normalization(files.path())?),
+            Some(vit::hf::MODEL_TYPE) => vit::hf::read(files, &config, pixels(files.path(), &config)?),
+            Some(convnext::hugging_face::MODEL_TYPE) => convnext(&config, pixels(files.path(), &config)?),
             other => {
-                let known = vit::hf::MODEL_TYPE;
-                let problem = format!("config.json is of a model of type {other:?}");
-                Err(Error::content(files.path(), problem, format!("known: {known}")))
+                let problem = format!("config.json is of a model of type {}", other.unwrap_or("none"));
+                let known = format!("known: {}, {}", vit::hf::MODEL_TYPE, convnext::hugging_face::MODEL_TYPE);
+                Err(Error::content(files.path(), problem, known))
             }
         };
     }
@@ -106,17 +108,39 @@ fn read_json<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<T> {
     serde_json::from_str(&text).map_err(|e| Error::content(path, e.to_string(), "download it again"))
 }
 
-/// How the image processor beside the files normalises pixels; ImageNet's numbers if there is none.
-fn normalization(files: &Path) -> Result<Normalization> {
+/// The pixels that a model was trained on: size from its configuration, normalisation from the image processor beside
+/// the files, ImageNet's if there is none.
+fn pixels(files: &Path, config: &Json) -> Result<Pixels> {
     #[derive(Deserialize)]
     struct Processor {
         image_mean: [f32; 3],
         image_std: [f32; 3],
     }
+    let size = config["image_size"].as_u64().map(|side| side as usize);
+    let pixels = Pixels { global_size: size.unwrap_or(224), ..Pixels::default() };
     let path = files.with_file_name("preprocessor_config.json");
     if !path.exists() {
-        return Ok(Normalization::default());
+        return Ok(pixels);
     }
     let Processor { image_mean: mean, image_std: std } = read_json(&path)?;
-    Ok(Normalization { mean, std })
+    Ok(Pixels { mean, std, ..pixels })
+}
+
+/// The ConvNeXt that `config.json` describes, with its tensors' places.
+fn convnext(config: &Json, crops: Pixels) -> Result<Published> {
+    let backbone = serde_json::from_value(convnext::hugging_face::backbone(config)?);
+    let help = "dinolab has no such model";
+    let backbone = backbone.map_err(|e| Error::user(format!("config.json: {e}"), help))?;
+    let model = ModelInfo { backbone, crops };
+    let mut params = ParamBuilder::new();
+    model.build(&mut params)?;
+    let layout = params.finish();
+    let rules = layout.specs().iter().map(|spec| {
+        let name = spec.name.strip_prefix("backbone.").and_then(convnext::hugging_face::hf_name);
+        let name = name.unwrap_or_else(|| panic!("{} has a place in the layout", spec.name));
+        Rule::renamed(&spec.name, &spec.shape, name, &spec.shape)
+    });
+    let title =
+        format!("ConvNeXt: widths {}, blocks {}, Hugging Face layout", config["hidden_sizes"], config["depths"]);
+    Ok(Published { title, rules: rules.collect(), model, unused: |_| false })
 }

@@ -1,4 +1,5 @@
-// What a warp computes when its lanes have met: shuffles, votes and matrix fragments; and each lane's asynchronous copies.
+// What a warp computes when its lanes have met (shuffles, votes, matrix fragments), and each lane's asynchronous
+// copies.
 #include <bit>
 #include <cstring>
 
@@ -81,8 +82,10 @@ const char* name_of(EmuOp op) {
     case EmuOp::ShuffleDown: return "__shfl_down_sync";
     case EmuOp::ShuffleXor: return "__shfl_xor_sync";
     case EmuOp::Ballot: return "a vote";
-    case EmuOp::MmaBf16: case EmuOp::MmaTf32: return "mma";
-    case EmuOp::LoadMatrix: case EmuOp::LoadMatrixTransposed: return "ldmatrix";
+    case EmuOp::MmaBf16:
+    case EmuOp::MmaTf32: return "mma";
+    case EmuOp::LoadMatrix:
+    case EmuOp::LoadMatrixTransposed: return "ldmatrix";
     }
     return "?";
 }
@@ -93,22 +96,24 @@ void perform(Worker& worker, Warp& warp, unsigned group) {
     for (int lane = 0; lane < 32; lane++) lanes[lane] = &fibers[lane];
     const EmuCollective& one = lanes[std::countr_zero(group)]->collective;
     const bool whole = one.op == EmuOp::MmaBf16 || one.op == EmuOp::MmaTf32 || one.op == EmuOp::LoadMatrix ||
-                       one.op == EmuOp::LoadMatrixTransposed;
+        one.op == EmuOp::LoadMatrixTransposed;
     if (whole && group != ~0u)
         worker.fail(CUDA_ERROR_LAUNCH_FAILED, std::string(name_of(one.op)) + " needs all 32 lanes", &one.place);
 
     switch (one.op) {
     case EmuOp::SyncWarp: break;
-    case EmuOp::Shuffle: case EmuOp::ShuffleUp: case EmuOp::ShuffleDown: case EmuOp::ShuffleXor:
-        shuffle(lanes, group, one.op);
-        break;
+    case EmuOp::Shuffle:
+    case EmuOp::ShuffleUp:
+    case EmuOp::ShuffleDown:
+    case EmuOp::ShuffleXor: shuffle(lanes, group, one.op); break;
     case EmuOp::Ballot: {
         unsigned votes = 0;
         for (unsigned rest = group; rest != 0; rest &= rest - 1) {
             const int lane = std::countr_zero(rest);
             votes |= static_cast<unsigned>(lanes[lane]->collective.value) << lane;
         }
-        for (unsigned rest = group; rest != 0; rest &= rest - 1) lanes[std::countr_zero(rest)]->collective.result = votes;
+        for (unsigned rest = group; rest != 0; rest &= rest - 1)
+            lanes[std::countr_zero(rest)]->collective.result = votes;
         break;
     }
     case EmuOp::MmaBf16:
@@ -123,8 +128,11 @@ void perform(Worker& worker, Warp& warp, unsigned group) {
         break;
     case EmuOp::MmaTf32:
         matrix<8>(
-            lanes, [](auto& a, unsigned bits, int row, int member, int half) { a[row][4 * half + member] = tf32(bits); },
-            [](auto& b, unsigned bits, int column, int member, int half) { b[4 * half + member][column] = tf32(bits); });
+            lanes,
+            [](auto& a, unsigned bits, int row, int member, int half) { a[row][4 * half + member] = tf32(bits); },
+            [](auto& b, unsigned bits, int column, int member, int half) {
+                b[4 * half + member][column] = tf32(bits);
+            });
         break;
     case EmuOp::LoadMatrix: load_matrices(worker, lanes, false); break;
     case EmuOp::LoadMatrixTransposed: load_matrices(worker, lanes, true); break;
@@ -139,7 +147,9 @@ void emu_copy_async(EmuThread* self, void* shared, const void* global, int bytes
         fiber.worker->fail(CUDA_ERROR_LAUNCH_FAILED, "cp.async copies 4, 8 or 16 bytes", &place);
     if (source_bytes < 0 || source_bytes > bytes)
         fiber.worker->fail(CUDA_ERROR_LAUNCH_FAILED, "cp.async reads no more bytes than it copies", &place);
-    const auto aligned = [bytes](const void* p) { return reinterpret_cast<uintptr_t>(p) % static_cast<unsigned>(bytes) == 0; };
+    const auto aligned = [bytes](const void* p) {
+        return reinterpret_cast<uintptr_t>(p) % static_cast<unsigned>(bytes) == 0;
+    };
     if (!aligned(shared) || (source_bytes > 0 && !aligned(global)))
         fiber.worker->fail(CUDA_ERROR_MISALIGNED_ADDRESS, "cp.async: misaligned address", &place);
     fiber.copies.push_back({shared, global, bytes, source_bytes, fiber.groups});

@@ -22,11 +22,14 @@ enum cublasStatus_t : int {
 namespace {
 
 // Numbers of attributes.
-enum : int { COMPUTE_TYPE = 0, SCALE_TYPE = 1, POINTER_MODE = 2, TRANS_A = 3, TRANS_B = 4, TRANS_C = 5, EPILOGUE = 7, BIAS_POINTER = 8, BIAS_BATCH_STRIDE = 10,
-             AUX_POINTER = 11, AUX_LD = 12, AUX_BATCH_STRIDE = 13, AUX_TYPE = 22, BIAS_TYPE = 26 };
+enum : int {
+    COMPUTE_TYPE = 0, SCALE_TYPE = 1, POINTER_MODE = 2, TRANS_A = 3, TRANS_B = 4, TRANS_C = 5, EPILOGUE = 7,
+    BIAS_POINTER = 8, BIAS_BATCH_STRIDE = 10, AUX_POINTER = 11, AUX_LD = 12, AUX_BATCH_STRIDE = 13, AUX_TYPE = 22, BIAS_TYPE = 26,
+};
 enum : int { LAYOUT_TYPE = 0, ORDER = 1, ROWS = 2, COLUMNS = 3, LD = 4, BATCH_COUNT = 5, BATCH_OFFSET = 6 };
-// Bits of epilogues.
+// Bits of epilogues, and computations.
 enum : int { RELU = 2, BIAS = 4, GELU = 32, DGELU = 64, AUX = 128, BGRAD = 16, BGRAD_A = 256, BGRAD_B = 512 };
+enum : int { COMPUTE_32F = 68, COMPUTE_32F_PEDANTIC = 69, COMPUTE_32F_FAST_TF32 = 77 };
 
 /// A descriptor is its attributes; those that nobody has set are 0.
 struct Attributes {
@@ -46,8 +49,6 @@ struct Attributes {
     }
 };
 
-constexpr int COMPUTE_32F = 68, COMPUTE_32F_PEDANTIC = 69, COMPUTE_32F_FAST_TF32 = 77;
-
 struct Algorithm {
     uint64_t data[8];
 };
@@ -66,7 +67,12 @@ std::optional<View> view(const Attributes& layout, uint64_t address) {
     const int64_t order = layout.get(ORDER), ld = layout.get(LD);
     if ((type != Type::F32 && type != Type::BF16) || order > 1) return {};
     if (ld < layout.get(order == 0 ? ROWS : COLUMNS)) return {};
-    return View{type, address, layout.get(ROWS), layout.get(COLUMNS), order == 0 ? 1 : ld, order == 0 ? ld : 1,
+    return View{type,
+                address,
+                layout.get(ROWS),
+                layout.get(COLUMNS),
+                order == 0 ? 1 : ld,
+                order == 0 ? ld : 1,
                 layout.get(BATCH_OFFSET)};
 }
 
@@ -90,7 +96,7 @@ cublasStatus_t describe(const Operands& o, Product& p, uint64_t a, uint64_t b, u
     p.b = o.desc->get(TRANS_B) != 0 ? vb->transposed() : *vb;
     p.c = *vc, p.d = *vd;
     const bool fits = p.a.rows == p.d.rows && p.b.columns == p.d.columns && p.a.columns == p.b.rows &&
-                      p.c.rows == p.d.rows && p.c.columns == p.d.columns;
+        p.c.rows == p.d.rows && p.c.columns == p.d.columns;
     if (!fits || p.d.rows <= 0 || p.d.columns <= 0 || p.a.columns <= 0) return CUBLAS_STATUS_INVALID_VALUE;
     p.batches = o.d->get(BATCH_COUNT, 1);
     for (const Attributes* each : {o.a, o.b, o.c})
@@ -98,19 +104,22 @@ cublasStatus_t describe(const Operands& o, Product& p, uint64_t a, uint64_t b, u
     p.tf32 = compute == COMPUTE_32F_FAST_TF32 && p.a.type == Type::F32;
 
     constexpr int64_t known = 1 | RELU | BIAS | GELU | DGELU | AUX | BGRAD | BGRAD_A | BGRAD_B;
-    const bool derivative = (epilogue & DGELU) != 0;
+    const auto has = [epilogue](int64_t bits) { return (epilogue & bits) != 0; };
     // ReLU with a mask is of no use to anybody here.
-    if ((epilogue & ~known) != 0 || ((epilogue & AUX) != 0 && (epilogue & (GELU | DGELU)) == 0))
-        return CUBLAS_STATUS_NOT_SUPPORTED;
-    p.activation = derivative ? Activation::GeluGradient : (epilogue & GELU) != 0 ? Activation::Gelu
-                 : (epilogue & RELU) != 0 ? Activation::Relu : Activation::None;
-    p.bias_gradient = (epilogue & BGRAD_A) != 0 ? BiasGradient::OfA : (epilogue & BGRAD_B) != 0 ? BiasGradient::OfB
-                    : (epilogue & BGRAD) != 0 ? BiasGradient::OfResult : BiasGradient::None;
-    p.has_bias = (epilogue & BIAS) != 0;
-    p.has_auxiliary = (epilogue & AUX) != 0;
+    if (has(~known) || (has(AUX) && !has(GELU | DGELU))) return CUBLAS_STATUS_NOT_SUPPORTED;
+    p.activation = has(DGELU) ? Activation::GeluGradient
+        : has(GELU)           ? Activation::Gelu
+        : has(RELU)           ? Activation::Relu
+                              : Activation::None;
+    p.bias_gradient = has(BGRAD_A) ? BiasGradient::OfA
+        : has(BGRAD_B)             ? BiasGradient::OfB
+        : has(BGRAD)               ? BiasGradient::OfResult
+                                   : BiasGradient::None;
+    p.has_bias = has(BIAS);
+    p.has_auxiliary = has(AUX);
     const auto pointer = [&](int name) { return static_cast<uint64_t>(o.desc->get(name)); };
-    if (o.desc->get(BIAS_TYPE, static_cast<int64_t>(p.d.type)) != static_cast<int64_t>(p.d.type)) return CUBLAS_STATUS_NOT_SUPPORTED;
-    if (o.desc->get(AUX_TYPE, static_cast<int64_t>(p.d.type)) != static_cast<int64_t>(p.d.type)) return CUBLAS_STATUS_NOT_SUPPORTED;
+    const auto type = static_cast<int64_t>(p.d.type);
+    if (o.desc->get(BIAS_TYPE, type) != type || o.desc->get(AUX_TYPE, type) != type) return CUBLAS_STATUS_NOT_SUPPORTED;
     const int64_t biases = p.bias_gradient == BiasGradient::OfB ? p.d.columns : p.d.rows;
     p.bias = {p.d.type, pointer(BIAS_POINTER), biases, 1, 1, 0, o.desc->get(BIAS_BATCH_STRIDE)};
     const int64_t ld = o.desc->get(AUX_LD);
@@ -128,8 +137,8 @@ CUresult check_ranges(const Product& p) {
         return false;
     };
     const bool good = inside("A", p.a) && inside("B", p.b) && (p.beta == 0 || inside("C", p.c)) && inside("D", p.d) &&
-                      ((!p.has_bias && p.bias_gradient == BiasGradient::None) || inside("the bias", p.bias)) &&
-                      (!p.has_auxiliary || inside("the auxiliary matrix", p.auxiliary));
+        ((!p.has_bias && p.bias_gradient == BiasGradient::None) || inside("the bias", p.bias)) &&
+        (!p.has_auxiliary || inside("the auxiliary matrix", p.auxiliary));
     return good ? CUDA_SUCCESS : CUDA_ERROR_ILLEGAL_ADDRESS;
 }
 
@@ -146,13 +155,13 @@ LT_API cublasLtCreate(void** created) {
 LT_API cublasLtDestroy(void*) { return CUBLAS_STATUS_SUCCESS; }
 extern "C" __attribute__((visibility("default"))) size_t cublasLtGetVersion() { return 130000; }
 
-#define DESCRIPTOR(kind)                                                                                          \
-    LT_API cublasLt##kind##Destroy(Attributes* object) {                                                          \
-        delete object;                                                                                            \
-        return CUBLAS_STATUS_SUCCESS;                                                                             \
-    }                                                                                                             \
-    LT_API cublasLt##kind##SetAttribute(Attributes* object, int name, const void* value, size_t bytes) {          \
-        return object->set(name, value, bytes);                                                                   \
+#define DESCRIPTOR(kind)                                                                                 \
+    LT_API cublasLt##kind##Destroy(Attributes* object) {                                                 \
+        delete object;                                                                                   \
+        return CUBLAS_STATUS_SUCCESS;                                                                    \
+    }                                                                                                    \
+    LT_API cublasLt##kind##SetAttribute(Attributes* object, int name, const void* value, size_t bytes) { \
+        return object->set(name, value, bytes);                                                          \
     }
 DESCRIPTOR(MatmulDesc)
 DESCRIPTOR(MatrixLayout)
@@ -163,10 +172,8 @@ LT_API cublasLtMatmulDescCreate(Attributes** desc, int compute, int scale) {
     return CUBLAS_STATUS_SUCCESS;
 }
 LT_API cublasLtMatrixLayoutCreate(Attributes** layout, int type, uint64_t rows, uint64_t columns, int64_t ld) {
-    *layout = new Attributes{{{LAYOUT_TYPE, type},
-                              {ROWS, static_cast<int64_t>(rows)},
-                              {COLUMNS, static_cast<int64_t>(columns)},
-                              {LD, ld}}};
+    *layout = new Attributes{
+        {{LAYOUT_TYPE, type}, {ROWS, static_cast<int64_t>(rows)}, {COLUMNS, static_cast<int64_t>(columns)}, {LD, ld}}};
     return CUBLAS_STATUS_SUCCESS;
 }
 LT_API cublasLtMatmulPreferenceCreate(Attributes** preference) {
@@ -180,7 +187,8 @@ LT_API cublasLtMatmulAlgoGetHeuristic(void*, const Attributes* desc, const Attri
                                       Heuristic* results, int* found) {
     Product product;
     *found = 0;
-    if (const auto status = describe({desc, a, b, c, d}, product, 0, 0, 0, 0); status != CUBLAS_STATUS_SUCCESS) return status;
+    if (const auto status = describe({desc, a, b, c, d}, product, 0, 0, 0, 0); status != CUBLAS_STATUS_SUCCESS)
+        return status;
     for (; *found < std::min(wanted, 2); ++*found) {
         results[*found] = {};
         results[*found].algorithm.data[0] = ALGORITHM;
@@ -190,9 +198,10 @@ LT_API cublasLtMatmulAlgoGetHeuristic(void*, const Attributes* desc, const Attri
     return CUBLAS_STATUS_SUCCESS;
 }
 
-LT_API cublasLtMatmul(void*, const Attributes* desc, const void* alpha, uint64_t a, const Attributes* a_layout, uint64_t b,
-                      const Attributes* b_layout, const void* beta, uint64_t c, const Attributes* c_layout, uint64_t d,
-                      const Attributes* d_layout, const Algorithm* algorithm, void*, size_t, CUstream stream) {
+LT_API cublasLtMatmul(void*, const Attributes* desc, const void* alpha, uint64_t a, const Attributes* a_layout,
+                      uint64_t b, const Attributes* b_layout, const void* beta, uint64_t c, const Attributes* c_layout,
+                      uint64_t d, const Attributes* d_layout, const Algorithm* algorithm, void*, size_t,
+                      CUstream stream) {
     if (algorithm != nullptr && algorithm->data[0] != ALGORITHM) return CUBLAS_STATUS_INVALID_VALUE;
     Product product;
     const auto status = describe({desc, a_layout, b_layout, c_layout, d_layout}, product, a, b, c, d);

@@ -16,8 +16,8 @@ thread_local void* current_context = nullptr;
 /// An H100 SXM, by CUDA's numbers of the attributes. Those that are not here are 0.
 int attribute_value(int attribute) {
     switch (attribute) {
-    case 1: case 2: case 3: return attribute == 3 ? 64 : 1024; // threads of a block; its x, y, z
-    case 4: break;
+    case 1: case 2: case 3: return 1024; // threads of a block; its x, y
+    case 4: return 64; // its z
     case 5: return 2147483647; // grid x, y, z
     case 6: case 7: return 65535;
     case 8: return 48 << 10;        // shared memory of a block without opting in
@@ -71,8 +71,8 @@ API cuDriverGetVersion(int* version) {
 
 // Device.
 
-#define NEED_DEVICE(device)                                                                                       \
-    if (!initialised) return CUDA_ERROR_NOT_INITIALIZED;                                                          \
+#define NEED_DEVICE(device)                              \
+    if (!initialised) return CUDA_ERROR_NOT_INITIALIZED; \
     if ((device) != 0) return CUDA_ERROR_INVALID_DEVICE
 
 API cuDeviceGetCount(int* count) {
@@ -146,7 +146,7 @@ API cuCtxGetStreamPriorityRange(int* least, int* greatest) {
 
 API cuGetErrorName(CUresult error, const char** name) {
     switch (error) {
-#define X(code, number, words)                                                                                    \
+#define X(code, number, words) \
     case code: *name = #code; return CUDA_SUCCESS;
         FOR_EACH_RESULT(X)
 #undef X
@@ -155,7 +155,7 @@ API cuGetErrorName(CUresult error, const char** name) {
 }
 API cuGetErrorString(CUresult error, const char** text) {
     switch (error) {
-#define X(code, number, words)                                                                                    \
+#define X(code, number, words) \
     case code: *text = words; return CUDA_SUCCESS;
         FOR_EACH_RESULT(X)
 #undef X

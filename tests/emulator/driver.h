@@ -23,11 +23,11 @@ SHARED CUresult check_context();
 void set_fault(CUresult error);
 
 /// Opens a function that needs a context.
-#define ENTER                                                                                                     \
-    std::lock_guard entered(driver_lock());                                                                       \
+#define ENTER                               \
+    std::lock_guard entered(driver_lock()); \
     if (const CUresult error = check_context(); error != CUDA_SUCCESS) return error
 
-#define TRY(call)                                                                                                 \
+#define TRY(call) \
     if (const CUresult error = (call); error != CUDA_SUCCESS) return error
 
 /// The objects behind a kind of handle.
@@ -59,7 +59,12 @@ void remove_global(CUdeviceptr address);
 // Streams (stream.cpp).
 
 /// CUDA's numbers of the kinds of graph nodes.
-enum class NodeType : int { Kernel = 0, Memcpy = 1, Memset = 2, EventRecord = 7 };
+enum class NodeType : int {
+    Kernel = 0,
+    Memcpy = 1,
+    Memset = 2,
+    EventRecord = 7
+};
 
 /// Does the work now, or records it if the stream captures. The work's own error is returned; a fault of a kernel is
 /// asynchronous, as on a GPU: it shows in the next call, unless CUDA_LAUNCH_BLOCKING is set.

@@ -82,13 +82,14 @@ Order Order::from_environment() {
     char* end = nullptr;
     const uint64_t seed = std::strtoull(text, &end, 10);
     if (end == text || *end != 0) {
-        std::fprintf(stderr, "emulator: CUDA_EMULATOR_ORDER is \"forward\", \"backward\" or a seed, not \"%s\"\n", text);
+        std::fprintf(stderr, "emulator: CUDA_EMULATOR_ORDER is \"forward\", \"backward\" or a seed, not \"%s\"\n",
+                     text);
         std::exit(2);
     }
     return {Shuffled, seed};
 }
 
-Worker::Worker(uint64_t number) : order(Order::from_environment()), random(order.seed * 2 + number) {
+Worker::Worker() : order(Order::from_environment()) {
     stacks = map(STRIDE * MAX_THREADS);
     for (unsigned i = 0; i < MAX_THREADS; i++) mprotect(stacks + STRIDE * i, PAGE, PROT_NONE);
     constexpr size_t shared_pages = (MAX_SHARED + PAGE - 1) / PAGE * PAGE;
@@ -107,6 +108,9 @@ const char* Worker::stack_guard() const { return stacks + STRIDE * static_cast<s
 
 void Worker::run_block(uint3 index) {
     block.block_index = index;
+    // A shuffle depends on the block, not on who runs it.
+    random = order.seed +
+        ((static_cast<uint64_t>(index.z) * launch->grid.y + index.y) * launch->grid.x + index.x) * 0x2545f4914f6cdd1d;
     block.block_dim = launch->block;
     block.grid_dim = launch->grid;
     // What nobody has written is NaN, and what lies behind the end is a guard page.
@@ -149,8 +153,12 @@ void Worker::start_fibers() {
         fiber.groups = 0;
         // Tops of stacks are spread over the cache's sets. The return address of start_fiber lies at 8 modulo 16.
         auto** top = reinterpret_cast<void**>(stacks + STRIDE * (i + 1) - 64 * (i % 61) - 64);
-        void* registers[] = {static_cast<EmuThread*>(&fiber), nullptr, parameters.data(),
-                             reinterpret_cast<void*>(launch->kernel->call), nullptr, nullptr,
+        void* registers[] = {static_cast<EmuThread*>(&fiber),
+                             nullptr,
+                             parameters.data(),
+                             reinterpret_cast<void*>(launch->kernel->call),
+                             nullptr,
+                             nullptr,
                              reinterpret_cast<void*>(emu_start_fiber)};
         constexpr size_t count = sizeof registers / sizeof *registers;
         fiber.stack_pointer = top - count;
@@ -167,7 +175,8 @@ void Worker::run_warp(Warp& warp) {
         if (order.kind == Order::Backward) lane = 31u - static_cast<unsigned>(std::countl_zero(waiting));
         if (order.kind == Order::Shuffled) {
             const int from = static_cast<int>(next_random() % 32);
-            lane = (static_cast<unsigned>(std::countr_zero(std::rotr(waiting, from))) + static_cast<unsigned>(from)) % 32;
+            lane =
+                (static_cast<unsigned>(std::countr_zero(std::rotr(waiting, from))) + static_cast<unsigned>(from)) % 32;
         }
         waiting &= ~(1u << lane);
         resume(lanes[lane]);
@@ -239,7 +248,8 @@ void emu_barrier(EmuThread* self, EmuPlace place) {
     if (place.line != other.line || std::strcmp(place.file, other.file) != 0)
         worker.fail(CUDA_ERROR_LAUNCH_FAILED,
                     "__syncthreads reached while other threads of the block wait in the one at " +
-                        std::string(other.file) + ":" + std::to_string(other.line), &place);
+                        std::string(other.file) + ":" + std::to_string(other.line),
+                    &place);
     fiber.warp->runnable &= ~bit;
     fiber.warp->at_barrier |= bit;
     worker.at_barrier++;

@@ -31,7 +31,11 @@ struct Fiber : EmuThread {
 
 /// In which order the runnable threads of a block get their turn (CUDA_EMULATOR_ORDER).
 struct Order {
-    enum { Forward, Backward, Shuffled } kind = Forward;
+    enum {
+        Forward,
+        Backward,
+        Shuffled
+    } kind = Forward;
     uint64_t seed = 0;
     static Order from_environment();
 };
@@ -58,7 +62,7 @@ struct Worker {
 
     char *stacks, *shared, *signal_stack;
 
-    explicit Worker(uint64_t seed);
+    Worker();
     void run_block(uint3 index);
     /// Says what happened where, and leaves the grid. Does not return.
     [[noreturn]] void fail(CUresult error, const std::string& what, const EmuPlace* place = nullptr);

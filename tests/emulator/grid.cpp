@@ -38,9 +38,12 @@ void on_fault(int signal, siginfo_t* info, void*) {
     if (signal == SIGILL) worker->fail(CUDA_ERROR_LAUNCH_FAILED, "illegal instruction");
     if (address >= guard && address < guard + 4096)
         worker->fail(CUDA_ERROR_HARDWARE_STACK_ERROR, "stack overflow: local variables take more than 64 KiB");
-    char text[64];
+    char text[96];
     // Addresses that x86 cannot form, such as a pointer made of NaN bytes, are not told.
     if (info->si_code == SI_KERNEL) std::snprintf(text, sizeof text, "illegal address");
+    else if (address >= worker->shared && address < worker->shared + 4096)
+        std::snprintf(text, sizeof text, "%zu bytes behind the end of dynamic shared memory, which is of %zu",
+                      static_cast<size_t>(address - worker->shared), worker->launch->dynamic_shared);
     else std::snprintf(text, sizeof text, "illegal address %p", info->si_addr);
     worker->fail(CUDA_ERROR_ILLEGAL_ADDRESS, text);
 }
@@ -77,7 +80,7 @@ void run_blocks(Worker& worker, Grid& grid) {
 
 /// The second worker has an OS thread of its own, which waits for a grid, runs its share and waits again.
 struct Helper {
-    Worker worker{1};
+    Worker worker;
     std::mutex mutex;
     std::condition_variable changed;
     Grid* grid = nullptr;
@@ -95,7 +98,10 @@ struct Helper {
     }
 
     void begin(Grid& work) {
-        { std::lock_guard lock(mutex); grid = &work; }
+        {
+            std::lock_guard lock(mutex);
+            grid = &work;
+        }
         changed.notify_all();
     }
 
@@ -115,7 +121,7 @@ CUresult run_grid(const Launch& launch) {
         // The handler leaves by longjmp, so that its signal has to stay open.
         action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
         for (int signal : SIGNALS) sigaction(signal, &action, &previous[signal]);
-        return new Worker(0);
+        return new Worker;
     }();
     static Helper* const helper = new Helper;
 

@@ -24,7 +24,12 @@ struct Physical {
 
 /// A range of addresses that may be used. Its size is what was asked for.
 struct Range {
-    enum { Allocated, Mapped, Pinned, Global } kind;
+    enum {
+        Allocated,
+        Mapped,
+        Pinned,
+        Global
+    } kind;
     size_t size;
     Physical* physical = nullptr;
 };
@@ -95,7 +100,11 @@ void free_if_unused(Physical* physical) {
     physicals.destroy(physical);
 }
 
-enum class Direction { HostToDevice, DeviceToHost, DeviceToDevice };
+enum class Direction {
+    HostToDevice,
+    DeviceToHost,
+    DeviceToDevice
+};
 
 CUresult copy(CUdeviceptr to, CUdeviceptr from, size_t bytes, Direction direction) {
     if (direction != Direction::DeviceToHost && !is_device_range(to, bytes)) return CUDA_ERROR_INVALID_VALUE;
@@ -188,7 +197,8 @@ API cuMemAddressReserve(CUdeviceptr* address, size_t bytes, size_t, CUdeviceptr,
     const uint64_t begin = reinterpret_cast<uint64_t>(memory);
     *address = round_up(begin, GRANULARITY);
     if (*address > begin) munmap(memory, *address - begin);
-    if (*address < begin + GRANULARITY) munmap(reinterpret_cast<void*>(*address + bytes), begin + GRANULARITY - *address);
+    if (*address < begin + GRANULARITY)
+        munmap(reinterpret_cast<void*>(*address + bytes), begin + GRANULARITY - *address);
     reservations[*address] = bytes;
     return CUDA_SUCCESS;
 }
@@ -250,7 +260,8 @@ API cuMemUnmap(CUdeviceptr address, size_t bytes) {
         if (range == ranges.end() || range->second.kind != Range::Mapped) return CUDA_ERROR_INVALID_VALUE;
         at += range->second.size;
     }
-    mmap(reinterpret_cast<void*>(address), bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+    mmap(reinterpret_cast<void*>(address), bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED,
+         -1, 0);
     for (auto range = ranges.find(address); range != ranges.end() && range->first < end; range = ranges.erase(range)) {
         range->second.physical->mappings--;
         free_if_unused(range->second.physical);
@@ -294,15 +305,15 @@ API cuMemcpyDtoDAsync_v2(CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstrea
     return copy_async(to, from, bytes, Direction::DeviceToDevice, stream);
 }
 
-#define MEMSET(name, T)                                                                                           \
-    API name##_v2(CUdeviceptr address, T value, size_t count) {                                                   \
-        ENTER;                                                                                                    \
-        TRY(forbid_during_capture());                                                                             \
-        return fill(address, value, count);                                                                       \
-    }                                                                                                             \
-    API name##Async(CUdeviceptr address, T value, size_t count, CUstream stream) {                                \
-        ENTER;                                                                                                    \
-        return enqueue(stream, NodeType::Memset, [=] { return fill(address, value, count); });                    \
+#define MEMSET(name, T)                                                                        \
+    API name##_v2(CUdeviceptr address, T value, size_t count) {                                \
+        ENTER;                                                                                 \
+        TRY(forbid_during_capture());                                                          \
+        return fill(address, value, count);                                                    \
+    }                                                                                          \
+    API name##Async(CUdeviceptr address, T value, size_t count, CUstream stream) {             \
+        ENTER;                                                                                 \
+        return enqueue(stream, NodeType::Memset, [=] { return fill(address, value, count); }); \
     }
 MEMSET(cuMemsetD8, uint8_t)
 MEMSET(cuMemsetD16, uint16_t)

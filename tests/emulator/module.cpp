@@ -48,7 +48,8 @@ size_t thread_local_size(void* program) {
     return wanted.second;
 }
 
-CUresult launch(Function* function, dim3 grid, dim3 block, unsigned shared, CUstream stream, void** parameters, void** extra) {
+CUresult launch(Function* function, dim3 grid, dim3 block, unsigned shared, CUstream stream, void** parameters,
+                void** extra) {
     ENTER;
     if (functions.find(function) == nullptr) return CUDA_ERROR_INVALID_HANDLE;
     const EmuKernel& kernel = *function->kernel;
@@ -149,7 +150,8 @@ API cuFuncSetCacheConfig(Function*, int) {
 
 // Occupancy: what threads and shared memory allow; registers are not known.
 
-API cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, Function* function, int threads, size_t shared, unsigned) {
+API cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, Function* function, int threads, size_t shared,
+                                                         unsigned) {
     ENTER;
     if (functions.find(function) == nullptr) return CUDA_ERROR_INVALID_HANDLE;
     if (threads <= 0) return CUDA_ERROR_INVALID_VALUE;
@@ -169,15 +171,16 @@ API cuOccupancyMaxPotentialBlockSize(int* grid, int* block, Function* function, 
     *grid = 132 * (2048 / *block);
     return CUDA_SUCCESS;
 }
-API cuOccupancyMaxPotentialBlockSizeWithFlags(int* grid, int* block, Function* function, size_t (*shared)(int), size_t bytes,
-                                              int limit, unsigned) {
+API cuOccupancyMaxPotentialBlockSizeWithFlags(int* grid, int* block, Function* function, size_t (*shared)(int),
+                                              size_t bytes, int limit, unsigned) {
     return cuOccupancyMaxPotentialBlockSize(grid, block, function, shared, bytes, limit);
 }
 
 // Launches.
 
-API cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
-                   unsigned block_z, unsigned shared, CUstream stream, void** parameters, void** extra) {
+API cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+                   unsigned block_y, unsigned block_z, unsigned shared, CUstream stream, void** parameters,
+                   void** extra) {
     return launch(function, {grid_x, grid_y, grid_z}, {block_x, block_y, block_z}, shared, stream, parameters, extra);
 }
 
@@ -188,7 +191,7 @@ struct LaunchConfig {
         int id;
         char padding[4];
         unsigned value[16];
-    } * attributes;
+    }* attributes;
     unsigned attribute_count;
 };
 

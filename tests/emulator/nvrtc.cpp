@@ -81,12 +81,15 @@ std::string options_for_gcc(const std::vector<std::string>& options) {
         const auto value_of = [&](const char* name) -> const char* {
             const size_t length = std::strlen(name);
             if (option == name && i + 1 < options.size()) return options[++i].c_str();
-            return option.compare(0, length, name) == 0 && option[length] == '=' ? option.c_str() + length + 1 : nullptr;
+            return option.compare(0, length, name) == 0 && option[length] == '=' ? option.c_str() + length + 1
+                                                                                 : nullptr;
         };
         if (option.size() > 2 && (option.starts_with("-D") || option.starts_with("-I") || option.starts_with("-U")))
             result += " " + quoted(option);
-        else if (const char* definition = value_of("--define-macro")) result += " " + quoted(std::string("-D") + definition);
-        else if (const char* folder = value_of("--include-path")) result += " " + quoted(std::string("-I") + folder);
+        else if (const char* definition = value_of("--define-macro"))
+            result += " " + quoted(std::string("-D") + definition);
+        else if (const char* folder = value_of("--include-path"))
+            result += " " + quoted(std::string("-I") + folder);
     }
     return result;
 }
@@ -151,8 +154,8 @@ std::vector<Kernel> take_kernels(std::string& source) {
     return kernels;
 }
 
-/// The end of the program: its table of kernels. Each is found by its plain name, so it is declared again as `extern "C"`,
-/// which does not compile if it is not.
+/// The end of the program: its table of kernels. Each is found by its plain name, so it is declared again as `extern
+/// "C"`, which does not compile if it is not.
 std::string table_of(const std::vector<Kernel>& kernels) {
     std::string text = "\n# 1 \"table of kernels\"\n", table;
     for (const Kernel& kernel : kernels) {
@@ -165,14 +168,14 @@ std::string table_of(const std::vector<Kernel>& kernels) {
             close += "}";
         }
         text += "extern \"C\" void " + kernel.name + "(" + kernel.parameters + ");\nconstexpr EmuKernel " + entry +
-                " = EmuEntry<static_cast<void (*)(" + kernel.parameters + ")>(&" + kernel.name + ")>::entry(\"" +
-                kernel.name + "\"" + (kernel.bounds.empty() ? "" : ", ") + kernel.bounds + ");" + close + "\n";
+            " = EmuEntry<static_cast<void (*)(" + kernel.parameters + ")>(&" + kernel.name + ")>::entry(\"" +
+            kernel.name + "\"" + (kernel.bounds.empty() ? "" : ", ") + kernel.bounds + ");" + close + "\n";
         table += path + entry + ", ";
     }
     // A variable of its own makes the loader allot the __shared__ variables when the driver asks for them.
     return text + "extern \"C\" __attribute__((visibility(\"default\"))) const EmuKernel emu_kernels[] = {" + table +
-           "{}};\nextern \"C\" __attribute__((visibility(\"default\"))) void* emu_shared_variables() {\n"
-           "    static thread_local char first;\n    return &first;\n}\n";
+        "{}};\nextern \"C\" __attribute__((visibility(\"default\"))) void* emu_shared_variables() {\n"
+        "    static thread_local char first;\n    return &first;\n}\n";
 }
 
 nvrtcResult compile(Program& program, const std::vector<std::string>& options) {
@@ -180,9 +183,10 @@ nvrtcResult compile(Program& program, const std::vector<std::string>& options) {
     fs::create_directories(cache);
     const std::string compiler = "g++ -std=c++20 -w -I" + quoted((folder / "include").string());
     // Kernels read memory under other types than it was written with, as float4 or uint4; integers wrap.
-    const std::string code = " -O2 -march=native -ffp-contract=off -fno-strict-aliasing -fwrapv -ffixed-r15 -fPIC -shared"
-                             " -fvisibility=hidden -fno-gnu-unique -fno-exceptions -fno-rtti -fno-math-errno"
-                             " -fsanitize=alignment,bounds";
+    const std::string code =
+        " -O2 -march=native -ffp-contract=off -fno-strict-aliasing -fwrapv -ffixed-r15 -fPIC -shared"
+        " -fvisibility=hidden -fno-gnu-unique -fno-exceptions -fno-rtti -fno-math-errno"
+        " -fsanitize=alignment,bounds";
     const std::string own = options_for_gcc(options);
     const std::string key = hash(compiler + code + own + program.name + '\0' + program.source);
     const fs::path object = cache / (key + ".so");
@@ -193,8 +197,8 @@ nvrtcResult compile(Program& program, const std::vector<std::string>& options) {
     const fs::path scratch = cache / (key + "." + std::to_string(getpid()) + "." + std::to_string(gettid()));
     const auto file = [&](const char* ending) { return scratch.string() + ending; };
     std::ofstream(file(".cu")) << "# 1 \"" << program.name << "\"\n" << program.source << "\n";
-    bool good = run(compiler + own + " -include emu_cuda.h -E -x c++ " + quoted(file(".cu")) + " -o " + quoted(file(".ii")) +
-                    " 2> " + quoted(file(".log")));
+    bool good = run(compiler + own + " -include emu_cuda.h -E -x c++ " + quoted(file(".cu")) + " -o " +
+                    quoted(file(".ii")) + " 2> " + quoted(file(".log")));
     if (good) {
         std::string source = read(file(".ii"));
         const auto kernels = take_kernels(source);
@@ -244,12 +248,12 @@ API nvrtcGetProgramLogSize(Program* program, size_t* size) {
 }
 API nvrtcGetProgramLog(Program* program, char* log) { return get(program->log, log); }
 
-#define IMAGE(size_name, get_name)                                                                                \
-    API size_name(Program* program, size_t* size) {                                                               \
-        if (program->image.empty()) return NVRTC_ERROR_INVALID_PROGRAM;                                           \
-        *size = program->image.size() + 1;                                                                        \
-        return NVRTC_SUCCESS;                                                                                     \
-    }                                                                                                             \
+#define IMAGE(size_name, get_name)                                      \
+    API size_name(Program* program, size_t* size) {                     \
+        if (program->image.empty()) return NVRTC_ERROR_INVALID_PROGRAM; \
+        *size = program->image.size() + 1;                              \
+        return NVRTC_SUCCESS;                                           \
+    }                                                                   \
     API get_name(Program* program, char* image) { return get(program->image, image); }
 IMAGE(nvrtcGetPTXSize, nvrtcGetPTX)
 IMAGE(nvrtcGetCUBINSize, nvrtcGetCUBIN)

@@ -40,8 +40,10 @@ float View::get(int64_t batch, int64_t i, int64_t j) const {
 
 void View::set(int64_t batch, int64_t i, int64_t j, float value) const {
     const int64_t at = batch * batch_step + i * row_step + j * column_step;
-    if (type == Type::F32) reinterpret_cast<float*>(address)[at] = value;
-    else reinterpret_cast<uint16_t*>(address)[at] = to_bf16(value);
+    if (type == Type::F32)
+        reinterpret_cast<float*>(address)[at] = value;
+    else
+        reinterpret_cast<uint16_t*>(address)[at] = to_bf16(value);
 }
 
 size_t View::bytes(int64_t batches) const {
@@ -77,7 +79,8 @@ void Product::compute_columns(int64_t batch, int64_t first, int64_t last) const 
         const int64_t columns = std::min(COLUMNS, last - j0);
         for (int64_t l = 0; l < k; l++)
             for (int64_t j = 0; j < COLUMNS; j++)
-                packed_b[static_cast<size_t>(l * COLUMNS + j)] = j < columns ? truncate(b.get(batch, l, j0 + j), tf32) : 0;
+                packed_b[static_cast<size_t>(l * COLUMNS + j)] =
+                    j < columns ? truncate(b.get(batch, l, j0 + j), tf32) : 0;
         for (int64_t i0 = 0; i0 < m; i0 += ROWS) {
             float sums[COLUMNS][ROWS] = {};
             const float* a_at = &packed_a[static_cast<size_t>(i0 * k)];
@@ -92,8 +95,10 @@ void Product::compute_columns(int64_t batch, int64_t first, int64_t last) const 
                     // With beta 0 nothing is read: c may hold anything.
                     if (beta != 0) value += beta * c.get(batch, row, column);
                     if (has_bias) value += bias.get(batch, row, 0);
-                    if (activation == Activation::GeluGradient) value *= gelu_derivative(auxiliary.get(batch, row, column));
-                    else if (has_auxiliary) auxiliary.set(batch, row, column, value);
+                    if (activation == Activation::GeluGradient)
+                        value *= gelu_derivative(auxiliary.get(batch, row, column));
+                    else if (has_auxiliary)
+                        auxiliary.set(batch, row, column, value);
                     if (activation == Activation::Relu) value = std::fmax(value, 0.0f);
                     if (activation == Activation::Gelu) value = gelu(value);
                     d.set(batch, row, column, value);

@@ -3,7 +3,10 @@
 #include <cstddef>
 #include <cstdint>
 
-enum class Type : int { F32 = 0, BF16 = 14 };
+enum class Type : int {
+    F32 = 0,
+    BF16 = 14
+};
 
 /// A matrix of a batch: element (i, j) lies at i * row_step + j * column_step.
 struct View {
@@ -18,8 +21,18 @@ struct View {
     size_t bytes(int64_t batches) const;
 };
 
-enum class Activation { None, Relu, Gelu, GeluGradient };
-enum class BiasGradient { None, OfA, OfB, OfResult };
+enum class Activation {
+    None,
+    Relu,
+    Gelu,
+    GeluGradient
+};
+enum class BiasGradient {
+    None,
+    OfA,
+    OfB,
+    OfResult
+};
 
 /// d = activation(alpha a b + beta c + bias), [m, n], for each of a batch. The bias is one column, `[m]`. GELU may keep
 /// its input in `auxiliary`; its gradient multiplies by the derivative there. A bias gradient sums over the columns of

@@ -24,7 +24,11 @@ struct Graph {
     std::vector<std::unique_ptr<Node>> nodes;
 };
 
-enum class Mode : int { Global = 0, ThreadLocal = 1, Relaxed = 2 };
+enum class Mode : int {
+    Global = 0,
+    ThreadLocal = 1,
+    Relaxed = 2
+};
 
 struct Capture {
     Stream* origin;
@@ -138,7 +142,8 @@ API cuStreamCreate(Stream** stream, unsigned flags) {
 API cuStreamCreateWithPriority(Stream** stream, unsigned flags, int) { return cuStreamCreate(stream, flags); }
 API cuStreamDestroy_v2(Stream* stream) {
     ENTER;
-    if (stream != nullptr && is_capturing(stream)) return invalidate(*stream->capture, CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+    if (stream != nullptr && is_capturing(stream))
+        return invalidate(*stream->capture, CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
     return streams.destroy(stream);
 }
 API cuStreamSynchronize(CUstream handle) {
@@ -181,7 +186,8 @@ API cuStreamBeginCapture_v2(CUstream handle, Mode mode) {
     if (stream == nullptr) return CUDA_ERROR_INVALID_HANDLE;
     if (stream->legacy) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
     if (stream->capture != nullptr) return CUDA_ERROR_INVALID_VALUE;
-    captures.push_back(std::make_unique<Capture>(stream, mode, std::this_thread::get_id(), ++capture_count, graphs.create()));
+    captures.push_back(
+        std::make_unique<Capture>(stream, mode, std::this_thread::get_id(), ++capture_count, graphs.create()));
     stream->capture = captures.back().get();
     return CUDA_SUCCESS;
 }
@@ -196,8 +202,10 @@ API cuStreamEndCapture(CUstream handle, Graph** graph) {
     CUresult error = CUDA_SUCCESS;
     if (!capture->unjoined.empty()) error = CUDA_ERROR_STREAM_CAPTURE_UNJOINED;
     if (!capture->valid) error = CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
-    if (error == CUDA_SUCCESS) *graph = capture->graph;
-    else graphs.destroy(capture->graph);
+    if (error == CUDA_SUCCESS)
+        *graph = capture->graph;
+    else
+        graphs.destroy(capture->graph);
     stream->capture = nullptr;
     for (Stream* member : capture->members) member->capture = nullptr;
     std::erase_if(captures, [capture](const auto& other) { return other.get() == capture; });
@@ -297,7 +305,8 @@ API cuGraphDestroy(Graph* graph) {
 API cuGraphGetNodes(Graph* graph, Node** nodes, size_t* count) {
     ENTER;
     if (graphs.find(graph) == nullptr) return CUDA_ERROR_INVALID_HANDLE;
-    for (size_t i = 0; nodes != nullptr && i < *count; i++) nodes[i] = i < graph->nodes.size() ? graph->nodes[i].get() : nullptr;
+    for (size_t i = 0; nodes != nullptr && i < *count; i++)
+        nodes[i] = i < graph->nodes.size() ? graph->nodes[i].get() : nullptr;
     *count = graph->nodes.size();
     return CUDA_SUCCESS;
 }

@@ -12,8 +12,8 @@
 //! | `sh,fails` | has to fail |
 //! | `sh,no_run` | for another machine: every `dinolab` command is parsed and not run, everything else left out |
 //!
-//! Blocks of `rust` are compiled as documentation tests of this crate (`tests/src/lib.rs` lists the pages); other blocks
-//! say `text`.
+//! Blocks of `rust` are compiled as documentation tests of this crate (`tests/src/lib.rs` lists the pages); `python` needs
+//! other programs and `json` is output, like `text`: they are not run.
 
 #[allow(dead_code)]
 mod program;
@@ -184,7 +184,7 @@ fn follow(page: &Path) -> Result<(), String> {
             "sh" => body.clone(),
             "sh,fails" => format!("if (\n{body}\n); then echo \"$page:$line: this does not fail\" >&2; exit 1; fi"),
             "sh,no_run" => format!("(\n{NO_RUN}\n{body}\n)"),
-            info if info == "text" || info.starts_with("rust") || info == "json" => String::new(),
+            info if info.starts_with("rust") || ["text", "json", "python"].contains(&info) => String::new(),
             other => return Err(format!("{}:{}: a block of `{other}`", page.display(), block.line)),
         };
         script.push('\n');

@@ -8,7 +8,7 @@ use dinolab_core::data::{Batch, DeviceBatches, Loader, LoaderSpec, Pipeline};
 use dinolab_core::recipe::{BatchConfig, CropConfig, MaskConfig, Resolution};
 use dinolab_core::rng::{Rng, Stream};
 use dinolab_core::{DType, Device, Result, Tensor};
-macro_rules! gpu_test { ($n:ident, $b:block) => { #[test] fn $n() $b }; }
+use dinolab_tests::gpu_test;
 
 /// Smooth colours with noise, in several sizes.
 #[derive(Debug)]

@@ -66,6 +66,7 @@ struct Run {
     student: Tensor,
     teacher: Tensor,
     eager: Option<String>,
+    nodes: Vec<usize>,
 }
 
 fn run(device: &str, precision: &str) -> Run {
@@ -76,7 +77,7 @@ fn run(device: &str, precision: &str) -> Run {
     let host = |x: &Tensor| x.to(dinolab_core::Device::Cpu);
     let weights = learner.weights();
     let (student, teacher) = (host(&weights.student), host(&weights.teacher));
-    Run { reports, student, teacher, eager: learner.eager_reason().map(String::from) }
+    Run { reports, student, teacher, eager: learner.eager_reason().map(String::from), nodes: learner.recorded_nodes() }
 }
 
 /// ||a - b|| / ||b||.
@@ -105,6 +106,8 @@ gpu_test!(six_steps_in_f32_equal_the_cpu_and_are_recorded, {
     let gpu = run("cuda", "f32");
     compare(&gpu, &run("cpu", "f32"), 2e-4, 2e-4);
     assert_eq!(gpu.eager, None);
+    // Before and after the Gram teacher begins are two kinds of step; the first comes only once.
+    assert!(gpu.nodes.len() == 1 && gpu.nodes[0] > 100, "{:?}", gpu.nodes);
 });
 
 gpu_test!(six_steps_in_bf16_stay_near_f32_and_repeat_to_the_bit, {
@@ -114,3 +117,23 @@ gpu_test!(six_steps_in_bf16_stay_near_f32_and_repeat_to_the_bit, {
     assert_eq!(gpu.student.as_bytes(), again.student.as_bytes());
     assert_eq!(gpu.eager, None);
 });
+
+#[test]
+fn checkpointing_changes_no_bit() {
+    let step = |how: &str| {
+        let text = RECIPE.replace("drop_path = 0.3", &format!("drop_path = 0.3\ncheckpointing = \"{how}\""));
+        let resolved = Resolved::from_text(&format!("device = \"cpu\"\n{text}")).unwrap_or_else(|e| panic!("{e}"));
+        let mut learner = Learner::new(&resolved.recipe).unwrap();
+        let (data, _) = train::datasets(&resolved.recipe).unwrap();
+        let mut loader = Loader::new(data, train::loader_spec(&resolved.recipe, &learner, 0)).unwrap();
+        for i in 0..3 {
+            let report = learner.step(i, &loader.next().unwrap().unwrap().batches, false).unwrap();
+            assert_eq!(report.non_finite, None);
+        }
+        learner.weights().student.to_owned()
+    };
+    let whole = step("none");
+    for how in ["selective", "full"] {
+        assert_eq!(step(how).as_bytes(), whole.as_bytes(), "{how}");
+    }
+}

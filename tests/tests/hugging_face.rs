@@ -46,7 +46,7 @@ fn relative_error(a: &[f64], b: &[f64]) -> f64 {
 fn errors(folder: &Path, expected: &Path) -> [f64; 2] {
     let model = ModelInfo::of(folder).unwrap().expect("a weights folder says what it is");
     let mut params = ParamBuilder::new();
-    let backbone = model.build(&mut params, 224).unwrap();
+    let backbone = model.build(&mut params).unwrap();
     let layout = params.finish();
     let mut flat = Tensor::zeros(&[layout.len()], DType::F32);
     let weights = read_weights(folder).unwrap();

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use dinolab_core::testing::{check, Outcome};
-use dinolab_core::Result;
+use dinolab_core::{Device, Result};
 
 use crate::style;
 
@@ -15,6 +15,9 @@ pub struct Args {
     /// Random cases of each.
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
     cases: u32,
+    /// Where: `cuda` holds the kernels, in f32 and bf16, to the CPU as well.
+    #[arg(long, default_value = "cpu")]
+    device: String,
     /// Another seed draws other cases.
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -22,9 +25,10 @@ pub struct Args {
 
 /// Runs the command: 0 if everything holds, 1 if something does not.
 pub fn run(args: &Args) -> Result<ExitCode> {
+    let device: Device = args.device.parse()?;
     // A panic on a case is a failure of that case, reported with the others.
     std::panic::set_hook(Box::new(|_| {}));
-    let outcomes = check(&args.names, args.cases, args.seed)?;
+    let outcomes = device.with(|| check(&args.names, args.cases, args.seed))?;
     style::print(&style::table(outcomes.iter().map(row)));
     let failures = outcomes.iter().filter_map(|o| Some((o, o.failure.as_ref()?)));
     let mut failed = 0;

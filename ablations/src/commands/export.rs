@@ -75,6 +75,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 fn write_hf(folder: &Path, files: &TensorFiles, prefix: &str, model: &ModelInfo) -> Result<()> {
     let (mut config, rules) = published::hugging_face(&model.backbone)?;
     let pieces = convert::to_published(files, prefix, &rules)?;
+    config["image_size"] = model.crops.global_size.into();
     config["dtype"] = dtype_name(&pieces).into();
     let processor = json!({
         "image_processor_type": "DINOv3ViTImageProcessorFast",

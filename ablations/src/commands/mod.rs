@@ -3,6 +3,7 @@
 pub mod ablate;
 pub mod bench;
 pub mod check;
+pub mod doctor;
 pub mod export;
 pub mod features;
 pub mod import;

@@ -475,7 +475,7 @@ impl Gpu {
                 gib(lasting.live),
                 gib(step.live)
             ),
-            "raise batch.micro_batches, set memory.checkpointing = \"full\", or lower batch.size; \
+            "raise batch.micro_batches, set backbone.checkpointing = \"full\", or lower batch.size; \
              `dinolab recipe check --cost` tells beforehand",
         )
     }

@@ -55,8 +55,7 @@ const ROWS: usize = 128;
 const COLUMNS: usize = 512;
 
 fn unit_rows(x: &Tensor) -> Result<Tensor> {
-    let wide = if x.dtype() == DType::BF16 { x.cast(DType::F32)? } else { x.clone() };
-    wide.l2_normalize(EPS)
+    x.cast(x.dtype().wide())?.l2_normalize(EPS)
 }
 
 struct Koleo {

@@ -95,6 +95,11 @@ impl GpuStep {
 }
 
 impl Learner {
+    /// Launches, copies and fills of the steps that were recorded on a GPU, one number a kind of step.
+    pub fn recorded_nodes(&self) -> Vec<usize> {
+        self.gpu_step.iter().flat_map(|g| g.recorded.values()).map(|r| r.graph.nodes).collect()
+    }
+
     /// Why steps on a GPU are not recorded and replayed, if they are not.
     pub fn eager_reason(&self) -> Option<&str> {
         self.gpu_step.as_ref().and_then(|g| g.reason.as_deref())

@@ -194,18 +194,27 @@ impl Tape {
     ///
     /// # Errors
     /// If `loss` is not a scalar of this tape, or an operation fails.
-    pub fn backward(&self, loss: &Tensor, seed: f64, mut params: Option<&mut Tensor>) -> Result<LeafGrads> {
-        let Some(var) = loss.var.as_ref().filter(|v| Arc::ptr_eq(&v.tape.0, &self.0)) else {
-            return Err(Error::shape("backward", "the loss is not on this tape"));
-        };
+    pub fn backward(&self, loss: &Tensor, seed: f64, params: Option<&mut Tensor>) -> Result<LeafGrads> {
         if loss.len() != 1 {
             return Err(Error::shape("backward", format!("the loss must be a scalar, not {:?}", loss.shape)));
         }
+        let seed = loss.device().with(|| Tensor::full(&loss.shape, loss.dtype, seed))?;
+        self.backward_from(loss, seed, params)
+    }
+
+    /// Runs backward from `result`, whose gradient is `dy`, freeing the tape as it goes.
+    ///
+    /// # Errors
+    /// If `result` is not of this tape, or an operation fails.
+    pub fn backward_from(&self, result: &Tensor, dy: Tensor, mut params: Option<&mut Tensor>) -> Result<LeafGrads> {
+        let Some(var) = result.var.as_ref().filter(|v| Arc::ptr_eq(&v.tape.0, &self.0)) else {
+            return Err(Error::shape("backward", "the loss is not on this tape"));
+        };
         // The nodes leave the tape, so that operations in `backward` may use tensors of their own freely.
         let mut nodes = std::mem::take(&mut *self.lock());
-        let _on = loss.device().enter();
+        let _on = result.device().enter();
         let mut slots: Vec<Option<Tensor>> = nodes.iter().map(|_| None).collect();
-        slots[var.id] = Some(Tensor::full(&loss.shape, loss.dtype, seed)?);
+        slots[var.id] = Some(dy);
         for id in (0..=var.id).rev() {
             let NodeKind::Op { .. } = nodes[id].kind else { continue };
             let NodeKind::Op { op, inputs, scope } = std::mem::replace(&mut nodes[id].kind, NodeKind::Done) else {
@@ -274,6 +283,11 @@ impl Grads<'_> {
     fn reborrow(&mut self) -> Grads<'_> {
         let params = self.params.as_deref_mut();
         Grads { nodes: self.nodes, inputs: self.inputs, slots: self.slots, params, host: self.host }
+    }
+
+    /// The flat gradient buffer of parameters, for a tape inside an operation.
+    pub(crate) fn params(&mut self) -> Option<&mut Tensor> {
+        self.params.as_deref_mut()
     }
 
     /// Whether input `i` is tracked.

@@ -7,7 +7,7 @@ use super::case::Case;
 use super::loss_oracle::{self, LossOracle};
 use super::op_oracle::OpOracle;
 use crate::contract::Loss;
-use crate::{registry, Error, Result};
+use crate::{registry, Device, Error, Result};
 
 /// How a check of one operation or loss ended.
 #[derive(Debug)]
@@ -42,11 +42,12 @@ pub fn names() -> Vec<(&'static str, &'static str)> {
 }
 
 /// Checks the named operations and losses (all if none is named) on `cases` random cases each, which are a function of
-/// `seed` and the name.
+/// `seed` and the name. [On a GPU](Device::with) each is also held, in f32 and bf16, to the CPU.
 ///
 /// # Errors
 /// If a name is not known.
 pub fn check(wanted: &[String], cases: u32, seed: u64) -> Result<Vec<Outcome>> {
+    let device = Device::current();
     let all = names();
     if let Some(unknown) = wanted.iter().find(|w| !all.iter().any(|(_, name)| name == w)) {
         let nearest = crate::recipe::nearest(unknown, all.iter().map(|(_, name)| *name));
@@ -58,10 +59,10 @@ pub fn check(wanted: &[String], cases: u32, seed: u64) -> Result<Vec<Outcome>> {
         ));
     }
     let chosen = all.into_iter().filter(|(_, name)| wanted.is_empty() || wanted.iter().any(|w| w == name));
-    chosen.map(|(kind, name)| one(kind, name, cases, seed)).collect()
+    Device::Cpu.with(|| chosen.map(|(kind, name)| one(kind, name, cases, seed, device)).collect())
 }
 
-fn one(kind: &'static str, name: &'static str, cases: u32, seed: u64) -> Result<Outcome> {
+fn one(kind: &'static str, name: &'static str, cases: u32, seed: u64, device: Device) -> Result<Outcome> {
     let (strategy, against) = match kind {
         "op" => ((op(name).cases)(), "dfdx, differences"),
         _ => {
@@ -75,7 +76,7 @@ fn one(kind: &'static str, name: &'static str, cases: u32, seed: u64) -> Result<
     let bytes = blake3::hash(format!("{seed} {kind} {name}").as_bytes());
     let mut runner = TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, bytes.as_bytes()));
     let mut outcome = Outcome { kind, name, against, cases, failure: None };
-    let held = runner.run(&strategy, |case| match attempt(kind, name, &case) {
+    let held = runner.run(&strategy, |case| match attempt(kind, name, &case, device) {
         Ok(true) => Ok(()),
         Ok(false) => Err(TestCaseError::reject("says nothing")),
         Err(reason) => Err(TestCaseError::fail(reason)),
@@ -102,10 +103,10 @@ fn op(name: &str) -> &'static OpOracle {
     inventory::iter::<OpOracle>.into_iter().find(|o| o.name == name).expect("`names` has it from here")
 }
 
-fn attempt(kind: &str, name: &str, case: &Case) -> Result<bool, String> {
+fn attempt(kind: &str, name: &str, case: &Case, device: Device) -> Result<bool, String> {
     match kind {
-        "op" => op(name).hold(case),
-        _ => loss_oracle::hold(name, case).map(|()| true),
+        "op" => op(name).hold(case, device),
+        _ => loss_oracle::hold(name, case, device).map(|()| true),
     }
 }
 
@@ -117,5 +118,6 @@ fn attempt(kind: &str, name: &str, case: &Case) -> Result<bool, String> {
 /// # Panics
 /// If there is no such operation or loss.
 pub fn hold(kind: &str, name: &str, case: &Case) -> Result<(), String> {
-    attempt(kind, name, case).map(|_| ())
+    let device = Device::current();
+    Device::Cpu.with(|| attempt(kind, name, case, device)).map(|_| ())
 }

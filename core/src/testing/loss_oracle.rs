@@ -6,10 +6,11 @@ use serde_json::Value as Json;
 
 use super::case::{Bound, Case};
 use super::gradient::{close, hold_to_differences, measure, tensors};
+use super::on_device::hold_on;
 use super::step_case::{build, config, with_outputs};
 pub use super::step_case::{loss_cases, loss_value};
 use crate::dfdx_loss::{evaluate, student, DfdxLoss};
-use crate::{DType, Error, Result, Tensor};
+use crate::{DType, Device, Error, Result, Tensor};
 
 /// What a registered loss is held to by [`check`](super::check()): made by [`loss_oracle!`](crate::loss_oracle).
 pub struct LossOracle {
@@ -55,7 +56,7 @@ pub(super) fn find(name: &str) -> Option<&'static LossOracle> {
 ///
 /// # Errors
 /// What does not hold.
-pub(super) fn hold(name: &str, case: &Case) -> Result<(), String> {
+pub(super) fn hold(name: &str, case: &Case, device: Device) -> Result<(), String> {
     let text = |e: Error| e.to_string();
     let loss = build(name, case).map_err(text)?;
     let compute = |bound: &Bound<'_>| {
@@ -96,7 +97,11 @@ pub(super) fn hold(name: &str, case: &Case) -> Result<(), String> {
             return Err(format!("on {what} features the loss or its gradient is not finite"));
         }
     }
-    single_precision(case, &compute)
+    single_precision(case, &compute)?;
+    match device {
+        Device::Cpu => Ok(()),
+        device => hold_on(device, case, &compute),
+    }
 }
 
 /// The case with the student's and the teachers' features as they are when training goes wrong.

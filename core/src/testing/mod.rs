@@ -18,6 +18,7 @@ pub mod contracts;
 mod gradient;
 pub mod laws;
 pub mod loss_oracle;
+mod on_device;
 mod op_oracle;
 mod ops;
 mod step_case;

@@ -7,8 +7,9 @@ use proptest::strategy::BoxedStrategy;
 
 use super::case::{Bound, Case};
 use super::gradient::{close, hold_to_differences, measure, seed_of};
+use super::on_device::hold_on;
 use crate::dfdx_loss::gradient;
-use crate::{Result, Tensor};
+use crate::{Device, Result, Tensor};
 
 /// What an operation is held to by [`check`](super::check): registered with `inventory::submit!`, found by name.
 ///
@@ -97,11 +98,12 @@ pub struct Stated {
 }
 
 impl OpOracle {
-    /// Holds the operation to dfdx and to central differences on one case; false if it says nothing.
+    /// Holds the operation to dfdx and to central differences on one case, and on a device to the CPU; false if the case
+    /// says nothing.
     ///
     /// # Errors
     /// What differs.
-    pub(super) fn hold(&self, case: &Case) -> Result<bool, String> {
+    pub(super) fn hold(&self, case: &Case, device: Device) -> Result<bool, String> {
         let Some(stated) = (self.dfdx)(Statement { case, leaves: Vec::new() }) else { return Ok(false) };
         let measured = measure(case, &self.engine)?;
         let all = [measured.value.len()];
@@ -112,6 +114,9 @@ impl OpOracle {
             close(&what, &case.inputs[at].shape, &measured.gradients[at], theirs, "dfdx")?;
         }
         hold_to_differences(case, &self.engine, &measured)?;
+        if device != Device::Cpu {
+            hold_on(device, case, &self.engine)?;
+        }
         Ok(true)
     }
 }

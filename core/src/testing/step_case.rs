@@ -164,7 +164,7 @@ pub(super) fn with_outputs<R>(
 ) -> Result<R> {
     let case = bound.case();
     let Sizes { images, locals, patches, .. } = Sizes::of(case);
-    let dtype = bound.tensor("student_cls").dtype();
+    let dtype = bound.tensor("student_cls").dtype().wide();
     let state: Vec<Tensor> = loss.state().iter().map(|s| Tensor::zeros(&s.shape, dtype)).collect();
     let at = At { step: 3, total: 10 };
     let context = StepContext { at, seed: 0, comm: &Single, dtype, state: &state };

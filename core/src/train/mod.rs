@@ -163,6 +163,7 @@ pub fn run(resolved: &Resolved, options: &RunOptions, observer: &mut dyn Observe
         probes,
         loader,
         verdict: verdict::Verdict::default(),
+        told_eager: false,
         window: Window::default(),
         seconds,
         observer,
@@ -203,6 +204,7 @@ struct Run<'a> {
     log: log::Log,
     probes: probes::Probes,
     verdict: verdict::Verdict,
+    told_eager: bool,
     window: Window,
     /// Time spent in steps, over all parts of an interrupted run.
     seconds: f64,
@@ -257,6 +259,10 @@ impl Run<'_> {
             self.log.crops(&batches.batches, self.recipe);
         }
         let report = self.learner.step(step, &batches.batches, logged)?;
+        if let Some(reason) = self.learner.eager_reason().filter(|_| !self.told_eager).map(String::from) {
+            self.told_eager = true;
+            self.warn(step, "device", &format!("steps are not recorded as a graph, which is slower: {reason}"))?;
+        }
         if let Some(what) = &report.non_finite {
             self.non_finite(step, what, &batches.batches)?;
         }

@@ -10,6 +10,7 @@ use crate::recipe::{Precision, Resolved};
 use crate::registry::BackboneContext;
 use crate::step::CHANNELS;
 use crate::tensor::catch_out_of_memory;
+use crate::weights::{ModelInfo, WEIGHTS_FILE};
 use crate::{DType, Device, Error, Result, Tensor};
 
 /// The backbone of a run as it is evaluated: the EMA of the student. Heads and optimizer are left behind.
@@ -27,11 +28,14 @@ pub struct Trained {
 }
 
 impl Trained {
-    /// Reads a run folder (its newest checkpoint) or one checkpoint folder inside a run.
+    /// Reads a run folder (its newest checkpoint), one checkpoint folder inside a run, or a weights folder.
     ///
     /// # Errors
-    /// If there is no run or no whole checkpoint.
+    /// If there is none of these, or no whole checkpoint.
     pub fn open(path: &Path) -> Result<Self> {
+        if path.join(WEIGHTS_FILE).exists() {
+            return Self::open_weights(path);
+        }
         let recipe = Resolved::of_run(path)?.recipe;
         let source = checkpoint::read_weights(path)?;
         let mut params = ParamBuilder::new();
@@ -48,6 +52,19 @@ impl Trained {
         load_named(&layout, &mut flat, |name| source.get(&format!("teacher.{name}")).cloned(), path)?;
         let normalization = (recipe.crops.mean, recipe.crops.std);
         Ok(Self { backbone, normalization, global_size, layout, flat: flat.to(device) })
+    }
+
+    fn open_weights(path: &Path) -> Result<Self> {
+        let model = ModelInfo::of(path)?.expect("a weights folder says what it is");
+        let source = checkpoint::read_weights(path)?;
+        let mut params = ParamBuilder::new();
+        let backbone = model.build(&mut params)?;
+        let layout = params.finish();
+        let mut flat = Device::Cpu.with(|| Tensor::zeros(&[layout.len()], DType::F32));
+        load_named(&layout, &mut flat, |name| source.get(name).cloned(), path)?;
+        let normalization = (model.crops.mean, model.crops.std);
+        let global_size = model.crops.global_size;
+        Ok(Self { backbone, normalization, global_size, layout, flat: flat.to("auto".parse()?) })
     }
 
     /// Features of normalised pixels `[B, 3, h, w]`, in evaluation; everything on the host.

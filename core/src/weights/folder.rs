@@ -26,27 +26,29 @@ pub const MODEL_FILE: &str = "model.safetensors";
 pub struct ModelInfo {
     /// The model: a plugin.
     pub backbone: Chosen<dyn Backbone>,
-    /// How its pixels are normalised.
+    /// The pixels that it was trained on.
     #[serde(default)]
-    pub crops: Normalization,
+    pub crops: Pixels,
 }
 
-/// Mean and standard deviation of pixels per channel, in [0, 1].
+/// What a model was trained on: size and normalisation.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Normalization {
-    /// Mean.
+pub struct Pixels {
+    /// Side of a global crop: a learned position table has as many places.
+    pub global_size: usize,
+    /// Mean of the pixels per channel, in [0, 1].
     #[serde(serialize_with = "as_written")]
     pub mean: [f32; 3],
-    /// Standard deviation.
+    /// Standard deviation of the pixels per channel, in [0, 1].
     #[serde(serialize_with = "as_written")]
     pub std: [f32; 3],
 }
 
-impl Default for Normalization {
+impl Default for Pixels {
     fn default() -> Self {
-        let CropConfig { mean, std, .. } = CropConfig::default();
-        Self { mean, std }
+        let CropConfig { global_size, mean, std, .. } = CropConfig::default();
+        Self { global_size, mean, std }
     }
 }
 
@@ -68,7 +70,7 @@ impl ModelInfo {
         struct Said {
             backbone: Json,
             #[serde(default)]
-            crops: Normalization,
+            crops: Pixels,
         }
         let text = std::fs::read_to_string(file).map_err(Error::io("read", file))?;
         let wrong = |e: figment::Error| {
@@ -102,11 +104,12 @@ impl ModelInfo {
         text
     }
 
-    /// Builds the backbone for crops of `global_size` pixels, declaring its parameters in `params`.
+    /// Builds the backbone, declaring its parameters in `params`.
     ///
     /// # Errors
     /// If the plugin refuses its configuration.
-    pub fn build(&self, params: &mut ParamBuilder, global_size: usize) -> Result<Box<dyn Backbone>> {
+    pub fn build(&self, params: &mut ParamBuilder) -> Result<Box<dyn Backbone>> {
+        let global_size = self.crops.global_size;
         params.scope("backbone", |params| {
             self.backbone.build(&mut BackboneContext { params, global_size, channels: CHANNELS })
         })
@@ -129,7 +132,7 @@ fn described_by(path: &Path) -> Option<PathBuf> {
 /// Every key that differs, with both values.
 pub fn check_same_model(path: &Path, backbone: &dyn Backbone) -> Result<()> {
     let Some(info) = ModelInfo::of(path)? else { return Ok(()) };
-    let theirs = info.build(&mut ParamBuilder::new(), 16 * backbone.patch_size())?;
+    let theirs = info.build(&mut ParamBuilder::new())?;
     let mut differences = Vec::new();
     differences_of("backbone", &theirs.architecture(), &backbone.architecture(), &mut differences);
     if differences.is_empty() {

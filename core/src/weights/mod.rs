@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! <weights folder>/
-//!   weights.toml        the model as a recipe says it: [backbone], and in [crops] how its pixels are normalised
+//!   weights.toml        the model as a recipe says it: [backbone], and in [crops] what pixels it was trained on
 //!   model.safetensors   backbone.<name>, and <loss>_head.<name> where they come from a run
 //! ```
 //!
@@ -14,4 +14,4 @@ mod files;
 mod folder;
 
 pub use files::{RawTensor, TensorFiles};
-pub use folder::{check_same_model, write_folder, ModelInfo, Normalization, MODEL_FILE, WEIGHTS_FILE};
+pub use folder::{check_same_model, write_folder, ModelInfo, Pixels, MODEL_FILE, WEIGHTS_FILE};

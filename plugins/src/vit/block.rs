@@ -6,13 +6,13 @@ use dinolab_core::params::{Init, ParamBuilder, ParamId, Params};
 use dinolab_core::tensor::scope;
 use dinolab_core::{Result, Tensor};
 
-use super::{Ffn, Norm, VitConfig};
+use super::{Checkpointing, Ffn, Norm, VitConfig};
 
 /// Linear layers start normal with this deviation, cut at two units, and without bias.
 const INIT: Init = Init::TruncatedNormal(0.02);
 
 /// A LayerNorm's or RMSNorm's parameters.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct NormParams {
     weight: ParamId,
     bias: Option<ParamId>,
@@ -35,7 +35,7 @@ impl NormParams {
     }
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct LinearParams {
     weight: ParamId,
     bias: Option<ParamId>,
@@ -58,7 +58,7 @@ impl LinearParams {
     }
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 enum FfnParams {
     Mlp { fc1: LinearParams, fc2: LinearParams },
     Swiglu { w1: LinearParams, w2: LinearParams, w3: LinearParams },
@@ -76,7 +76,7 @@ pub struct Layer {
 }
 
 /// A block's parameters.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Block {
     norm1: NormParams,
     qkv: LinearParams,
@@ -130,13 +130,44 @@ impl Block {
         })?;
         branch(params, &x, layers, kept.map(|k| &k[1][..]), self.scale2, |x, _| {
             let _scope = scope::enter("mlp");
-            let x = self.norm2.apply(params, x, config)?;
-            match &self.ffn {
-                FfnParams::Mlp { fc1, fc2 } => fc2.apply(params, &fc1.apply_gelu(params, &x)?),
-                FfnParams::Swiglu { w1, w2, w3 } => {
-                    w3.apply(params, &w1.apply(params, &x)?.swiglu(&w2.apply(params, &x)?)?)
+            match config.checkpointing {
+                Checkpointing::Selective => {
+                    let (block, config) = (self.clone(), config.clone());
+                    params.recomputed(&[x], move |params, x| block.feed_forward(params, &x[0], &config))
                 }
+                _ => self.feed_forward(params, x, config),
             }
+        })
+    }
+
+    fn feed_forward(&self, params: &Params<'_>, x: &Tensor, config: &VitConfig) -> Result<Tensor> {
+        let x = self.norm2.apply(params, x, config)?;
+        match &self.ffn {
+            FfnParams::Mlp { fc1, fc2 } => fc2.apply(params, &fc1.apply_gelu(params, &x)?),
+            FfnParams::Swiglu { w1, w2, w3 } => {
+                w3.apply(params, &w1.apply(params, &x)?.swiglu(&w2.apply(params, &x)?)?)
+            }
+        }
+    }
+
+    /// [`forward`](Self::forward), keeping no more than what goes into the block.
+    pub(super) fn recomputed(
+        &self,
+        params: &Params<'_>,
+        x: &Tensor,
+        layers: Vec<Layer>,
+        kept: Option<[Vec<Tensor>; 2]>,
+        config: &VitConfig,
+    ) -> Result<Tensor> {
+        // Biases are followed like the tokens; whatever else a layer has is constant.
+        let biases: Vec<Tensor> = layers.iter().filter_map(|l| l.tables.bias.clone()).collect();
+        let inputs: Vec<&Tensor> = [x].into_iter().chain(&biases).collect();
+        let (block, config) = (self.clone(), config.clone());
+        params.recomputed(&inputs, move |params, inputs| {
+            let mut layers = layers.clone();
+            let own = layers.iter_mut().filter(|l| l.tables.bias.is_some());
+            own.zip(&inputs[1..]).for_each(|(layer, bias)| layer.tables.bias = Some(bias.clone()));
+            block.forward(params, &inputs[0], &layers, kept.as_ref(), &config)
         })
     }
 

@@ -7,7 +7,7 @@ use dinolab_core::contract::Backbone;
 use dinolab_core::params::ParamSpec;
 use dinolab_core::registry::Chosen;
 use dinolab_core::weights::convert::{Part, Rule};
-use dinolab_core::weights::{ModelInfo, Normalization, TensorFiles};
+use dinolab_core::weights::{ModelInfo, Pixels, TensorFiles};
 use dinolab_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::{json, Value as Json};
@@ -78,7 +78,7 @@ impl Default for Config {
 ///
 /// # Errors
 /// If the configuration asks for something that dinolab does not do.
-pub(crate) fn read(files: &TensorFiles, config: &Json, crops: Normalization) -> Result<Published> {
+pub(crate) fn read(files: &TensorFiles, config: &Json, crops: Pixels) -> Result<Published> {
     let wrong =
         |problem: String| Error::content(files.path(), format!("config.json: {problem}"), "dinolab has no such model");
     let c = Config::deserialize(config).map_err(|e| wrong(e.to_string()))?;
@@ -198,7 +198,7 @@ pub(crate) fn write(backbone: &Chosen<dyn Backbone>) -> Result<(Json, Vec<Rule>)
         pos_embed_jitter: rope.jitter,
         pos_embed_rescale: rescale,
     };
-    let model = ModelInfo { backbone: backbone.clone(), crops: Normalization::default() };
+    let model = ModelInfo { backbone: backbone.clone(), crops: Pixels::default() };
     let specs = super::declared(&model)?.1;
     // The norm of local crops is of training only.
     let specs = specs.iter().filter(|spec| !spec.name.starts_with("backbone.local_cls_norm."));
@@ -207,7 +207,6 @@ pub(crate) fn write(backbone: &Chosen<dyn Backbone>) -> Result<(Json, Vec<Rule>)
     let mut json = serde_json::to_value(&c).expect("plain data");
     json["architectures"] = json!(["DINOv3ViTModel"]);
     json["model_type"] = MODEL_TYPE.into();
-    json["image_size"] = (14 * config.patch_size).into();
     Ok((json, rules))
 }
 

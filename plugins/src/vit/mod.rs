@@ -62,6 +62,20 @@ pub enum Norm {
     RmsNorm,
 }
 
+/// What is kept from the forward to the backward pass of a block.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Checkpointing {
+    /// Everything.
+    #[default]
+    None,
+    /// Not what is inside the feed-forward branch, which is computed again: about half of a block's memory for about a
+    /// fifth more time.
+    Selective,
+    /// Nothing but the tokens that go into the block: about a third more time.
+    Full,
+}
+
 /// Vision transformer with register tokens, as in DINOv3.
 ///
 /// A preset fills in the architecture; every key can be set beside it.
@@ -85,6 +99,7 @@ pub struct VitConfig {
     pub(crate) norm_eps: f64,
     pub(crate) layer_scale: f64,
     pub(crate) drop_path: f64,
+    pub(crate) checkpointing: Checkpointing,
     pub(crate) untie_cls_and_patch_norms: bool,
     pub(crate) untie_global_and_local_cls_norm: bool,
     pub(crate) pos_encoding: Chosen<dyn PosEncoding>,
@@ -151,6 +166,10 @@ pub struct Written {
     /// Share of images that skip each branch (stochastic depth by sample subset, the same in every block).
     #[serde(default)]
     drop_path: Option<f64>,
+    /// Activation checkpointing: what of a block is computed again in the backward pass to save memory. Results have the
+    /// same bits with and without.
+    #[serde(default)]
+    checkpointing: Checkpointing,
     /// A final norm of their own for CLS and register tokens.
     #[serde(default)]
     untie_cls_and_patch_norms: Option<bool>,
@@ -211,6 +230,7 @@ impl From<Written> for VitConfig {
             norm_eps: w.norm_eps.unwrap_or(1e-5),
             layer_scale: w.layer_scale.unwrap_or(1e-5),
             drop_path: w.drop_path.unwrap_or(0.0),
+            checkpointing: w.checkpointing,
             untie_cls_and_patch_norms: w.untie_cls_and_patch_norms.unwrap_or(false),
             untie_global_and_local_cls_norm: w.untie_global_and_local_cls_norm.unwrap_or(untie),
             pos_encoding: w.pos_encoding.unwrap_or_else(rope_box),
@@ -275,7 +295,7 @@ const PUBLISHED: [(&str, Preset); 6] = [
 fn declared(model: &ModelInfo) -> Result<(String, Vec<ParamSpec>)> {
     let config = VitConfig::of(&model.backbone)?;
     let mut params = ParamBuilder::new();
-    model.build(&mut params, 16 * config.patch_size)?;
+    model.build(&mut params)?;
     let is = |preset: Preset| {
         let (_, dim, depth, heads, ffn, ratio, align, qkv_bias) = preset.dimensions();
         (dim, depth, heads, ffn, ffn.hidden(dim, ratio, align), qkv_bias)

@@ -8,7 +8,7 @@ use dinolab_core::tensor::scope;
 use dinolab_core::{Error, Result, Tensor};
 
 use super::block::{Block, Layer, NormParams};
-use super::{Ffn, VitConfig};
+use super::{Checkpointing, Ffn, VitConfig};
 
 /// A vision transformer: which parameter is where, and how crops become features.
 #[derive(Debug)]
@@ -219,7 +219,11 @@ impl Vit {
                 let of = |branch| (0..kinds.len()).map(|kind| of_kind(kind, branch)).collect::<Result<Vec<_>>>();
                 Ok::<_, Error>([of(0)?, of(1)?])
             });
-            x = block.forward(params, &x, &layers, kept.transpose()?.as_ref(), &self.config)?;
+            let kept = kept.transpose()?;
+            x = match self.config.checkpointing {
+                Checkpointing::Full => block.recomputed(params, &x, layers, kept, &self.config)?,
+                _ => block.forward(params, &x, &layers, kept.as_ref(), &self.config)?,
+            };
             visit(i, &x, &kinds)?;
         }
         Ok(())

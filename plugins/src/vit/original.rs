@@ -6,7 +6,7 @@
 use dinolab_core::contract::Backbone;
 use dinolab_core::registry::Chosen;
 use dinolab_core::weights::convert::Rule;
-use dinolab_core::weights::{ModelInfo, Normalization, RawTensor, TensorFiles};
+use dinolab_core::weights::{ModelInfo, Pixels, RawTensor, TensorFiles};
 use dinolab_core::{Error, Result};
 use half::bf16;
 use serde_json::json;
@@ -84,7 +84,7 @@ pub(crate) fn read(files: &TensorFiles) -> Result<Published> {
         "pos_encoding": { "plugin": "rope_box", "periods": { "base": base }, "rescale": 2.0 },
     });
     let backbone: Chosen<dyn Backbone> = serde_json::from_value(table).map_err(|e| wrong(e.to_string()))?;
-    let model = ModelInfo { backbone, crops: Normalization::default() };
+    let model = ModelInfo { backbone, crops: Pixels { global_size: 16 * patch_size, ..Pixels::default() } };
     let (title, specs) = super::declared(&model)?;
     let rules = specs.iter().map(|spec| {
         let name = spec.name.strip_prefix("backbone.").expect("a backbone's parameters have this prefix");

@@ -74,7 +74,6 @@ template <auto kernel> struct EmuEntry;
 template <class... P, void (*kernel)(P...)> struct EmuEntry<kernel> {
     static constexpr unsigned sizes[] = {sizeof(P)..., 0};
 
-    template <size_t... i> struct Indices {};
     template <size_t n, size_t... i> struct Upto : Upto<n - 1, n - 1, i...> {};
     template <size_t... i> struct Upto<0, i...> {
         static void call(void* const* p) { kernel(*static_cast<P*>(p[i])...); }

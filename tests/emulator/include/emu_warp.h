@@ -13,7 +13,9 @@ inline void emu_meet(EmuOp op, unsigned mask, EmuPlace place) {
 inline void __syncwarp(unsigned mask = ~0u, EMU_HERE) { emu_meet(EmuOp::SyncWarp, mask, {emu_file, emu_line}); }
 
 // Lanes stay together only where they meet: any subset that runs between two meetings is a correct answer.
-inline unsigned __activemask() { return 1u << ((threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) & 31); }
+inline unsigned __activemask() {
+    return 1u << ((threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) & 31);
+}
 
 template <class T> inline T emu_shuffle(EmuOp op, unsigned mask, T value, int argument, int width, EmuPlace place) {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles move values of 4 or 8 bytes");
@@ -91,7 +93,7 @@ inline void emu_ldmatrix(EmuOp op, int count, unsigned* r, const void* row, EmuP
     mine.argument = count, mine.loaded = r, mine.row = row;
     emu_meet(op, ~0u, place);
 }
-/// `ldmatrix.sync.aligned.m8n8.{x1,x2,x4}[.trans].shared.b16`; `row` is the address of this lane's row, 16-byte aligned.
+/// `ldmatrix.sync.aligned.m8n8.{x1,x2,x4}[.trans].shared.b16`; `row` is where this lane's row is.
 #define EMU_LDMATRIX(count)                                                                                       \
     inline void emu_ldmatrix_x##count(unsigned* r, const void* row, EMU_HERE) {                                   \
         emu_ldmatrix(EmuOp::LoadMatrix, count, r, row, {emu_file, emu_line});                                     \

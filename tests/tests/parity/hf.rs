@@ -26,7 +26,7 @@ pub fn published_layout(g: &Golden, dtype: DType, c: &mut Comparison<'_>) {
     published::import(&g.path.with_file_name(g.options["folder"].as_str().unwrap()), &weights).unwrap();
     let model = ModelInfo::of(&weights).unwrap().expect("an imported folder says what it is");
     let mut params = ParamBuilder::new();
-    let backbone = model.build(&mut params, g.number("/image_size", None) as usize).unwrap();
+    let backbone = model.build(&mut params).unwrap();
     let layout = params.finish();
     let mut flat = Tensor::zeros(&[layout.len()], dtype);
     let read = read_weights(&weights).unwrap();

@@ -5,6 +5,7 @@
 //! summary into the book.
 
 mod data;
+mod draws;
 mod golden;
 mod hf;
 mod layers;
@@ -49,6 +50,16 @@ macro_rules! families {
             #[test]
             fn every_file_is_compared() {
                 super::no_file_is_left_over();
+            }
+
+            #[test]
+            fn rotary_draws() {
+                super::draws::the_rotary_box_is_moved_as_the_paper_says();
+            }
+
+            #[test]
+            fn stochastic_depth() {
+                super::draws::stochastic_depth_keeps_every_image_equally_often();
             }
 
             #[test]

@@ -88,34 +88,47 @@ impl DeviceBatches {
         Ok(Self { gpu, dtype, staging: [Staging::new(gpu)?, Staging::new(gpu)?], turn: 0, sets: Vec::new() })
     }
 
-    /// Copies finished micro-batches of a step to the device, behind all work given before: what the step before reads
-    /// is overwritten when it is done. The host does not wait.
+    /// Copies finished micro-batches of a step, from the host or from elsewhere on the device, behind all work given
+    /// before: what the step before reads is overwritten when it is done. The host does not wait.
     ///
     /// # Errors
-    /// If crops or mask weights are not f32, or the device fails.
+    /// If crops or mask weights are of another type than f32 (on the device crops may be of the step's), or the device
+    /// fails.
     pub fn upload(&mut self, batches: &[Batch]) -> Result<&[Batch]> {
-        let sources: Vec<&Tensor> = batches.iter().flat_map(Batch::tensors).collect();
-        if let Some(other) = sources.iter().find(|t| !matches!(t.dtype(), DType::U32 | DType::F32)) {
-            let problem = format!("crops and mask weights are uploaded as f32, not {:?}", other.dtype());
-            return Err(Error::shape("batches", problem));
-        }
         let set = self.set(batches.iter().map(Shapes::of).collect());
         let mut packed = pack::Pack::default();
-        let places: Vec<u64> = sources.iter().map(|t| packed.put(t.as_bytes())).collect();
+        let pairs = batches.iter().flat_map(Batch::tensors).zip(self.sets[set].1.iter().flat_map(Batch::tensors));
+        let copies: Vec<(&Tensor, u64, &Tensor)> = pairs
+            .map(|(source, target)| match source.dtype() {
+                same if same == target.dtype() => Ok((source, target)),
+                DType::F32 => Ok((source, target)),
+                other => Err(Error::shape("batches", format!("{other:?} cannot be uploaded as {:?}", target.dtype()))),
+            })
+            .map(|pair| {
+                pair.map(|(source, target)| match source.gpu() {
+                    Some(_) => (source, source.device_address(), target),
+                    None => (source, packed.put(source.as_bytes()), target),
+                })
+            })
+            .collect::<Result<_>>()?;
         let staging = &mut self.staging[self.turn];
         self.turn = 1 - self.turn;
         packed.write(staging)?;
         staging.send()?;
         let base = staging.receive()?;
-        let (gpu, targets) = (self.gpu, self.sets[set].1.iter().flat_map(Batch::tensors));
-        for ((at, source), target) in places.iter().zip(&sources).zip(targets) {
+        let gpu = self.gpu;
+        for (source, at, target) in copies {
+            let from = if source.gpu().is_some() { at } else { base + at };
             let n = target.len();
+            if n == 0 || from == target.device_address() {
+                continue;
+            }
             if source.dtype() == target.dtype() {
-                gpu.copy(target.device_address(), base + at, n * source.dtype().size())?;
+                gpu.copy(target.device_address(), from, n * source.dtype().size())?;
             } else {
                 let bytes = (n * (source.dtype().size() + target.dtype().size())) as f64;
                 let kernel = gpu.kernel(&AUGMENT, "unpack", target.dtype())?;
-                kernel.over(n).work(0.0, bytes).launch(args![target, base + at, n])?;
+                kernel.over(n).work(0.0, bytes).launch(args![target, from, n])?;
             }
         }
         staging.release()?;

@@ -1,0 +1,159 @@
+//! `dinolab doctor`: whether the GPU engine works here, part by part. The first thing to run on a machine with a GPU.
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use dinolab_core::cuda::{self, Gpu, OP_CHECKS};
+use dinolab_core::data::Pipeline;
+use dinolab_core::recipe::{Overrides, RawRecipe, Recipe};
+use dinolab_core::step::{Learner, Report};
+use dinolab_core::{train, DType, Device, Error, Result};
+
+use crate::style;
+
+/// The recipe whose step is held against the CPU: small, with every loss.
+const STEP: &str = include_str!("../../../recipes/tiny.toml");
+const SMALL: [&str; 6] = [
+    "batch.size=4",
+    "crops.local_count=2",
+    "losses.gram.enabled=true",
+    "gram_teacher.first_step=0",
+    "optimizer.freeze_last_layer_steps=1",
+    "batch.loader_threads=1",
+];
+/// Steps compared: by the last, the first update has changed the weights and the step was recorded and replayed.
+const STEPS: u64 = 4;
+
+/// What it is given.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Which GPU
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    gpu: usize,
+}
+
+/// Runs the command: prints what was found and checked. Fails if anything did.
+pub fn run(args: &Args) -> Result<ExitCode> {
+    let mut failures = 0;
+    let libraries = cuda::libraries();
+    let rows = libraries.iter().map(|l| match &l.version {
+        Some(version) => vec![l.name.into(), version.clone()],
+        None => vec![l.name.into(), format!("missing: {}", l.remedy)],
+    });
+    style::print(&style::table(rows));
+    let missing = libraries.iter().filter(|l| l.version.is_none()).count();
+    if missing > 0 {
+        println!(
+            "\n{missing} of {} libraries are missing; without them runs are on the CPU (--device cpu)",
+            libraries.len()
+        );
+        return Ok(ExitCode::FAILURE);
+    }
+    let gpu = Gpu::get(args.gpu)?;
+    let info = gpu.info();
+    let (major, minor) = info.capability;
+    style::print(&style::table([
+        vec!["device".into(), format!("{} ({} of {})", info.name, args.gpu, Gpu::count())],
+        vec!["architecture".into(), format!("{} (compute capability {major}.{minor})", gpu.arch())],
+        vec!["multiprocessors".into(), info.multiprocessors.to_string()],
+        vec!["memory".into(), style::bytes(info.memory as f64)],
+    ]));
+    kernels(gpu)?;
+    failures += operations(Device::Cuda(args.gpu));
+    for (precision, limit) in [("f32", 1e-3), ("bf16", 3e-2)] {
+        failures += step(args.gpu, precision, limit)?;
+    }
+    if failures > 0 {
+        println!("\n{failures} checks failed: report them with this output");
+        return Ok(ExitCode::FAILURE);
+    }
+    println!("\nall is well");
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Compiles all kernels, or finds them in the cache; then finds them again.
+fn kernels(gpu: &'static Gpu) -> Result<()> {
+    let begin = Instant::now();
+    let compiled = gpu.load_all()?;
+    let first = begin.elapsed().as_secs_f64();
+    let begin = Instant::now();
+    cuda::compile_all(&gpu.arch())?;
+    let again = begin.elapsed().as_secs_f64();
+    let cached = compiled.iter().filter(|c| c.cached).count();
+    let text = format!(
+        "{} sources: {} compiled, {cached} from the cache, in {first:.2} s; again from the cache in {again:.2} s",
+        compiled.len(),
+        compiled.len() - cached
+    );
+    style::print(&style::table([vec!["kernels".into(), text]]));
+    Ok(())
+}
+
+/// Every operation in f32 and bf16; gives the number that failed.
+fn operations(device: Device) -> usize {
+    println!("\noperations against the CPU in f64: relative error of the value, of the gradients");
+    let mut failures = 0;
+    let mut rows = vec![["", "f32", "", "bf16", ""].map(String::from).to_vec()];
+    for check in OP_CHECKS {
+        let mut row = vec![check.name.to_string()];
+        for dtype in [DType::F32, DType::BF16] {
+            let limit = cuda::tolerance(dtype);
+            let mut mark = |error: f64| {
+                let good = error <= limit;
+                failures += usize::from(!good);
+                format!("{error:.1e}{}", if good { "" } else { " FAILED" })
+            };
+            match check.run(device, dtype) {
+                Ok(error) => row.extend([mark(error.value), mark(error.gradient)]),
+                Err(error) => {
+                    mark(f64::INFINITY);
+                    row.extend([format!("FAILED: {error}"), String::new()]);
+                }
+            }
+        }
+        rows.push(row);
+    }
+    style::print(&style::table(rows));
+    failures
+}
+
+/// A few whole steps on both, on the same crops; gives the number of quantities that differ by more than `limit`.
+fn step(gpu: usize, precision: &str, limit: f64) -> Result<usize> {
+    let resolve = |sets: &[String]| -> Result<Recipe> {
+        let sets = SMALL.iter().map(ToString::to_string).chain(sets.iter().cloned()).collect();
+        Ok(RawRecipe::from_text(STEP)?.with(&Overrides { sets, env: false })?.resolve()?.recipe)
+    };
+    let on_cpu = resolve(&["device=cpu".into(), "precision=f32".into()])?;
+    let on_gpu = resolve(&[format!("device=cuda:{gpu}"), format!("precision={precision}")])?;
+    let (mut ours, mut exact) = (Learner::new(&on_gpu)?, Learner::new(&on_cpu)?);
+    let (data, _) = train::datasets(&on_cpu)?;
+    let pipeline = Pipeline::new(data, train::loader_spec(&on_cpu, &exact, 0))?;
+    println!("\n{STEPS} training steps in {precision} against the CPU in f32: relative error of");
+    let mut worst: Vec<(String, f64)> = Vec::new();
+    for step in 0..STEPS {
+        let batches = pipeline.step(step)?.batches;
+        let (ours, exact) = (ours.step(step, &batches, false)?, exact.step(step, &batches, false)?);
+        if let Some(what) = ours.non_finite {
+            return Err(Error::user(format!("step {step} in {precision}: {what} is not finite"), "report it"));
+        }
+        for ((name, got), (_, want)) in quantities(&ours).zip(quantities(&exact)) {
+            let error = (got - want).abs() / want.abs().max(1e-2);
+            match worst.iter_mut().find(|(n, _)| *n == name) {
+                Some((_, most)) => *most = most.max(error),
+                None => worst.push((name, error)),
+            }
+        }
+    }
+    let failed = |error: f64| error.is_nan() || error > limit;
+    let row = |(name, error): &(String, f64)| {
+        vec![name.clone(), format!("{error:.1e}{}", if failed(*error) { " FAILED" } else { "" })]
+    };
+    style::print(&style::table(worst.iter().map(row)));
+    Ok(worst.iter().filter(|(_, error)| failed(*error)).count())
+}
+
+/// Losses and gradient norms by name.
+fn quantities(report: &Report) -> impl Iterator<Item = (String, f64)> + '_ {
+    let norms = report.grad_norms.iter().map(|(name, x)| (format!("gradient norm of {name}"), *x));
+    report.losses.iter().map(|(name, x)| (name.clone(), *x)).chain(norms)
+}
