@@ -38,12 +38,13 @@ void on_fault(int signal, siginfo_t* info, void*) {
     if (signal == SIGILL) worker->fail(CUDA_ERROR_LAUNCH_FAILED, "illegal instruction");
     if (address >= guard && address < guard + 4096)
         worker->fail(CUDA_ERROR_HARDWARE_STACK_ERROR, "stack overflow: local variables take more than 64 KiB");
-    char text[64];
+    char text[96];
     // Addresses that x86 cannot form, such as a pointer made of NaN bytes, are not told.
-    if (info->si_code == SI_KERNEL)
-        std::snprintf(text, sizeof text, "illegal address");
-    else
-        std::snprintf(text, sizeof text, "illegal address %p", info->si_addr);
+    if (info->si_code == SI_KERNEL) std::snprintf(text, sizeof text, "illegal address");
+    else if (address >= worker->shared && address < worker->shared + 4096)
+        std::snprintf(text, sizeof text, "%zu bytes behind the end of dynamic shared memory, which is of %zu",
+                      static_cast<size_t>(address - worker->shared), worker->launch->dynamic_shared);
+    else std::snprintf(text, sizeof text, "illegal address %p", info->si_addr);
     worker->fail(CUDA_ERROR_ILLEGAL_ADDRESS, text);
 }
 

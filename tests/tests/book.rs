@@ -12,8 +12,8 @@
 //! | `sh,fails` | has to fail |
 //! | `sh,no_run` | for another machine: every `dinolab` command is parsed and not run, everything else left out |
 //!
-//! Blocks of `rust` are compiled as documentation tests of this crate (`tests/src/lib.rs` lists the pages); other blocks
-//! say `text`.
+//! Blocks of `rust` are compiled as documentation tests of this crate (`tests/src/lib.rs` lists the pages); `python` needs
+//! other programs and `json` is output, like `text`: they are not run.
 
 #[allow(dead_code)]
 mod program;
@@ -177,14 +177,14 @@ fn follow(page: &Path) -> Result<(), String> {
     let folder = workplace();
     let mut script = format!("page={}\n{PRELUDE}", page.display());
     for block in blocks(&text) {
-        write!(script, "line={}\n", block.line).expect("writing to a string");
+        writeln!(script, "line={}", block.line).expect("writing to a string");
         let body = &block.text;
         script += &match block.info.as_str() {
             "toml" => check_toml(&folder, &block),
             "sh" => body.clone(),
             "sh,fails" => format!("if (\n{body}\n); then echo \"$page:$line: this does not fail\" >&2; exit 1; fi"),
             "sh,no_run" => format!("(\n{NO_RUN}\n{body}\n)"),
-            info if info == "text" || info.starts_with("rust") || info == "json" => String::new(),
+            info if info.starts_with("rust") || ["text", "json", "python"].contains(&info) => String::new(),
             other => return Err(format!("{}:{}: a block of `{other}`", page.display(), block.line)),
         };
         script.push('\n');

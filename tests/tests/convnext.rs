@@ -109,7 +109,8 @@ fn the_gradient_of_every_parameter_is_right_with_dropped_paths_and_a_resized_map
             let moved = Tensor::from_slice(&moved, &[moved.len()]).unwrap();
             loss(&Params::frozen(&model.layout, &moved)).item()
         };
-        let h = 1e-4;
+        // Small beside the maps of a fresh model, whose norms divide by little.
+        let h = 1e-5;
         let want = (8.0 * (at(h) - at(-h)) - (at(2.0 * h) - at(-2.0 * h))) / (12.0 * h);
         let got: f64 = grads[spec.range()].iter().zip(&direction).map(|(g, d)| g * d).sum();
         assert!((got - want).abs() < 1e-6 * want.abs().max(1.0), "{}: {got}, differences give {want}", spec.name);
@@ -125,8 +126,9 @@ fn features_do_not_depend_on_what_else_is_in_the_batch_and_patches_lie_on_the_as
     let see = |pixels: Tensor| model.backbone.forward(&params, &[Crops::global(pixels)], Mode::Eval).unwrap().remove(0);
     let (all, last) = (see(pixels.clone()), see(pixels.narrow(2, 1).unwrap()));
     assert_eq!((all.patches.shape(), all.prenorm.shape()), (&[3, 24, 12][..], &[3, 25, 12][..]));
-    assert_eq!(all.patches.narrow(2, 1).unwrap().to_f64_vec(), last.patches.to_f64_vec());
-    assert_eq!(all.cls.narrow(2, 1).unwrap().to_f64_vec(), last.cls.to_f64_vec());
+    // Products of other sizes add up in another order.
+    assert!(relative_error(&all.patches.narrow(2, 1).unwrap(), &last.patches) < 1e-12);
+    assert!(relative_error(&all.cls.narrow(2, 1).unwrap(), &last.cls) < 1e-12);
 }
 
 #[test]

@@ -8,6 +8,7 @@ use std::path::Path;
 use dinolab_core::checkpoint::read_tensors;
 use dinolab_core::train::Trained;
 use dinolab_core::Tensor;
+use dinolab_plugins as _;
 use image::{Rgb, RgbImage};
 use program::Folder;
 

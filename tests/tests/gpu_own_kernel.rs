@@ -77,7 +77,7 @@ impl Op for Huber {
         dispatch_real!("huber", x.dtype(), T => {
             let inputs = x.as_slice::<T>().iter().zip(dy.as_slice::<T>());
             for (dx, (&x, &dy)) in dx.as_mut_slice::<T>().iter_mut().zip(inputs) {
-                *dx = dy * x.max(-T::ONE).min(T::ONE);
+                *dx = dy * x.clamp(-T::ONE, T::ONE);
             }
             grads.add(0, dx)
         })

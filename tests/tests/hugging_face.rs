@@ -4,6 +4,7 @@
 //! Needs a Python with `torch` and `transformers`: that of `DINOLAB_PYTHON`, of `target/python`, or `python3`. Without,
 //! the test says so and passes.
 
+#[allow(dead_code)]
 mod program;
 
 use std::path::{Path, PathBuf};

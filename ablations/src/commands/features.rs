@@ -13,6 +13,7 @@ use image::RgbImage;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::features::{fit, see, write_features, write_pictures, Format, Maps, Seen, Sheets, Size, Viewer};
+use crate::pictures::align_signs;
 use crate::style;
 
 /// Largest window by default, in sides of the crops that the model was trained on.
@@ -183,10 +184,12 @@ fn claim(out: &Path) -> Result<()> {
     Ok(())
 }
 
-/// One image as every model sees it; features and pictures are written.
+/// One image as every model sees it; features and pictures are written. Signs of components follow the first model's where
+/// grids agree, so that colours can be compared.
 fn look(image: &RgbImage, input: &Input, models: &[Model], args: &Args) -> Result<Vec<(Seen, Maps)>> {
     let size = args.size.map_or(Size::Native, Size::Long);
-    let one = |model: &Model| {
+    let mut all: Vec<(Seen, Maps)> = Vec::new();
+    for model in models {
         let patch = model.trained.backbone.patch_size();
         let least = model.trained.backbone.smallest_crop();
         let whole = |image: &RgbImage| image.width().min(image.height()) as usize >= least;
@@ -205,15 +208,17 @@ fn look(image: &RgbImage, input: &Input, models: &[Model], args: &Args) -> Resul
             ("pixels", format!("{}x{}", seen.view.image.width(), seen.view.image.height())),
         ];
         args.format.iter().try_for_each(|&format| write_features(&folder, &seen, format, &metadata))?;
-        if args.no_pictures {
-            let nothing = Maps { scores: vec![], similarity: vec![], cls: vec![], foreground: vec![] };
-            return Ok((seen, nothing));
+        let mut maps = Maps::default();
+        if !args.no_pictures {
+            maps = seen.maps(&chosen(&seen, &args.patches, &input.path)?)?;
+            if let Some((_, first)) = all.first().filter(|(_, m)| m.scores.len() == maps.scores.len()) {
+                align_signs(&mut maps.scores, &first.scores);
+            }
+            write_pictures(&folder, &seen, &maps)?;
         }
-        let maps = seen.maps(&chosen(&seen, &args.patches, &input.path)?)?;
-        write_pictures(&folder, &seen, &maps)?;
-        Ok((seen, maps))
-    };
-    models.iter().map(one).collect()
+        all.push((seen, maps));
+    }
+    Ok(all)
 }
 
 /// The chosen patches by index; the middle one if none was chosen.

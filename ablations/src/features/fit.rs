@@ -52,7 +52,7 @@ mod tests {
             let (w, h) = (f64::from(fitted.width()), f64::from(fitted.height()));
             let scale = long as f64 / f64::from(size.0.max(size.1));
             assert!((w - f64::from(size.0) * scale).abs() <= 8.0 && (h - f64::from(size.1) * scale).abs() <= 8.0);
-            assert!(fitted.width() % 16 == 0 && fitted.height() % 16 == 0);
+            assert!(fitted.width().is_multiple_of(16) && fitted.height().is_multiple_of(16));
         }
     }
 }

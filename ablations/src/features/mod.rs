@@ -31,7 +31,7 @@ pub struct Seen {
 }
 
 /// What pictures of one image show.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Maps {
     /// Scores of every patch on the first three principal components of this image.
     pub scores: Vec<[f64; 3]>,

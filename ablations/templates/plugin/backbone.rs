@@ -58,6 +58,11 @@ impl Backbone for MyPlugin {
         self.config.patch_size.get()
     }
 
+    fn hides_masked_patches(&self) -> bool {
+        // There is no mask token: a loss on masked patches would be one on patches in plain sight.
+        false
+    }
+
     fn forward(&self, params: &Params<'_>, crops: &[Crops], _: Mode<'_>) -> Result<Vec<Features>> {
         let [(w1, b1), (w2, b2)] = self.layers.map(|(weight, bias)| (params.get(weight), params.get(bias)));
         let of_kind = |crops: &Crops| {

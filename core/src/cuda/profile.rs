@@ -33,8 +33,17 @@ impl Drop for Event {
     }
 }
 
+/// One launch between its events.
+struct Timed {
+    name: &'static str,
+    /// Operations and bytes.
+    work: (f64, f64),
+    start: Event,
+    end: Option<Event>,
+}
+
 /// Launches with their events.
-pub(super) struct Recorder(Vec<(&'static str, (f64, f64), Event, Option<Event>)>);
+pub(super) struct Recorder(Vec<Timed>);
 
 impl Recorder {
     pub(super) fn before(
@@ -43,12 +52,12 @@ impl Recorder {
         name: &'static str,
         work: (f64, f64),
     ) -> Result<(), Failure> {
-        self.0.push((name, work, Event::record(stream)?, None));
+        self.0.push(Timed { name, work, start: Event::record(stream)?, end: None });
         Ok(())
     }
 
     pub(super) fn after(&mut self, stream: sys::CUstream) -> Result<(), Failure> {
-        self.0.last_mut().expect("`before` came first").3 = Some(Event::record(stream)?);
+        self.0.last_mut().expect("`before` came first").end = Some(Event::record(stream)?);
         Ok(())
     }
 }
@@ -88,7 +97,7 @@ impl Profile {
         let recorder = lock().take().expect("put there above");
         let value = done?;
         let mut rows: Vec<ProfileRow> = Vec::new();
-        for (name, (flops, bytes), start, end) in recorder.0 {
+        for Timed { name, work: (flops, bytes), start, end } in recorder.0 {
             let Some(end) = end else { continue };
             let at = rows.iter().position(|r| r.name == name).unwrap_or_else(|| {
                 rows.push(ProfileRow { name: name.to_string(), ..ProfileRow::default() });

@@ -163,7 +163,7 @@ fn by_row(gpu: &'static Gpu, name: &'static str, x: &Tensor, v: &Tensor, d: usiz
 }
 
 impl Broadcast {
-    fn backward_on(self: Box<Self>, gpu: &'static Gpu, dy: Tensor, grads: &mut Grads<'_>, d: usize) -> Result<()> {
+    fn backward_on(self, gpu: &'static Gpu, dy: Tensor, grads: &mut Grads<'_>, d: usize) -> Result<()> {
         let (kind, name, rows) = (self.kind, self.name(), dy.len() / d.max(1));
         let Some((x, v)) = self.saved else {
             grads.accumulate(1, |mut dv| sum_rows_on(gpu, &dy, rows, d, Arg::from(&mut dv)))?;

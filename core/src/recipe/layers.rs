@@ -191,7 +191,7 @@ impl RawRecipe {
             })
         });
         let info = info.map_err(|problem| problem.at(self.origin("backbone.weights")))?;
-        let Ok(Value::Dict(_, model)) = Value::serialize(&info) else { unreachable!("a struct is a table") };
+        let Ok(Value::Dict(_, model)) = Value::serialize(info.to_table()) else { unreachable!("a struct is a table") };
         let known = model.get("backbone").and_then(Value::as_dict).cloned().unwrap_or_default();
         for key in self.get("backbone").and_then(Value::as_dict).into_iter().flat_map(Dict::keys) {
             if !known.contains_key(key) && !BackboneEntry::OWN.contains(&key.as_str()) {

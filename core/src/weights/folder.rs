@@ -86,18 +86,19 @@ impl ModelInfo {
         Ok(Self { backbone, crops: said.crops })
     }
 
+    /// The tables `backbone` and `crops` of a recipe, without keys that have no value.
+    pub(crate) fn to_table(&self) -> serde_json::Map<String, Json> {
+        let Ok(Json::Object(mut tables)) = serde_json::to_value(self) else { unreachable!("a struct is a table") };
+        tables.values_mut().filter_map(Json::as_object_mut).for_each(|table| table.retain(|_, value| !value.is_null()));
+        tables
+    }
+
     /// As TOML that a recipe may extend.
     pub fn to_toml(&self) -> String {
-        let Json::Object(crops) = serde_json::to_value(self.crops).expect("plain data") else {
-            unreachable!("a struct is a table")
-        };
-        let Json::Object(backbone) = serde_json::to_value(&self.backbone).expect("plain data") else {
-            unreachable!("a plugin is a table")
-        };
         let mut text = String::new();
-        for (name, table) in [("crops", crops), ("backbone", backbone)] {
+        for (name, table) in self.to_table() {
             writeln!(text, "[{name}]").expect("writing to a string");
-            for (key, value) in table.iter().filter(|(_, value)| !value.is_null()) {
+            for (key, value) in table.as_object().into_iter().flatten() {
                 writeln!(text, "{key} = {}", toml_value(value)).expect("writing to a string");
             }
         }
@@ -121,7 +122,9 @@ fn described_by(path: &Path) -> Option<PathBuf> {
     let folder = if path.is_dir() { path } else { path.parent()? };
     // A checkpoint is in <run>/checkpoints/step-...
     let run = folder.parent().and_then(Path::parent).filter(|_| folder.join("state.json").exists());
-    let files = [Some(folder.join(WEIGHTS_FILE)), Some(folder.join("recipe.toml")), run.map(|r| r.join("recipe.toml"))];
+    // What lies beside a single file may be any recipe.
+    let own = path.is_dir().then(|| folder.join("recipe.toml"));
+    let files = [Some(folder.join(WEIGHTS_FILE)), own, run.map(|r| r.join("recipe.toml"))];
     files.into_iter().flatten().find(|file| file.exists())
 }
 

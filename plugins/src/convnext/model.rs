@@ -160,6 +160,11 @@ impl Backbone for ConvNext {
         self.config.depths.iter().sum()
     }
 
+    fn architecture(&self) -> serde_json::Value {
+        let ConvNextConfig { depths, dims, norm_eps, layer_scale, .. } = &self.config;
+        serde_json::json!({ "depths": depths, "dims": dims, "norm_eps": norm_eps, "layer_scale": *layer_scale != 0.0 })
+    }
+
     fn hides_masked_patches(&self) -> bool {
         false
     }

@@ -78,7 +78,12 @@ plugin!(Loss, "toy_loss", ToyLoss);
 #[serde(deny_unknown_fields)]
 struct ToySpike {
     /// The step.
+    #[serde(default = "late")]
     at_step: u64,
+}
+
+fn late() -> u64 {
+    1_000_000
 }
 
 impl Loss for ToySpike {

@@ -165,14 +165,12 @@ fn gram_teacher(g: &Golden, weights: &Path) -> Option<Value> {
         return None;
     }
     let mut table = json!({ "plugin": "gram_anchor", "source": "ema" });
-    // The step before which the EMA teacher is copied over what was loaded; negative: none.
-    let load = gram["it_load_ema_teacher"].as_i64().unwrap_or(-1);
     if gram["ema_teacher"] == true {
         // The EMA teacher of every step, on the student's crops.
         table["refresh"] = json!({ "every": 1 });
         return Some(table);
     }
-    if load != 0 && g.names().any(|n| n.starts_with("gt.")) {
+    if g.names().any(|n| n.starts_with("gt.")) {
         table["source"] = json!({ "checkpoint": weights });
     }
     if let Some(size) = crops["gram_teacher_crops_size"].as_u64() {
@@ -180,10 +178,7 @@ fn gram_teacher(g: &Golden, weights: &Path) -> Option<Value> {
     }
     assert_eq!(gram["global_teacher_resize_method"], "bicubic");
     table["antialias"] = (gram["global_teacher_resize_antialias"] == true).into();
-    if load > 0 {
-        assert!(gram["rep_update"] != true, "a copy at step {load} beside regular ones: a recipe has no words for it");
-        table["refresh"] = json!({ "every": 1, "first": load, "at_most": 1 });
-    } else if gram["rep_update"] == true {
+    if gram["rep_update"] == true {
         // After step i, if i + 1 is a multiple of `update_frequency` and at least `it_first_update`.
         let count = |key: &str| gram[key].as_u64().unwrap_or(0);
         let every = count("update_frequency");

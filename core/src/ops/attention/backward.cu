@@ -7,12 +7,8 @@
 //
 // Shared memory as in forward; the second kernel also holds log_sum and delta of the chunk, 8 bytes a row.
 
-#ifndef BACKWARD_TILES
-#define BACKWARD_TILES 1
-#endif
-#ifndef BACKWARD_ROWS
-#define BACKWARD_ROWS (HEAD_DIM <= 96 ? 2 : 1)
-#endif
+constexpr int M = 1;                // 16 M rows of the result a warp: as cuda.rs has it
+constexpr int N = D <= 96 ? 2 : 1;  // 16 N rows of the other side at a time
 
 // What both kernels read and write.
 struct Backward {
@@ -27,29 +23,26 @@ struct Backward {
         return (size_t)item.image_row * 3 * width() + part * width() + head * D;
     }
     __device__ __forceinline__ Rows packed(int part, int head) const {
-        return {qkv + place(part, head), (size_t)(3 * width()), item.segment.tokens};
+        return {qkv + place(part, head), 3 * width(), item.segment.tokens};
     }
     __device__ __forceinline__ size_t mixed(int head) const { return (size_t)item.image_row * width() + head * D; }
     __device__ __forceinline__ Rows gradient(int head) const {
-        return {dout + mixed(head), (size_t)width(), item.segment.tokens};
+        return {dout + mixed(head), width(), item.segment.tokens};
     }
 };
 
 // ---- dQ and delta
 
 struct QueryGradient : Backward {
-    static constexpr int M = BACKWARD_TILES;
-    static constexpr int N = BACKWARD_ROWS;
-
     bf16 *keys, *values, *staging;
-    float scale;  // of the scores, in base 2
+    float scale;  // of the scores, for powers of two
 
     Operand<M, K_STEPS> q, dy;
     Accumulators<M, COLUMNS> dq;
     float sums[M][2], deltas[M][2];  // of rows g and g + 8; log_sum in base 2
 
-    __device__ __forceinline__ QueryGradient(const Backward& b, bf16* keys, bf16* values, bf16* staging)
-        : Backward(b), keys(keys), values(values), staging(staging), scale(LOG2_E * rsqrtf(float(D))) {}
+    __device__ __forceinline__ QueryGradient(const Backward& b, const Buffers<16 * M>& to)
+        : Backward(b), keys(to.first), values(to.second), staging(to.staging), scale(LOG2_E * rsqrtf(float(D))) {}
 
     __device__ __forceinline__ void begin(Tile tile) {
         load_plain(staging, gradient(tile.head), tile.row, 16 * M, this_warp());
@@ -58,6 +51,7 @@ struct QueryGradient : Backward {
         dy = operand<M>(staging);
         __syncwarp();
         load_rotated(staging, packed(0, tile.head), tile.row, 16 * M, item.segment, this_warp());
+        copy_wait<0>();
         __syncwarp();
         q = operand<M>(staging);
         dq = {};
@@ -74,14 +68,13 @@ struct QueryGradient : Backward {
             for (int h = 0; h < 2; h++) {
                 const int row = tile.row + 16 * m + 8 * h + g;
                 const bool inside = row < item.segment.tokens;
-                const bf16* y = out + mixed(tile.head) + (size_t)(inside ? row : 0) * width();
+                const bf16* y = out + mixed(tile.head) + (inside ? row : 0) * width();
                 float dot = 0.0f;
 #pragma unroll
                 for (int n = 0; n < COLUMNS; n++) {
                     const u32 dy_pair = dy.at[m][n / 2][h + n % 2 * 2];
                     const u32 y_pair = __ldg((const u32*)(y + 8 * n + 2 * t));
-                    dot += __uint_as_float(dy_pair << 16) * __uint_as_float(y_pair << 16);
-                    dot += __uint_as_float(dy_pair & 0xffff0000u) * __uint_as_float(y_pair & 0xffff0000u);
+                    dot += low(dy_pair) * low(y_pair) + high(dy_pair) * high(y_pair);
                 }
                 dot += __shfl_xor_sync(FULL_WARP, dot, 1);
                 dot += __shfl_xor_sync(FULL_WARP, dot, 2);
@@ -104,11 +97,11 @@ struct QueryGradient : Backward {
             auto p = products<M, N>(q, keys + (slot + j) * STRIDE, valid);
             auto ds = products<M, N>(dy, values + (slot + j) * STRIDE, valid);
             if (BIASED) add_bias<false>(p, item.segment, tile.head, tile.row, first + j, LOG2_E / scale);
-            p.each([&](float& x, int m, int e, int) { x = exp2_fast(x * scale - sums[m][e / 2]); });
-            ds.each([&](float& x, int m, int e, int c) {
-                const int n = c / 8;
-                x = c < valid ? p.at[m][n][e] * (x - deltas[m][e / 2]) : 0.0f;
-            });
+            p.each([&](float& x, int m, int e, int) { x = exp2_fast(x * scale - sums[m][e / 2]); }, valid);
+            auto slope = [&](float& x, int m, int e, int c) {
+                x = c < valid ? p.at[m][c / 8][e] * (x - deltas[m][e / 2]) : 0.0f;
+            };
+            ds.each(slope, valid);
             add_product<M, N>(dq, ds, keys + (slot + j) * STRIDE, valid);
         }
     }
@@ -123,18 +116,15 @@ struct QueryGradient : Backward {
 // ---- dK and dV
 
 struct KeyGradient : Backward {
-    static constexpr int M = 1;
-    static constexpr int N = BACKWARD_ROWS;
-
     bf16 *queries, *gradients, *staging;
     float *sums, *deltas;  // of the rows of the chunk; log_sum in base 2
-    float scale;           // of the scores, in base 2
+    float scale;           // of the scores, for powers of two
 
     Operand<M, K_STEPS> k, v;
     Accumulators<M, COLUMNS> dk, dv;
 
-    __device__ __forceinline__ KeyGradient(const Backward& b, bf16* queries, bf16* gradients, float* sums, float* deltas, bf16* staging)
-        : Backward(b), queries(queries), gradients(gradients), staging(staging), sums(sums), deltas(deltas),
+    __device__ __forceinline__ KeyGradient(const Backward& b, const Buffers<16 * M>& to)
+        : Backward(b), queries(to.first), gradients(to.second), staging(to.staging), sums(to.sums), deltas(to.deltas),
           scale(LOG2_E * rsqrtf(float(D))) {}
 
     __device__ __forceinline__ void begin(Tile tile) {
@@ -144,6 +134,7 @@ struct KeyGradient : Backward {
         v = operand<M>(staging);
         __syncwarp();
         load_rotated(staging, packed(1, tile.head), tile.row, 16 * M, item.segment, this_warp());
+        copy_wait<0>();
         __syncwarp();
         k = operand<M>(staging);
         dk = {};
@@ -170,8 +161,8 @@ struct KeyGradient : Backward {
             auto p = products<M, N>(k, queries + at * STRIDE, valid);
             auto ds = products<M, N>(v, gradients + at * STRIDE, valid);
             if (BIASED) add_bias<true>(p, item.segment, tile.head, tile.row, first + j, LOG2_E / scale);
-            p.each([&](float& x, int, int, int c) { x = exp2_fast(x * scale - sums[at + c]); });
-            ds.each([&](float& x, int m, int e, int c) { x = p.at[m][c / 8][e] * (x - deltas[at + c]); });
+            p.each([&](float& x, int, int, int c) { x = exp2_fast(x * scale - sums[at + c]); }, valid);
+            ds.each([&](float& x, int m, int e, int c) { x = p.at[m][c / 8][e] * (x - deltas[at + c]); }, valid);
             add_product<M, N>(dv, p, gradients + at * STRIDE, valid);
             add_product<M, N>(dk, ds, queries + at * STRIDE, valid);
         }
@@ -194,10 +185,8 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, BLOCKS) attention_back
     __shared__ Item item;
     if (threadIdx.x == 0) item = item_of(all, blockIdx.x);
     __syncthreads();
-    const int chunk = item.segment.chunk * item.segment.heads_per_item * STRIDE;
-    bf16* staging = shared + 2 * chunk + threadIdx.x / 32 * 16 * QueryGradient::M * STRIDE;
-    QueryGradient work({qkv, out, dout, log_sum, delta, dqkv, item}, shared, shared + chunk, staging);
-    sweep<16 * QueryGradient::M>(item, work);
+    QueryGradient work({qkv, out, dout, log_sum, delta, dqkv, item}, Buffers<16 * M>(shared, item));
+    sweep<16 * M>(item, work);
 }
 
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, BLOCKS) attention_backward_keys_bf16(BACKWARD_PARAMS) {
@@ -205,11 +194,8 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, BLOCKS) attention_back
     __shared__ Item item;
     if (threadIdx.x == 0) item = item_of(all, blockIdx.x);
     __syncthreads();
-    const int rows = item.segment.chunk * item.segment.heads_per_item;
-    bf16* staging = shared + 2 * rows * STRIDE + threadIdx.x / 32 * 16 * KeyGradient::M * STRIDE;
-    float* sums = (float*)(shared + 2 * rows * STRIDE + blockDim.x / 32 * 16 * KeyGradient::M * STRIDE);
-    KeyGradient work({qkv, out, dout, log_sum, delta, dqkv, item}, shared, shared + rows * STRIDE, sums, sums + rows, staging);
-    sweep<16 * KeyGradient::M>(item, work);
+    KeyGradient work({qkv, out, dout, log_sum, delta, dqkv, item}, Buffers<16 * M>(shared, item));
+    sweep<16 * M>(item, work);
 }
 
 #if BIASED
@@ -217,12 +203,13 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, BLOCKS) attention_back
 // ---- dbias
 
 // The sum over each part of the images, `partial` [parts, H, P, P], of the only segment: a warp owns 16 queries by
-// 16 BACKWARD_ROWS keys of one head. Blocks: (tiles, heads, parts). Shared memory: 32 (1 + BACKWARD_ROWS) rows a warp.
+// 16 N keys of one head. Blocks: (tiles, heads, parts). Shared memory: 32 (1 + N) rows a warp.
 extern "C" __global__ void attention_backward_bias_bf16(BACKWARD_PARAMS, float* partial) {
-    constexpr int N = BACKWARD_ROWS, KEYS = 16 * N;
+    constexpr int KEYS = 16 * N;
     const Segment& s = all.at[0];
     const int patches = s.tokens - s.prefix, across = (patches + KEYS - 1) / KEYS;
-    const int warp = threadIdx.x / 32, index = blockIdx.x * (blockDim.x / 32) + warp, head = blockIdx.y;
+    const int warp = threadIdx.x / 32, index = blockIdx.x * (blockDim.x / 32) + warp;
+    const int head = blockIdx.y;
     const int row = s.prefix + index / across * 16, column = s.prefix + index % across * KEYS;
     if (row >= s.tokens) return;
     DYNAMIC_SHARED(bf16, shared);

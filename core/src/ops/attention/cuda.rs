@@ -142,21 +142,16 @@ impl Attention {
             }
         }
         for (input, segment) in self.bias_inputs().filter(|&(input, _)| grads.needs(input)).collect::<Vec<_>>() {
-            let patches = self.segments[segment].patches();
-            let images_per_part = self.segments[segment].images.div_ceil(BIAS_PARTS).max(1);
-            let parts = self.segments[segment].images.div_ceil(images_per_part);
+            let (patches, images) = (self.segments[segment].patches(), self.segments[segment].images);
+            let images_per_part = images.div_ceil(BIAS_PARTS).max(1);
+            let parts = images.div_ceil(images_per_part);
             let mut partial = Tensor::uninit(&[parts, self.heads, patches, patches], DType::F32);
-            let n = self.heads * patches * patches;
-            let mut at = [SegmentArg::default(); MAX_SEGMENTS];
-            at[0] = self.segment_args().swap_remove(segment);
-            let segments = SegmentsArg { at, images_per_part: int(images_per_part), ..self.segments_arg(&kernels) };
-            kernels.launch_bias(
-                parts,
-                self.heads,
-                patches,
-                args![qkv, out, dy, log_sum, &delta, &mut dqkv, segments, &mut partial],
-            )?;
+            let mut segments = self.segments_arg(&kernels, &self.segment_args()[segment..=segment]);
+            segments.images_per_part = int(images_per_part);
+            let args = args![qkv, out, dy, log_sum, &delta, &mut dqkv, segments, &mut partial];
+            kernels.launch_bias(parts, self.heads, patches, args)?;
             grads.accumulate(input, |mut dbias| {
+                let n = self.heads * patches * patches;
                 let sum = gpu.kernel(&PLAIN, "attention_sum_bias", DType::F32)?.over(n);
                 sum.launch(args![&partial, int(parts), int(n), &mut dbias])
             })?;
@@ -182,9 +177,10 @@ impl Attention {
         let address = |x: Option<&Tensor>| x.map_or(0, Tensor::device_address);
         let mut first_row = 0;
         let each = self.segments.iter().map(|s| {
+            let rotary = s.rotary.as_ref().filter(|_| s.patches() > 0);
             let arg = SegmentArg {
-                sin: address(s.rotary.as_ref().map(|(sin, _)| sin)),
-                cos: address(s.rotary.as_ref().map(|(_, cos)| cos)),
+                sin: address(rotary.map(|(sin, _)| sin)),
+                cos: address(rotary.map(|(_, cos)| cos)),
                 bias: address(s.bias.as_ref()),
                 images: int(s.images),
                 tokens: int(s.tokens),
@@ -200,8 +196,10 @@ impl Attention {
         each.collect()
     }
 
-    fn segments_arg(&self, kernels: &Kernels) -> SegmentsArg {
-        SegmentsArg { count: 1, heads: int(self.heads), head_dim: int(kernels.d), ..SegmentsArg::default() }
+    fn segments_arg(&self, kernels: &Kernels, some: &[SegmentArg]) -> SegmentsArg {
+        let mut at = [SegmentArg::default(); MAX_SEGMENTS];
+        at[..some.len()].copy_from_slice(some);
+        SegmentsArg { at, count: int(some.len()), heads: int(self.heads), head_dim: int(kernels.d), images_per_part: 0 }
     }
 
     /// The launches of a sweep: one for every [`MAX_SEGMENTS`] segments, longest sequences first.
@@ -209,11 +207,7 @@ impl Attention {
         let mut all = self.segment_args();
         all.retain(|s| s.images > 0 && s.tokens > 0);
         all.sort_by_key(|s| Reverse(s.tokens));
-        let plan = |group: &[SegmentArg]| {
-            let mut segments = SegmentsArg { count: int(group.len()), ..self.segments_arg(kernels) };
-            segments.at[..group.len()].copy_from_slice(group);
-            kernels.divide(segments, sweep)
-        };
+        let plan = |some: &[SegmentArg]| kernels.divide(self.segments_arg(kernels, some), sweep);
         all.chunks(MAX_SEGMENTS).map(plan).collect()
     }
 }

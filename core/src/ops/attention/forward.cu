@@ -1,27 +1,20 @@
-// out = softmax(s R(Q) R(K)^T + bias) V, a block of keys at a time (FlashAttention-2, arXiv:2307.08691): each row keeps
-// its maximum, its sum and the weighted values so far, and rescales them when the maximum grows.
+// out = softmax(s R(Q) R(K)^T + bias) V, some keys at a time (FlashAttention-2, arXiv:2307.08691): each row keeps its
+// maximum, its sum and the weighted values so far, and rescales them when the maximum grows.
 //
-// Shared memory: K and V of the chunk, and TILE rows for each warp (its queries, then its results). d = 64: 288 bytes a
-// row of the chunk, 4.5 KiB a warp; 261 tokens and 5 warps take 99 KiB, so that two blocks run side by side, one loading
-// while the other computes.
-
-#ifndef FORWARD_TILES
-#define FORWARD_TILES (HEAD_DIM <= 64 ? 2 : 1)
-#endif
-#ifndef FORWARD_KEYS
-#define FORWARD_KEYS 2
-#endif
+// Shared memory: K and V of the chunk, and a tile for each warp (its queries, then its results). d = 64: 288 bytes a
+// row of the chunk, 4.5 KiB a warp; 261 tokens and 5 warps take 99 KiB and at most 168 registers a thread, so that two
+// blocks run side by side, one loading while the other computes. d = 128: one block of 6 warps, 170 KiB.
 
 struct Forward {
-    static constexpr int M = FORWARD_TILES;  // tiles of 16 query rows a warp
-    static constexpr int N = FORWARD_KEYS;   // tiles of 16 keys at a time
+    static constexpr int M = D <= 64 ? 2 : 1;  // 16 M queries a warp: as cuda.rs has it
+    static constexpr int N = 2;                // 16 N keys at a time
 
     const Item& item;
     const bf16* qkv;
     bf16* out;
     float* log_sum;
     bf16 *keys, *values, *staging;
-    float scale;  // of the scores, in base 2
+    float scale;  // of the scores, for powers of two
 
     Operand<M, K_STEPS> q;
     Accumulators<M, COLUMNS> o;
@@ -29,12 +22,13 @@ struct Forward {
 
     __device__ __forceinline__ int width() const { return item.total_heads * D; }
     __device__ __forceinline__ Rows rows(int part, int head) const {
-        const size_t stride = 3 * width();
-        return {qkv + item.image_row * stride + part * width() + head * D, stride, item.segment.tokens};
+        const int stride = 3 * width();
+        return {qkv + (size_t)item.image_row * stride + part * width() + head * D, stride, item.segment.tokens};
     }
 
     __device__ __forceinline__ void begin(Tile tile) {
         load_rotated(staging, rows(0, tile.head), tile.row, 16 * M, item.segment, this_warp());
+        copy_wait<0>();
         __syncwarp();
         q = operand<M>(staging);
         o = {};
@@ -112,7 +106,8 @@ struct Forward {
                 x += __shfl_xor_sync(FULL_WARP, x, 2);
                 sum[m][h] = 1.0f / x;
                 const int row = tile.row + 16 * m + 8 * h + lane_id() / 4;
-                if (lane_id() % 4 == 0 && row < item.segment.tokens) sums[row] = (top[m][h] * scale + log2f(x)) / LOG2_E;
+                if (lane_id() % 4 != 0 || row >= item.segment.tokens) continue;
+                sums[row] = (top[m][h] * scale + log2f(x)) / LOG2_E;
             }
         o.each([&](float& x, int m, int e, int) { x *= sum[m][e / 2]; });
         bf16* to = out + (size_t)item.image_row * width() + tile.head * D;
@@ -121,15 +116,13 @@ struct Forward {
 };
 
 // qkv [T, 3 D H] to out [T, D H] and, for each image, the logarithms of the rows' normalisers [H, tokens].
-// Dynamic shared memory: see `Plan` in cuda.rs.
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, BLOCKS)
 attention_forward_bf16(const bf16* qkv, bf16* out, float* log_sum, Segments all) {
     DYNAMIC_SHARED(bf16, shared);
     __shared__ Item item;
     if (threadIdx.x == 0) item = item_of(all, blockIdx.x);
     __syncthreads();
-    const int chunk = item.segment.chunk * item.segment.heads_per_item * STRIDE;
-    bf16* staging = shared + 2 * chunk + threadIdx.x / 32 * 16 * Forward::M * STRIDE;
-    Forward work = {item, qkv, out, log_sum, shared, shared + chunk, staging, LOG2_E * rsqrtf(float(D))};
+    const Buffers<16 * Forward::M> to(shared, item);
+    Forward work = {item, qkv, out, log_sum, to.first, to.second, to.staging, LOG2_E * rsqrtf(float(D))};
     sweep<16 * Forward::M>(item, work);
 }

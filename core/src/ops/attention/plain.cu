@@ -2,7 +2,7 @@
 // in shared memory, and each warp goes through the other side's rows 32 at a time, one a lane.
 //
 // A block computes ROWS rows of one image and head (`rows_per_item`), a warp every eighth of them. Shared memory: tiles
-// of 32 rows of d + 1 floats (odd strides keep lanes in different banks): 5 in forward, 6 for dQ, 7 for dK and dV.
+// of 32 rows of d + 1 floats (for even d, lanes are in different banks): 4 in forward, 5 for dQ, 6 for dK and dV.
 
 #define ROWS 32
 #define WARPS 8
@@ -130,9 +130,12 @@ __device__ void attention_forward(const T* qkv, T* out, float* log_sum, Segments
 
 KERNEL(attention_forward, (const T* qkv, T* out, float* log_sum, Segments all), (qkv, out, log_sum, all))
 
+#define BACKWARD_PARAMS                                                                                            \
+    const T *qkv, const T *out, const T *dout, const float *log_sum, float *delta, T *dqkv, Segments all
+
 // dQ, and delta = rowsum(dO O).
 template <class T>
-__device__ void attention_backward_queries(const T* qkv, const T* out, const T* dout, const float* log_sum, float* delta, T* dqkv, Segments all) {
+__device__ void attention_backward_queries(BACKWARD_PARAMS) {
     DYNAMIC_SHARED(float, shared);
     __shared__ float weights[WARPS][32];
     Head<T> head(all, shared);
@@ -177,21 +180,23 @@ __device__ void attention_backward_queries(const T* qkv, const T* out, const T* 
         const int i = warp + r * WARPS, row = head.item.row + i;
         if (row >= tokens) break;
         T* to = dqkv + head.place(0) + row * 3 * head.width();
-        for (int c = lane; c < d; c += 32) to[c] = from_float<T>(head.unrotated(dq + i * (d + 1), row, c) * head.scale());
+        for (int c = lane; c < d; c += 32) {
+            to[c] = from_float<T>(head.unrotated(dq + i * (d + 1), row, c) * head.scale());
+        }
     }
 }
 
-KERNEL(attention_backward_queries, (const T* qkv, const T* out, const T* dout, const float* log_sum, float* delta, T* dqkv, Segments all),
-       (qkv, out, dout, log_sum, delta, dqkv, all))
+KERNEL(attention_backward_queries, (BACKWARD_PARAMS), (qkv, out, dout, log_sum, delta, dqkv, all))
 
 // dK and dV.
 template <class T>
-__device__ void attention_backward_keys(const T* qkv, const T* out, const T* dout, const float* log_sum, float* delta, T* dqkv, Segments all) {
+__device__ void attention_backward_keys(BACKWARD_PARAMS) {
     DYNAMIC_SHARED(float, shared);
     __shared__ float weights[WARPS][32];
     Head<T> head(all, shared);
     const int d = head.d;
-    float *k = head.tile(), *v = head.tile(), *q = head.tile(), *dy = head.tile(), *dk = head.tile(), *dv = head.tile();
+    float *k = head.tile(), *v = head.tile(), *q = head.tile(), *dy = head.tile();
+    float *dk = head.tile(), *dv = head.tile();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tokens = head.item.segment.tokens;
     const size_t sums = head.item.sums(head.item.head);
     head.load(k, head.packed(qkv, 1), head.item.row, true);
@@ -228,16 +233,16 @@ __device__ void attention_backward_keys(const T* qkv, const T* out, const T* dou
     }
 }
 
-KERNEL(attention_backward_keys, (const T* qkv, const T* out, const T* dout, const float* log_sum, float* delta, T* dqkv, Segments all),
-       (qkv, out, dout, log_sum, delta, dqkv, all))
+KERNEL(attention_backward_keys, (BACKWARD_PARAMS), (qkv, out, dout, log_sum, delta, dqkv, all))
 
 // dbias, a thread for each element of [H, P, P]: the sum over each part of the images, `partial` [parts, H, P, P], of
 // the only segment. Blocks: (elements, 1, parts).
 template <class T>
-__device__ void attention_backward_bias(const T* qkv, const T* dout, const float* log_sum, const float* delta, Segments all, float* partial) {
+__device__ void attention_backward_bias(BACKWARD_PARAMS, float* partial) {
     const Segment& s = all.at[0];
     const int patches = s.tokens - s.prefix;
-    const size_t element = (size_t)blockIdx.x * blockDim.x + threadIdx.x, elements = (size_t)all.heads * patches * patches;
+    const size_t elements = (size_t)all.heads * patches * patches;
+    const size_t element = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (element >= elements) return;
     Head<T> head(all, nullptr);
     const int query = s.prefix + element / patches % patches, key = s.prefix + element % patches;
@@ -247,7 +252,8 @@ __device__ void attention_backward_bias(const T* qkv, const T* dout, const float
     float sum = 0.0f;
     for (int image = first; image < last; image++) {
         head.item.image_row = s.first_row + image * s.tokens;
-        const Matrix<T> q = head.packed(qkv, 0), k = head.packed(qkv, 1), v = head.packed(qkv, 2), dy = head.mixed(dout);
+        const Matrix<T> q = head.packed(qkv, 0), k = head.packed(qkv, 1), v = head.packed(qkv, 2);
+        const Matrix<T> dy = head.mixed(dout);
         float score = 0.0f, dp = 0.0f;
         for (int c = 0; c < head.d; c++) {
             score += head.rotated(q, query, c) * head.rotated(k, key, c);
@@ -259,9 +265,8 @@ __device__ void attention_backward_bias(const T* qkv, const T* dout, const float
     partial[blockIdx.z * elements + element] = sum;
 }
 
-KERNEL(attention_backward_bias,
-       (const T* qkv, const T* out, const T* dout, const float* log_sum, float* delta, T* dqkv, Segments all, float* partial),
-       (qkv, dout, log_sum, delta, all, partial))
+KERNEL(attention_backward_bias, (BACKWARD_PARAMS, float* partial),
+       (qkv, out, dout, log_sum, delta, dqkv, all, partial))
 
 // dbias = the sum of the parts, n elements each; of either path.
 extern "C" __global__ void attention_sum_bias_f32(const float* partial, int parts, int n, Gradient dbias) {

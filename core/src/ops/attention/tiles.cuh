@@ -1,12 +1,12 @@
-// Attention on tensor cores: tiles in shared memory and in registers. bf16, head dimension HEAD_DIM (16..128, a multiple
-// of 16).
+// Attention on tensor cores: tiles in shared memory and in registers. bf16, head dimension HEAD_DIM: a multiple of 16,
+// at most 128.
 //
 // A warp owns TILE = 16 * M rows of the result (queries in forward and for dQ, keys for dK and dV) and goes through all
 // the rows of the other side, which the block holds in shared memory. Its own rows are operands in registers from
 // beginning to end. A row in shared memory is HEAD_DIM + 8 elements long: eight consecutive rows then lie in different
 // banks, for every head dimension. BIASED says whether a segment has a score bias.
 
-// The most threads of a block, and the blocks that registers leave room for.
+// The most threads of a block, and the blocks that run side by side on a multiprocessor: as cuda.rs has them.
 #define MAX_THREADS 192
 #define BLOCKS (HEAD_DIM <= 64 ? 2 : 1)
 
@@ -20,8 +20,8 @@ static_assert(D % 16 == 0 && D >= 16 && D <= 128, "head dimension");
 
 constexpr float LOG2_E = 1.4426950408889634f;
 
-// The accumulators of M tiles of 16 rows and N blocks of 8 columns. Lane 4 g + t holds, of each block, row g and columns
-// 2 t, 2 t + 1 ([0], [1]), then row g + 8 ([2], [3]).
+// The accumulators of M tiles of 16 rows and N blocks of 8 columns. Lane 4 g + t holds, of each block, row g and
+// columns 2 t, 2 t + 1 ([0], [1]), then row g + 8 ([2], [3]).
 template <int M, int N> struct Accumulators {
     float at[M][N][4];
 
@@ -34,15 +34,18 @@ template <int M, int N> struct Accumulators {
                 for (int e = 0; e < 4; e++) at[m][n][e] = 0.0f;
     }
 
-    // f(x, m, e, column) for each element x; its row is 16 m + 8 (e / 2) + g.
-    template <class F> __device__ __forceinline__ void each(F f) {
+    // f(x, m, e, column) for each element x; its row is 16 m + 8 (e / 2) + g. Columns from `valid` on (rounded up to 16)
+    // are left out.
+    template <class F> __device__ __forceinline__ void each(F f, int valid = 8 * N) {
         const int t = threadIdx.x % 4;
 #pragma unroll
-        for (int m = 0; m < M; m++)
+        for (int n = 0; n < N; n++) {
+            if (n >= 2 && n / 2 * 16 >= valid) break;
 #pragma unroll
-            for (int n = 0; n < N; n++)
+            for (int m = 0; m < M; m++)
 #pragma unroll
                 for (int e = 0; e < 4; e++) f(at[m][n][e], m, e, 8 * n + 2 * t + e % 2);
+        }
     }
 };
 
@@ -97,7 +100,8 @@ __device__ __forceinline__ Accumulators<M, 2 * N> products(const Operand<M, K_ST
 
 // sum += p b, with p the result of `products`, rounded to bf16, and b the same rows of shared memory.
 template <int M, int N>
-__device__ __forceinline__ void add_product(Accumulators<M, COLUMNS>& sum, const Accumulators<M, 2 * N>& p, const bf16* b, int valid) {
+__device__ __forceinline__ void add_product(Accumulators<M, COLUMNS>& sum, const Accumulators<M, 2 * N>& p,
+                                            const bf16* b, int valid) {
 #pragma unroll
     for (int n = 0; n < N; n++) {
         if (n > 0 && 16 * n >= valid) break;
@@ -124,7 +128,12 @@ __device__ __forceinline__ void add_product(Accumulators<M, COLUMNS>& sum, const
 
 // ---- rows between global and shared memory
 
-typedef Pack<bf16> Eight;
+// Eight elements, in pairs.
+struct alignas(16) Eight {
+    u32 pair[4];
+};
+__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 
 // The threads that do something together: a warp or a block.
 struct Threads {
@@ -133,53 +142,20 @@ struct Threads {
 __device__ __forceinline__ Threads this_warp() { return {lane_id(), 32}; }
 __device__ __forceinline__ Threads this_block() { return {(int)threadIdx.x, (int)blockDim.x}; }
 
-// One head's rows of one image: `stride` elements from row to row.
+// One head's rows of one image: `stride` elements from row to row. Offsets within an image are `int`: registers are few.
 struct Rows {
     const bf16* at;
-    size_t stride;
+    int stride;
     int tokens;
 };
 
-__device__ __forceinline__ Eight load_eight(const bf16* p) {
-    union {
-        uint4 bits;
-        Eight values;
-    } x;
-    x.bits = __ldg((const uint4*)p);
-    return x.values;
+__device__ __forceinline__ Eight load_eight(const void* p) {
+    const uint4 x = __ldg((const uint4*)p);
+    return {x.x, x.y, x.z, x.w};
 }
 
-// Rows [first, first + count) to shared memory, those of patches rotated (in f32, then rounded), zeros behind the last
-// token. A pair of columns (c, c + d / 2) turns by its angle; a thread takes eight pairs.
-__device__ __forceinline__ void load_rotated(bf16* to, Rows from, int first, int count, const Segment& s, Threads threads) {
-    constexpr int PER_ROW = HALF / 8;
-#pragma unroll 2
-    for (int i = threads.index; i < count * PER_ROW; i += threads.count) {
-        const int row = first + i / PER_ROW, c = i % PER_ROW * 8;
-        Eight a = {}, b = {};
-        if (row < from.tokens) {
-            a = load_eight(from.at + row * from.stride + c);
-            b = load_eight(from.at + row * from.stride + c + HALF);
-            if (s.sin && row >= s.prefix) {
-                const size_t at = (size_t)(row - s.prefix) * D + c;
-                const bf16 *sin = (const bf16*)s.sin + at, *cos = (const bf16*)s.cos + at;
-                const Eight sin_a = load_eight(sin), sin_b = load_eight(sin + HALF);
-                const Eight cos_a = load_eight(cos), cos_b = load_eight(cos + HALF);
-#pragma unroll
-                for (int k = 0; k < 8; k++) {
-                    const float x = to_float(a.at[k]), y = to_float(b.at[k]);
-                    a.at[k] = from_float<bf16>(x * to_float(cos_a.at[k]) - y * to_float(sin_a.at[k]));
-                    b.at[k] = from_float<bf16>(y * to_float(cos_b.at[k]) + x * to_float(sin_b.at[k]));
-                }
-            }
-        }
-        bf16* place = to + i / PER_ROW * STRIDE + c;
-        *(Eight*)place = a;
-        *(Eight*)(place + HALF) = b;
-    }
-}
-
-// Rows [first, first + count) to shared memory as they are, in the background; zeros behind the last token.
+// Rows [first, first + count) to shared memory as they are, in the background: `copy_wait` ends it. Zeros behind the
+// last token.
 __device__ __forceinline__ void load_plain(bf16* to, Rows from, int first, int count, Threads threads) {
     for (int i = threads.index; i < count * COLUMNS; i += threads.count) {
         const int row = first + i / COLUMNS, c = i % COLUMNS * 8;
@@ -187,6 +163,38 @@ __device__ __forceinline__ void load_plain(bf16* to, Rows from, int first, int c
         copy_async16(to + i / COLUMNS * STRIDE + c, from.at + (inside ? row : 0) * from.stride + c, inside ? 16 : 0);
     }
     copy_commit();
+}
+
+// The same with the rows of patches rotated, in f32, then rounded. A pair of columns (c, c + d / 2) turns by its angle;
+// a thread takes eight pairs. No branch depends on the row, so that loads of several rows are under way at a time.
+__device__ __forceinline__ void load_rotated(bf16* to, Rows from, int first, int count, const Segment& s,
+                                             Threads threads) {
+    if (!s.sin) return load_plain(to, from, first, count, threads);
+    constexpr int PER_ROW = HALF / 8;
+#pragma unroll 2
+    for (int i = threads.index; i < count * PER_ROW; i += threads.count) {
+        const int row = first + i / PER_ROW, c = i % PER_ROW * 8;
+        const bool inside = row < from.tokens, turns = inside && row >= s.prefix;
+        const bf16* at = from.at + (inside ? row : 0) * from.stride + c;
+        const int angle = (turns ? row - s.prefix : 0) * D + c;
+        const bf16 *sin = (const bf16*)s.sin + angle, *cos = (const bf16*)s.cos + angle;
+        Eight a = load_eight(at), b = load_eight(at + HALF);
+        const Eight sin_a = load_eight(sin), sin_b = load_eight(sin + HALF);
+        const Eight cos_a = load_eight(cos), cos_b = load_eight(cos + HALF);
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            const u32 x = a.pair[k], y = b.pair[k];
+            const u32 turned_x = pack_bf16(low(x) * low(cos_a.pair[k]) - low(y) * low(sin_a.pair[k]),
+                                           high(x) * high(cos_a.pair[k]) - high(y) * high(sin_a.pair[k]));
+            const u32 turned_y = pack_bf16(low(y) * low(cos_b.pair[k]) + low(x) * low(sin_b.pair[k]),
+                                           high(y) * high(cos_b.pair[k]) + high(x) * high(sin_b.pair[k]));
+            a.pair[k] = turns ? turned_x : inside ? x : 0;
+            b.pair[k] = turns ? turned_y : inside ? y : 0;
+        }
+        bf16* place = to + i / PER_ROW * STRIDE + c;
+        *(Eight*)place = a;
+        *(Eight*)(place + HALF) = b;
+    }
 }
 
 // The transpose of the rotation: the gradients of rotated rows to those of packed ones, where they were accumulated.
@@ -217,7 +225,8 @@ template <int M> __device__ __forceinline__ void unrotate(Accumulators<M, COLUMN
 // The warp's rows of a result, scaled and rounded, to global memory by way of `staging`, [16 M, STRIDE] of the warp's
 // own, so that whole sectors are written.
 template <int M>
-__device__ __forceinline__ void store_rows(bf16* to, size_t stride, int first, int tokens, Accumulators<M, COLUMNS>& x, bf16* staging) {
+__device__ __forceinline__ void store_rows(bf16* to, int stride, int first, int tokens,
+                                           const Accumulators<M, COLUMNS>& x, bf16* staging) {
     const int g = lane_id() / 4, t = lane_id() % 4;
     __syncwarp();
 #pragma unroll
@@ -241,7 +250,8 @@ __device__ __forceinline__ void store_rows(bf16* to, size_t stride, int first, i
 // Adds the bias between patches to scores of the rows from `row` on with the columns from `column` on. `inverse_scale`
 // makes it of the size of scores before they are scaled. Rows are queries, or keys if `transposed`.
 template <bool transposed, int M, int N>
-__device__ __forceinline__ void add_bias(Accumulators<M, N>& s, const Segment& segment, int head, int row, int column, float inverse_scale) {
+__device__ __forceinline__ void add_bias(Accumulators<M, N>& s, const Segment& segment, int head, int row, int column,
+                                         float inverse_scale) {
     if (!segment.bias) return;
     const int patches = segment.tokens - segment.prefix, g = lane_id() / 4;
     const bf16* bias = (const bf16*)segment.bias + (size_t)head * patches * patches;
@@ -254,27 +264,43 @@ __device__ __forceinline__ void add_bias(Accumulators<M, N>& s, const Segment& s
 
 // ---- the sweep that all kernels are
 
-// What a warp has to know of the tile it computes: the head, and the tile's first row in the image.
+// A block's dynamic shared memory: two sets of the chunk's rows of each of the item's heads (keys and values, say),
+// TILE rows for each warp, then two floats for each row of the chunk, where a kernel wants them.
+template <int TILE> struct Buffers {
+    bf16 *first, *second, *staging;
+    float *sums, *deltas;
+
+    __device__ __forceinline__ Buffers(bf16* shared, const Item& item) {
+        const int rows = item.segment.chunk * item.segment.heads_per_item, warps = blockDim.x / 32;
+        first = shared;
+        second = first + rows * STRIDE;
+        bf16* stagings = second + rows * STRIDE;
+        staging = stagings + threadIdx.x / 32 * TILE * STRIDE;
+        sums = (float*)(stagings + warps * TILE * STRIDE);
+        deltas = sums + rows;
+    }
+};
+
+// The tile that a warp computes: its head, and its first row in the image.
 struct Tile {
     int head, row;
 };
 
-// For every tile of the item that is this warp's: work.begin(tile), work.step(tile, h, chunk's first row, its rows) for
-// all rows of the image, chunk by chunk, work.end(tile). work.load(head, h, first, count) fills slot h of shared memory.
-// A short sequence is one chunk, which stays for all tiles, of all heads of the item; a long one has as many tiles in
-// an item as there are warps.
+// For every tile of the item that is this warp's: work.begin(tile); work.step(tile, h, first, count) for all rows of
+// the image, chunk by chunk; work.end(tile). work.load(head, h, first, count) fills slot h of the chunk's rows. A short
+// sequence is one chunk, which stays for all tiles of all heads of the item; a long one has as many tiles in an item
+// as there are warps.
 template <int TILE, class Work> __device__ __forceinline__ void sweep(const Item& item, Work& work) {
-    const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    const int tokens = item.segment.tokens, chunk = item.segment.chunk;
-    const int per_head = (item.rows + TILE - 1) / TILE, tiles = item.heads * per_head;
-    for (int round = 0; round < tiles; round += warps) {
-        const int index = round + warp, h = index / per_head;
+    // What the item says is read again where it is needed: registers are few.
+    const int per_head = (item.rows + TILE - 1) / TILE;
+    for (int round = 0; round < item.heads * per_head; round += blockDim.x / 32) {
+        const int index = round + threadIdx.x / 32, h = index / per_head;
         const Tile tile = {item.head + h, item.row + index % per_head * TILE};
-        const bool mine = index < tiles;
+        const bool mine = h < item.heads;
         if (mine) work.begin(tile);
-        for (int first = 0; first < tokens; first += chunk) {
-            const int count = min(chunk, tokens - first);
-            if (round == 0 || tokens > chunk) {
+        for (int first = 0; first < item.segment.tokens; first += item.segment.chunk) {
+            const int count = min(item.segment.chunk, item.segment.tokens - first);
+            if (round == 0 || item.segment.tokens > item.segment.chunk) {
                 __syncthreads();
                 for (int i = 0; i < item.heads; i++) work.load(item.head + i, i, first, (count + 15) / 16 * 16);
                 copy_wait<0>();

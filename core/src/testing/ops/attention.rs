@@ -33,7 +33,8 @@ inventory::submit! {
             let case = c.case();
             let table = |f: fn(f64) -> f64| {
                 let angles = c.tensor("angles");
-                Tensor::from_slice(&angles.to_f64_vec().into_iter().map(f).collect::<Vec<_>>(), angles.shape())
+                let values: Vec<f64> = angles.to_f64_vec().into_iter().map(f).collect();
+                Tensor::from_f64(&values, angles.shape(), angles.dtype())
             };
             let rotary = if case.flag("rotary") { Some((table(f64::sin)?, table(f64::cos)?)) } else { None };
             let tokens = case.size("prefix") + case.size("patches");

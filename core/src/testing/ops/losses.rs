@@ -12,7 +12,7 @@ use crate::comm::Single;
 use crate::dfdx_loss::Matrix;
 use crate::ops::{GramOptions, NegativeRemoval};
 use crate::testing::{cases, fixed, tracked, OpOracle};
-use crate::{DType, Tensor};
+use crate::Tensor;
 
 inventory::submit! {
     OpOracle {
@@ -21,10 +21,10 @@ inventory::submit! {
             let options = (1usize..6, 1usize..4, 1usize..12, proptest::collection::vec((0usize..4, any::<u32>()), 6));
             let options = options.prop_map(|(rows, q, k, drawn)| {
                 let (mut student, mut target) = (Vec::new(), Vec::new());
-                for row in 0..rows {
+                for (row, &(count, first)) in drawn.iter().take(rows).enumerate() {
                     // Rows that meet no, one or several targets.
-                    student.extend(vec![row; drawn[row].0]);
-                    target.extend((0..drawn[row].0).map(|i| (drawn[row].1 as usize + i) % q));
+                    student.extend(vec![row; count]);
+                    target.extend((0..count).map(|i| (first as usize + i) % q));
                 }
                 if student.is_empty() {
                     student.push(0);
@@ -44,7 +44,8 @@ inventory::submit! {
         },
         engine: |c| {
             let (student, target) = (c.case().rows("student_rows"), c.case().rows("target_rows"));
-            c.tensor("logits").soft_cross_entropy(c.tensor("targets"), &student, &target, c.tensor("weights"), 0.1)
+            let weights = c.tensor("weights").cast(c.tensor("logits").dtype().wide())?;
+            c.tensor("logits").soft_cross_entropy(c.tensor("targets"), &student, &target, &weights, 0.1)
         },
         dfdx: |mut s| {
             let (rows, k) = (s.size("rows"), s.size("k"));
@@ -170,7 +171,8 @@ inventory::submit! {
             cases(options, |c| vec![fixed("logits", &[c.size("b"), c.size("k")])])
         },
         engine: |c| {
-            c.tensor("logits").sinkhorn_knopp(&Tensor::scalar(0.2, DType::F64), c.case().size("iterations"), &Single)
+            let temperature = Tensor::scalar(0.2, c.tensor("logits").dtype().wide());
+            c.tensor("logits").sinkhorn_knopp(&temperature, c.case().size("iterations"), &Single)
         },
         dfdx: |mut s| {
             let shape = (s.size("b"), s.size("k"));
@@ -195,7 +197,10 @@ inventory::submit! {
             let options = (1usize..10, 1usize..10).prop_map(|(b, k)| json!({ "b": b, "k": k }));
             cases(options, |c| vec![fixed("logits", &[c.size("b"), c.size("k")]), fixed("center", &[c.size("k")])])
         },
-        engine: |c| c.tensor("logits").centered_softmax(c.tensor("center"), &Tensor::scalar(0.2, DType::F64)),
+        engine: |c| {
+            let (logits, wide) = (c.tensor("logits"), c.tensor("logits").dtype().wide());
+            logits.centered_softmax(&c.tensor("center").cast(wide)?, &Tensor::scalar(0.2, wide))
+        },
         dfdx: |mut s| {
             let shape = (s.size("b"), s.size("k"));
             let center = Cpu::default().tensor_from_vec(s.values("center").to_vec(), (shape.1,));
