@@ -70,7 +70,7 @@ pub fn example(kind: &str, name: &str) -> Option<&'static str> {
         ("scheduler", "cosine") => "[teacher]\nmomentum = { plugin = \"cosine\", peak = 0.992, end = 1.0 }",
         ("scheduler", "step") => "[optimizer]\nlr = { plugin = \"step\", value = 1e-3, milestones = [150, 225] }",
         ("teacher", "ema") => "[teacher]\nplugin = \"ema\"\nmomentum = 0.99",
-        ("teacher", "frozen") => "[gram_teacher]\nplugin = \"frozen\"\ncheckpoint = \"runs/earlier\"",
+        ("teacher", "frozen") => "[teacher]\nplugin = \"frozen\"\ncheckpoint = \"runs/earlier\"",
         ("teacher", "gram_anchor") => {
             "[losses.gram]\nenabled = true\n\n[gram_teacher]\nplugin = \"gram_anchor\"\nfirst_step = 150\nrefresh = { every = 50 }\ncrop_size = 96"
         }
