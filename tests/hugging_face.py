@@ -84,7 +84,9 @@ def make(folder):
             scale = 1 / math.sqrt(parameter.shape[-1]) if parameter.ndim == 2 else 0.3
             parameter.data = parameter.data + torch.randn_like(parameter) * scale
         out = folder / name
-        model = model.to(how.get("dtype", torch.float32))
+        # Weights alone: rotary tables stay what the library computes in f32.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(how.get("dtype", torch.float32))
         if how.get("original"):
             out.mkdir()
             torch.save({"teacher": original(model)}, out / "model.pth")
@@ -99,7 +101,7 @@ def make(folder):
 
 
 def run(folder):
-    model, info = DINOv3ViTModel.from_pretrained(folder, output_loading_info=True)
+    model, info = DINOv3ViTModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     problems = {key: set(map(str, names)) for key, names in info.items() if names}
     if not model.config.num_register_tokens:
         # An empty tensor, which a file may leave out.

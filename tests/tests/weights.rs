@@ -10,6 +10,7 @@ use dinolab_core::checkpoint::{read_tensors, write_tensors};
 use dinolab_core::params::ParamBuilder;
 use dinolab_core::weights::ModelInfo;
 use dinolab_core::{DType, Tensor};
+use dinolab_plugins as _;
 use program::{root, Folder};
 
 /// A small model in the Hugging Face layout.
