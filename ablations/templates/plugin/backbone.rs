@@ -83,6 +83,8 @@ impl Backbone for MyPlugin {
         Cost {
             forward_flops: 2.0 * (patches * dim * (pixels + dim)) as f64,
             activations: (patches * (pixels + 2 * dim)) as f64,
+            features: (patches * dim) as f64,
+            working: (2 * patches * dim) as f64,
         }
     }
 }
