@@ -9,7 +9,7 @@ use crate::ops::linear::{sum_rows, sum_rows_on};
 use crate::ops::parallel::{lane_sum, BLOCK};
 use crate::ops::same_dtype;
 use crate::tensor::{Grads, Op, Real};
-use crate::{cuda_source, dispatch_real, simd, Error, Result, Tensor};
+use crate::{cuda_source, dispatch_real, simd, DType, Error, Result, Tensor};
 
 cuda_source! { static BROADCAST = "broadcast" { include_str!("columns.cuh"), include_str!("broadcast.cu") } }
 
@@ -36,6 +36,8 @@ impl Tensor {
     /// # Errors
     /// If there is not one factor a row.
     pub fn scale_rows(&self, factors: &Tensor) -> Result<Tensor> {
+        // Sums of bf16 features are f32.
+        let factors = if self.dtype() == DType::BF16 { &factors.cast(DType::BF16)? } else { factors };
         Broadcast { kind: Kind::ScaleRows, saved: None }.apply(&[self, factors])
     }
 }

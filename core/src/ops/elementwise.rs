@@ -284,7 +284,9 @@ impl Op for Binary {
             (Arithmetic::Mul, saved) => {
                 let (a, b) = saved.expect("saved by forward");
                 let da = if grads.needs(0) { Some(dy.mul(&b)?) } else { None };
-                let db = if grads.needs(1) { Some(dy.mul_same(&a)?) } else { None };
+                // Many products that become one sum are not rounded before.
+                let wide = |x: &Tensor| if b.len() == 1 { x.cast(x.dtype().wide()) } else { Ok(x.clone()) };
+                let db = if grads.needs(1) { Some(wide(&dy)?.mul_same(&wide(&a)?)?) } else { None };
                 (da, db.map(|g| (g, b.len())))
             }
             (kind, _) => {
