@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 fn main() {
-    println!("cargo:rustc-env=DINOLAB_REVISION={}", revision().as_deref().unwrap_or("unknown"));
+    println!("cargo:rustc-env=PROGRAM_REVISION={}", revision().as_deref().unwrap_or("unknown"));
     let head = git(&["rev-parse", "--git-path", "logs/HEAD"]);
     let sources = ["src", "../core/src", "../plugins/src", "../Cargo.lock"];
     for path in sources.into_iter().chain(head.as_deref()).filter(|path| Path::new(path).exists()) {

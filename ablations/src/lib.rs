@@ -20,7 +20,7 @@ pub mod style;
 pub mod suite;
 
 /// The git revision that this program was built from.
-pub const REVISION: &str = env!("DINOLAB_REVISION");
+pub const REVISION: &str = env!("PROGRAM_REVISION");
 
 // Linked for its registrations.
 use dinolab_plugins as _;

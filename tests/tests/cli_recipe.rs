@@ -144,7 +144,8 @@ fn a_misspelt_environment_variable_is_named() {
 #[test]
 fn set_wins_over_the_environment() {
     let (folder, path) = with_toy("");
-    let env = [("DINOLAB_SEED", "3"), ("DINOLAB_BATCH__SIZE", "8")];
+    // The last is no key.
+    let env = [("DINOLAB_SEED", "3"), ("DINOLAB_BATCH__SIZE", "8"), ("DINOLAB_CUDA_SYNC", "0")];
     let Ended { code, out, .. } = folder.run_with(&env, &["recipe", "show", &path, "--set", "seed=4"]);
     assert_eq!(code, 0);
     assert!(out.lines().any(|l| l.starts_with("seed = 4") && l.ends_with("# --set seed=4")), "{out}");

@@ -24,6 +24,10 @@ use crate::Result;
 /// Variables of this prefix set keys: `DINOLAB_LOSSES__GRAM__WEIGHT=2`.
 pub const ENV_PREFIX: &str = "DINOLAB_";
 
+/// Variables of this prefix that are no keys: where compiled kernels are kept, waiting after every launch, and what tests
+/// are told.
+const NO_KEYS: [&str; 5] = ["cache", "cuda_sync", "golden", "python", "write_table"];
+
 /// What overrides a file.
 #[derive(Clone, Debug, Default)]
 pub struct Overrides {
@@ -110,7 +114,10 @@ impl RawRecipe {
     /// If a `--set` is not `key=value`.
     pub fn with(self, overrides: &Overrides) -> Result<Self> {
         let vars: Vec<(String, String)> = match overrides.env {
-            true => Env::prefixed(ENV_PREFIX).split("__").iter().map(|(k, v)| (k.as_str().into(), v)).collect(),
+            true => {
+                let env = Env::prefixed(ENV_PREFIX).ignore(&NO_KEYS).split("__");
+                env.iter().map(|(k, v)| (k.as_str().into(), v)).collect()
+            }
             false => Vec::new(),
         };
         self.with_env(vars)?.with_sets(&overrides.sets)
