@@ -20,9 +20,9 @@ pub(super) fn for_editors() -> Json {
 fn relax(schema: &mut Json) {
     match schema {
         Json::Object(map) => {
-            let own = map.get("x-own").and_then(Json::as_array).is_some_and(|own| !own.is_empty());
+            let named = map.get("x-kind").is_some_and(|kind| kind == "loss" || kind == "probe");
             if let Some(Json::Array(required)) = map.get_mut("required") {
-                required.retain(|key| own && key == "plugin");
+                required.retain(|key| named && key == "plugin");
             }
             map.values_mut().for_each(relax);
         }
