@@ -23,7 +23,10 @@
 
 use std::fmt;
 
-use dfdx::prelude::{Backward as _, Cpu, Gradients, NoneTape, OwnedTape, Tensor as Dfdx, TensorFromVec as _};
+use dfdx::prelude::{
+    Axis, Backward as _, BroadcastTo as _, Cpu, Gradients, HasShape as _, NoneTape, OwnedTape, SumTo as _,
+    Tensor as Dfdx, TensorFromVec as _, Trace as _, WithEmptyTape as _,
+};
 use dfdx::tensor::AsArray as _;
 
 use crate::contract::{Loss, LossValue, Needs, Outputs, StepContext};
@@ -33,8 +36,28 @@ use crate::{Result, Tensor};
 
 /// Rows of features, logits or targets.
 pub type Matrix<T = NoneTape> = Dfdx<(usize, usize), f64, Cpu, T>;
+/// A matrix on dfdx's tape.
+pub type Taped = Matrix<OwnedTape<f64, Cpu>>;
 /// A loss on dfdx's tape.
 pub type Scalar = Dfdx<(), f64, Cpu, OwnedTape<f64, Cpu>>;
+
+/// A constant matrix with these elements, ready to be multiplied with taped ones.
+pub fn constant(rows: usize, columns: usize, f: impl Fn(usize, usize) -> f64) -> Taped {
+    let values = (0..rows * columns).map(|i| f(i / columns, i % columns)).collect();
+    Cpu::default().tensor_from_vec::<(usize, usize)>(values, (rows, columns)).leaky_traced()
+}
+
+/// The matrix whose product with `n` rows picks `rows` of them.
+pub fn picking(rows: &[usize], n: usize) -> Taped {
+    constant(rows.len(), n, |i, j| f64::from(u8::from(rows[i] == j)))
+}
+
+/// Rows divided by their length.
+pub fn unit_rows(x: Taped) -> Taped {
+    let shape = *x.shape();
+    let length = x.with_empty_tape().square().sum::<(usize,), Axis<1>>().sqrt();
+    x / length.broadcast_like::<_, Axis<1>>(&shape)
+}
 
 /// A step's outputs as dfdx sees them: every tensor a matrix of rows, crop-major. A student's tensor joins the tape by
 /// `leaky_trace()`; everything else is a constant.

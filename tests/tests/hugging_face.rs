@@ -7,8 +7,7 @@
 #[allow(dead_code)]
 mod program;
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 
 use dinolab_core::checkpoint::{read_tensors, read_weights, write_tensors};
 use dinolab_core::contract::{Crops, Mode};
@@ -17,25 +16,9 @@ use dinolab_core::train::Trained;
 use dinolab_core::weights::{ModelInfo, TensorFiles};
 use dinolab_core::{DType, Tensor};
 use dinolab_plugins::published;
-use program::{root, Folder};
+use program::{python, root, script, Folder};
 
-/// A Python that has what is needed.
-fn python() -> Option<PathBuf> {
-    let own = root().join("target/python/bin/python");
-    let given = std::env::var_os("DINOLAB_PYTHON").map(PathBuf::from);
-    let python = given.or(own.exists().then_some(own)).unwrap_or_else(|| "python3".into());
-    let found = Command::new(&python).args(["-c", "import torch, transformers, safetensors"]).output();
-    if found.is_ok_and(|o| o.status.success()) {
-        return Some(python);
-    }
-    println!("skipped: {} has no torch and transformers; name one that has with DINOLAB_PYTHON", python.display());
-    None
-}
-
-fn script(python: &Path, args: &[&Path]) {
-    let output = Command::new(python).arg(root().join("tests/hugging_face.py")).args(args).output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-}
+const MODULES: &str = "torch, transformers, safetensors";
 
 fn relative_error(a: &[f64], b: &[f64]) -> f64 {
     assert_eq!(a.len(), b.len());
@@ -72,12 +55,12 @@ fn tokens(features: &dinolab_core::contract::Features) -> Vec<f64> {
 
 #[test]
 fn transformers_and_dinolab_agree_both_ways() {
-    let Some(python) = python() else { return };
+    let Some(python) = python(MODULES) else { return };
     let folder = Folder::new();
     let converter = root().join("ablations/src/commands/pth_to_safetensors.py");
     let models = folder.path("models");
     std::fs::create_dir(&models).unwrap();
-    script(&python, &[Path::new("make"), &models, &converter]);
+    script(&python, "hugging_face.py", &[Path::new("make"), &models, &converter]);
     let mut exports = Vec::new();
     for entry in std::fs::read_dir(&models).unwrap().map(|e| e.unwrap().path()).filter(|p| p.is_dir()) {
         let name = entry.file_name().unwrap().to_str().unwrap().to_string();
@@ -99,7 +82,7 @@ fn transformers_and_dinolab_agree_both_ways() {
     }
     assert_eq!(exports.len(), 12, "every model was seen");
     let paths: Vec<&Path> = [Path::new("run")].into_iter().chain(exports.iter().map(|e| e.0.as_path())).collect();
-    script(&python, &paths);
+    script(&python, "hugging_face.py", &paths);
     for (export, expected) in &exports {
         let read = |path: &Path| read_tensors(path).unwrap().get("last_hidden_state").unwrap().to_f64_vec();
         let error = relative_error(&read(&export.join("expected.safetensors")), &read(expected));
@@ -125,7 +108,7 @@ fn same_bits(a: &Path, b: &Path) {
 
 #[test]
 fn transformers_reads_a_trained_teacher() {
-    let Some(python) = python() else { return };
+    let Some(python) = python(MODULES) else { return };
     let folder = Folder::with_micro();
     folder.succeed(&["train", "micro.toml", "--out", "run", "--set", "steps=2"]);
     folder.succeed(&["export", "run", "--format", "hf", "--out", "hf"]);
@@ -133,7 +116,7 @@ fn transformers_reads_a_trained_teacher() {
     let pixels: Vec<f32> = (0..3 * 40 * 24).map(|i| (i as f32 * 0.37).sin()).collect();
     let pixels = Tensor::from_slice(&pixels, &[1, 3, 40, 24]).unwrap();
     write_tensors(&folder.path("hf/pixels.safetensors"), &[("pixels".into(), pixels.clone())], &[]).unwrap();
-    script(&python, &[Path::new("run"), &folder.path("hf")]);
+    script(&python, "hugging_face.py", &[Path::new("run"), &folder.path("hf")]);
     let expected = read_tensors(&folder.path("hf/expected.safetensors")).unwrap();
     let got = tokens(&trained.features(&pixels).unwrap());
     let error = relative_error(&got, &expected.get("last_hidden_state").unwrap().to_f64_vec());

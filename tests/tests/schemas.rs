@@ -8,31 +8,17 @@
 mod program;
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
-use program::{root, Ended, Folder};
-
-fn python() -> Option<PathBuf> {
-    let own = root().join("target/python/bin/python");
-    let given = std::env::var_os("DINOLAB_PYTHON").map(PathBuf::from);
-    let python = given.or(own.exists().then_some(own)).unwrap_or_else(|| "python3".into());
-    let found = Command::new(&python).args(["-c", "import jsonschema, tomllib"]).output();
-    if found.is_ok_and(|o| o.status.success()) {
-        return Some(python);
-    }
-    println!("skipped: {} has no jsonschema; name one that has with DINOLAB_PYTHON", python.display());
-    None
-}
+use program::{python, root, script, Ended, Folder};
 
 /// The problems of these files by the schema that `dinolab recipe schema <kind>` prints.
 fn problems(python: &Path, folder: &Folder, kind: &[&str], files: &[PathBuf]) -> String {
     let Ended { code, out, err } = folder.run(&[&["recipe", "schema"], kind].concat());
     assert_eq!(code, 0, "{err}");
     folder.write("schema.json", &out);
-    let script = root().join("tests/schemas.py");
-    let output = Command::new(python).arg(script).arg(folder.path("schema.json")).args(files).output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap()
+    let schema = folder.path("schema.json");
+    let args: Vec<&Path> = [&schema].into_iter().chain(files).map(PathBuf::as_path).collect();
+    script(python, "schemas.py", &args)
 }
 
 fn shipped(folder: &str) -> Vec<PathBuf> {
@@ -43,7 +29,7 @@ fn shipped(folder: &str) -> Vec<PathBuf> {
 
 #[test]
 fn every_shipped_recipe_and_suite_is_valid_and_mistakes_are_not() {
-    let Some(python) = python() else { return };
+    let Some(python) = python("jsonschema, tomllib") else { return };
     let folder = Folder::new();
     let recipes = [shipped("recipes"), shipped("recipes/bench")].concat();
     let suites = shipped("ablations");

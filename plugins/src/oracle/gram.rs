@@ -2,10 +2,9 @@
 
 use dfdx::prelude::{Axes2, PermuteTo as _, SumTo as _, Trace as _, TryMatMul as _};
 use dinolab_core::contract::StepContext;
-use dinolab_core::dfdx_loss::{DfdxLoss, DfdxOutputs, Matrix, Scalar};
+use dinolab_core::dfdx_loss::{picking, unit_rows, DfdxLoss, DfdxOutputs, Matrix, Scalar, Taped};
 use dinolab_core::{dfdx, loss_oracle, Result};
 
-use super::{picking, unit_rows, Taped};
 use crate::gram::{Gram, RemoveNegative, Tokens};
 
 loss_oracle!("gram", Gram);

@@ -2,11 +2,10 @@
 
 use dfdx::prelude::{Axis, MeanTo as _, SumTo as _, Trace as _, TryMatMul as _, WithEmptyTape as _};
 use dinolab_core::contract::StepContext;
-use dinolab_core::dfdx_loss::{DfdxLoss, DfdxOutputs, Scalar};
+use dinolab_core::dfdx_loss::{picking, unit_rows, DfdxLoss, DfdxOutputs, Scalar};
 use dinolab_core::proptest::prelude::*;
 use dinolab_core::{dfdx, loss_oracle, serde_json::json, Result};
 
-use super::{picking, unit_rows};
 use crate::koleo::KoLeo;
 
 loss_oracle!("koleo", KoLeo, || (1usize..4).prop_map(|topk| json!({ "topk": topk })).boxed());

@@ -2,10 +2,9 @@
 
 use dfdx::prelude::{Axis, SumTo as _, Trace as _};
 use dinolab_core::contract::StepContext;
-use dinolab_core::dfdx_loss::{DfdxLoss, DfdxOutputs, Scalar};
+use dinolab_core::dfdx_loss::{constant, DfdxLoss, DfdxOutputs, Scalar};
 use dinolab_core::{dfdx, loss_oracle, Result};
 
-use super::constant;
 use crate::dino::Dino;
 use crate::ibot::Ibot;
 

@@ -50,6 +50,27 @@ pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the tests' crate is in the workspace").to_path_buf()
 }
 
+/// A Python that can import these modules: that of `DINOLAB_PYTHON`, of `target/python`, or `python3`. Says so when it
+/// cannot.
+pub fn python(modules: &str) -> Option<PathBuf> {
+    let own = root().join("target/python/bin/python");
+    let given = std::env::var_os("DINOLAB_PYTHON").map(PathBuf::from);
+    let python = given.or(own.exists().then_some(own)).unwrap_or_else(|| "python3".into());
+    let found = Command::new(&python).args(["-c", &format!("import {modules}")]).output();
+    if found.is_ok_and(|o| o.status.success()) {
+        return Some(python);
+    }
+    println!("skipped: {} cannot import {modules}; name one that can with DINOLAB_PYTHON", python.display());
+    None
+}
+
+/// Runs a script of `tests/`, which has to succeed, and gives what it prints.
+pub fn script(python: &Path, name: &str, args: &[&Path]) -> String {
+    let output = Command::new(python).arg(root().join("tests").join(name)).args(args).output().expect("Python starts");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).expect("UTF-8")
+}
+
 /// How the program ended and what it said.
 #[derive(Debug)]
 pub struct Ended {

@@ -4,7 +4,7 @@ use dfdx::prelude::{Axes2, Axis, PermuteTo as _, Trace as _, TryMatMul as _, Wit
 use proptest::prelude::*;
 use serde_json::json;
 
-use super::{constant, picking, Taped};
+use crate::dfdx_loss::{constant, picking, Taped};
 use crate::ops::Segment;
 use crate::testing::{cases, fixed, tracked, OpOracle};
 use crate::Tensor;

@@ -9,7 +9,7 @@ use dfdx::prelude::{
 use proptest::prelude::*;
 use serde_json::json;
 
-use super::{constant, unit_rows, Taped};
+use crate::dfdx_loss::{constant, unit_rows, Taped};
 use crate::rng::{Rng, Stream};
 use crate::testing::{cases, fixed, tracked, Case, OpOracle, Statement};
 

@@ -7,9 +7,8 @@ use dfdx::prelude::{
 use proptest::prelude::*;
 use serde_json::json;
 
-use super::{constant, picking, unit_rows, Taped};
 use crate::comm::Single;
-use crate::dfdx_loss::Matrix;
+use crate::dfdx_loss::{constant, picking, unit_rows, Matrix, Taped};
 use crate::ops::{GramOptions, NegativeRemoval};
 use crate::testing::{cases, fixed, tracked, OpOracle};
 use crate::Tensor;

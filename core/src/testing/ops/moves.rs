@@ -4,7 +4,7 @@ use dfdx::prelude::{Axes2, PermuteTo as _, Trace as _, TryMatMul as _};
 use proptest::prelude::*;
 use serde_json::json;
 
-use super::{constant, picking};
+use crate::dfdx_loss::{constant, picking};
 use crate::testing::{cases, tracked, OpOracle};
 use crate::Tensor;
 
