@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::ops::Linear;
 use crate::params::{Init, ParamBuilder, ParamId, Params};
 use crate::{Result, Tensor};
 
@@ -67,11 +68,11 @@ impl Head {
 
     /// `[rows, D]` to the normalised vectors `[rows, bottleneck]` that are compared with the prototypes.
     pub fn bottleneck(&self, params: &Params<'_>, x: &Tensor) -> Result<Tensor> {
-        let last = self.layers.len() - 1;
         let mut x = x.clone();
         for (i, &(weight, bias)) in self.layers.iter().enumerate() {
             let (weight, bias) = (params.get(weight), params.get(bias));
-            x = if i < last { x.linear_gelu(&weight, Some(&bias))? } else { x.linear(&weight, Some(&bias))? };
+            let layer = Linear::new(&weight, Some(&bias));
+            x = if i == 0 { layer.of(&x)? } else { layer.after_gelu().of(&x)? };
         }
         x.l2_normalize(1e-12)
     }

@@ -3,6 +3,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use dinolab_core::contract::{Grid, PosContext, PosEncoding, PosTables};
+use dinolab_core::ops::Linear;
 use dinolab_core::params::{Init, ParamBuilder, ParamId, Params};
 use dinolab_core::rng::Rng;
 use dinolab_core::{plugin, DType, Device, Error, Result, Tensor};
@@ -134,7 +135,8 @@ impl PosEncoding for RelativeBiasBox {
         let [weight1, bias1, weight2] = network.map(|id| params.get(id));
         let factor = draw.map_or(1.0, |draw| draw.to_f64_vec()[0]);
         let differences = self.differences(grid, factor, params.dtype())?;
-        let biases = differences.linear_gelu(&weight1, Some(&bias1))?.linear(&weight2, None)?;
+        let hidden = differences.linear(&weight1, Some(&bias1))?;
+        let biases = Linear::new(&weight2, None).after_gelu().of(&hidden)?;
         let (p, flat) = (grid.patches(), biases.reshape(&[biases.len()])?);
         let bias = flat.gather_rows(&self.places(grid, heads)?)?.reshape(&[heads, p, p])?;
         Ok(PosTables { rotary: None, bias: Some(bias.cast(dtype)?) })

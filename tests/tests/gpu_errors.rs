@@ -45,21 +45,38 @@ fn a_kernel_that_strays_is_named() {
     });
 }
 
+/// What the first step of `images` images, with hidden layers of that ratio, says on a device that is too small for them.
+fn message_of_a_full_device(images: usize, ffn_ratio: f64) -> String {
+    let text = include_str!("../../recipes/tiny.toml").replace("size = 16\n", &format!("size = {images}\n"));
+    let text = text.replace("layer_scale = 1.0", &format!("layer_scale = 1.0\nffn_ratio = {ffn_ratio:?}"));
+    let recipe = Resolved::from_text(&format!("device = \"cuda\"\n{text}")).unwrap_or_else(|e| panic!("{e}")).recipe;
+    let (data, _) = dinolab_core::train::datasets(&recipe).unwrap();
+    let run = || -> Result<()> {
+        let mut learner = Learner::new(&recipe)?;
+        let spec = dinolab_core::train::loader_spec(&recipe, &learner, 0);
+        let made = dinolab_core::data::Loader::new(data, spec)?.next().expect("a step")?;
+        learner.step(0, &made.batches, false).map(drop)
+    };
+    run().unwrap_err().to_string()
+}
+
 #[test]
-fn a_device_that_is_full_says_what_was_asked_and_what_to_do() {
-    emulated("a_device_that_is_full_says_what_was_asked_and_what_to_do", &[("CUDA_EMULATOR_MEMORY", "192")], || {
-        let resolved = recipe("device = \"cuda\"");
-        let mut recipe = resolved.recipe;
-        recipe.batch.size = 512;
-        let (data, _) = dinolab_core::train::datasets(&recipe).unwrap();
-        let run = || -> Result<()> {
-            let mut learner = Learner::new(&recipe)?;
-            let spec = dinolab_core::train::loader_spec(&recipe, &learner, 0);
-            let made = dinolab_core::data::Loader::new(data, spec)?.next().expect("a step")?;
-            learner.step(0, &made.batches, false).map(drop)
-        };
-        let message = run().unwrap_err().to_string();
-        assert!(message.contains("GPU 0 is full") && message.contains("micro_batches"), "{message}");
+fn a_device_that_is_full_says_what_was_asked_by_whom_and_what_to_do() {
+    let test = "a_device_that_is_full_says_what_was_asked_by_whom_and_what_to_do";
+    emulated(test, &[("CUDA_EMULATOR_MEMORY", "192")], || {
+        let message = message_of_a_full_device(24, 32.0);
+        for part in ["GPU 0 is full", "GiB were asked for student.blocks", "micro_batches"] {
+            assert!(message.contains(part), "{message}");
+        }
+    });
+}
+
+#[test]
+fn a_device_that_is_full_before_the_step_says_so_too() {
+    let test = "a_device_that_is_full_before_the_step_says_so_too";
+    emulated(test, &[("CUDA_EMULATOR_MEMORY", "128")], || {
+        let message = message_of_a_full_device(512, 4.0);
+        assert!(message.contains("GPU 0 is full") && message.contains("asked for augmentation"), "{message}");
     });
 }
 

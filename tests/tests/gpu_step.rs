@@ -120,8 +120,15 @@ gpu_test!(six_steps_in_bf16_stay_near_f32_and_repeat_to_the_bit, {
 
 #[test]
 fn checkpointing_changes_no_bit() {
+    for drop_path in ["0.3", "0.0"] {
+        checkpointing_changes_no_bit_at(drop_path);
+    }
+}
+
+fn checkpointing_changes_no_bit_at(drop_path: &str) {
     let step = |how: &str| {
-        let text = RECIPE.replace("drop_path = 0.3", &format!("drop_path = 0.3\ncheckpointing = \"{how}\""));
+        let checkpointing = format!("drop_path = {drop_path}\ncheckpointing = \"{how}\"");
+        let text = RECIPE.replace("drop_path = 0.3", &checkpointing);
         let resolved = Resolved::from_text(&format!("device = \"cpu\"\n{text}")).unwrap_or_else(|e| panic!("{e}"));
         let mut learner = Learner::new(&resolved.recipe).unwrap();
         let (data, _) = train::datasets(&resolved.recipe).unwrap();

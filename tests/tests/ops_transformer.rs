@@ -1,13 +1,11 @@
 //! The operations of a transformer: gradients against central differences, values and gradients against independent
 //! statements in dfdx (f64, on its own tape), and properties that hold for every shape.
 
-use std::ops::Add as _;
-
 use dfdx::prelude::{
     Axes2, Axis, Backward as _, BroadcastTo as _, Cpu, MeanTo as _, OwnedTape, PermuteTo as _, Shape, SumTo as _,
     Tensor as Dfdx, TensorFromVec as _, Trace as _, TryMatMul as _, WithEmptyTape as _,
 };
-use dinolab_core::ops::Segment;
+use dinolab_core::ops::{Linear, Segment};
 use dinolab_core::rng::{Rng, Stream};
 use dinolab_core::tensor::Tape;
 use dinolab_core::{DType, Result, Tensor};
@@ -69,6 +67,20 @@ fn close(what: &str, a: &[f64], b: &[f64]) {
     let norm = b.iter().map(|b| b * b).sum::<f64>().sqrt().max(1.0);
     let error = a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum::<f64>().sqrt() / norm;
     assert!(error < 1e-11, "{what}: relative error {error:e}");
+}
+
+/// Holds one statement's value and gradients to those of another; the gradient of what is not used is 0.
+fn same(inputs: &[Tensor], ours: impl Fn(&[Tensor]) -> Result<Tensor>, theirs: impl Fn(&[Tensor]) -> Result<Tensor>) {
+    // Every input is used.
+    let with_all = |f: &dyn Fn(&[Tensor]) -> Result<Tensor>, x: &[Tensor]| {
+        x.iter().try_fold(f(x)?, |y, x| y.add(&x.sum()?.scale(0.0)?))
+    };
+    let (ours, theirs) =
+        (run(inputs, &|x: &[Tensor]| with_all(&ours, x)), run(inputs, &|x: &[Tensor]| with_all(&theirs, x)));
+    close("value", &ours.out, &theirs.out);
+    for (i, (ours, theirs)) in ours.grads.iter().zip(&theirs.grads).enumerate() {
+        close(&format!("gradient of input {i}"), ours, theirs);
+    }
 }
 
 /// A dfdx tensor of the same values.
@@ -142,44 +154,69 @@ proptest! {
     }
 
     #[test]
-    fn linear_gelu_equals_dfdx(rows in 1usize..150, i in 1usize..40, o in 1usize..40, seed: u64) {
-        let inputs = [normal(seed, 0, &[rows, i]), normal(seed, 1, &[o, i]), normal(seed, 2, &[o])];
-        let ours = run(&inputs, &|x: &[Tensor]| x[0].linear_gelu(&x[1], Some(&x[2])));
-        let (x, w, b) =
-            (oracle(inputs[0].as_slice(), (rows, i)), oracle(inputs[1].as_slice(), (o, i)), oracle(inputs[2].as_slice(), (o,)));
-        let z = x.leaky_trace().matmul(w.leaky_trace().permute::<(usize, usize), Axes2<1, 0>>())
-            + b.leaky_trace().broadcast_like::<_, Axis<0>>(&(rows, o));
-        // The gelu of dfdx 0.13 has the right value but a wrong derivative (its density lacks a factor of 1 / sqrt 2), so
-        // the slope is taken from differences of its values.
-        let gelu = |by: f64| oracle(&z.as_vec(), (rows, o)).add(by).accurate_gelu();
-        let h = 1e-3;
-        let slope = ((gelu(h) - gelu(-h)) * 8.0 - (gelu(2.0 * h) - gelu(-2.0 * h))) / (12.0 * h);
-        close("value", &ours.out, &gelu(0.0).as_vec());
-        let grads = (z * (slope * oracle(&ours.dout, (rows, o)))).sum::<(), _>().backward();
-        close("dx", &ours.grads[0], &grads.get(&x).as_vec());
-        close("dweight", &ours.grads[1], &grads.get(&w).as_vec());
-        close("dbias", &ours.grads[2], &grads.get(&b).as_vec());
+    fn a_linear_layer_with_its_surroundings_is_its_parts(
+        rows in 1usize..300, i in 2usize..20, o in 1usize..20, before in 0usize..5,
+        (bias, scale, onto) in (any::<bool>(), any::<bool>(), any::<bool>()), seed: u64,
+    ) {
+        let inputs = [
+            normal(seed, 0, &[rows, i]), normal(seed, 1, &[o, i]), normal(seed, 2, &[o]), normal(seed, 3, &[o]),
+            normal(seed, 4, &[rows, o]), normal(seed, 5, &[i]), normal(seed, 6, &[i]), normal(seed, 7, &[rows, i]),
+        ];
+        let fused = |x: &[Tensor]| {
+            let layer = Linear::new(&x[1], bias.then_some(&x[2])).scale(scale.then_some(&x[3])).onto(onto.then_some(&x[4]));
+            match before {
+                0 => layer.of(&x[0]),
+                1 => layer.after_layer_norm(&x[5], &x[6], 0.1).of(&x[0]),
+                2 => layer.after_rms_norm(&x[5], 0.1).of(&x[0]),
+                3 => layer.after_gelu().of(&x[0]),
+                _ => layer.after_swiglu(&x[7]).of(&x[0]),
+            }
+        };
+        let parts = |x: &[Tensor]| {
+            let f = match before {
+                0 => x[0].clone(),
+                1 => x[0].layer_norm(&x[5], &x[6], 0.1)?,
+                2 => x[0].rms_norm(&x[5], 0.1)?,
+                3 => x[0].gelu()?,
+                _ => x[0].swiglu(&x[7])?,
+            };
+            let mut y = f.matmul_t(&x[1])?;
+            if bias {
+                y = y.add_row(&x[2])?;
+            }
+            if scale {
+                y = y.mul_row(&x[3])?;
+            }
+            if onto { x[4].add(&y) } else { Ok(y) }
+        };
+        same(&inputs, fused, parts);
     }
 
     #[test]
-    fn linear_has_the_right_gradients(rows in 1usize..80, i in 1usize..12, o in 1usize..12, seed: u64) {
-        let inputs = [normal(seed, 0, &[rows, i]), normal(seed, 1, &[o, i]), normal(seed, 2, &[o])];
-        gradients_are_right(&inputs, |x| x[0].linear(&x[1], Some(&x[2])));
-        gradients_are_right(&inputs[..2], |x| x[0].linear_gelu(&x[1], None));
-    }
-
-    #[test]
-    fn swiglu_equals_dfdx(n in 1usize..300, seed: u64) {
-        let inputs = [normal(seed, 0, &[n]), normal(seed, 1, &[n])];
-        gradients_are_right(&inputs, |x| x[0].swiglu(&x[1]));
-        let ours = run(&inputs, &|x: &[Tensor]| x[0].swiglu(&x[1]));
-        let (gate, up) = (oracle(inputs[0].as_slice(), (n,)), oracle(inputs[1].as_slice(), (n,)));
-        let traced = gate.leaky_trace();
-        let y = traced.with_empty_tape().sigmoid() * traced * up.leaky_trace();
-        close("value", &ours.out, &y.as_vec());
-        let grads = (y * oracle(&ours.dout, (n,))).sum::<(), _>().backward();
-        close("dgate", &ours.grads[0], &grads.get(&gate).as_vec());
-        close("dup", &ours.grads[1], &grads.get(&up).as_vec());
+    fn sums_of_rows_that_pass_from_layer_to_layer_are_those_of_the_whole_gradient(
+        rows in 1usize..300, d in 2usize..12, again: bool, seed: u64,
+    ) {
+        let shapes: [&[usize]; 9] = [&[rows, d], &[d], &[d], &[5, d], &[5], &[d, 5], &[d], &[d], &[rows, 5]];
+        let inputs: Vec<Tensor> = (0..).zip(shapes).map(|(k, shape)| normal(seed, k, shape)).collect();
+        // A hidden tensor that is used again gets a gradient whose rows nobody has summed.
+        let used_again = |y: Tensor, h: &Tensor, x: &[Tensor]| match again {
+            true => y.add(&h.mul(&x[8])?.matmul_t(&x[5])?),
+            false => Ok(y),
+        };
+        let fused = |x: &[Tensor]| {
+            let first = Linear::new(&x[3], Some(&x[4])).after_layer_norm(&x[1], &x[2], 0.1).of(&x[0])?;
+            let y = Linear::new(&x[5], Some(&x[6])).after_gelu().scale(&x[7]).onto(&x[0]).of(&first)?;
+            let second = Linear::new(&x[3], Some(&x[4])).after_layer_norm(&x[1], &x[2], 0.1).of(&y)?;
+            used_again(Linear::new(&x[5], Some(&x[6])).after_gelu().scale(&x[7]).onto(&y).of(&second)?, &first, x)
+        };
+        let parts = |x: &[Tensor]| {
+            let hidden = |y: &Tensor| y.layer_norm(&x[1], &x[2], 0.1)?.matmul_t(&x[3])?.add_row(&x[4]);
+            let branch = |h: &Tensor| h.gelu()?.matmul_t(&x[5])?.add_row(&x[6])?.mul_row(&x[7]);
+            let first = hidden(&x[0])?;
+            let y = x[0].add(&branch(&first)?)?;
+            used_again(y.add(&branch(&hidden(&y)?)?)?, &first, x)
+        };
+        same(&inputs, fused, parts);
     }
 
     #[test]
@@ -274,17 +311,13 @@ proptest! {
     }
 
     #[test]
-    fn residual_has_the_right_gradients(rows in 1usize..150, d in 1usize..6, kept in 0.1f64..1.0, seed: u64) {
-        let all = [normal(seed, 0, &[rows, d]), normal(seed, 1, &[rows, d]), normal(seed, 2, &[d])];
-        gradients_are_right(&all, |x| x[0].residual(&x[1], Some(&x[2]), None));
-        gradients_are_right(&all[..2], |x| x[0].residual(&x[1], None, None));
+    fn index_add_has_the_right_gradients(rows in 1usize..150, d in 1usize..6, kept in 0.1f64..1.0, seed: u64) {
         let n = ((rows as f64 * kept) as usize).max(1);
         let mut order = Rng::new(seed, Stream::Plugin, 1, 0).permutation(rows);
         order.truncate(n);
         let (order, scale) = (Tensor::from_slice(&order, &[n]).unwrap(), normal(seed, 3, &[n]));
-        let some = [all[0].clone(), normal(seed, 1, &[n, d]), all[2].clone()];
-        gradients_are_right(&some, |x| x[0].residual(&x[1], Some(&x[2]), Some((&order, &scale))));
-        gradients_are_right(&some[..2], |x| x[0].residual(&x[1], None, Some((&order, &scale))));
+        let inputs = [normal(seed, 0, &[rows, d]), normal(seed, 1, &[n, d])];
+        gradients_are_right(&inputs, |x| x[0].index_add(&order, &x[1], &scale));
     }
 
     #[test]
@@ -336,9 +369,11 @@ fn results_do_not_depend_on_the_number_of_threads() {
     ];
     let block = |x: &[Tensor]| {
         let segment = Segment { images, tokens, rotary: None, bias: Some(x[4].clone()) };
-        let y = x[0].layer_norm(&x[1], &x[2], 1e-6)?.linear(&x[3], None)?.attention(heads, &[segment])?;
-        let y = x[0].residual(&y, Some(&x[1]), None)?.reshape(&[images, tokens, width])?;
-        y.depthwise_conv((tokens, 1), &x[5], &x[2])
+        let qkv = Linear::new(&x[3], None).after_layer_norm(&x[1], &x[2], 1e-6).of(&x[0])?;
+        let last = x[3].narrow(0, width)?;
+        let y = Linear::new(&last, Some(&x[2])).scale(&x[1]).onto(&x[0]).of(&qkv.attention(heads, &[segment])?)?;
+        let y = Linear::new(&last, Some(&x[2])).after_gelu().onto(&y).of(&y)?;
+        y.reshape(&[images, tokens, width])?.depthwise_conv((tokens, 1), &x[5], &x[2])
     };
     let bits = |threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();

@@ -69,7 +69,7 @@ impl Backbone for MyPlugin {
             let (b, dim, patch) = (crops.pixels.dim(0), self.dim(), self.patch_size());
             let grid = Grid { height: crops.pixels.dim(2) / patch, width: crops.pixels.dim(3) / patch };
             let rows = crops.pixels.patchify(patch)?.cast(params.dtype())?;
-            let rows = rows.linear_gelu(&w1, Some(&b1))?.linear(&w2, Some(&b2))?;
+            let rows = rows.linear(&w1, Some(&b1))?.gelu()?.linear(&w2, Some(&b2))?;
             let patches = rows.reshape(&[b, grid.patches(), dim])?;
             let registers = Tensor::zeros(&[b, 0, dim], params.dtype());
             Ok(Features { cls: patches.mean_axis(1)?, registers, prenorm: patches.clone(), patches, grid })

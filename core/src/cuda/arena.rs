@@ -14,6 +14,8 @@ use super::{check, Failure};
 const ALIGN: usize = 256;
 /// Memory is backed in pieces of this size, so that growing is rare.
 const PIECE: usize = 64 << 20;
+/// The granularity of the driver's memory.
+const LEAST: usize = 2 << 20;
 
 /// Exact accounting of one arena, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -116,8 +118,13 @@ impl Arena {
         let offset = match state.blocks.take(size) {
             Some(offset) => offset,
             None => {
-                let more = state.blocks.missing(size).div_ceil(PIECE) * PIECE;
-                self.back(state.blocks.end, more)?;
+                let (missing, end) = (state.blocks.missing(size), state.blocks.end);
+                let mut more = missing.next_multiple_of(PIECE);
+                if self.back(end, more).is_err() {
+                    // A device that is nearly full may have room for what is needed and no more.
+                    more = missing.next_multiple_of(LEAST);
+                    self.back(end, more)?;
+                }
                 state.blocks.grow(more);
                 state.stats.mapped += more;
                 state.stats.growths += 1;

@@ -18,7 +18,7 @@ use super::{Failure, Gpu};
 use crate::{DType, Error, Result};
 
 /// Scratch memory that algorithms may use: what NVIDIA recommends for Hopper.
-const WORKSPACE: usize = 32 << 20;
+pub(crate) const WORKSPACE: usize = 32 << 20;
 /// Algorithms tried for a shape, each this often.
 const CANDIDATES: usize = 6;
 const TRIES: usize = 3;
@@ -67,7 +67,7 @@ impl Matrix {
     }
 }
 
-/// `out = alpha a b (+ out) (+ bias to every row)`, for every matrix of a batch.
+/// `out = alpha a b (+ out, or another matrix) (+ bias to every row)`, for every matrix of a batch.
 #[derive(Clone, Copy, Debug)]
 pub struct Product {
     /// Left factor, `[m, k]`.
@@ -78,6 +78,8 @@ pub struct Product {
     pub out: Matrix,
     /// Added to what is there.
     pub add: bool,
+    /// Added to the matrix at this address, which has the layout of the result.
+    pub onto: Option<u64>,
     /// Factor of the product.
     pub alpha: f32,
     /// Address of a row of n, of the type of the result.
@@ -89,7 +91,11 @@ pub struct Product {
 impl Product {
     /// A single product that overwrites `out`.
     pub fn new(a: Matrix, b: Matrix, out: Matrix) -> Self {
-        Self { a, b, out, add: false, alpha: 1.0, bias: None, batch: 1 }
+        Self { a, b, out, add: false, onto: None, alpha: 1.0, bias: None, batch: 1 }
+    }
+
+    fn adds(&self) -> bool {
+        self.add || self.onto.is_some()
     }
 }
 
@@ -196,7 +202,7 @@ impl Blas {
 
     /// Runs the product with one algorithm.
     fn run(&self, gpu: &Gpu, plan: &Plan, algo: &sys::cublasLtMatmulAlgo_t, p: &Product, out: u64) -> Result<()> {
-        let beta: f32 = if p.add { 1.0 } else { 0.0 };
+        let beta: f32 = if p.adds() { 1.0 } else { 0.0 };
         let [first, second, result_layout] = plan.layouts;
         let pointer = |address: u64| address as *const c_void;
         if let Some(bias) = p.bias {
@@ -214,7 +220,7 @@ impl Blas {
                 first,
                 pointer(p.a.address),
                 second,
-                pointer(out),
+                pointer(p.onto.unwrap_or(out)),
                 result_layout,
                 out as *mut c_void,
                 result_layout,
@@ -383,11 +389,17 @@ impl Gpu {
         let ((m, k), (k2, n)) = (p.a.dims(), p.b.dims());
         assert_eq!((k, (m, n)), (k2, p.out.dims()), "sizes of a matrix product");
         assert!(p.a.dtype == p.b.dtype && !p.out.transposed, "types of a matrix product");
-        if m * n * k * p.batch == 0 {
+        if m * n * p.batch == 0 {
             return Ok(());
         }
+        if k == 0 {
+            // The sum of nothing.
+            assert!(p.adds() || p.out.stride == n && p.out.batch_stride == m * n, "an empty product is dense");
+            let bytes = m * n * p.batch * p.out.dtype.size();
+            return if p.add { Ok(()) } else { Ok(self.zero(p.out.address, bytes)?) };
+        }
         let blas = self.blas()?;
-        let addresses = [p.a.address, p.b.address, p.out.address, p.bias.unwrap_or(0)];
+        let addresses = [p.a.address, p.b.address, p.out.address, p.bias.unwrap_or(0), p.onto.unwrap_or(0)];
         let alignment =
             addresses.into_iter().fold(256u64, |low, a| if a == 0 { low } else { low.min(1 << a.trailing_zeros()) });
         let shape = Shape {
@@ -396,7 +408,7 @@ impl Gpu {
             types: [p.a.dtype, p.out.dtype],
             strides: [p.a.stride, p.b.stride, p.out.stride],
             batch: (p.batch, if p.batch > 1 { [&p.a, &p.b, &p.out].map(|m| m.batch_stride) } else { [0; 3] }),
-            add: p.add,
+            add: p.adds(),
             bias: p.bias.is_some(),
             alignment: alignment as u32,
             tf32: blas.tf32.load(Ordering::Relaxed),

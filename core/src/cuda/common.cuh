@@ -72,18 +72,26 @@ template <class T> struct alignas(16) Pack {
 
 __device__ __forceinline__ bool aligned16(const void* p) { return ((size_t)p & 15) == 0; }
 
-// N neighbours from element i on, which is a multiple of N; in packs where memory is aligned for them.
-template <int N> __device__ __forceinline__ void put_all(Gradient g, size_t i, const float* x) {
+// N neighbours from element i on, which is a multiple of N; in packs where memory is aligned for them. x becomes what is
+// there afterwards, before it is rounded.
+template <int N> __device__ __forceinline__ void put_all(Gradient g, size_t i, float* x) {
     if (g.is_bf16 && N == Pack<bf16>::N && aligned16(g.at)) {
         Pack<bf16>* p = (Pack<bf16>*)((bf16*)g.at + i);
-        Pack<bf16> y, old;
-        if (g.add) old = *p;
+        Pack<bf16> y;
+        if (g.add) {
+            y = *p;
 #pragma unroll
-        for (int k = 0; k < N; k++) y.at[k % Pack<bf16>::N] = from_float<bf16>(g.add ? to_float(old.at[k % Pack<bf16>::N]) + x[k] : x[k]);
+            for (int k = 0; k < N; k++) x[k] += to_float(y.at[k % Pack<bf16>::N]);
+        }
+#pragma unroll
+        for (int k = 0; k < N; k++) y.at[k % Pack<bf16>::N] = from_float<bf16>(x[k]);
         *p = y;
     } else {
 #pragma unroll
-        for (int k = 0; k < N; k++) put(g, i + k, x[k]);
+        for (int k = 0; k < N; k++) {
+            if (g.add) x[k] += g.is_bf16 ? to_float(((bf16*)g.at)[i + k]) : ((float*)g.at)[i + k];
+            put(Gradient{g.at, g.is_bf16, 0}, i + k, x[k]);
+        }
     }
 }
 
@@ -226,9 +234,6 @@ __device__ __forceinline__ float block_max(float x) {
 
 // ---- functions
 
-// The standard normal distribution function and density.
-__device__ __forceinline__ float normal_cdf(float x) { return 0.5f * erfcf(-x * 0.70710678118654752f); }
-__device__ __forceinline__ float normal_pdf(float x) { return 0.39894228040143268f * expf(-0.5f * x * x); }
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 // 2^x, to about 2 units in the last place.
@@ -240,6 +245,19 @@ __device__ __forceinline__ float exp2_fast(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 #endif
+}
+
+// The standard normal distribution function and density at x, absolute error below 2e-7 (Abramowitz and Stegun 7.1.26):
+// one exponential for both.
+struct Gaussian {
+    float cdf, pdf;
+};
+__device__ __forceinline__ Gaussian gaussian(float x) {
+    const float a = fabsf(x), t = __fdividef(1.0f, 1.0f + 0.231641888f * a);
+    const float e = exp2_fast(-0.72134752044448170f * a * a);
+    const float p = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
+    const float tail = 0.5f * p * e;
+    return {x < 0.0f ? tail : 1.0f - tail, 0.39894228040143268f * e};
 }
 
 // ---- tensor cores and asynchronous copies (sm_80 and newer)

@@ -2,7 +2,7 @@
 //! through this table.
 
 use crate::comm::Single;
-use crate::ops::{GramOptions, NegativeRemoval, Segment};
+use crate::ops::{GramOptions, Linear, NegativeRemoval, Segment};
 use crate::rng::{Rng, Stream};
 use crate::tensor::Tape;
 use crate::{DType, Device, Result, Tensor};
@@ -141,14 +141,30 @@ pub static OP_CHECKS: &[OpCheck] = checks! {
     "matmul_t", [&[2, 17, 24], &[2, 33, 24]], |x| x[0].matmul_t(&x[1]);
     "transpose", [&[2, 17, 24]], |x| x[0].transpose();
     "linear", [&[37, 24], &[40, 24], &[40]], |x| x[0].linear(&x[1], Some(&x[2]));
-    "linear_gelu", [&[37, 24], &[40, 24], &[40]], |x| x[0].linear_gelu(&x[1], Some(&x[2]));
+    "linear after layer_norm", [&[37, 24], &[40, 24], &[40], &[24], &[24]], |x| {
+        Linear::new(&x[1], Some(&x[2])).after_layer_norm(&x[3], &x[4], 1e-5).of(&x[0])
+    };
+    "linear after rms_norm", [&[37, 24], &[40, 24], &[24]], |x| {
+        Linear::new(&x[1], None).after_rms_norm(&x[2], 1e-5).of(&x[0])
+    };
+    "linear after gelu", [&[37, 24], &[40, 24], &[40]], |x| Linear::new(&x[1], Some(&x[2])).after_gelu().of(&x[0]);
+    "linear after swiglu", [&[37, 24], &[37, 24], &[40, 24], &[40]], |x| {
+        Linear::new(&x[2], Some(&x[3])).after_swiglu(&x[1]).of(&x[0])
+    };
+    "linear onto tokens", [&[37, 24], &[40, 24], &[37, 40]], |x| Linear::new(&x[1], None).onto(&x[2]).of(&x[0]);
+    "linear with scale onto tokens", [&[37, 24], &[40, 24], &[40], &[40], &[37, 40]], |x| {
+        Linear::new(&x[1], Some(&x[2])).after_gelu().scale(&x[3]).onto(&x[4]).of(&x[0])
+    };
+    "mlp branch of a block", [&[37, 24], &[24], &[24], &[40, 24], &[40], &[24, 40], &[24], &[24]], |x| {
+        // Sums of gradients' rows pass from layer to layer.
+        let h = Linear::new(&x[3], Some(&x[4])).after_layer_norm(&x[1], &x[2], 1e-5).of(&x[0])?;
+        Linear::new(&x[5], Some(&x[6])).after_gelu().scale(&x[7]).onto(&x[0]).of(&h)
+    };
     "swiglu", [&[9, 40], &[9, 40]], |x| x[0].swiglu(&x[1]);
     "layer_norm", [&[9, 72], &[72], &[72]], |x| x[0].layer_norm(&x[1], &x[2], 1e-6);
     "rms_norm", [&[9, 72], &[72]], |x| x[0].rms_norm(&x[1], 1e-5);
-    "residual", [&[9, 24], &[9, 24], &[24]], |x| x[0].residual(&x[1], Some(&x[2]), None);
-    "residual of some rows", [&[9, 24], &[3, 24], &[24]], |x| {
-        let scales = beside(&x[0], &[1.5, 1.5, 2.0], &[3])?;
-        x[0].residual(&x[1], Some(&x[2]), Some((&list(&[7, 0, 4])?, &scales)))
+    "index_add", [&[9, 24], &[3, 24]], |x| {
+        x[0].index_add(&list(&[7, 0, 4])?, &x[1], &beside(&x[0], &[1.5, 1.5, 2.0], &[3])?)
     };
     "patchify", [&[2, 3, 12, 8]], |x| x[0].patchify(4);
     "assemble_tokens", [&[12, 24], &[3, 24], &[24]], |x| {

@@ -13,6 +13,7 @@ use super::gpu::{pack, DeviceBatches, Staged};
 use super::pipeline::{list, BrokenSample, LoaderSpec, Pipeline};
 use crate::contract::Dataset;
 use crate::cuda::Staging;
+use crate::tensor::catch_out_of_memory;
 use crate::{Error, Result};
 
 /// A share of broken samples is judged over at least this many (or all, if the dataset has fewer).
@@ -119,7 +120,7 @@ impl Loader {
         };
         let OnGpu { batches, free } = self.on_gpu.as_mut().expect("staged steps are for a GPU");
         let (step, broken) = (staged.step, staged.broken.clone());
-        let (batches, staging) = batches.augment(staged)?;
+        let (batches, staging) = catch_out_of_memory(|| batches.augment(staged))?;
         // The thread may have ended with the last step.
         let _ = free.send(staging);
         Ok(StepBatches { step, batches: batches.to_vec(), waited: Duration::ZERO, broken })

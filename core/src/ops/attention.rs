@@ -16,7 +16,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use self::head::Head;
-use crate::ops::linear::sum_rows;
+use crate::ops::columns::sum_rows;
 use crate::ops::parallel::Parts;
 use crate::ops::same_dtype;
 use crate::tensor::{Grads, Op, Real};

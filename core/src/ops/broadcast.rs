@@ -3,9 +3,8 @@
 
 use rayon::prelude::*;
 
-use crate::cuda::{args, Arg, Gpu};
-use crate::ops::columns::Partial;
-use crate::ops::linear::{sum_rows, sum_rows_on};
+use crate::cuda::{args, Gpu};
+use crate::ops::columns::{sum_rows, Partial, RowSums};
 use crate::ops::parallel::{lane_sum, BLOCK};
 use crate::ops::same_dtype;
 use crate::tensor::{Grads, Op, Real};
@@ -168,7 +167,7 @@ impl Broadcast {
     fn backward_on(self, gpu: &'static Gpu, dy: Tensor, grads: &mut Grads<'_>, d: usize) -> Result<()> {
         let (kind, name, rows) = (self.kind, self.name(), dy.len() / d.max(1));
         let Some((x, v)) = self.saved else {
-            grads.accumulate(1, |mut dv| sum_rows_on(gpu, &dy, rows, d, Arg::from(&mut dv)))?;
+            grads.accumulate(1, |mut dv| RowSums::of(&dy, d)?.put(&mut dv))?;
             return grads.add(0, dy);
         };
         if grads.needs(1) && kind == Kind::ScaleRows {
@@ -181,7 +180,7 @@ impl Broadcast {
                 let mut sums = Partial::new(rows, 1, d);
                 let launch = sums.launch(gpu.kernel(&BROADCAST, "product_sums", dy.dtype())?, dy.dtype());
                 launch.launch(args![sums.buffer(), &dy, &x, rows as i32, d as i32])?;
-                sums.finish(gpu, &BROADCAST, 0, Arg::from(&mut dv))
+                sums.sum(0).put(&mut dv)
             })?;
         }
         match grads.needs(0) {

@@ -1,11 +1,11 @@
 // Sums over the rows of a matrix, in a fixed order and without atomics. A block takes a run of rows, its threads own
-// columns, and partial sums stay in registers; a second kernel adds the blocks' sums in order.
+// columns, and partial sums stay in registers; `add_blocks` (columns.cu) adds the blocks' sums in order.
 
 constexpr int CHUNK_ROWS = 32;
 
 // For every row r of this block's run and every N columns c.., once: row(r, c, sums), which adds to sums[SUMS][N].
 // Before a chunk of rows is visited, all threads call prepare(first, last). Leaves the run's sums in
-// partial[block][SUMS][d]. Launched with `column_grid`.
+// partial[block][SUMS][d]. Launched by `Partial::launch`.
 template <int SUMS, int N, class Prepare, class Row>
 __device__ __forceinline__ void column_sums(float* partial, int rows, int d, Prepare prepare, Row row) {
     const int groups = (d + N - 1) / N, threads = blockDim.x;
@@ -41,22 +41,5 @@ __device__ __forceinline__ void column_sums(float* partial, int rows, int d, Pre
                 }
             }
         }
-    }
-}
-
-// out[c] (+)= sum over blocks b of partial[b * stride + c], for d columns: 32 columns and 32 lanes a block.
-extern "C" __global__ void add_blocks_f32(Gradient out, const float* partial, int blocks, size_t stride, int d) {
-    __shared__ float of_lane[32][33];
-    const int column = blockIdx.x * 32 + threadIdx.x % 32, lane = threadIdx.x / 32;
-    float sum = 0.0f;
-    if (column < d) {
-        for (int b = lane; b < blocks; b += 32) sum += partial[b * stride + column];
-    }
-    of_lane[lane][threadIdx.x % 32] = sum;
-    __syncthreads();
-    if (lane == 0 && column < d) {
-        sum = 0.0f;
-        for (int l = 0; l < 32; l++) sum += of_lane[l][threadIdx.x];
-        put(out, column, sum);
     }
 }

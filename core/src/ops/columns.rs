@@ -1,48 +1,105 @@
-//! Sums over the rows of a matrix on a GPU: what the gradients of biases, norms and LayerScale have in common.
+//! Sums over the rows of a matrix: what the gradients of biases, norms and other vectors that meet every row have in
+//! common. Rows are cut into blocks by their number alone, and the blocks' sums added in order.
 
-use crate::cuda::{Arg, Gpu, Kernel, Launch, Source};
-use crate::{DType, Result, Tensor};
+use rayon::prelude::*;
 
-/// Blocks that rows are dealt to, at most: their partial sums are added in order. A number of its own, not the
-/// device's, so that results do not depend on it.
+use crate::cuda::{args, Arg, Gpu, Kernel, Launch};
+use crate::tensor::{GradMut, Real};
+use crate::{cuda_source, dispatch_real, simd, DType, Result, Tensor};
+
+cuda_source! { static COLUMNS = "columns" { include_str!("columns.cuh"), include_str!("columns.cu") } }
+
+/// Blocks that rows are dealt to on a GPU, at most. A number of its own, not the device's, so that results do not depend
+/// on it.
 const MOST_BLOCKS: usize = 512;
 /// Rows that a block takes at a time.
 const CHUNK_ROWS: usize = 32;
 
-/// Partial sums `[blocks, sums, d]` in f32, made by a kernel that uses `column_sums` of `columns.cuh`.
-pub(crate) struct Partial {
-    sums: Tensor,
-    blocks: usize,
-    count: usize,
-    d: usize,
-}
+/// Room on a GPU for the blocks' parts of several sums: f32 `[blocks, sums, d]`, filled by a kernel that uses
+/// `column_sums` of `columns.cuh`.
+pub(crate) struct Partial(Tensor);
 
 impl Partial {
     /// Room for `count` sums a column over `rows` rows of width `d`.
     pub(crate) fn new(rows: usize, count: usize, d: usize) -> Self {
         let blocks = rows.div_ceil(CHUNK_ROWS).clamp(1, MOST_BLOCKS);
-        Self { sums: Tensor::uninit(&[blocks, count, d], DType::F32), blocks, count, d }
+        Self(Tensor::uninit(&[blocks, count, d], DType::F32))
     }
 
-    /// How a kernel that fills them is launched; `elements` of a column group is what a thread takes at a time.
+    /// How a kernel that fills it is launched; `dtype` is that of the rows.
     pub(crate) fn launch(&self, kernel: Kernel, dtype: DType) -> Launch {
-        let groups = self.d.div_ceil(16 / dtype.size());
-        kernel.grid(self.blocks, groups.next_multiple_of(32).clamp(256, 1024) as u32)
+        let groups = self.0.dim(2).div_ceil(16 / dtype.size());
+        kernel.grid(self.0.dim(0), groups.next_multiple_of(32).clamp(256, 1024) as u32)
     }
 
     /// The buffer to be filled.
     pub(crate) fn buffer(&mut self) -> &mut Tensor {
-        &mut self.sums
+        &mut self.0
     }
 
-    /// Writes, or adds, sum `which` of every column to its place. `source` holds `columns.cuh`.
-    pub(crate) fn finish(&self, gpu: &'static Gpu, source: &'static Source, which: usize, out: Arg) -> Result<()> {
-        let start = self.sums.view(which * self.d, &[self.d]);
-        let kernel = gpu.kernel(source, "add_blocks", DType::F32)?.grid(self.d.div_ceil(32), 1024);
-        let bytes = (4 * self.d * (self.blocks + 1)) as f64;
-        let [partial, blocks, stride, d] =
-            [Arg::from(&start), (self.blocks as i32).into(), (self.count * self.d).into(), (self.d as i32).into()];
-        kernel.work(0.0, bytes).launch(&mut [out, partial, blocks, stride, d])
+    /// One of the sums, once the kernel has been launched.
+    pub(crate) fn sum(&self, which: usize) -> RowSums {
+        RowSums { blocks: self.0.clone(), which }
+    }
+}
+
+/// A sum over the rows of a matrix, still in blocks: `[blocks, sums, d]`, of which this is one.
+#[derive(Clone)]
+pub(crate) struct RowSums {
+    blocks: Tensor,
+    which: usize,
+}
+
+impl RowSums {
+    /// From the CPU: `[blocks, d]`.
+    pub(crate) fn of_blocks(blocks: Tensor) -> Self {
+        let blocks = blocks.view(0, &[blocks.dim(0), 1, blocks.dim(1)]);
+        Self { blocks, which: 0 }
+    }
+
+    /// The sum of the rows of `x`, of width `d`.
+    pub(crate) fn of(x: &Tensor, d: usize) -> Result<Self> {
+        let rows = x.len() / d.max(1);
+        if let Some(gpu) = x.gpu() {
+            let mut sums = Partial::new(rows, 1, d);
+            let launch = sums.launch(gpu.kernel(&COLUMNS, "sum_rows", x.dtype())?, x.dtype());
+            let launch = launch.work(0.0, (x.len() * x.dtype().size()) as f64);
+            launch.launch(args![sums.buffer(), x, rows as i32, d as i32])?;
+            return Ok(sums.sum(0));
+        }
+        let mut blocks = Tensor::uninit(&[rows.div_ceil(BLOCK), d], x.dtype());
+        dispatch_real!("sum_rows", x.dtype(), T => {
+            block_sums(blocks.as_mut_slice::<T>(), x.as_slice::<T>(), d);
+            Ok(())
+        })?;
+        Ok(Self::of_blocks(blocks))
+    }
+
+    /// Writes, or adds, the sum to its place.
+    pub(crate) fn put(&self, place: &mut GradMut<'_>) -> Result<()> {
+        if let Some(gpu) = self.blocks.gpu() {
+            return self.add_blocks(gpu, Arg::from(place));
+        }
+        dispatch_real!("sum_rows", self.blocks.dtype(), T => {
+            let add = place.add;
+            add_rows(place.as_mut_slice::<T>(), self.blocks.as_slice::<T>(), add);
+            Ok(())
+        })
+    }
+
+    /// The sum: `[d]`, f32 on a GPU.
+    pub(crate) fn total(&self) -> Result<Tensor> {
+        let mut total = Tensor::uninit(&[self.blocks.dim(2)], self.blocks.dtype());
+        self.put(&mut GradMut::of(&mut total))?;
+        Ok(total)
+    }
+
+    fn add_blocks(&self, gpu: &'static Gpu, out: Arg) -> Result<()> {
+        let &[blocks, count, d] = self.blocks.shape() else { unreachable!("made with three axes") };
+        let start = self.blocks.view(self.which * d, &[d]);
+        let kernel = gpu.kernel(&COLUMNS, "add_blocks", DType::F32)?.grid(d.div_ceil(32), 1024);
+        let launch = kernel.work(0.0, (4 * d * (blocks + 1)) as f64);
+        launch.launch(args![&out, &start, blocks as i32, count * d, d as i32])
     }
 }
 
@@ -50,5 +107,40 @@ impl Partial {
 impl From<&Arg> for Arg {
     fn from(arg: &Arg) -> Self {
         *arg
+    }
+}
+
+/// Rows of a block on the CPU.
+const BLOCK: usize = 256;
+
+/// `out (+)= sum of the rows of x` on the CPU.
+pub(crate) fn sum_rows<T: Real>(out: &mut [T], x: &[T], add: bool) {
+    let d = out.len();
+    let mut blocks = Tensor::uninit(&[(x.len() / d.max(1)).div_ceil(BLOCK), d], T::DTYPE);
+    block_sums(blocks.as_mut_slice::<T>(), x, d);
+    add_rows(out, blocks.as_slice(), add);
+}
+
+/// For every block of rows the sum of its rows.
+fn block_sums<T: Real>(blocks: &mut [T], x: &[T], d: usize) {
+    blocks.par_chunks_mut(d.max(1)).zip(x.par_chunks(BLOCK * d.max(1))).for_each(|(sum, rows)| {
+        simd!({
+            sum.fill(T::ZERO);
+            for row in rows.chunks_exact(d) {
+                for (s, &x) in sum.iter_mut().zip(row) {
+                    *s += x;
+                }
+            }
+        });
+    });
+}
+
+/// `out (+)= sum of the rows of x`, one row after the other.
+fn add_rows<T: Real>(out: &mut [T], x: &[T], add: bool) {
+    if !add {
+        out.fill(T::ZERO);
+    }
+    for row in x.chunks_exact(out.len().max(1)) {
+        out.iter_mut().zip(row).for_each(|(o, &s)| *o += s);
     }
 }

@@ -8,7 +8,7 @@
 
 use rayon::prelude::*;
 
-use crate::ops::linear::sum_rows;
+use crate::ops::columns::sum_rows;
 use crate::ops::parallel::with_scratch;
 use crate::ops::same_dtype;
 use crate::tensor::{Grads, Op, Real};

@@ -42,7 +42,7 @@ UNARY(square, x* x, x + x)
 UNARY(relu, x > 0.0f ? x : 0.0f, x > 0.0f ? 1.0f : 0.0f)
 UNARY(recip, 1.0f / x, -y * y)
 UNARY(abs, fabsf(x), x > 0.0f ? 1.0f : x < 0.0f ? -1.0f : 0.0f)
-UNARY(gelu, x* normal_cdf(x), normal_cdf(x) + x * normal_pdf(x))
+UNARY(gelu, x* gaussian(x).cdf, gaussian(x).cdf + x * gaussian(x).pdf)
 UNARY(sigmoid, sigmoid(x), y*(1.0f - y))
 
 // ---- a and b, of one shape

@@ -21,6 +21,11 @@ fn by_kernel(name: &'static str, x: &Tensor, args: &[Arg]) -> Result<Tensor> {
     Ok(out)
 }
 
+/// A function of one variable on a GPU, by the name of its kernel.
+pub(super) fn unary_on_gpu(name: &'static str, x: &Tensor) -> Result<Tensor> {
+    by_kernel(name, x, &[x.into()])
+}
+
 /// Sets all elements of a tensor on a GPU.
 pub(crate) fn fill(out: &mut Tensor, value: f64) -> Result<()> {
     let (n, dtype) = (out.len(), out.dtype());
@@ -107,7 +112,7 @@ macro_rules! unary {
                 fn forward(&mut self, inputs: &[&Tensor], save: bool) -> Result<Tensor> {
                     let x = inputs[0];
                     let out = match x.gpu() {
-                        Some(_) => by_kernel(concat!("unary_", stringify!($method)), x, &[x.into()])?,
+                        Some(_) => unary_on_gpu(concat!("unary_", stringify!($method)), x)?,
                         None => dispatch_real!(stringify!($method), x.dtype(), T => {
                             map(x, #[inline(always)] |$x: T| $f)
                         })?,

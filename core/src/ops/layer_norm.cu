@@ -28,10 +28,11 @@ __device__ void norm(T* y, float* stats, const T* x, const T* weight, const T* b
 KERNEL(norm, (T* y, float* stats, const T* x, const T* weight, const T* bias, float eps, int centred, int rows, int d),
        (y, stats, x, weight, bias, eps, centred, rows, d))
 
-// dx = rstd (g - mean(g) - h mean(g h)) with h = (x - mean) rstd and g = weight dy; partial sums of dy h and dy.
+// dx (+)= rstd (g - mean(g) - h mean(g h)) with h = (x - mean) rstd and g = weight dy; partial sums of dy h, of dy, and of
+// what dx is afterwards. If `again`, it becomes y = weight h + bias.
 template <class T, int N>
-__device__ void norm_backward_by(Gradient dx, float* partial, const T* x, const T* weight, const float* stats, const T* dy,
-                                 int centred, int rows, int d) {
+__device__ void norm_backward_by(Gradient dx, T* again, float* partial, const T* x, const T* weight, const T* bias,
+                                 const float* stats, const T* dy, int centred, int rows, int d) {
     __shared__ float means[CHUNK_ROWS][2];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
     auto prepare = [&](int first, int last) {
@@ -53,31 +54,43 @@ __device__ void norm_backward_by(Gradient dx, float* partial, const T* x, const 
         __syncthreads();
     };
     const int run = ((rows + gridDim.x - 1) / gridDim.x + CHUNK_ROWS - 1) / CHUNK_ROWS * CHUNK_ROWS;
-    auto row = [&](int r, int c, float sums[2][N]) {
-        const int at = (r - blockIdx.x * run) % CHUNK_ROWS;
-        const float mean = stats[2 * r], rstd = stats[2 * r + 1], g = means[at][0], gh = means[at][1];
+    auto row = [&](int r, int c, float sums[3][N]) {
+        const int in_chunk = (r - blockIdx.x * run) % CHUNK_ROWS;
+        const size_t at = (size_t)r * d + c;
+        const float mean = stats[2 * r], rstd = stats[2 * r + 1], g = means[in_chunk][0], gh = means[in_chunk][1];
         float xs[N], dys[N], w[N], out[N];
-        get_all<N>(xs, x + (size_t)r * d + c);
-        get_all<N>(dys, dy + (size_t)r * d + c);
+        get_all<N>(xs, x + at);
+        get_all<N>(dys, dy + at);
         get_all<N>(w, weight + c);
 #pragma unroll
         for (int k = 0; k < N; k++) {
-            const float h = (xs[k] - mean) * rstd;
-            out[k] = (dys[k] * w[k] - g - h * gh) * rstd;
-            sums[0][k] += dys[k] * h;
+            xs[k] = (xs[k] - mean) * rstd;
+            out[k] = (dys[k] * w[k] - g - xs[k] * gh) * rstd;
+            sums[0][k] += dys[k] * xs[k];
             sums[1][k] += dys[k];
         }
-        if (dx.at) put_all<N>(dx, (size_t)r * d + c, out);
+        if (dx.at) {
+            put_all<N>(dx, at, out);
+#pragma unroll
+            for (int k = 0; k < N; k++) sums[2][k] += out[k];
+        }
+        if (again) {
+            float b[N] = {};
+            if (bias) get_all<N>(b, bias + c);
+#pragma unroll
+            for (int k = 0; k < N; k++) xs[k] = xs[k] * w[k] + b[k];
+            put_all<N>(again + at, xs);
+        }
     };
-    column_sums<2, N>(partial, rows, d, prepare, row);
+    column_sums<3, N>(partial, rows, d, prepare, row);
 }
 
 template <class T>
-__device__ void norm_backward(Gradient dx, float* partial, const T* x, const T* weight, const float* stats, const T* dy,
-                              int centred, int rows, int d) {
-    BY_PACKS(T, d, aligned16(x) && aligned16(dy) && aligned16(weight),
-             (norm_backward_by<T, N>(dx, partial, x, weight, stats, dy, centred, rows, d)))
+__device__ void norm_backward(Gradient dx, T* again, float* partial, const T* x, const T* weight, const T* bias,
+                              const float* stats, const T* dy, int centred, int rows, int d) {
+    BY_PACKS(T, d, aligned16(x) && aligned16(dy) && aligned16(weight) && aligned16(bias),
+             (norm_backward_by<T, N>(dx, again, partial, x, weight, bias, stats, dy, centred, rows, d)))
 }
 KERNEL(norm_backward,
-       (Gradient dx, float* partial, const T* x, const T* weight, const float* stats, const T* dy, int centred, int rows, int d),
-       (dx, partial, x, weight, stats, dy, centred, rows, d))
+       (Gradient dx, T* again, float* partial, const T* x, const T* weight, const T* bias, const float* stats, const T* dy, int centred, int rows, int d),
+       (dx, again, partial, x, weight, bias, stats, dy, centred, rows, d))

@@ -7,9 +7,8 @@
 
 use rayon::prelude::*;
 
-use crate::cuda::{args, Arg, Gpu};
-use crate::ops::columns::Partial;
-use crate::ops::linear::sum_rows;
+use crate::cuda::{args, Arg};
+use crate::ops::columns::{Partial, RowSums};
 use crate::ops::parallel::lane_sum;
 use crate::ops::{same_dtype, with_grad};
 use crate::tensor::{Grads, Op, Real};
@@ -24,7 +23,7 @@ impl Tensor {
     /// # Errors
     /// If the shapes do not fit.
     pub fn layer_norm(&self, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
-        Norm { centred: true, eps, saved: None }.apply(&[self, weight, bias])
+        NormOp { norm: Norm { centred: true, eps }, saved: None }.apply(&[self, weight, bias])
     }
 
     /// `x / sqrt(mean(x^2) + eps) * weight` over the last axis: `[.., D]`, `weight [D]` to `[.., D]`.
@@ -32,20 +31,24 @@ impl Tensor {
     /// # Errors
     /// If the shapes do not fit.
     pub fn rms_norm(&self, weight: &Tensor, eps: f64) -> Result<Tensor> {
-        Norm { centred: false, eps, saved: None }.apply(&[self, weight])
+        NormOp { norm: Norm { centred: false, eps }, saved: None }.apply(&[self, weight])
     }
 }
 
-struct Norm {
+/// Which normalisation.
+#[derive(Clone, Copy)]
+pub(super) struct Norm {
     /// LayerNorm if true, RMSNorm if not.
-    centred: bool,
-    eps: f64,
-    saved: Option<Saved>,
+    pub(super) centred: bool,
+    pub(super) eps: f64,
 }
 
-struct Saved {
+/// What a normalisation keeps for its backward pass.
+pub(super) struct Normed {
+    norm: Norm,
     x: Tensor,
     weight: Tensor,
+    bias: Option<Tensor>,
     /// `[rows, 2]`: mean (0 for RMSNorm) and reciprocal standard deviation.
     stats: Tensor,
 }
@@ -53,8 +56,8 @@ struct Saved {
 /// Rows a task handles.
 const ROWS: usize = 64;
 
-impl Op for Norm {
-    fn name(&self) -> &'static str {
+impl Norm {
+    fn name(self) -> &'static str {
         if self.centred {
             "layer_norm"
         } else {
@@ -62,42 +65,167 @@ impl Op for Norm {
         }
     }
 
-    fn cuda(&self) -> bool {
-        true
+    pub(super) fn check(self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<()> {
+        let d = x.last_dim();
+        if x.rank() == 0 || d == 0 || weight.shape() != [d] || bias.is_some_and(|b| b.shape() != [d]) {
+            let (weight, bias) = (weight.shape(), bias.map(|b| b.shape()));
+            let problem = format!("x {:?}, weight {weight:?}, bias {bias:?}", x.shape());
+            return Err(Error::shape(self.name(), problem));
+        }
+        Ok(())
     }
 
-    fn forward(&mut self, inputs: &[&Tensor], save: bool) -> Result<Tensor> {
-        let (x, weight, bias) = (inputs[0], inputs[1], inputs.get(2));
-        same_dtype(self.name(), inputs)?;
-        let d = x.last_dim();
-        if x.rank() == 0 || d == 0 || inputs[1..].iter().any(|w| w.shape() != [d]) {
-            let params: Vec<_> = inputs[1..].iter().map(|w| w.shape()).collect();
-            return Err(Error::shape(self.name(), format!("x {:?}, weight and bias {params:?}", x.shape())));
-        }
-        let mut out = Tensor::uninit(x.shape(), x.dtype());
+    /// Normalises rows on a GPU, and if `save` says what is kept.
+    pub(super) fn on_gpu(
+        self,
+        x: &Tensor,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        save: bool,
+    ) -> Result<(Tensor, Option<Normed>)> {
+        let (gpu, d) = (x.gpu().expect("called for a tensor on a GPU"), x.last_dim());
         let rows = x.len() / d;
-        if let Some(gpu) = x.gpu() {
-            let mut stats = save.then(|| Tensor::uninit(&[rows, 2], DType::F32));
-            let at = stats.as_mut().map_or(Arg::from(0u64), Arg::from);
-            let bytes = (2 * x.len() * x.dtype().size()) as f64;
-            let (eps, centred) = (self.eps as f32, i32::from(self.centred));
-            let launch = gpu.kernel(&NORM, "norm", x.dtype())?.rows(rows).work(0.0, bytes);
-            let bias = bias.map(|b| &**b);
-            launch.launch(args![&mut out, &at, x, weight, bias, eps, centred, rows as i32, d as i32])?;
-            self.saved = stats.map(|stats| Saved { x: x.detach(), weight: weight.detach(), stats });
-            return Ok(out);
+        let mut out = Tensor::uninit(x.shape(), x.dtype());
+        let mut stats = save.then(|| Tensor::uninit(&[rows, 2], DType::F32));
+        let at = stats.as_mut().map_or(Arg::from(0u64), Arg::from);
+        let (eps, centred) = (self.eps as f32, i32::from(self.centred));
+        let launch = gpu.kernel(&NORM, "norm", x.dtype())?.rows(rows);
+        let launch = launch.work(0.0, (2 * x.len() * x.dtype().size()) as f64);
+        launch.launch(args![&mut out, &at, x, weight, bias, eps, centred, rows as i32, d as i32])?;
+        Ok((out, stats.map(|stats| self.keep(x, weight, bias, stats))))
+    }
+
+    pub(super) fn keep(self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, stats: Tensor) -> Normed {
+        Normed { norm: self, x: x.detach(), weight: weight.detach(), bias: bias.map(Tensor::detach), stats }
+    }
+
+    /// Normalises some rows on the CPU; `stats` gets two numbers a row.
+    #[inline(always)]
+    pub(super) fn rows<T: Real>(self, y: &mut [T], x: &[T], stats: &mut [T], weight: &[T], bias: Option<&[T]>) {
+        let d = weight.len();
+        let (eps, n) = (T::of(self.eps), T::of(d as f64));
+        for ((y, x), stats) in y.chunks_exact_mut(d).zip(x.chunks_exact(d)).zip(stats.chunks_exact_mut(2)) {
+            let mean = if self.centred { lane_sum([x], |[x]| x) / n } else { T::ZERO };
+            let variance = lane_sum([x], |[x]| (x - mean) * (x - mean)) / n;
+            let rstd = T::ONE / (variance + eps).sqrt();
+            stats.copy_from_slice(&[mean, rstd]);
+            for ((y, &x), &w) in y.iter_mut().zip(x).zip(weight) {
+                *y = (x - mean) * rstd * w;
+            }
+            if let Some(bias) = bias {
+                y.iter_mut().zip(bias).for_each(|(y, &b)| *y += b);
+            }
         }
-        let mut stats = Tensor::uninit(&[rows, 2], x.dtype());
-        dispatch_real!(self.name(), x.dtype(), T => {
-            let (eps, n) = (T::of(self.eps), T::of(d as f64));
-            let (weight, bias) = (weight.as_slice::<T>(), bias.map(|b| b.as_slice::<T>()));
-            let blocks = out.as_mut_slice::<T>().par_chunks_mut(ROWS * d).zip(x.as_slice::<T>().par_chunks(ROWS * d));
-            blocks.zip(stats.as_mut_slice::<T>().par_chunks_mut(ROWS * 2)).for_each(|((y, x), stats)| simd!({
-                for ((y, x), stats) in y.chunks_exact_mut(d).zip(x.chunks_exact(d)).zip(stats.chunks_exact_mut(2)) {
-                    let mean = if self.centred { lane_sum([x], |[x]| x) / n } else { T::ZERO };
-                    let variance = lane_sum([x], |[x]| (x - mean) * (x - mean)) / n;
-                    let rstd = T::ONE / (variance + eps).sqrt();
-                    stats.copy_from_slice(&[mean, rstd]);
+    }
+}
+
+impl Normed {
+    /// The gradients of x, weight and bias, whose numbers among the inputs are given; the result of the normalisation
+    /// again, if asked for.
+    pub(super) fn backward(
+        &self,
+        dy: &Tensor,
+        grads: &mut Grads<'_>,
+        inputs: (usize, usize, Option<usize>),
+        again: bool,
+    ) -> Result<Option<Tensor>> {
+        let mut again = again.then(|| Tensor::uninit(self.x.shape(), self.x.dtype()));
+        let sums = match dy.gpu() {
+            Some(_) => self.backward_on_gpu(dy, grads, inputs.0, again.as_mut())?,
+            None => self.backward_on_cpu(dy, grads, inputs.0, again.as_mut())?,
+        };
+        let [dweight, dbias, dx] = sums;
+        if grads.needs(inputs.0) {
+            grads.leave_row_sums(inputs.0, dx);
+        }
+        grads.accumulate(inputs.1, |mut place| dweight.put(&mut place))?;
+        if let Some(bias) = inputs.2 {
+            grads.accumulate(bias, |mut place| dbias.put(&mut place))?;
+        }
+        Ok(again)
+    }
+
+    /// dx, and the sums over rows that are dweight and dbias, and of what dx is afterwards.
+    fn backward_on_gpu(
+        &self,
+        dy: &Tensor,
+        grads: &mut Grads<'_>,
+        x_input: usize,
+        again: Option<&mut Tensor>,
+    ) -> Result<[RowSums; 3]> {
+        let Self { norm, x, weight, bias, stats } = self;
+        let (gpu, rows, d) = (dy.gpu().expect("called for a tensor on a GPU"), stats.dim(0), x.last_dim());
+        let mut sums = Partial::new(rows, 3, d);
+        let launch = sums.launch(gpu.kernel(&NORM, "norm_backward", dy.dtype())?, dy.dtype());
+        let tensors = if again.is_some() { 4 } else { 3 };
+        let launch = launch.work(0.0, (tensors * dy.len() * dy.dtype().size()) as f64);
+        let again = again.map_or(Arg::from(0u64), Arg::from);
+        let (bias, centred) = (bias.as_ref(), i32::from(norm.centred));
+        let mut run = |dx: Arg| {
+            let (rows, d) = (rows as i32, d as i32);
+            launch.launch(args![&dx, &again, sums.buffer(), x, weight, bias, stats, dy, centred, rows, d])
+        };
+        match grads.needs(x_input) {
+            true => grads.accumulate(x_input, |mut dx| run(Arg::from(&mut dx)))?,
+            false => run(Arg::no_gradient())?,
+        }
+        Ok([0, 1, 2].map(|i| sums.sum(i)))
+    }
+
+    fn backward_on_cpu(
+        &self,
+        dy: &Tensor,
+        grads: &mut Grads<'_>,
+        x_input: usize,
+        mut again: Option<&mut Tensor>,
+    ) -> Result<[RowSums; 3]> {
+        let (d, blocks) = (self.x.last_dim(), self.stats.dim(0).div_ceil(ROWS));
+        let mut sums = [(); 3].map(|()| Tensor::uninit(&[blocks, d], dy.dtype()));
+        dispatch_real!(self.norm.name(), dy.dtype(), T => {
+            let again = again.as_mut().map(|y| y.as_mut_slice::<T>());
+            let of_blocks = sums.each_mut().map(|s| s.as_mut_slice::<T>());
+            with_grad::<T>(grads, x_input, dy.len(), |dx, add| {
+                self.rows(dy.as_slice::<T>(), dx, add, again, of_blocks);
+            })
+        })?;
+        Ok(sums.map(RowSums::of_blocks))
+    }
+
+    /// dx of every row, the result again, and for every block of rows the sums.
+    fn rows<T: Real>(&self, dy: &[T], dx: &mut [T], add: bool, again: Option<&mut [T]>, sums: [&mut [T]; 3]) {
+        let (weight, bias) = (self.weight.as_slice::<T>(), self.bias.as_ref().map(|b| b.as_slice::<T>()));
+        let d = weight.len();
+        let n = T::of(d as f64);
+        let (x, stats) = (self.x.as_slice::<T>(), self.stats.as_slice::<T>());
+        let [dweight, dbias, dx_sum] = sums.map(|s| s.par_chunks_mut(d));
+        // An empty part for every block stands for "not asked for".
+        let again: Vec<&mut [T]> = match again {
+            Some(y) => y.chunks_mut(ROWS * d).collect(),
+            None => (0..dy.len().div_ceil(ROWS * d)).map(|_| &mut [][..]).collect(),
+        };
+        let blocks = dx.par_chunks_mut(ROWS * d).zip(x.par_chunks(ROWS * d)).zip(dy.par_chunks(ROWS * d)).zip(again);
+        let partial = dweight.zip(dbias).zip(dx_sum).zip(stats.par_chunks(ROWS * 2));
+        blocks.zip(partial).for_each(|((((dx, x), dy), again), (((dweight, dbias), dx_sum), stats))| {
+            simd!({
+                dweight.fill(T::ZERO);
+                dbias.fill(T::ZERO);
+                dx_sum.fill(T::ZERO);
+                let mut again = again.chunks_exact_mut(d);
+                let rows = dx.chunks_exact_mut(d).zip(x.chunks_exact(d)).zip(dy.chunks_exact(d));
+                for (((dx, x), dy), stats) in rows.zip(stats.chunks_exact(2)) {
+                    let (mean, rstd) = (stats[0], stats[1]);
+                    let g = if self.norm.centred { lane_sum([dy, weight], |[dy, w]| dy * w) / n } else { T::ZERO };
+                    let gh = lane_sum([dy, weight, x], |[dy, w, x]| dy * w * (x - mean)) * rstd / n;
+                    let sums = dweight.iter_mut().zip(dbias.iter_mut()).zip(dx_sum.iter_mut());
+                    let each = dx.iter_mut().zip(x).zip(dy).zip(weight).zip(sums);
+                    for ((((dx, &x), &dy), &w), ((dweight, dbias), dx_sum)) in each {
+                        let h = (x - mean) * rstd;
+                        *dx = (dy * w - g - h * gh) * rstd + if add { *dx } else { T::ZERO };
+                        *dweight += dy * h;
+                        *dbias += dy;
+                        *dx_sum += *dx;
+                    }
+                    let Some(y) = again.next() else { continue };
                     for ((y, &x), &w) in y.iter_mut().zip(x).zip(weight) {
                         *y = (x - mean) * rstd * w;
                     }
@@ -105,95 +233,53 @@ impl Op for Norm {
                         y.iter_mut().zip(bias).for_each(|(y, &b)| *y += b);
                     }
                 }
-            }));
+            });
+        });
+    }
+}
+
+struct NormOp {
+    norm: Norm,
+    saved: Option<Normed>,
+}
+
+impl Op for NormOp {
+    fn name(&self) -> &'static str {
+        self.norm.name()
+    }
+
+    fn cuda(&self) -> bool {
+        true
+    }
+
+    fn forward(&mut self, inputs: &[&Tensor], save: bool) -> Result<Tensor> {
+        let (x, weight, bias) = (inputs[0], inputs[1], inputs.get(2).copied());
+        same_dtype(self.name(), inputs)?;
+        self.norm.check(x, weight, bias)?;
+        if x.gpu().is_some() {
+            let (out, saved) = self.norm.on_gpu(x, weight, bias, save)?;
+            self.saved = saved;
+            return Ok(out);
+        }
+        let d = x.last_dim();
+        let mut out = Tensor::uninit(x.shape(), x.dtype());
+        let mut stats = Tensor::uninit(&[x.len() / d, 2], x.dtype());
+        dispatch_real!(self.name(), x.dtype(), T => {
+            let (weight, bias) = (weight.as_slice::<T>(), bias.map(|b| b.as_slice::<T>()));
+            let blocks = out.as_mut_slice::<T>().par_chunks_mut(ROWS * d).zip(x.as_slice::<T>().par_chunks(ROWS * d));
+            blocks.zip(stats.as_mut_slice::<T>().par_chunks_mut(ROWS * 2)).for_each(|((y, x), stats)| {
+                simd!(self.norm.rows(y, x, stats, weight, bias));
+            });
             Ok(())
         })?;
-        if save {
-            self.saved = Some(Saved { x: x.detach(), weight: weight.detach(), stats });
-        }
+        self.saved = save.then(|| self.norm.keep(x, weight, bias, stats));
         Ok(out)
     }
 
     fn backward(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
-        let saved = self.saved.as_ref().expect("saved by forward");
-        let d = saved.x.last_dim();
-        if let Some(gpu) = dy.gpu() {
-            return self.backward_on(gpu, saved, &dy, grads);
-        }
-        let blocks = saved.stats.dim(0).div_ceil(ROWS);
-        dispatch_real!(self.name(), dy.dtype(), T => {
-            // The parameters' gradients are summed in blocks of rows of fixed size, and the blocks in order.
-            let mut partial = Tensor::uninit(&[2, blocks, d], dy.dtype());
-            let (dweight, dbias) = partial.as_mut_slice::<T>().split_at_mut(blocks * d);
-            with_grad::<T>(grads, 0, dy.len(), |dx, add| {
-                self.rows(saved, dy.as_slice::<T>(), dx, add, dweight, dbias);
-            })?;
-            grads.accumulate(1, |mut dw| {
-                let add = dw.add;
-                sum_rows(dw.as_mut_slice::<T>(), dweight, add);
-                Ok(())
-            })?;
-            if grads.inputs() < 3 {
-                return Ok(());
-            }
-            grads.accumulate(2, |mut db| {
-                let add = db.add;
-                sum_rows(db.as_mut_slice::<T>(), dbias, add);
-                Ok(())
-            })
-        })
-    }
-}
-
-impl Norm {
-    fn backward_on(&self, gpu: &'static Gpu, saved: &Saved, dy: &Tensor, grads: &mut Grads<'_>) -> Result<()> {
-        let (rows, d) = (saved.stats.dim(0), saved.x.last_dim());
-        let mut sums = Partial::new(rows, 2, d);
-        let launch = sums.launch(gpu.kernel(&NORM, "norm_backward", dy.dtype())?, dy.dtype());
-        let launch = launch.work(0.0, (3 * dy.len() * dy.dtype().size()) as f64);
-        let centred = i32::from(self.centred);
-        let mut run = |dx: Arg| {
-            let Saved { x, weight, stats } = saved;
-            launch.launch(args![&dx, sums.buffer(), x, weight, stats, dy, centred, rows as i32, d as i32])
-        };
-        match grads.needs(0) {
-            true => grads.accumulate(0, |mut dx| run(Arg::from(&mut dx)))?,
-            false => run(Arg::no_gradient())?,
-        }
-        for i in 1..grads.inputs() {
-            grads.accumulate(i, |mut dw| sums.finish(gpu, &NORM, i - 1, Arg::from(&mut dw)))?;
-        }
+        let bias = (grads.inputs() > 2).then_some(2);
+        self.saved.expect("saved by forward").backward(&dy, grads, (0, 1, bias), false)?;
         Ok(())
-    }
-
-    /// dx of every row, and for every block of rows its part of dweight and dbias (`[blocks, D]` each).
-    fn rows<T: Real>(&self, saved: &Saved, dy: &[T], dx: &mut [T], add: bool, dweight: &mut [T], dbias: &mut [T]) {
-        let weight = saved.weight.as_slice::<T>();
-        let d = weight.len();
-        let n = T::of(d as f64);
-        let (x, stats) = (saved.x.as_slice::<T>(), saved.stats.as_slice::<T>());
-        let blocks = dx.par_chunks_mut(ROWS * d).zip(x.par_chunks(ROWS * d)).zip(dy.par_chunks(ROWS * d));
-        let partial = dweight.par_chunks_mut(d).zip(dbias.par_chunks_mut(d)).zip(stats.par_chunks(ROWS * 2));
-        blocks.zip(partial).for_each(|(((dx, x), dy), ((dweight, dbias), stats))| {
-            simd!({
-                dweight.fill(T::ZERO);
-                dbias.fill(T::ZERO);
-                let rows = dx.chunks_exact_mut(d).zip(x.chunks_exact(d)).zip(dy.chunks_exact(d));
-                for (((dx, x), dy), stats) in rows.zip(stats.chunks_exact(2)) {
-                    let (mean, rstd) = (stats[0], stats[1]);
-                    let g = if self.centred { lane_sum([dy, weight], |[dy, w]| dy * w) / n } else { T::ZERO };
-                    let gh = lane_sum([dy, weight, x], |[dy, w, x]| dy * w * (x - mean)) * rstd / n;
-                    let sums = dweight.iter_mut().zip(dbias.iter_mut());
-                    for ((((dx, &x), &dy), &w), (dweight, dbias)) in dx.iter_mut().zip(x).zip(dy).zip(weight).zip(sums)
-                    {
-                        let h = (x - mean) * rstd;
-                        *dx = (dy * w - g - h * gh) * rstd + if add { *dx } else { T::ZERO };
-                        *dweight += dy * h;
-                        *dbias += dy;
-                    }
-                }
-            });
-        });
     }
 }
 

@@ -1,59 +1,168 @@
-//! The linear layer `y = x W^T + b`, alone or followed by GELU.
+//! The linear layer, alone or with what surrounds it in a transformer: a norm or an activation before it, LayerScale
+//! (Touvron et al., arXiv:2103.17239) and a residual connection behind it.
 
 use rayon::prelude::*;
 
-use crate::cuda::{args, Arg, Gpu, Matrix, Product};
-use crate::ops::columns::Partial;
-use crate::ops::elementwise::{gelu, gelu_and_slope};
-use crate::ops::matmul::{product, Mat, Threads};
-use crate::ops::parallel::zip_mut;
+use crate::cuda::{Matrix, Product};
+use crate::ops::columns::RowSums;
+use crate::ops::matmul::{multiply, product, Factor, Mat, Threads};
+use crate::ops::parallel::with_scratch;
 use crate::ops::same_dtype;
-use crate::tensor::{Grads, Op, Real};
+use crate::tensor::{GradMut, Grads, Op, Real};
 use crate::{cuda_source, dispatch_real, simd, Error, Result, Tensor};
 
-cuda_source! { static LINEAR = "linear" { include_str!("columns.cuh"), include_str!("linear.cu") } }
+mod before;
+mod scale;
+
+use before::{Before, Kept};
+
+cuda_source! { static LINEAR = "linear" { include_str!("columns.cuh"), include_str!("linear/linear.cu") } }
 
 impl Tensor {
-    /// `x W^T + b` over the last axis: `[.., I]`, `W [O, I]`, `b [O]` to `[.., O]`.
-    ///
-    /// dx = dy W, dW = dy^T x, db = sum of the rows of dy.
+    /// `x W^T + b` over the last axis: `[.., I]`, `W [O, I]`, `b [O]` to `[.., O]`. [`Linear`](crate::ops::Linear) is
+    /// the same with more around it.
     ///
     /// # Errors
     /// If the shapes do not fit.
     pub fn linear(&self, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-        self.linear_then(weight, bias, false)
+        Linear::new(weight, bias).of(self)
+    }
+}
+
+/// A linear layer with what surrounds it: `y = [onto +] scale (f(x) W^T + b)` over the last axis, where f is nothing, a
+/// norm or an activation.
+///
+/// With `W' = scale W` (by rows) and `b' = scale b` this is `onto + f(x) W'^T + b'`, so the residual connection costs no
+/// pass of its own, and
+/// `df = dy W', dW' = dy^T f(x), db' = sum of the rows of dy, donto = dy,`
+/// `dW = scale dW', db = scale db', dscale = sum over I of W dW' + b db'`.
+/// Neither `f(x)` nor what is added to `onto` is kept for the backward pass: the first is computed again on the way to dx.
+///
+/// ```
+/// use dinolab_core::ops::Linear;
+/// use dinolab_core::Tensor;
+///
+/// let x = Tensor::from_slice(&[1.0, -1.0, 2.0, 0.5], &[2, 2])?;
+/// let weight = Tensor::from_slice(&[0.5, 1.0, -1.0, 2.0], &[2, 2])?;
+/// let gamma = Tensor::from_slice(&[0.1, 0.2], &[2])?;
+/// let fused = Linear::new(&weight, None).after_gelu().scale(&gamma).onto(&x).of(&x)?;
+/// let composed = x.add(&x.gelu()?.linear(&weight, None)?.mul_row(&gamma)?)?;
+/// assert!(fused.sub(&composed)?.square()?.sum()?.item() < 1e-30);
+/// # Ok::<(), dinolab_core::Error>(())
+/// ```
+#[derive(Clone, Copy)]
+#[must_use = "a layer does nothing until it is given its input by `of`"]
+pub struct Linear<'a> {
+    weight: &'a Tensor,
+    bias: Option<&'a Tensor>,
+    before: Before<&'a Tensor>,
+    scale: Option<&'a Tensor>,
+    onto: Option<&'a Tensor>,
+}
+
+impl<'a> Linear<'a> {
+    /// `x W^T + b`: weight `[O, I]`, bias `[O]`.
+    pub fn new(weight: &'a Tensor, bias: Option<&'a Tensor>) -> Self {
+        Self { weight, bias, before: Before::Nothing, scale: None, onto: None }
     }
 
-    /// `gelu(x W^T + b)`, keeping only the slope of the GELU for the backward pass.
+    /// Of x normalised as by [`Tensor::layer_norm`]: weight and bias `[I]`.
+    pub fn after_layer_norm(self, weight: &'a Tensor, bias: &'a Tensor, eps: f64) -> Self {
+        Self { before: Before::norm(true, weight, Some(bias), eps), ..self }
+    }
+
+    /// Of x normalised as by [`Tensor::rms_norm`]: weight `[I]`.
+    pub fn after_rms_norm(self, weight: &'a Tensor, eps: f64) -> Self {
+        Self { before: Before::norm(false, weight, None, eps), ..self }
+    }
+
+    /// Of `gelu(x)`.
+    pub fn after_gelu(self) -> Self {
+        Self { before: Before::Gelu, ..self }
+    }
+
+    /// Of `silu(x) up` as by [`Tensor::swiglu`]; `up` has the shape of x.
+    pub fn after_swiglu(self, up: &'a Tensor) -> Self {
+        Self { before: Before::Swiglu { up }, ..self }
+    }
+
+    /// Every output times a number of its own, `[O]`, if there is one.
+    pub fn scale(self, scale: impl Into<Option<&'a Tensor>>) -> Self {
+        Self { scale: scale.into(), ..self }
+    }
+
+    /// Added to `onto`, which has the shape of the result, if there is one.
+    pub fn onto(self, onto: impl Into<Option<&'a Tensor>>) -> Self {
+        Self { onto: onto.into(), ..self }
+    }
+
+    /// The layer's result for `x` `[.., I]`: `[.., O]`.
     ///
     /// # Errors
     /// If the shapes do not fit.
-    pub fn linear_gelu(&self, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-        self.linear_then(weight, bias, true)
-    }
-
-    fn linear_then(&self, weight: &Tensor, bias: Option<&Tensor>, gelu: bool) -> Result<Tensor> {
-        let inputs: Vec<&Tensor> = [self, weight].into_iter().chain(bias).collect();
-        Linear { gelu, saved: None }.apply(&inputs)
+    pub fn of(&self, x: &Tensor) -> Result<Tensor> {
+        let mut inputs = vec![x, self.weight];
+        let mut place = |input| {
+            inputs.push(input);
+            inputs.len() - 1
+        };
+        let before = self.before.map(&mut place);
+        let [bias, scale, onto] = [self.bias, self.scale, self.onto].map(|input| input.map(&mut place));
+        LinearOp { before, bias, scale, onto, saved: None }.apply(&inputs)
     }
 }
 
-struct Linear {
-    gelu: bool,
-    /// x, W, and the slope of the GELU at every element.
-    saved: Option<(Tensor, Tensor, Option<Tensor>)>,
+/// [`Linear`] with numbers of inputs in place of tensors; x and the weight are the first two.
+struct LinearOp {
+    before: Before<usize>,
+    bias: Option<usize>,
+    scale: Option<usize>,
+    onto: Option<usize>,
+    saved: Option<Saved>,
 }
 
-/// Rows a task handles: the product of a block is still in the cache when bias and GELU pass over it.
+struct Saved {
+    kept: Kept,
+    weight: Tensor,
+    bias: Option<Tensor>,
+    scale: Option<Tensor>,
+}
+
+/// Rows a task handles: what is computed of a block is still in the cache when the next pass goes over it.
 const ROWS: usize = 128;
 
-impl Op for Linear {
-    fn name(&self) -> &'static str {
-        if self.gelu {
-            "linear_gelu"
-        } else {
-            "linear"
+impl LinearOp {
+    /// The tensors by role.
+    fn operands<'a>(&self, inputs: &[&'a Tensor]) -> Linear<'a> {
+        let [bias, scale, onto] = [self.bias, self.scale, self.onto].map(|i| i.map(|i| inputs[i]));
+        Linear { weight: inputs[1], bias, before: self.before.map(|i| inputs[i]), scale, onto }
+    }
+
+    /// The shape of the result.
+    fn check(&self, inputs: &[&Tensor]) -> Result<Vec<usize>> {
+        same_dtype("linear", inputs)?;
+        let (x, Linear { weight, bias, before, scale, onto }) = (inputs[0], self.operands(inputs));
+        before.check(x)?;
+        let (i, o) = (x.last_dim(), weight.shape().first().copied().unwrap_or(0));
+        let row = |v: Option<&Tensor>| v.is_none_or(|v| v.shape() == [o]);
+        let out_len = x.len() / i.max(1) * o;
+        let added = onto.is_none_or(|t| t.len() == out_len && t.last_dim() == o);
+        if weight.shape() != [o, i] || !row(bias) || !row(scale) || !added || x.rank() == 0 || i * o == 0 {
+            let shape = |t: Option<&Tensor>| t.map_or("none".into(), |t| format!("{:?}", t.shape()));
+            let (bias, scale, onto) = (shape(bias), shape(scale), shape(onto));
+            let problem =
+                format!("x {:?}, weight {:?}, bias {bias}, scale {scale}, onto {onto}", x.shape(), weight.shape());
+            return Err(Error::shape("linear", problem));
         }
+        let mut shape = x.shape().to_vec();
+        shape[x.rank() - 1] = o;
+        Ok(shape)
+    }
+}
+
+impl Op for LinearOp {
+    fn name(&self) -> &'static str {
+        "linear"
     }
 
     fn cuda(&self) -> bool {
@@ -61,192 +170,117 @@ impl Op for Linear {
     }
 
     fn forward(&mut self, inputs: &[&Tensor], save: bool) -> Result<Tensor> {
-        let (x, w, bias) = (inputs[0], inputs[1], inputs.get(2));
-        same_dtype(self.name(), inputs)?;
-        let (i, o) = (x.last_dim(), w.dim(0));
-        if w.shape() != [o, i] || bias.is_some_and(|b| b.shape() != [o]) || x.rank() == 0 || i * o == 0 {
-            let bias = bias.map(|b| b.shape());
-            let problem = format!("x {:?}, weight {:?}, bias {bias:?}", x.shape(), w.shape());
-            return Err(Error::shape(self.name(), problem));
-        }
-        let mut shape = x.shape().to_vec();
-        shape[x.rank() - 1] = o;
-        if let Some(gpu) = x.gpu() {
-            return self.forward_on(gpu, inputs, &shape, save);
-        }
-        let mut out = Tensor::uninit(&shape, x.dtype());
-        // One element stands for "not kept".
-        let keep = self.gelu && save;
-        let mut slope = Tensor::uninit(if keep { &shape } else { &[] }, x.dtype());
-        dispatch_real!(self.name(), x.dtype(), T => {
-            let w = Mat::new(w.as_slice::<T>(), o, i).t();
-            let bias = bias.map(|b| b.as_slice::<T>());
-            let blocks = out.as_mut_slice::<T>().par_chunks_mut(ROWS * o).zip(x.as_slice::<T>().par_chunks(ROWS * i));
-            let forward = |y: &mut [T], x: &[T]| {
-                product(y, o, false, T::ONE, Mat::new(x, x.len() / i, i), w, Threads::One);
-                if let Some(bias) = bias {
-                    simd!(y.chunks_exact_mut(o).for_each(|y| y.iter_mut().zip(bias).for_each(|(y, &b)| *y += b)));
-                }
-            };
-            if keep {
-                blocks.zip(slope.as_mut_slice::<T>().par_chunks_mut(ROWS * o)).for_each(|((y, x), slope)| {
-                    forward(y, x);
-                    simd!(for (y, slope) in y.iter_mut().zip(slope) { (*y, *slope) = gelu_and_slope(*y); });
-                });
-            } else {
-                blocks.for_each(|(y, x)| {
-                    forward(y, x);
-                    if self.gelu {
-                        simd!(for y in y.iter_mut() { *y = gelu(*y); });
-                    }
-                });
-            }
-            Ok(())
-        })?;
-        if save {
-            self.saved = Some((x.detach(), w.detach(), keep.then_some(slope)));
-        }
+        let mut out = Tensor::uninit(&self.check(inputs)?, inputs[0].dtype());
+        let (x, layer) = (inputs[0], self.operands(inputs));
+        let kept = match x.gpu() {
+            Some(_) => layer.forward_on_gpu(x, &out, save)?,
+            None => dispatch_real!("linear", x.dtype(), T => Ok(layer.forward_on_cpu::<T>(x, &mut out, save)))?,
+        };
+        let [bias, scale] = [layer.bias, layer.scale].map(|t| t.map(Tensor::detach));
+        self.saved = kept.map(|kept| Saved { kept, weight: layer.weight.detach(), bias, scale });
         Ok(out)
     }
 
-    fn backward(self: Box<Self>, mut dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
-        let (x, w, slope) = self.saved.expect("saved by forward");
-        let (i, o) = (x.last_dim(), w.dim(0));
-        let rows = x.len() / i;
-        if let Some(gpu) = dy.gpu() {
-            return backward_on(gpu, dy, &x, &w, slope, grads);
-        }
-        dispatch_real!("linear", dy.dtype(), T => {
-            if let Some(slope) = slope {
-                if !dy.is_unique() {
-                    dy = dy.to_owned();
+    fn backward(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
+        let Saved { kept, weight, bias, scale } = self.saved.expect("saved by forward");
+        let (o, i) = (weight.dim(0), weight.dim(1));
+        let rows = dy.len() / o;
+        let parameters: Vec<usize> = [Some(1), self.bias, self.scale].into_iter().flatten().collect();
+        let needed = parameters.into_iter().any(|p| grads.needs(p));
+        let sums = match grads.row_sums_of_dy() {
+            _ if bias.is_none() || !needed => None,
+            None => Some(RowSums::of(&dy, o)?),
+            known => known,
+        };
+        let folded = scale.as_ref().map(|s| scale::fold(&weight, None, s)).transpose()?;
+        let dy_matrix = Factor::new(&dy, rows, o);
+        let back = Factor::new(folded.as_ref().map_or(&weight, |(w, _)| w), o, i);
+        let f = match kept {
+            Kept::Input(x) => {
+                grads.accumulate(0, |mut dx| multiply(&mut dx, dy_matrix, back))?;
+                x
+            }
+            other => {
+                let mut df = Tensor::uninit(&[rows, i], dy.dtype());
+                multiply(&mut GradMut::of(&mut df), dy_matrix, back)?;
+                other.backward(df, grads, &self.before)?
+            }
+        };
+        drop(folded);
+        let weight_gradient = |place: &mut GradMut<'_>| multiply(place, dy_matrix.t(), Factor::new(&f, rows, i));
+        match scale {
+            _ if !needed => {}
+            None => {
+                grads.accumulate(1, |mut dw| weight_gradient(&mut dw))?;
+                if let (Some(input), Some(sums)) = (self.bias, sums) {
+                    grads.accumulate(input, |mut db| sums.put(&mut db))?;
                 }
-                zip_mut(dy.as_mut_slice::<T>(), slope.as_slice::<T>(), |dy, slope| *dy *= slope);
             }
-            let dy = dy.as_slice::<T>();
-            let dy_mat = Mat::new(dy, rows, o);
-            grads.accumulate(0, |mut dx| {
-                let add = dx.add;
-                let w = Mat::new(w.as_slice::<T>(), o, i);
-                product(dx.as_mut_slice::<T>(), i, add, T::ONE, dy_mat, w, Threads::All);
-                Ok(())
-            })?;
-            grads.accumulate(1, |mut dw| {
-                let add = dw.add;
-                let x = Mat::new(x.as_slice::<T>(), rows, i);
-                product(dw.as_mut_slice::<T>(), i, add, T::ONE, dy_mat.t(), x, Threads::All);
-                Ok(())
-            })?;
-            if grads.inputs() < 3 {
-                return Ok(());
+            Some(scale) => {
+                let mut dw = Tensor::uninit(&[o, i], dy.dtype().wide());
+                weight_gradient(&mut GradMut::of(&mut dw))?;
+                let db = sums.map(|s| s.total()).transpose()?;
+                let layer = scale::Scaled { weight: &weight, bias: bias.as_ref(), scale: &scale };
+                layer.unfold(&dw, db.as_ref(), grads, (1, self.bias, self.scale))?;
             }
-            grads.accumulate(2, |mut db| {
-                let add = db.add;
-                sum_rows(db.as_mut_slice::<T>(), dy, add);
-                Ok(())
-            })
-        })
+        }
+        match self.onto {
+            Some(onto) => grads.add(onto, dy),
+            None => Ok(()),
+        }
     }
 }
 
-impl Linear {
-    fn forward_on(&mut self, gpu: &'static Gpu, inputs: &[&Tensor], shape: &[usize], save: bool) -> Result<Tensor> {
-        let (x, w, bias) = (inputs[0], inputs[1], inputs.get(2));
-        let (i, o) = (x.last_dim(), w.dim(0));
+impl Linear<'_> {
+    fn forward_on_gpu(&self, x: &Tensor, out: &Tensor, save: bool) -> Result<Option<Kept>> {
+        let (i, o) = (self.weight.dim(1), self.weight.dim(0));
         let rows = x.len() / i;
-        let mut h = Tensor::uninit(shape, x.dtype());
-        let (a, b) = (Matrix::of(x, rows, i), Matrix::of(w, o, i).t());
-        let bias = bias.map(|b| b.device_address());
-        gpu.matmul(&Product { bias, ..Product::new(a, b, Matrix::of(&h, rows, o)) })?;
-        let n = h.len();
-        let threads = (n * h.dtype().size()).div_ceil(16);
-        let bytes = (n * h.dtype().size()) as f64;
-        let mut slope = None;
-        if self.gelu && save {
-            let mut y = Tensor::uninit(shape, x.dtype());
-            let kernel = gpu.kernel(&LINEAR, "gelu_and_slope", x.dtype())?.over(threads);
-            kernel.work(0.0, 3.0 * bytes).launch(args![&mut y, &mut h, n])?;
-            slope = Some(std::mem::replace(&mut h, y));
-        } else if self.gelu {
-            let kernel = gpu.kernel(&LINEAR, "gelu_in_place", x.dtype())?.over(threads);
-            kernel.work(0.0, 2.0 * bytes).launch(args![&mut h, n])?;
-        }
-        if save {
-            self.saved = Some((x.detach(), w.detach(), slope));
-        }
-        Ok(h)
+        let (f, kept) = self.before.on_gpu(x, save)?;
+        let folded = self.scale.map(|s| scale::fold(self.weight, self.bias, s)).transpose()?;
+        let (weight, bias) = folded.as_ref().map_or((self.weight, self.bias), |(w, b)| (w, b.as_ref()));
+        let (a, b) = (Matrix::of(&f, rows, i), Matrix::of(weight, o, i).t());
+        let (bias, onto) = (bias.map(Tensor::device_address), self.onto.map(Tensor::device_address));
+        let product = Product { bias, onto, ..Product::new(a, b, Matrix::of(out, rows, o)) };
+        x.gpu().expect("called for a tensor on a GPU").matmul(&product)?;
+        Ok(kept)
     }
-}
 
-fn backward_on(
-    gpu: &'static Gpu,
-    mut dy: Tensor,
-    x: &Tensor,
-    w: &Tensor,
-    slope: Option<Tensor>,
-    grads: &mut Grads<'_>,
-) -> Result<()> {
-    let (i, o) = (x.last_dim(), w.dim(0));
-    let (rows, dtype) = (x.len() / i, dy.dtype());
-    let has_bias = grads.inputs() > 2 && grads.needs(2);
-    let mut sums = Partial::new(rows, 1, o);
-    let bytes = (dy.len() * dtype.size()) as f64;
-    if let Some(slope) = slope {
-        if !dy.is_unique() {
-            dy = dy.to_owned();
-        }
-        let launch = sums.launch(gpu.kernel(&LINEAR, "gelu_backward", dtype)?, dtype).work(0.0, 3.0 * bytes);
-        launch.launch(args![sums.buffer(), &mut dy, &slope, rows as i32, o as i32])?;
-    } else if has_bias {
-        let launch = sums.launch(gpu.kernel(&LINEAR, "sum_rows", dtype)?, dtype).work(0.0, bytes);
-        launch.launch(args![sums.buffer(), &dy, rows as i32, o as i32])?;
-    }
-    let g = Matrix::of(&dy, rows, o);
-    grads.accumulate(0, |dx| {
-        let (at, dtype) = dx.device_place();
-        let out = Matrix::at(at, dtype, rows, i);
-        gpu.matmul(&Product { add: dx.add, ..Product::new(g, Matrix::of(w, o, i), out) })
-    })?;
-    grads.accumulate(1, |dw| {
-        let (at, dtype) = dw.device_place();
-        let out = Matrix::at(at, dtype, o, i);
-        gpu.matmul(&Product { add: dw.add, ..Product::new(g.t(), Matrix::of(x, rows, i), out) })
-    })?;
-    if has_bias {
-        grads.accumulate(2, |mut db| sums.finish(gpu, &LINEAR, 0, Arg::from(&mut db)))?;
-    }
-    Ok(())
-}
-
-/// The sums of the rows of `x` `[rows, d]` on a GPU.
-pub(crate) fn sum_rows_on(gpu: &'static Gpu, x: &Tensor, rows: usize, d: usize, out: Arg) -> Result<()> {
-    let mut sums = Partial::new(rows, 1, d);
-    let launch = sums.launch(gpu.kernel(&LINEAR, "sum_rows", x.dtype())?, x.dtype());
-    launch.work(0.0, (x.len() * x.dtype().size()) as f64).launch(args![sums.buffer(), x, rows as i32, d as i32])?;
-    sums.finish(gpu, &LINEAR, 0, out)
-}
-
-/// `out (+)= sum of the rows of x`, in blocks of rows of fixed size, combined in order.
-pub(crate) fn sum_rows<T: Real>(out: &mut [T], x: &[T], add: bool) {
-    let width = out.len();
-    let partial: Vec<Vec<T>> = x
-        .par_chunks(256 * width)
-        .map(|block| {
-            let mut sum = vec![T::ZERO; width];
+    fn forward_on_cpu<T: Real>(&self, x: &Tensor, out: &mut Tensor, save: bool) -> Option<Kept> {
+        let (i, o) = (self.weight.dim(1), self.weight.dim(0));
+        let rows = x.len() / i;
+        let mut stats = Tensor::uninit(&[if self.before.has_stats() { rows } else { 0 }, 2], x.dtype());
+        let (input, weight) = (x.as_slice::<T>(), Mat::new(self.weight.as_slice::<T>(), o, i).t());
+        let [bias, scale, onto] = [self.bias, self.scale, self.onto].map(|t| t.map(|t| t.as_slice::<T>()));
+        // A block without statistics gets an empty part of them.
+        let parts = stats.as_mut_slice::<T>().chunks_mut(2 * ROWS).map(Some).chain(std::iter::repeat_with(|| None));
+        let parts: Vec<_> = parts.take(rows.div_ceil(ROWS)).collect();
+        out.as_mut_slice::<T>().par_chunks_mut(ROWS * o).zip(parts).enumerate().for_each(|(block, (y, stats))| {
+            let (first, rows) = (block * ROWS, y.len() / o);
+            let x = &input[first * i..][..rows * i];
+            let times_weight = |y: &mut [T], f: &[T]| {
+                product(y, o, false, T::ONE, Mat::new(f, rows, i), weight, Threads::One);
+            };
+            match self.before {
+                Before::Nothing => times_weight(y, x),
+                before => with_scratch(rows * i, |f| {
+                    before.rows(f, x, first, stats.unwrap_or_default());
+                    times_weight(y, f);
+                }),
+            }
             simd!({
-                for row in block.chunks_exact(width) {
-                    for (s, &x) in sum.iter_mut().zip(row) {
-                        *s += x;
+                for (r, y) in y.chunks_exact_mut(o).enumerate() {
+                    if let Some(bias) = bias {
+                        y.iter_mut().zip(bias).for_each(|(y, &b)| *y += b);
+                    }
+                    if let Some(scale) = scale {
+                        y.iter_mut().zip(scale).for_each(|(y, &s)| *y *= s);
+                    }
+                    if let Some(onto) = onto {
+                        y.iter_mut().zip(&onto[(first + r) * o..]).for_each(|(y, &x)| *y += x);
                     }
                 }
             });
-            sum
-        })
-        .collect();
-    if !add {
-        out.fill(T::ZERO);
-    }
-    for sum in partial {
-        out.iter_mut().zip(sum).for_each(|(o, s)| *o += s);
+        });
+        save.then(|| self.before.keep(x, stats))
     }
 }

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use crate::cuda::{Gpu, Matrix, Product};
 use crate::ops::same_dtype;
-use crate::tensor::{Grads, Op, Real};
+use crate::tensor::{GradMut, Grads, Op, Real};
 use crate::{dispatch_real, Error, Result, Tensor};
 
 /// A matrix inside a slice: rows, columns, and the distance in elements between neighbours in each direction.
@@ -35,6 +35,67 @@ impl<'a, T> Mat<'a, T> {
             _ => (self.rows - 1) * self.row_stride + (self.cols - 1) * self.col_stride + 1,
         }
     }
+}
+
+/// One factor of [`multiply`]: a dense matrix, or its transpose.
+#[derive(Clone, Copy)]
+pub(crate) struct Factor<'a> {
+    of: &'a Tensor,
+    rows: usize,
+    cols: usize,
+    transposed: bool,
+}
+
+impl<'a> Factor<'a> {
+    /// `of` as a `rows x cols` matrix.
+    pub(crate) fn new(of: &'a Tensor, rows: usize, cols: usize) -> Self {
+        Self { of, rows, cols, transposed: false }
+    }
+
+    /// The transpose; no copy.
+    pub(crate) fn t(self) -> Self {
+        Self { transposed: !self.transposed, ..self }
+    }
+
+    fn on_gpu(self) -> Matrix {
+        let matrix = Matrix::of(self.of, self.rows, self.cols);
+        if self.transposed {
+            matrix.t()
+        } else {
+            matrix
+        }
+    }
+
+    fn on_cpu<T: Real>(self) -> Mat<'a, T> {
+        let matrix = Mat::new(self.of.as_slice(), self.rows, self.cols);
+        if self.transposed {
+            matrix.t()
+        } else {
+            matrix
+        }
+    }
+
+    fn dims(self) -> (usize, usize) {
+        match self.transposed {
+            true => (self.cols, self.rows),
+            false => (self.rows, self.cols),
+        }
+    }
+}
+
+/// `out (+)= a b`, where the factors are.
+pub(crate) fn multiply(out: &mut GradMut<'_>, a: Factor<'_>, b: Factor<'_>) -> Result<()> {
+    let ((rows, _), (_, cols)) = (a.dims(), b.dims());
+    if let Some(gpu) = a.of.gpu() {
+        let (at, dtype) = out.device_place();
+        let place = Matrix::at(at, dtype, rows, cols);
+        return gpu.matmul(&Product { add: out.add, ..Product::new(a.on_gpu(), b.on_gpu(), place) });
+    }
+    dispatch_real!("matmul", a.of.dtype(), T => {
+        let add = out.add;
+        product(out.as_mut_slice::<T>(), cols, add, T::ONE, a.on_cpu(), b.on_cpu(), Threads::All);
+        Ok(())
+    })
 }
 
 /// Whether a product may use the thread pool: not inside a loop that is parallel already.

@@ -23,6 +23,7 @@ mod columns;
 mod depthwise_conv;
 mod elementwise;
 mod gram_loss;
+mod index_add;
 mod koleo;
 mod l2_normalize;
 mod layer_norm;
@@ -32,7 +33,6 @@ mod patchify;
 mod recompute;
 mod reduce;
 mod resample;
-mod residual;
 mod shape;
 mod sinkhorn_knopp;
 mod soft_cross_entropy;
@@ -45,9 +45,11 @@ mod transpose;
 pub use adamw::{adamw_step, ema_update, l2_norm, AdamW, Ema, Group, Moments};
 pub use attention::Segment;
 pub use gram_loss::{GramOptions, NegativeRemoval};
+pub use linear::Linear;
 pub use tokens::rows_of_images;
 
 pub(crate) use adamw::ADAMW;
+pub(crate) use columns::RowSums;
 pub(crate) use elementwise::{accumulate, all_finite, convert, convert_into, copy_if, fill};
 
 use crate::tensor::{Grads, Real};

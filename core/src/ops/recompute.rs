@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use crate::params::{Layout, Params};
-use crate::tensor::{scope, Grads, Op, Tape};
+use crate::tensor::{scope, Grads, Op, Slot, Tape};
 use crate::{Result, Tensor};
 
 /// A part of a model: parameters and inputs to one result.
@@ -64,10 +64,11 @@ impl Op for Recompute {
         let follow = |(i, x): (usize, Tensor)| if grads.needs(i) { tape.leaf(&x) } else { x };
         let inputs: Vec<Tensor> = inputs.into_iter().enumerate().map(follow).collect();
         let out = part(&Params::tracked(&layout, &flat, &tape), &inputs)?;
-        let leaves = tape.backward_from(&out, dy, grads.params())?;
+        let dy = Slot { grad: dy, row_sums: grads.row_sums_of_dy() };
+        let mut leaves = tape.backward_from_slot(&out, dy, grads.params())?;
         for (i, x) in inputs.iter().enumerate() {
-            if let Some(grad) = leaves.of(x) {
-                grads.add(i, grad.clone())?;
+            if let Some(slot) = leaves.take(x) {
+                grads.add_slot(i, slot)?;
             }
         }
         Ok(())

@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use crate::comm::Comm;
-use crate::ops::linear::sum_rows;
+use crate::ops::columns::sum_rows;
 use crate::ops::parallel::{lane_max, lane_sum};
 use crate::ops::scalars_of;
 use crate::ops::softmax::softmax_on;

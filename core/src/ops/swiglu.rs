@@ -23,6 +23,16 @@ impl Tensor {
     }
 }
 
+/// The gate on a GPU.
+pub(super) fn swiglu_on_gpu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    let gpu = gate.gpu().expect("called for a tensor on a GPU");
+    let (n, bytes) = (gate.len(), gate.len() * gate.dtype().size());
+    let mut y = Tensor::uninit(gate.shape(), gate.dtype());
+    let launch = gpu.kernel(&SWIGLU, "swiglu", gate.dtype())?.over(bytes.div_ceil(16));
+    launch.work(0.0, 3.0 * bytes as f64).launch(args![&mut y, gate, up, n])?;
+    Ok(y)
+}
+
 #[derive(Default)]
 struct Swiglu(Option<(Tensor, Tensor)>);
 
@@ -44,12 +54,8 @@ impl Op for Swiglu {
         if save {
             self.0 = Some((gate.detach(), up.detach()));
         }
-        if let Some(gpu) = gate.gpu() {
-            let (n, bytes) = (gate.len(), gate.len() * gate.dtype().size());
-            let mut y = Tensor::uninit(gate.shape(), gate.dtype());
-            let launch = gpu.kernel(&SWIGLU, "swiglu", gate.dtype())?.over(bytes.div_ceil(16));
-            launch.work(0.0, 3.0 * bytes as f64).launch(args![&mut y, gate, up, n])?;
-            return Ok(y);
+        if gate.gpu().is_some() {
+            return swiglu_on_gpu(gate, up);
         }
         dispatch_real!("swiglu", gate.dtype(), T => map2(gate, up, #[inline(always)] |gate: T, up: T| gate * sigmoid(gate) * up))
     }

@@ -3,8 +3,7 @@
 use rayon::prelude::*;
 
 use crate::cuda::{args, Arg, Gpu};
-use crate::ops::columns::Partial;
-use crate::ops::linear::sum_rows;
+use crate::ops::columns::{sum_rows, Partial};
 use crate::ops::{same_dtype, with_grad};
 use crate::tensor::{Grads, Op, Real};
 use crate::{cuda_source, dispatch_real, simd, DType, Error, Result, Tensor};
@@ -239,11 +238,11 @@ impl Assemble {
                 let mut sums = Partial::new(self.images, 1, prefix);
                 let launch = sums.launch(gpu.kernel(&TOKENS, "prefix_sums", dtype)?, dtype);
                 launch.launch(args![sums.buffer(), dy, self.images as i32, prefix + patches, prefix as i32])?;
-                sums.finish(gpu, &TOKENS, 0, Arg::from(&mut dprefix))
+                sums.sum(0).put(&mut dprefix)
             })?;
         }
         match grads.inputs() {
-            3 => grads.accumulate(2, |mut dtoken| sums.finish(gpu, &TOKENS, 0, Arg::from(&mut dtoken))),
+            3 => grads.accumulate(2, |mut dtoken| sums.sum(0).put(&mut dtoken)),
             _ => Ok(()),
         }
     }

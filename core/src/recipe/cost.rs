@@ -8,7 +8,7 @@ use super::Recipe;
 use crate::contract::{Grid, HeadInput};
 use crate::recipe::DeviceChoice;
 use crate::step::{declare, distilled_model, Declared, CHANNELS, GLOBALS};
-use crate::{DType, Device, Result};
+use crate::{cuda, DType, Device, Result};
 
 /// What a recipe costs.
 #[derive(Clone, Debug, PartialEq)]
@@ -67,8 +67,8 @@ pub fn cost_of(recipe: &Recipe, model: &Declared) -> RunCost {
         };
         let parameters = |model| count_in(model, &format!("{}_head.", loss.name)) as f64;
         flops += 2.0 * (3.0 * parameters(model) * of_student + parameters(teacher_model) * of_teacher);
-        // Kept: input of every layer, slopes of the activations, bottlenecks before and after their normalisation.
-        let hidden = 2.0 * (head.layers.saturating_sub(1) * head.hidden) as f64;
+        // Kept: input of every layer before its activation, bottlenecks before and after their normalisation.
+        let hidden = (head.layers.saturating_sub(1) * head.hidden) as f64;
         let logits = head.prototypes as f64;
         heads.kept += of_student * (backbone.dim() as f64 + hidden + 2.0 * head.bottleneck as f64);
         heads.logits += of_student * logits;
@@ -122,8 +122,12 @@ struct HeadNumbers {
 
 /// The type of a run's features: bf16 unless the recipe says that it is not on a GPU, or names another.
 fn features_type(recipe: &Recipe) -> DType {
-    let on_cpu = DeviceChoice::try_from("cpu".to_string()).is_ok_and(|cpu| recipe.device == cpu);
-    recipe.dtype(if on_cpu { Device::Cpu } else { Device::Cuda(0) })
+    recipe.dtype(if on_cpu(recipe) { Device::Cpu } else { Device::Cuda(0) })
+}
+
+/// Whether the recipe says that it is not run on a GPU.
+fn on_cpu(recipe: &Recipe) -> bool {
+    DeviceChoice::try_from("cpu".to_string()).is_ok_and(|cpu| recipe.device == cpu)
 }
 
 /// What lasts from step to step, in bytes: for so many parameters, those of a Gram teacher and of a model to distil from.
@@ -141,7 +145,9 @@ fn weights(recipe: &Recipe, own: usize, gram: Option<usize>, distilled: Option<u
     if features == DType::BF16 {
         let copied = own + distilled.unwrap_or(own) + gram.unwrap_or(0);
         memory.push(("copies of weights in bf16", 2.0 * copied as f64));
-        memory.push(("workspace of matrix products", f64::from(32 << 20)));
+    }
+    if !on_cpu(recipe) {
+        memory.push(("workspace of matrix products", cuda::WORKSPACE as f64));
     }
     memory
 }

@@ -18,6 +18,7 @@ pub(crate) use device::{cannot_record, recording};
 pub use device::{catch_out_of_memory, Device};
 pub use dtype::{DType, Element, Real};
 pub use storage::{memory_stats, reset_peak, trim, MemoryStats};
+pub(crate) use tape::Slot;
 pub use tape::{GradMut, Grads, LeafGrads, Op, Tape};
 
 use crate::{Error, Result};

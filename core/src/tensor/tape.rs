@@ -42,6 +42,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{scope, DType, Device, Element, Tensor};
+use crate::ops::RowSums;
 use crate::{dispatch_real, Error, Result};
 
 /// A differentiable operation: forward once, then (if recorded) backward once.
@@ -206,29 +207,38 @@ impl Tape {
     ///
     /// # Errors
     /// If `result` is not of this tape, or an operation fails.
-    pub fn backward_from(&self, result: &Tensor, dy: Tensor, mut params: Option<&mut Tensor>) -> Result<LeafGrads> {
+    pub fn backward_from(&self, result: &Tensor, dy: Tensor, params: Option<&mut Tensor>) -> Result<LeafGrads> {
+        self.backward_from_slot(result, Slot { grad: dy, row_sums: None }, params)
+    }
+
+    pub(crate) fn backward_from_slot(
+        &self,
+        result: &Tensor,
+        dy: Slot,
+        mut params: Option<&mut Tensor>,
+    ) -> Result<LeafGrads> {
         let Some(var) = result.var.as_ref().filter(|v| Arc::ptr_eq(&v.tape.0, &self.0)) else {
             return Err(Error::shape("backward", "the loss is not on this tape"));
         };
         // The nodes leave the tape, so that operations in `backward` may use tensors of their own freely.
         let mut nodes = std::mem::take(&mut *self.lock());
         let _on = result.device().enter();
-        let mut slots: Vec<Option<Tensor>> = nodes.iter().map(|_| None).collect();
+        let mut slots: Vec<Option<Slot>> = nodes.iter().map(|_| None).collect();
         slots[var.id] = Some(dy);
         for id in (0..=var.id).rev() {
             let NodeKind::Op { .. } = nodes[id].kind else { continue };
             let NodeKind::Op { op, inputs, scope } = std::mem::replace(&mut nodes[id].kind, NodeKind::Done) else {
                 unreachable!("checked just above");
             };
-            let Some(dy) = slots[id].take() else { continue };
+            let Some(Slot { grad: dy, row_sums }) = slots[id].take() else { continue };
             let name = op.name();
             scope::observe(|| format!("gradient of {name} in {scope}"), &dy);
             let params = params.as_deref_mut();
-            let mut grads = Grads { nodes: &nodes, inputs: &inputs, slots: &mut slots, params, host: None };
+            let mut grads = Grads { nodes: &nodes, inputs: &inputs, slots: &mut slots, params, row_sums, host: None };
             op.backward(dy, &mut grads)?;
         }
         let leaves = nodes.iter().enumerate().filter(|(_, n)| matches!(n.kind, NodeKind::Leaf));
-        let grads = leaves.filter_map(|(id, _)| slots[id].take().map(|g| (id, g))).collect();
+        let grads = leaves.filter_map(|(id, _)| slots[id].take().map(|slot| (id, slot))).collect();
         Ok(LeafGrads { tape: self.clone(), grads })
     }
 }
@@ -236,23 +246,41 @@ impl Tape {
 /// The gradients of a tape's leaves.
 pub struct LeafGrads {
     tape: Tape,
-    grads: Vec<(usize, Tensor)>,
+    grads: Vec<(usize, Slot)>,
 }
 
 impl LeafGrads {
     /// The gradient with respect to `leaf`; `None` if the loss does not depend on it.
     pub fn of(&self, leaf: &Tensor) -> Option<&Tensor> {
-        let var = leaf.var.as_ref().filter(|v| Arc::ptr_eq(&v.tape.0, &self.tape.0))?;
-        self.grads.iter().find(|(id, _)| *id == var.id).map(|(_, g)| g)
+        self.place_of(leaf).map(|at| &self.grads[at].1.grad)
     }
+
+    /// The same, taken out.
+    pub(crate) fn take(&mut self, leaf: &Tensor) -> Option<Slot> {
+        self.place_of(leaf).map(|at| self.grads.swap_remove(at).1)
+    }
+
+    fn place_of(&self, leaf: &Tensor) -> Option<usize> {
+        let var = leaf.var.as_ref().filter(|v| Arc::ptr_eq(&v.tape.0, &self.tape.0))?;
+        self.grads.iter().position(|(id, _)| *id == var.id)
+    }
+}
+
+/// The gradient of a node so far.
+pub(crate) struct Slot {
+    pub(crate) grad: Tensor,
+    /// The sums of its rows, if whoever wrote it last had them at hand.
+    pub(crate) row_sums: Option<RowSums>,
 }
 
 /// Where an operation's backward pass puts its results.
 pub struct Grads<'a> {
     nodes: &'a [Node],
     inputs: &'a [Option<usize>],
-    slots: &'a mut [Option<Tensor>],
+    slots: &'a mut [Option<Slot>],
     params: Option<&'a mut Tensor>,
+    /// The sums of the rows of the result's gradient, if they are known.
+    row_sums: Option<RowSums>,
     /// The device of the gradients, when the operation itself runs on the host.
     host: Option<Device>,
 }
@@ -265,7 +293,13 @@ pub struct GradMut<'a> {
     pub add: bool,
 }
 
-impl GradMut<'_> {
+impl<'a> GradMut<'a> {
+    /// All of a tensor, to be overwritten.
+    pub(crate) fn of(buffer: &'a mut Tensor) -> Self {
+        let range = 0..buffer.len();
+        Self { buffer, range, add: false }
+    }
+
     /// The elements of the gradient.
     pub fn as_mut_slice<T: Element>(&mut self) -> &mut [T] {
         &mut self.buffer.as_mut_slice()[self.range.clone()]
@@ -282,7 +316,7 @@ impl GradMut<'_> {
 impl Grads<'_> {
     fn reborrow(&mut self) -> Grads<'_> {
         let params = self.params.as_deref_mut();
-        Grads { nodes: self.nodes, inputs: self.inputs, slots: self.slots, params, host: self.host }
+        Grads { nodes: self.nodes, inputs: self.inputs, slots: self.slots, params, row_sums: None, host: self.host }
     }
 
     /// The flat gradient buffer of parameters, for a tape inside an operation.
@@ -317,7 +351,7 @@ impl Grads<'_> {
         }
         if moves && grad.is_unique() && grad.dtype() == self.nodes[id].dtype {
             grad.shape.clone_from(&self.nodes[id].shape);
-            self.slots[id] = Some(grad);
+            self.slots[id] = Some(Slot { grad, row_sums: None });
             return Ok(());
         }
         if grad.gpu().is_some() {
@@ -355,11 +389,37 @@ impl Grads<'_> {
             return f(GradMut { buffer, range: range.clone(), add: true });
         }
         let add = self.slots[id].is_some();
-        let slot = self.slots[id].get_or_insert_with(|| Tensor::uninit(&node.shape, node.dtype));
-        if add && !slot.is_unique() {
-            *slot = slot.to_owned();
+        let new = || Slot { grad: Tensor::uninit(&node.shape, node.dtype), row_sums: None };
+        let Slot { grad, row_sums } = self.slots[id].get_or_insert_with(new);
+        *row_sums = None;
+        if add && !grad.is_unique() {
+            *grad = grad.to_owned();
         }
-        let range = 0..slot.len();
-        f(GradMut { buffer: slot, range, add })
+        let range = 0..grad.len();
+        f(GradMut { buffer: grad, range, add })
+    }
+
+    /// The sums of the rows of the result's gradient `dy`, where the operation that computed it left them.
+    pub(crate) fn row_sums_of_dy(&mut self) -> Option<RowSums> {
+        self.row_sums.take()
+    }
+
+    /// Leaves the sums of the rows of input `i`'s gradient for the operation that made that input. They must be those of
+    /// all that is in the gradient so far; what is added later makes them forgotten.
+    pub(crate) fn leave_row_sums(&mut self, i: usize, sums: RowSums) {
+        if let (Some(slot), None) = (self.inputs[i].and_then(|id| self.slots[id].as_mut()), self.host) {
+            slot.row_sums = Some(sums);
+        }
+    }
+
+    /// [`add`](Self::add), and [`leave_row_sums`](Self::leave_row_sums) if nothing was there before.
+    pub(crate) fn add_slot(&mut self, i: usize, Slot { grad, row_sums }: Slot) -> Result<()> {
+        let first = self.inputs[i].is_some_and(|id| self.slots[id].is_none());
+        self.add(i, grad)?;
+        match row_sums {
+            Some(sums) if first => self.leave_row_sums(i, sums),
+            _ => {}
+        }
+        Ok(())
     }
 }

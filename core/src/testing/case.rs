@@ -89,6 +89,11 @@ impl Case {
         self.option(key).as_bool().unwrap_or_else(|| panic!("option `{key}` is true or false"))
     }
 
+    /// A text among the options.
+    pub fn text(&self, key: &str) -> &str {
+        self.option(key).as_str().unwrap_or_else(|| panic!("option `{key}` is a text"))
+    }
+
     /// A list of whole numbers among the options.
     pub fn indices(&self, key: &str) -> Vec<usize> {
         let list = self.option(key).as_array().unwrap_or_else(|| panic!("option `{key}` is a list"));

@@ -1,6 +1,6 @@
 //! One ConvNeXt block, `x + gamma pwconv2(gelu(pwconv1(norm(dwconv(x)))))`, and the layers that it shares with the model.
 
-use dinolab_core::ops::rows_of_images;
+use dinolab_core::ops::{rows_of_images, Linear};
 use dinolab_core::params::{Init, ParamBuilder, ParamId, Params};
 use dinolab_core::tensor::scope;
 use dinolab_core::{Result, Tensor};
@@ -82,25 +82,33 @@ impl Block {
         kept: Option<&Tensor>,
         eps: f64,
     ) -> Result<Tensor> {
-        let gamma = self.gamma.map(|id| params.get(id));
-        let Some(kept) = kept else {
-            return x.residual(&self.branch(params, x, grid, eps)?, gamma.as_ref(), None);
-        };
+        let Some(kept) = kept else { return self.branch(params, x, grid, Some(x), eps) };
         let (images, pixels) = (x.dim(0), x.dim(1));
         let rows = rows_of_images(&[(kept.clone(), 0, pixels)])?;
         let scales = Tensor::full(&[rows.len()], x.dtype().wide(), images as f64 / kept.len() as f64)?;
         let seen = x.gather_rows(kept)?;
-        x.residual(&self.branch(params, &seen, grid, eps)?, gamma.as_ref(), Some((&rows, &scales)))
+        x.index_add(&rows, &self.branch(params, &seen, grid, None, eps)?, &scales)
     }
 
-    fn branch(&self, params: &Params<'_>, x: &Tensor, grid: (usize, usize), eps: f64) -> Result<Tensor> {
+    /// `[onto +] gamma pwconv2(gelu(pwconv1(norm(dwconv(x)))))`.
+    fn branch(
+        &self,
+        params: &Params<'_>,
+        x: &Tensor,
+        grid: (usize, usize),
+        onto: Option<&Tensor>,
+        eps: f64,
+    ) -> Result<Tensor> {
         let x = {
             let _scope = scope::enter("dwconv");
             x.depthwise_conv(grid, &params.get(self.dwconv.weight), &params.get(self.dwconv.bias))?
         };
         let _scope = scope::enter("mlp");
-        let x = self.norm.layer_norm(params, &x, eps)?;
+        let (norm, norm_bias) = (params.get(self.norm.weight), params.get(self.norm.bias));
         let (weight, bias) = self.pwconv1.matrix(params)?;
-        self.pwconv2.linear(params, &x.linear_gelu(&weight, Some(&bias))?)
+        let hidden = Linear::new(&weight, Some(&bias)).after_layer_norm(&norm, &norm_bias, eps).of(&x)?;
+        let (weight, bias) = self.pwconv2.matrix(params)?;
+        let gamma = self.gamma.map(|id| params.get(id));
+        Linear::new(&weight, Some(&bias)).after_gelu().scale(gamma.as_ref()).onto(onto).of(&hidden)
     }
 }

@@ -216,9 +216,10 @@ impl Backbone for ConvNext {
                 let down = (from * squares(i).pow(2)) as f64;
                 let taps = (KERNEL * KERNEL) as f64;
                 cost.forward_flops += 2.0 * places * c * (down + depth as f64 * (taps + 8.0 * c));
-                // Kept for backward, a place and block: input, norm's input and output, the branch, the hidden layer's
-                // slope and value.
-                cost.activations += places * (down + c + depth as f64 * 12.0 * c);
+                // Kept for backward, a place and block: its input, the norm's input and the hidden layer; beside them the
+                // gradients of its result and of the hidden layer, and this after its activation.
+                cost.activations += places * (down + c + depth as f64 * 6.0 * c);
+                cost.working = cost.working.max(places * 9.0 * c);
             }
         }
         cost

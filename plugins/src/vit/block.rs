@@ -1,7 +1,7 @@
 //! One pre-norm transformer block: `x + g1 attn(norm1(x))`, then `x + g2 ffn(norm2(x))`.
 
 use dinolab_core::contract::PosTables;
-use dinolab_core::ops::{rows_of_images, Segment};
+use dinolab_core::ops::{rows_of_images, Linear, Segment};
 use dinolab_core::params::{Init, ParamBuilder, ParamId, Params};
 use dinolab_core::tensor::scope;
 use dinolab_core::{Result, Tensor};
@@ -33,6 +33,21 @@ impl NormParams {
             None => x.rms_norm(&weight, config.norm_eps),
         }
     }
+
+    /// A linear layer (weight and bias) of x normalised.
+    fn then(
+        &self,
+        (weight, bias): (Tensor, Option<Tensor>),
+        params: &Params<'_>,
+        x: &Tensor,
+        config: &VitConfig,
+    ) -> Result<Tensor> {
+        let (layer, norm) = (Linear::new(&weight, bias.as_ref()), params.get(self.weight));
+        match self.bias {
+            Some(bias) => layer.after_layer_norm(&norm, &params.get(bias), config.norm_eps).of(x),
+            None => layer.after_rms_norm(&norm, config.norm_eps).of(x),
+        }
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -49,12 +64,8 @@ impl LinearParams {
         })
     }
 
-    fn apply(&self, params: &Params<'_>, x: &Tensor) -> Result<Tensor> {
-        x.linear(&params.get(self.weight), self.bias.map(|b| params.get(b)).as_ref())
-    }
-
-    fn apply_gelu(&self, params: &Params<'_>, x: &Tensor) -> Result<Tensor> {
-        x.linear_gelu(&params.get(self.weight), self.bias.map(|b| params.get(b)).as_ref())
+    fn get(&self, params: &Params<'_>) -> (Tensor, Option<Tensor>) {
+        (params.get(self.weight), self.bias.map(|b| params.get(b)))
     }
 }
 
@@ -124,28 +135,45 @@ impl Block {
         kept: Option<&[Vec<Tensor>; 2]>,
         config: &VitConfig,
     ) -> Result<Tensor> {
-        let x = branch(params, x, layers, kept.map(|k| &k[0][..]), self.scale1, |x, images| {
+        let x = branch(x, layers, kept.map(|k| &k[0][..]), |x, images, onto| {
             let _scope = scope::enter("attn");
-            self.attention(params, x, layers, images, config)
+            self.attention(params, x, layers, images, onto, config)
         })?;
-        branch(params, &x, layers, kept.map(|k| &k[1][..]), self.scale2, |x, _| {
+        branch(&x, layers, kept.map(|k| &k[1][..]), |x, _, onto| {
             let _scope = scope::enter("mlp");
             match config.checkpointing {
                 Checkpointing::Selective => {
-                    let (block, config) = (self.clone(), config.clone());
-                    params.recomputed(&[x], move |params, x| block.feed_forward(params, &x[0], &config))
+                    let (block, config, all) = (self.clone(), config.clone(), onto.is_some());
+                    params.recomputed(&[x], move |params, inputs| {
+                        let x = &inputs[0];
+                        block.feed_forward(params, x, all.then_some(x), &config)
+                    })
                 }
-                _ => self.feed_forward(params, x, config),
+                _ => self.feed_forward(params, x, onto, config),
             }
         })
     }
 
-    fn feed_forward(&self, params: &Params<'_>, x: &Tensor, config: &VitConfig) -> Result<Tensor> {
-        let x = self.norm2.apply(params, x, config)?;
+    /// `[onto +] gamma2 ffn(norm2(x))`.
+    fn feed_forward(
+        &self,
+        params: &Params<'_>,
+        x: &Tensor,
+        onto: Option<&Tensor>,
+        config: &VitConfig,
+    ) -> Result<Tensor> {
+        let normed = |layer: &LinearParams| self.norm2.then(layer.get(params), params, x, config);
+        let gamma = self.scale2.map(|id| params.get(id));
         match &self.ffn {
-            FfnParams::Mlp { fc1, fc2 } => fc2.apply(params, &fc1.apply_gelu(params, &x)?),
+            FfnParams::Mlp { fc1, fc2 } => {
+                let (weight, bias) = fc2.get(params);
+                let last = Linear::new(&weight, bias.as_ref()).scale(gamma.as_ref()).onto(onto);
+                last.after_gelu().of(&normed(fc1)?)
+            }
             FfnParams::Swiglu { w1, w2, w3 } => {
-                w3.apply(params, &w1.apply(params, &x)?.swiglu(&w2.apply(params, &x)?)?)
+                let ((weight, bias), up) = (w3.get(params), normed(w2)?);
+                let last = Linear::new(&weight, bias.as_ref()).scale(gamma.as_ref()).onto(onto);
+                last.after_swiglu(&up).of(&normed(w1)?)
             }
         }
     }
@@ -171,20 +199,21 @@ impl Block {
         })
     }
 
+    /// `[onto +] gamma1 attn(norm1(x))`.
     fn attention(
         &self,
         params: &Params<'_>,
         x: &Tensor,
         layers: &[Layer],
         images: &[usize],
+        onto: Option<&Tensor>,
         config: &VitConfig,
     ) -> Result<Tensor> {
-        let x = self.norm1.apply(params, x, config)?;
-        let mut bias = self.qkv.bias.map(|id| params.get(id));
+        let (weight, mut bias) = self.qkv.get(params);
         if config.mask_k_bias {
             bias = bias.map(|b| b.mul(&key_bias_mask(config.dim, params)?)).transpose()?;
         }
-        let qkv = x.linear(&params.get(self.qkv.weight), bias.as_ref())?;
+        let qkv = self.norm1.then((weight, bias), params, x, config)?;
         let segments: Vec<Segment> = layers
             .iter()
             .zip(images)
@@ -195,7 +224,9 @@ impl Block {
                 bias: layer.tables.bias.clone(),
             })
             .collect();
-        self.proj.apply(params, &qkv.attention(config.heads, &segments)?)
+        let ((weight, bias), gamma) = (self.proj.get(params), self.scale1.map(|id| params.get(id)));
+        let last = Linear::new(&weight, bias.as_ref()).scale(gamma.as_ref()).onto(onto);
+        last.of(&qkv.attention(config.heads, &segments)?)
     }
 }
 
@@ -205,20 +236,17 @@ fn key_bias_mask(dim: usize, params: &Params<'_>) -> Result<Tensor> {
     Tensor::from_f64(&mask, &[3 * dim], params.dtype())
 }
 
-/// `x + gamma f(x)`, over all images or (stochastic depth) over those kept. `f` is told how many images of each kind it
-/// gets.
+/// `x + f(x)`, over all images or (stochastic depth) over those kept. `f` is given the tokens, how many images of each
+/// kind they are, and what its last layer is to add its result to: x, unless some images are dropped.
 fn branch(
-    params: &Params<'_>,
     x: &Tensor,
     layers: &[Layer],
     kept: Option<&[Tensor]>,
-    gamma: Option<ParamId>,
-    f: impl FnOnce(&Tensor, &[usize]) -> Result<Tensor>,
+    f: impl FnOnce(&Tensor, &[usize], Option<&Tensor>) -> Result<Tensor>,
 ) -> Result<Tensor> {
-    let gamma = gamma.map(|id| params.get(id));
     let Some(kept) = kept else {
         let images: Vec<usize> = layers.iter().map(|l| l.images).collect();
-        return x.residual(&f(x, &images)?, gamma.as_ref(), None);
+        return f(x, &images, Some(x));
     };
     let (mut parts, mut scales, mut start) = (Vec::new(), Vec::new(), 0);
     for (layer, kept) in layers.iter().zip(kept) {
@@ -229,5 +257,5 @@ fn branch(
     let images: Vec<usize> = kept.iter().map(Tensor::len).collect();
     let rows = rows_of_images(&parts)?;
     let scales = Tensor::from_f64(&scales, &[scales.len()], x.dtype().wide())?;
-    x.residual(&f(&x.gather_rows(&rows)?, &images)?, gamma.as_ref(), Some((&rows, &scales)))
+    x.index_add(&rows, &f(&x.gather_rows(&rows)?, &images, None)?, &scales)
 }

@@ -328,14 +328,12 @@ impl Backbone for Vit {
     fn cost(&self, crops: &[(usize, Grid)]) -> Cost {
         let (d, l, h) = (self.config.dim as f64, self.config.depth as f64, self.config.hidden() as f64);
         let ffn = if self.config.ffn == Ffn::Mlp { 4.0 } else { 6.0 };
-        // Kept for backward, a token and block: what the norms read (2 d) and give (2 d), queries, keys and values (3 d),
-        // what attention gives, what both branches give (for the gradient of LayerScale), and the feed-forward's hidden
-        // numbers before and after its activation (`inside` with its norm); in f32 two numbers of each norm and one of
-        // each head.
-        let hidden = if self.config.ffn == Ffn::Mlp { 2.0 } else { 3.0 };
-        let branches = if self.config.layer_scale == 0.0 { 0.0 } else { 2.0 };
-        let inside = d + hidden * h + 4.0;
-        let block = (7.0 + branches) * d + inside + 2.0 * self.config.heads as f64 + 4.0;
+        // Kept for backward, a token and block: what the norms read (2 d), queries, keys and values (3 d), what attention
+        // gives (d), and the feed-forward's hidden numbers before their activation (`inside` with its norm); in f32 two
+        // numbers of each norm and one of each head.
+        let hidden = if self.config.ffn == Ffn::Mlp { 1.0 } else { 2.0 };
+        let inside = hidden * h + 4.0;
+        let block = 6.0 * d + inside + 2.0 * self.config.heads as f64 + 4.0;
         // What is kept of it, and what is made again for one block at a time.
         let (kept, again) = match self.config.checkpointing {
             Checkpointing::None => (block, 0.0),
@@ -352,8 +350,8 @@ impl Backbone for Vit {
             cost.activations += tokens * l * kept * (1.0 - self.config.drop_path);
             cost.activations += count as f64 * grid.patches() as f64 * pixels + tokens * (d + 4.0);
             cost.features += 2.0 * tokens * d;
-            // The gradients of a block's result and of the hidden numbers before and after the activation.
-            cost.working += tokens * (d + hidden * h + again);
+            // The gradients of a block's result and of the hidden numbers, and these after the activation.
+            cost.working += tokens * (d + (hidden + 1.0) * h + again);
         }
         cost
     }

@@ -2,7 +2,7 @@
 
 use crate::golden::{Comparison, Golden};
 use dinolab_core::contract::{Grid, PosContext, PosEncoding};
-use dinolab_core::ops::Segment;
+use dinolab_core::ops::{Linear, Segment};
 use dinolab_core::params::{ParamBuilder, Params};
 use dinolab_core::registry::Chosen;
 use dinolab_core::tensor::Tape;
@@ -68,8 +68,10 @@ pub fn norms_and_layer_scale(g: &Golden, dtype: DType, c: &mut Comparison<'_>) {
         let eps = || g.number(&format!("/eps/{case}"), None);
         let y = match case {
             "layerscale" => {
-                let zero = Tensor::zeros(layer.x().shape(), dtype);
-                zero.residual(layer.x(), Some(layer.weight("gamma")), None)
+                let d = layer.x().last_dim();
+                let one: Vec<f64> = (0..d * d).map(|i| if i % (d + 1) == 0 { 1.0 } else { 0.0 }).collect();
+                let one = Tensor::from_f64(&one, &[d, d], dtype).unwrap();
+                Linear::new(&one, None).scale(layer.weight("gamma")).of(layer.x())
             }
             "rmsnorm" => layer.x().rms_norm(layer.weight("weight"), eps()),
             _ => layer.x().layer_norm(layer.weight("weight"), layer.weight("bias"), eps()),
@@ -82,12 +84,12 @@ pub fn feed_forward(g: &Golden, dtype: DType, c: &mut Comparison<'_>) {
     for case in g.prefixes(".y") {
         let layer = Layer::new(g, case, dtype);
         let y = if case.starts_with("mlp") {
-            let hidden = layer.x().linear_gelu(layer.weight("fc1.weight"), layer.find("fc1.bias"));
-            hidden.and_then(|h| layer.linear("fc2", &h))
+            let last = Linear::new(layer.weight("fc2.weight"), layer.find("fc2.bias"));
+            last.after_gelu().of(&layer.linear("fc1", layer.x()).unwrap())
         } else {
-            let gate = layer.linear("w1", layer.x()).unwrap();
-            let hidden = gate.swiglu(&layer.linear("w2", layer.x()).unwrap());
-            hidden.and_then(|h| layer.linear("w3", &h))
+            let last = Linear::new(layer.weight("w3.weight"), layer.find("w3.bias"));
+            let [gate, up] = ["w1", "w2"].map(|name| layer.linear(name, layer.x()).unwrap());
+            last.after_swiglu(&up).of(&gate)
         };
         layer.check(c, y);
     }

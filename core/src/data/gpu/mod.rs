@@ -9,9 +9,10 @@
 mod jobs;
 mod pack;
 
-use crate::cuda::{args, Arg, Gpu, Launch, Staging};
+use crate::cuda::{self, args, Arg, Gpu, Launch, Staging};
 use crate::data::batch::Batch;
 use crate::data::Masks;
+use crate::tensor::scope;
 use crate::{cuda_source, DType, Device, Error, Result, Tensor};
 
 use jobs::{Finish, Paint};
@@ -140,6 +141,7 @@ impl DeviceBatches {
 
     /// Makes the crops of a step from its images, behind all work given before. Gives back what they were uploaded with.
     pub(super) fn augment(&mut self, staged: Staged) -> Result<(&[Batch], Staging)> {
+        let _scope = scope::enter("augmentation");
         let Staged { mut staging, micros, normal, .. } = staged;
         let set = self.set(micros.iter().map(|m| m.shapes.clone()).collect());
         let base = staging.receive()?;
@@ -161,6 +163,8 @@ impl DeviceBatches {
 
     fn crops(&self, micro: &Micro, batch: &Batch, base: u64, normal: Arg) -> Result<()> {
         let gpu = self.gpu;
+        // Scratch memory is taken where steps take theirs, which is free before the step begins.
+        let _step = cuda::step_scope();
         let here = Device::Cuda(gpu.ordinal());
         let memory = |bytes: usize| here.with(|| Tensor::uninit(&[bytes.div_ceil(4)], DType::U32));
         let jobs = |section: &Section| base + section.at;

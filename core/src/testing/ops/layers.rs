@@ -1,4 +1,4 @@
-//! Matrix products, norms, softmax, SwiGLU and residual connections.
+//! Matrix products, linear layers, norms, softmax, SwiGLU and rows added to others.
 
 use std::ops::Add as _;
 
@@ -10,8 +10,10 @@ use proptest::prelude::*;
 use serde_json::json;
 
 use crate::dfdx_loss::{constant, unit_rows, Taped};
+use crate::ops::Linear;
 use crate::rng::{Rng, Stream};
-use crate::testing::{cases, fixed, tracked, Case, OpOracle, Statement};
+use crate::testing::{cases, fixed, tracked, Bound, Case, OpOracle, Statement};
+use crate::{Result, Tensor};
 
 fn product_cases(transposed: bool) -> BoxedStrategy<Case> {
     let options = (1usize..8, 1usize..8, 1usize..8).prop_map(|(m, k, n)| json!({ "m": m, "k": k, "n": n }));
@@ -47,57 +49,98 @@ inventory::submit! {
     }
 }
 
+/// What a linear layer may stand behind.
+const BEFORE: [&str; 5] = ["nothing", "layer_norm", "rms_norm", "gelu", "swiglu"];
+
 fn linear_cases() -> BoxedStrategy<Case> {
-    let options = (1usize..20, 1usize..8, 1usize..8, any::<bool>());
-    let options = options.prop_map(|(rows, i, o, bias)| json!({ "rows": rows, "in": i, "out": o, "bias": bias }));
+    let flags = (any::<bool>(), any::<bool>(), any::<bool>());
+    let options = (1usize..20, 1usize..8, 1usize..8, proptest::sample::select(&BEFORE[..]), flags);
+    let options = options.prop_map(|(rows, i, o, before, (bias, scale, onto))| {
+        json!({ "rows": rows, "in": i, "out": o, "before": before, "bias": bias, "scale": scale, "onto": onto })
+    });
     cases(options, |c| {
-        let (i, o) = (c.size("in"), c.size("out"));
-        let mut slots = vec![tracked("x", &[c.size("rows"), i]), tracked("weight", &[o, i])];
+        let (rows, i, o) = (c.size("rows"), c.size("in"), c.size("out"));
+        let mut slots = vec![tracked("x", &[rows, i]), tracked("weight", &[o, i])];
+        match c.text("before") {
+            "layer_norm" => slots.extend([tracked("norm", &[i]), tracked("norm_bias", &[i])]),
+            "rms_norm" => slots.push(tracked("norm", &[i])),
+            "swiglu" => slots.push(tracked("up", &[rows, i])),
+            _ => {}
+        }
         slots.extend(c.flag("bias").then(|| tracked("bias", &[o])));
+        slots.extend(c.flag("scale").then(|| tracked("scale", &[o])));
+        slots.extend(c.flag("onto").then(|| tracked("onto", &[rows, o])));
         slots
     })
 }
 
-/// `x W^T + b`.
-fn linear(s: &mut Statement<'_>) -> Taped {
-    let (rows, i, o) = (s.size("rows"), s.size("in"), s.size("out"));
-    let (x, w) = (s.leaf("x", (rows, i)).leaky_trace(), s.leaf("weight", (o, i)).leaky_trace());
-    let y = x.matmul(w.permute::<(usize, usize), Axes2<1, 0>>());
-    if s.flag("bias") {
-        y + s.leaf("bias", (o,)).leaky_trace().broadcast_like::<_, Axis<0>>(&(rows, o))
-    } else {
-        y
+fn linear_layer(c: &Bound<'_>) -> Result<Tensor> {
+    let mut layer = Linear::new(c.tensor("weight"), c.get("bias"));
+    layer = match c.case().text("before") {
+        "layer_norm" => layer.after_layer_norm(c.tensor("norm"), c.tensor("norm_bias"), 1e-3),
+        "rms_norm" => layer.after_rms_norm(c.tensor("norm"), 1e-3),
+        "gelu" => layer.after_gelu(),
+        "swiglu" => layer.after_swiglu(c.tensor("up")),
+        _ => layer,
+    };
+    if let Some(scale) = c.get("scale") {
+        layer = layer.scale(scale);
     }
+    if let Some(onto) = c.get("onto") {
+        layer = layer.onto(onto);
+    }
+    layer.of(c.tensor("x"))
 }
 
 inventory::submit! {
     OpOracle {
         name: "linear",
         cases: linear_cases,
-        engine: |c| c.tensor("x").linear(c.tensor("weight"), c.get("bias")),
+        engine: linear_layer,
         dfdx: |mut s| {
-            let y = linear(&mut s);
+            let (rows, i, o) = (s.size("rows"), s.size("in"), s.size("out"));
+            let before = s.text("before").to_string();
+            // Of one number a row, variance is rounding alone.
+            if before == "layer_norm" && i == 1 {
+                return None;
+            }
+            let x = s.leaf("x", (rows, i)).leaky_trace();
+            let x = match before.as_str() {
+                "layer_norm" => layer_norm(&mut s, x, (rows, i), ["norm", "norm_bias"], 1e-3),
+                "rms_norm" => rms_norm(&mut s, x, (rows, i), "norm", 1e-3),
+                "gelu" => gelu(x, (rows, i)),
+                "swiglu" => swiglu(x, s.leaf("up", (rows, i)).leaky_trace()),
+                _ => x,
+            };
+            let w = s.leaf("weight", (o, i)).leaky_trace();
+            let mut y = x.matmul(w.permute::<(usize, usize), Axes2<1, 0>>());
+            let shape = (rows, o);
+            if s.flag("bias") {
+                y = y + s.leaf("bias", (o,)).leaky_trace().broadcast_like::<_, Axis<0>>(&shape);
+            }
+            if s.flag("scale") {
+                y = y * s.leaf("scale", (o,)).leaky_trace().broadcast_like::<_, Axis<0>>(&shape);
+            }
+            if s.flag("onto") {
+                y = y + s.leaf("onto", shape).leaky_trace();
+            }
             Some(s.is(y))
         },
     }
 }
 
-inventory::submit! {
-    OpOracle {
-        name: "linear_gelu",
-        cases: linear_cases,
-        engine: |c| c.tensor("x").linear_gelu(c.tensor("weight"), c.get("bias")),
-        dfdx: |mut s| {
-            let z = linear(&mut s);
-            // The slope by differences: see the oracle of `gelu`.
-            let (shape, values) = ((s.size("rows"), s.size("out")), z.as_vec());
-            let here = Cpu::default().tensor_from_vec(values, shape);
-            let at = |by: f64| here.clone().add(by).accurate_gelu();
-            let h = 1e-3;
-            let slope = ((at(h) - at(-h)) * 8.0 - (at(2.0 * h) - at(-2.0 * h))) / (12.0 * h);
-            Some(s.is((z - here.clone()) * slope + at(0.0)))
-        },
-    }
+/// The exact GELU, its slope by differences: see the oracle of `gelu`.
+fn gelu(x: Taped, shape: (usize, usize)) -> Taped {
+    let here = Cpu::default().tensor_from_vec(x.as_vec(), shape);
+    let at = |by: f64| here.clone().add(by).accurate_gelu();
+    let h = 1e-3;
+    let slope = ((at(h) - at(-h)) * 8.0 - (at(2.0 * h) - at(-2.0 * h))) / (12.0 * h);
+    (x - here.clone()) * slope + at(0.0)
+}
+
+/// `silu(gate) up`.
+fn swiglu(gate: Taped, up: Taped) -> Taped {
+    gate.with_empty_tape().sigmoid() * gate * up
 }
 
 inventory::submit! {
@@ -105,13 +148,13 @@ inventory::submit! {
         name: "swiglu",
         cases: || {
             let options = (1usize..40).prop_map(|n| json!({ "n": n }));
-            cases(options, |c| vec![tracked("gate", &[c.size("n")]), tracked("up", &[c.size("n")])])
+            cases(options, |c| vec![tracked("gate", &[1, c.size("n")]), tracked("up", &[1, c.size("n")])])
         },
         engine: |c| c.tensor("gate").swiglu(c.tensor("up")),
         dfdx: |mut s| {
-            let n = s.size("n");
-            let (gate, up) = (s.leaf("gate", (n,)).leaky_trace(), s.leaf("up", (n,)).leaky_trace());
-            Some(s.is(gate.with_empty_tape().sigmoid() * gate * up))
+            let shape = (1, s.size("n"));
+            let (gate, up) = (s.leaf("gate", shape).leaky_trace(), s.leaf("up", shape).leaky_trace());
+            Some(s.is(swiglu(gate, up)))
         },
     }
 }
@@ -168,6 +211,22 @@ fn norm_cases(bias: bool) -> BoxedStrategy<Case> {
     })
 }
 
+/// LayerNorm of rows, with the names of its weight and bias.
+fn layer_norm(s: &mut Statement<'_>, x: Taped, shape: (usize, usize), [weight, bias]: [&str; 2], eps: f64) -> Taped {
+    let mean = x.with_empty_tape().mean::<(usize,), Axis<1>>();
+    let centred = x - mean.broadcast_like::<_, Axis<1>>(&shape);
+    let variance = centred.with_empty_tape().square().mean::<(usize,), Axis<1>>();
+    let unit = centred / (variance + eps).sqrt().broadcast_like::<_, Axis<1>>(&shape);
+    let mut row = |name| s.leaf(name, (shape.1,)).leaky_trace().broadcast_like::<_, Axis<0>>(&shape);
+    unit * row(weight) + row(bias)
+}
+
+fn rms_norm(s: &mut Statement<'_>, x: Taped, shape: (usize, usize), weight: &str, eps: f64) -> Taped {
+    let square = x.with_empty_tape().square().mean::<(usize,), Axis<1>>();
+    let unit = x / (square + eps).sqrt().broadcast_like::<_, Axis<1>>(&shape);
+    unit * s.leaf(weight, (shape.1,)).leaky_trace().broadcast_like::<_, Axis<0>>(&shape)
+}
+
 inventory::submit! {
     OpOracle {
         name: "layer_norm",
@@ -180,13 +239,8 @@ inventory::submit! {
                 return None;
             }
             let x = s.leaf("x", shape).leaky_trace();
-            let mean = x.with_empty_tape().mean::<(usize,), Axis<1>>();
-            let centred = x - mean.broadcast_like::<_, Axis<1>>(&shape);
-            let variance = centred.with_empty_tape().square().mean::<(usize,), Axis<1>>();
-            let unit = centred / (variance + eps).sqrt().broadcast_like::<_, Axis<1>>(&shape);
-            let weight = s.leaf("weight", (shape.1,)).leaky_trace().broadcast_like::<_, Axis<0>>(&shape);
-            let bias = s.leaf("bias", (shape.1,)).leaky_trace().broadcast_like::<_, Axis<0>>(&shape);
-            Some(s.is(unit * weight + bias))
+            let y = layer_norm(&mut s, x, shape, ["weight", "bias"], eps);
+            Some(s.is(y))
         },
     }
 }
@@ -199,44 +253,32 @@ inventory::submit! {
         dfdx: |mut s| {
             let (shape, eps) = ((s.size("rows"), s.size("d")), s.number("eps"));
             let x = s.leaf("x", shape).leaky_trace();
-            let square = x.with_empty_tape().square().mean::<(usize,), Axis<1>>();
-            let unit = x / (square + eps).sqrt().broadcast_like::<_, Axis<1>>(&shape);
-            let weight = s.leaf("weight", (shape.1,)).leaky_trace().broadcast_like::<_, Axis<0>>(&shape);
-            Some(s.is(unit * weight))
+            let y = rms_norm(&mut s, x, shape, "weight", eps);
+            Some(s.is(y))
         },
     }
 }
 
 inventory::submit! {
     OpOracle {
-        name: "residual",
+        name: "index_add",
         cases: || {
-            let options = (1usize..10, 1usize..6, any::<bool>(), any::<u64>()).prop_map(|(rows, d, gamma, order)| {
+            let options = (1usize..10, 1usize..6, any::<u64>()).prop_map(|(rows, d, order)| {
                 let mut kept = Rng::new(order, Stream::Plugin, 1, 0).permutation(rows);
                 kept.truncate(1 + order as usize % rows);
-                json!({ "rows": rows, "d": d, "gamma": gamma, "kept": kept })
+                json!({ "rows": rows, "d": d, "kept": kept })
             });
             cases(options, |c| {
                 let (d, kept) = (c.size("d"), c.indices("kept").len());
-                let mut slots = vec![tracked("x", &[c.size("rows"), d]), tracked("y", &[kept, d]), fixed("scale", &[kept])];
-                slots.extend(c.flag("gamma").then(|| tracked("gamma", &[d])));
-                slots
+                vec![tracked("x", &[c.size("rows"), d]), tracked("y", &[kept, d]), fixed("scale", &[kept])]
             })
         },
-        engine: |c| {
-            let rows = c.case().rows("kept");
-            c.tensor("x").residual(c.tensor("y"), c.get("gamma"), Some((&rows, c.tensor("scale"))))
-        },
+        engine: |c| c.tensor("x").index_add(&c.case().rows("kept"), c.tensor("y"), c.tensor("scale")),
         dfdx: |mut s| {
             let (rows, d, kept) = (s.size("rows"), s.size("d"), s.indices("kept"));
             let place = constant(rows, kept.len(), |i, j| if kept[j] == i { s.values("scale")[j] } else { 0.0 });
             let (x, y) = (s.leaf("x", (rows, d)).leaky_trace(), s.leaf("y", (kept.len(), d)).leaky_trace());
-            let branch = if s.flag("gamma") {
-                y * s.leaf("gamma", (d,)).leaky_trace().broadcast_like::<_, Axis<0>>(&(kept.len(), d))
-            } else {
-                y
-            };
-            Some(s.is(x + place.matmul(branch)))
+            Some(s.is(x + place.matmul(y)))
         },
     }
 }
