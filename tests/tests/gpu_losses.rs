@@ -64,12 +64,28 @@ fn rounded(x: &Tensor) -> Tensor {
     x.cast(DType::BF16).unwrap().cast(DType::F64).unwrap()
 }
 
+/// The features, moved by about a rounding to bf16: what is nearly cancelled in a result is lost to that.
+fn nudged(x: &Tensor) -> Tensor {
+    let noise = normal(98, 98, x.shape()).scale(2f64.powi(-9)).unwrap();
+    x.add(&x.mul(&noise).unwrap()).unwrap()
+}
+
+fn distance(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum::<f64>().sqrt()
+}
+
 #[track_caller]
 fn close(what: &str, ours: &[f64], oracle: &[f64], tolerance: f64) {
+    close_within(what, ours, oracle, tolerance, 0.0);
+}
+
+/// The length of the difference is at most `tolerance` of the oracle's, and `slack`.
+#[track_caller]
+fn close_within(what: &str, ours: &[f64], oracle: &[f64], tolerance: f64, slack: f64) {
     assert_eq!(ours.len(), oracle.len(), "{what}");
     let norm = oracle.iter().map(|b| b * b).sum::<f64>().sqrt().max(1e-3);
-    let error = ours.iter().zip(oracle).map(|(a, b)| (a - b).powi(2)).sum::<f64>().sqrt() / norm;
-    assert!(error < tolerance, "{what}: relative error {error:e}");
+    let error = distance(ours, oracle);
+    assert!(error <= tolerance * norm + slack, "{what}: error {error:e} of {norm:e}, slack {slack:e}");
 }
 
 /// Holds value and gradient in both types to the oracle.
@@ -77,10 +93,13 @@ fn close(what: &str, ours: &[f64], oracle: &[f64], tolerance: f64) {
 fn equals_the_oracle(x: &Tensor, f: impl Fn(&Tensor, Place) -> Result<Tensor>) {
     let x = rounded(x);
     let [value, grad] = Place::ORACLE.run(&x, &f);
+    let [other, other_grad] = Place::ORACLE.run(&nudged(&x), &f);
     for (dtype, tolerance) in TYPES {
         let [ours, ours_grad] = Place::gpu(dtype).run(&x, &f);
-        close(&format!("value in {dtype:?}"), &ours, &value, tolerance);
-        close(&format!("gradient in {dtype:?}"), &ours_grad, &grad, tolerance);
+        let slack =
+            if dtype == DType::BF16 { [distance(&other, &value), distance(&other_grad, &grad)] } else { [0.0; 2] };
+        close_within(&format!("value in {dtype:?}"), &ours, &value, tolerance, slack[0]);
+        close_within(&format!("gradient in {dtype:?}"), &ours_grad, &grad, tolerance, slack[1]);
     }
 }
 
@@ -88,12 +107,13 @@ fn equals_the_oracle(x: &Tensor, f: impl Fn(&Tensor, Place) -> Result<Tensor>) {
 #[track_caller]
 fn value_equals_the_oracle(x: &Tensor, f: impl Fn(&Tensor, Place) -> Result<Tensor>) {
     let x = rounded(x);
-    let value = f(&x, Place::ORACLE).unwrap().to_f64_vec();
+    let [value, other] = [&x, &nudged(&x)].map(|x| f(x, Place::ORACLE).unwrap().to_f64_vec());
     for (dtype, tolerance) in TYPES {
         let place = Place::gpu(dtype);
         let ours = f(&place.features(&x), place).unwrap();
         assert_eq!(ours.device(), place.device);
-        close(&format!("value in {dtype:?}"), &ours.to_f64_vec(), &value, tolerance);
+        let slack = if dtype == DType::BF16 { distance(&other, &value) } else { 0.0 };
+        close_within(&format!("value in {dtype:?}"), &ours.to_f64_vec(), &value, tolerance, slack);
     }
 }
 
@@ -190,7 +210,8 @@ gpu_test!(sinkhorn_knopp_gives_no_nan_however_far_apart_the_logits_are, {
 
 gpu_test!(softmax_and_its_logarithm_equal_the_cpu, {
     shapes([6, 400], |[rows, d], seed| {
-        let x = normal(seed, 0, &[rows, d]).scale(3.0).unwrap();
+        // Not near one-hot: a gradient there is what the rounding of a probability near 1 leaves of it.
+        let x = normal(seed, 0, &[rows, d]);
         equals_the_oracle(&x, |x, _| x.softmax());
         equals_the_oracle(&x, |x, _| x.log_softmax());
     });

@@ -42,10 +42,17 @@ template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) {
 }
 
 // Instantiates a kernel template for both storage types: KERNEL(name, (params), (args)) defines name_f32 and name_bf16,
-// which call name<float> and name<bf16>. `T` in the parameters is the storage type.
-#define KERNEL(name, params, args)                                      \
-    namespace name##_for_f32 { typedef float T; extern "C" __global__ void name##_f32 params { name<float> args; } }  \
-    namespace name##_for_bf16 { typedef bf16 T; extern "C" __global__ void name##_bf16 params { name<bf16> args; } }
+// which call name<float> and name<bf16>. `T` in the parameters is the storage type. Blocks have at most 512 threads, so
+// that registers suffice whatever the kernel.
+#define KERNEL(name, params, args)                                                                                        \
+    namespace name##_for_f32 {                                                                                            \
+    typedef float T;                                                                                                      \
+    extern "C" __global__ void __launch_bounds__(512) name##_f32 params { name<float> args; }                             \
+    }                                                                                                                     \
+    namespace name##_for_bf16 {                                                                                           \
+    typedef bf16 T;                                                                                                       \
+    extern "C" __global__ void __launch_bounds__(512) name##_bf16 params { name<bf16> args; }                             \
+    }
 
 // ---- gradients: written to memory of f32 or bf16, added to what is there if asked
 

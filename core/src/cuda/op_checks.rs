@@ -151,6 +151,10 @@ pub static OP_CHECKS: &[OpCheck] = checks! {
     "linear after swiglu", [&[37, 24], &[37, 24], &[40, 24], &[40]], |x| {
         Linear::new(&x[2], Some(&x[3])).after_swiglu(&x[1]).of(&x[0])
     };
+    "linear after layer_norm, wide", [&[3, 4200], &[8, 4200], &[4200], &[4200]], |x| {
+        Linear::new(&x[1], None).after_layer_norm(&x[2], &x[3], 1e-5).of(&x[0])
+    };
+    "linear after gelu, wide", [&[3, 4200], &[8, 4200]], |x| Linear::new(&x[1], None).after_gelu().of(&x[0]);
     "linear onto tokens", [&[37, 24], &[40, 24], &[37, 40]], |x| Linear::new(&x[1], None).onto(&x[2]).of(&x[0]);
     "linear with scale onto tokens", [&[37, 24], &[40, 24], &[40], &[40], &[37, 40]], |x| {
         Linear::new(&x[1], Some(&x[2])).after_gelu().scale(&x[3]).onto(&x[4]).of(&x[0])

@@ -17,7 +17,7 @@ template <class T> __device__ void sum_rows(float* partial, const T* x, int rows
 KERNEL(sum_rows, (float* partial, const T* x, int rows, int d), (partial, x, rows, d))
 
 // out[c] (+)= sum over blocks b of partial[b * stride + c], for d columns: 32 columns and 32 lanes a block.
-extern "C" __global__ void add_blocks_f32(Gradient out, const float* partial, int blocks, size_t stride, int d) {
+extern "C" __global__ void __launch_bounds__(1024) add_blocks_f32(Gradient out, const float* partial, int blocks, size_t stride, int d) {
     __shared__ float of_lane[32][33];
     const int column = blockIdx.x * 32 + threadIdx.x % 32, lane = threadIdx.x / 32;
     float sum = 0.0f;

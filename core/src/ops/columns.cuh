@@ -13,7 +13,7 @@ __device__ __forceinline__ void column_sums(float* partial, int rows, int d, Pre
     const int lane = threadIdx.x / wide, group = threadIdx.x % wide;
     const int run = ((rows + gridDim.x - 1) / gridDim.x + CHUNK_ROWS - 1) / CHUNK_ROWS * CHUNK_ROWS;
     const int first = blockIdx.x * run, end = first + run < rows ? first + run : rows;
-    __shared__ float of_lane[1024 * N];
+    __shared__ float of_lane[512 * N];
     for (int base = 0; base < groups; base += wide) {
         const int column = (base + group) * N;
         const bool mine = lane < lanes && base + group < groups;

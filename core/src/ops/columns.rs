@@ -29,7 +29,7 @@ impl Partial {
     /// How a kernel that fills it is launched; `dtype` is that of the rows.
     pub(crate) fn launch(&self, kernel: Kernel, dtype: DType) -> Launch {
         let groups = self.0.dim(2).div_ceil(16 / dtype.size());
-        kernel.grid(self.0.dim(0), groups.next_multiple_of(32).clamp(256, 1024) as u32)
+        kernel.grid(self.0.dim(0), groups.next_multiple_of(32).clamp(256, 512) as u32)
     }
 
     /// The buffer to be filled.

@@ -14,7 +14,7 @@ template <class T> __device__ void sum_blocks(float* partial, const T* x, size_t
 KERNEL(sum_blocks, (float* partial, const T* x, size_t n), (partial, x, n))
 
 // y = sum of the partial sums; one block.
-extern "C" __global__ void sum_partial_f32(float* y, const float* partial, int n) {
+extern "C" __global__ void __launch_bounds__(1024) sum_partial_f32(float* y, const float* partial, int n) {
     float sum = 0.0f;
     for (int i = threadIdx.x; i < n; i += blockDim.x) sum += partial[i];
     sum = block_sum(sum);

@@ -69,7 +69,7 @@ pub enum Checkpointing {
     /// Everything.
     #[default]
     None,
-    /// Not what is inside the feed-forward branch, which is computed again: about half of a block's memory for about a
+    /// Not what is inside the feed-forward branch, which is computed again: two fifths of a block's memory for about a
     /// fifth more time.
     Selective,
     /// Nothing but the tokens that go into the block: about a third more time.
