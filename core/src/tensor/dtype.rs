@@ -88,7 +88,7 @@ pub trait Real:
     fn ln(self) -> Self;
     /// Square root.
     fn sqrt(self) -> Self;
-    /// The standard normal distribution function and density, absolute error below 2e-7 (f32) or 1e-15 (f64),
+    /// The standard normal distribution function and density, absolute error below 3e-7 (f32) or 1e-15 (f64),
     /// branch-free (f32).
     fn normal(self) -> (Self, Self);
     /// Absolute value.

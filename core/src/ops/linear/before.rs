@@ -79,17 +79,22 @@ impl Before<&Tensor> {
 
     /// `f(x)` of some rows on the CPU, of which the first is row `first` of all; `stats` gets a norm's.
     pub(super) fn rows<T: Real>(self, f: &mut [T], x: &[T], first: usize, stats: &mut [T]) {
-        simd!(match self {
+        match self {
             Self::Nothing => f.copy_from_slice(x),
             Self::Norm { norm, weight, bias } => {
-                norm.rows(f, x, stats, weight.as_slice(), bias.map(|b| b.as_slice()));
+                let (weight, bias) = (weight.as_slice(), bias.map(|b| b.as_slice()));
+                simd!(norm.rows(f, x, stats, weight, bias));
             }
-            Self::Gelu => f.iter_mut().zip(x).for_each(|(f, &x)| *f = gelu(x)),
+            Self::Gelu => simd!(for (f, &x) in f.iter_mut().zip(x) {
+                *f = gelu(x)
+            }),
             Self::Swiglu { up } => {
                 let up = &up.as_slice::<T>()[first * up.last_dim()..];
-                f.iter_mut().zip(x).zip(up).for_each(|((f, &gate), &up)| *f = gate * sigmoid(gate) * up);
+                simd!(for ((f, &gate), &up) in f.iter_mut().zip(x).zip(up) {
+                    *f = gate * sigmoid(gate) * up
+                });
             }
-        });
+        }
     }
 
     pub(super) fn keep(self, x: &Tensor, stats: Tensor) -> Kept {
