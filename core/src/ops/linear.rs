@@ -19,7 +19,7 @@ use before::{Before, Kept};
 cuda_source! { static LINEAR = "linear" { include_str!("columns.cuh"), include_str!("linear/linear.cu") } }
 
 impl Tensor {
-    /// `x W^T + b` over the last axis: `[.., I]`, `W [O, I]`, `b [O]` to `[.., O]`. [`Linear`](crate::ops::Linear) is
+    /// `x W^T + b` over the last axis: `[.., I]`, `W [O, I]`, `b [O]` to `[.., O]`. [`Linear`] is
     /// the same with more around it.
     ///
     /// # Errors
