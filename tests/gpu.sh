@@ -32,8 +32,10 @@ part() {
     local name=$1 most=$2 left=$((end - SECONDS))
     shift 2
     if [ "$left" -lt 5 ]; then note "$name: left out, no time"; failed=1; return 1; fi
-    if timeout -k 5 "$((most < left ? most : left))" "$@" >"$out/$name.log" 2>&1; then note "$name: passed"; return 0; fi
-    note "$name: FAILED ($?), see $name.log"
+    timeout -k 5 "$((most < left ? most : left))" "$@" >"$out/$name.log" 2>&1
+    local status=$?
+    if [ "$status" = 0 ]; then note "$name: passed"; return 0; fi
+    note "$name: FAILED ($status; 124 is out of time), see $name.log"
     tail -n 5 "$out/$name.log" | tee -a "$out/summary.txt"
     failed=1
     return 1
@@ -62,7 +64,10 @@ same() {
     cmp "$out/run_a.values" "$out/run_b.values" || return 1
     (cd "$out/run_a" && find checkpoints -name '*.safetensors' -exec cmp {} ../run_b/{} \; | grep . && return 1; return 0)
 }
-if [ -f "$out/run_b/result.json" ] && same >"$out/same.log" 2>&1; then
+if [ ! -f "$out/run_a/result.json" ] || [ ! -f "$out/run_b/result.json" ]; then
+    note "two runs are not there to be compared"
+    failed=1
+elif same >"$out/same.log" 2>&1; then
     note "two runs are equal to the bit"
 else
     note "two runs DIFFER, see same.log"

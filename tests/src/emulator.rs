@@ -7,6 +7,7 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::{Mutex, PoisonError};
 
 /// Set in a process that was started to run on the emulator.
 const EMULATED: &str = "CUDA_EMULATED";
@@ -26,6 +27,9 @@ macro_rules! gpu_test {
 /// Runs a test's body on a GPU. `test` is the test's path, its crate's name first.
 pub fn on_gpu(test: &str, body: impl FnOnce()) {
     if is_emulated() || has_gpu() {
+        // One at a time: what is launched while another test records a step would be recorded with it.
+        static ALONE: Mutex<()> = Mutex::new(());
+        let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         body();
     } else if let Some(ended) = run_emulated(test, &[]) {
         assert!(passed(&ended), "failed on the emulator");
