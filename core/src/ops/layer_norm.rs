@@ -109,13 +109,19 @@ impl Norm {
             let variance = lane_sum([x], |[x]| (x - mean) * (x - mean)) / n;
             let rstd = T::ONE / (variance + eps).sqrt();
             stats.copy_from_slice(&[mean, rstd]);
-            for ((y, &x), &w) in y.iter_mut().zip(x).zip(weight) {
-                *y = (x - mean) * rstd * w;
-            }
-            if let Some(bias) = bias {
-                y.iter_mut().zip(bias).for_each(|(y, &b)| *y += b);
-            }
+            normalize(y, x, [mean, rstd], weight, bias);
         }
+    }
+}
+
+/// `(x - mean) rstd weight + bias`, one row.
+#[inline(always)]
+fn normalize<T: Real>(y: &mut [T], x: &[T], [mean, rstd]: [T; 2], weight: &[T], bias: Option<&[T]>) {
+    for ((y, &x), &w) in y.iter_mut().zip(x).zip(weight) {
+        *y = (x - mean) * rstd * w;
+    }
+    if let Some(bias) = bias {
+        y.iter_mut().zip(bias).for_each(|(y, &b)| *y += b);
     }
 }
 
@@ -225,12 +231,8 @@ impl Normed {
                         *dbias += dy;
                         *dx_sum += *dx;
                     }
-                    let Some(y) = again.next() else { continue };
-                    for ((y, &x), &w) in y.iter_mut().zip(x).zip(weight) {
-                        *y = (x - mean) * rstd * w;
-                    }
-                    if let Some(bias) = bias {
-                        y.iter_mut().zip(bias).for_each(|(y, &b)| *y += b);
+                    if let Some(y) = again.next() {
+                        normalize(y, x, [mean, rstd], weight, bias);
                     }
                 }
             });

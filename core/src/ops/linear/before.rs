@@ -111,10 +111,6 @@ impl Kept {
     /// From `df` `[rows, I]` the gradients of x and of the operands of f; `f(x)` again.
     pub(super) fn backward(self, mut df: Tensor, grads: &mut Grads<'_>, inputs: &Before<usize>) -> Result<Tensor> {
         match (self, *inputs) {
-            (Self::Input(x), _) => {
-                grads.add(0, df)?;
-                Ok(x)
-            }
             (Self::Normed(normed), Before::Norm { weight, bias, .. }) => {
                 let again = normed.backward(&df, grads, (0, weight, bias), true)?;
                 Ok(again.expect("asked for"))
@@ -130,7 +126,8 @@ impl Kept {
                 grads.add_slot(up_input, Slot { grad: df, row_sums: Some(up_sums) })?;
                 Ok(f)
             }
-            _ => unreachable!("kept by the same operation"),
+            // An input that goes in as it is has no more to undo.
+            _ => unreachable!("kept by the same operation, with something before it"),
         }
     }
 }
