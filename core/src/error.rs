@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use crate::text::printable;
+
 /// Result with [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -22,7 +24,7 @@ pub enum Error {
         problem: String,
     },
     /// A file or folder that cannot be read or written.
-    #[error("cannot {action} {}: {source}{}", path.display(), advice(source))]
+    #[error("cannot {action} {}: {source}{}", printable(path), advice(source))]
     Io {
         /// "read", "write", "create", ...
         action: &'static str,
@@ -32,7 +34,7 @@ pub enum Error {
         source: std::io::Error,
     },
     /// Data or a file whose content is not what it has to be.
-    #[error("{}: {problem}\n  help: {help}", path.display())]
+    #[error("{}: {problem}\n  help: {help}", printable(path))]
     Content {
         /// The file or folder.
         path: PathBuf,
@@ -50,7 +52,7 @@ pub enum Error {
         help: String,
     },
     /// A loss or gradient stopped being a finite number.
-    #[error("step {step}: {what} is not finite{}\n  help: the weights were not updated; {help}", capture.as_ref().map(|p| format!(" (captured in {})", p.display())).unwrap_or_default())]
+    #[error("step {step}: {what} is not finite{}\n  help: the weights were not updated; {help}", capture.as_ref().map(|p| format!(" (captured in {})", printable(p))).unwrap_or_default())]
     NonFinite {
         /// The step that failed.
         step: u64,

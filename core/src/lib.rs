@@ -23,6 +23,7 @@ pub mod rng;
 pub mod step;
 pub mod tensor;
 pub mod testing;
+pub mod text;
 pub mod train;
 pub mod weights;
 

@@ -19,6 +19,15 @@ pub struct Sample {
     pub mask: Option<Vec<u8>>,
 }
 
+/// What a dataset holds, to be told before a run starts.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Summary {
+    /// What there is: `54 images in 2 classes (cat, dog), 6 held out for probes`.
+    pub content: String,
+    /// What a user may not expect, a sentence each: files that were passed over, labels that are missing.
+    pub notes: Vec<String>,
+}
+
 /// Where images come from. Reading is a pure function of the index, so any thread may read any sample at any time.
 ///
 /// ```
@@ -73,6 +82,17 @@ pub trait Dataset: fmt::Debug + Send + Sync {
     /// Where sample `index` comes from, for messages: a path.
     fn describe(&self, index: usize) -> String {
         format!("sample {index}")
+    }
+
+    /// What there is, and what a user may not expect of it.
+    fn summary(&self) -> Summary {
+        let classes = match self.classes() {
+            0 => String::new(),
+            n => format!(" in {n} classes"),
+        };
+        let held_out = self.held_out().map(|part| format!(", {} held out for probes", part.len()));
+        let content = format!("{} images{classes}{}", self.len(), held_out.unwrap_or_default());
+        Summary { content, notes: Vec::new() }
     }
 
     /// What the recipe does not say of the data: a hash of what the folder holds. `None` if the recipe says it all.

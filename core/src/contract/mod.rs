@@ -22,7 +22,7 @@ mod scheduler;
 mod teacher_policy;
 
 pub use backbone::{Backbone, Cost, Crops, Draws, Features, Mode};
-pub use dataset::{Dataset, Sample};
+pub use dataset::{Dataset, Sample, Summary};
 pub use loss::{GramTarget, HeadInput, Loss, LossValue, Needs, Outputs, StateSpec, StepContext, TeacherBatch};
 pub use pos_encoding::{Grid, PosContext, PosEncoding, PosTables};
 pub use probe::{Probe, ProbeContext, Score};
