@@ -1,17 +1,23 @@
 //! The command line: which commands there are, and how a program ends.
 
+use std::any::Any;
+use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use dinolab_core::recipe::Resolved;
 use dinolab_core::{registry, Error, Result};
 
+use crate::signals::{self, Answer};
 use crate::{commands, style};
 
 /// Exit code of bad input: a recipe, a suite or a command line that has to be mended.
 pub const BAD_INPUT: u8 = 2;
 /// Exit code of a run that was interrupted, saved itself and can be resumed.
 pub const RESUMABLE: u8 = 75;
+
+/// Exit code of a defect: the one that Rust gives a panic.
+const PANIC: u8 = 101;
 
 /// A plugin-based research sandbox for DINOv3-style self-supervised vision models.
 #[derive(Debug, Parser)]
@@ -58,6 +64,15 @@ enum Command {
 }
 
 impl Command {
+    /// What it does when a signal asks it to stop; those that are left out end as any program does.
+    fn answer(&self) -> Option<Answer> {
+        match self {
+            Self::Ablate(_) | Self::Train(_) | Self::Features(_) => Some(Answer::Save),
+            Self::Import(_) | Self::Export(_) | Self::Bench(_) => Some(Answer::End),
+            _ => None,
+        }
+    }
+
     fn run(self) -> Result<ExitCode> {
         match self {
             Self::Ablate(args) => commands::ablate::run(args),
@@ -137,18 +152,47 @@ impl SetArgs {
     }
 }
 
-/// Runs the program: 0, [`BAD_INPUT`], [`RESUMABLE`], or 1 for any other failure.
+/// Runs the program: 0, [`BAD_INPUT`], [`RESUMABLE`], 130 after a signal that nothing could be saved for, or 1 for any
+/// other failure.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
-    registry::check().and_then(|()| cli.command.run()).unwrap_or_else(|error| {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        // Help and version are no errors.
+        Err(text) => {
+            let code = if text.use_stderr() { ExitCode::from(BAD_INPUT) } else { ExitCode::SUCCESS };
+            let written = text.print().and_then(|()| std::io::Write::flush(&mut std::io::stdout()));
+            let full = written.is_err_and(|e| e.kind() != std::io::ErrorKind::BrokenPipe);
+            return if full { ExitCode::FAILURE } else { code };
+        }
+    };
+    let run = || {
+        cli.command.answer().map_or(Ok(()), signals::listen)?;
+        registry::check()?;
+        cli.command.run()
+    };
+    let ended = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|payload| unwound(payload));
+    style::exit_code(ended.unwrap_or_else(|error| {
         style::error(&error);
         exit_code(&error)
-    })
+    }))
+}
+
+/// Nothing ends without a word: what unwound is an error of the device, thrown from where no error can be returned, or a
+/// panic, whose message was printed.
+fn unwound(payload: Box<dyn Any + Send>) -> Result<ExitCode> {
+    match payload.downcast::<Error>() {
+        Ok(error) => Err(*error),
+        Err(_) => {
+            style::note("this is a defect of dinolab or of a plugin: please report it with the lines above");
+            Ok(ExitCode::from(PANIC))
+        }
+    }
 }
 
 /// Whether it was what the user gave, or something else.
 pub fn exit_code(error: &Error) -> ExitCode {
     match error {
+        Error::Run { error, .. } => exit_code(error),
         Error::Recipe(_) | Error::User { .. } | Error::Content { .. } | Error::Io { action: "read", .. } => {
             ExitCode::from(BAD_INPUT)
         }

@@ -9,10 +9,13 @@
 //! }
 //! ```
 
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
 pub mod cli;
 pub mod commands;
 pub mod features;
 pub mod pictures;
+pub mod pulse;
 pub mod report;
 pub mod signals;
 pub mod statistics;

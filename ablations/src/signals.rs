@@ -1,31 +1,92 @@
-//! Ctrl-C and SIGTERM ask a run to stop at the end of its step; a second one ends the program at once.
+//! Signals that ask the program to end: Ctrl-C, `kill`, a closed terminal, a scheduler's warning.
+//!
+//! SIGHUP, SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 mean the same. The first asks a command to save and stop, or ends one that
+//! has nothing to save; the second ends the program at once. A signal that was ignored when the program started (`nohup`, a
+//! job in a script's background) stays ignored.
 
-use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, OnceLock};
+use std::ffi::c_int;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use dinolab_core::{Error, Result};
-use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::flag;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2, SIGXFSZ};
+use signal_hook::iterator::Signals;
+
+use crate::style;
+
+/// Exit code of a program that a signal ended at once.
+const AT_ONCE: c_int = 130;
+/// The signals, with their names.
+const ASK: [(c_int, &str); 5] =
+    [(SIGHUP, "SIGHUP"), (SIGINT, "SIGINT"), (SIGTERM, "SIGTERM"), (SIGUSR1, "SIGUSR1"), (SIGUSR2, "SIGUSR2")];
+
+/// What a command does when it is asked to stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// It looks at [`stop_flag`], saves, and says how to go on.
+    Save,
+    /// It has nothing to save: it ends.
+    End,
+}
 
 /// The flag that turns true when the program is asked to stop.
+pub fn stop_flag() -> Arc<AtomicBool> {
+    static FLAG: OnceLock<Arc<AtomicBool>> = OnceLock::new();
+    FLAG.get_or_init(Arc::default).clone()
+}
+
+type CleanUp = Box<dyn FnOnce() + Send>;
+static CLEAN_UP: Mutex<Option<CleanUp>> = Mutex::new(None);
+
+/// Has `work` done before a signal ends a command that answers with [`Answer::End`]: half of what it made is removed.
+pub fn clean_up(work: impl FnOnce() + Send + 'static) {
+    *CLEAN_UP.lock().expect("nobody panics with it") = Some(Box::new(work));
+}
+
+/// From here on signals are answered.
 ///
 /// # Errors
 /// If the handlers cannot be installed.
-pub fn stop_flag() -> Result<Arc<AtomicBool>> {
-    static FLAG: OnceLock<Arc<AtomicBool>> = OnceLock::new();
-    if let Some(stop) = FLAG.get() {
-        return Ok(stop.clone());
-    }
-    let stop = Arc::new(AtomicBool::new(false));
-    let install = |signal| -> std::io::Result<()> {
-        // In this order: the first signal sets the flag, the second finds it set and exits.
-        flag::register_conditional_shutdown(signal, 128 + signal, stop.clone())?;
-        flag::register(signal, stop.clone())?;
-        Ok(())
+pub fn listen(answer: Answer) -> Result<()> {
+    let fail = |e| Error::user(format!("cannot handle signals: {e}"), "run on a system with POSIX signals");
+    let heard = ASK.iter().map(|(signal, _)| *signal).filter(|&signal| !is_ignored(signal));
+    let mut signals = Signals::new(heard).map_err(fail)?;
+    // A file that grows beyond `ulimit -f` is an error of the write, not the end of the program.
+    signal_hook::flag::register(SIGXFSZ, Arc::default()).map_err(fail)?;
+    let stop = stop_flag();
+    let answer = move || {
+        for signal in signals.forever() {
+            let name = ASK.iter().find(|(known, _)| *known == signal).map_or("signal", |(_, name)| name);
+            let again = stop.swap(true, Ordering::Relaxed);
+            match answer {
+                Answer::Save if !again => {
+                    style::note(&format!("{name}: stops once all is saved; a second signal ends it at once"));
+                }
+                Answer::Save => {
+                    style::note(&format!(
+                        "{name} again: ended at once; what was saved before is whole, and goes on as after a kill: with \
+                        the same command (train: and --resume)"
+                    ));
+                    signal_hook::low_level::exit(AT_ONCE);
+                }
+                Answer::End => {
+                    if let Some(work) = CLEAN_UP.lock().ok().and_then(|mut work| work.take()) {
+                        work();
+                    }
+                    style::note(&format!("{name}: ended; nothing of it was kept, run the same command again"));
+                    signal_hook::low_level::exit(AT_ONCE);
+                }
+            }
+        }
     };
-    [SIGINT, SIGTERM]
-        .into_iter()
-        .try_for_each(install)
-        .map_err(|e| Error::user(format!("cannot handle signals: {e}"), "run on a system with POSIX signals"))?;
-    Ok(FLAG.get_or_init(|| stop).clone())
+    std::thread::Builder::new().name("signals".into()).spawn(answer).map(drop).map_err(fail)
+}
+
+/// Whether a signal is ignored now.
+fn is_ignored(signal: c_int) -> bool {
+    let mut action = std::mem::MaybeUninit::<libc::sigaction>::uninit();
+    // SAFETY: with no new action given, the call only writes the present one to the place it is given.
+    let known = unsafe { libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr()) } == 0;
+    // SAFETY: the call said that it wrote it.
+    known && unsafe { action.assume_init() }.sa_sigaction == libc::SIG_IGN
 }

@@ -1,6 +1,12 @@
-//! What is printed, and how: colour on terminals only, no panic when a reader (`| head`) goes away.
+//! What is printed, and how: the one place that writes to stdout and stderr. Colour on terminals only; names that hold
+//! commands for the terminal are shown, not sent; a reader that goes away (`| head`), a full disk behind `>` or a terminal
+//! that is gone ends nothing.
 
-use std::io::{IsTerminal, Write};
+use std::io::{Error, ErrorKind, IsTerminal, Write};
+use std::process::ExitCode;
+use std::sync::Mutex;
+
+use dinolab_core::text::printable;
 
 /// Styles for one stream; plain text when it is not a terminal or `NO_COLOR` is set.
 #[derive(Clone, Copy, Debug)]
@@ -53,15 +59,62 @@ impl Style {
     }
 }
 
-/// Writes to stdout. A reader that has gone away is no error.
+/// Why the output of the command could not be written, if it could not.
+static LOST: Mutex<Option<Error>> = Mutex::new(None);
+
+fn lost() -> std::sync::MutexGuard<'static, Option<Error>> {
+    LOST.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Writes what a command was asked for to stdout. After a failure it writes nothing more: see [`exit_code`].
 pub fn print(text: &str) {
-    // Nothing sensible can be done when stdout is closed.
-    let _ = std::io::stdout().write_all(text.as_bytes());
+    let mut lost = lost();
+    if lost.is_none() {
+        let mut out = std::io::stdout();
+        *lost = out.write_all(text.as_bytes()).and_then(|()| out.flush()).err();
+    }
+}
+
+/// Whether nobody reads what is printed any more.
+pub fn is_lost() -> bool {
+    lost().is_some()
+}
+
+/// How a program ends that would end with `code`: a reader that had enough is no failure, a full disk is one.
+pub fn exit_code(code: ExitCode) -> ExitCode {
+    match lost().take() {
+        Some(error) if code == ExitCode::SUCCESS && error.kind() != ErrorKind::BrokenPipe => {
+            stderr(&format!("{} cannot write to stdout: {error}", err().red("error:")));
+            ExitCode::FAILURE
+        }
+        _ => code,
+    }
+}
+
+/// A line on stdout of what a command has done; its work is elsewhere, so one that cannot be written is no failure.
+pub fn say(line: &str) {
+    let mut out = std::io::stdout();
+    let _ = writeln!(out, "{}", shown(line)).and_then(|()| out.flush());
+}
+
+/// Nothing can be done when stderr is closed or full.
+fn stderr(line: &str) {
+    let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
+}
+
+/// A line on stderr.
+pub fn note(line: &str) {
+    stderr(&shown(line));
 }
 
 /// Writes a warning to stderr.
 pub fn warn(message: impl std::fmt::Display) {
-    let _ = writeln!(std::io::stderr(), "{} {message}", err().yellow("warning:"));
+    stderr(&format!("{} {}", err().yellow("warning:"), shown(&message.to_string())));
+}
+
+/// A text of several lines with nothing in it that commands a terminal.
+pub fn shown(text: &str) -> String {
+    text.split('\n').map(printable).collect::<Vec<_>>().join("\n")
 }
 
 /// Writes an error to stderr; every problem of a recipe is one.
@@ -71,7 +124,7 @@ pub fn error(error: &dinolab_core::Error) {
         other => vec![other.to_string()],
     };
     for message in messages {
-        let _ = writeln!(std::io::stderr(), "{} {message}", err().red("error:"));
+        stderr(&format!("{} {}", err().red("error:"), shown(&message)));
     }
 }
 

@@ -185,7 +185,15 @@ fn folder_name(step: u64) -> String {
     format!("step-{step:08}")
 }
 
-/// Writes a checkpoint into `run` and removes the oldest beyond `keep`; gives its folder.
+/// The step in the name of a checkpoint's folder, and whether the folder is in its place: not about to be replaced.
+fn step_of(path: &Path) -> Option<(u64, bool)> {
+    let name = path.file_name()?.to_str()?.strip_prefix("step-")?;
+    let (number, in_place) = name.strip_suffix(REPLACED).map_or((name, true), |number| (number, false));
+    Some((number.parse().ok()?, in_place))
+}
+
+/// Writes a checkpoint into `run`; gives its folder. Then removes the oldest beyond `keep`, and those of later steps: the
+/// run will do these steps again.
 ///
 /// # Errors
 /// If it cannot be written; earlier checkpoints stay as they are.
@@ -193,12 +201,7 @@ pub fn save(run: &Path, content: &Content, keep: usize) -> Result<PathBuf> {
     let folder = run.join(FOLDER);
     fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
     let target = folder.join(folder_name(content.step));
-    for entry in fs::read_dir(&folder).map_err(Error::io("list", &folder))?.flatten() {
-        // Left by a process that was killed while writing.
-        if entry.file_name().to_string_lossy().starts_with(".building-") {
-            fs::remove_dir_all(entry.path()).map_err(Error::io("remove", entry.path()))?;
-        }
-    }
+    clear(run)?;
     let building = new_folder(&folder)?;
     let mut files = BTreeMap::new();
     for (name, tensors) in [(MODEL_FILE, &content.model), ("optimizer.safetensors", &content.optimizer)] {
@@ -219,15 +222,55 @@ pub fn save(run: &Path, content: &Content, keep: usize) -> Result<PathBuf> {
     )?;
     sync_dir(building.path())?;
     if target.exists() {
-        // The same step written before (a rerun after a fallback): the new one replaces it.
-        fs::remove_dir_all(&target).map_err(Error::io("replace", &target))?;
+        // The same step was written before. It stays a checkpoint, under another name, until the new one is in its place.
+        let old = folder.join(format!("{}{REPLACED}", folder_name(content.step)));
+        fs::rename(&target, &old).map_err(Error::io("replace", &target))?;
     }
     fs::rename(building.keep(), &target).map_err(Error::io("write", &target))?;
     sync_dir(&folder)?;
-    for old in list(run)?.into_iter().rev().skip(keep.max(1)) {
-        fs::remove_dir_all(&old).map_err(Error::io("remove", &old))?;
+    let (earlier, other): (Vec<_>, Vec<_>) =
+        list(run)?.into_iter().partition(|path| step_of(path).is_some_and(|(step, _)| step < content.step));
+    let stale = other.into_iter().filter(|path| *path != target);
+    for old in stale.chain(earlier.into_iter().rev().skip(keep.max(1) - 1)) {
+        remove(&old)?;
     }
     Ok(target)
+}
+
+/// What is appended to the name of a checkpoint that another of the same step is about to replace.
+const REPLACED: &str = ".replaced";
+
+/// Removes a checkpoint: it is none from the first moment on, so that a kill leaves no half of one.
+fn remove(checkpoint: &Path) -> Result<()> {
+    let name = checkpoint.file_name().unwrap_or_default().to_string_lossy();
+    let hidden = checkpoint.with_file_name(format!("{REMOVING}{name}"));
+    fs::rename(checkpoint, &hidden).map_err(Error::io("remove", checkpoint))?;
+    fs::remove_dir_all(&hidden).map_err(Error::io("remove", checkpoint))
+}
+
+/// What the name of a checkpoint that is being removed begins with.
+const REMOVING: &str = ".removing-";
+
+/// Removes what a process left that was killed while it wrote or removed a checkpoint of `run`.
+///
+/// # Errors
+/// If it cannot be removed.
+pub fn clear(run: &Path) -> Result<()> {
+    let folder = run.join(FOLDER);
+    if !folder.is_dir() {
+        return Ok(());
+    }
+    for entry in fs::read_dir(&folder).map_err(Error::io("list", &folder))? {
+        let path = entry.map_err(Error::io("list", &folder))?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let half = step_of(&path).is_some() && !path.join("state.json").exists();
+        // The newer one of the same step is in its place.
+        let replaced = name.strip_suffix(REPLACED).is_some_and(|name| folder.join(name).join("state.json").exists());
+        if half || replaced || name.starts_with(BUILDING) || name.starts_with(REMOVING) {
+            fs::remove_dir_all(&path).map_err(Error::io("remove", &path))?;
+        }
+    }
+    Ok(())
 }
 
 /// Makes temporary files and folders with the permissions of ordinary ones (less the umask), as they are renamed later.
@@ -238,9 +281,12 @@ fn shared(mode: u32) -> tempfile::Builder<'static, 'static> {
     builder
 }
 
+/// What the name of a folder that is being written begins with.
+const BUILDING: &str = ".building-";
+
 /// A new folder in `parent`, to be renamed when it is whole: removed when it is dropped before that.
 pub(crate) fn new_folder(parent: &Path) -> Result<tempfile::TempDir> {
-    shared(0o777).prefix(".building-").tempdir_in(parent).map_err(Error::io("create a folder in", parent))
+    shared(0o777).prefix(BUILDING).tempdir_in(parent).map_err(Error::io("create a folder in", parent))
 }
 
 /// Writes a file so that a reader sees the old content or the new, never a part.
@@ -283,14 +329,12 @@ pub fn list(run: &Path) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(&folder).map_err(Error::io("list", &folder))? {
         let path = entry.map_err(Error::io("list", &folder))?.path();
-        if path.file_name().is_some_and(|n| n.to_string_lossy().starts_with("step-"))
-            && path.join("state.json").exists()
-        {
-            found.push(path);
+        if let Some(order) = step_of(&path).filter(|_| path.join("state.json").exists()) {
+            found.push((order, path));
         }
     }
     found.sort();
-    Ok(found)
+    Ok(found.into_iter().map(|(_, path)| path).collect())
 }
 
 /// Reads one checkpoint folder.
@@ -341,8 +385,17 @@ fn read_state(path: &Path) -> Result<State> {
 /// # Errors
 /// If there are checkpoints but none is whole.
 pub fn load_newest(run: &Path) -> Result<Option<(Checkpoint, Vec<Error>)>> {
+    load_newest_before(run, u64::MAX)
+}
+
+/// As [`load_newest`], of fewer than `step` steps.
+///
+/// # Errors
+/// As [`load_newest`].
+pub fn load_newest_before(run: &Path, step: u64) -> Result<Option<(Checkpoint, Vec<Error>)>> {
     let mut passed = Vec::new();
-    for path in list(run)?.into_iter().rev() {
+    let earlier = |path: &PathBuf| step_of(path).is_some_and(|(s, _)| s < step);
+    for path in list(run)?.into_iter().rev().filter(earlier) {
         match load(&path) {
             Ok(checkpoint) => return Ok(Some((checkpoint, passed))),
             Err(error) => passed.push(error),
@@ -440,6 +493,50 @@ mod tests {
         let bytes = fs::read(&file).unwrap();
         fs::write(&file, &bytes[..bytes.len() / 2]).unwrap();
         assert!(load(&third).err().unwrap().to_string().contains("optimizer.safetensors"));
+    }
+
+    #[test]
+    fn a_checkpoint_just_written_stays_whatever_broken_ones_of_later_steps_are_there() {
+        let run = tempfile::tempdir().unwrap();
+        for step in [10, 20, 30] {
+            save(run.path(), &content(step), 3).unwrap();
+        }
+        fs::write(run.path().join("checkpoints/step-00000030/model.safetensors"), b"damaged").unwrap();
+        assert_eq!(load_newest(run.path()).unwrap().unwrap().0.step, 20);
+        save(run.path(), &content(24), 1).unwrap();
+        assert_eq!(load_newest(run.path()).unwrap().unwrap().0.step, 24);
+        assert_eq!(list(run.path()).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_kill_while_one_is_removed_or_replaced_leaves_nothing_behind_and_loses_nothing() {
+        let run = tempfile::tempdir().unwrap();
+        let folder = run.path().join(FOLDER);
+        save(run.path(), &content(1), 3).unwrap();
+        save(run.path(), &content(2), 3).unwrap();
+        // Killed between the two renames of a replacement, and in the middle of removals of this and earlier versions.
+        fs::rename(folder.join("step-00000002"), folder.join("step-00000002.replaced")).unwrap();
+        for half in [".removing-step-00000000", ".building-x", "step-00000000"] {
+            fs::create_dir(folder.join(half)).unwrap();
+            fs::write(folder.join(half).join("model.safetensors"), b"half").unwrap();
+        }
+        assert_eq!(load_newest(run.path()).unwrap().unwrap().0.step, 2);
+        clear(run.path()).unwrap();
+        assert_eq!(load_newest(run.path()).unwrap().unwrap().0.step, 2);
+        save(run.path(), &content(2), 3).unwrap();
+        let mut names: Vec<_> = fs::read_dir(&folder).unwrap().map(|e| e.unwrap().file_name()).collect();
+        names.sort();
+        assert_eq!(names, ["step-00000001", "step-00000002"]);
+    }
+
+    #[test]
+    fn the_newest_is_told_by_its_number_however_many_digits_it_has() {
+        let run = tempfile::tempdir().unwrap();
+        for step in [99_999_999, 100_000_000] {
+            save(run.path(), &content(step), 2).unwrap();
+        }
+        assert_eq!(load_newest(run.path()).unwrap().unwrap().0.step, 100_000_000);
+        assert_eq!(load_newest_before(run.path(), 100_000_000).unwrap().unwrap().0.step, 99_999_999);
     }
 
     #[test]

@@ -7,6 +7,8 @@
 //! This crate knows no plugin by name: backbones, position encodings, losses, schedulers, teacher policies,
 //! datasets and probes are implementations of the traits in [`contract`], registered with [`plugin!`].
 
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
 pub mod checkpoint;
 pub mod comm;
 pub mod contract;

@@ -18,6 +18,7 @@ use crate::ema::Ema;
 #[serde(deny_unknown_fields)]
 pub struct Frozen {
     /// A run folder (its newest checkpoint), or a checkpoint folder inside one.
+    #[schemars(extend("format" = "path"))]
     pub checkpoint: PathBuf,
     /// Share of the student's average that is kept each step, in [0, 1].
     #[serde(default = "momentum")]

@@ -39,7 +39,7 @@ pub enum Source {
     #[default]
     Ema,
     /// A run folder, a checkpoint folder or a safetensors file.
-    Checkpoint(PathBuf),
+    Checkpoint(#[schemars(extend("format" = "path"))] PathBuf),
 }
 
 /// When a Gram teacher is replaced by the EMA teacher.

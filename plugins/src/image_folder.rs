@@ -25,6 +25,7 @@ const EXTENSIONS: [&str; 4] = ["jpg", "jpeg", "png", "webp"];
 #[serde(deny_unknown_fields)]
 pub struct ImageFolderConfig {
     /// The folder.
+    #[schemars(extend("format" = "path"))]
     pub path: PathBuf,
     /// Share of the images set aside for probes: the same ones for every seed.
     #[serde(default = "default_held_out")]

@@ -12,6 +12,8 @@
 //! | dataset | [`scenes`], [`image_folder`] |
 //! | probe | [`knn`], [`linear_segmentation`], [`patch_similarity`], [`cls_patch_cosine`] |
 
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
 // Backbones
 pub mod convnext;
 pub mod published;

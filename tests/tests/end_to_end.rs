@@ -6,38 +6,9 @@ mod program;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Child;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use program::{root, Ended, Folder};
-
-/// Names and bytes of the files of a run's last checkpoint.
-fn final_weights(folder: &Folder, run: &str, step: u64) -> Vec<(String, Vec<u8>)> {
-    let path = folder.path(run).join(format!("checkpoints/step-{step:08}"));
-    ["model.safetensors", "optimizer.safetensors", "state.json"]
-        .map(|name| (name.into(), fs::read(path.join(name)).unwrap_or_else(|e| panic!("{name}: {e}"))))
-        .into()
-}
-
-fn assert_same_weights(folder: &Folder, one: &str, other: &str, step: u64) {
-    for ((name, a), (_, b)) in final_weights(folder, one, step).iter().zip(final_weights(folder, other, step)) {
-        assert!(*a == b, "{name} of {one} and {other} differ");
-    }
-}
-
-/// Waits until `ready` holds, for a minute at most and as long as the program runs.
-fn wait_until(child: &mut Child, ready: impl Fn() -> bool) {
-    let begin = Instant::now();
-    while !ready() {
-        assert!(child.try_wait().expect("it was started").is_none(), "the program ended too early");
-        assert!(begin.elapsed() < Duration::from_secs(60), "nothing happened for a minute");
-        std::thread::sleep(Duration::from_millis(2));
-    }
-}
-
-fn signal(child: &Child, name: &str) {
-    let sent = std::process::Command::new("kill").args([name, &child.id().to_string()]).status();
-    assert!(sent.expect("there is a kill command").success());
-}
+use program::{assert_same_weights, final_weights, root, wait_until, Folder};
 
 /// The `step` of every logged line.
 fn logged_steps(folder: &Folder, run: &str) -> Vec<u64> {
@@ -67,23 +38,6 @@ fn a_killed_run_resumes_to_the_same_bytes() {
     folder.succeed(&[&killed[..], &["--resume"]].concat());
     assert_same_weights(&folder, "whole", "killed", 80);
     assert_eq!(logged_steps(&folder, "killed"), (1..=80).collect::<Vec<_>>(), "every step is logged once");
-}
-
-#[test]
-fn sigterm_saves_and_says_how_to_go_on() {
-    let folder = Folder::with_micro();
-    folder.succeed(&[&["train", "micro.toml", "--out", "whole"][..], &LONG].concat());
-    for (name, out) in [("-TERM", "terminated"), ("-INT", "interrupted")] {
-        let args = [&["train", "micro.toml", "--out", out][..], &LONG].concat();
-        let mut child = folder.start(&args);
-        wait_until(&mut child, || folder.path(out).join("checkpoints/step-00000004").exists());
-        signal(&child, name);
-        let ended: Ended = child.wait_with_output().expect("it was started").into();
-        assert_eq!(ended.code, 75, "{}{}", ended.out, ended.err);
-        assert!(ended.out.contains("--resume"), "{}", ended.out);
-        folder.succeed(&[&args[..], &["--resume"]].concat());
-        assert_same_weights(&folder, "whole", out, 80);
-    }
 }
 
 #[test]
@@ -195,16 +149,115 @@ fn photographs_train_and_are_probed() {
 }
 
 #[test]
-fn a_run_that_goes_on_says_if_its_images_are_others() {
+fn a_run_does_not_go_on_with_other_images() {
     let folder = Folder::with_micro();
     folder.add_photos("photos");
     let args = [&["train", "micro.toml", "--out", "run"][..], &PHOTOS].concat();
     folder.succeed(&args);
     fs::remove_file(folder.path("run/result.json")).expect("the run finished");
     fs::remove_dir_all(folder.path("run/checkpoints/step-00000012")).expect("the run finished");
-    fs::remove_file(folder.path("photos/cat.jpg")).expect("it was copied");
+    fs::rename(folder.path("photos/cat.jpg"), folder.path("cat.jpg")).expect("it was copied");
+    let ended = folder.run(&[&args[..], &["--resume"]].concat());
+    assert_eq!(ended.code, 2, "{}", ended.err);
+    assert!(ended.err.contains("came, went or changed") && ended.err.contains("init_from"), "{}", ended.err);
+    // As they were, in another place, it goes on.
+    fs::rename(folder.path("cat.jpg"), folder.path("photos/cat.jpg")).expect("it is there");
+    fs::rename(folder.path("photos"), folder.path("moved")).expect("it is there");
+    folder.succeed(&[&args[..], &["--resume", "--set", "data.path=moved"]].concat());
+}
+
+#[test]
+fn a_run_goes_on_under_other_keys_that_change_no_number_and_is_told_of_those_that_do() {
+    let folder = Folder::with_micro();
+    let args = ["train", "micro.toml", "--out", "run", "--set", "checkpoint.keep=9"];
+    folder.succeed(&args);
+    fs::copy(folder.path("run/recipe.toml"), folder.path("first.toml")).expect("the run finished");
+    let again = |sets: &[&str]| {
+        fs::remove_file(folder.path("run/result.json")).expect("the run finished");
+        fs::remove_dir_all(folder.path("run/checkpoints/step-00000012")).expect("the run finished");
+        let sets = sets.iter().flat_map(|set| ["--set", set]).collect::<Vec<_>>();
+        folder.run(&[&args[..], &["--resume"], &sets[..]].concat())
+    };
+    let harmless = [
+        "device=cpu",
+        "batch.loader_threads=1",
+        "batch.prefetch=3",
+        "log.every=2",
+        "checkpoint.every=3",
+        "probes.cls_patch_cosine.enabled=true",
+        "on_non_finite={ skip = 1 }",
+        "name=other",
+    ];
+    let ended = again(&harmless);
+    assert_eq!(ended.code, 0, "{}", ended.err);
+    assert!(ended.err.contains("log.every: was 1, is 2"), "what changed is said: {}", ended.err);
+    folder.succeed(&["train", "first.toml", "--out", "whole"]);
+    assert_same_weights(&folder, "whole", "run", 12);
+    fs::copy(folder.path("first.toml"), folder.path("run/recipe.toml")).expect("it is a file");
+
+    let ended = again(&["optimizer.eps=1e-7", "steps=20", "log.every=3"]);
+    assert_eq!(ended.code, 2, "{}", ended.err);
+    for part in ["steps: was 12, is 20", "optimizer.eps: was 1e-8, is 1e-7", "init_from"] {
+        assert!(ended.err.contains(part), "no `{part}` in {}", ended.err);
+    }
+    assert!(!ended.err.contains("log.every"), "it changes no number: {}", ended.err);
+}
+
+#[test]
+fn a_run_without_its_result_measures_nothing_twice_and_loses_nothing() {
+    let folder = Folder::with_micro();
+    let probes = ["--set", "probes.cls_patch_cosine={ enabled = true, every = 4 }"];
+    let args = [&["train", "micro.toml", "--out", "run"][..], &probes].concat();
+    folder.succeed(&args);
+    let whole = fs::read(folder.path("run/result.json")).expect("the run finished");
+    let lines = folder.read("run/metrics.jsonl");
+    // Killed after the last checkpoint and before the result: everything is read back.
+    fs::remove_file(folder.path("run/result.json")).expect("the run finished");
     folder.succeed(&[&args[..], &["--resume"]].concat());
-    assert!(folder.read("run/messages.jsonl").contains("came, went or changed"));
+    assert_eq!(fs::read(folder.path("run/result.json")).expect("it finished"), whole);
+    assert_eq!(folder.read("run/metrics.jsonl"), lines);
+    // A probe that was not taken is taken; a step whose losses are not known is done again.
+    let number = |text: &[u8]| serde_json::from_slice::<serde_json::Value>(text).expect("JSON")["metrics"].clone();
+    let early: String = lines.lines().take(11).map(|line| format!("{line}\n")).collect();
+    let mut last: serde_json::Map<_, _> =
+        serde_json::from_str(lines.lines().last().expect("it was logged")).expect("JSON");
+    last.retain(|name, _| !name.starts_with("probe/"));
+    let without_probes = early.clone() + &serde_json::to_string(&last).expect("plain data") + "\n";
+    for (lost, lines) in [("its probes", without_probes), ("its last step", early)] {
+        folder.write("run/metrics.jsonl", &lines);
+        fs::remove_file(folder.path("run/result.json")).expect("the run finished");
+        folder.succeed(&[&args[..], &["--resume"]].concat());
+        let again = fs::read(folder.path("run/result.json")).expect("it finished");
+        assert_eq!(number(&again), number(&whole), "without {lost}");
+    }
+}
+
+#[test]
+fn a_run_goes_on_and_is_repeated_from_any_folder() {
+    let folder = Folder::with_micro();
+    folder.add_photos("photos");
+    folder.succeed(&[&["train", "micro.toml", "--out", "run"][..], &PHOTOS].concat());
+    let elsewhere = Folder::new();
+    // Another folder of the same name is not taken for it.
+    elsewhere.add_photos("photos");
+    fs::remove_file(elsewhere.path("photos/cat.jpg")).expect("it was copied");
+    let run = folder.path("run");
+    elsewhere.succeed(&["train", run.to_str().expect("UTF-8"), "--out", "again"]);
+    fs::rename(elsewhere.path("again"), folder.path("again")).expect("one file system");
+    assert_same_weights(&folder, "run", "again", 12);
+}
+
+#[test]
+fn a_run_that_fails_leaves_a_report_and_names_it() {
+    let folder = Folder::with_micro();
+    let ended = folder.run(&[&["train", "micro.toml", "--out", "run"][..], &SPIKE].concat());
+    assert_eq!(ended.code, 1, "{}", ended.err);
+    assert!(ended.err.contains("run/crash/step-00000006.json"), "{}", ended.err);
+    let report: serde_json::Value = serde_json::from_str(&folder.read("run/crash/step-00000006.json")).expect("JSON");
+    assert_eq!((&report["step"], &report["last_metrics"]["step"]), (&6.into(), &6.into()));
+    assert_eq!(report["samples"].as_array().expect("a list").len(), 4);
+    assert!(report["message"].as_str().expect("text").contains("toy_spike"), "{report}");
+    assert!(report["run"]["device"].is_string() && report["recipe"].as_str().expect("text").contains("[optimizer]"));
 }
 
 #[test]

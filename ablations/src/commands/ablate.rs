@@ -5,16 +5,17 @@ use std::process::ExitCode;
 
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::Table;
-use dinolab_core::recipe::{cost, Overrides as Sets, RawRecipe, Resolved};
-use dinolab_core::train::{self, Observer, RunOptions};
-use dinolab_core::{Error, Result};
+use dinolab_core::recipe::{cost, parse_set, Overrides as Sets, RawRecipe, Resolved};
+use dinolab_core::text::printable;
+use dinolab_core::train::{self, Observer, RunOptions, Start};
+use dinolab_core::Result;
 
 use crate::cli::DeviceArgs;
 use crate::report::{self, duration, Provenance};
-use crate::signals;
 use crate::suite::{
     execute, Event, ExecuteOptions, Job, Outcome, Overrides, Plan, Prepared, Progress, Status, Suite, Tally,
 };
+use crate::{signals, style};
 
 /// Runs an ablation: every arm of a suite with every seed, then statistics and a report.
 ///
@@ -74,7 +75,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
     }
     let plan = Plan::new(suite, out, &extra, &prepare)?;
     for warning in plan.recipe_warnings.iter().chain(&plan.warnings) {
-        eprintln!("warning: {warning}");
+        style::warn(warning);
     }
     if args.dry_run {
         return dry_run(&plan).map(|()| ExitCode::SUCCESS);
@@ -85,12 +86,15 @@ pub fn run(args: Args) -> Result<ExitCode> {
         smoke_steps: args.smoke_steps,
         fail_fast: args.fail_fast,
         retry_failed: args.retry_failed,
-        stop: signals::stop_flag()?,
+        stop: signals::stop_flag(),
     };
     let progress = Progress::new(&plan.suite.name, plan.runs.len(), finished(&plan)?.len());
     let tally = execute(&plan, &options, &prepare, &progress)?;
     if let Some((run, step)) = &tally.interrupted {
-        println!("stopped at {run}, step {step}, saved; go on with the same command");
+        let (done, runs) = (finished(&plan)?.len(), plan.runs.len());
+        style::say(&format!(
+            "stopped at {run}, step {step}, saved; {done} of {runs} runs are finished; go on with the same command"
+        ));
         return Ok(ExitCode::from(crate::cli::RESUMABLE));
     }
     conclude(&plan, &tally)
@@ -106,25 +110,16 @@ fn conclude(plan: &Plan, tally: &Tally) -> Result<ExitCode> {
     };
     let (summary, report) = report::write(plan, provenance, &report::look)?;
     for comparison in &summary.comparisons {
-        println!("{}", comparison.sentence);
+        style::say(&comparison.sentence);
     }
     for run in &tally.elsewhere {
-        println!("{run} is being run by another process, which will write the report again");
+        style::say(&format!("{run} is being run by another process, which will write the report again"));
     }
     for (run, error) in &tally.failed {
-        eprintln!("failed: {run}: {error}");
+        style::note(&format!("failed: {run}: {error}"));
     }
-    println!("report: {}", report.display());
+    style::say(&format!("report: {}", printable(&report)));
     Ok(if tally.failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-}
-
-/// `a.b=c` as key and value; what is not TOML is text.
-fn parse_set(text: &str) -> Result<(String, toml::Value)> {
-    let (key, value) = text.split_once('=').ok_or_else(|| {
-        Error::user(format!("--set {text}: expected KEY=VALUE"), "for example --set optimizer.lr=1e-3")
-    })?;
-    let parsed = format!("value = {value}").parse::<toml::Table>().ok().and_then(|mut t| t.remove("value"));
-    Ok((key.trim().to_string(), parsed.unwrap_or_else(|| value.trim().into())))
 }
 
 /// A resolved recipe and the trainer.
@@ -136,7 +131,7 @@ struct Recipe {
 fn resolve(base: &Path, overrides: &Overrides) -> Result<Resolved> {
     let environment = Sets { sets: Vec::new(), env: true };
     let pairs = overrides.iter().map(|(key, value)| (key.as_str(), value));
-    RawRecipe::load(base)?.with(&environment)?.with_overrides("suite", pairs)?.resolve()
+    RawRecipe::load(base)?.with(&environment)?.with_overrides("suite", pairs)?.resolve()?.absolute()
 }
 
 fn prepare(base: &Path, overrides: &Overrides) -> Result<Box<dyn Prepared>> {
@@ -152,6 +147,10 @@ impl Prepared for Recipe {
 
     fn hash(&self) -> &str {
         &self.resolved.hash
+    }
+
+    fn matters(&self, key: &str) -> bool {
+        self.resolved.matters(key)
     }
 
     fn warnings(&self) -> Vec<String> {
@@ -172,6 +171,10 @@ impl Prepared for Recipe {
 struct Watcher<'a>(&'a mut dyn FnMut(Event<'_>));
 
 impl Observer for Watcher<'_> {
+    fn started(&mut self, start: &Start) {
+        (self.0)(Event::Started(&start.to_string()));
+    }
+
     fn step(&mut self, p: &train::Progress<'_>) {
         let loss = p.report.losses.get("loss/total").copied().unwrap_or(f64::NAN);
         let text = format!("loss {loss:.3}, {:.0} img/s", p.images_per_s);
@@ -198,7 +201,10 @@ fn dry_run(plan: &Plan) -> Result<()> {
         let recipe = resolve(&plan.suite.base, &run.overrides)?.recipe;
         let flops = cost::cost(&recipe)?.flops_per_image * recipe.batch.size as f64 * recipe.steps as f64;
         let arm = plan.suite.arm(&run.arm).expect("arms of a plan are arms of its suite");
-        let changes: Vec<String> = arm.set.iter().map(|(k, v)| format!("{k} = {v}")).collect();
+        let mut changes: Vec<String> = arm.set.iter().map(|(k, v)| format!("{k} = {v}")).collect();
+        let follows = plan.differences(&arm.name).into_iter().filter(|(key, ..)| !arm.set.contains_key(key));
+        let follows = follows.filter(|(key, ..)| plan.suite.follows.iter().any(|f| key.starts_with(f.as_str())));
+        changes.extend(follows.map(|(key, _, is)| format!("follows: {key} = {}", is.unwrap_or_else(|| "none".into()))));
         let mut states = Vec::new();
         for other in plan.runs.iter().filter(|r| r.arm == run.arm) {
             states.push(format!("seed {} {}", other.seed, Status::of(&plan.out.join(&other.dir))?.word()));
@@ -211,13 +217,14 @@ fn dry_run(plan: &Plan) -> Result<()> {
             states.join("\n"),
         ]);
     }
-    println!("{table}");
+    style::print(&format!("{table}\n"));
     let done = finished(plan)?;
     let left = plan.runs.len() - done.len();
-    println!("{} runs in {}, {left} of them to do", plan.runs.len(), plan.out.display());
+    style::print(&format!("{} runs in {}, {left} of them to do\n", plan.runs.len(), printable(&plan.out)));
     if !done.is_empty() {
         let each = done.iter().sum::<f64>() / done.len() as f64;
-        println!("a run took {} so far, so about {} are left", duration(each), duration(each * left as f64));
+        let (each, all) = (duration(each), duration(each * left as f64));
+        style::print(&format!("a run took {each} so far, so about {all} are left\n"));
     }
     Ok(())
 }

@@ -43,10 +43,10 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     style::print(&style::table(rows));
     let missing = libraries.iter().filter(|l| l.version.is_none()).count();
     if missing > 0 {
-        println!(
-            "\n{missing} of {} libraries are missing; without them runs are on the CPU (--device cpu)",
+        style::print(&format!(
+            "\n{missing} of {} libraries are missing; without them runs are on the CPU (--device cpu)\n",
             libraries.len()
-        );
+        ));
         return Ok(ExitCode::FAILURE);
     }
     let gpu = Gpu::get(args.gpu)?;
@@ -64,10 +64,10 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         failures += step(args.gpu, precision, limit)?;
     }
     if failures > 0 {
-        println!("\n{failures} checks failed: report them with this output");
+        style::print(&format!("\n{failures} checks failed: report them with this output\n"));
         return Ok(ExitCode::FAILURE);
     }
-    println!("\nall is well");
+    style::print("\nall is well\n");
     Ok(ExitCode::SUCCESS)
 }
 
@@ -91,7 +91,7 @@ fn kernels(gpu: &'static Gpu) -> Result<()> {
 
 /// Every operation in f32 and bf16; gives the number that failed.
 fn operations(device: Device) -> usize {
-    println!("\noperations against the CPU in f64: relative error of the value, of the gradients");
+    style::print("\noperations against the CPU in f64: relative error of the value, of the gradients\n");
     let mut failures = 0;
     let mut rows = vec![["", "f32", "", "bf16", ""].map(String::from).to_vec()];
     for check in OP_CHECKS {
@@ -128,7 +128,7 @@ fn step(gpu: usize, precision: &str, limit: f64) -> Result<usize> {
     let (mut ours, mut exact) = (Learner::new(&on_gpu)?, Learner::new(&on_cpu)?);
     let (data, _) = train::datasets(&on_cpu)?;
     let pipeline = Pipeline::new(data, train::loader_spec(&on_cpu, &exact, 0))?;
-    println!("\n{STEPS} training steps in {precision} against the CPU in f32: relative error of");
+    style::print(&format!("\n{STEPS} training steps in {precision} against the CPU in f32: relative error of\n"));
     let mut worst: Vec<(String, f64)> = Vec::new();
     for step in 0..STEPS {
         let batches = pipeline.step(step)?.batches;
@@ -150,8 +150,8 @@ fn step(gpu: usize, precision: &str, limit: f64) -> Result<usize> {
     };
     style::print(&style::table(worst.iter().map(row)));
     match ours.eager_reason() {
-        None => println!("the step was recorded and replayed as one graph"),
-        Some(reason) => println!("the step is not recorded: {reason}"),
+        None => style::print("the step was recorded and replayed as one graph\n"),
+        Some(reason) => style::print(&format!("the step is not recorded: {reason}\n")),
     }
     Ok(worst.iter().filter(|(_, error)| failed(*error)).count())
 }

@@ -12,6 +12,8 @@ use dinolab_plugins::published;
 use safetensors::tensor::{Dtype, View};
 use serde_json::json;
 
+use crate::style;
+
 /// What it is given.
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -68,7 +70,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             write_file(&folder.join(WEIGHTS_FILE), (about + &model.to_toml()).as_bytes())
         }
     })?;
-    println!("written to {}", args.out.display());
+    style::say(&format!("written to {}", args.out.display()));
     Ok(ExitCode::SUCCESS)
 }
 

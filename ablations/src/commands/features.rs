@@ -121,7 +121,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let seconds = begin.elapsed().as_secs_f64();
     let rates = format!("{:.1} images/s, {:.0} patches/s", done as f64 / seconds, patches as f64 / seconds);
     let broken = if skipped > 0 { format!(", {skipped} skipped") } else { String::new() };
-    println!("{done} images in {seconds:.1} s ({rates}){broken}; everything is in {}", args.out.display());
+    style::say(&format!("{done} images in {seconds:.1} s ({rates}){broken}; everything is in {}", args.out.display()));
     if !args.no_pictures {
         sheets.finish()?;
         let (page, left_out) = viewer.finish()?;

@@ -6,6 +6,8 @@ use std::process::ExitCode;
 use dinolab_core::{Error, Result};
 use dinolab_plugins::published;
 
+use crate::style;
+
 /// What it is given.
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -24,10 +26,10 @@ const CONVERT: &str = include_str!("pth_to_safetensors.py");
 pub fn run(args: &Args) -> Result<ExitCode> {
     refuse_pickle(&args.file)?;
     let imported = published::import(&args.file, &args.out)?;
-    println!("{}", imported.title);
+    style::say(&imported.title);
     let millions = imported.numbers as f64 / 1e6;
-    println!("{} tensors, {millions:.1} million numbers of type {:?}", imported.tensors, imported.dtype);
-    println!("train from them with --set backbone.weights={}", args.out.display());
+    style::say(&format!("{} tensors, {millions:.1} million numbers of type {:?}", imported.tensors, imported.dtype));
+    style::say(&format!("train from them with --set backbone.weights={}", args.out.display()));
     Ok(ExitCode::SUCCESS)
 }
 

@@ -7,6 +7,7 @@ use dinolab_core::recipe::Overrides;
 use dinolab_core::{train, Result};
 
 use crate::cli::DeviceArgs;
+use crate::style;
 
 /// What it is given.
 #[derive(Debug, clap::Args)]
@@ -21,20 +22,20 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<ExitCode> {
     let (recipe, step, report) =
         train::replay(&args.file, &Overrides { sets: args.device.sets().collect(), env: false })?;
-    println!("step {step} of `{}`", recipe.name);
+    style::print(&format!("step {step} of `{}`\n", recipe.name));
     for (name, value) in &report.losses {
-        println!("  {name:<30} {value}");
+        style::print(&format!("  {name:<30} {value}\n"));
     }
     for (module, norm) in &report.grad_norms {
-        println!("  {:<30} {norm}", format!("grad_norm/{module}"));
+        style::print(&format!("  {:<30} {norm}\n", format!("grad_norm/{module}")));
     }
     match report.non_finite {
         Some(what) => {
-            println!("not finite: {what}");
+            style::print(&format!("not finite: {what}\n"));
             Ok(ExitCode::FAILURE)
         }
         None => {
-            println!("everything is finite: the failure does not reproduce with this program");
+            style::print("everything is finite: the failure does not reproduce with this program\n");
             Ok(ExitCode::SUCCESS)
         }
     }

@@ -5,12 +5,13 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use dinolab_core::recipe::Recipe;
-use dinolab_core::train::{self, Observer, Outcome, Progress, RunOptions};
+use dinolab_core::text::printable;
+use dinolab_core::train::{self, Observer, Outcome, Progress, RunOptions, Start};
 use dinolab_core::Result;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::cli::{RecipeArgs, RESUMABLE};
+use crate::pulse::Pulse;
 use crate::{signals, style};
 
 /// What it is given.
@@ -33,51 +34,48 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let options = RunOptions {
         out: out.clone(),
         resume: args.resume,
-        stop: signals::stop_flag()?,
+        stop: signals::stop_flag(),
         revision: crate::REVISION.into(),
     };
     let mut bar = Bar::new(ProgressBar::new(resolved.recipe.steps));
     let outcome = train::run(&resolved, &options, &mut bar);
-    bar.finish();
+    bar.bar.finish();
     match outcome? {
         Outcome::Finished(result) => {
             for (name, value) in result.metrics.iter().filter(|(n, _)| n.starts_with("probe/") || *n == "loss/total") {
-                println!("{name:<40} {value:.4}");
+                style::say(&format!("{name:<40} {value:.4}"));
             }
-            println!("finished {} steps in {:.0} s; everything is in {}", result.steps, result.seconds, out.display());
+            let (steps, seconds) = (result.steps, result.seconds);
+            style::say(&format!("finished {steps} steps in {seconds:.0} s; everything is in {}", printable(&out)));
             Ok(ExitCode::SUCCESS)
         }
         Outcome::Interrupted { step } => {
-            println!("stopped after {step} steps, saved; go on with the same command and --resume");
+            style::say(&format!("stopped after {step} steps, saved; go on with the same command and --resume"));
             Ok(ExitCode::from(RESUMABLE))
         }
     }
 }
 
-/// The progress of one run.
-pub(crate) struct Bar(ProgressBar);
+/// The progress of one run: a bar on a terminal, elsewhere a line now and then.
+struct Bar {
+    bar: ProgressBar,
+    pulse: Pulse,
+}
 
 impl Bar {
-    /// On a bar of its own or of several.
-    pub(crate) fn new(bar: ProgressBar) -> Self {
+    fn new(bar: ProgressBar) -> Self {
         let style = "{prefix}[{elapsed_precise}] {bar:28} {pos}/{len} eta {eta} {wide_msg}";
         bar.set_style(ProgressStyle::with_template(style).expect("the template is fixed").progress_chars("=> "));
         bar.enable_steady_tick(Duration::from_millis(500));
-        Self(bar)
-    }
-
-    pub(crate) fn finish(&self) {
-        self.0.finish();
+        Self { bar, pulse: Pulse::default() }
     }
 }
 
 impl Observer for Bar {
-    fn started(&mut self, _: &Recipe, step: u64) {
-        if step > 0 {
-            self.0.suspend(|| eprintln!("continuing after step {step}"));
-        }
-        self.0.set_position(step);
-        self.0.reset_eta();
+    fn started(&mut self, start: &Start) {
+        self.bar.suspend(|| style::note(&start.to_string()));
+        self.bar.set_position(start.step);
+        self.bar.reset_eta();
     }
 
     fn step(&mut self, p: &Progress<'_>) {
@@ -85,17 +83,23 @@ impl Observer for Bar {
         let losses: Vec<String> =
             losses.map(|(name, v)| format!("{} {v:.3}", name.trim_start_matches("loss/"))).collect();
         let rates = format!("{:.0} img/s, data wait {:.0}%", p.images_per_s, 100.0 * p.data_wait);
-        self.0.set_message(format!("{} | {rates}", losses.join(" ")));
-        self.0.set_position(p.step);
+        let text = format!("{} | {rates}", losses.join(" "));
+        if self.bar.is_hidden() {
+            if let Some(left) = self.pulse.due(p.step, p.total) {
+                style::note(&format!("step {} of {}: {text}, {left}", p.step, p.total));
+            }
+        }
+        self.bar.set_message(text);
+        self.bar.set_position(p.step);
     }
 
     fn warning(&mut self, text: &str) {
-        self.0.suspend(|| style::warn(text));
+        self.bar.suspend(|| style::warn(text));
     }
 
     fn probed(&mut self, step: u64, scores: &BTreeMap<String, f64>) {
         let scores: Vec<String> =
             scores.iter().map(|(name, v)| format!("{} {v:.3}", name.trim_start_matches("probe/"))).collect();
-        self.0.suspend(|| eprintln!("step {step}: {}", scores.join(", ")));
+        self.bar.suspend(|| style::note(&format!("step {step}: {}", scores.join(", "))));
     }
 }

@@ -309,19 +309,6 @@ fn warnings(plan: &Plan, records: &[RunRecord]) -> Vec<String> {
         kinds.entry(&warning.kind).or_default().push((record, warning));
     }
     warnings.extend(kinds.into_values().map(|said| told_once(&said)));
-    for arm in plan.suite.arms.iter().filter(|a| a.name != plan.suite.baseline) {
-        let declared = |key: &str| {
-            let sets = [&arm.set, &plan.suite.arm(&plan.suite.baseline).expect("the baseline is an arm").set];
-            let within = |a: &str, b: &str| a == b || a.starts_with(&format!("{b}."));
-            // An override may go inside what was a bare number, and may replace a whole table.
-            sets.iter().any(|set| set.keys().any(|k| within(key, k) || within(k, key)))
-        };
-        let changes = plan.differences(&arm.name);
-        let stray: Vec<&str> = changes.iter().map(|c| c.0.as_str()).filter(|key| !declared(key)).collect();
-        if !stray.is_empty() {
-            warnings.push(format!("{} differs from the baseline in undeclared keys: {}", arm.name, stray.join(", ")));
-        }
-    }
     warnings
 }
 

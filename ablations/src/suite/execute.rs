@@ -4,7 +4,7 @@
 //! first tried for a few steps, so that a broken arm or a misspelt metric costs seconds and not hours.
 
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 
@@ -171,14 +171,14 @@ fn smoke(
             begun |= Status::of(&plan.out.join(&run.dir))? != Status::Pending;
         }
         let Some(run) = mine.first().filter(|_| !begun) else { continue };
-        let folder = tempfile::Builder::new().prefix(".trial-").tempdir_in(&plan.out);
-        let folder = folder.map_err(Error::io("create a folder in", &plan.out))?;
+        // One process at a time tries an arm; a killed one may have left its folder.
+        let _lock = lock(&locks(plan)?.join(format!("trial-{}.lock", arm.name)))?;
+        let folder = Trial::begin(plan.out.join(format!(".trial-{}", arm.name)))?;
         progress.begin(&format!("trying {}", arm.name));
         let mut overrides = run.overrides.clone();
         let steps = i64::try_from(options.smoke_steps).expect("nobody tries 2^63 steps");
         overrides.insert("steps".into(), toml::Value::Integer(steps));
-        let out = folder.path().join("run");
-        std::fs::create_dir_all(&out).map_err(Error::io("create", &out))?;
+        let out = folder.0.clone();
         let mut watch = |event: Event<'_>| progress.watch(&event);
         let job = Job { out: &out, resume: false, stop: options.stop.clone(), watch: &mut watch };
         match prepare(&plan.suite.base, &overrides).and_then(|p| p.run(job)) {
@@ -194,6 +194,26 @@ fn smoke(
     let problem = format!("a trial of {} steps shows:\n  {}", options.smoke_steps, broken.join("\n  "));
     let help = "nothing was run yet; mend it, or go ahead without trials: --smoke-steps 0";
     Err(Error::content(&plan.suite.path, problem, help))
+}
+
+/// The folder of a trial run, which goes with it.
+struct Trial(PathBuf);
+
+impl Trial {
+    fn begin(path: PathBuf) -> Result<Self> {
+        if path.exists() {
+            std::fs::remove_dir_all(&path).map_err(Error::io("remove", &path))?;
+        }
+        std::fs::create_dir_all(&path).map_err(Error::io("create", &path))?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Trial {
+    fn drop(&mut self) {
+        // What cannot be removed now is removed before the next trial of the arm.
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
 }
 
 /// Metrics of the suite that the trial run in `out` did not measure.
@@ -226,10 +246,14 @@ fn label(run: &PlannedRun) -> String {
 }
 
 /// Locks live beside the runs, so that a run's folder holds nothing but the run.
-fn lock_path(plan: &Plan, run: &PlannedRun) -> Result<std::path::PathBuf> {
+fn locks(plan: &Plan) -> Result<PathBuf> {
     let folder = plan.out.join("locks");
     std::fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
-    Ok(folder.join(format!("{}-seed-{}.lock", run.arm, run.seed)))
+    Ok(folder)
+}
+
+fn lock_path(plan: &Plan, run: &PlannedRun) -> Result<PathBuf> {
+    Ok(locks(plan)?.join(format!("{}-seed-{}.lock", run.arm, run.seed)))
 }
 
 /// The lock, held until the file is dropped; the operating system frees it when a process dies.

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path, PathBuf};
 
+use dinolab_core::text::printable;
 use dinolab_core::{Error, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -44,6 +45,10 @@ pub struct SuiteFile {
     pub metrics: Vec<MetricEntry>,
     /// The arm that the others are compared with.
     pub baseline: String,
+    /// Keys that may differ between arms although no arm sets them, because they follow from one that is set: the widths
+    /// that come with `backbone.preset`. A table stands for all its keys.
+    #[serde(default)]
+    pub follows: Vec<String>,
     /// Changes to the recipe that all arms share.
     #[serde(default)]
     #[schemars(with = "BTreeMap<String, serde_json::Value>")]
@@ -125,6 +130,8 @@ pub struct Suite {
     pub metrics: Vec<Metric>,
     /// Name of the arm that the others are compared with.
     pub baseline: String,
+    /// Keys that may differ although no arm sets them.
+    pub follows: Vec<String>,
     /// Changes that all arms share.
     pub common: Overrides,
     /// At least two, with different names.
@@ -191,8 +198,14 @@ impl Suite {
             return Err(problem(format!("the baseline `{}` is no arm", file.baseline), help));
         }
         let base = beside(path, &file.base);
+        let runs = arms.len().saturating_mul(file.seeds.len());
+        if runs > MOST_RUNS {
+            let help = format!("{MOST_RUNS} are the most; split the question into several suites");
+            return Err(problem(format!("{} arms with {} seeds are {runs} runs", arms.len(), file.seeds.len()), help));
+        }
         let (name, description, seeds, baseline) = (file.name, file.description, file.seeds, file.baseline);
-        Ok(Self { name, description, path: path.to_path_buf(), base, seeds, metrics, baseline, common, arms })
+        let (path, follows) = (path.to_path_buf(), file.follows);
+        Ok(Self { name, description, path, base, seeds, metrics, baseline, follows, common, arms })
     }
 
     /// The arm of that name.
@@ -261,12 +274,21 @@ fn first_repeat<T: Ord>(items: &[T]) -> Option<&T> {
     items.iter().find(|item| !seen.insert(*item))
 }
 
+/// The most runs of a suite: more are a slip of a grid.
+const MOST_RUNS: usize = 10_000;
+/// The most characters of a name: it is part of file names, which end at 255 bytes.
+const LONGEST_NAME: usize = 200;
+
 /// Names become folders, so they are kept to characters that every file system and shell takes as they are.
 fn check_name(what: &str, name: &str) -> Result<(), (String, String)> {
     let fits = |c: char| c.is_ascii_alphanumeric() || "._=+-".contains(c);
     if name.is_empty() || name.starts_with('.') || !name.chars().all(fits) {
         let help = "it becomes a folder: use letters, digits and ._=+- and do not begin with a dot";
-        return Err(problem(format!("{what} `{name}` cannot be used"), help));
+        return Err(problem(format!("{what} `{}` cannot be used", printable(name)), help));
+    }
+    if name.len() > LONGEST_NAME {
+        let help = format!("it becomes a folder: use at most {LONGEST_NAME}");
+        return Err(problem(format!("{what} `{}...` has {} characters", &name[..40], name.len()), help));
     }
     Ok(())
 }
@@ -284,33 +306,66 @@ fn named_arms(entries: &[ArmEntry]) -> Result<Vec<Arm>, (String, String)> {
 
 /// Every combination of the grid's values; the last key varies fastest.
 fn grid_arms(grid: &BTreeMap<String, Vec<Value>>) -> Result<Vec<Arm>, (String, String)> {
-    let mut arms = vec![Arm { name: String::new(), set: Overrides::new() }];
+    let mut count: usize = 1;
     for (key, values) in grid {
         if values.is_empty() {
             return Err(problem(format!("grid key `{key}` has no values"), "list them, or remove the key"));
         }
-        let extend = |arm: &Arm, value: &Value| {
-            let comma = if arm.name.is_empty() { "" } else { "+" };
+        let written: Vec<String> = values.iter().map(Value::to_string).collect();
+        if let Some(value) = first_repeat(&written) {
+            return Err(problem(format!("grid key `{key}` has the value {value} twice"), "list every value once"));
+        }
+        count = count.saturating_mul(values.len());
+    }
+    if count > MOST_RUNS {
+        let help =
+            format!("{MOST_RUNS} runs are the most; list fewer values, or split the question into several suites");
+        return Err(problem(format!("the grid has {count} combinations"), help));
+    }
+    let keys: Vec<&str> = grid.keys().map(String::as_str).collect();
+    let mut arms = vec![Arm { name: String::new(), set: Overrides::new() }];
+    for (key, values) in grid {
+        let (key_name, value_names) = (short_key(key, &keys), short_values(values));
+        let extend = |arm: &Arm, (value, name): (&Value, &String)| {
+            let plus = if arm.name.is_empty() { "" } else { "+" };
             let mut set = arm.set.clone();
             set.insert(key.clone(), value.clone());
-            Arm { name: format!("{}{comma}{}={}", arm.name, short_key(key), short_value(value)), set }
+            Arm { name: format!("{}{plus}{key_name}={name}", arm.name), set }
         };
-        arms = arms.iter().flat_map(|arm| values.iter().map(move |v| extend(arm, v))).collect();
+        arms = arms.iter().flat_map(|arm| values.iter().zip(&value_names).map(move |v| extend(arm, v))).collect();
+    }
+    for arm in &mut arms {
+        if arm.name.len() > LONGEST_NAME {
+            let cut = LONGEST_NAME - MARK - 1;
+            arm.name = format!("{}-{}", &arm.name[..cut], mark(&arm.name));
+        }
+        check_name("arm name", &arm.name)?;
     }
     let names: Vec<&String> = arms.iter().map(|a| &a.name).collect();
     if let Some(name) = first_repeat(&names) {
-        let help = "list every value once; if two values only look alike in a name, write them as `[[arm]]` tables";
-        return Err(problem(format!("the grid gives two arms of the name `{name}`"), help));
-    }
-    for arm in &arms {
-        check_name("arm name", &arm.name)?;
+        return Err(problem(format!("the grid gives two arms of the name `{name}`"), "write it as `[[arm]]` tables"));
     }
     Ok(arms)
 }
 
-/// `losses.koleo.weight` is `koleo.weight` in an arm's name: the last two parts say enough.
-fn short_key(key: &str) -> &str {
-    key.rmatch_indices('.').nth(1).map_or(key, |(at, _)| &key[at + 1..])
+/// The end of a grid's key that tells it from the others: two parts, `koleo.weight` of `losses.koleo.weight`, or more where
+/// keys end alike.
+fn short_key(key: &str, all: &[&str]) -> String {
+    let end = |parts: usize| key.rmatch_indices('.').nth(parts - 1).map_or(key, |(at, _)| &key[at + 1..]);
+    let alone = |end: &&str| all.iter().filter(|k| **k == *end || k.ends_with(&format!(".{end}"))).count() == 1;
+    let shortest = (2..).map(end).find(|e| alone(e) || *e == key).unwrap_or(key);
+    folder_part(shortest)
+}
+
+/// The values of a key as parts of names. Those that would look alike get a mark of their own.
+fn short_values(values: &[Value]) -> Vec<String> {
+    let short: Vec<String> = values.iter().map(short_value).collect();
+    let alike = |name: &String| short.iter().filter(|other| *other == name).count() > 1;
+    let name = |(value, name): (&Value, &String)| match alike(name) {
+        true => format!("{name}-{}", mark(&value.to_string())),
+        false => name.clone(),
+    };
+    values.iter().zip(&short).map(name).collect()
 }
 
 fn short_value(value: &Value) -> String {
@@ -322,6 +377,18 @@ fn short_value(value: &Value) -> String {
         },
         _ => value.to_string(),
     };
+    folder_part(&text)
+}
+
+fn folder_part(text: &str) -> String {
     let fits = |c: char| c.is_ascii_alphanumeric() || "._+-".contains(c);
     text.chars().map(|c| if fits(c) { c } else { '_' }).collect()
+}
+
+/// Characters of a mark.
+const MARK: usize = 8;
+
+/// A few characters that differ where texts do.
+fn mark(text: &str) -> String {
+    blake3::hash(text.as_bytes()).to_hex()[..MARK].to_string()
 }

@@ -27,6 +27,12 @@ pub trait Prepared {
     /// Two recipes with the same hash are the same run.
     fn hash(&self) -> &str;
 
+    /// Whether `key` changes the numbers of a run: one that was started with another value of it cannot go on.
+    fn matters(&self, key: &str) -> bool {
+        let _ = key;
+        true
+    }
+
     /// What in the recipe probably does not mean what it says.
     fn warnings(&self) -> Vec<String>;
 
@@ -58,6 +64,8 @@ pub enum Event<'a> {
         /// What is worth reading beside the bar: losses, images a second.
         text: &'a str,
     },
+    /// A run starts: on what, with what, line by line. What all runs share need not be said of each.
+    Started(&'a str),
     /// Something to tell the user.
     Message(&'a str),
 }
@@ -113,7 +121,8 @@ impl Plan {
     /// Resolves every run of `suite`, with `extra` overrides from the command line on top of the common ones.
     ///
     /// # Errors
-    /// If a recipe cannot be resolved, or two arms resolve to the same recipe.
+    /// If a recipe cannot be resolved, two arms resolve to the same recipe, or an arm differs from the baseline in a key
+    /// that the suite does not name.
     pub fn new(suite: Suite, out: PathBuf, extra: &Overrides, prepare: Prepare<'_>) -> Result<Self> {
         let mut runs = Vec::new();
         for &seed in &suite.seeds {
@@ -132,6 +141,7 @@ impl Plan {
         }
         let mut plan = Self { suite, out, runs, warnings: Vec::new(), recipe_warnings: Vec::new() };
         plan.check_arms()?;
+        plan.check_declared()?;
         plan.warnings = plan.metric_warnings();
         plan.recipe_warnings = plan.gather_recipe_warnings();
         Ok(plan)
@@ -153,13 +163,52 @@ impl Plan {
 
     /// Two arms that resolve to the same recipe are one arm: their difference would be zero by construction.
     fn check_arms(&self) -> Result<()> {
-        let arms = self.first_of_each_arm();
-        for (i, a) in arms.iter().enumerate() {
-            if let Some(b) = arms[..i].iter().find(|b| b.prepared.recipe() == a.prepared.recipe()) {
-                let problem = format!("arms `{}` and `{}` resolve to the same recipe", b.arm, a.arm);
+        let mut seen = BTreeMap::<String, &str>::new();
+        for run in self.first_of_each_arm() {
+            if let Some(other) = seen.insert(run.prepared.recipe().to_string(), &run.arm) {
+                let problem = format!("arms `{other}` and `{}` resolve to the same recipe", run.arm);
                 let help = format!(
                     "their overrides change nothing over {}; correct a value, or remove an arm",
                     self.suite.base.display()
+                );
+                return Err(Error::content(&self.suite.path, problem, help));
+            }
+        }
+        Ok(())
+    }
+
+    /// Keys in which an arm differs from the baseline although neither sets them, nor a table or plugin around them.
+    pub fn undeclared(&self, arm: &str) -> Vec<String> {
+        let sets =
+            [arm, &self.suite.baseline].map(|name| &self.suite.arm(name).expect("it is an arm of the suite").set);
+        let within = |a: &str, b: &str| a == b || a.strip_prefix(b).is_some_and(|rest| rest.starts_with('.'));
+        let declared = |key: &str| {
+            sets.iter().flat_map(|set| set.keys()).chain(&self.suite.follows).any(|set| {
+                // The keys of a plugin come and go with it. An override may go inside what was a bare number.
+                within(key, set.strip_suffix(".plugin").unwrap_or(set)) || within(set, key)
+            })
+        };
+        self.differences(arm).into_iter().map(|(key, ..)| key).filter(|key| !declared(key)).collect()
+    }
+
+    /// What differs between arms has to be what the suite says: else the comparison is another than the one it names.
+    fn check_declared(&self) -> Result<()> {
+        for run in self.first_of_each_arm().iter().filter(|run| run.arm != self.suite.baseline) {
+            let keys = self.undeclared(&run.arm);
+            if !keys.is_empty() {
+                let values = self.differences(&run.arm);
+                let list =
+                    values.iter().filter(|(key, ..)| keys.contains(key)).map(|change| format!("\n  {}", said(change)));
+                let problem = format!(
+                    "arm `{}` differs from the baseline `{}` in keys that neither sets:{}",
+                    run.arm,
+                    self.suite.baseline,
+                    list.collect::<String>()
+                );
+                let quoted: Vec<String> = keys.iter().map(|key| format!("{key:?}")).collect();
+                let help = format!(
+                    "set them in both arms; or, if they belong to the comparison, say so: follows = [{}]",
+                    quoted.join(", ")
                 );
                 return Err(Error::content(&self.suite.path, problem, help));
             }
@@ -210,7 +259,8 @@ impl Plan {
 
     /// Compares the plan with what the folder was used for before, and records it in `suite.json`.
     ///
-    /// A run that was started with another recipe is an error that names the keys; new arms and seeds are welcome.
+    /// A run that was started with a recipe that gives other numbers is an error that names the keys; new arms and seeds
+    /// are welcome.
     ///
     /// # Errors
     /// If the folder belongs to another suite, or a run in it to another recipe, or it cannot be written.
@@ -231,26 +281,40 @@ impl Plan {
             let hash = run.prepared.hash().to_string();
             let started = Status::of(&self.out.join(&run.dir))? != Status::Pending;
             match state.runs.get(&run.dir) {
-                Some(old) if started && *old != hash => return Err(self.changed_recipe(run)),
-                _ => state.runs.insert(run.dir.clone(), hash),
-            };
+                Some(old) if started && *old != hash => self.check_unchanged(run)?,
+                _ => {}
+            }
+            state.runs.insert(run.dir.clone(), hash);
         }
         let text = serde_json::to_string_pretty(&state).expect("the state is plain data");
         write_file(&path, text.as_bytes())
     }
 
-    fn changed_recipe(&self, run: &PlannedRun) -> Error {
+    /// Fails if a run was started with a recipe that gives other numbers than the suite's.
+    fn check_unchanged(&self, run: &PlannedRun) -> Result<()> {
         let dir = self.out.join(&run.dir);
         let old = std::fs::read_to_string(dir.join("recipe.toml")).ok().and_then(|t| t.parse::<toml::Table>().ok());
-        let show = |v: Option<String>| v.unwrap_or_else(|| "nothing".into());
-        let changes = old.map(|old| changed_keys(&old, run.prepared.recipe())).unwrap_or_default();
-        let said: Vec<String> = changes
-            .into_iter()
-            .map(|(key, was, is)| format!("\n  {key}: was {}, is {}", show(was), show(is)))
-            .collect();
-        let problem = format!("this run was started with another recipe than the suite gives now{}", said.concat());
-        Error::content(dir, problem, "use another --out for the changed suite, or move this run's folder away")
+        let changes = match old {
+            Some(old) => {
+                let mut changes = changed_keys(&old, run.prepared.recipe());
+                changes.retain(|(key, ..)| run.prepared.matters(key));
+                if changes.is_empty() {
+                    return Ok(());
+                }
+                changes.iter().map(|change| format!("\n  {}", said(change))).collect()
+            }
+            // What it was started with cannot be read.
+            None => String::new(),
+        };
+        let problem = format!("this run was started with another recipe than the suite gives now{changes}");
+        Err(Error::content(dir, problem, "use another --out for the changed suite, or move this run's folder away"))
     }
+}
+
+/// A changed key with both values.
+fn said((key, was, is): &(String, Option<String>, Option<String>)) -> String {
+    let show = |value: &Option<String>| value.clone().unwrap_or_else(|| "nothing".into());
+    format!("{key}: was {}, is {}", show(was), show(is))
 }
 
 /// Every leaf of a recipe by its dotted key.

@@ -1,14 +1,23 @@
-//! What a person sees while a suite runs: one bar for the suite, one for the current run, a line for every run done.
+//! What a person sees while a suite runs: one bar for the suite, one for the current run, a line for every run done; where
+//! bars cannot be drawn, a line now and then.
+
+use std::cell::RefCell;
+use std::collections::BTreeSet;
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use super::plan::Event;
+use crate::pulse::Pulse;
+use crate::style;
 
 /// Bars on a terminal; plain lines elsewhere.
 pub struct Progress {
     bars: MultiProgress,
     suite: ProgressBar,
     run: ProgressBar,
+    pulse: RefCell<Pulse>,
+    /// Lines that are said of every run, and here once.
+    told: RefCell<BTreeSet<String>>,
 }
 
 impl Progress {
@@ -24,13 +33,14 @@ impl Progress {
         let run = bars.add(ProgressBar::new(0));
         run.set_style(bar_style("  {prefix} [{bar:30.green/dim}] {pos}/{len} steps, {eta} left  {msg}"));
         suite.tick();
-        Self { bars, suite, run }
+        Self { bars, suite, run, pulse: RefCell::default(), told: RefCell::default() }
     }
 
     /// Nothing is shown: for tests.
     pub fn hidden() -> Self {
         let bars = MultiProgress::with_draw_target(indicatif::ProgressDrawTarget::hidden());
-        Self { bars, suite: ProgressBar::hidden(), run: ProgressBar::hidden() }
+        let (suite, run) = (ProgressBar::hidden(), ProgressBar::hidden());
+        Self { bars, suite, run, pulse: RefCell::default(), told: RefCell::default() }
     }
 
     /// A run begins.
@@ -39,6 +49,7 @@ impl Progress {
         self.run.set_length(0);
         self.run.set_prefix(label.to_string());
         self.run.set_message("");
+        *self.pulse.borrow_mut() = Pulse::default();
     }
 
     /// Something happened in the run.
@@ -48,6 +59,18 @@ impl Progress {
                 self.run.set_length(steps);
                 self.run.set_position(step);
                 self.run.set_message(text.to_string());
+                if self.suite.is_hidden() {
+                    if let Some(left) = self.pulse.borrow_mut().due(step, steps) {
+                        let (run, done, runs) = (self.run.prefix(), self.suite.position(), self.suite.length());
+                        let of = runs.map_or(String::new(), |runs| format!(" of {runs}"));
+                        style::note(&format!("{run}: step {step} of {steps}: {text}, {left}; {done}{of} runs done"));
+                    }
+                }
+            }
+            Event::Started(text) => {
+                for line in text.lines().filter(|line| self.told.borrow_mut().insert(line.to_string())) {
+                    self.say(line);
+                }
             }
             Event::Message(text) => self.say(&format!("  {text}")),
         }
@@ -61,10 +84,10 @@ impl Progress {
     /// A line above the bars.
     pub fn say(&self, line: &str) {
         if self.suite.is_hidden() {
-            eprintln!("{line}");
+            style::note(line);
         } else {
             // A terminal that cannot be written to has nobody who could be told.
-            let _ = self.bars.println(line);
+            let _ = self.bars.println(style::shown(line));
         }
     }
 

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::path::Path;
 
+use dinolab_core::train::Lines;
 use dinolab_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 
@@ -121,7 +122,12 @@ impl RunRecord {
         let device = info.and_then(|i| i["device"].as_str().map(String::from));
         let (arm, curves, warnings) = (run.arm.clone(), BTreeMap::new(), Vec::new());
         let mut record = Self { arm, seed: run.seed, dir: shown, status, curves, warnings, device };
-        for line in read_lines(&dir.join("metrics.jsonl"))? {
+        let (metrics, messages) = (Lines::read(&dir.join("metrics.jsonl"))?, Lines::read(&dir.join("messages.jsonl"))?);
+        for (name, lines) in [("metrics.jsonl", &metrics), ("messages.jsonl", &messages)] {
+            let damage = lines.problem().map(|problem| format!("{name}: {problem}: what is whole is shown"));
+            record.warnings.extend(damage.map(|text| Warning { step: 0, kind: "log".into(), text }));
+        }
+        for line in metrics.objects {
             let Some(step) = line.get("step").and_then(serde_json::Value::as_u64) else { continue };
             for (name, value) in line {
                 if let Some(value) = value.as_f64().filter(|_| name != "step") {
@@ -129,7 +135,7 @@ impl RunRecord {
                 }
             }
         }
-        for line in read_lines(&dir.join("messages.jsonl"))? {
+        for line in messages.objects {
             record.warnings.extend(serde_json::from_value(line.into()));
         }
         Ok(record)
@@ -155,16 +161,6 @@ fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>> {
         Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(None),
         Err(e) => return Err(Error::io("read", path)(e)),
     };
-    let help = "move the run's folder away to do the run again";
+    let help = "remove this file, and the same command finishes the run again from its newest checkpoint";
     serde_json::from_str(&text).map(Some).map_err(|e| Error::content(path, format!("unreadable: {e}"), help))
-}
-
-/// Objects of a JSON-lines file; none if there is no file. A last line cut short by a crash is left out.
-fn read_lines(path: &Path) -> Result<Vec<serde_json::Map<String, serde_json::Value>>> {
-    let text = match std::fs::read_to_string(path) {
-        Ok(text) => text,
-        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(e) => return Err(Error::io("read", path)(e)),
-    };
-    Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect())
 }

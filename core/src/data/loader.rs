@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{bounded, Receiver, Sender};
+use crossbeam_channel::{bounded, Receiver, RecvTimeoutError, Sender};
 
 use super::batch::StepBatches;
 use super::gpu::{pack, DeviceBatches, Staged};
@@ -22,7 +22,7 @@ const EVIDENCE: u64 = 1000;
 /// Makes the batches of each step in order, `prefetch` steps ahead, until the run's last; then the iterator ends.
 ///
 /// One thread goes from step to step; `loader_threads` others read and augment its images. Dropping the loader stops
-/// and joins them.
+/// and joins them, unless they do not answer.
 ///
 /// For a GPU the threads only read, draw and upload, while the device works on steps before. The crops are made there
 /// when a step is taken, in place of those of the step taken before: only the newest step's batches are valid.
@@ -127,24 +127,40 @@ impl Loader {
     }
 }
 
+/// How often a loop that waits for data looks whether it is asked to stop.
+const LOOK: Duration = Duration::from_millis(20);
+
+impl Loader {
+    /// The next step's batches; `None` after the last, and if `stop` turns true before they are there.
+    pub fn next_unless(&mut self, stop: &AtomicBool) -> Option<Result<StepBatches>> {
+        let start = Instant::now();
+        loop {
+            if stop.load(Ordering::Relaxed) {
+                return None;
+            }
+            match self.steps.as_ref()?.recv_timeout(LOOK) {
+                Ok(made) => {
+                    let made = made.and_then(|made| self.finish(made));
+                    return Some(made.map(|made| StepBatches { waited: start.elapsed(), ..made }));
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => {
+                    self.steps = None;
+                    if let Some(Err(panic)) = self.thread.take().map(JoinHandle::join) {
+                        std::panic::resume_unwind(panic);
+                    }
+                    return None;
+                }
+            }
+        }
+    }
+}
+
 impl Iterator for Loader {
     type Item = Result<StepBatches>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        let start = Instant::now();
-        match self.steps.as_ref()?.recv() {
-            Ok(made) => {
-                let made = made.and_then(|made| self.finish(made));
-                Some(made.map(|made| StepBatches { waited: start.elapsed(), ..made }))
-            }
-            Err(_) => {
-                self.steps = None;
-                if let Some(Err(panic)) = self.thread.take().map(JoinHandle::join) {
-                    std::panic::resume_unwind(panic);
-                }
-                None
-            }
-        }
+        self.next_unless(&AtomicBool::new(false))
     }
 }
 
@@ -154,12 +170,21 @@ impl Drop for Loader {
         // Closing the channels wakes a thread that waits to send, or for memory.
         self.steps = None;
         self.on_gpu = None;
-        if let Some(thread) = self.thread.take() {
+        let Some(thread) = self.thread.take() else { return };
+        // A thread that reads from a disk that does not answer must not keep a run from ending.
+        let begin = Instant::now();
+        while !thread.is_finished() && begin.elapsed() < PATIENCE {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        if thread.is_finished() {
             // A panic of the thread was already printed; drop must not panic again.
             let _ = thread.join();
         }
     }
 }
+
+/// How long a loader that is dropped waits for its thread.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 fn threads(configured: usize) -> usize {
     match configured {

@@ -36,6 +36,8 @@ pub struct Key {
     pub reader: String,
     /// Whether it is a number that may change over time.
     pub is_schedule: bool,
+    /// Whether it is a path: `format: path` in its schema.
+    pub is_path: bool,
 }
 
 /// Answers questions about keys from the schema.
@@ -82,6 +84,7 @@ impl Guide {
             doc: text(schema, "description").map(|d| d.replace('\n', " ")),
             reader,
             is_schedule: schema.get("x-schedule").is_some(),
+            is_path: alternatives(schema).iter().any(|s| text(s, "format") == Some("path")),
         })
     }
 

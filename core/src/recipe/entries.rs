@@ -138,6 +138,7 @@ impl JsonSchema for BackboneEntry {
             theirs too, and so is every key that is not written.";
         let mut weights = String::json_schema(generator);
         weights.insert("description".into(), doc.into());
+        weights.insert("format".into(), "path".into());
         let own = [("weights".to_string(), weights.to_value())].into_iter().collect();
         plugin_schema::<dyn Backbone>(generator, &own, None)
     }

@@ -127,7 +127,9 @@ impl RawRecipe {
     fn with_env(mut self, vars: Vec<(String, String)>) -> Result<Self> {
         for (key, text) in vars {
             let origin = Origin::Env(format!("{ENV_PREFIX}{}", key.to_uppercase().replace('.', "__")));
-            let value = parse_value(&text).map_err(|m| Problem::error(&key, m).at(origin.clone()))?;
+            let wrong = |m| Problem::error(&key, m).at(origin.clone());
+            let value =
+                parse_value(&text).and_then(|v| Value::serialize(v).map_err(|e| e.to_string())).map_err(wrong)?;
             self.set(&key, value, origin)?;
         }
         Ok(self)
@@ -136,12 +138,9 @@ impl RawRecipe {
     fn with_sets(mut self, sets: &[String]) -> Result<Self> {
         for text in sets {
             let origin = Origin::Set(text.clone());
-            let Some((key, value)) = text.split_once('=') else {
-                let wrong = Problem::error("", "expected `key=value`").at(origin);
-                return Err(wrong.help("for example --set optimizer.lr=1e-3").into());
-            };
-            let value = parse_value(value).map_err(|m| Problem::error(key, m).at(origin.clone()))?;
-            self.set(key.trim(), value, origin)?;
+            let (key, value) = parse_set(text)?;
+            let value = Value::serialize(value).map_err(|e| Problem::error(&key, e.to_string()).at(origin.clone()))?;
+            self.set(&key, value, origin)?;
         }
         Ok(self)
     }
@@ -163,7 +162,7 @@ impl RawRecipe {
         Ok(self)
     }
 
-    fn set(&mut self, key: &str, value: Value, origin: Origin) -> Result<()> {
+    pub(super) fn set(&mut self, key: &str, value: Value, origin: Origin) -> Result<()> {
         if key.is_empty() || key.split('.').any(str::is_empty) {
             let wrong = Problem::error("", format!("`{key}` is not a dotted key")).at(origin);
             return Err(wrong.help("for example losses.gram.weight").into());
@@ -346,13 +345,27 @@ fn same(a: &Value, b: &Value) -> bool {
     }
 }
 
+/// A `--set`: `a.b=c` as key and value.
+///
+/// # Errors
+/// If it is not `key=value`, or the value begins as TOML and is none.
+pub fn parse_set(text: &str) -> Result<(String, toml::Value)> {
+    let origin = Origin::Set(text.into());
+    let Some((key, value)) = text.split_once('=') else {
+        let wrong = Problem::error("", "expected `key=value`").at(origin);
+        return Err(wrong.help("for example --set optimizer.lr=1e-3").into());
+    };
+    let value = parse_value(value).map_err(|m| Problem::error(key, m).at(origin))?;
+    Ok((key.trim().into(), value))
+}
+
 /// TOML, or a bare word taken as text.
-fn parse_value(text: &str) -> Result<Value, String> {
+fn parse_value(text: &str) -> Result<toml::Value, String> {
     let text = text.trim();
     match format!("value = {text}").parse::<toml::Table>() {
-        Ok(table) if table.len() == 1 => Value::serialize(&table["value"]).map_err(|e| e.to_string()),
+        Ok(mut table) if table.len() == 1 => Ok(table.remove("value").expect("the only key")),
         Err(e) if text.starts_with(['[', '{', '"', '\'']) => Err(format!("`{text}` is not TOML: {}", e.message())),
-        _ => Ok(Value::from(text)),
+        _ => Ok(text.into()),
     }
 }
 

@@ -3,6 +3,7 @@
 //! A [`RawRecipe`] is what files, environment and command line say together; a [`Resolved`] recipe is that, checked,
 //! typed, with every default filled in. Nothing is allocated on the way, so a 7B recipe resolves in milliseconds.
 
+mod changes;
 mod check;
 pub mod cost;
 pub mod describe;
@@ -15,8 +16,9 @@ mod schema;
 #[cfg(test)]
 mod test_plugins;
 
+pub use changes::{changes, Change};
 pub use entries::*;
-pub use layers::{Overrides, RawRecipe, ENV_PREFIX};
+pub use layers::{parse_set, Overrides, RawRecipe, ENV_PREFIX};
 pub use nested::{Fault, Nested};
 pub use problem::{nearest, Origin, Problem, RecipeError, Severity, SourceFile};
 pub use resolved::{toml_value, Resolved};

@@ -30,6 +30,7 @@ pub struct Recipe {
     /// Start from these weights (a run, a checkpoint, a weights folder or a safetensors file): student and teacher, heads
     /// too where it has them. Optimizer and schedules start anew.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("format" = "path"))]
     pub init_from: Option<PathBuf>,
     /// The model: a plugin. With `weights` it may be left to these which.
     pub backbone: BackboneEntry,

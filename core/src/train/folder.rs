@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::checkpoint::write_file;
 use crate::contract::Dataset;
 use crate::cuda::Gpu;
-use crate::recipe::{Overrides, Resolved};
+use crate::recipe::{changes, Change, Overrides, Resolved};
 use crate::{Device, Error, Result};
 
 use super::RunOptions;
@@ -46,9 +46,17 @@ pub struct RunInfo {
     pub started_unix: u64,
 }
 
+/// The way out where a run cannot go on.
+const ANEW: &str = "start a new run in another folder (--out), from the weights of this one if you like \
+    (--set init_from=...)";
+
 /// A run's folder, locked while this value lives.
 pub struct RunFolder {
     path: PathBuf,
+    /// Keys in which a run that goes on differs from what it was, none of which changes a number.
+    changes: Vec<Change>,
+    /// Whether `recipe.toml` says what the run goes on with.
+    written: bool,
     _lock: File,
 }
 
@@ -57,7 +65,7 @@ impl RunFolder {
     ///
     /// # Errors
     /// If the folder cannot be written, another process is in it, it holds a run and `resume` is off, or it holds a run
-    /// of another recipe.
+    /// of a recipe that gives other numbers.
     pub(super) fn open(resolved: &Resolved, options: &RunOptions) -> Result<Self> {
         let path = options.out.clone();
         fs::create_dir_all(&path).map_err(Error::io("create", &path))?;
@@ -68,32 +76,39 @@ impl RunFolder {
             return Err(Error::content(&path, "another process is running in this folder", help));
         }
         let recipe_path = path.join("recipe.toml");
-        if recipe_path.exists() {
-            if !options.resume {
-                let help = "continue it with --resume, or choose another folder with --out";
-                return Err(Error::content(&path, "there is a run in this folder already", help));
-            }
-            if Resolved::load(&recipe_path, &Overrides::default())?.hash != resolved.hash {
-                let help = "start it anew in another folder (--out); `dinolab recipe diff` shows what differs";
-                return Err(Error::content(&path, "the run in this folder has another recipe", help));
-            }
+        if !recipe_path.exists() {
+            return Ok(Self { path, changes: Vec::new(), written: false, _lock: lock });
         }
-        Ok(Self { path, _lock: lock })
+        if !options.resume {
+            let help = "continue it with --resume, or choose another folder with --out";
+            return Err(Error::content(&path, "there is a run in this folder already", help));
+        }
+        let written = Resolved::load(&recipe_path, &Overrides::default())?;
+        let before = written.clone().absolute()?;
+        let all = changes(&before.value, &resolved.value);
+        let written = all.is_empty() && before.hash == written.hash;
+        let (other, changes): (Vec<_>, Vec<_>) = all.into_iter().partition(|c| resolved.matters(&c.key));
+        if !other.is_empty() {
+            let keys: String = other.iter().map(|change| format!("\n  {change}")).collect();
+            let problem = format!("the run in this folder was started with a recipe that gives other numbers:{keys}");
+            return Err(Error::content(&path, problem, format!("go on with these keys as they were, or {ANEW}")));
+        }
+        Ok(Self { path, changes, written, _lock: lock })
     }
 
-    /// Writes what is known before the first step: the resolved recipe, and who runs it on what. Gives what a run that
-    /// goes on was last run with.
+    /// Writes what is known before the first step: the resolved recipe, and who runs it on what. Gives in what a
+    /// run that goes on after `start` steps differs from what it was.
+    ///
+    /// # Errors
+    /// If the run's data, or the kind of its device, are others than it was started with; or if the folder cannot be
+    /// written.
     pub(super) fn begin(
         &self,
         resolved: &Resolved,
         options: &RunOptions,
         data: &dyn Dataset,
-    ) -> Result<Option<RunInfo>> {
-        let before = RunInfo::read(&self.path)?;
-        let recipe = self.path.join("recipe.toml");
-        if !recipe.exists() {
-            write_file(&recipe, resolved.to_toml().as_bytes())?;
-        }
+        start: u64,
+    ) -> Result<Vec<String>> {
         let recipe_device = match resolved.recipe.device()? {
             Device::Cpu => "cpu".to_string(),
             Device::Cuda(ordinal) => format!("cuda:{ordinal} ({})", Gpu::get(ordinal)?.info().name),
@@ -108,9 +123,50 @@ impl RunFolder {
             threads: rayon::current_num_threads(),
             started_unix: since.map_or(0, |d| d.as_secs()),
         };
+        let mut notes = if start > 0 { self.compare(&info)? } else { Vec::new() };
+        let told = self.changes.iter().filter(|change| change.key != "name");
+        notes.extend(told.map(|change| format!("the run goes on with another {change}")));
+        if !self.written {
+            write_file(&self.path.join("recipe.toml"), resolved.to_toml().as_bytes())?;
+        }
         let info = serde_json::to_string_pretty(&info).expect("plain data");
         write_file(&self.path.join("run.json"), info.as_bytes())?;
-        Ok(before)
+        Ok(notes)
+    }
+
+    /// Holds what a run goes on with to what it was last run with.
+    fn compare(&self, now: &RunInfo) -> Result<Vec<String>> {
+        let Some(before) = RunInfo::read(&self.path)? else {
+            let text =
+                "run.json is gone: whether data and device are those that the run was started with cannot be told";
+            return Ok(vec![text.into()]);
+        };
+        // Data that do not tell their content are known by where they are.
+        let moved = now.data.is_none() && self.changes.iter().any(|change| change.key.starts_with("data."));
+        if before.data != now.data || moved {
+            let problem = "the data are not those that this run was started with: files came, went or changed";
+            let help = format!("put the data back as they were (they may lie in another place), or {ANEW}");
+            return Err(Error::content(&self.path, problem, help));
+        }
+        let kind = |device: &str| device.split(':').next().unwrap_or_default().to_string();
+        let name = |device: &str| device.split_once(' ').map(|(_, name)| name.to_string());
+        let (was, is) = (&before.device, &now.device);
+        if kind(was) != kind(is) {
+            let problem = format!(
+                "this run was started on another kind of device, which gives other numbers: was {was}, is {is}"
+            );
+            return Err(Error::content(
+                &self.path,
+                problem,
+                format!("go on where it was started (--device), or {ANEW}"),
+            ));
+        }
+        let other = (name(was) != name(is)).then(|| {
+            format!(
+                "the run goes on on another device, and not to the bits of an uninterrupted one: was {was}, is {is}"
+            )
+        });
+        Ok(other.into_iter().collect())
     }
 
     /// Where it is.
@@ -135,7 +191,7 @@ impl RunResult {
     /// # Errors
     /// If `result.json` is there but cannot be read.
     pub fn read(path: &Path) -> Result<Option<Self>> {
-        read_json(&path.join("result.json"), "remove this file to finish the run again with --resume")
+        read_json(&path.join("result.json"), "remove this file; the run writes it again with --resume")
     }
 }
 

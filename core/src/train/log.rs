@@ -1,83 +1,86 @@
 //! What a run writes while it runs: `metrics.jsonl` (the source of truth), `messages.jsonl`, TensorBoard events.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{BufWriter, Write};
-use std::panic::{catch_unwind, AssertUnwindSafe};
-use std::path::{Path, PathBuf};
 
+use image::{Rgb, RgbImage};
 use serde_json::{Map, Value};
-use tensorboard_rs::summary_writer::SummaryWriter;
 
-use crate::checkpoint::write_file;
 use crate::data::Batch;
 use crate::recipe::Recipe;
 use crate::step::{Learner, Report};
-use crate::{Error, Result, Tensor};
+use crate::{Result, Tensor};
 
+use super::events::{Events, Tagged};
 use super::folder::RunFolder;
+use super::lines::Writer;
 
 /// The open files of a run's log.
 pub(super) struct Log {
-    metrics: Lines,
-    messages: Lines,
-    tensorboard: Option<SummaryWriter>,
-}
-
-/// A file of JSON objects, one a line.
-struct Lines {
-    path: PathBuf,
-    file: BufWriter<File>,
-}
-
-impl Lines {
-    /// Opens for appending; lines of steps after `start` are dropped, since those steps will be done again. Gives the
-    /// last line that was kept.
-    fn open(path: PathBuf, start: u64) -> Result<(Self, Option<Value>)> {
-        let mut last = None;
-        if path.exists() {
-            let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-            let mut kept = String::new();
-            for line in text.lines() {
-                // A line cut off by a kill does not parse, and is dropped with the rest.
-                let Ok(value) = serde_json::from_str::<Value>(line) else { break };
-                if value["step"].as_u64().is_none_or(|s| s > start) {
-                    break;
-                }
-                kept += line;
-                kept.push('\n');
-                last = Some(value);
-            }
-            write_file(&path, kept.as_bytes())?;
-        }
-        let file = File::options().create(true).append(true).open(&path).map_err(Error::io("write", &path))?;
-        Ok((Self { path, file: BufWriter::new(file) }, last))
-    }
-
-    fn put(&mut self, object: &Map<String, Value>) -> Result<()> {
-        let text = serde_json::to_string(object).expect("plain data");
-        writeln!(self.file, "{text}").and_then(|()| self.file.flush()).map_err(Error::io("write", &self.path))
-    }
+    metrics: Writer,
+    messages: Writer,
+    events: Option<Events>,
+    /// The newest line of `metrics.jsonl`.
+    last: Map<String, Value>,
 }
 
 impl Log {
-    /// Opens the log of a run that has done `start` steps; gives it and the seconds those steps took.
-    pub(super) fn open(folder: &RunFolder, recipe: &Recipe, start: u64) -> Result<(Self, f64)> {
-        let (metrics, last) = Lines::open(folder.path().join("metrics.jsonl"), start)?;
-        let (messages, _) = Lines::open(folder.path().join("messages.jsonl"), start)?;
-        let seconds = last.and_then(|l| l["throughput/seconds"].as_f64()).unwrap_or(0.0);
-        let tensorboard =
-            if recipe.log.tensorboard { open_tensorboard(&folder.path().join("tensorboard"))? } else { None };
-        Ok((Self { metrics, messages, tensorboard }, seconds))
+    /// Opens the log of a run that has done `start` steps; gives it and what was wrong with its files.
+    pub(super) fn open(folder: &RunFolder, recipe: &Recipe, start: u64) -> Result<(Self, Vec<String>)> {
+        let metrics = Writer::open(folder.path().join("metrics.jsonl"), start, true)?;
+        let messages = Writer::open(folder.path().join("messages.jsonl"), start, false)?;
+        let mut problems: Vec<String> = [metrics.problem, messages.problem].into_iter().flatten().collect();
+        let mut log = Self {
+            metrics: metrics.writer,
+            messages: messages.writer,
+            events: None,
+            last: metrics.last.unwrap_or_default(),
+        };
+        if recipe.log.tensorboard {
+            match Events::open(&folder.path().join("tensorboard"), start) {
+                Ok((events, damaged)) => {
+                    log.events = Some(events);
+                    let lost =
+                        "it was damaged: what could not be read is taken out; metrics.jsonl has the same numbers";
+                    problems.extend(damaged.iter().map(|path| format!("{}: {lost}", path.display())));
+                }
+                Err(error) => problems.push(format!("TensorBoard gets nothing: {error}")),
+            }
+        }
+        Ok((log, problems))
     }
 
+    /// The newest line of `metrics.jsonl`; empty before the first.
+    pub(super) fn last(&self) -> &Map<String, Value> {
+        &self.last
+    }
+
+    /// The line of `step`, if that is the newest.
+    pub(super) fn line_of(&self, step: u64) -> Option<&Map<String, Value>> {
+        Some(&self.last).filter(|line| line.get("step").and_then(Value::as_u64) == Some(step))
+    }
+
+    /// Seconds spent in the steps that are logged.
+    pub(super) fn seconds(&self) -> f64 {
+        self.last.get("throughput/seconds").and_then(Value::as_f64).unwrap_or(0.0)
+    }
+
+    /// Losses and scores of `step`, if it was logged.
+    pub(super) fn measured(&self, step: u64) -> BTreeMap<String, f64> {
+        let wanted = |name: &str| name.starts_with("loss/") || name.starts_with("probe/");
+        let line = self.line_of(step).into_iter().flatten();
+        line.filter(|(name, _)| wanted(name))
+            .filter_map(|(name, value)| Some((name.clone(), value.as_f64()?)))
+            .collect()
+    }
+
+    /// Writes the line of a step. What is said is a failure of TensorBoard's files, which ends no run.
     pub(super) fn step(
         &mut self,
         step: u64,
         report: &Report,
         scores: &BTreeMap<String, f64>,
         rates: &[(&str, f64)],
-    ) -> Result<()> {
+    ) -> Result<Option<String>> {
         let mut numbers: Vec<(String, f64)> = report.losses.iter().map(|(k, v)| (k.clone(), *v)).collect();
         numbers.push(("lr".into(), report.lr));
         numbers.push(("weight_decay".into(), report.weight_decay));
@@ -98,12 +101,21 @@ impl Log {
         // JSON has no NaN: a number that is not finite becomes null.
         line.extend(numbers.iter().map(|(k, v)| (k.clone(), serde_json::json!(v))));
         self.metrics.put(&line)?;
-        self.tensorboard(|writer| {
-            for (name, value) in &numbers {
-                writer.add_scalar(name, *value as f32, step as usize);
-            }
-        });
-        Ok(())
+        self.last = line;
+        Ok(self.show(step, numbers.iter().map(|(name, value)| Tagged::of_number(name, *value)).collect()))
+    }
+
+    /// Adds scores to the line of `step`, the newest: they were due when the run was stopped.
+    pub(super) fn add_scores(&mut self, step: u64, scores: &BTreeMap<String, f64>) -> Result<Option<String>> {
+        let known = self.line_of(step).is_some();
+        let mut line = if known { self.last.clone() } else { Map::from_iter([("step".to_string(), step.into())]) };
+        line.extend(scores.iter().map(|(k, v)| (k.clone(), serde_json::json!(v))));
+        match known {
+            true => self.metrics.replace_last(&line)?,
+            false => self.metrics.put(&line)?,
+        }
+        self.last = line;
+        Ok(self.show(step, scores.iter().map(|(name, value)| Tagged::of_number(name, *value)).collect()))
     }
 
     pub(super) fn warning(&mut self, step: u64, kind: &str, text: &str) -> Result<()> {
@@ -111,81 +123,50 @@ impl Log {
         self.messages.put(object.as_object().expect("an object was just made"))
     }
 
-    /// Everything so far is on its way to the disk.
-    pub(super) fn flush(&mut self) -> Result<()> {
-        for lines in [&mut self.metrics, &mut self.messages] {
-            lines
-                .file
-                .flush()
-                .and_then(|()| lines.file.get_ref().sync_data())
-                .map_err(Error::io("flush", &lines.path))?;
-        }
-        Ok(())
+    /// Everything so far is on the disk.
+    pub(super) fn sync(&mut self) -> Result<()> {
+        self.metrics.sync()?;
+        self.messages.sync()
     }
 
     /// The crops of the first images, one row an image: what the model is really fed.
-    pub(super) fn crops(&mut self, batches: &[Batch], recipe: &Recipe) {
-        let Some(batch) = batches.first() else { return };
-        let (data, side) = contact_sheet(batch, recipe);
-        self.tensorboard(|writer| writer.add_image("crops", &data, &[3, side, side], 0));
+    pub(super) fn crops(&mut self, batches: &[Batch], recipe: &Recipe) -> Option<String> {
+        let batch = batches.first().filter(|_| self.events.is_some())?;
+        self.show(0, vec![Tagged::of_picture("crops", &contact_sheet(batch, recipe))])
     }
 
     /// Distribution of every sub-model's weights and gradients.
-    pub(super) fn histograms(&mut self, step: u64, learner: &Learner) {
+    pub(super) fn histograms(&mut self, step: u64, learner: &Learner) -> Option<String> {
         let layout = &learner.model().layout;
         let weights = learner.weights();
+        let mut values = Vec::new();
         for module in layout.modules() {
             let range = layout.range_of(&format!("{module}."));
             for (what, flat) in [("weights", &weights.student), ("gradients", weights.grads())] {
-                let values = flat.view(range.start, &[range.len()]).to_f64_vec();
-                let tag = format!("{what}/{module}");
-                self.tensorboard(|writer| histogram(writer, &tag, &values, step));
+                let numbers = flat.view(range.start, &[range.len()]).to_f64_vec();
+                values.extend(Tagged::of_values(&format!("{what}/{module}"), &numbers));
             }
         }
+        self.show(step, values)
     }
 
-    /// The TensorBoard crate panics when it cannot write; that must not end a run whose metrics are in JSON as well.
-    fn tensorboard(&mut self, f: impl FnOnce(&mut SummaryWriter)) {
-        let Some(writer) = &mut self.tensorboard else { return };
-        if catch_unwind(AssertUnwindSafe(|| f(writer))).is_err() {
-            // Its own Drop panics as well once its thread is gone.
-            std::mem::forget(self.tensorboard.take());
-        }
+    /// Hands values to TensorBoard. After a failure, which is given, it gets no more: the numbers are in JSON as well.
+    fn show(&mut self, step: u64, values: Vec<Tagged>) -> Option<String> {
+        let error = self.events.as_mut()?.write(step, values).err()?;
+        self.events = None;
+        Some(format!("TensorBoard gets nothing from here on: {error}"))
     }
 }
 
-fn open_tensorboard(path: &Path) -> Result<Option<SummaryWriter>> {
-    fs::create_dir_all(path).map_err(Error::io("create", path))?;
-    Ok(catch_unwind(|| SummaryWriter::new(path)).ok())
-}
-
-/// 60 equal buckets between the least and the greatest value.
-fn histogram(writer: &mut SummaryWriter, tag: &str, values: &[f64], step: u64) {
-    const BUCKETS: usize = 60;
-    let (low, high) = values.iter().fold((f64::MAX, f64::MIN), |(l, h), &x| (l.min(x), h.max(x)));
-    if !(low.is_finite() && high.is_finite()) {
-        return;
-    }
-    let width = ((high - low) / BUCKETS as f64).max(1e-12);
-    let mut counts = vec![0.0; BUCKETS];
-    for x in values {
-        counts[(((x - low) / width) as usize).min(BUCKETS - 1)] += 1.0;
-    }
-    let limits: Vec<f64> = (1..=BUCKETS).map(|i| low + width * i as f64).collect();
-    let (sum, squares) = values.iter().fold((0.0, 0.0), |(s, q), x| (s + x, q + x * x));
-    writer.add_histogram_raw(tag, low, high, values.len() as f64, sum, squares, &limits, &counts, step as usize);
-}
-
-/// Up to four images with all their crops as one square RGB picture.
-fn contact_sheet(batch: &Batch, recipe: &Recipe) -> (Vec<u8>, usize) {
+/// Up to four images with all their crops as one picture.
+fn contact_sheet(batch: &Batch, recipe: &Recipe) -> RgbImage {
     const GAP: usize = 2;
     let images = batch.images();
     let kinds: Vec<(&Tensor, usize)> =
         [Some(&batch.global), batch.local.as_ref()].into_iter().flatten().map(|t| (t, t.dim(0) / images)).collect();
     let width: usize = kinds.iter().map(|(t, n)| n * (t.dim(3) + GAP)).sum();
     let row = kinds.iter().map(|(t, _)| t.dim(2)).max().unwrap_or(0) + GAP;
-    let side = width.max(row * images.min(4));
-    let mut sheet = vec![255u8; 3 * side * side];
+    let mut sheet = RgbImage::from_pixel(width as u32, (row * images.min(4)) as u32, Rgb([255; 3]));
     for image in 0..images.min(4) {
         let mut left = 0;
         for (crops, count) in &kinds {
@@ -194,15 +175,16 @@ fn contact_sheet(batch: &Batch, recipe: &Recipe) -> (Vec<u8>, usize) {
             let data = host.as_slice::<f32>();
             for crop in 0..*count {
                 let base = (crop * images + image) * 3 * h * w;
-                for (i, channel) in (0..h * w).flat_map(|i| (0..3).map(move |c| (i, c))) {
-                    let value =
-                        data[base + channel * h * w + i] * recipe.crops.std[channel] + recipe.crops.mean[channel];
-                    let (y, x) = (image * row + i / w, left + i % w);
-                    sheet[3 * (y * side + x) + channel] = (value * 255.0).clamp(0.0, 255.0) as u8;
+                for i in 0..h * w {
+                    let pixel = [0, 1, 2].map(|c| {
+                        let value = data[base + c * h * w + i] * recipe.crops.std[c] + recipe.crops.mean[c];
+                        (value * 255.0).clamp(0.0, 255.0) as u8
+                    });
+                    sheet.put_pixel((left + i % w) as u32, (image * row + i / w) as u32, Rgb(pixel));
                 }
                 left += w + GAP;
             }
         }
     }
-    (sheet, side)
+    sheet
 }

@@ -9,21 +9,30 @@
 //!   tensorboard/           the same numbers, pictures of crops, histograms
 //!   checkpoints/           see `checkpoint`
 //!   captures/              batches and weights of steps that were not finite
+//!   crash/                 what is known of a run that ended by an error
 //!   result.json            written last: a run that has it is finished
 //! ```
 
 mod capture;
+mod crash;
+mod events;
 mod folder;
+mod lines;
 mod log;
 mod probes;
+mod start;
 mod trained;
 mod verdict;
 
 pub use capture::replay;
 pub use folder::{RunFolder, RunInfo, RunResult};
+pub use lines::Lines;
+pub use start::Start;
 pub use trained::Trained;
 
+use std::any::Any;
 use std::collections::BTreeMap;
+use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
@@ -78,9 +87,9 @@ pub struct Progress<'a> {
 
 /// Someone who watches a run.
 pub trait Observer {
-    /// A run starts, or continues after `step` steps.
-    fn started(&mut self, recipe: &Recipe, step: u64) {
-        let _ = (recipe, step);
+    /// A run starts, or goes on.
+    fn started(&mut self, start: &Start) {
+        let _ = start;
     }
     /// A step is done.
     fn step(&mut self, progress: &Progress<'_>) {
@@ -125,19 +134,22 @@ pub fn loader_spec(recipe: &Recipe, learner: &Learner, start: u64) -> LoaderSpec
     }
 }
 
-/// Runs a recipe to its end, or until asked to stop.
+/// Runs a recipe to its end, or until asked to stop. Paths in the recipe are made absolute, so that the run can be
+/// repeated and continued from anywhere.
 ///
 /// # Errors
 /// If the recipe cannot be built, the folder cannot be used, data cannot be read, or a loss is not finite (see
 /// [`OnNonFinite`]).
 pub fn run(resolved: &Resolved, options: &RunOptions, observer: &mut dyn Observer) -> Result<Outcome> {
+    let resolved = &resolved.clone().absolute()?;
     let recipe = &resolved.recipe;
     let folder = RunFolder::open(resolved, options)?;
     if let Some(result) = folder.result()? {
         return Ok(Outcome::Finished(result));
     }
+    checkpoint::clear(folder.path())?;
     let mut messages = Vec::new();
-    let (learner, start) = match checkpoint::load_newest(folder.path())? {
+    let (learner, start) = match newest_checkpoint(&folder, recipe)? {
         Some((checkpoint, passed)) => {
             let passed = passed.into_iter().map(|e| ("checkpoint", format!("passed over a broken checkpoint: {e}")));
             messages.extend(passed);
@@ -150,22 +162,21 @@ pub fn run(resolved: &Resolved, options: &RunOptions, observer: &mut dyn Observe
     let spec = loader_spec(recipe, &learner, start);
     let probes = probes::Probes::new(recipe, train.clone(), test)?;
     let loader = Loader::new(train.clone(), spec)?;
-    let before = folder.begin(resolved, options, train.as_ref())?;
-    if start > 0 && before.is_some_and(|before| before.data != train.fingerprint()) {
-        let text =
-            "files came, went or changed in the data folder since this run was started: it goes on, but not to the \
-            bits of an uninterrupted run";
-        messages.push(("data", text.into()));
-    }
-    let (log, seconds) = log::Log::open(&folder, recipe, start)?;
+    messages.extend(folder.begin(resolved, options, train.as_ref(), start)?.into_iter().map(|text| ("resume", text)));
+    let (log, problems) = log::Log::open(&folder, recipe, start)?;
+    messages.extend(problems.into_iter().map(|text| ("log", text)));
+    observer.started(&Start::of(recipe, &learner, train.as_ref(), folder.path(), start)?);
     let mut run = Run {
+        seconds: log.seconds(),
         log,
         probes,
         loader,
         verdict: verdict::Verdict::default(),
         told_eager: false,
         window: Window::default(),
-        seconds,
+        saved: (start > 0).then_some(start),
+        at: start,
+        batch: Vec::new(),
         observer,
         resolved,
         recipe,
@@ -173,17 +184,54 @@ pub fn run(resolved: &Resolved, options: &RunOptions, observer: &mut dyn Observe
         learner,
         data: train,
     };
-    run.observer.started(recipe, start);
-    for (kind, text) in messages {
-        run.warn(start, kind, &text)?;
+    let ended = catch_unwind(AssertUnwindSafe(|| {
+        for (kind, text) in messages {
+            run.warn(start, kind, &text)?;
+        }
+        let losses = run.learner.model().losses.iter();
+        let notes: Vec<String> =
+            losses.filter_map(|l| l.loss.note().map(|note| format!("loss `{}` {note}", l.name))).collect();
+        for text in notes {
+            run.warn(start, "loss", &text)?;
+        }
+        run.steps(start, &options.stop)
+    }));
+    ended.unwrap_or_else(|payload| Err(failure(payload, &mut run))).map_err(|error| run.report(error))
+}
+
+/// The newest checkpoint that a run can go on from. The losses of the last step are no part of it: where the log does not
+/// have them, the step is done again from an earlier one, if there is one.
+fn newest_checkpoint(folder: &RunFolder, recipe: &Recipe) -> Result<Option<(checkpoint::Checkpoint, Vec<Error>)>> {
+    let newest = checkpoint::load_newest(folder.path())?;
+    let Some((last, _)) = newest.as_ref().filter(|(checkpoint, _)| checkpoint.step >= recipe.steps) else {
+        return Ok(newest);
+    };
+    let lines = Lines::read(&folder.path().join("metrics.jsonl"))?;
+    // The learning rate is in the line of every step that was done.
+    let logged = lines
+        .objects
+        .iter()
+        .any(|line| line.get("step").and_then(serde_json::Value::as_u64) == Some(last.step) && line.contains_key("lr"));
+    if logged {
+        return Ok(newest);
     }
-    let losses = run.learner.model().losses.iter();
-    let notes: Vec<String> =
-        losses.filter_map(|l| l.loss.note().map(|note| format!("loss `{}` {note}", l.name))).collect();
-    for text in notes {
-        run.warn(start, "loss", &text)?;
+    Ok(checkpoint::load_newest_before(folder.path(), last.step).ok().flatten().or(newest))
+}
+
+/// The error that a run unwound with: one of the device, thrown from where no error can be returned. A broken invariant
+/// unwinds further.
+fn failure(payload: Box<dyn Any + Send>, run: &mut Run<'_>) -> Error {
+    match payload.downcast::<Error>() {
+        Ok(error) => *error,
+        Err(payload) => {
+            let text = payload.downcast_ref::<String>().cloned();
+            let text = text.or_else(|| payload.downcast_ref::<&str>().map(|text| text.to_string()));
+            if let Some(report) = run.crash(&format!("panic: {}", text.unwrap_or_default())) {
+                run.observer.warning(&format!("what is known of the run is in {}", report.display()));
+            }
+            resume_unwind(payload)
+        }
     }
-    run.steps(start, &options.stop)
 }
 
 /// Throughput over the steps since the last logged one.
@@ -208,55 +256,96 @@ struct Run<'a> {
     window: Window,
     /// Time spent in steps, over all parts of an interrupted run.
     seconds: f64,
+    /// The step of the newest checkpoint.
+    saved: Option<u64>,
+    /// The step that is being done, and the images in its batch.
+    at: u64,
+    batch: Vec<usize>,
     observer: &'a mut dyn Observer,
 }
 
 impl Run<'_> {
     fn steps(&mut self, start: u64, stop: &AtomicBool) -> Result<Outcome> {
         let recipe = self.recipe;
-        let mut report = Report::default();
-        let mut scores = BTreeMap::new();
+        self.measure_again(start)?;
         for step in start..recipe.steps {
-            if stop.load(Ordering::Relaxed) {
+            let done = step + 1;
+            let logged = step == 0 || done % recipe.log.every.max(1) == 0 || done == recipe.steps;
+            let Some(report) = self.one_step(step, logged, stop)? else {
                 self.save(step)?;
                 return Ok(Outcome::Interrupted { step });
-            }
-            let done = step + 1;
-            let logged = step == start || done % recipe.log.every.max(1) == 0 || done == recipe.steps;
-            report = self.one_step(step, logged)?;
-            if report.non_finite.is_none() {
-                scores = self.probes.run(&self.learner, done, recipe)?;
-            }
-            if !scores.is_empty() {
-                self.observer.probed(done, &scores);
-            }
+            };
+            // Whoever goes on measures what was due.
+            let stopped = stop.load(Ordering::Relaxed);
+            let due = if stopped { Vec::new() } else { self.probes.due(done, recipe) };
+            let scores = self.measure(done, &due)?;
             if logged || !scores.is_empty() {
                 self.log_step(done, &report, &scores)?;
             }
             let every = recipe.checkpoint.every;
-            if every > 0 && done % every == 0 && done < recipe.steps {
+            if stopped || (every > 0 && done % every == 0) || done == recipe.steps {
                 self.save(done)?;
             }
+            if stopped {
+                return Ok(Outcome::Interrupted { step: done });
+            }
         }
+        // A run without steps is saved as it starts.
         self.save(recipe.steps)?;
-        let mut metrics = report.losses;
-        metrics.extend(scores);
+        let mut metrics = self.log.measured(recipe.steps);
         metrics.retain(|_, v| v.is_finite());
         let result = RunResult { steps: recipe.steps, seconds: self.seconds, skipped: self.learner.skipped(), metrics };
         self.folder.finish(&result)?;
         Ok(Outcome::Finished(result))
     }
 
-    fn one_step(&mut self, step: u64, logged: bool) -> Result<Report> {
+    /// Runs the probes that were due after `start` steps and whose scores the log does not have: the run was stopped
+    /// before them, or lost them.
+    fn measure_again(&mut self, start: u64) -> Result<()> {
+        if start == 0 {
+            return Ok(());
+        }
+        let known = self.log.measured(start);
+        if start == self.recipe.steps && !self.log.line_of(start).is_some_and(|line| line.contains_key("lr")) {
+            let text = "metrics.jsonl does not have the losses of the last step, and they cannot be measured again";
+            self.warn(start, "log", text)?;
+        }
+        let mut due = self.probes.due(start, self.recipe);
+        due.retain(|name| !known.keys().any(|key| key.starts_with(&format!("probe/{name}/"))));
+        let scores = self.measure(start, &due)?;
+        if !scores.is_empty() {
+            let lost = self.log.add_scores(start, &scores)?;
+            self.warn_of(start, "log", lost)?;
+        }
+        Ok(())
+    }
+
+    /// Scores of probes after `done` steps: `probe/<name>/<score>`.
+    fn measure(&mut self, done: u64, probes: &[String]) -> Result<BTreeMap<String, f64>> {
+        let scores = self.probes.run(probes, &self.learner, self.recipe)?;
+        if !scores.is_empty() {
+            self.observer.probed(done, &scores);
+        }
+        Ok(scores)
+    }
+
+    /// Does a step, unless asked to stop before its batch is there.
+    fn one_step(&mut self, step: u64, logged: bool, stop: &AtomicBool) -> Result<Option<Report>> {
         let begin = Instant::now();
-        let batches = self.loader.next().expect("the loader gives every step of the run")?;
+        (self.at, self.batch) = (step, Vec::new());
+        let batches = match self.loader.next_unless(stop) {
+            None if stop.load(Ordering::Relaxed) => return Ok(None),
+            batches => batches.expect("the loader gives every step of the run")?,
+        };
+        self.batch = batches.batches.iter().flat_map(|b| b.indices.iter().copied()).collect();
         let (waited, broken) = (batches.waited, batches.broken);
         for sample in broken {
             let text = format!("{} cannot be used and was replaced: {}", sample.name, sample.reason);
             self.warn(step, "data", &text)?;
         }
         if logged && step == 0 {
-            self.log.crops(&batches.batches, self.recipe);
+            let lost = self.log.crops(&batches.batches, self.recipe);
+            self.warn_of(step, "log", lost)?;
         }
         let report = self.learner.step(step, &batches.batches, logged)?;
         if let Some(reason) = self.learner.eager_reason().filter(|_| !self.told_eager).map(String::from) {
@@ -274,7 +363,7 @@ impl Run<'_> {
         let (images_per_s, data_wait) = self.window.rates(self.recipe.batch.size);
         let progress = Progress { step: step + 1, total: self.recipe.steps, report: &report, images_per_s, data_wait };
         self.observer.step(&progress);
-        Ok(report)
+        Ok(Some(report))
     }
 
     /// The batch and weights are captured; then the run stops, or goes on if the recipe allows it.
@@ -307,9 +396,11 @@ impl Run<'_> {
             ("throughput/data_wait", data_wait),
             ("throughput/seconds", self.seconds),
         ];
-        self.log.step(done, report, scores, &rates)?;
+        let lost = self.log.step(done, report, scores, &rates)?;
+        self.warn_of(done, "log", lost)?;
         if self.recipe.log.histograms_every > 0 && done.is_multiple_of(self.recipe.log.histograms_every) {
-            self.log.histograms(done, &self.learner);
+            let lost = self.log.histograms(done, &self.learner);
+            self.warn_of(done, "log", lost)?;
         }
         self.window = Window::default();
         for (kind, text) in self.verdict.judge(report, &self.learner, self.data.as_ref()) {
@@ -324,10 +415,34 @@ impl Run<'_> {
         self.log.warning(step, kind, text)
     }
 
+    /// As [`warn`](Self::warn), if there is something to say.
+    fn warn_of(&mut self, step: u64, kind: &str, text: Option<String>) -> Result<()> {
+        text.map_or(Ok(()), |text| self.warn(step, kind, &text))
+    }
+
+    /// Writes a checkpoint, unless there is one of this step.
     fn save(&mut self, step: u64) -> Result<()> {
-        self.log.flush()?;
+        if self.saved == Some(step) {
+            return Ok(());
+        }
+        self.log.sync()?;
         let content = self.learner.weights().content(step, self.learner.model());
-        checkpoint::save(self.folder.path(), &content, self.recipe.checkpoint.keep).map(drop)
+        checkpoint::save(self.folder.path(), &content, self.recipe.checkpoint.keep)?;
+        self.saved = Some(step);
+        Ok(())
+    }
+
+    /// The error that ended the run, with the report that it leaves.
+    fn report(&self, error: Error) -> Error {
+        match self.crash(&error.to_string()) {
+            Some(report) => Error::Run { error: error.into(), report },
+            None => error,
+        }
+    }
+
+    fn crash(&self, message: &str) -> Option<PathBuf> {
+        let samples: Vec<String> = self.batch.iter().map(|&index| self.data.describe(index)).collect();
+        crash::write(&self.folder, self.resolved, &self.log, self.at, &samples, message)
     }
 }
 

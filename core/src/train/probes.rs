@@ -23,11 +23,16 @@ impl Probes {
         Ok(Self { probes: enabled.map(build).collect::<Result<_>>()?, train, test })
     }
 
-    /// Scores of the probes that are due after `done` steps: `probe/<name>/<score>`.
-    pub(super) fn run(&self, learner: &Learner, done: u64, recipe: &Recipe) -> Result<BTreeMap<String, f64>> {
-        let mut scores = BTreeMap::new();
+    /// Names of the probes that are due after `done` steps.
+    pub(super) fn due(&self, done: u64, recipe: &Recipe) -> Vec<String> {
         let due = |every: u64| done == recipe.steps || (every > 0 && done.is_multiple_of(every));
-        for (name, _, probe) in self.probes.iter().filter(|(_, every, _)| due(*every)) {
+        self.probes.iter().filter(|(_, every, _)| due(*every)).map(|(name, ..)| name.clone()).collect()
+    }
+
+    /// Scores of these probes: `probe/<name>/<score>`.
+    pub(super) fn run(&self, names: &[String], learner: &Learner, recipe: &Recipe) -> Result<BTreeMap<String, f64>> {
+        let mut scores = BTreeMap::new();
+        for (name, _, probe) in self.probes.iter().filter(|(name, ..)| names.contains(name)) {
             let context = ProbeContext {
                 features: &|pixels| learner.teacher_features(pixels),
                 train: self.train.as_ref(),

@@ -3,6 +3,7 @@
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 /// A run of a second: a two-block ViT on few small crops, with all losses but Gram, and no probe.
 pub const MICRO: &str = r#"
@@ -157,4 +158,34 @@ impl Folder {
     pub fn start(&self, args: &[&str]) -> Child {
         self.command(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the program starts")
     }
+}
+
+/// Names and bytes of the files of a run's checkpoint of `step`.
+pub fn final_weights(folder: &Folder, run: &str, step: u64) -> Vec<(String, Vec<u8>)> {
+    let path = folder.path(run).join(format!("checkpoints/step-{step:08}"));
+    ["model.safetensors", "optimizer.safetensors", "state.json"]
+        .map(|name| (name.into(), std::fs::read(path.join(name)).unwrap_or_else(|e| panic!("{run}: {name}: {e}"))))
+        .into()
+}
+
+pub fn assert_same_weights(folder: &Folder, one: &str, other: &str, step: u64) {
+    for ((name, a), (_, b)) in final_weights(folder, one, step).iter().zip(final_weights(folder, other, step)) {
+        assert!(*a == b, "{name} of {one} and {other} differ");
+    }
+}
+
+/// Waits until `ready` holds, for a minute at most and as long as the program runs.
+pub fn wait_until(child: &mut Child, ready: impl Fn() -> bool) {
+    let begin = Instant::now();
+    while !ready() {
+        assert!(child.try_wait().expect("it was started").is_none(), "the program ended too early");
+        assert!(begin.elapsed() < Duration::from_secs(60), "nothing happened for a minute");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Sends a signal: `TERM`.
+pub fn signal(child: &Child, name: &str) {
+    let sent = Command::new("kill").args([&format!("-{name}"), &child.id().to_string()]).status();
+    assert!(sent.expect("there is a kill command").success());
 }

@@ -123,7 +123,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         profile,
     };
     if args.json {
-        println!("{}", serde_json::to_string(&measured).expect("plain data"));
+        style::print(&(serde_json::to_string(&measured).expect("plain data") + "\n"));
     } else {
         style::print(&measured.table(ceiling));
     }
