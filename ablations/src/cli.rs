@@ -170,7 +170,7 @@ pub fn main() -> ExitCode {
         registry::check()?;
         cli.command.run()
     };
-    let ended = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|payload| unwound(payload));
+    let ended = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(unwound);
     style::exit_code(ended.unwrap_or_else(|error| {
         style::error(&error);
         exit_code(&error)

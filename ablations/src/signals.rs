@@ -6,7 +6,7 @@
 
 use std::ffi::c_int;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, OnceLock};
 
 use dinolab_core::{Error, Result};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2, SIGXFSZ};
@@ -33,14 +33,6 @@ pub enum Answer {
 pub fn stop_flag() -> Arc<AtomicBool> {
     static FLAG: OnceLock<Arc<AtomicBool>> = OnceLock::new();
     FLAG.get_or_init(Arc::default).clone()
-}
-
-type CleanUp = Box<dyn FnOnce() + Send>;
-static CLEAN_UP: Mutex<Option<CleanUp>> = Mutex::new(None);
-
-/// Has `work` done before a signal ends a command that answers with [`Answer::End`]: half of what it made is removed.
-pub fn clean_up(work: impl FnOnce() + Send + 'static) {
-    *CLEAN_UP.lock().expect("nobody panics with it") = Some(Box::new(work));
 }
 
 /// From here on signals are answered.
@@ -70,9 +62,6 @@ pub fn listen(answer: Answer) -> Result<()> {
                     signal_hook::low_level::exit(AT_ONCE);
                 }
                 Answer::End => {
-                    if let Some(work) = CLEAN_UP.lock().ok().and_then(|mut work| work.take()) {
-                        work();
-                    }
                     style::note(&format!("{name}: ended; nothing of it was kept, run the same command again"));
                     signal_hook::low_level::exit(AT_ONCE);
                 }

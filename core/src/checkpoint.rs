@@ -352,11 +352,16 @@ pub fn load(path: &Path) -> Result<Checkpoint> {
         }
         parse_tensors(&file, &bytes)
     };
+    let model = read(MODEL_FILE)?;
+    // The weights know their step, and their hash is known.
+    if model.metadata.get("step").is_some_and(|step| *step != state.step.to_string()) {
+        return Err(Error::content(path.join("state.json"), "it names another step than the weights", AGAIN));
+    }
     Ok(Checkpoint {
         path: path.into(),
         step: state.step,
         skipped: state.skipped,
-        model: read(MODEL_FILE)?,
+        model,
         optimizer: read("optimizer.safetensors")?,
     })
 }

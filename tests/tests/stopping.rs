@@ -147,17 +147,20 @@ name = "lr=0.002"
 set = { "optimizer.lr" = 2e-3 }
 "#;
 
+fn ablate(out: &str) -> [&str; 4] {
+    ["ablate", "suite.toml", "--out", out]
+}
+
 #[test]
 fn a_suite_killed_at_any_moment_goes_on_to_the_same_report() {
     let folder = Folder::with_micro();
     folder.write("suite.toml", SUITE);
-    let args = |out| ["ablate", "suite.toml", "--out", out];
-    let takes = time(&folder, &args("whole"));
+    let takes = time(&folder, &ablate("whole"));
     let (mut kills, mut suites) = (0, 0);
     while kills < moments(6) {
         let out = format!("killed-{suites}");
         loop {
-            let mut child = start(&folder, &args(&out));
+            let mut child = start(&folder, &ablate(&out));
             if kills < moments(6) {
                 std::thread::sleep(takes.mul_f64(1.1 * draw(2, kills)));
                 kills += 1;
@@ -173,9 +176,10 @@ fn a_suite_killed_at_any_moment_goes_on_to_the_same_report() {
             let mut summary = json(&folder, &format!("{out}/summary.json"));
             // Times and the command differ.
             for arm in summary["arms"].as_array_mut().expect("a list") {
-                ["seconds", "steps_per_second"].map(|key| arm[key].take());
+                arm.as_object_mut().expect("a table").retain(|key, _| !key.contains("second"));
             }
-            ["seconds", "provenance"].map(|key| summary[key].take());
+            let kept = |key: &String| !["seconds", "provenance"].contains(&key.as_str());
+            summary.as_object_mut().expect("a table").retain(|key, _| kept(key));
             summary
         };
         assert_eq!(summary("whole"), summary(&out));
@@ -258,6 +262,78 @@ fn a_disk_that_is_full_at_any_moment_loses_nothing_that_was_saved() {
         fs::remove_dir_all(folder.path(&copy)).expect("it is there");
     }
     println!("the disk was full in {full} of {} runs of {:.1} s", moments(4), takes.as_secs_f64());
+}
+
+/// Every file of a folder.
+fn files(folder: &Path) -> Vec<std::path::PathBuf> {
+    let all = walkdir::WalkDir::new(folder).sort_by_file_name().into_iter().map(|e| e.expect("it can be read"));
+    all.filter(|e| e.file_type().is_file()).map(walkdir::DirEntry::into_path).collect()
+}
+
+#[test]
+fn a_run_with_any_byte_of_any_file_damaged_goes_on_or_names_the_file() {
+    let folder = Folder::with_micro();
+    folder.succeed(&run("whole"));
+    let copy = |out: &str| {
+        let copied = Command::new("cp").arg("-r").args([folder.path("whole"), folder.path(out)]).status();
+        assert!(copied.expect("there is cp").success());
+    };
+    let mut refused = 0;
+    for moment in 0..moments(12) {
+        copy("damaged");
+        if draw(20, moment) < 0.7 {
+            fs::remove_file(folder.path("damaged/result.json")).expect("the run finished");
+        }
+        let files = files(&folder.path("damaged"));
+        let file = &files[(draw(21, moment) * files.len() as f64) as usize];
+        let mut bytes = fs::read(file).expect("it can be read");
+        let at = (draw(22, moment) * bytes.len() as f64) as usize;
+        match (draw(23, moment) * 3.0) as usize {
+            0 => bytes.truncate(at),
+            1 => bytes.extend(b"\n{\"foreign\": [1, \xff\n"),
+            _ => bytes.iter_mut().skip(at).take(1).for_each(|byte| *byte ^= 1 << (draw(24, moment) * 8.0) as u32),
+        }
+        fs::write(file, bytes).expect("it can be written");
+        let name = file.file_name().expect("a file").to_string_lossy().into_owned();
+        let ended = folder.run(&run("damaged"));
+        match ended.code {
+            0 => assert!(folder.path("damaged/result.json").exists(), "{name}"),
+            2 => {
+                refused += 1;
+                let told = ended.err.contains(&name) || ended.err.contains("other numbers");
+                assert!(told, "{name}: {}", ended.err);
+            }
+            code => panic!("{name} at byte {at}: {code}: {}", ended.err),
+        }
+        fs::remove_dir_all(folder.path("damaged")).expect("it is there");
+    }
+    println!("{refused} of {} damaged runs were refused by name", moments(12));
+}
+
+#[test]
+fn tensorboard_sees_every_step_once_and_in_order_after_a_kill() {
+    let folder = Folder::with_micro();
+    let args = ["train", "micro.toml", "--set", "steps=60", "--out", "run", "--resume"];
+    let mut child = start(&folder, &args);
+    wait_until(&mut child, || folder.path("run/checkpoints/step-00000012").exists());
+    child.kill().expect("it runs");
+    child.wait().expect("it was started");
+    folder.succeed(&args);
+    let mut steps = Vec::new();
+    for file in files(&folder.path("run/tensorboard")) {
+        let bytes = fs::read(file).expect("it can be read");
+        let mut rest = &bytes[..];
+        while rest.len() >= 12 {
+            let length = u64::from_le_bytes(rest[..8].try_into().expect("eight bytes")) as usize;
+            // The tag of a number, as a string of ten bytes.
+            if rest[12..12 + length].windows(12).any(|w| w == b"\x0a\x0aloss/total") {
+                // Field 2 of the event, after the nine bytes of the time: the step.
+                steps.push(rest[12 + 10]);
+            }
+            rest = &rest[length + 16..];
+        }
+    }
+    assert_eq!(steps, (1..=60).collect::<Vec<u8>>());
 }
 
 /// The signals that ask to stop.

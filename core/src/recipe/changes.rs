@@ -65,8 +65,10 @@ fn compare(key: &str, before: Option<&Json>, after: Option<&Json>, found: &mut V
 impl Resolved {
     /// Whether `key` changes the numbers of a run. Paths of data do not: a run knows its data by their content.
     pub fn matters(&self, key: &str) -> bool {
-        let within = |table: &&str| key == *table || key.strip_prefix(*table).is_some_and(|rest| rest.starts_with('.'));
-        !NO_NUMBERS.iter().any(|table| within(&table)) && !(key.starts_with("data.") && self.is_path(key))
+        let within =
+            |table: &&str| key.strip_prefix(*table).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
+        let place_of_data = || key.starts_with("data.") && self.is_path(key);
+        !(NO_NUMBERS.iter().any(within) || place_of_data())
     }
 
     /// Whether the value of `key` is a path.
