@@ -66,7 +66,7 @@ pub(crate) struct Features {
     pub truth: Vec<Truth>,
 }
 
-/// Reads samples and computes their features. Samples that cannot be read are left out: the loader has named them.
+/// Reads samples and computes their features. Samples that cannot be read are left out, which is said.
 ///
 /// # Errors
 /// If none of them can be read, or the model fails.
@@ -74,19 +74,19 @@ pub(crate) fn features(context: &ProbeContext<'_>, dataset: &dyn Dataset, indice
     let (size, normalization) = (context.image_size, context.normalization);
     let (mut cls, mut patches, mut truth) = (Vec::new(), Vec::new(), Vec::new());
     let mut grid = Grid { height: 0, width: 0 };
-    let mut failure = None;
+    let mut failures = Vec::new();
     for chunk in indices.chunks(BATCH) {
         let read = |&index: &usize| dataset.get(index).map(|sample| prepare(sample, size, normalization));
         let read: Vec<Result<(Vec<f32>, Truth)>> = chunk.par_iter().map(read).collect();
         let mut pixels = Vec::with_capacity(chunk.len() * 3 * size * size);
         let known = truth.len();
-        for sample in read {
+        for (&index, sample) in chunk.iter().zip(read) {
             match sample {
                 Ok((image, known)) => {
                     pixels.extend(image);
                     truth.push(known);
                 }
-                Err(error) => failure = Some(error),
+                Err(error) => failures.push((index, error)),
             }
         }
         let images = truth.len() - known;
@@ -99,10 +99,13 @@ pub(crate) fn features(context: &ProbeContext<'_>, dataset: &dyn Dataset, indice
         grid = features.grid;
     }
     let join = |parts: Vec<Tensor>| Tensor::cat(&parts.iter().collect::<Vec<_>>());
-    match (truth.is_empty(), failure) {
-        (true, Some(error)) => return Err(error),
-        (true, None) => return Err(Error::user("a probe has no sample to measure", "let it have 1 or more samples")),
-        _ => {}
+    if let Some((index, error)) = failures.first().filter(|_| !truth.is_empty()) {
+        let (left, all, name) = (failures.len(), indices.len(), dataset.describe(*index));
+        (context.warn)(format!("{left} of {all} samples were left out, such as {name}: {}", error.problem()));
+    }
+    if truth.is_empty() {
+        let none = Error::user("a probe has no sample to measure", "let it have 1 or more samples");
+        return Err(failures.into_iter().next().map_or(none, |(_, error)| error));
     }
     Ok(Features { cls: join(cls)?, patches: join(patches)?, grid, truth })
 }
@@ -208,8 +211,16 @@ pub(crate) mod testing {
             Ok(ModelFeatures { cls, registers, prenorm: patches.clone(), patches, grid })
         };
         let normalization = ([0.0; 3], [1.0; 3]);
-        let context =
-            ProbeContext { features: &features, train, test, image_size: 32, patch_size: 8, normalization, seed: 1 };
+        let context = ProbeContext {
+            features: &features,
+            train,
+            test,
+            image_size: 32,
+            patch_size: 8,
+            normalization,
+            seed: 1,
+            warn: &|_| (),
+        };
         probe.run(&context).unwrap()
     }
 
@@ -236,6 +247,7 @@ pub(crate) mod testing {
             patch_size: 8,
             normalization,
             seed: 3,
+            warn: &|_| (),
         };
         let [train, test] = draw_two(&context, 30, 10);
         assert_eq!((train.len(), test.len()), (30, 10));

@@ -4,11 +4,29 @@ use std::fs;
 use std::path::Path;
 
 use dinolab_core::contract::Dataset;
-use dinolab_plugins::image_folder::{ImageFolder, ImageFolderConfig};
+use dinolab_plugins::image_folder::{ImageFolder, ImageFolderConfig, BACKGROUND};
 use image::{DynamicImage, ImageFormat, Rgb, RgbImage};
 
 fn open(path: &Path, held_out: f64) -> dinolab_core::Result<ImageFolder> {
-    ImageFolder::open(&ImageFolderConfig { path: path.to_path_buf(), held_out })
+    ImageFolder::open(&ImageFolderConfig { path: path.to_path_buf(), held_out, background: BACKGROUND })
+}
+
+/// A folder with a good JPEG at every path; each is another picture.
+fn folder_of(paths: &[&str]) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for (i, path) in paths.iter().enumerate() {
+        let path = folder.path().join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        let picture = RgbImage::from_fn(32, 16, |x, y| Rgb([8 * x as u8, 16 * y as u8, 20 * i as u8]));
+        fs::write(path, encode(&picture.into(), ImageFormat::Jpeg)).unwrap();
+    }
+    folder
+}
+
+/// What a dataset says of itself: its content and all notes.
+fn said(dataset: &ImageFolder) -> String {
+    let summary = dataset.summary();
+    format!("{}\n{}", summary.content, summary.notes.join("\n"))
 }
 
 /// Left half red, right half blue.
@@ -206,4 +224,183 @@ fn a_folder_that_cannot_be_used_says_what_to_do() {
     let few = fails(folder.path(), 0.1);
     assert!(few.contains("too few") && few.contains("held_out = 0"), "{few}");
     assert!(fails(folder.path(), 1.0).contains("no share"));
+}
+
+#[test]
+fn hidden_folders_and_those_of_systems_are_passed_over_and_said() {
+    let good = ["cat/1.jpg", "cat/2.jpg", "dog/1.jpg", "dog/2.jpg"];
+    let rubbish = [
+        ".Trash/1.jpg",
+        "cat/.thumbnails/1.jpg",
+        "@eaDir/1.jpg",
+        "__MACOSX/cat/1.jpg",
+        "dog/._1.jpg",
+        "dog/.hidden.jpg",
+        "$RECYCLE.BIN/1.jpg",
+        "lost+found/1.jpg",
+    ];
+    let folder = folder_of(&[&good[..], &rubbish].concat());
+    let dataset = open(folder.path(), 0.0).unwrap();
+    assert_eq!((dataset.len(), dataset.classes()), (4, 2));
+    let said = said(&dataset);
+    assert!(said.contains("4 images in 2 classes (cat 2, dog 2)"), "{said}");
+    assert!(said.contains("8 hidden or system entries passed over ($RECYCLE.BIN, .Trash, @eaDir, ...)"), "{said}");
+    // A folder that is named is taken, whatever its name is.
+    assert_eq!(open(&folder.path().join(".Trash"), 0.0).unwrap().len(), 1);
+}
+
+#[test]
+fn files_of_other_types_are_counted_by_type() {
+    let folder = folder_of(&["a.jpg", "b.JFIF", "c.Jpeg", "d.jpe", "e.gif", "f.gif", "g.tif", "h", "i.jpg.txt"]);
+    let dataset = open(folder.path(), 0.25).unwrap();
+    assert_eq!((dataset.len(), dataset.held_out().unwrap().len()), (3, 1));
+    let said = said(&dataset);
+    assert!(said.contains("3 images, 1 more held out for probes"), "{said}");
+    assert!(
+        said.contains("5 files of other types passed over (2 .gif, 1 without an ending, 1 .tif, 1 .txt)"),
+        "{said}"
+    );
+}
+
+#[test]
+#[cfg(unix)]
+fn links_are_followed_once_and_dead_ones_are_broken_files() {
+    use std::os::unix::fs::symlink;
+    let folder = folder_of(&["real/a/1.jpg", "real/b/1.jpg", "elsewhere/2.jpg"]);
+    let root = folder.path().join("real");
+    symlink("a", root.join("a_again")).unwrap();
+    symlink("..", root.join("a/loop")).unwrap();
+    symlink("itself.jpg", root.join("itself.jpg")).unwrap();
+    symlink("nowhere.jpg", root.join("b/dead.jpg")).unwrap();
+    symlink("nowhere", root.join("dead")).unwrap();
+    symlink(folder.path().join("elsewhere"), root.join("c")).unwrap();
+    let dataset = open(&root, 0.0).unwrap();
+    let names: Vec<String> = (0..dataset.len()).map(|i| dataset.describe(i)).collect();
+    let ends = ["a/1.jpg", "b/1.jpg", "b/dead.jpg", "c/2.jpg", "itself.jpg"];
+    assert!(names.len() == 5 && names.iter().zip(ends).all(|(name, end)| name.ends_with(end)), "{names:?}");
+    for (i, good) in [true, true, false, true, false].into_iter().enumerate() {
+        assert_eq!(dataset.get(i).is_ok(), good, "{}", names[i]);
+    }
+    let said = said(&dataset);
+    assert!(said.contains("2 links to folders that are taken already passed over (a/loop, a_again)"), "{said}");
+    assert!(said.contains("1 entries cannot be read (dead: "), "{said}");
+}
+
+#[test]
+#[cfg(unix)]
+fn only_regular_files_are_opened() {
+    let folder = folder_of(&["good.jpg", "folder.jpg/inside.jpg"]);
+    let pipe = folder.path().join("pipe.jpg");
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let _socket = std::os::unix::net::UnixListener::bind(folder.path().join("socket.png")).unwrap();
+    std::os::unix::fs::symlink("/dev/zero", folder.path().join("endless.webp")).unwrap();
+    let dataset = open(folder.path(), 0.0).unwrap();
+    assert_eq!(dataset.len(), 2);
+    let said = said(&dataset);
+    assert!(said.contains("3 pipes, sockets or devices passed over"), "{said}");
+    // To open it would wait for ever.
+    let error = dinolab_plugins::image_folder::read(&pipe, BACKGROUND).unwrap_err().to_string();
+    assert!(error.contains("no regular file"), "{error}");
+}
+
+#[test]
+#[cfg(unix)]
+fn a_folder_that_may_not_be_read_is_said_and_the_others_are_used() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = folder_of(&["good/1.jpg", "secret/1.jpg"]);
+    let secret = folder.path().join("secret");
+    fs::set_permissions(&secret, fs::Permissions::from_mode(0o000)).unwrap();
+    let all = fs::read_dir(&secret).is_ok();
+    let dataset = open(folder.path(), 0.0).unwrap();
+    // The administrator reads everything.
+    assert_eq!(dataset.len(), if all { 2 } else { 1 });
+    assert_eq!(said(&dataset).contains("secret: Permission denied"), !all);
+    fs::set_permissions(&secret, fs::Permissions::from_mode(0o700)).unwrap();
+}
+
+#[test]
+fn train_and_val_are_parts_of_the_data_and_no_classes() {
+    let train = ["train/cat/1.jpg", "train/cat/2.jpg", "train/dog/1.jpg"];
+    let folder = folder_of(&[&train[..], &["Val/cat/3.jpg", "Val/dog/4.jpg", "test/cat/5.jpg"]].concat());
+    let dataset = open(folder.path(), 0.1).unwrap();
+    let held_out = dataset.held_out().unwrap();
+    assert_eq!((dataset.len(), held_out.len(), dataset.classes(), held_out.classes()), (3, 2, 2, 2));
+    assert_eq!(held_out.get(1).unwrap().label, Some(1));
+    let said = said(&dataset);
+    for part in [
+        "3 images in 2 classes (cat 2, dog 1), 2 more held out for probes",
+        "folder train is trained on, folder val is held out",
+        "1 file in other folders beside them are not used",
+    ] {
+        assert!(said.contains(part), "{said}");
+    }
+    // Beside something else they are taken for classes, which is said.
+    let folder = folder_of(&["train/1.jpg", "val/1.jpg", "more/1.jpg"]);
+    let dataset = open(folder.path(), 0.0).unwrap();
+    assert_eq!(dataset.classes(), 3);
+    assert!(said_of(&dataset, "folder train looks like a part of the data and is taken for a class"));
+    // Alone it holds the classes.
+    let dataset = folder_of(&["train/cat/1.jpg", "train/dog/1.jpg", "train/dog/2.jpg"]);
+    assert_eq!(open(dataset.path(), 0.1).unwrap().classes(), 2);
+}
+
+fn said_of(dataset: &ImageFolder, part: &str) -> bool {
+    said(dataset).contains(part)
+}
+
+#[test]
+fn the_file_that_takes_the_labels_away_is_named() {
+    let folder = folder_of(&["cat/1.jpg", "dog/1.jpg", "loose.jpg"]);
+    let dataset = open(folder.path(), 0.0).unwrap();
+    assert_eq!(dataset.classes(), 0);
+    let said = said(&dataset);
+    assert!(said.contains("the 2 folders are no classes, because an image lies beside them (loose.jpg)"), "{said}");
+}
+
+#[test]
+fn exact_copies_are_named() {
+    let folder = folder_of(&["a/1.jpg", "b/1.jpg", "b/2.jpg"]);
+    let dataset = open(folder.path(), 0.0).unwrap();
+    assert!(!said_of(&dataset, "cop"), "no file is another's copy");
+    fs::copy(folder.path().join("a/1.jpg"), folder.path().join("b/copy.jpg")).unwrap();
+    // As long as the original, and another picture.
+    let mut other = fs::read(folder.path().join("a/1.jpg")).unwrap();
+    *other.last_mut().unwrap() ^= 1;
+    fs::write(folder.path().join("b/as_long.jpg"), other).unwrap();
+    let said = said(&open(folder.path(), 0.0).unwrap());
+    assert!(said.contains("an image is an exact copy of another: ") && said.contains("b/copy.jpg of "), "{said}");
+}
+
+#[test]
+fn what_is_transparent_lies_on_the_background() {
+    let folder = tempfile::tempdir().unwrap();
+    // Noise under full transparency, which no viewer shows.
+    let hidden = image::RgbaImage::from_fn(16, 16, |x, y| image::Rgba([x as u8 * 15, y as u8 * 15, 99, 0]));
+    for (name, format) in [("a.png", ImageFormat::Png), ("b.webp", ImageFormat::WebP)] {
+        fs::write(folder.path().join(name), encode(&hidden.clone().into(), format)).unwrap();
+    }
+    for background in [[255, 255, 255], [10, 20, 30]] {
+        let config = ImageFolderConfig { path: folder.path().into(), held_out: 0.0, background };
+        let dataset = ImageFolder::open(&config).unwrap();
+        for i in 0..2 {
+            let sample = dataset.get(i).unwrap();
+            assert!(sample.rgb.chunks(3).all(|pixel| pixel == background), "{}", dataset.describe(i));
+        }
+    }
+}
+
+#[test]
+#[cfg(unix)]
+fn names_of_any_bytes_are_told_apart_and_shown_on_one_line() {
+    use std::os::unix::ffi::OsStrExt;
+    let folder = folder_of(&[]);
+    let jpeg = encode(&picture(), ImageFormat::Jpeg);
+    for name in [&b"latin1_\xe8.jpg"[..], b"latin1_\xe9.jpg", b"two\nlines.jpg", b"esc_\x1b[31mred.jpg"] {
+        fs::write(folder.path().join(std::ffi::OsStr::from_bytes(name)), &jpeg).unwrap();
+    }
+    let dataset = open(folder.path(), 0.0).unwrap();
+    let names: std::collections::BTreeSet<String> = (0..4).map(|i| dataset.describe(i)).collect();
+    assert_eq!(names.len(), 4, "{names:?}");
+    assert!(names.iter().all(|name| !name.chars().any(char::is_control)), "{names:?}");
+    assert!((0..4).all(|i| dataset.get(i).is_ok()));
 }

@@ -170,7 +170,86 @@ fn bad_input_is_named_with_the_remedy() {
         assert_eq!(ended.code, 2, "{args:?}: {}", ended.err);
         assert!(ended.err.contains(said), "{args:?}: {}", ended.err);
     }
-    folder.succeed(&["features", "images/a.png", "--weights", "run", "--out", "twice"]);
-    let again = folder.run(&["features", "images/a.png", "--weights", "run", "--out", "twice"]);
-    assert!(again.code == 2 && again.err.contains("not empty"), "{}", again.err);
+    std::fs::create_dir(folder.path("full")).expect("a folder");
+    folder.write("full/something.txt", "not ours");
+    let full = folder.run(&["features", "images/a.png", "--weights", "run", "--out", "full"]);
+    assert!(full.code == 2 && full.err.contains("not empty"), "{}", full.err);
+}
+
+#[test]
+fn features_go_on_with_what_is_missing() {
+    let folder = lab();
+    let args = ["features", "images", "--weights", "run", "--out", "seen"];
+    folder.succeed(&[&args[..], &["--format", "safetensors,npy"]].concat());
+    let kept = std::fs::metadata(folder.path("seen/a/features.safetensors")).unwrap().modified().unwrap();
+    let page = folder.read("seen/index.html");
+    // As after a kill: one image is not done, one line is half a line, the page is not there.
+    let record = folder.read("seen/done.jsonl");
+    let (first, rest) = record.split_once('\n').expect("a line an image");
+    folder.write("seen/done.jsonl", &format!("{first}\n{}", &rest[..rest.len() / 2 - 9]));
+    std::fs::remove_file(folder.path("seen/index.html")).unwrap();
+    std::fs::remove_dir_all(folder.path("seen/b")).unwrap();
+    let again = folder.succeed(&[&args[..], &["--format", "safetensors,npy"]].concat());
+    assert!(again.out.contains("1 of 4 images are done already") && again.out.contains("2 images in"), "{}", again.out);
+    assert_eq!(kept, std::fs::metadata(folder.path("seen/a/features.safetensors")).unwrap().modified().unwrap());
+    assert_eq!(folder.read("seen/index.html"), page, "the page is that of an uninterrupted command");
+    assert_eq!(folder.read("seen/done.jsonl").lines().filter(|line| line.ends_with('}')).count(), 3);
+    // Other options or weights do not go into the same folder.
+    for other in [&["--size", "64"][..], &["--no-pictures"], &["--background", "0,0,0"]] {
+        let refused = folder.run(&[&args[..], &["--format", "safetensors,npy"], other].concat());
+        assert!(refused.code == 2 && refused.err.contains("made otherwise"), "{other:?}: {}", refused.err);
+    }
+    let other = ["features", "images", "--weights", "run/checkpoints/step-00000008", "--out", "seen"];
+    let refused = folder.run(&[&other[..], &["--format", "safetensors,npy"]].concat());
+    assert!(refused.code == 2 && refused.err.contains("weights"), "{}", refused.err);
+}
+
+#[test]
+fn asked_to_stop_it_says_how_to_go_on_and_does() {
+    let folder = lab();
+    for i in 0..300 {
+        picture((200, 200 + i % 7)).save(folder.path(&format!("images/{i:03}.png"))).expect("a picture");
+    }
+    let args = ["features", "images", "--weights", "run", "--out", "seen", "--no-pictures"];
+    let mut child = folder.start(&args);
+    let begin = std::time::Instant::now();
+    while std::fs::read(folder.path("seen/done.jsonl")).map_or(true, |text| text.is_empty()) {
+        assert!(begin.elapsed().as_secs() < 60 && child.try_wait().unwrap().is_none(), "it did not begin");
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+    let kill = std::process::Command::new("kill").args(["-TERM", &child.id().to_string()]).status();
+    assert!(kill.unwrap().success());
+    let ended: program::Ended = child.wait_with_output().unwrap().into();
+    assert_eq!(ended.code, 75, "{}{}", ended.out, ended.err);
+    assert!(ended.out.contains("of 304 images are done; go on with the same command"), "{}", ended.out);
+    let done = folder.read("seen/done.jsonl").lines().count();
+    let ended = folder.succeed(&args);
+    assert!(ended.out.contains(&format!("{done} of 304 images are done already")), "{}", ended.out);
+    assert_eq!(folder.read("seen/done.jsonl").lines().count(), 303, "all but the broken one");
+}
+
+#[test]
+fn names_of_images_never_take_those_of_own_files() {
+    let folder = lab();
+    for name in ["index.html.png", "contact_sheet_1.png.png", "features.json.png", "a/pca.png.png", "a/x.png"] {
+        let path = folder.path("images").join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        picture((40, 40)).save_with_format(path, image::ImageFormat::Png).expect("a picture");
+    }
+    folder.succeed(&["features", "images", "--weights", "run", "--out", "seen"]);
+    for file in
+        ["index.html", "features.json", "contact_sheet_1.png", "index.html_/pca.png", "a/pca.png", "a/pca.png_/cls.png"]
+    {
+        assert!(folder.path("seen").join(file).is_file(), "{file}");
+    }
+}
+
+#[test]
+fn a_size_that_no_memory_holds_is_an_error_and_no_abort() {
+    let folder = lab();
+    for size in ["3000000", "99999999999"] {
+        let ended = folder.run(&["features", "images", "--weights", "run", "--out", size, "--size", size]);
+        assert_eq!(ended.code, 2, "{}", ended.err);
+        assert!(ended.err.contains("more than there is") && ended.err.contains("lower --size"), "{}", ended.err);
+    }
 }

@@ -1,20 +1,26 @@
 //! `dinolab features`: what trained weights see in images.
 
-use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::sync_channel;
 use std::time::Instant;
 
+use dinolab_core::text::printable;
 use dinolab_core::train::Trained;
 use dinolab_core::{Error, Result};
 use dinolab_plugins::image_folder;
 use image::RgbImage;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::features::{fit, see, write_features, write_pictures, Format, Maps, Seen, Sheets, Size, Viewer};
+use crate::cli::RESUMABLE;
+use crate::features::{
+    self, fit, read_back, see, sides, write_features, write_pictures, Format, Input, Maps, Record, Seen, Sheets, Size,
+    Viewer,
+};
 use crate::pictures::align_signs;
-use crate::style;
+use crate::pulse::Pulse;
+use crate::{signals, style};
 
 /// Largest window by default, in sides of the crops that the model was trained on.
 const WINDOW: usize = 4;
@@ -44,6 +50,9 @@ pub struct Args {
     /// A patch whose similarity to all others is drawn; may be given several times. By default the middle one.
     #[arg(long = "patch", value_name = "ROW,COL", value_parser = parse_patch)]
     patches: Vec<(usize, usize)>,
+    /// The colour that transparent images lie on: red, green and blue, 0 to 255.
+    #[arg(long, value_name = "R,G,B", value_parser = parse_colour, default_value = "255,255,255")]
+    background: Colour,
     /// How features are written.
     #[arg(long, value_enum, value_delimiter = ',', default_value = "safetensors")]
     format: Vec<Format>,
@@ -55,6 +64,16 @@ pub struct Args {
 fn parse_patch(text: &str) -> Result<(usize, usize), String> {
     let parsed = text.split_once(',').and_then(|(r, c)| Some((r.trim().parse().ok()?, c.trim().parse().ok()?)));
     parsed.ok_or_else(|| "expected ROW,COL, counted in patches from 0, such as 7,12".into())
+}
+
+/// Red, green and blue.
+#[derive(Clone, Copy, Debug)]
+struct Colour([u8; 3]);
+
+fn parse_colour(text: &str) -> Result<Colour, String> {
+    let values: Option<Vec<u8>> = text.split(',').map(|v| v.trim().parse().ok()).collect();
+    let colour = values.and_then(|values| values.try_into().ok()).map(Colour);
+    colour.ok_or_else(|| "expected R,G,B, each from 0 to 255, such as 255,255,255".into())
 }
 
 /// One of the weights that images are seen with.
@@ -69,67 +88,140 @@ struct Model {
 
 /// Runs the command.
 pub fn run(args: &Args) -> Result<ExitCode> {
+    let stop = signals::stop_flag();
     let models = models(args)?;
-    let inputs = inputs(&args.images)?;
-    claim(&args.out)?;
-    let mut sheets = Sheets::new(&args.out);
-    let mut viewer = Viewer::new(&args.out, models.iter().map(|m| m.path.display().to_string()).collect());
+    let (images, notes) = features::images(&args.images)?;
+    notes.iter().for_each(style::warn);
+    let mut record = Record::open(&args.out, &made_with(args, &models)?)?;
+    let inputs = features::name(images, &record);
+    let before = inputs.iter().filter(|input| record.has(&input.path)).count();
+    if before > 0 {
+        style::say(&format!("{before} of {} images are done already; going on with the others", inputs.len()));
+    }
+    let mut pages = (!args.no_pictures).then(|| Pages::new(args, &models));
     let bar = ProgressBar::new(inputs.len() as u64);
     let template = "{bar:28} {pos}/{len} images, {per_sec}, eta {eta} {wide_msg}";
     bar.set_style(ProgressStyle::with_template(template).expect("the template is fixed").progress_chars("=> "));
-    let begin = Instant::now();
+    let (mut pulse, begin) = (Pulse::default(), Instant::now());
     let (mut done, mut patches, mut skipped) = (0usize, 0usize, 0usize);
+    let todo: Vec<bool> = inputs.iter().map(|input| !record.has(&input.path)).collect();
     // The next images are decoded while one is computed.
     let (sender, receiver) = sync_channel(2);
     std::thread::scope(|scope| -> Result<()> {
-        let decoder = scope.spawn(|| {
-            // The receiver is gone when the run has failed.
+        let (inputs, todo) = (&inputs, &todo);
+        let decoder = scope.spawn(move || {
+            let read =
+                |(input, &todo): (&Input, &bool)| todo.then(|| image_folder::read(&input.path, args.background.0));
+            // The receiver is gone when the run has failed, or is asked to stop.
             inputs
                 .iter()
-                .map(|i| sender.send((i, image_folder::read(&i.path))))
+                .zip(todo)
+                .map(read)
+                .map(|image| sender.send(image))
                 .take_while(std::result::Result::is_ok)
                 .count();
-            drop(sender);
         });
-        for (input, image) in receiver {
-            bar.set_message(input.name.clone());
-            let seen = image.and_then(|image| look(&image, input, &models, args));
-            match seen {
-                Ok(seen) => {
+        for (input, image) in inputs.iter().zip(&receiver) {
+            if stop.load(Ordering::Relaxed) {
+                break;
+            }
+            bar.set_message(printable(&input.name));
+            let seen = match image {
+                // What was made before is shown again, if it is still there.
+                None if pages.is_none() => Ok(Vec::new()),
+                None => again(input, &models, args).or_else(|_| {
+                    let image = image_folder::read(&input.path, args.background.0)?;
+                    look(&image, input, &models, args)
+                }),
+                Some(image) => image.and_then(|image| look(&image, input, &models, args)).and_then(|seen| {
+                    record.add(&input.path, &input.name)?;
                     done += 1;
                     patches += seen.iter().map(|(s, _)| s.view.patches()).sum::<usize>();
-                    if !args.no_pictures {
-                        seen.iter().try_for_each(|(seen, maps)| sheets.add(seen, maps))?;
-                        viewer.add(&input.name, &seen);
-                    }
-                }
+                    Ok(seen)
+                }),
+            };
+            match (seen, &mut pages) {
+                (Ok(seen), Some(pages)) => pages.add(input, &seen)?,
+                (Ok(_), None) => {}
                 // A broken image is named and left out; a disk that is full ends the run.
-                Err(error @ (Error::Content { .. } | Error::Io { action: "read", .. })) => {
+                (Err(error @ (Error::Content { .. } | Error::Io { action: "read", .. })), _) => {
                     skipped += 1;
                     bar.suspend(|| style::warn(format!("skipped: {error}")));
                 }
-                Err(error) => return Err(error),
+                (Err(error), _) => return Err(error),
             }
             bar.inc(1);
+            if bar.is_hidden() {
+                if let Some(left) = pulse.due(bar.position(), inputs.len() as u64) {
+                    style::note(&format!("{} of {} images, {left}", bar.position(), inputs.len()));
+                }
+            }
         }
+        drop(receiver);
         decoder.join().map_err(|_| Error::user("the thread that reads images ended early", "please report it"))
     })?;
     bar.finish_and_clear();
-    if done == 0 {
+    if stop.load(Ordering::Relaxed) {
+        let done = before + done;
+        style::say(&format!("stopped: {done} of {} images are done; go on with the same command", inputs.len()));
+        return Ok(ExitCode::from(RESUMABLE));
+    }
+    if before + done == 0 {
         return Err(Error::user("none of the images could be used", "see the warnings above"));
     }
     let seconds = begin.elapsed().as_secs_f64();
     let rates = format!("{:.1} images/s, {:.0} patches/s", done as f64 / seconds, patches as f64 / seconds);
     let broken = if skipped > 0 { format!(", {skipped} skipped") } else { String::new() };
-    style::say(&format!("{done} images in {seconds:.1} s ({rates}){broken}; everything is in {}", args.out.display()));
-    if !args.no_pictures {
-        sheets.finish()?;
-        let (page, left_out) = viewer.finish()?;
-        if left_out > 0 {
-            style::warn(format!("{} shows the first images only; {left_out} are left out", page.display()));
-        }
-    }
+    let out = printable(&args.out);
+    style::say(&format!("{done} images in {seconds:.1} s ({rates}){broken}; everything is in {out}"));
+    pages.map_or(Ok(()), Pages::finish)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// What everything in the output folder is made with.
+fn made_with(args: &Args, models: &[Model]) -> Result<serde_json::Map<String, serde_json::Value>> {
+    let weights = models.iter().map(|model| model.trained.fingerprint()).collect::<Result<Vec<_>>>()?;
+    let made_with = serde_json::json!({
+        "weights": weights,
+        "size": args.size,
+        "window": models.iter().map(|model| model.window).collect::<Vec<_>>(),
+        "patch": args.patches,
+        "format": args.format,
+        "pictures": !args.no_pictures,
+        "background": args.background.0,
+    });
+    match made_with {
+        serde_json::Value::Object(made_with) => Ok(made_with),
+        _ => unreachable!("it is written as an object"),
+    }
+}
+
+/// The sheets and the page, in the making.
+struct Pages {
+    sheets: Sheets,
+    viewer: Viewer,
+}
+
+impl Pages {
+    fn new(args: &Args, models: &[Model]) -> Self {
+        let names = models.iter().map(|model| printable(&model.path)).collect();
+        Self { sheets: Sheets::new(&args.out), viewer: Viewer::new(&args.out, names) }
+    }
+
+    fn add(&mut self, input: &Input, seen: &[(Seen, Maps)]) -> Result<()> {
+        seen.iter().try_for_each(|(seen, maps)| self.sheets.add(seen, maps))?;
+        self.viewer.add(&input.name, seen);
+        Ok(())
+    }
+
+    fn finish(self) -> Result<()> {
+        self.sheets.finish()?;
+        let (page, left_out) = self.viewer.finish()?;
+        if left_out > 0 {
+            style::warn(format!("{} shows the first images only; {left_out} are left out", printable(&page)));
+        }
+        Ok(())
+    }
 }
 
 fn models(args: &Args) -> Result<Vec<Model>> {
@@ -148,42 +240,6 @@ fn models(args: &Args) -> Result<Vec<Model>> {
     paths.iter().zip(folders).map(open).collect()
 }
 
-/// An image to look at.
-struct Input {
-    path: PathBuf,
-    /// Its path below the folder that was named, without an extension: where its files go.
-    name: String,
-}
-
-/// All images that were named, or lie in folders that were; no two have the same name.
-fn inputs(named: &[PathBuf]) -> Result<Vec<Input>> {
-    let mut inputs = Vec::new();
-    let mut names = BTreeSet::new();
-    for root in named {
-        let (base, paths) = match root.is_dir() {
-            true => (root.as_path(), image_folder::list(root)?),
-            false if root.exists() => (root.parent().unwrap_or(Path::new("")), vec![root.clone()]),
-            false => return Err(Error::content(root, "does not exist", "name images or folders of images")),
-        };
-        for path in paths {
-            let stem = path.strip_prefix(base).unwrap_or(&path).with_extension("").display().to_string();
-            let numbered = (1..).map(|n| if n == 1 { stem.clone() } else { format!("{stem}-{n}") });
-            let name = numbered.into_iter().find(|n| names.insert(n.clone())).expect("there are enough numbers");
-            inputs.push(Input { path, name });
-        }
-    }
-    Ok(inputs)
-}
-
-/// Makes the output folder, which must be empty: nothing is overwritten.
-fn claim(out: &Path) -> Result<()> {
-    std::fs::create_dir_all(out).map_err(Error::io("create", out))?;
-    if std::fs::read_dir(out).map_err(Error::io("list", out))?.next().is_some() {
-        return Err(Error::content(out, "this folder is not empty", "name another with --out, or remove it"));
-    }
-    Ok(())
-}
-
 /// One image as every model sees it; features and pictures are written. Signs of components follow the first model's where
 /// grids agree, so that colours can be compared.
 fn look(image: &RgbImage, input: &Input, models: &[Model], args: &Args) -> Result<Vec<(Seen, Maps)>> {
@@ -193,32 +249,73 @@ fn look(image: &RgbImage, input: &Input, models: &[Model], args: &Args) -> Resul
         let patch = model.trained.backbone.patch_size();
         let least = model.trained.backbone.smallest_crop();
         let whole = |image: &RgbImage| image.width().min(image.height()) as usize >= least;
+        affordable(image, size, model, args).map_err(|problem| Error::content(&input.path, problem, "lower --size"))?;
         let fitted = fit(image, size, patch).filter(whole).ok_or_else(|| {
             let (width, height) = image.dimensions();
             let problem = format!("{width}x{height} pixels are too few: the model sees at least {least} a side");
             Error::content(&input.path, problem, "enlarge it with --size")
         })?;
         let seen = see(&model.trained, fitted, model.window)?;
-        let folder = args.out.join(&input.name).join(model.folder);
+        let folder = folder(input, model, args);
         std::fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
         let metadata = [
-            ("image", input.path.display().to_string()),
-            ("weights", model.path.display().to_string()),
+            ("image", printable(&input.path)),
+            ("weights", printable(&model.path)),
             ("patch_size", patch.to_string()),
             ("pixels", format!("{}x{}", seen.view.image.width(), seen.view.image.height())),
         ];
         args.format.iter().try_for_each(|&format| write_features(&folder, &seen, format, &metadata))?;
         let mut maps = Maps::default();
         if !args.no_pictures {
-            maps = seen.maps(&chosen(&seen, &args.patches, &input.path)?)?;
-            if let Some((_, first)) = all.first().filter(|(_, m)| m.scores.len() == maps.scores.len()) {
-                align_signs(&mut maps.scores, &first.scores);
-            }
+            maps = maps_of(&seen, input, all.first(), args)?;
             write_pictures(&folder, &seen, &maps)?;
         }
         all.push((seen, maps));
     }
     Ok(all)
+}
+
+/// What was written of one image before.
+fn again(input: &Input, models: &[Model], args: &Args) -> Result<Vec<(Seen, Maps)>> {
+    let format = *args.format.first().expect("it has a default");
+    let mut all: Vec<(Seen, Maps)> = Vec::new();
+    for model in models {
+        let seen = read_back(&folder(input, model, args), format)?;
+        let maps = maps_of(&seen, input, all.first(), args)?;
+        all.push((seen, maps));
+    }
+    Ok(all)
+}
+
+/// Where the files of an image as a model sees it are.
+fn folder(input: &Input, model: &Model, args: &Args) -> PathBuf {
+    args.out.join(&input.name).join(model.folder)
+}
+
+/// What is drawn of an image; signs of components follow the first model's.
+fn maps_of(seen: &Seen, input: &Input, first: Option<&(Seen, Maps)>, args: &Args) -> Result<Maps> {
+    let mut maps = seen.maps(&chosen(seen, &args.patches, &input.path)?)?;
+    if let Some((_, first)) = first.filter(|(_, m)| m.scores.len() == maps.scores.len()) {
+        align_signs(&mut maps.scores, &first.scores);
+    }
+    Ok(maps)
+}
+
+/// Fails if there is no memory for an image at its size: what takes it later does not ask.
+fn affordable(image: &RgbImage, size: Size, model: &Model, args: &Args) -> Result<(), String> {
+    let patch = model.trained.backbone.patch_size();
+    let Some((width, height)) = sides(image.dimensions(), size, patch) else { return Ok(()) };
+    let (width, height) = (width as f64, height as f64);
+    let pictures = if args.no_pictures { 1.0 } else { 5.0 + args.patches.len().max(1) as f64 };
+    // Every picture in 8-bit RGB; four numbers a pixel between the passes of the resize; the features and their sum.
+    let pixels = 3.0 * pictures * width * height + 16.0 * height * f64::from(image.width());
+    let patches = width * height / (patch * patch) as f64;
+    let bytes = pixels + patches * 20.0 * model.trained.backbone.dim() as f64;
+    let known = bytes < isize::MAX as f64 && width.max(height) < f64::from(u32::MAX);
+    if known && Vec::<u8>::new().try_reserve_exact(bytes as usize).is_ok() {
+        return Ok(());
+    }
+    Err(format!("at {width}x{height} pixels it takes about {}, more than there is", style::bytes(bytes)))
 }
 
 /// The chosen patches by index; the middle one if none was chosen.

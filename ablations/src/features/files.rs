@@ -4,16 +4,17 @@ use std::fs::File;
 use std::io::BufWriter;
 use std::path::Path;
 
-use dinolab_core::checkpoint::write_tensors;
+use dinolab_core::checkpoint::{read_tensors, write_tensors};
 use dinolab_core::{Error, Result, Tensor};
 use image::{ImageFormat, RgbImage};
 use npyz::WriterBuilder;
 
 use super::{Maps, Seen};
-use crate::pictures::{map, scaled, to_colors, viridis};
+use crate::pictures::{map, scaled, to_colors, viridis, PatchView};
 
 /// A file format for features.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Format {
     /// `features.safetensors` with `cls [D]` and `patches [H, W, D]`, f32.
     Safetensors,
@@ -51,6 +52,39 @@ fn write_npy(path: &Path, data: &[f32], shape: &[usize]) -> Result<()> {
         writer.finish()
     };
     write().map_err(Error::io("write", path))
+}
+
+/// What was written of an image as one model sees it, read back: the image from its picture, the features from a file of
+/// any format.
+///
+/// # Errors
+/// If a file is not there, or not whole.
+pub fn read_back(folder: &Path, format: Format) -> Result<Seen> {
+    let path = folder.join("image.png");
+    let broken = |e: &dyn std::fmt::Display| Error::content(&path, e.to_string(), "remove it");
+    let image = image::open(&path).map_err(|e| broken(&e))?.into_rgb8();
+    let wide = |x: &[f32]| x.iter().map(|&x| f64::from(x)).collect::<Vec<f64>>();
+    let (cls, patches, shape) = match format {
+        Format::Safetensors => {
+            let file = read_tensors(&folder.join("features.safetensors"))?;
+            let get = |name: &str| file.get(name).ok_or_else(|| broken(&"features.safetensors is not whole"));
+            let patches = get("patches")?;
+            (wide(get("cls")?.as_slice::<f32>()), wide(patches.as_slice::<f32>()), patches.shape().to_vec())
+        }
+        Format::Npy => {
+            let read = |name: &str| -> Result<(Vec<f32>, Vec<usize>)> {
+                let path = folder.join(name);
+                let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
+                let file = npyz::NpyFile::new(&bytes[..]).map_err(Error::io("read", &path))?;
+                let shape = file.shape().iter().map(|&n| n as usize).collect();
+                Ok((file.into_vec::<f32>().map_err(Error::io("read", &path))?, shape))
+            };
+            let (patches, shape) = read("patches.npy")?;
+            (wide(&read("cls.npy")?.0), wide(&patches), shape)
+        }
+    };
+    let [height, width, _] = shape[..] else { return Err(broken(&"its features are not [rows, columns, D]")) };
+    Ok(Seen { view: PatchView { image, height, width, features: patches, foreground: None }, cls })
 }
 
 /// The pictures of one image by name, each of the image's size.

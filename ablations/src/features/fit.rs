@@ -13,22 +13,32 @@ pub enum Size {
     Long(usize),
 }
 
-/// The image with sides that are whole numbers of patches; `None` if it is smaller than a patch.
-pub fn fit(image: &RgbImage, size: Size, patch: usize) -> Option<RgbImage> {
-    let (width, height) = (image.width() as usize, image.height() as usize);
-    match size {
-        Size::Native => {
-            let (w, h) = (width / patch * patch, height / patch * patch);
-            let (left, top) = ((width - w) / 2, (height - h) / 2);
-            (w > 0 && h > 0).then(|| crop_imm(image, left as u32, top as u32, w as u32, h as u32).to_image())
-        }
+/// The sides that an image of `width` and `height` gets: whole numbers of patches; `None` if it is smaller than a patch.
+pub fn sides((width, height): (u32, u32), size: Size, patch: usize) -> Option<(usize, usize)> {
+    let (width, height) = (width as usize, height as usize);
+    let sides = match size {
+        Size::Native => (width / patch * patch, height / patch * patch),
         Size::Long(long) => {
             let scale = long as f64 / width.max(height) as f64;
-            let side = |n: usize| ((n as f64 * scale / patch as f64).round() as usize).max(1) * patch;
-            let (w, h) = (side(width) as u32, side(height) as u32);
-            Some(if (w, h) == image.dimensions() { image.clone() } else { resize(image, w, h, FilterType::CatmullRom) })
+            let side = |n: usize| ((n as f64 * scale / patch as f64).round() as usize).max(1).saturating_mul(patch);
+            (side(width), side(height))
         }
-    }
+    };
+    (sides.0 > 0 && sides.1 > 0).then_some(sides)
+}
+
+/// The image with sides that are whole numbers of patches; `None` if it is smaller than a patch.
+pub fn fit(image: &RgbImage, size: Size, patch: usize) -> Option<RgbImage> {
+    let (w, h) = sides(image.dimensions(), size, patch)?;
+    let (w, h) = (u32::try_from(w).ok()?, u32::try_from(h).ok()?);
+    Some(match size {
+        Size::Native => {
+            let (left, top) = ((image.width() - w) / 2, (image.height() - h) / 2);
+            crop_imm(image, left, top, w, h).to_image()
+        }
+        Size::Long(_) if (w, h) == image.dimensions() => image.clone(),
+        Size::Long(_) => resize(image, w, h, FilterType::CatmullRom),
+    })
 }
 
 #[cfg(test)]

@@ -5,6 +5,8 @@
 
 mod files;
 mod fit;
+mod inputs;
+mod record;
 mod sheet;
 mod viewer;
 pub mod windows;
@@ -16,8 +18,10 @@ use image::RgbImage;
 
 use crate::pictures::{foreground, principal_scores, PatchView};
 
-pub use files::{write_features, write_pictures, Format};
-pub use fit::{fit, Size};
+pub use files::{read_back, write_features, write_pictures, Format};
+pub use fit::{fit, sides, Size};
+pub use inputs::{images, name, Found, Input};
+pub use record::Record;
 pub use sheet::Sheets;
 pub use viewer::Viewer;
 

@@ -35,6 +35,7 @@ fn score(see: std::ops::Range<usize>) -> f64 {
         patch_size: 1,
         normalization: ([0.5; 3], [0.5; 3]),
         seed: 0,
+        warn: &|_| (),
     };
     MyPlugin::default().run(&context).unwrap()[0].value
 }

@@ -23,6 +23,8 @@ pub struct ProbeContext<'a> {
     pub normalization: ([f32; 3], [f32; 3]),
     /// The run's seed.
     pub seed: u64,
+    /// Tells the user of something that a score does not show, such as a sample that was left out.
+    pub warn: &'a dyn Fn(String),
 }
 
 /// One number of a probe.

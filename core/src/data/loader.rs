@@ -27,8 +27,9 @@ const EVIDENCE: u64 = 1000;
 /// For a GPU the threads only read, draw and upload, while the device works on steps before. The crops are made there
 /// when a step is taken, in place of those of the step taken before: only the newest step's batches are valid.
 ///
-/// An item is an error, and the last, when too many samples cannot be read: more than `max_broken_share` of those tried
-/// so far (of the first thousand, or of the dataset if it is smaller, as long as fewer were tried).
+/// An item is an error, and the last, when too many samples cannot be read: more than one, and more than
+/// `max_broken_share` of the different ones tried so far (of the first thousand, or of the dataset if it is smaller, as
+/// long as fewer were tried).
 #[derive(Debug)]
 pub struct Loader {
     pipeline: Arc<Pipeline>,
@@ -196,15 +197,14 @@ fn threads(configured: usize) -> usize {
 /// Counts samples that could not be read, and judges whether a run may go on.
 struct Tally {
     max_share: f64,
-    evidence: u64,
+    samples: u64,
     tried: u64,
-    failed: u64,
     broken: BTreeMap<usize, BrokenSample>,
 }
 
 impl Tally {
     fn new(max_share: f64, samples: u64) -> Self {
-        Self { max_share, evidence: samples.min(EVIDENCE), tried: 0, failed: 0, broken: BTreeMap::new() }
+        Self { max_share, samples, tried: 0, broken: BTreeMap::new() }
     }
 
     fn judge(&mut self, made: &Made) -> Result<()> {
@@ -213,12 +213,13 @@ impl Tally {
             Made::Staged(staged) => (staged.images(), &staged.broken),
         };
         self.tried += (read + broken.len()) as u64;
-        self.failed += broken.len() as u64;
         self.broken.extend(broken.iter().map(|b| (b.index, b.clone())));
-        if self.failed as f64 <= self.max_share * self.tried.max(self.evidence) as f64 {
+        // In a later epoch the same samples are tried again, and the same are broken.
+        let (failed, tried, share) = (self.broken.len(), self.tried.min(self.samples), self.max_share);
+        let of = self.tried.max(EVIDENCE).min(self.samples);
+        if failed <= 1 || failed as f64 <= share * of as f64 {
             return Ok(());
         }
-        let (failed, tried, share) = (self.failed, self.tried, self.max_share);
         Err(Error::user(
             format!(
                 "{failed} of {tried} samples cannot be read, more than batch.max_broken_share = {share} allows:\n{}",

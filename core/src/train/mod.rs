@@ -13,6 +13,7 @@
 //!   result.json            written last: a run that has it is finished
 //! ```
 
+mod broken;
 mod capture;
 mod crash;
 mod events;
@@ -31,13 +32,14 @@ pub use start::Start;
 pub use trained::Trained;
 
 use std::any::Any;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use self::broken::Broken;
 use crate::contract::Dataset;
 use crate::data::{Loader, LoaderSpec};
 use crate::recipe::{OnNonFinite, Recipe, Resolved};
@@ -173,6 +175,8 @@ pub fn run(resolved: &Resolved, options: &RunOptions, observer: &mut dyn Observe
         loader,
         verdict: verdict::Verdict::default(),
         told_eager: false,
+        told: BTreeSet::new(),
+        broken: Broken::default(),
         window: Window::default(),
         saved: (start > 0).then_some(start),
         at: start,
@@ -253,6 +257,9 @@ struct Run<'a> {
     probes: probes::Probes,
     verdict: verdict::Verdict,
     told_eager: bool,
+    /// Warnings that are said once.
+    told: BTreeSet<String>,
+    broken: Broken,
     window: Window,
     /// Time spent in steps, over all parts of an interrupted run.
     seconds: f64,
@@ -290,6 +297,7 @@ impl Run<'_> {
                 return Ok(Outcome::Interrupted { step: done });
             }
         }
+        self.warn_once(recipe.steps, "data", self.broken.total())?;
         // A run without steps is saved as it starts.
         self.save(recipe.steps)?;
         let mut metrics = self.log.measured(recipe.steps);
@@ -322,7 +330,8 @@ impl Run<'_> {
 
     /// Scores of probes after `done` steps: `probe/<name>/<score>`.
     fn measure(&mut self, done: u64, probes: &[String]) -> Result<BTreeMap<String, f64>> {
-        let scores = self.probes.run(probes, &self.learner, self.recipe)?;
+        let (scores, warnings) = self.probes.run(probes, &self.learner, self.recipe);
+        self.warn_once(done, "probe", warnings)?;
         if !scores.is_empty() {
             self.observer.probed(done, &scores);
         }
@@ -339,10 +348,8 @@ impl Run<'_> {
         };
         self.batch = batches.batches.iter().flat_map(|b| b.indices.iter().copied()).collect();
         let (waited, broken) = (batches.waited, batches.broken);
-        for sample in broken {
-            let text = format!("{} cannot be used and was replaced: {}", sample.name, sample.reason);
-            self.warn(step, "data", &text)?;
-        }
+        let texts = self.broken.count(broken);
+        self.warn_once(step, "data", texts)?;
         if logged && step == 0 {
             let lost = self.log.crops(&batches.batches, self.recipe);
             self.warn_of(step, "log", lost)?;
@@ -418,6 +425,16 @@ impl Run<'_> {
     /// As [`warn`](Self::warn), if there is something to say.
     fn warn_of(&mut self, step: u64, kind: &str, text: Option<String>) -> Result<()> {
         text.map_or(Ok(()), |text| self.warn(step, kind, &text))
+    }
+
+    /// Warns of what was not yet said.
+    fn warn_once(&mut self, step: u64, kind: &str, texts: impl IntoIterator<Item = String>) -> Result<()> {
+        for text in texts {
+            if self.told.insert(text.clone()) {
+                self.warn(step, kind, &text)?;
+            }
+        }
+        Ok(())
     }
 
     /// Writes a checkpoint, unless there is one of this step.

@@ -1,5 +1,6 @@
 //! Running the recipe's probes at their times.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -29,9 +30,16 @@ impl Probes {
         self.probes.iter().filter(|(_, every, _)| due(*every)).map(|(name, ..)| name.clone()).collect()
     }
 
-    /// Scores of these probes: `probe/<name>/<score>`.
-    pub(super) fn run(&self, names: &[String], learner: &Learner, recipe: &Recipe) -> Result<BTreeMap<String, f64>> {
+    /// Scores of these probes, `probe/<name>/<score>`, and what to warn of. A probe that cannot be taken is no reason to
+    /// lose a run.
+    pub(super) fn run(
+        &self,
+        names: &[String],
+        learner: &Learner,
+        recipe: &Recipe,
+    ) -> (BTreeMap<String, f64>, Vec<String>) {
         let mut scores = BTreeMap::new();
+        let warnings = RefCell::new(Vec::new());
         for (name, _, probe) in self.probes.iter().filter(|(name, ..)| names.contains(name)) {
             let context = ProbeContext {
                 features: &|pixels| learner.teacher_features(pixels),
@@ -41,10 +49,13 @@ impl Probes {
                 patch_size: learner.model().backbone.patch_size(),
                 normalization: (recipe.crops.mean, recipe.crops.std),
                 seed: recipe.seed,
+                warn: &|text| warnings.borrow_mut().push(format!("probe `{name}`: {text}")),
             };
-            let found = probe.run(&context)?;
-            scores.extend(found.into_iter().map(|s| (format!("probe/{name}/{}", s.name), s.value)));
+            match probe.run(&context) {
+                Ok(found) => scores.extend(found.into_iter().map(|s| (format!("probe/{name}/{}", s.name), s.value))),
+                Err(error) => warnings.borrow_mut().push(format!("probe `{name}` could not be taken: {error}")),
+            }
         }
-        Ok(scores)
+        (scores, warnings.into_inner())
     }
 }

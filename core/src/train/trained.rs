@@ -67,6 +67,25 @@ impl Trained {
         Ok(Self { backbone, normalization, global_size, layout, flat: flat.to("auto".parse()?) })
     }
 
+    /// A hash of everything that features depend on but the code: weights and normalisation.
+    ///
+    /// # Errors
+    /// If the weights cannot be brought to the host.
+    pub fn fingerprint(&self) -> Result<String> {
+        let mut hash = blake3::Hasher::new();
+        let (mean, std) = self.normalization;
+        for x in mean.iter().chain(&std) {
+            hash.update(&x.to_le_bytes());
+        }
+        hash.update(format!("{:?}", self.backbone).as_bytes());
+        let host = self.flat.to(Device::Cpu);
+        match host.dtype() {
+            DType::F64 => hash.update(bytemuck::cast_slice(host.as_slice::<f64>())),
+            _ => hash.update(bytemuck::cast_slice(host.as_slice::<f32>())),
+        };
+        Ok(hash.finalize().to_hex().to_string())
+    }
+
     /// Features of normalised pixels `[B, 3, h, w]`, in evaluation; everything on the host.
     ///
     /// # Errors

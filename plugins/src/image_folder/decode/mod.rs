@@ -1,0 +1,235 @@
+//! The picture in a file: whole, upright, in 8-bit RGB; or why there is none.
+//!
+//! Training, probes and `dinolab features` see an image through [`read`] alone. It is what Pillow (libjpeg-turbo, libpng,
+//! libwebp) sees, to within the rounding of a decoder, or an error: data that ran out or was damaged is never filled up.
+//! Files are not trusted: sizes are checked before memory is taken, and what is no regular file is never opened.
+
+mod content;
+mod jpeg;
+mod pixels;
+mod png;
+mod webp;
+
+use std::fs::File;
+use std::io::{Cursor, Read};
+use std::panic::AssertUnwindSafe;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use dinolab_core::{Error, Result};
+use image::metadata::Orientation;
+use image::{DynamicImage, ImageFormat, ImageReader, Limits, RgbImage};
+
+/// More pixels than this are refused before they are decoded (Pillow's limit for "decompression bombs").
+const MOST_PIXELS: u64 = 178_956_970;
+/// A larger file is no image of so many pixels.
+const MOST_BYTES: u64 = 1 << 30;
+/// Bytes that tell what a file is.
+const HEAD: usize = 512;
+/// Bytes that a pixel takes at most while it is decoded: four numbers of 16 bits, and what is made of them.
+const BYTES_A_PIXEL: u64 = 16;
+
+/// Why a file gives no picture, and what to do.
+#[derive(Debug, PartialEq, Eq)]
+struct Refusal {
+    problem: String,
+    help: &'static str,
+}
+
+impl Refusal {
+    fn unsupported(problem: impl Into<String>) -> Self {
+        let help = "save it anew as JPEG, PNG or WebP with any image program, such as `magick old.jpg new.png`";
+        Self { problem: problem.into(), help }
+    }
+}
+
+/// A file that is damaged.
+impl<T: Into<String>> From<T> for Refusal {
+    fn from(problem: T) -> Self {
+        Self { problem: problem.into(), help: "mend or remove the file" }
+    }
+}
+
+/// The image in a file, upright and in 8-bit RGB as a run sees it; what is transparent lies on `background`.
+///
+/// # Errors
+/// If the file cannot be read, or holds no whole image.
+pub fn read(path: &Path, background: [u8; 3]) -> Result<RgbImage> {
+    read_again(path, background, &Known::default())
+}
+
+/// The content of a file that was found to be whole, so that it need not be found again in every epoch.
+#[derive(Debug, Default)]
+pub(super) struct Known(AtomicU64);
+
+impl Known {
+    fn hash(bytes: &[u8]) -> u64 {
+        let [first, ..] = *blake3::hash(bytes).as_bytes().as_chunks::<8>().0 else { unreachable!("it has 32 bytes") };
+        u64::from_le_bytes(first)
+    }
+
+    fn holds(&self, hash: u64) -> bool {
+        self.0.load(Ordering::Relaxed) == hash
+    }
+
+    fn set(&self, hash: u64) {
+        self.0.store(hash, Ordering::Relaxed);
+    }
+}
+
+/// As [`read`], of a file that may be `known`.
+pub(super) fn read_again(path: &Path, background: [u8; 3], known: &Known) -> Result<RgbImage> {
+    let refused = |Refusal { problem, help }| Error::content(path, problem, help);
+    let bytes = load(path, refused)?;
+    // Decoders are written for damaged files, but one that panics must not end a run of days.
+    let image = std::panic::catch_unwind(AssertUnwindSafe(|| decode(&bytes, background, known)));
+    image.unwrap_or_else(|_| Err("its decoder panicked".into())).map_err(refused)
+}
+
+/// The bytes of an image file. Its first ones are looked at before the others are read.
+fn load(path: &Path, refused: impl Fn(Refusal) -> Error) -> Result<Vec<u8>> {
+    let found = std::fs::metadata(path).map_err(Error::io("read", path))?;
+    // To open a pipe is to wait for one who writes.
+    if !found.is_file() {
+        return Err(refused("it is no regular file".into()));
+    }
+    let mut file = File::open(path).map_err(Error::io("read", path))?;
+    let mut bytes = Vec::new();
+    (&mut file).take(HEAD as u64).read_to_end(&mut bytes).map_err(Error::io("read", path))?;
+    content::format(&bytes).map_err(&refused)?;
+    if found.len() > MOST_BYTES {
+        return Err(refused(format!("{} bytes are more than the limit of {MOST_BYTES}", found.len()).into()));
+    }
+    bytes.try_reserve_exact((found.len() as usize).saturating_sub(bytes.len())).map_err(|_| refused(no_memory()))?;
+    file.take(MOST_BYTES).read_to_end(&mut bytes).map_err(Error::io("read", path))?;
+    Ok(bytes)
+}
+
+/// The picture in the bytes of a file of any supported format, whatever its name says.
+fn decode(bytes: &[u8], background: [u8; 3], known: &Known) -> Result<RgbImage, Refusal> {
+    let format = content::format(bytes)?;
+    let (image, exif) = match format {
+        ImageFormat::Jpeg => {
+            let hash = Known::hash(bytes);
+            let found = jpeg::decode(bytes, known.holds(hash))?;
+            known.set(hash);
+            found
+        }
+        ImageFormat::Png => (whole(bytes, format)?, png::exif(bytes)?),
+        _ => {
+            let exif = webp::exif(bytes)?;
+            (whole(bytes, format)?, exif)
+        }
+    };
+    let mut image = DynamicImage::from(pixels::to_rgb8(image, background)?);
+    // A damaged note of the orientation is no reason to lose the image.
+    if let Some(orientation) = exif.and_then(|exif| Orientation::from_exif_chunk(exif.as_ref())) {
+        image.apply_orientation(orientation);
+    }
+    Ok(image.into_rgb8())
+}
+
+/// The picture of a PNG or WebP.
+fn whole(bytes: &[u8], format: ImageFormat) -> Result<DynamicImage, Refusal> {
+    let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
+    let mut limits = Limits::default();
+    limits.max_alloc = Some(BYTES_A_PIXEL * MOST_PIXELS);
+    reader.limits(limits);
+    let decoder = reader.into_decoder().map_err(|e| e.to_string())?;
+    let (width, height) = image::ImageDecoder::dimensions(&decoder);
+    affordable(width.into(), height.into())?;
+    Ok(DynamicImage::from_decoder(decoder).map_err(|e| e.to_string())?)
+}
+
+/// Fails if an image has too many pixels, or there is no memory for them. Decoders take theirs without asking.
+fn affordable(width: u64, height: u64) -> Result<(), Refusal> {
+    let pixels = width.saturating_mul(height);
+    if pixels > MOST_PIXELS {
+        let problem = format!("{width}x{height} pixels are more than the limit of {MOST_PIXELS}");
+        let help =
+            "cut it into tiles (`gdal_retile.py -ps 4096 4096`, or `magick scene.png -crop 4096x4096 tile_%d.png`): \
+            a crop is a part of one image, and of a smaller image it shows the same";
+        return Err(Refusal { problem, help });
+    }
+    Vec::<u8>::new().try_reserve_exact((pixels * BYTES_A_PIXEL) as usize).map_err(|_| no_memory())
+}
+
+fn no_memory() -> Refusal {
+    let help = "make it smaller, or give the program more memory: fewer loader threads hold fewer images";
+    Refusal { problem: "there is not enough memory to decode it".into(), help }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dinolab_core::proptest::{self, prelude::*};
+
+    fn encoded(format: ImageFormat, image: &DynamicImage) -> Vec<u8> {
+        let mut bytes = Cursor::new(Vec::new());
+        image.write_to(&mut bytes, format).expect("it is encoded");
+        bytes.into_inner()
+    }
+
+    /// Nine good files.
+    fn wholes() -> &'static [Vec<u8>] {
+        static FILES: std::sync::OnceLock<Vec<Vec<u8>>> = std::sync::OnceLock::new();
+        FILES.get_or_init(encode_all)
+    }
+
+    fn encode_all() -> Vec<Vec<u8>> {
+        let image = RgbImage::from_fn(29, 23, |x, y| image::Rgb([(x * 9) as u8, (y * 11) as u8, (x * y) as u8]));
+        let image = DynamicImage::from(image);
+        let kinds = [image.clone(), image.to_luma8().into(), image.to_rgba8().into(), image.to_rgb16().into()];
+        let mut files: Vec<Vec<u8>> = kinds.iter().map(|kind| encoded(ImageFormat::Png, kind)).collect();
+        files.extend(kinds[..3].iter().map(|kind| encoded(ImageFormat::WebP, kind)));
+        files.extend(kinds[..2].iter().map(|kind| encoded(ImageFormat::Jpeg, kind)));
+        files
+    }
+
+    #[test]
+    fn a_known_file_gives_the_same_picture_and_another_content_is_walked() {
+        let jpeg = &wholes()[7];
+        let known = Known::default();
+        let first = decode(jpeg, [255; 3], &known).unwrap();
+        assert!(known.holds(Known::hash(jpeg)));
+        assert_eq!(decode(jpeg, [255; 3], &known).unwrap(), first);
+        let cut = &jpeg[..jpeg.len() - 40];
+        assert!(decode(cut, [255; 3], &known).is_err(), "it is not the content that is known");
+        assert!(known.holds(Known::hash(jpeg)) && !known.holds(Known::hash(cut)));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+
+        /// A decoder's own panic would be caught by [`read`]; here it fails the test.
+        #[test]
+        fn no_bytes_end_or_hang_the_program(
+            which in 0..9usize,
+            flips in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..6),
+            cut in any::<prop::sample::Index>(),
+            keep in any::<bool>(),
+        ) {
+            let mut bytes = wholes()[which].clone();
+            let whole = bytes.clone();
+            for (at, value) in flips {
+                let at = at.index(bytes.len());
+                bytes[at] = value;
+            }
+            if !keep {
+                bytes.truncate(cut.index(bytes.len()));
+            }
+            match decode(&bytes, [255; 3], &Known::default()) {
+                Ok(image) => prop_assert!(image.width() > 0 && image.height() > 0),
+                Err(refusal) => prop_assert!(bytes != whole && !refusal.problem.is_empty()),
+            }
+        }
+
+        #[test]
+        fn noise_behind_any_beginning_is_refused(start in 0..9usize, length in 0..40usize, noise: Vec<u8>) {
+            let mut bytes = wholes()[start].clone();
+            bytes.truncate(length);
+            bytes.extend(noise);
+            prop_assert!(decode(&bytes, [255; 3], &Known::default()).is_err());
+        }
+    }
+}

@@ -1,0 +1,94 @@
+//! From what a file holds to 8-bit RGB.
+
+use image::{DynamicImage, ImageBuffer, RgbImage};
+
+use super::Refusal;
+
+/// Values of 16 bits that all lie below this hold 12 bits or fewer, and would be black in 8.
+const SCAN: u16 = 1 << 12;
+
+/// The image in 8-bit RGB: grey tripled, 16 bits rounded to 8, what is transparent on `background`.
+///
+/// # Errors
+/// If it holds 16 bits and uses so few of them that it would be black.
+pub(super) fn to_rgb8(image: DynamicImage, background: [u8; 3]) -> Result<RgbImage, Refusal> {
+    let (width, height) = (image.width(), image.height());
+    let raw = match image {
+        DynamicImage::ImageRgb8(image) => return Ok(image),
+        DynamicImage::ImageLuma8(image) => image.as_raw().iter().flat_map(|&grey| [grey; 3]).collect(),
+        DynamicImage::ImageLumaA8(image) => over(image.as_raw(), |&[l, a]: &[u8; 2]| ([l; 3], a), background),
+        DynamicImage::ImageRgba8(image) => over(image.as_raw(), |&[r, g, b, a]: &[u8; 4]| ([r, g, b], a), background),
+        wide => {
+            bright_enough(&wide)?;
+            let alpha = wide.color().has_alpha();
+            let narrow = if alpha { DynamicImage::from(wide.into_rgba8()) } else { wide.into_rgb8().into() };
+            return to_rgb8(narrow, background);
+        }
+    };
+    Ok(ImageBuffer::from_raw(width, height, raw).expect("every pixel became three bytes"))
+}
+
+/// Pixels of colours and opacity over a background.
+fn over<const N: usize>(raw: &[u8], split: fn(&[u8; N]) -> ([u8; 3], u8), background: [u8; 3]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(raw.len() / N * 3);
+    for pixel in raw.as_chunks::<N>().0 {
+        let (colours, alpha) = split(pixel);
+        let alpha = u32::from(alpha);
+        let mixed = |i: usize| (u32::from(colours[i]) * alpha + u32::from(background[i]) * (255 - alpha) + 127) / 255;
+        out.extend((0..3).map(|i| mixed(i) as u8));
+    }
+    out
+}
+
+/// Fails if an image of 16 bits holds fewer, as scanners and cameras write them.
+fn bright_enough(image: &DynamicImage) -> Result<(), Refusal> {
+    let channels = usize::from(image.color().channel_count());
+    let colours = channels - usize::from(image.color().has_alpha());
+    let Some(values) = (match image {
+        DynamicImage::ImageLuma16(image) => Some(image.as_raw()),
+        DynamicImage::ImageLumaA16(image) => Some(image.as_raw()),
+        DynamicImage::ImageRgb16(image) => Some(image.as_raw()),
+        DynamicImage::ImageRgba16(image) => Some(image.as_raw()),
+        _ => None,
+    }) else {
+        return Ok(());
+    };
+    let values = || values.chunks_exact(channels).flat_map(|pixel| &pixel[..colours]);
+    let most = values().copied().max().unwrap_or(0);
+    // A picture of 8 bits that was stretched to 16 is as dark as it was.
+    let stretched = || values().all(|v| v % 257 == 0);
+    if most == 0 || most >= SCAN || stretched() {
+        return Ok(());
+    }
+    let problem =
+        format!("its values of 16 bits go up to {most} only, of 65535: it holds fewer bits, and would be black");
+    let help =
+        "stretch such files to 16 bits before, all by the same factor: `magick old.png -evaluate multiply 16 new.png` \
+        for 12 bits";
+    Err(Refusal { problem, help })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use image::{Luma, LumaA, Rgba};
+
+    #[test]
+    fn what_is_transparent_shows_the_background_and_nothing_of_its_own() {
+        let hidden = ImageBuffer::from_pixel(2, 1, Rgba([200u8, 10, 99, 0]));
+        let half = ImageBuffer::from_pixel(2, 1, LumaA([100u8, 128]));
+        let white = to_rgb8(hidden.clone().into(), [255; 3]).unwrap();
+        assert_eq!(white.as_raw(), &[255; 6]);
+        assert_eq!(to_rgb8(hidden.into(), [1, 2, 3]).unwrap().as_raw(), &[1, 2, 3, 1, 2, 3]);
+        assert_eq!(to_rgb8(half.into(), [255; 3]).unwrap().as_raw(), &[177; 6]);
+    }
+
+    #[test]
+    fn a_scan_of_12_bits_is_refused_and_a_dark_picture_is_not() {
+        let grey = |value: fn(u32) -> u16| DynamicImage::from(ImageBuffer::from_fn(64, 1, |x, _| Luma([value(x)])));
+        assert!(to_rgb8(grey(|x| (x * 60) as u16), [255; 3]).unwrap_err().problem.contains("go up to 3780"));
+        for fine in [grey(|_| 0), grey(|x| (x / 8 * 257) as u16), grey(|x| (x * 1000) as u16)] {
+            assert!(to_rgb8(fine, [255; 3]).is_ok());
+        }
+    }
+}

@@ -1,0 +1,27 @@
+//! What the decoder of PNG leaves open: chunks that it passes over when they are damaged, and the end of the file.
+
+use super::Refusal;
+
+/// The EXIF data of a PNG, wherever in the file it is.
+///
+/// # Errors
+/// If the file ends before its end, or a chunk is damaged that changes the picture.
+pub(super) fn exif(bytes: &[u8]) -> Result<Option<Vec<u8>>, Refusal> {
+    let (mut at, mut exif) = (8, None);
+    loop {
+        let head = bytes.get(at..at + 8).ok_or("the file is cut short")?;
+        let length = u32::from_be_bytes(head[..4].try_into().expect("it is four bytes")) as usize;
+        let chunk = bytes.get(at + 4..at + 12 + length).ok_or("the file is cut short")?;
+        let (content, sum) = chunk.split_at(4 + length);
+        match &head[4..] {
+            b"IEND" => return Ok(exif),
+            // Without its transparency a picture is another one, and so is one that is not turned.
+            b"tRNS" | b"eXIf" if crc32fast::hash(content).to_be_bytes() != sum => {
+                return Err("the check sum of its transparency or orientation is wrong: the file is damaged".into());
+            }
+            b"eXIf" => exif = Some(content[4..].to_vec()),
+            _ => {}
+        }
+        at += 12 + length;
+    }
+}

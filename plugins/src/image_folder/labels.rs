@@ -1,0 +1,103 @@
+//! What sub-folders say: the class of every image, and which images are there to be tested on.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use dinolab_core::text::printable;
+
+use super::listing::{files, some};
+
+/// Names of folders with images to train on, and with others to test on, the best first.
+const TRAIN: [&str; 2] = ["train", "training"];
+const TEST: [&str; 5] = ["val", "valid", "validation", "test", "testing"];
+
+/// The images of a folder, divided and labelled.
+#[derive(Debug, Default)]
+pub(super) struct Labelled {
+    /// Class of each image; empty if there are no classes.
+    pub labels: Vec<u32>,
+    /// The classes, in alphabetical order.
+    pub classes: Vec<OsString>,
+    /// Images to train on and to test on, where folders divide them.
+    pub split: Option<[Vec<usize>; 2]>,
+    /// What a user may not expect, a sentence each.
+    pub notes: Vec<String>,
+}
+
+/// What the folders below `root` say of images: if every image lies in one of at least two sub-folders, these are the
+/// classes; but `train` and `val` are parts of the data, whose sub-folders are the classes.
+pub(super) fn label(root: &Path, paths: &[PathBuf]) -> Labelled {
+    let folders: Vec<Vec<OsString>> = paths.iter().map(|path| folders(root, path)).collect();
+    let mut found = Labelled::default();
+    let tops: BTreeSet<Option<String>> = folders.iter().map(|f| f.first().map(lower)).collect();
+    let known = |top: &Option<String>| top.as_deref().is_some_and(|t| TRAIN.contains(&t) || TEST.contains(&t));
+    let has = |names: &[&'static str]| names.iter().copied().find(|n| tops.contains(&Some(n.to_string())));
+    let mut depth = 0;
+    match (has(&TRAIN), has(&TEST)) {
+        (Some(train), Some(test)) if tops.iter().all(known) => {
+            depth = 1;
+            let part = |name: &str| -> Vec<usize> {
+                let inside = |i: &usize| folders[*i].first().map(lower).as_deref() == Some(name);
+                (0..paths.len()).filter(inside).collect()
+            };
+            let parts = [part(train), part(test)];
+            let left = paths.len() - parts[0].len() - parts[1].len();
+            found.notes.push(format!("folder {train} is trained on, folder {test} is held out for probes"));
+            if left > 0 {
+                found.notes.push(format!("{} in other folders beside them are not used", files(left)));
+            }
+            found.split = Some(parts);
+        }
+        // Nothing else is there: what is in it are the classes.
+        (Some(train), None) if tops.len() == 1 => {
+            depth = 1;
+            found.notes.push(format!("all images are in the folder {train}"));
+        }
+        (Some(name), _) | (_, Some(name)) => found.notes.push(format!(
+            "folder {name} looks like a part of the data and is taken for a class: name the folder itself in data.path, or \
+            have train and val and nothing beside them"
+        )),
+        _ => {}
+    }
+    let mut count: BTreeMap<&OsString, usize> = BTreeMap::new();
+    let mut loose = Vec::new();
+    for (path, folders) in paths.iter().zip(&folders) {
+        match folders.get(depth) {
+            Some(class) => *count.entry(class).or_default() += 1,
+            None => loose.push(path),
+        }
+    }
+    if count.len() < 2 {
+        return found;
+    }
+    if !loose.is_empty() {
+        let inside = loose.iter().map(|path| printable(path.strip_prefix(root).unwrap_or(path)));
+        let (n, loose) = (loose.len(), some(inside));
+        found.notes.push(format!(
+            "the {} folders are no classes, because {} beside them ({loose}): move or remove what is loose to have them",
+            count.len(),
+            if n == 1 { "an image lies".into() } else { format!("{n} images lie") },
+        ));
+        return found;
+    }
+    let alike: BTreeSet<String> = count.keys().map(|name| lower(name)).collect();
+    if alike.len() < count.len() {
+        found.notes.push("some classes differ in upper and lower case only".into());
+    }
+    found.classes = count.into_keys().cloned().collect();
+    let class = |folders: &Vec<OsString>| found.classes.binary_search(&folders[depth]).expect("all classes are listed");
+    found.labels = folders.iter().map(|folders| class(folders) as u32).collect();
+    found
+}
+
+fn lower(name: &OsString) -> String {
+    name.to_string_lossy().to_lowercase()
+}
+
+/// The names of the folders between the root and an image.
+fn folders(root: &Path, path: &Path) -> Vec<OsString> {
+    let inside = path.strip_prefix(root).unwrap_or(path);
+    let folder = inside.parent().unwrap_or(Path::new(""));
+    folder.components().map(|part| part.as_os_str().to_os_string()).collect()
+}

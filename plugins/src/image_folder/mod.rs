@@ -1,0 +1,208 @@
+//! `image_folder`: photographs in a folder.
+
+mod copies;
+mod decode;
+mod labels;
+mod listing;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use dinolab_core::contract::{Dataset, Sample, Summary};
+use dinolab_core::data::Order;
+use dinolab_core::registry::DataContext;
+use dinolab_core::text::printable;
+use dinolab_core::{plugin, Error, Result};
+
+use decode::{read_again, Known};
+
+pub use decode::read;
+pub use listing::{list, Listing};
+
+/// What transparent images lie on unless a recipe says otherwise: white, as in most viewers.
+pub const BACKGROUND: [u8; 3] = [255; 3];
+/// Classes that the summary names.
+const NAMED: usize = 10;
+
+/// Images in a folder and its sub-folders: JPEG, PNG and WebP.
+///
+/// If every image lies in one of at least two sub-folders, the sub-folders' names are the classes, in alphabetical
+/// order. If the sub-folders are `train` and `val` (or `test`), the first is trained on, the second held out, and the
+/// folders in them are the classes. Hidden folders and files, those of systems (`__MACOSX`, `@eaDir`) and other types of
+/// files are passed over and counted; links are followed, and a folder is taken once.
+///
+/// Colours become 8-bit RGB: grey is tripled, CMYK converted, 16 bits rounded to 8, what is transparent laid on
+/// `background`. Colour profiles (ICC) and gamma are not applied. Of an animation the first picture is taken. The
+/// orientation that a camera noted (EXIF) is applied. A file that ends early or is damaged is never used: it is named, counted
+/// and replaced by another (`batch.max_broken_share`).
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ImageFolderConfig {
+    /// The folder.
+    #[schemars(extend("format" = "path"))]
+    pub path: PathBuf,
+    /// Share of the images set aside for probes: the same ones for every seed. Where folders `train` and `val` divide the
+    /// images, they do instead.
+    #[serde(default = "default_held_out")]
+    pub held_out: f64,
+    /// The colour that transparent images lie on: red, green and blue, 0 to 255.
+    #[serde(default = "default_background")]
+    pub background: [u8; 3],
+}
+
+fn default_held_out() -> f64 {
+    0.1
+}
+
+fn default_background() -> [u8; 3] {
+    BACKGROUND
+}
+
+plugin!(Dataset, "image_folder", ImageFolderConfig, |config: ImageFolderConfig, _: &mut DataContext| {
+    ImageFolder::open(&config).map(|folder| Box::new(folder) as Box<dyn Dataset>)
+});
+
+/// The images of a folder, or the part of them that is trained on or held out.
+#[derive(Debug)]
+pub struct ImageFolder {
+    files: Arc<Files>,
+    /// This part's files.
+    part: Vec<usize>,
+    held_out: Option<Arc<ImageFolder>>,
+}
+
+/// All images of a folder, sorted by path.
+#[derive(Debug)]
+struct Files {
+    paths: Vec<PathBuf>,
+    /// Length of each in bytes; 0 if it cannot be known.
+    sizes: Vec<u64>,
+    /// What was found whole.
+    known: Vec<Known>,
+    labelled: labels::Labelled,
+    /// What was passed over.
+    notes: Vec<String>,
+    background: [u8; 3],
+    /// BLAKE3 of every path in the folder and the size of its file.
+    fingerprint: String,
+}
+
+impl ImageFolder {
+    /// Lists the folder; no image is read.
+    ///
+    /// # Errors
+    /// If the folder cannot be read, holds no image, or too few to set a share of them aside.
+    pub fn open(config: &ImageFolderConfig) -> Result<Self> {
+        let ImageFolderConfig { path, held_out, background } = config;
+        if !(0.0..1.0).contains(held_out) {
+            let help = "give a share of at least 0 and less than 1, such as 0.1";
+            return Err(Error::user(format!("image_folder: held_out = {held_out} is no share of the images"), help));
+        }
+        let files = Arc::new(Files::list(path, *background)?);
+        let [train, test] = match &files.labelled.split {
+            Some(parts) => parts.clone(),
+            None => files.split(path, *held_out)?,
+        };
+        let part = |part: Vec<usize>| Arc::new(Self { files: files.clone(), part, held_out: None });
+        let held_out = (!test.is_empty()).then(|| part(test));
+        Ok(Self { files, part: train, held_out })
+    }
+
+    fn path(&self, index: usize) -> &Path {
+        &self.files.paths[self.part[index]]
+    }
+}
+
+impl Dataset for ImageFolder {
+    fn len(&self) -> usize {
+        self.part.len()
+    }
+
+    fn get(&self, index: usize) -> Result<Sample> {
+        let known = &self.files.known[self.part[index]];
+        let image = read_again(self.path(index), self.files.background, known)?;
+        let (width, height) = (image.width() as usize, image.height() as usize);
+        let label = self.files.labelled.labels.get(self.part[index]).copied();
+        Ok(Sample { width, height, rgb: image.into_raw(), label, mask: None })
+    }
+
+    fn classes(&self) -> usize {
+        self.files.labelled.classes.len()
+    }
+
+    fn describe(&self, index: usize) -> String {
+        printable(self.path(index))
+    }
+
+    fn summary(&self) -> Summary {
+        let Files { paths, sizes, labelled, notes, .. } = self.files.as_ref();
+        let mut content = format!("{} images", self.len());
+        if !labelled.classes.is_empty() {
+            let mut count = vec![0usize; labelled.classes.len()];
+            self.part.iter().for_each(|&i| count[labelled.labels[i] as usize] += 1);
+            let class = |(name, n)| format!("{} {n}", printable(name));
+            let mut named: Vec<String> = labelled.classes.iter().zip(count).take(NAMED).map(class).collect();
+            if labelled.classes.len() > NAMED {
+                named.push("...".into());
+            }
+            content += &format!(" in {} classes ({})", labelled.classes.len(), named.join(", "));
+        }
+        if let Some(held_out) = &self.held_out {
+            content += &format!(", {} more held out for probes", held_out.len());
+        }
+        let mut all = labelled.notes.clone();
+        all.extend(notes.iter().cloned());
+        all.extend(copies::note(paths, sizes));
+        Summary { content, notes: all }
+    }
+
+    fn fingerprint(&self) -> Option<String> {
+        Some(self.files.fingerprint.clone())
+    }
+
+    fn held_out(&self) -> Option<Arc<dyn Dataset>> {
+        self.held_out.clone().map(|part| part as Arc<dyn Dataset>)
+    }
+}
+
+impl Files {
+    fn list(root: &Path, background: [u8; 3]) -> Result<Self> {
+        if !root.is_dir() {
+            let problem = if root.exists() { "this is not a folder" } else { "there is no such folder" };
+            let help = "set data.path to a folder of images; a relative path starts where the program is run";
+            return Err(Error::content(root, problem, help));
+        }
+        let Listing { paths, notes } = list(root)?;
+        let mut hash = blake3::Hasher::new();
+        let mut sizes = Vec::with_capacity(paths.len());
+        for path in &paths {
+            // One that cannot be read is named when it is.
+            let size = std::fs::metadata(path).map_or(0, |found| found.len());
+            let inside = path.strip_prefix(root).expect("what is found in a folder begins with it");
+            hash.update(inside.as_os_str().as_encoded_bytes()).update(&[0]).update(&size.to_le_bytes());
+            sizes.push(size);
+        }
+        let labelled = labels::label(root, &paths);
+        let fingerprint = hash.finalize().to_hex().to_string();
+        let known = paths.iter().map(|_| Known::default()).collect();
+        Ok(Self { paths, sizes, known, labelled, notes, background, fingerprint })
+    }
+
+    /// Images to train on, and a share of them to test on.
+    fn split(&self, root: &Path, share: f64) -> Result<[Vec<usize>; 2]> {
+        let count = self.paths.len();
+        let aside = (count as f64 * share).round() as usize;
+        let aside = if share > 0.0 { aside.max(1) } else { 0 };
+        if aside >= count {
+            let problem = format!("{count} image(s) are too few to set {aside} aside for probes");
+            return Err(Error::content(root, problem, "add images, or set held_out = 0"));
+        }
+        // A random but fixed split: not of the run's seed, so that runs with several seeds share it.
+        let order = Order::new(0, count);
+        let mut test: Vec<usize> = (0..count as u64).map(|i| order.sample(i)).collect();
+        let mut train = test.split_off(aside);
+        train.sort_unstable();
+        test.sort_unstable();
+        Ok([train, test])
+    }
+}
