@@ -74,7 +74,9 @@ fn judge(case: &Case, path: &Path, expected: &[u8], tally: &mut Tally) -> Option
         Ok(image) => {
             tally.same += 1;
             let distance = distance(&image, expected);
-            (distance > SAME).then(|| format!("{}: another picture, {distance:.1} levels off", case.name))
+            // A strip has little but borders, where the decoder extends colours otherwise.
+            let most = if size.0.min(size.1) < 8 { 2.0 * SAME } else { SAME };
+            (distance > most).then(|| format!("{}: another picture, {distance:.1} levels off", case.name))
         }
     }
 }

@@ -10,10 +10,12 @@
 //! ITU-T T.81; B.2 has the order of markers, G.1.1.1 what progressive scans may hold.
 
 mod entropy;
+mod table;
 
 use super::Refusal;
-use entropy::{Geometry, Scan, Table, Unit};
+use entropy::{Geometry, Scan, Unit};
 use image::{DynamicImage, RgbImage};
+use table::Table;
 use zune_core::bytestream::ZCursor;
 use zune_core::colorspace::ColorSpace;
 use zune_core::options::DecoderOptions;
