@@ -29,6 +29,7 @@ pub struct ImageFolderConfig {
     pub path: PathBuf,
     /// Share of the images set aside for probes: the same ones for every seed.
     #[serde(default = "default_held_out")]
+    #[schemars(extend("minimum" = 0, "exclusiveMaximum" = 1))]
     pub held_out: f64,
 }
 
@@ -67,10 +68,6 @@ impl ImageFolder {
     /// If the folder cannot be read, holds no image, or too few to set a share of them aside.
     pub fn open(config: &ImageFolderConfig) -> Result<Self> {
         let ImageFolderConfig { path, held_out } = config;
-        if !(0.0..1.0).contains(held_out) {
-            let help = "give a share of at least 0 and less than 1, such as 0.1";
-            return Err(Error::user(format!("image_folder: held_out = {held_out} is no share of the images"), help));
-        }
         let files = Arc::new(Files::list(path)?);
         let count = files.paths.len();
         let aside = (count as f64 * held_out).round() as usize;

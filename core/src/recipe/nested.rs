@@ -116,6 +116,17 @@ impl Nested {
         nested
     }
 
+    /// Puts the range of a number into "expected a whole number, found ..": `kind` is what the schema says of the key.
+    pub(super) fn say_range(&mut self, kind: &str) {
+        let is_number = kind.starts_with("number") || kind.starts_with("whole number");
+        match self.message.strip_prefix("expected a ").and_then(|rest| rest.split_once(", found ")) {
+            Some((expected, found)) if is_number && (expected.contains("number")) => {
+                self.message = format!("expected a {kind}, found {found}");
+            }
+            _ => {}
+        }
+    }
+
     /// As a message that [`of`](Self::of) can take apart again.
     pub fn encode(&self) -> String {
         let json = serde_json::to_string(self).expect("strings serialise");
