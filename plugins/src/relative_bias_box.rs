@@ -152,7 +152,7 @@ mod tests {
         let mut params = ParamBuilder::new();
         let grid = Grid { height: 4, width: 4 };
         encoding.declare(&mut params, PosContext { dim: 8, heads: 2, grid }).unwrap();
-        (encoding, params.finish())
+        (Box::new(encoding), params.finish())
     }
 
     /// The bias of every (head, from, to) by the formula, without sharing of differences.

@@ -27,3 +27,5 @@ pub use problem::{nearest, Origin, Problem, RecipeError, Severity, SourceFile};
 pub use resolved::{toml_value, Resolved};
 pub use schema::*;
 pub use sizes::{fit, Fit};
+
+pub(crate) use ranges::check_tables;

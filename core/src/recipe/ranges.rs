@@ -29,6 +29,13 @@ pub(super) fn check(recipe: &Recipe, value: &Json, raw: &RawRecipe) -> (Vec<Prob
     (walk.problems, walk.unread)
 }
 
+/// What is out of range in some tables of a recipe, such as those that weights bring with them.
+pub(crate) fn check_tables(tables: &Json) -> Option<Problem> {
+    let mut walk = Walk { total: 1, wide: false, problems: Vec::new(), unread: Vec::new() };
+    walk.value(&Place::default(), Guide::default().root(), tables, None);
+    walk.problems.into_iter().next()
+}
+
 /// The range of a number in words: "1 or more", "above 0, at most 1"; `None` if any will do.
 pub(super) fn words(schema: &Json) -> Option<String> {
     let bound = |key: &str| schema.get(key).map(figure);

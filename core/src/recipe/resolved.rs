@@ -230,7 +230,7 @@ fn typed(raw: &RawRecipe) -> Result<Recipe, Vec<Problem>> {
         let mut nested = Nested::of(&error);
         let key = nested.path.join(".");
         if let Some(kind) = guide.key(raw.value(), &key).map(|k| k.kind) {
-            nested.say_range(&kind);
+            nested.say_kind(&kind);
         }
         if nested.fault == Fault::Missing && removed.contains(&key) {
             break;
