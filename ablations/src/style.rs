@@ -112,6 +112,11 @@ pub fn shown(text: &str) -> String {
     text.split('\n').map(printable).collect::<Vec<_>>().join("\n")
 }
 
+/// Writes to stderr what a user may want to know.
+pub fn note(message: impl std::fmt::Display) {
+    let _ = writeln!(std::io::stderr(), "{} {message}", err().dim("note:"));
+}
+
 /// Writes an error to stderr; every problem of a recipe is one.
 pub fn error(error: &dinolab_core::Error) {
     let messages: Vec<String> = match error {

@@ -12,15 +12,20 @@ use crate::{Result, Tensor};
 #[serde(deny_unknown_fields, default)]
 pub struct HeadConfig {
     /// Width of the hidden layers.
+    #[schemars(range(min = 1, max = 10_000_000))]
     pub hidden: usize,
     /// Width of the normalised vector that is compared with the prototypes.
+    #[schemars(range(min = 1, max = 10_000_000))]
     pub bottleneck: usize,
     /// Number of prototypes K.
+    #[schemars(range(min = 2, max = 2_147_483_647))]
     pub prototypes: usize,
     /// Linear layers before the normalisation.
+    #[schemars(range(min = 1, max = 100))]
     pub layers: usize,
     /// Standard deviation of the prototypes at the start. With the reference's 0.02 logits begin near zero and targets
     /// near uniform, and it takes thousands of steps until they are not; short runs begin with more.
+    #[schemars(extend("exclusiveMinimum" = 0, "maximum" = 2))]
     pub prototype_std: f64,
 }
 

@@ -4,6 +4,7 @@
 //! buffer of that layout. Student, EMA teacher, Gram teacher, gradients and optimizer moments are each one buffer, so
 //! the optimizer, EMA, clipping and checkpoints walk flat memory and know no layer.
 
+use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -47,7 +48,7 @@ pub struct ParamSpec {
 impl ParamSpec {
     /// Its elements in the flat buffer.
     pub fn range(&self) -> Range<usize> {
-        self.offset..self.offset + self.shape.iter().product::<usize>()
+        self.offset..self.offset.saturating_add(self.shape.iter().fold(1, |all: usize, n| all.saturating_mul(*n)))
     }
 }
 
@@ -71,7 +72,7 @@ impl Layout {
         &self.specs
     }
 
-    /// Elements of the flat buffer, padding included.
+    /// Elements of the flat buffer, padding included; the greatest number there is if they are more than can be counted.
     pub fn len(&self) -> usize {
         self.len
     }
@@ -83,7 +84,7 @@ impl Layout {
 
     /// Trainable numbers, padding not counted.
     pub fn count(&self) -> usize {
-        self.specs.iter().map(|s| s.range().len()).sum()
+        self.specs.iter().fold(0, |all: usize, s| all.saturating_add(s.range().len()))
     }
 
     /// The parameter of that name.
@@ -158,6 +159,7 @@ impl Init {
 #[derive(Debug, Default)]
 pub struct ParamBuilder {
     layout: Layout,
+    names: HashSet<String>,
     prefix: Vec<String>,
     layer: Option<usize>,
 }
@@ -190,9 +192,10 @@ impl ParamBuilder {
     /// If the name was declared before: names are written by models, not by users.
     pub fn add(&mut self, name: &str, shape: &[usize], init: Init) -> ParamId {
         let name = self.prefix.iter().map(String::as_str).chain([name]).collect::<Vec<_>>().join(".");
-        assert!(self.layout.find(&name).is_none(), "parameter {name} is declared twice");
+        assert!(self.names.insert(name.clone()), "parameter {name} is declared twice");
         let spec = ParamSpec { name, shape: shape.to_vec(), init, layer: self.layer, offset: self.layout.len };
-        self.layout.len += spec.range().len().div_ceil(ALIGN) * ALIGN;
+        let padded = spec.range().len().checked_next_multiple_of(ALIGN).unwrap_or(usize::MAX);
+        self.layout.len = self.layout.len.saturating_add(padded);
         self.layout.specs.push(spec);
         ParamId(self.layout.specs.len() - 1)
     }

@@ -3,7 +3,6 @@
 
 use dinolab_core::contract::Grid;
 use dinolab_core::rng::Rng;
-use dinolab_core::{Error, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -25,7 +24,7 @@ pub enum Normalize {
 #[serde(untagged, expecting = "a number s (log-uniform in [1/s, s]) or a table { uniform = [a, b] }")]
 pub enum Rescale {
     /// Log-uniform in [1/s, s].
-    LogUniform(f64),
+    LogUniform(#[schemars(range(min = 1, max = 1000))] f64),
     /// Uniform in [a, b].
     Uniform(UniformRange),
 }
@@ -35,6 +34,7 @@ pub enum Rescale {
 #[serde(deny_unknown_fields)]
 pub struct UniformRange {
     /// Least and greatest factor.
+    #[schemars(inner(range(min = 0.001, max = 1000)), extend("x-ascending" = true))]
     pub uniform: [f64; 2],
 }
 
@@ -45,24 +45,6 @@ impl Rescale {
             Self::LogUniform(s) => rng.log_uniform(1.0 / s, s),
             Self::Uniform(UniformRange { uniform: [a, b] }) => rng.uniform(a, b),
         }
-    }
-
-    /// Fails unless factors are positive; `plugin` is named in the message.
-    ///
-    /// # Errors
-    /// If the range is empty or reaches 0.
-    pub fn check(self, plugin: &str) -> Result<()> {
-        let (problem, valid) = match self {
-            Self::LogUniform(s) => (format!("`rescale` is {s}"), s >= 1.0 && s.is_finite()),
-            Self::Uniform(UniformRange { uniform: [a, b] }) => {
-                (format!("`rescale` is uniform in [{a}, {b}]"), 0.0 < a && a <= b && b.is_finite())
-            }
-        };
-        if valid {
-            return Ok(());
-        }
-        let help = "give s >= 1 for factors in [1/s, s], or { uniform = [a, b] } with 0 < a <= b";
-        Err(Error::user(format!("position encoding `{plugin}`: {problem}"), help))
     }
 }
 

@@ -17,6 +17,7 @@ use crate::probe_data::{draw_test, features};
 #[serde(deny_unknown_fields, default)]
 pub struct ClsPatchCosine {
     /// Test images to measure.
+    #[schemars(range(max = 1_000_000_000))]
     pub samples: NonZeroUsize,
 }
 

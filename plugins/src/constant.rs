@@ -17,6 +17,10 @@ impl Scheduler for Constant {
     fn value(&self, _: At) -> f64 {
         self.value
     }
+
+    fn pieces(&self, _: u64) -> Option<Vec<u64>> {
+        Some(Vec::new())
+    }
 }
 
 plugin!(Scheduler, "constant", Constant);

@@ -3,7 +3,7 @@
 use std::f64::consts::PI;
 
 use dinolab_core::contract::{At, Scheduler};
-use dinolab_core::{plugin, Error, Result};
+use dinolab_core::plugin;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -32,6 +32,7 @@ pub struct Cosine {
     pub freeze_steps: u64,
     /// Share by which the cosine is lengthened before it is cut.
     #[serde(default)]
+    #[schemars(range(min = 0, max = 100))]
     pub trunc_extra: f64,
     /// Steps of the whole curve; by default those of the run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -50,14 +51,6 @@ impl Cosine {
         let last = half_cosine(n - 1, intervals);
         (half_cosine(i, intervals) - last) / (1.0 - last)
     }
-
-    fn build(self) -> Result<Box<dyn Scheduler>> {
-        if self.trunc_extra >= 0.0 {
-            return Ok(Box::new(self));
-        }
-        let problem = format!("scheduler `cosine`: `trunc_extra` is {}", self.trunc_extra);
-        Err(Error::user(problem, "it lengthens the cosine: give 0 or more"))
-    }
 }
 
 impl Scheduler for Cosine {
@@ -75,9 +68,14 @@ impl Scheduler for Cosine {
         let share = self.share(i, total - self.freeze_steps - self.warmup_steps);
         self.end + (self.peak - self.end) * share
     }
+
+    fn pieces(&self, total: u64) -> Option<Vec<u64>> {
+        let line = self.freeze_steps.saturating_add(self.warmup_steps);
+        Some(vec![self.freeze_steps, line, self.total.unwrap_or(total)])
+    }
 }
 
-plugin!(Scheduler, "cosine", Cosine, |config: Cosine, _: &mut _| config.build());
+plugin!(Scheduler, "cosine", Cosine);
 
 #[cfg(test)]
 mod tests {

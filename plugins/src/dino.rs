@@ -30,16 +30,21 @@ pub struct Dino {
     /// The projection head `dino_head`.
     pub head: HeadConfig,
     /// Temperature tau of the student's softmax.
+    #[schemars(range(min = 0.001, max = 100))]
     pub student_temp: f64,
     /// Temperature of the teacher's targets.
+    #[schemars(extend("minimum" = 0.001, "maximum" = 100))]
     pub teacher_temp: Schedule,
     /// How teacher logits become targets.
     pub centering: Centering,
     /// Sinkhorn-Knopp iterations.
+    #[schemars(range(min = 1, max = 1000), extend("x-with" = { "centering": "sinkhorn_knopp" }))]
     pub sinkhorn_iterations: usize,
     /// Momentum of the centre (softmax centring).
+    #[schemars(range(min = 0, max = 1), extend("x-with" = { "centering": "softmax" }))]
     pub center_momentum: f64,
     /// What the local part is multiplied by, after the scaling by terms. DINOv3's Gram stage goes from 1 to 0.5.
+    #[schemars(extend("minimum" = 0, "maximum" = 1_000_000))]
     pub local_weight: Schedule,
     /// Leave out the pairs of a global crop with itself.
     pub ignore_diagonal: bool,

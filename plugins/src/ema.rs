@@ -1,7 +1,7 @@
 //! Teacher policy `ema`: the exponential moving average of the student.
 
 use dinolab_core::contract::{At, Follow, Role, Schedule, TeacherPolicy};
-use dinolab_core::{plugin, Error, Result};
+use dinolab_core::plugin;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -12,31 +12,14 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Ema {
-    /// Share of the teacher that is kept each step, in [0, 1].
+    /// Share of the teacher that is kept each step.
+    #[schemars(extend("minimum" = 0, "maximum" = 1))]
     pub momentum: Schedule,
 }
 
 impl Default for Ema {
     fn default() -> Self {
         Self { momentum: Schedule::constant(0.994) }
-    }
-}
-
-impl Ema {
-    fn build(self) -> Result<Box<dyn TeacherPolicy>> {
-        self.check("ema")?;
-        Ok(Box::new(self))
-    }
-
-    /// Refuses a momentum that is no share; `plugin` is whose it is.
-    pub(crate) fn check(&self, plugin: &str) -> Result<()> {
-        match self.momentum.as_constant() {
-            Some(m) if !(0.0..=1.0).contains(&m) => Err(Error::user(
-                format!("teacher `{plugin}`: `momentum` is {m}"),
-                "it is the share of the teacher that is kept each step: give a number in [0, 1], such as 0.994",
-            )),
-            _ => Ok(()),
-        }
     }
 }
 
@@ -50,16 +33,4 @@ impl TeacherPolicy for Ema {
     }
 }
 
-plugin!(TeacherPolicy, "ema", Ema, |config: Ema, _: &mut _| config.build());
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_momentum_outside_the_unit_interval_is_refused() {
-        for (momentum, fits) in [(0.0, true), (1.0, true), (-0.1, false), (1.5, false)] {
-            assert_eq!(Ema { momentum: momentum.into() }.build().is_ok(), fits, "{momentum}");
-        }
-    }
-}
+plugin!(TeacherPolicy, "ema", Ema);

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use dinolab_core::contract::{At, Follow, Role, Schedule, TeacherPolicy};
-use dinolab_core::{plugin, Result};
+use dinolab_core::plugin;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -20,20 +20,14 @@ pub struct Frozen {
     /// A run folder (its newest checkpoint), or a checkpoint folder inside one.
     #[schemars(extend("format" = "path"))]
     pub checkpoint: PathBuf,
-    /// Share of the student's average that is kept each step, in [0, 1].
+    /// Share of the student's average that is kept each step.
     #[serde(default = "momentum")]
+    #[schemars(extend("minimum" = 0, "maximum" = 1))]
     pub momentum: Schedule,
 }
 
 fn momentum() -> Schedule {
     Ema::default().momentum
-}
-
-impl Frozen {
-    fn build(self) -> Result<Box<dyn TeacherPolicy>> {
-        Ema { momentum: self.momentum.clone() }.check("frozen")?;
-        Ok(Box::new(self))
-    }
 }
 
 impl TeacherPolicy for Frozen {
@@ -50,4 +44,4 @@ impl TeacherPolicy for Frozen {
     }
 }
 
-plugin!(TeacherPolicy, "frozen", Frozen, |config: Frozen, _: &mut _| config.build());
+plugin!(TeacherPolicy, "frozen", Frozen);

@@ -26,10 +26,14 @@ pub struct GramAnchor {
     pub refresh: Option<Refresh>,
     /// Side in pixels of its own, larger crops; by default it sees the student's global crops.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(max = 16384))]
     pub crop_size: Option<NonZeroUsize>,
     /// Whether the bicubic resize of its larger patch grid is anti-aliased.
     pub antialias: bool,
 }
+
+/// Refreshes that a timeline lists one by one.
+const MOST_EVENTS: u64 = 12;
 
 /// Where a Gram teacher's weights come from.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -76,12 +80,38 @@ impl GramAnchor {
         }
     }
 
+    /// The refreshes of a run, the first of many one by one.
+    fn refreshes(&self, refresh: &Refresh, total: u64) -> Vec<(u64, String)> {
+        let (first, every) = (self.first_refresh(refresh), refresh.every.get());
+        let within = total.saturating_sub(first).div_ceil(every);
+        let count = refresh.at_most.map_or(within, |most| most.get().min(within));
+        let step = |k: u64| first + k * every;
+        let one = |k: u64| (step(k), format!("refresh {} from the EMA teacher", k + 1));
+        let mut events: Vec<_> = (0..count.min(MOST_EVENTS)).map(one).collect();
+        if count > MOST_EVENTS {
+            let (next, last) = (step(MOST_EVENTS), step(count - 1));
+            events.push((
+                next,
+                format!(
+                    "and so on every {every} steps: refreshes {} to {count}, the last before step {last}",
+                    MOST_EVENTS + 1
+                ),
+            ));
+        }
+        events
+    }
+
+    /// The first step that uses refreshed weights.
+    fn first_refresh(&self, refresh: &Refresh) -> u64 {
+        refresh.first.unwrap_or(self.first_step.saturating_add(refresh.every.get()))
+    }
+
     /// Which refresh (from 0) step `step` is the first to use, if any. The reference's rule, `i + 1 >= it_first_update`
     /// and `(i + 1) % update_frequency == 0`, is `first` = the least such multiple and `every = update_frequency`.
     fn refresh_before(&self, step: u64) -> Option<u64> {
         let refresh = self.refresh.as_ref()?;
         let every = refresh.every.get();
-        let since = step.checked_sub(refresh.first.unwrap_or(self.first_step + every))?;
+        let since = step.checked_sub(self.first_refresh(refresh))?;
         let k = since / every;
         (since % every == 0 && refresh.at_most.is_none_or(|most| k < most.get())).then_some(k)
     }
@@ -128,9 +158,7 @@ impl TeacherPolicy for GramAnchor {
             Source::Checkpoint(path) => format!("checkpoint {}", path.display()),
         };
         let begin = (self.first_step < total).then_some((self.first_step, begin));
-        let refreshes = (0..total).filter_map(|step| {
-            self.refresh_before(step).map(|k| (step, format!("refresh {} from the EMA teacher", k + 1)))
-        });
+        let refreshes = self.refresh.as_ref().map_or(Vec::new(), |refresh| self.refreshes(refresh, total));
         begin.into_iter().chain(refreshes).collect()
     }
 }
@@ -167,6 +195,25 @@ mod tests {
         assert_eq!(copies(&policy, 30), (vec![2], vec![5, 9, 13]));
         let marked: Vec<u64> = policy.events(30).into_iter().map(|e| e.0).collect();
         assert_eq!(marked, [2, 6, 10, 14]);
+    }
+
+    #[test]
+    fn a_timeline_of_a_million_refreshes_is_short() {
+        let policy = GramAnchor { refresh: refresh(2, None, None), ..GramAnchor::default() };
+        let events = policy.events(2_000_001);
+        let (step, what) = events.last().expect("it has refreshes");
+        assert_eq!((events.len(), *step), (14, 26));
+        assert_eq!(what, "and so on every 2 steps: refreshes 13 to 1000000, the last before step 2000000");
+    }
+
+    #[test]
+    fn events_are_the_steps_before_which_weights_are_copied() {
+        for (first, every, most, total) in [(None, 4, None, 45), (Some(3), 7, Some(2), 50), (Some(9), 1, Some(3), 10)] {
+            let policy = GramAnchor { first_step: 2, refresh: refresh(every, first, most), ..GramAnchor::default() };
+            let copied: Vec<u64> = (2..total).filter(|&step| policy.refresh_before(step).is_some()).collect();
+            let marked: Vec<u64> = policy.events(total).into_iter().skip(1).map(|e| e.0).collect();
+            assert_eq!(marked, copied);
+        }
     }
 
     #[test]

@@ -22,14 +22,18 @@ pub struct Ibot {
     /// The projection head `ibot_head`.
     pub head: HeadConfig,
     /// Temperature of the student's softmax.
+    #[schemars(range(min = 0.001, max = 100))]
     pub student_temp: f64,
     /// Temperature of the teacher's targets.
+    #[schemars(extend("minimum" = 0.001, "maximum" = 100))]
     pub teacher_temp: Schedule,
     /// How teacher logits become targets.
     pub centering: Centering,
     /// Sinkhorn-Knopp iterations.
+    #[schemars(range(min = 1, max = 1000), extend("x-with" = { "centering": "sinkhorn_knopp" }))]
     pub sinkhorn_iterations: usize,
     /// Momentum of the centre (softmax centring).
+    #[schemars(range(min = 0, max = 1), extend("x-with" = { "centering": "softmax" }))]
     pub center_momentum: f64,
 }
 

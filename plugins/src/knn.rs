@@ -19,12 +19,20 @@ use crate::probe_data::{draw_two, features, Features};
 #[serde(deny_unknown_fields, default)]
 pub struct Knn {
     /// Neighbours that vote.
+    #[schemars(range(max = 1_000_000_000))]
     pub k: NonZeroUsize,
     /// Temperature of the votes' weights.
+    #[schemars(extend(
+        "exclusiveMinimum" = 0,
+        "maximum" = 1000,
+        "x-help" = "votes are weighted by exp(similarity / temperature): give a positive number"
+    ))]
     pub temperature: f64,
     /// Labelled training images to search in.
+    #[schemars(range(max = 1_000_000_000))]
     pub train_samples: NonZeroUsize,
     /// Test images to classify.
+    #[schemars(range(max = 1_000_000_000))]
     pub test_samples: NonZeroUsize,
 }
 
@@ -36,14 +44,6 @@ impl Default for Knn {
 }
 
 impl Knn {
-    fn build(self) -> Result<Box<dyn Probe>> {
-        if self.temperature > 0.0 {
-            return Ok(Box::new(self));
-        }
-        let problem = format!("probe `knn`: `temperature` is {}", self.temperature);
-        Err(Error::user(problem, "votes are weighted by exp(similarity / temperature): give a positive number"))
-    }
-
     /// The label that wins among neighbours `(similarity, label)`; the least of equals.
     fn vote(&self, mut neighbours: Vec<(f32, u32)>) -> Option<u32> {
         // Equal similarities keep the order of the training images, so that the vote is the same everywhere.
@@ -84,7 +84,7 @@ impl Probe for Knn {
     }
 }
 
-plugin!(Probe, "knn", Knn, |config: Knn, _: &mut _| config.build());
+plugin!(Probe, "knn", Knn);
 
 #[cfg(test)]
 mod tests {

@@ -1,11 +1,13 @@
 //! The KoLeo regulariser: class tokens keep their distance from their nearest neighbour.
 
 use dinolab_core::contract::{Loss, LossValue, Needs, Outputs, StepContext};
-use dinolab_core::{plugin, Result, Tensor};
+use dinolab_core::ops::koleo_group;
+use dinolab_core::registry::LossContext;
+use dinolab_core::{plugin, Error, Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-plugin!(Loss, "koleo", KoLeo);
+plugin!(Loss, "koleo", KoLeo, KoLeo::build);
 
 /// Kozachenko-Leonenko entropy: `-mean log |x_i - x_nn(i)|` over L2-normalised class tokens.
 ///
@@ -15,8 +17,10 @@ plugin!(Loss, "koleo", KoLeo);
 #[serde(deny_unknown_fields, default)]
 pub struct KoLeo {
     /// Nearest neighbours to keep away from.
+    #[schemars(range(min = 1, max = 1_000_000))]
     pub topk: usize,
     /// Look for neighbours inside consecutive groups of this many images; 0: in the whole batch.
+    #[schemars(range(max = 1_000_000_000))]
     pub group_size: usize,
 }
 
@@ -26,16 +30,31 @@ impl Default for KoLeo {
     }
 }
 
+impl KoLeo {
+    fn build(self, context: &mut LossContext) -> Result<Box<dyn Loss>> {
+        let fits = koleo_group(context.images, self.topk, self.group());
+        fits.map_err(|problem| {
+            let help =
+                "rows are the images of a micro-batch: change batch.size, batch.micro_batches, topk or group_size";
+            Error::user(format!("loss `koleo`: {problem}"), help)
+        })?;
+        Ok(Box::new(self))
+    }
+
+    fn group(&self) -> Option<usize> {
+        (self.group_size > 0).then_some(self.group_size)
+    }
+}
+
 impl Loss for KoLeo {
     fn needs(&self) -> Needs {
         Needs { min_batch: self.topk + 1, ..Needs::default() }
     }
 
     fn compute(&self, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
-        let group = (self.group_size > 0).then_some(self.group_size);
         let of_crop = |crop: usize| -> Result<Tensor> {
             let own = out.student_cls.narrow(crop * out.images, out.images)?;
-            let rows = context.comm.all_gather(&own)?.koleo(self.topk, group)?;
+            let rows = context.comm.all_gather(&own)?.koleo(self.topk, self.group())?;
             rows.narrow(context.comm.rank() * out.images, out.images)?.mean()
         };
         let mut loss = of_crop(0)?;

@@ -22,12 +22,16 @@ use crate::probe_data::{class_counts, draw_two, features, Features};
 #[serde(deny_unknown_fields, default)]
 pub struct LinearSegmentation {
     /// Training images with masks.
+    #[schemars(range(max = 1_000_000_000))]
     pub train_samples: NonZeroUsize,
     /// Test images with masks.
+    #[schemars(range(max = 1_000_000_000))]
     pub test_samples: NonZeroUsize,
     /// Steps of L-BFGS.
+    #[schemars(range(min = 1, max = 100_000))]
     pub iterations: usize,
     /// Weight of half the squared norm of the head's weights.
+    #[schemars(range(min = 0, max = 1000))]
     pub l2: f64,
 }
 
@@ -39,14 +43,6 @@ impl Default for LinearSegmentation {
 }
 
 impl LinearSegmentation {
-    fn build(self) -> Result<Box<dyn Probe>> {
-        if self.l2 >= 0.0 {
-            return Ok(Box::new(self));
-        }
-        let problem = format!("probe `linear_segmentation`: `l2` is {}", self.l2);
-        Err(Error::user(problem, "it is the weight of a penalty: give 0 or more"))
-    }
-
     /// Weights `[C, D]` and bias `[C]` of the head that is fitted to `x` `[n, D]` and class shares `[n, C]`.
     fn fit(&self, x: &Tensor, shares: &Tensor) -> Result<(Tensor, Tensor)> {
         let (n, d, c) = (x.dim(0), x.dim(1), shares.dim(1));
@@ -195,7 +191,7 @@ fn scores(counts: &[u64], classes: usize) -> Vec<Score> {
     vec![Score { name: "miou", value: miou }, Score { name: "accuracy", value: accuracy }]
 }
 
-plugin!(Probe, "linear_segmentation", LinearSegmentation, |config: LinearSegmentation, _: &mut _| config.build());
+plugin!(Probe, "linear_segmentation", LinearSegmentation);
 
 #[cfg(test)]
 mod tests {

@@ -25,6 +25,10 @@ impl Scheduler for LinearWarmup {
     fn value(&self, at: At) -> f64 {
         line(self.start, self.peak, at.step, self.warmup_steps)
     }
+
+    fn pieces(&self, _: u64) -> Option<Vec<u64>> {
+        Some(vec![self.warmup_steps])
+    }
 }
 
 /// Point `i` of a line from `start` (i = 0) to `end` (i = `steps` and later).

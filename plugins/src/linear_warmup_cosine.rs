@@ -47,6 +47,11 @@ impl Scheduler for LinearWarmupCosine {
             }
         }
     }
+
+    fn pieces(&self, total: u64) -> Option<Vec<u64>> {
+        let points = self.cosine_steps.unwrap_or(total.saturating_sub(self.warmup_steps));
+        Some(vec![self.warmup_steps, self.warmup_steps.saturating_add(points)])
+    }
 }
 
 plugin!(Scheduler, "linear_warmup_cosine", LinearWarmupCosine);

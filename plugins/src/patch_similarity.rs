@@ -18,6 +18,7 @@ use crate::probe_data::{class_counts, draw_test, features, majority};
 #[serde(deny_unknown_fields, default)]
 pub struct PatchSimilarity {
     /// Test images to measure.
+    #[schemars(range(max = 1_000_000_000))]
     pub samples: NonZeroUsize,
 }
 

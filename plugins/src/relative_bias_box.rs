@@ -6,7 +6,7 @@ use dinolab_core::contract::{Grid, PosContext, PosEncoding, PosTables};
 use dinolab_core::ops::Linear;
 use dinolab_core::params::{Init, ParamBuilder, ParamId, Params};
 use dinolab_core::rng::Rng;
-use dinolab_core::{plugin, DType, Device, Error, Result, Tensor};
+use dinolab_core::{plugin, DType, Device, Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -21,6 +21,7 @@ use crate::box_coords::{axes, DrawPer, Normalize, Rescale};
 #[serde(deny_unknown_fields, default)]
 pub struct RelativeBiasBoxConfig {
     /// Width of the network's hidden layer.
+    #[schemars(range(min = 1, max = 1_000_000))]
     pub hidden: usize,
     /// Whether differences are log-spaced, `sign(d) ln(1 + 4 |d|) / ln 9`, so that near patches are told apart better.
     pub log_spaced: bool,
@@ -50,14 +51,8 @@ pub struct RelativeBiasBox {
 }
 
 impl RelativeBiasBox {
-    fn build(config: RelativeBiasBoxConfig) -> Result<Box<dyn PosEncoding>> {
-        if config.hidden == 0 {
-            return Err(Error::user("position encoding `relative_bias_box`: `hidden` is 0", "give 1 or more"));
-        }
-        if let Some(rescale) = config.rescale {
-            rescale.check("relative_bias_box")?;
-        }
-        Ok(Box::new(Self { config, network: None, places: Mutex::default() }))
+    fn new(config: RelativeBiasBoxConfig) -> Self {
+        Self { config, network: None, places: Mutex::default() }
     }
 
     /// All distinct differences of a grid, multiplied by `factor`: `[(2h - 1) (2w - 1), 2]`.
@@ -143,7 +138,9 @@ impl PosEncoding for RelativeBiasBox {
     }
 }
 
-plugin!(PosEncoding, "relative_bias_box", RelativeBiasBoxConfig, |config, _: &mut _| RelativeBiasBox::build(config));
+plugin!(PosEncoding, "relative_bias_box", RelativeBiasBoxConfig, |config, _: &mut _| {
+    Ok(Box::new(RelativeBiasBox::new(config)) as Box<dyn PosEncoding>)
+});
 
 #[cfg(test)]
 mod tests {
@@ -151,11 +148,11 @@ mod tests {
     use dinolab_core::tensor::Tape;
 
     fn declared(config: RelativeBiasBoxConfig) -> (Box<dyn PosEncoding>, std::sync::Arc<dinolab_core::params::Layout>) {
-        let mut encoding = RelativeBiasBox::build(config).unwrap();
+        let mut encoding = RelativeBiasBox::new(config);
         let mut params = ParamBuilder::new();
         let grid = Grid { height: 4, width: 4 };
         encoding.declare(&mut params, PosContext { dim: 8, heads: 2, grid }).unwrap();
-        (encoding, params.finish())
+        (Box::new(encoding), params.finish())
     }
 
     /// The bias of every (head, from, to) by the formula, without sharing of differences.

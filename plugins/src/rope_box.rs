@@ -30,9 +30,11 @@ pub struct RopeBoxConfig {
     pub normalize: Normalize,
     /// In training, added to each axis: uniform in [-shift, shift].
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 1000))]
     pub shift: Option<f64>,
     /// In training, multiplied with each axis: log-uniform in [1/jitter, jitter].
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1000))]
     pub jitter: Option<f64>,
     /// In training, multiplied with both axes: a number s for log-uniform in [1/s, s] (2 is the paper's [0.5, 2]), or
     /// `{ uniform = [a, b] }`.
@@ -64,9 +66,9 @@ impl Default for RopeBoxConfig {
 #[serde(rename_all = "snake_case")]
 pub enum Periods {
     /// `base^(2 j / (D/2))`: from 1 to almost `base`.
-    Base(f64),
+    Base(#[schemars(range(min = 0.000_001, max = 1_000_000_000))] f64),
     /// Geometric from `min` to `max`, both included: `max (max/min)^(j / (D/4 - 1)) / (max/min)`.
-    Range([f64; 2]),
+    Range(#[schemars(inner(range(min = 0.000_001, max = 1_000_000_000)), extend("x-ascending" = true))] [f64; 2]),
 }
 
 /// Arithmetic of the tables.
@@ -107,33 +109,9 @@ pub struct RopeBox {
 }
 
 impl RopeBox {
-    /// From a config whose numbers make sense.
-    ///
-    /// # Errors
-    /// If periods, shift, jitter or rescale are out of range.
-    pub fn new(config: RopeBoxConfig) -> Result<Self> {
-        let fail =
-            |problem: String, help: &str| Err(Error::user(format!("position encoding `rope_box`: {problem}"), help));
-        let periods = match config.periods {
-            Periods::Base(base) => base > 0.0 && base.is_finite(),
-            Periods::Range([min, max]) => 0.0 < min && min <= max && max.is_finite(),
-        };
-        if !periods {
-            return fail(
-                format!("`periods` is {:?}", config.periods),
-                "give a positive base, or a range with 0 < min <= max",
-            );
-        }
-        if let Some(shift) = config.shift.filter(|s| !(*s >= 0.0 && s.is_finite())) {
-            return fail(format!("`shift` is {shift}"), "it is the greatest shift of a coordinate: give 0 or more");
-        }
-        if let Some(jitter) = config.jitter.filter(|j| !(*j >= 1.0 && j.is_finite())) {
-            return fail(format!("`jitter` is {jitter}"), "give j >= 1 for factors in [1/j, j]");
-        }
-        if let Some(rescale) = config.rescale {
-            rescale.check("rope_box")?;
-        }
-        Ok(Self { config, head_dim: 0, evaluation: Mutex::default() })
+    /// From a config whose numbers are in their ranges.
+    pub fn new(config: RopeBoxConfig) -> Self {
+        Self { config, head_dim: 0, evaluation: Mutex::default() }
     }
 
     /// The `head_dim / 4` wavelengths of an axis.
@@ -273,5 +251,5 @@ impl PosEncoding for RopeBox {
 }
 
 plugin!(PosEncoding, "rope_box", RopeBoxConfig, |config: RopeBoxConfig, _: &mut _| {
-    Ok(Box::new(RopeBox::new(config)?) as Box<dyn PosEncoding>)
+    Ok(Box::new(RopeBox::new(config)) as Box<dyn PosEncoding>)
 });

@@ -9,7 +9,7 @@ use dinolab_core::contract::{Dataset, Sample};
 use dinolab_core::ops::parallel::dispatch;
 use dinolab_core::registry::DataContext;
 use dinolab_core::rng::{Rng, Stream};
-use dinolab_core::{plugin, Error, Result};
+use dinolab_core::{plugin, Result};
 
 use shape::{Outline, Shape};
 use texture::{hsv, Pattern, Texture};
@@ -26,14 +26,19 @@ pub struct ScenesConfig {
     /// Side in pixels, or [width, height].
     pub size: Size,
     /// Scenes to train on.
+    #[schemars(range(min = 1, max = 1_000_000_000_000u64))]
     pub count: usize,
     /// Scenes set aside for probes.
+    #[schemars(range(max = 1_000_000_000_000u64))]
     pub held_out: usize,
     /// Objects in a scene: [least, most].
+    #[schemars(inner(range(min = 1, max = 64)), extend("x-ascending" = true))]
     pub objects: [usize; 2],
     /// Classes of objects: disc, square, triangle, star, ring, cross, crescent, arrow; at most 8.
+    #[schemars(range(min = 1, max = 8))]
     pub classes: usize,
     /// How much texture tells: the chance that an object wears the pattern of its class rather than any.
+    #[schemars(range(min = 0, max = 1))]
     pub texture_cue: f64,
 }
 
@@ -42,9 +47,9 @@ pub struct ScenesConfig {
 #[serde(untagged)]
 pub enum Size {
     /// As wide as high.
-    Square(usize),
+    Square(#[schemars(range(min = 8, max = 16384))] usize),
     /// [width, height].
-    Rectangle([usize; 2]),
+    Rectangle(#[schemars(inner(range(min = 8, max = 16384)))] [usize; 2]),
 }
 
 impl Default for ScenesConfig {
@@ -54,7 +59,7 @@ impl Default for ScenesConfig {
 }
 
 plugin!(Dataset, "scenes", ScenesConfig, |config: ScenesConfig, context: &mut DataContext| {
-    Scenes::new(&config, context.seed).map(|scenes| Box::new(scenes) as Box<dyn Dataset>)
+    Ok(Box::new(Scenes::new(&config, context.seed)) as Box<dyn Dataset>)
 });
 
 /// The scenes of one seed that are trained on, or those that are held out.
@@ -73,37 +78,17 @@ pub struct Scenes {
 }
 
 impl Scenes {
-    /// # Errors
-    /// If a size or count makes no sense.
-    pub fn new(config: &ScenesConfig, seed: u64) -> Result<Self> {
+    /// From a config whose numbers are in their ranges.
+    pub fn new(config: &ScenesConfig, seed: u64) -> Self {
         let [width, height] = match config.size {
             Size::Square(side) => [side, side],
             Size::Rectangle(size) => size,
         };
         let ScenesConfig { count, held_out, objects, classes, texture_cue, .. } = *config;
-        let user = |problem: String, help: &str| Err(Error::user(format!("scenes: {problem}"), help));
-        if width.min(height) < 8 || width.max(height) > 16384 {
-            return user(format!("size {width}x{height} is out of range"), "choose sides of 8 to 16384 pixels");
-        }
-        if count == 0 {
-            return user("count = 0 leaves nothing to train on".into(), "set count to a positive number");
-        }
-        if objects[0] == 0 || objects[0] > objects[1] || objects[1] > 64 {
-            return user(
-                format!("objects = {objects:?} is no range"),
-                "give [least, most] with 1 <= least <= most <= 64",
-            );
-        }
-        if !(1..=Shape::ALL.len()).contains(&classes) {
-            return user(format!("classes = {classes} is out of range"), "choose 1 to 8 classes");
-        }
-        if !(0.0..=1.0).contains(&texture_cue) {
-            return user(format!("texture_cue = {texture_cue} is no chance"), "choose a number in [0, 1]");
-        }
         let part =
             |part, len, held_out| Self { seed, width, height, objects, classes, texture_cue, part, len, held_out };
         let held_out = (held_out > 0).then(|| Arc::new(part(1, held_out, None)));
-        Ok(part(0, count, held_out))
+        part(0, count, held_out)
     }
 }
 
@@ -353,13 +338,13 @@ mod tests {
     use super::*;
 
     fn scenes(size: Size) -> Scenes {
-        Scenes::new(&ScenesConfig { size, ..ScenesConfig::default() }, 3).unwrap()
+        Scenes::new(&ScenesConfig { size, ..ScenesConfig::default() }, 3)
     }
 
     #[test]
     fn a_scene_depends_on_seed_index_and_part_alone() {
         let config = ScenesConfig { size: Size::Square(32), ..ScenesConfig::default() };
-        let [a, same, other] = [3, 3, 4].map(|seed| Scenes::new(&config, seed).unwrap());
+        let [a, same, other] = [3, 3, 4].map(|seed| Scenes::new(&config, seed));
         assert_eq!(a.get(7).unwrap(), same.get(7).unwrap());
         assert_ne!(a.get(7).unwrap(), a.get(8).unwrap());
         assert_ne!(a.get(7).unwrap(), other.get(7).unwrap());

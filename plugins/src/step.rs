@@ -15,6 +15,7 @@ pub struct Step {
     pub value: f64,
     /// What it is multiplied by at a milestone.
     #[serde(default = "tenth")]
+    #[schemars(range(min = 0, max = 1000))]
     pub factor: f64,
     /// The first steps with the new value.
     pub milestones: Vec<u64>,
@@ -27,7 +28,11 @@ fn tenth() -> f64 {
 impl Scheduler for Step {
     fn value(&self, at: At) -> f64 {
         let passed = self.milestones.iter().filter(|&&m| m <= at.step).count();
-        self.value * self.factor.powi(passed as i32)
+        self.value * self.factor.powi(i32::try_from(passed).unwrap_or(i32::MAX))
+    }
+
+    fn pieces(&self, _: u64) -> Option<Vec<u64>> {
+        Some(self.milestones.clone())
     }
 }
 

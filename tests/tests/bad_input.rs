@@ -62,8 +62,52 @@ fn sizes_that_do_not_fit_are_refused() {
     bad(&["backbone.heads=3"], &["heads", "3", "32"]);
     bad(&["batch.size=0"], &["batch.size"]);
     bad(&["batch.size=5", "batch.micro_batches=2"], &["batch.micro_batches", "5"]);
-    bad(&["data.size=4"], &["size 4x4"]);
+    bad(&["data.size=4"], &["data.size", "8 to 16384", "4"]);
+    bad(&["data.size=8", "backbone.patch_size=16"], &["images of 8x8 pixels are smaller than a patch of 16"]);
     bad(&["losses.koleo.topk=9"], &["koleo", "10"]);
+}
+
+#[test]
+fn numbers_that_no_step_can_compute_with_are_refused() {
+    bad(&["losses.dino.student_temp=0"], &["losses.dino.student_temp", "0.001 to 100"]);
+    bad(&["losses.ibot.teacher_temp=-0.07"], &["losses.ibot.teacher_temp", "0.001 to 100", "-0.07"]);
+    bad(
+        &["losses.dino.teacher_temp={ plugin = 'linear_warmup', peak = 0.07, warmup_steps = 3 }"],
+        &["is 0.0 at step 0"],
+    );
+    bad(&["teacher.momentum={ plugin = 'cosine', peak = 0.9, end = 1.5 }"], &["teacher.momentum: is", "0 to 1"]);
+    bad(&["losses.dino.center_momentum=1.5"], &["losses.dino.center_momentum", "0 to 1"]);
+    bad(&["losses.dino.sinkhorn_iterations=0"], &["losses.dino.sinkhorn_iterations", "1 to 1000"]);
+    bad(&["losses.dino.head.prototype_std=1e30"], &["losses.dino.head.prototype_std", "above 0, at most 2"]);
+    bad(&["losses.dino.head.layers=9223372036854775807"], &["losses.dino.head.layers", "1 to 100"]);
+    bad(&["losses.koleo.topk=0"], &["losses.koleo.topk", "1 to"]);
+    bad(&["losses.koleo.group_size=1"], &["losses.koleo", "groups of at least 2 rows, and a group has 1"]);
+    bad(&["losses.koleo.group_size=3"], &["losses.koleo", "4 rows cannot be split into groups of 3"]);
+    bad(&["backbone.ffn_ratio=1e30"], &["backbone.ffn_ratio", "above 0, at most 1000"]);
+    bad(&["backbone.norm_eps=1e-50"], &["backbone.norm_eps", "1e-12 to 1"]);
+    bad(&["backbone.layer_scale=-1"], &["backbone.layer_scale", "0 to 1000"]);
+    bad(&["backbone.depth=1000000000"], &["backbone.depth", "1 to 1000"]);
+    bad(&["backbone.dim=1000000000"], &["backbone.dim", "1 to 1000000"]);
+    bad(&["crops.blur=[0, 2, 0]"], &["crops.blur: number 2", "0 to 1"]);
+    bad(&["crops.std=[58.395, 57.12, 57.375]"], &["crops.std: number 1", "divide"]);
+    bad(&["data.texture_cue=7"], &["data.texture_cue", "0 to 1"]);
+    bad(&["data.objects=[1, 3, 7]"], &["data.objects: expected a list of 2 values, found 3"]);
+    bad(&["optimizer.weight_decay=2000"], &["optimizer.weight_decay", "0 to 1000"]);
+}
+
+#[test]
+fn what_no_memory_holds_names_the_key() {
+    bad(&["batch.size=100000000"], &["batch.size: with 100000000 the run needs about", "this machine has"]);
+    let prototypes = ["losses.dino.head.prototypes=2000000000"];
+    bad(&prototypes, &["losses.dino.head.prototypes: with 2000000000 the run needs about"]);
+    bad(
+        &["backbone.dim=960000", "backbone.heads=4"],
+        &["backbone.dim: with 960000 the run needs about", "no machine has"],
+    );
+    // A recipe may be meant for a larger machine.
+    let folder = Folder::with_micro();
+    let ended = folder.succeed(&["recipe", "check", "micro.toml", "--set", prototypes[0]]);
+    assert!(ended.err.contains("warning: micro.toml: losses.dino.head.prototypes: with 2000000000"), "{}", ended.err);
 }
 
 #[test]

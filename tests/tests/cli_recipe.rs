@@ -178,7 +178,7 @@ fn explain_says_value_origin_and_reader() {
     let Ended { code, out, .. } = folder.run(&["recipe", "explain", "losses.toy_loss.weight", &path]);
     assert_eq!(code, 0);
     let rows = ["value", "from", "read by", "type", "default"].map(|name| row(&out, name));
-    assert_eq!(rows, ["2.5", "toy.toml:11", "training step", "number or scheduler", "1.0"]);
+    assert_eq!(rows, ["2.5", "toy.toml:11", "training step", "number or scheduler, -1000000 to 1000000", "1.0"]);
     let Ended { out, .. } = folder.run(&["recipe", "explain", "backbone.patch_size", &path]);
     assert_eq!(["value", "from", "read by"].map(|n| row(&out, n)), ["16", "default", "backbone plugin `toy_matrix`"]);
     assert_eq!(row(&out, "doc"), "Side of a patch in pixels.");
@@ -208,4 +208,51 @@ fn completions_are_printed() {
     let Ended { code, out, .. } = Folder::new().run(&["completions", "bash"]);
     assert_eq!(code, 0);
     assert!(out.contains("dinolab"), "{out}");
+}
+
+#[test]
+fn ranges_are_shown_where_keys_are() {
+    let Ended { out, .. } = Folder::new().run(&["plugins", "loss", "dino"]);
+    for shown in [
+        "number, 0.001 to 100",
+        "number or scheduler, 0.001 to 100",
+        "whole number, 1 to 1000",
+        "number, above 0, at most 2",
+    ] {
+        assert!(out.contains(shown), "{shown}: {out}");
+    }
+    let (folder, path) = with_toy("");
+    let Ended { out, .. } = folder.run(&["recipe", "explain", "optimizer.eps", &path]);
+    assert!(out.contains("number, 1e-20 to 1000"), "{out}");
+    let Ended { out, .. } = Folder::new().run(&["recipe", "schema"]);
+    let schema: serde_json::Value = serde_json::from_str(&out).unwrap();
+    let momentum = schema["properties"]["teacher"]["anyOf"].as_array().unwrap().iter().find(|t| t["title"] == "ema");
+    assert_eq!(momentum.unwrap()["properties"]["momentum"]["maximum"], 1);
+}
+
+#[test]
+fn a_run_of_a_million_million_steps_is_checked_and_drawn_at_once() {
+    let begin = std::time::Instant::now();
+    let (folder, path) = with_toy("[gram_teacher]\nplugin = \"gram_anchor\"\nrefresh = { every = 1 }\n");
+    let lr = "optimizer.lr={ plugin = 'linear_warmup', peak = 1e-3, warmup_steps = 10 }";
+    let sets = ["--set", "steps=1000000000000", "--set", lr];
+    assert_eq!(folder.run(&[&["recipe", "check", &path], &sets[..]].concat()).code, 0);
+    let Ended { code, out, .. } = folder.run(&[&["recipe", "show", &path, "--timeline"], &sets[..]].concat());
+    assert_eq!(code, 0);
+    assert!(out.contains("and so on every 1 steps: refreshes 13 to"), "{out}");
+    assert!(begin.elapsed().as_secs() < 30, "{:?}", begin.elapsed());
+}
+
+#[test]
+fn keys_that_nothing_reads_now_are_told_by_check() {
+    let folder = Folder::with_micro();
+    let ended = folder.succeed(&["recipe", "check", "micro.toml"]);
+    assert!(ended.err.contains("note: ") && ended.err.contains("gram_teacher.crop_size"), "{}", ended.err);
+    let sets = ["losses.koleo.enabled=false", "losses.koleo.topk=3", "losses.dino.center_momentum=0.5"];
+    let sets = sets.iter().flat_map(|set| ["--set", set]);
+    let args: Vec<&str> = ["recipe", "check", "micro.toml"].into_iter().chain(sets).collect();
+    let ended = folder.succeed(&args);
+    for said in ["losses.koleo.topk: is off, so nothing reads", "it is read with centering = \"softmax\" only"] {
+        assert!(ended.err.lines().any(|l| l.starts_with("warning: ") && l.contains(said)), "{said}: {}", ended.err);
+    }
 }

@@ -33,6 +33,9 @@ pub struct At {
 ///     fn value(&self, at: At) -> f64 {
 ///         self.start * 0.5f64.powf(at.step as f64 / self.every as f64)
 ///     }
+///     fn pieces(&self, _: u64) -> Option<Vec<u64>> {
+///         Some(Vec::new()) // It only ever falls.
+///     }
 /// }
 ///
 /// let lr = HalfLife { start: 1.0, every: 10 };
@@ -41,7 +44,18 @@ pub struct At {
 pub trait Scheduler: fmt::Debug + Send + Sync {
     /// The value at a step.
     fn value(&self, at: At) -> f64;
+
+    /// The steps at which a new piece of the curve begins, over a run of `total` steps: within a piece the value only rises
+    /// or only falls, so that the ends of the pieces say between what it stays. A whole run is held against the range of
+    /// a key by them. `None`: not known; steps spread evenly over the run are looked at then.
+    fn pieces(&self, total: u64) -> Option<Vec<u64>> {
+        let _ = total;
+        None
+    }
 }
+
+/// Steps of a run that are looked at where a scheduler does not know its pieces.
+const SPREAD: u64 = 4096;
 
 /// A scheduler in a recipe: a bare number is constant, a table names a plugin.
 #[derive(Clone)]
@@ -58,6 +72,10 @@ impl Scheduler for Bare {
     fn value(&self, _: At) -> f64 {
         self.0
     }
+
+    fn pieces(&self, _: u64) -> Option<Vec<u64>> {
+        Some(Vec::new())
+    }
 }
 
 impl Schedule {
@@ -69,6 +87,24 @@ impl Schedule {
     /// The value at a step.
     pub fn at(&self, at: At) -> f64 {
         self.scheduler.value(at)
+    }
+
+    /// The steps of a run of `total` (at least 1) steps that have its least and greatest value, in order: both ends of every
+    /// [piece](Scheduler::pieces), or steps spread evenly over the run where the scheduler does not know its pieces.
+    pub fn landmarks(&self, total: u64) -> Vec<u64> {
+        let last = total.max(1) - 1;
+        let mut steps = match self.scheduler.pieces(total) {
+            Some(begins) => begins.into_iter().flat_map(|step| [step.saturating_sub(1), step]).collect(),
+            None => {
+                let n = last.min(SPREAD - 1);
+                (0..=n).map(|i| (u128::from(i) * u128::from(last) / u128::from(n.max(1))) as u64).collect::<Vec<_>>()
+            }
+        };
+        steps.extend([0, last]);
+        steps.retain(|step| *step <= last);
+        steps.sort_unstable();
+        steps.dedup();
+        steps
     }
 
     /// The number, if it was written as a bare number.

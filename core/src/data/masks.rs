@@ -32,6 +32,13 @@ pub fn mask_sizes(crops: usize, patches: usize, config: &MaskConfig) -> Vec<usiz
     mask_sizes_at(crops, patches, &mask_ratios(masked, config.ratio))
 }
 
+/// Whether [`mask_sizes`] masks any patch, without listing the sizes of a batch that may be too large to be made.
+pub fn any_masked(crops: usize, patches: usize, config: &MaskConfig) -> bool {
+    let masked = (crops as f64 * config.probability) as usize;
+    // Ratios rise, so the last masked crop has the most.
+    masked > 0 && mask_sizes_at(1, patches, &[0.0, config.ratio[1] as f32]) != [0]
+}
+
 /// [`mask_sizes`] with the ratios given: crop `i` gets `int(patches * ratios[i + 1])` in f32.
 pub fn mask_sizes_at(crops: usize, patches: usize, ratios: &[f32]) -> Vec<usize> {
     let mut sizes: Vec<usize> = ratios[1..].iter().map(|&r| (patches as f32 * r) as usize).collect();

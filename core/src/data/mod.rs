@@ -24,6 +24,6 @@ pub use augment::{Augmentation, Views};
 pub use batch::{views_of_images, Batch, StepBatches};
 pub use gpu::DeviceBatches;
 pub use loader::Loader;
-pub use masks::{BlockMask, Masks};
+pub use masks::{any_masked, BlockMask, Masks};
 pub use order::Order;
 pub use pipeline::{BrokenSample, LoaderSpec, Pipeline};

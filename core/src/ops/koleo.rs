@@ -73,18 +73,26 @@ struct Saved {
     slopes: Tensor,
 }
 
-fn group_size(x: &Tensor, topk: usize, group: Option<usize>) -> Result<usize> {
-    let rows = *x.shape().first().unwrap_or(&0);
+/// The rows of a group in which [`Tensor::koleo`] looks for `topk` neighbours, of `rows` in all; or why there are none.
+pub fn koleo_group(rows: usize, topk: usize, group: Option<usize>) -> Result<usize, String> {
     let group = group.unwrap_or(rows);
-    if x.rank() != 2 || topk == 0 || group <= topk || !rows.is_multiple_of(group) {
-        let problem = format!(
-            "features {:?}, groups of {group} rows, {topk} neighbours: expected [rows, D], whole groups, and at least \
-             one row more in a group than neighbours",
-            x.shape()
-        );
-        return Err(Error::shape("koleo", problem));
+    if topk == 0 || group <= topk {
+        return Err(format!(
+            "{topk} neighbours need groups of at least {} rows, and a group has {group}",
+            topk.max(1) + 1
+        ));
+    }
+    if !rows.is_multiple_of(group) {
+        return Err(format!("{rows} rows cannot be split into groups of {group}"));
     }
     Ok(group)
+}
+
+fn group_size(x: &Tensor, topk: usize, group: Option<usize>) -> Result<usize> {
+    let &[rows, _] = x.shape() else {
+        return Err(Error::shape("koleo", format!("features {:?}, expected [rows, D]", x.shape())));
+    };
+    koleo_group(rows, topk, group).map_err(|problem| Error::shape("koleo", problem))
 }
 
 /// For every row the `topk` other rows of its group with the greatest dot product.

@@ -45,6 +45,7 @@ mod transpose;
 pub use adamw::{adamw_step, ema_update, l2_norm, AdamW, Ema, Group, Moments};
 pub use attention::Segment;
 pub use gram_loss::{GramOptions, NegativeRemoval};
+pub use koleo::koleo_group;
 pub use linear::Linear;
 pub use tokens::rows_of_images;
 

@@ -1,36 +1,37 @@
 //! Combinations that make no sense, found before anything is allocated or read.
 
-use super::problem::Problem;
-use super::Recipe;
-use crate::contract::{At, Backbone, Dataset, Schedule, TeacherPolicy};
+use super::problem::{Problem, Severity};
+use super::{sizes, MaskConfig, Recipe};
+use crate::contract::{At, Backbone, Dataset, TeacherPolicy};
+use crate::data::any_masked;
 use crate::registry::{BackboneContext, Chosen};
-use crate::step::{loss_context, CHANNELS};
+use crate::step::{loss_context, CHANNELS, GLOBALS};
 use crate::{params::ParamBuilder, Error};
 
-/// Everything that is wrong with, or odd about, a recipe whose types are right.
+/// Everything that is wrong with, or odd about, a recipe whose types and ranges are right.
 pub(super) fn check(recipe: &Recipe) -> Vec<Problem> {
     let mut problems = Vec::new();
-    numbers(recipe, &mut problems);
-    schedules(recipe, &mut problems);
+    names(recipe, &mut problems);
+    together(recipe, &mut problems);
     let (teacher, gram) = teachers(recipe, &mut problems);
     let distils = teacher.is_some_and(|t| t.distils().is_some());
     let mut params = ParamBuilder::new();
     let mut context =
         BackboneContext { params: &mut params, global_size: recipe.crops.global_size, channels: CHANNELS };
-    // A patch has at least one pixel, and a micro-batch one image, or there is nothing to build for.
-    if recipe.batch.micro_batches > 0 {
-        match recipe.backbone.build(&mut context) {
-            Ok(backbone) => {
-                let fits = crops(recipe, backbone.as_ref(), gram.as_deref(), &mut problems);
-                if fits {
-                    losses(recipe, backbone.as_ref(), distils, &mut problems);
-                }
+    match recipe.backbone.build(&mut context) {
+        Ok(backbone) => {
+            let fits = crops(recipe, backbone.as_ref(), gram.as_deref(), &mut problems);
+            if fits {
+                losses(recipe, backbone.as_ref(), distils, &mut problems);
             }
-            Err(error) => problems.push(refused("backbone", error)),
         }
+        Err(error) => problems.push(refused("backbone", error)),
     }
     for (name, entry) in recipe.probes.0.iter().filter(|(_, e)| e.enabled) {
         problems.extend(entry.probe.build(&mut ()).err().map(|e| refused(format!("probes.{name}"), e)));
+    }
+    if problems.iter().all(|p| p.severity == Severity::Warning) {
+        problems.extend(sizes::overflow(recipe));
     }
     problems
 }
@@ -40,18 +41,31 @@ pub(super) fn check_data(recipe: &Recipe, data: &dyn Dataset) -> Vec<Problem> {
     let enabled = recipe.probes.0.iter().filter(|(_, e)| e.enabled);
     let needs = enabled.filter_map(|(name, e)| Some((name, e.probe.build(&mut ()).ok()?.needs())));
     let dataset = recipe.data.name();
-    needs
-        .flat_map(|(name, (labels, masks))| {
-            let lacks = |what: &str| {
-                let message = format!("needs {what}, and the dataset `{dataset}` gives none");
-                let help = format!("set probes.{name}.enabled = false, or choose data with {what}");
-                Problem::error(format!("probes.{name}"), message).help(help)
-            };
-            let labels = (labels && data.classes() == 0).then(|| lacks("image labels"));
-            let masks = (masks && data.mask_classes() == 0).then(|| lacks("pixel masks"));
-            labels.into_iter().chain(masks)
-        })
-        .collect()
+    let lacking = needs.flat_map(|(name, (labels, masks))| {
+        let lacks = |what: &str| {
+            let message = format!("needs {what}, and the dataset `{dataset}` gives none");
+            let help = format!("set probes.{name}.enabled = false, or choose data with {what}");
+            Problem::error(format!("probes.{name}"), message).help(help)
+        };
+        let labels = (labels && data.classes() == 0).then(|| lacks("image labels"));
+        let masks = (masks && data.mask_classes() == 0).then(|| lacks("pixel masks"));
+        labels.into_iter().chain(masks)
+    });
+    lacking.chain(too_small(recipe, data)).collect()
+}
+
+/// Generated images may be too small for a patch; of a folder's only those are, and the loader names them.
+fn too_small(recipe: &Recipe, data: &dyn Dataset) -> Option<Problem> {
+    if data.fingerprint().is_some() {
+        return None;
+    }
+    let mut params = ParamBuilder::new();
+    let mut context =
+        BackboneContext { params: &mut params, global_size: recipe.crops.global_size, channels: CHANNELS };
+    let patch = recipe.backbone.build(&mut context).ok()?.patch_size();
+    let sample = data.get(0).ok()?;
+    let message = format!("images of {}x{} pixels are smaller than a patch of {patch}", sample.width, sample.height);
+    (sample.width.min(sample.height) < patch).then(|| Problem::error("data", message).help("make larger images"))
 }
 
 /// A plugin's own refusal, as a problem of its table.
@@ -62,78 +76,83 @@ fn refused(key: impl Into<String>, error: Error) -> Problem {
     }
 }
 
-fn numbers(recipe: &Recipe, problems: &mut Vec<Problem>) {
-    let mut require = |holds: bool, key: &str, message: String| {
-        if !holds {
-            problems.push(Problem::error(key, message));
-        }
-    };
-    let positive = [
-        ("steps", recipe.steps),
-        ("batch.size", recipe.batch.size as u64),
-        ("batch.micro_batches", recipe.batch.micro_batches as u64),
-        ("log.every", recipe.log.every),
-        ("checkpoint.keep", recipe.checkpoint.keep as u64),
-    ];
-    for (key, value) in positive {
-        require(value > 0, key, "has to be at least 1".into());
-    }
-    let name = &recipe.name;
-    let is_file_name = !name.is_empty() && !name.contains(['/', '\\']) && !name.starts_with('.');
-    require(is_file_name, "name", format!("`{name}` cannot be the name of a folder"));
-    let shares = [
-        ("batch.max_broken_share", recipe.batch.max_broken_share),
-        ("masking.probability", recipe.masking.probability),
-    ];
-    for (key, share) in shares {
-        require((0.0..=1.0).contains(&share), key, format!("a share is between 0 and 1, not {share}"));
-    }
-    let ranges = [
-        ("crops.global_scale", recipe.crops.global_scale, f64::MIN_POSITIVE),
-        ("crops.local_scale", recipe.crops.local_scale, f64::MIN_POSITIVE),
-        ("masking.ratio", recipe.masking.ratio, 0.0),
-    ];
-    for (key, [least, most], lowest) in ranges {
-        let ordered = lowest <= least && least <= most && most <= 1.0;
-        let from = if lowest > 0.0 { "0 <" } else { "0 <=" };
-        require(ordered, key, format!("has to be [least, most] with {from} least <= most <= 1, not [{least}, {most}]"));
-    }
-    require(recipe.crops.std.iter().all(|s| *s > 0.0), "crops.std", "has to be positive in every channel".into());
-    let twice = recipe.init_from.is_some() && recipe.backbone.weights.is_some();
-    require(!twice, "init_from", "the backbone starts from backbone.weights already: remove one of the two".into());
-    let o = &recipe.optimizer;
-    require(o.betas.iter().all(|b| (0.0..1.0).contains(b)), "optimizer.betas", "have to be in [0, 1)".into());
-    require(o.eps > 0.0, "optimizer.eps", "has to be positive".into());
-    require(o.clip_grad >= 0.0, "optimizer.clip_grad", "cannot be negative; 0 means no clipping".into());
-    let decay = o.layerwise_decay;
-    require(decay > 0.0 && decay <= 1.0, "optimizer.layerwise_decay", "has to be in (0, 1]; 1 means no decay".into());
-    require(o.patch_embed_lr_mult >= 0.0, "optimizer.patch_embed_lr_mult", "cannot be negative".into());
+/// Bytes of the longest name that a file may have.
+const LONGEST_NAME: usize = 255;
 
+/// Names become those of folders and files, of modules and of curves.
+fn names(recipe: &Recipe, problems: &mut Vec<Problem>) {
+    let mut look = |key: String, name: &str, what: &str| {
+        let wrong = if name.is_empty() {
+            Some("is empty".to_string())
+        } else if name.len() > LONGEST_NAME {
+            Some(format!("has {} bytes, more than the {LONGEST_NAME} that a file's name may have", name.len()))
+        } else if name.contains(char::is_control) {
+            Some(format!("{name:?} has a character that cannot be seen"))
+        } else if name.contains(['/', '\\']) || name.starts_with('.') {
+            Some(format!("`{name}` cannot be the name of a folder"))
+        } else {
+            None
+        };
+        let help = format!("letters, digits, `-` and `_` are safe in the name of a {what}");
+        problems.extend(wrong.map(|message| Problem::error(key, message).help(help)));
+    };
+    look("name".into(), &recipe.name, "run");
+    recipe.losses.0.keys().for_each(|name| look(format!("losses.{name}"), name, "loss"));
+    recipe.probes.0.keys().for_each(|name| look(format!("probes.{name}"), name, "probe"));
+}
+
+/// Numbers that are each in range but do not go together.
+fn together(recipe: &Recipe, problems: &mut Vec<Problem>) {
+    if recipe.init_from.is_some() && recipe.backbone.weights.is_some() {
+        let message = "the backbone starts from backbone.weights already: remove one of the two";
+        problems.push(Problem::error("init_from", message));
+    }
+    if let Some(problem) = recipe.wrong_precision() {
+        problems.push(Problem::error("precision", problem).help("set precision = \"auto\", or choose another device"));
+    }
     let (size, parts) = (recipe.batch.size, recipe.batch.micro_batches);
-    if parts > 0 && size % parts != 0 {
-        let divisors: Vec<String> = (1..=size).filter(|d| size.is_multiple_of(*d)).map(|d| d.to_string()).collect();
+    if size % parts != 0 {
+        let near: Vec<String> = near_divisors(size, parts).iter().map(ToString::to_string).collect();
         let message = format!("{size} images cannot be split into {parts} equal parts");
-        problems
-            .push(Problem::error("batch.micro_batches", message).help(format!("use one of {}", divisors.join(", "))));
+        problems.push(Problem::error("batch.micro_batches", message).help(format!("use {}", near.join(" or "))));
+    }
+    if recipe.steps.checked_mul(size as u64).is_none() {
+        let message = format!("{} steps of {size} images are more images than can be counted", recipe.steps);
+        problems.push(Problem::error("steps", message).help("lower steps or batch.size"));
+    }
+    problems.extend(decay_of_all(recipe));
+    for (name, entry) in recipe.losses.0.iter().filter(|(_, e)| e.enabled) {
+        let lowest = entry.weight.landmarks(recipe.steps).into_iter().find_map(|step| {
+            let weight = entry.weight.at(At { step, total: recipe.steps });
+            (weight < 0.0)
+                .then(|| format!("is {weight} at step {step}: the student is driven away from what it teaches"))
+        });
+        let problem = lowest.map(|message| Problem::warning(format!("losses.{name}.weight"), message));
+        problems.extend(problem.map(|p| p.help("this is right for a few ideas only; losses are minimised")));
     }
 }
 
-/// Rates and weights have to be numbers at every step; a few are looked at.
-fn schedules(recipe: &Recipe, problems: &mut Vec<Problem>) {
+/// A decay that takes away more than the whole weight in a step, so that weights grow with changing signs.
+fn decay_of_all(recipe: &Recipe) -> Option<Problem> {
+    let (lr, decay) = (&recipe.optimizer.lr, &recipe.optimizer.weight_decay);
+    let fastest = recipe.optimizer.patch_embed_lr_mult.max(1.0);
     let total = recipe.steps;
-    let mut look = |key: String, schedule: &Schedule, negative_allowed: bool| {
-        let wrong = |x: f64| !x.is_finite() || (x < 0.0 && !negative_allowed);
-        let steps = [0, total / 4, total / 2, total * 3 / 4, total.saturating_sub(1)];
-        if let Some(step) = steps.into_iter().find(|&step| wrong(schedule.at(At { step, total }))) {
-            let value = schedule.at(At { step, total });
-            problems.push(Problem::error(key, format!("is {value} at step {step}")));
-        }
-    };
-    look("optimizer.lr".into(), &recipe.optimizer.lr, false);
-    look("optimizer.weight_decay".into(), &recipe.optimizer.weight_decay, false);
-    for (name, entry) in recipe.losses.0.iter().filter(|(_, e)| e.enabled) {
-        look(format!("losses.{name}.weight"), &entry.weight, true);
-    }
+    let steps = lr.landmarks(total).into_iter().chain(decay.landmarks(total));
+    let (step, share) = steps
+        .map(|step| (step, fastest * lr.at(At { step, total }) * decay.at(At { step, total })))
+        .find(|(_, share)| *share > 1.0)?;
+    let message =
+        format!("times the learning rate is {share:.3} at step {step}: more than the whole weight is taken away");
+    Some(Problem::error("optimizer.weight_decay", message).help("0.04 is usual; lower it, or optimizer.lr"))
+}
+
+/// The divisors of `n` next to `near`: one below and one above, where there are any.
+fn near_divisors(n: usize, near: usize) -> Vec<usize> {
+    let small = (1..).take_while(|d| d * d <= n).filter(|d| n.is_multiple_of(*d));
+    let all: Vec<usize> = small.flat_map(|d| [d, n / d]).collect();
+    let below = all.iter().copied().filter(|d| *d < near).max();
+    let above = all.iter().copied().filter(|d| *d > near).min();
+    below.into_iter().chain(above).collect()
 }
 
 /// A teacher's policy, if it could be built.
@@ -175,9 +194,14 @@ fn crops(
         sides.extend(all.into_iter().flatten().map(|side| ("crops.resolutions", side)));
     }
     let before = problems.len();
-    if crops.resolutions.iter().any(|r| r.share.is_nan() || r.share <= 0.0) {
-        let problem = Problem::error("crops.resolutions", "every share must be positive");
-        problems.push(problem.help("remove sizes that are never drawn"));
+    if crops.local_from_global && crops.local_count > 0 {
+        let own = Some(("crops.local_size", crops.local_size, crops.global_size));
+        let drawn = crops.resolutions.iter().map(|r| ("crops.resolutions", r.local_size, r.global_size));
+        for (key, local, global) in own.into_iter().chain(drawn).filter(|(_, local, global)| local > global) {
+            let message = format!("local crops of {local} pixels cannot be cut from global ones of {global}");
+            let help = format!("use at most {global}, or set crops.local_from_global = false");
+            problems.push(Problem::error(key, message).help(help));
+        }
     }
     for (key, side) in sides {
         let (below, above) = (side / patch * patch, side.div_ceil(patch) * patch);
@@ -229,11 +253,8 @@ fn losses(recipe: &Recipe, backbone: &dyn Backbone, distils: bool, problems: &mu
             let help = format!("raise batch.size, lower batch.micro_batches, or {off}");
             problems.push(Problem::error(&key, message).help(help));
         }
-        let none_masked = if recipe.masking.probability == 0.0 { Some("masking.probability") } else { None };
-        let none_masked = none_masked.or((recipe.masking.ratio[1] == 0.0).then_some("masking.ratio"));
-        if let (true, Some(key)) = (needs.masks, none_masked) {
-            let message = format!("no patch is ever masked, but the loss `{name}` is computed on masked patches");
-            problems.push(Problem::error(key, message).help(format!("raise it, or {off}")));
+        if needs.masks {
+            problems.extend(masked(recipe, backbone.patch_size(), name));
         }
         // With a teacher of its own to learn from, patches in plain sight teach something.
         if needs.masks && !backbone.hides_masked_patches() && !distils {
@@ -244,12 +265,6 @@ fn losses(recipe: &Recipe, backbone: &dyn Backbone, distils: bool, problems: &mu
             );
             problems.push(Problem::warning(&key, message).help(off.clone()));
         }
-        if let Some((_, head)) = &needs.head {
-            if head.hidden == 0 || head.bottleneck == 0 || head.prototypes < 2 || head.layers == 0 {
-                let message = "a head needs at least 1 layer, 1 hidden and bottleneck unit and 2 prototypes";
-                problems.push(Problem::error(&key, message));
-            }
-        }
     }
     if enabled == 0 {
         let names: Vec<_> = recipe.losses.0.keys().map(|n| format!("losses.{n}.enabled = true")).collect();
@@ -259,5 +274,60 @@ fn losses(recipe: &Recipe, backbone: &dyn Backbone, distils: bool, problems: &mu
     if recipe.gram_teacher.is_some() && !gram_is_used {
         let message = "no loss uses a Gram teacher, so this table does nothing";
         problems.push(Problem::warning("gram_teacher", message).help("add a loss that does, or remove the table"));
+    }
+}
+
+/// What keeps the loss `name` from ever seeing a masked patch: the masks of every crop size, as the loader makes them.
+fn masked(recipe: &Recipe, patch: usize, name: &str) -> Option<Problem> {
+    let off = format!("set losses.{name}.enabled = false");
+    let crops = GLOBALS * (recipe.batch.size / recipe.batch.micro_batches);
+    let sides = recipe.crops.variants(None).into_iter().map(|r| r.global_size);
+    let patches = sides.map(|side| (side / patch).pow(2)).min()?;
+    let MaskConfig { probability, ratio: [_, most], .. } = recipe.masking;
+    let problem = |key: &str, what: String, least: f64| {
+        let message = format!("no patch is masked, but the loss `{name}` is computed on masked patches: {what}");
+        Some(Problem::error(key, message).help(format!("use at least {least}, or {off}")))
+    };
+    if any_masked(crops, patches, &recipe.masking) {
+        return None;
+    }
+    if !any_masked(crops, patches, &MaskConfig { ratio: [1.0; 2], ..recipe.masking.clone() }) {
+        let least = least_share(crops);
+        let what = format!("{probability} of the {crops} global crops of a micro-batch is less than one crop");
+        return problem("masking.probability", what, least);
+    }
+    let what = format!("{most} of the {patches} patches of a global crop is less than one patch");
+    problem("masking.ratio", what, least_share(patches))
+}
+
+/// The least share, in few digits, of which `n` things give one.
+fn least_share(n: usize) -> f64 {
+    let digits = 10f64.powi((n as f64).log10().ceil() as i32 + 2);
+    let up = (digits / n as f64).ceil();
+    if (up - 1.0) / digits * n as f64 >= 1.0 {
+        (up - 1.0) / digits
+    } else {
+        up / digits
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_least_share_gives_one_and_has_few_digits() {
+        for n in (1..3000).chain([123_457, 99_999_999]) {
+            let share = least_share(n);
+            assert!((n as f64 * share) as usize == 1 && (n as f32 * share as f32) as usize >= 1, "{n}: {share}");
+        }
+        assert_eq!([1, 8, 6, 300].map(least_share), [1.0, 0.125, 0.167, 0.00334]);
+    }
+
+    #[test]
+    fn divisors_near_a_number_are_found_without_listing_all() {
+        assert_eq!(near_divisors(12, 5), [4, 6]);
+        assert_eq!(near_divisors(7, 9), [7]);
+        assert_eq!(near_divisors(1_000_000_000, 999), [800, 1000]);
     }
 }

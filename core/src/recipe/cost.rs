@@ -4,7 +4,7 @@
 //! once; a vector through a head costs twice the head's parameters forward. Softmax, norms and the optimizer are not
 //! counted.
 
-use super::Recipe;
+use super::{Recipe, Resolution};
 use crate::contract::{Grid, HeadInput};
 use crate::recipe::DeviceChoice;
 use crate::step::{declare, distilled_model, Declared, CHANNELS, GLOBALS};
@@ -19,12 +19,14 @@ pub struct RunCost {
     pub flops_per_image: f64,
     /// Parts of the memory at the point of a step where it is most, in bytes: on a GPU unless the recipe says otherwise.
     pub memory: Vec<(&'static str, f64)>,
+    /// Patches of all crops of one kind in a micro-batch, at most.
+    pub most_patches: f64,
 }
 
 impl RunCost {
     /// Trainable numbers.
     pub fn parameters(&self) -> usize {
-        self.modules.iter().map(|(_, n)| n).sum()
+        self.modules.iter().fold(0, |all, (_, n)| all.saturating_add(*n))
     }
 
     /// Bytes of everything together.
@@ -33,20 +35,43 @@ impl RunCost {
     }
 }
 
-/// What `recipe` costs.
+/// What `recipe` costs on a GPU, unless it says that it runs on the CPU.
 ///
 /// # Errors
 /// If a plugin refuses its configuration.
 pub fn cost(recipe: &Recipe) -> Result<RunCost> {
-    Ok(cost_of(recipe, &declare(recipe)?))
+    let on_cpu = DeviceChoice::try_from("cpu".to_string()).is_ok_and(|cpu| recipe.device == cpu);
+    cost_on(recipe, if on_cpu { Device::Cpu } else { Device::Cuda(0) })
 }
 
-/// What `recipe` costs, its model declared already.
-pub fn cost_of(recipe: &Recipe, model: &Declared) -> RunCost {
+/// What `recipe` costs on a device.
+///
+/// # Errors
+/// If a plugin refuses its configuration.
+pub fn cost_on(recipe: &Recipe, device: Device) -> Result<RunCost> {
+    Ok(cost_of(recipe, &declare(recipe)?, device))
+}
+
+/// What `recipe` costs on a device, its model declared already: operations on average over its crop sizes, memory for the
+/// sizes that take most.
+fn cost_of(recipe: &Recipe, model: &Declared, device: Device) -> RunCost {
+    let variants = recipe.crops.variants(own_gram_side(recipe));
+    let shares: f64 = variants.iter().map(|sizes| sizes.share).sum();
+    let costs = variants.iter().map(|sizes| (sizes.share / shares, cost_at(recipe, sizes, model, device)));
+    let costs: Vec<(f64, RunCost)> = costs.collect();
+    let flops_per_image = costs.iter().map(|(share, cost)| share * cost.flops_per_image).sum();
+    let most_patches = costs.iter().map(|(_, cost)| cost.most_patches).fold(0.0, f64::max);
+    let most = costs.into_iter().map(|(_, cost)| cost).max_by(|a, b| a.total_memory().total_cmp(&b.total_memory()));
+    RunCost { flops_per_image, most_patches, ..most.expect("there is at least one set of crop sizes") }
+}
+
+/// What a step of these crop sizes costs.
+fn cost_at(recipe: &Recipe, sizes: &Resolution, model: &Declared, device: Device) -> RunCost {
     let backbone = model.backbone.as_ref();
+    let gram_side = sizes.gram_size.unwrap_or(sizes.global_size);
     let grid = |side: usize| Grid { height: side / backbone.patch_size(), width: side / backbone.patch_size() };
-    let globals = (GLOBALS, grid(recipe.crops.global_size));
-    let locals = (recipe.crops.local_count, grid(recipe.crops.local_size));
+    let globals = (GLOBALS, grid(sizes.global_size));
+    let locals = (recipe.crops.local_count, grid(sizes.local_size));
     let student = backbone.cost(&[globals, locals]);
     // A model to distil from whose run is not there yet is counted like the student.
     let distilled = distilled_model(recipe);
@@ -55,7 +80,7 @@ pub fn cost_of(recipe: &Recipe, model: &Declared) -> RunCost {
     let mut flops = 3.0 * student.forward_flops + teacher.forward_flops;
     let has_gram = gram_is_used(recipe, model);
     if has_gram {
-        flops += backbone.cost(&[(GLOBALS, grid(gram_side(recipe)))]).forward_flops;
+        flops += backbone.cost(&[(GLOBALS, grid(gram_side))]).forward_flops;
     }
     let count = |prefix: &str| count_in(model, prefix);
     let mut heads = HeadNumbers::default();
@@ -68,7 +93,7 @@ pub fn cost_of(recipe: &Recipe, model: &Declared) -> RunCost {
         let parameters = |model| count_in(model, &format!("{}_head.", loss.name)) as f64;
         flops += 2.0 * (3.0 * parameters(model) * of_student + parameters(teacher_model) * of_teacher);
         // Kept: input of every layer before its activation, bottlenecks before and after their normalisation.
-        let hidden = (head.layers.saturating_sub(1) * head.hidden) as f64;
+        let hidden = head.layers.saturating_sub(1) as f64 * head.hidden as f64;
         let logits = head.prototypes as f64;
         heads.kept += of_student * (backbone.dim() as f64 + hidden + 2.0 * head.bottleneck as f64);
         heads.logits += of_student * logits;
@@ -79,17 +104,17 @@ pub fn cost_of(recipe: &Recipe, model: &Declared) -> RunCost {
     let modules: Vec<(String, usize)> =
         model.layout.modules().into_iter().map(|m| (m.clone(), count(&format!("{m}.")))).collect();
     let gram = has_gram.then(|| model.layout.range_of("backbone.").len());
-    let mut memory = weights(recipe, model.layout.len(), gram, distilled.as_ref().map(|m| m.layout.len()));
+    let mut memory = weights(recipe, device, model.layout.len(), gram, distilled.as_ref().map(|m| m.layout.len()));
 
-    let number = features_type(recipe).size() as f64;
+    let number = recipe.dtype(device).size() as f64;
     let all = recipe.batch.size as f64;
     let part = (recipe.batch.size / recipe.batch.micro_batches.max(1)) as f64;
-    let pixels = |count: usize, side: usize| (count * CHANNELS * side * side) as f64;
-    let gram_pixels = if has_gram { pixels(GLOBALS, gram_side(recipe)) } else { 0.0 };
-    let crops = pixels(GLOBALS, recipe.crops.global_size) + pixels(recipe.crops.local_count, recipe.crops.local_size);
+    let pixels = |count: usize, side: usize| (count * CHANNELS) as f64 * (side as f64).powi(2);
+    let gram_pixels = if has_gram { pixels(GLOBALS, gram_side) } else { 0.0 };
+    let crops = pixels(GLOBALS, sizes.global_size) + pixels(recipe.crops.local_count, sizes.local_size);
     // The teacher goes over the whole batch before the student begins. While it turns logits into targets there are the
     // logits by part and together, and the targets; while the student's losses go backward, the logits and a gradient.
-    let gram_kept = if has_gram { 2.0 * (GLOBALS * globals.1.patches() * backbone.dim()) as f64 } else { 0.0 };
+    let gram_kept = if has_gram { 2.0 * (GLOBALS * globals.1.patches()) as f64 * backbone.dim() as f64 } else { 0.0 };
     let kept = part * (student.activations + student.features + heads.kept + gram_kept);
     let backward = part * student.working.max(heads.logits + heads.most_logits);
     let teaching = all * 2.0 * heads.most_targets;
@@ -101,13 +126,15 @@ pub fn cost_of(recipe: &Recipe, model: &Declared) -> RunCost {
         true => vec![("activations", number * kept), ("logits and gradients", number * backward)],
         false => vec![("teacher's logits", number * teaching)],
     });
-    RunCost { modules, flops_per_image: flops, memory }
+    let patches = |(count, grid): (usize, Grid)| part * count as f64 * grid.patches() as f64;
+    let most_patches = patches(globals).max(patches(locals));
+    RunCost { modules, flops_per_image: flops, memory, most_patches }
 }
 
 /// Numbers in the parameters whose names begin with `prefix`.
 fn count_in(model: &Declared, prefix: &str) -> usize {
     let inside = model.layout.specs().iter().filter(|s| s.name.starts_with(prefix));
-    inside.map(|s| s.range().len()).sum()
+    inside.fold(0, |all: usize, s| all.saturating_add(s.range().len()))
 }
 
 /// Numbers of one image in heads and losses.
@@ -120,20 +147,16 @@ struct HeadNumbers {
     most_targets: f64,
 }
 
-/// The type of a run's features: bf16 unless the recipe says that it is not on a GPU, or names another.
-fn features_type(recipe: &Recipe) -> DType {
-    recipe.dtype(if on_cpu(recipe) { Device::Cpu } else { Device::Cuda(0) })
-}
-
-/// Whether the recipe says that it is not run on a GPU.
-fn on_cpu(recipe: &Recipe) -> bool {
-    DeviceChoice::try_from("cpu".to_string()).is_ok_and(|cpu| recipe.device == cpu)
-}
-
 /// What lasts from step to step, in bytes: for so many parameters, those of a Gram teacher and of a model to distil from.
-fn weights(recipe: &Recipe, own: usize, gram: Option<usize>, distilled: Option<usize>) -> Vec<(&'static str, f64)> {
-    let features = features_type(recipe);
-    let wide = |n: usize| (n * features.wide().size()) as f64;
+fn weights(
+    recipe: &Recipe,
+    device: Device,
+    own: usize,
+    gram: Option<usize>,
+    distilled: Option<usize>,
+) -> Vec<(&'static str, f64)> {
+    let features = recipe.dtype(device);
+    let wide = |n: usize| n as f64 * features.wide().size() as f64;
     let mut memory = vec![
         ("student", wide(own)),
         ("gradients", wide(own)),
@@ -143,10 +166,10 @@ fn weights(recipe: &Recipe, own: usize, gram: Option<usize>, distilled: Option<u
     memory.extend(distilled.map(|n| ("teacher to distil from", wide(n))));
     memory.extend(gram.map(|n| ("Gram teacher", wide(n))));
     if features == DType::BF16 {
-        let copied = own + distilled.unwrap_or(own) + gram.unwrap_or(0);
-        memory.push(("copies of weights in bf16", 2.0 * copied as f64));
+        let copied = own as f64 + distilled.unwrap_or(own) as f64 + gram.unwrap_or(0) as f64;
+        memory.push(("copies of weights in bf16", 2.0 * copied));
     }
-    if !on_cpu(recipe) {
+    if device != Device::Cpu {
         memory.push(("workspace of matrix products", cuda::WORKSPACE as f64));
     }
     memory
@@ -156,10 +179,9 @@ fn gram_is_used(recipe: &Recipe, model: &Declared) -> bool {
     recipe.gram_teacher.is_some() && model.losses.iter().any(|l| l.needs.gram_teacher)
 }
 
-/// Side of the crops that the Gram teacher sees.
-fn gram_side(recipe: &Recipe) -> usize {
-    let policy = recipe.gram_teacher.as_ref().and_then(|t| t.build(&mut ()).ok());
-    policy.and_then(|p| p.crop_size()).unwrap_or(recipe.crops.global_size)
+/// Side of the Gram teacher's own crops.
+fn own_gram_side(recipe: &Recipe) -> Option<usize> {
+    recipe.gram_teacher.as_ref().and_then(|t| t.build(&mut ()).ok())?.crop_size()
 }
 
 /// Masked patches an image, on average.

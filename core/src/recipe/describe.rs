@@ -1,9 +1,11 @@
 //! The schema of recipes, and what it says about one key: type, default, documentation, who reads it.
 
+use std::sync::OnceLock;
+
 use figment::value::{Dict, Value};
 use serde_json::Value as Json;
 
-use super::Recipe;
+use super::{ranges, Recipe};
 use crate::contract::Schedule;
 
 /// JSON schema (draft 07) of recipes, all registered plugins included. An editor completes and checks recipes with it.
@@ -26,7 +28,7 @@ pub fn schema_of<T: schemars::JsonSchema>() -> Json {
 /// What is known about a key.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Key {
-    /// Its type in words: "whole number, 0 or more".
+    /// Its type and range in words: "whole number, 0 or more".
     pub kind: String,
     /// Its default, if it has one.
     pub default: Option<Json>,
@@ -41,18 +43,25 @@ pub struct Key {
 }
 
 /// Answers questions about keys from the schema.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Guide {
-    schema: Json,
+    schema: &'static Json,
 }
 
 impl Default for Guide {
     fn default() -> Self {
-        Self { schema: schema() }
+        // Plugins are registered before `main`, so there is one schema for the life of the program.
+        static SCHEMA: OnceLock<Json> = OnceLock::new();
+        Self { schema: SCHEMA.get_or_init(schema) }
     }
 }
 
 impl Guide {
+    /// The schema of a whole recipe.
+    pub fn root(self) -> &'static Json {
+        self.schema
+    }
+
     /// The keys of a recipe that have no default.
     pub fn required(&self) -> impl Iterator<Item = &str> {
         self.schema.get("required").and_then(Json::as_array).into_iter().flatten().filter_map(Json::as_str)
@@ -61,7 +70,7 @@ impl Guide {
     /// What is known about the dotted `key` in a recipe that says `value` (the plugins that it names decide which keys
     /// there are); `None` if there is no such key.
     pub fn key(&self, value: &Dict, key: &str) -> Option<Key> {
-        let mut schema = &self.schema;
+        let mut schema = self.schema;
         let mut inside = Some(value);
         let mut reader = trainer_part(key).to_string();
         let mut name = "";
@@ -90,7 +99,7 @@ impl Guide {
 
     /// The dotted keys that could stand where `key` does.
     pub fn siblings(&self, value: &Dict, key: &str) -> Vec<String> {
-        let mut schema = &self.schema;
+        let mut schema = self.schema;
         let mut inside = Some(value);
         let mut path = String::new();
         let mut name = "";
@@ -131,7 +140,17 @@ fn text<'a>(schema: &'a Json, key: &str) -> Option<&'a str> {
     schema.get(key).and_then(Json::as_str)
 }
 
-fn alternatives(schema: &Json) -> Vec<&Json> {
+/// The names of the types that a value may have.
+pub(super) fn types(schema: &Json) -> impl Iterator<Item = &str> {
+    let (one, several) = match schema.get("type") {
+        Some(Json::Array(names)) => (None, names.as_slice()),
+        one => (one, [].as_slice()),
+    };
+    one.into_iter().chain(several).filter_map(Json::as_str)
+}
+
+/// The schemas one of which a value has to fit: itself, if it says nothing of others.
+pub(super) fn alternatives(schema: &Json) -> Vec<&Json> {
     match ["anyOf", "oneOf"].iter().find_map(|k| schema.get(k)).and_then(Json::as_array) {
         Some(list) => list.iter().flat_map(alternatives).collect(),
         None => vec![schema],
@@ -139,7 +158,7 @@ fn alternatives(schema: &Json) -> Vec<&Json> {
 }
 
 /// Of several alternatives the one for the plugin that the table names; `[losses.x]` names x if it says nothing.
-fn table_schema<'a>(schema: &'a Json, table: Option<&Dict>, name: &str) -> &'a Json {
+pub(super) fn table_schema<'a>(schema: &'a Json, table: Option<&Dict>, name: &str) -> &'a Json {
     let plugin = table.and_then(|t| t.get("plugin")).and_then(Value::as_str).unwrap_or(name);
     let all = alternatives(schema);
     let named = all.iter().find(|s| s.get("x-kind").is_some() && text(s, "title") == Some(plugin));
@@ -163,10 +182,14 @@ fn trainer_part(key: &str) -> &'static str {
     }
 }
 
-/// The type of a key in words.
+/// The type and range of a key in words.
 pub fn kind(schema: &Json) -> String {
+    let ranged = |kind: &str| match ranges::words(schema) {
+        Some(range) => format!("{kind}, {range}"),
+        None => kind.to_string(),
+    };
     if schema.get("x-schedule").is_some() {
-        return "number or scheduler".into();
+        return ranged("number or scheduler");
     }
     let options = alternatives(schema);
     if options.len() > 1 {
@@ -189,12 +212,15 @@ pub fn kind(schema: &Json) -> String {
         return choices.iter().map(choice).collect::<Vec<_>>().join(" or ");
     }
     let one = |name: &str| match name {
-        "integer" if schema.get("minimum").and_then(Json::as_f64) == Some(0.0) => "whole number, 0 or more".to_string(),
-        "integer" => "whole number".into(),
+        "integer" => ranged("whole number"),
+        "number" => ranged("number"),
         "string" => "text".into(),
         "boolean" => "true or false".into(),
         "array" => match (schema.get("maxItems"), schema.get("items")) {
-            (Some(n), Some(items)) => format!("list of {n} ({})", kind(items)),
+            (Some(n), Some(items)) => {
+                let order = if schema.get("x-ascending").is_some() { ", least first" } else { "" };
+                format!("list of {n}{order} ({})", kind(items))
+            }
             (None, Some(items)) => format!("list ({})", kind(items)),
             _ => "list".into(),
         },
@@ -202,12 +228,9 @@ pub fn kind(schema: &Json) -> String {
         "null" => "none".into(),
         other => other.into(),
     };
-    match schema.get("type") {
-        Some(Json::String(name)) => one(name),
-        Some(Json::Array(names)) => {
-            let names = names.iter().filter_map(Json::as_str).filter(|n| *n != "null").map(one);
-            names.collect::<Vec<_>>().join(" or ")
-        }
-        _ => "anything".into(),
+    let words: Vec<String> = types(schema).filter(|name| *name != "null").map(one).collect();
+    match words.is_empty() {
+        true => "anything".into(),
+        false => words.join(" or "),
     }
 }

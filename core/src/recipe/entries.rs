@@ -82,11 +82,11 @@ fn own_schema<T: JsonSchema>(
     generator: &mut SchemaGenerator,
     doc: &str,
     default: impl Into<serde_json::Value>,
-) -> serde_json::Value {
+) -> schemars::Schema {
     let mut schema = T::json_schema(generator);
     schema.insert("description".into(), doc.into());
     schema.insert("default".into(), default.into());
-    schema.to_value()
+    schema
 }
 
 impl BackboneEntry {
@@ -152,8 +152,10 @@ impl Entry for LossEntry {
     fn schemas(generator: &mut SchemaGenerator) -> serde_json::Map<String, serde_json::Value> {
         let enabled = own_schema::<bool>(generator, "Whether the loss is computed at all.", true);
         let weight = "What it is multiplied by in the total: a number or a scheduler.";
-        let weight = own_schema::<Schedule>(generator, weight, 1.0);
-        [("enabled".to_string(), enabled), ("weight".to_string(), weight)].into_iter().collect()
+        let mut weight = own_schema::<Schedule>(generator, weight, 1.0);
+        weight.insert("minimum".into(), (-1e6).into());
+        weight.insert("maximum".into(), 1e6.into());
+        [("enabled".into(), enabled.to_value()), ("weight".into(), weight.to_value())].into_iter().collect()
     }
 
     fn read(own: figment::value::Dict, loss: Chosen<dyn Loss>) -> Result<Self, Nested> {
@@ -175,7 +177,7 @@ impl Entry for ProbeEntry {
     fn schemas(generator: &mut SchemaGenerator) -> serde_json::Map<String, serde_json::Value> {
         let enabled = own_schema::<bool>(generator, "Whether the probe is run at all.", true);
         let every = own_schema::<u64>(generator, "Steps between runs; 0: only at the end.", 0);
-        [("enabled".to_string(), enabled), ("every".to_string(), every)].into_iter().collect()
+        [("enabled".into(), enabled.to_value()), ("every".into(), every.to_value())].into_iter().collect()
     }
 
     fn read(own: figment::value::Dict, probe: Chosen<dyn Probe>) -> Result<Self, Nested> {

@@ -26,7 +26,7 @@ pub const ENV_PREFIX: &str = "DINOLAB_";
 
 /// Variables of this prefix that are no keys: where compiled kernels are kept, waiting after every launch, and what tests
 /// are told.
-const NO_KEYS: [&str; 5] = ["cache", "cuda_sync", "golden", "python", "write_table"];
+const NO_KEYS: [&str; 6] = ["cache", "cuda_sync", "fuzz", "golden", "python", "write_table"];
 
 /// What overrides a file.
 #[derive(Clone, Debug, Default)]
@@ -57,7 +57,7 @@ impl RawRecipe {
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let file = if path.is_dir() { path.join("recipe.toml") } else { path.to_path_buf() };
-        let text = std::fs::read_to_string(&file).map_err(|e| cannot_read(path, &file, &e))?;
+        let text = read_text(&file).map_err(|e| e.at_path(path, &file))?;
         Self::parse(file, text, &mut Vec::new())
     }
 
@@ -82,8 +82,10 @@ impl RawRecipe {
             Some(Value::String(_, base)) => {
                 let file = source.path.parent().unwrap_or(Path::new("")).join(base);
                 let wrong = |m: String| Problem::error("extends", m).at(origin("extends"));
-                let text = std::fs::read_to_string(&file)
-                    .map_err(|e| wrong(format!("cannot read {}: {e}", file.display())).help(look_alike(&file)))?;
+                let text = read_text(&file).map_err(|e| {
+                    let Problem { message, help, .. } = e.at_path(&file, &file);
+                    Problem { help, ..wrong(message) }
+                })?;
                 if file.canonicalize().is_ok_and(|f| chain.contains(&f)) {
                     let m = format!("{} extends itself", file.display());
                     return Err(wrong(m).help("remove one `extends` of the circle").into());
@@ -103,8 +105,16 @@ impl RawRecipe {
             warnings: Vec::new(),
         });
         raw.path = source.path.clone();
+        let repeated = raw.merge(value, &origin);
+        if let Some(base) = &base {
+            // A table that says again which plugin it is of is easier to read.
+            let repeated = repeated.into_iter().filter(|key| !key.ends_with(".plugin"));
+            raw.warnings.extend(repeated.map(|key| {
+                let message = format!("changes nothing: {} says the same already", base.path.display());
+                Problem::warning(&key, message).help("remove it, so that it follows the base").at(origin(&key))
+            }));
+        }
         raw.base = base.map(Box::new);
-        raw.merge(value, &origin);
         Ok(raw)
     }
 
@@ -167,22 +177,26 @@ impl RawRecipe {
             let wrong = Problem::error("", format!("`{key}` is not a dotted key")).at(origin);
             return Err(wrong.help("for example losses.gram.weight").into());
         }
-        if let (Some(old), Origin::Env(_) | Origin::Set(_)) = (self.get(key), &origin) {
-            if same(old, &value) {
-                let warning = Problem::warning(key, "changes nothing: the recipe says the same already");
-                self.warnings.push(warning.at(origin.clone()));
-            }
-        }
         let nest = |value, part: &str| Value::from(Dict::from([(part.to_string(), value)]));
         let Value::Dict(_, layer) = key.rsplit('.').fold(value, nest) else {
             unreachable!("a dotted key has at least one part")
         };
-        self.merge(layer, &|_| origin.clone());
+        let repeated = self.merge(layer, &|_| origin.clone());
+        // An arm of a suite may say what the base says.
+        if matches!(origin, Origin::Env(_) | Origin::Set(_)) {
+            self.warnings.extend(repeated.into_iter().map(|key| {
+                let message = "changes nothing: the recipe says the same already";
+                Problem::warning(key, message).at(origin.clone())
+            }));
+        }
         Ok(())
     }
 
-    fn merge(&mut self, layer: Dict, origin: &dyn Fn(&str) -> Origin) {
-        merge(&mut self.value, layer, "", &mut self.origins, origin);
+    /// Puts a layer on top; gives the keys whose value it repeats.
+    fn merge(&mut self, layer: Dict, origin: &dyn Fn(&str) -> Origin) -> Vec<String> {
+        let mut repeated = Vec::new();
+        merge(&mut self.value, layer, "", &mut self.origins, origin, &mut repeated);
+        repeated
     }
 
     /// With the model of `backbone.weights` below, if the recipe leaves the backbone's plugin to it.
@@ -285,6 +299,7 @@ fn merge(
     path: &str,
     origins: &mut BTreeMap<String, Origin>,
     origin: &dyn Fn(&str) -> Origin,
+    repeated: &mut Vec<String>,
 ) {
     let forget = |origins: &mut BTreeMap<String, Origin>, path: &str| {
         let inside = format!("{path}.");
@@ -302,14 +317,19 @@ fn merge(
     for (key, value) in upper {
         let path = join(path, &key);
         match (lower.get_mut(&key), value) {
-            (Some(Value::Dict(_, table)), Value::Dict(_, upper)) => merge(table, upper, &path, origins, origin),
+            (Some(Value::Dict(_, table)), Value::Dict(_, upper)) => {
+                merge(table, upper, &path, origins, origin, repeated)
+            }
             (_, Value::Dict(tag, upper)) => {
                 forget(origins, &path);
                 let mut table = Dict::new();
-                merge(&mut table, upper, &path, origins, origin);
+                merge(&mut table, upper, &path, origins, origin, repeated);
                 lower.insert(key, Value::Dict(tag, table));
             }
-            (_, value) => {
+            (old, value) => {
+                if old.is_some_and(|old| same(old, &value)) {
+                    repeated.push(path.clone());
+                }
                 forget(origins, &path);
                 lower.insert(key, value);
             }
@@ -397,12 +417,45 @@ fn spans(source: &Arc<SourceFile>) -> Result<BTreeMap<String, Origin>> {
     Ok(found)
 }
 
-fn cannot_read(given: &Path, file: &Path, error: &std::io::Error) -> Problem {
-    if given.is_dir() {
-        let message = format!("{} is a folder without a recipe.toml", given.display());
-        return Problem::error("", message).help("give a recipe, or the folder of a run");
+/// Why a file of text cannot be read.
+#[derive(Debug)]
+pub enum NoText {
+    /// The system says so.
+    Io(std::io::Error),
+    /// Its bytes are not UTF-8: what they are, and what to do.
+    Encoding(&'static str, &'static str),
+}
+
+/// The text of a TOML file, without a byte order mark.
+///
+/// # Errors
+/// If it cannot be read, or is not UTF-8.
+pub fn read_text(file: &Path) -> Result<String, NoText> {
+    let bytes = std::fs::read(file).map_err(NoText::Io)?;
+    // Every other byte of Latin text in UTF-16 is zero.
+    let wide = |first: usize| bytes.len() > 3 && bytes[first..].iter().take(16).step_by(2).all(|b| *b == 0);
+    if bytes.starts_with(&[0xff, 0xfe]) || bytes.starts_with(&[0xfe, 0xff]) || wide(0) || wide(1) {
+        return Err(NoText::Encoding("is text in UTF-16", "save it as UTF-8: TOML files are"));
     }
-    Problem::error("", format!("cannot read {}: {error}", file.display())).help(look_alike(file))
+    let text = bytes.strip_prefix(b"\xef\xbb\xbf").map(<[u8]>::to_vec).unwrap_or(bytes);
+    String::from_utf8(text)
+        .map_err(|_| NoText::Encoding("is not text in UTF-8", "save it as UTF-8, if it is a TOML file at all"))
+}
+
+impl NoText {
+    /// As a problem of `file`, for which `given` was asked.
+    pub fn at_path(self, given: &Path, file: &Path) -> Problem {
+        match self {
+            Self::Io(_) if given.is_dir() => {
+                let message = format!("{} is a folder without a recipe.toml", given.display());
+                Problem::error("", message).help("give a recipe, or the folder of a run")
+            }
+            Self::Io(error) => {
+                Problem::error("", format!("cannot read {}: {error}", file.display())).help(look_alike(file))
+            }
+            Self::Encoding(what, help) => Problem::error("", format!("{} {what}", file.display())).help(help),
+        }
+    }
 }
 
 /// Names a recipe in the same folder that may have been meant.

@@ -133,3 +133,47 @@ fn missing_and_circular_files_are_named() {
     let empty = message(RawRecipe::load(folder.path()));
     assert!(empty.contains("is a folder without a recipe.toml"), "{empty}");
 }
+
+#[test]
+fn a_child_that_repeats_its_base_is_warned_of() {
+    let base = with("weight = { plugin = \"test_ramp\", to = 3 }\n[optimizer]\nbetas = [0.9, 0.99]");
+    let child = "extends = \"root.toml\"\nsteps = 100.0\n[losses.test_cls]\nplugin = \"test_cls\"\n\
+        weight = { plugin = \"test_ramp\", to = 3 }\n[optimizer]\nbetas = [0.9, 0.99]\neps = 1e-6\n[backbone]\nplugin = \"test_matrix\"\ndim = 8";
+    let (_folder, file) = files(&[("root.toml", &base), ("top.toml", &child.replace("100.0", "100"))]);
+    let raw = RawRecipe::load(file).unwrap();
+    let keys: Vec<&str> = raw.warnings().iter().map(|w| w.key.as_str()).collect();
+    assert_eq!(keys, ["losses.test_cls.weight.to", "optimizer.betas", "steps"]);
+    let said = raw.warnings()[2].to_string();
+    assert!(said.contains("top.toml:2:") && said.contains("root.toml says the same already"), "{said}");
+}
+
+#[test]
+fn keys_of_another_plugin_are_no_repetition() {
+    let base = with("[losses.other]\nplugin = \"test_cls\"\nweight = 2");
+    let child = "extends = \"root.toml\"\n[losses.other]\nplugin = \"test_spread\"\ntop_k = 1";
+    let (_folder, file) = files(&[("root.toml", &base), ("top.toml", child)]);
+    assert_eq!(RawRecipe::load(file).unwrap().warnings(), []);
+}
+
+#[test]
+fn text_in_another_encoding_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let (file, near) = (folder.path().join("utf16.toml"), folder.path().join("utf8.toml"));
+    std::fs::write(near, RECIPE).unwrap();
+    let wide = |bytes: fn(u16) -> [u8; 2], mark: bool| -> Vec<u8> {
+        let mark = mark.then_some(0xfeff);
+        mark.into_iter().chain(RECIPE.encode_utf16()).flat_map(bytes).collect()
+    };
+    for bytes in [wide(u16::to_le_bytes, true), wide(u16::to_be_bytes, true), wide(u16::to_le_bytes, false)] {
+        std::fs::write(&file, bytes).unwrap();
+        let said = message(RawRecipe::load(&file));
+        assert!(
+            said.contains("is text in UTF-16\n  help: save it as UTF-8") && !said.contains("did you mean"),
+            "{said}"
+        );
+    }
+    std::fs::write(&file, b"name = \"caf\xe9\"").unwrap();
+    assert!(message(RawRecipe::load(&file)).contains("is not text in UTF-8"));
+    std::fs::write(&file, format!("\u{feff}{RECIPE}")).unwrap();
+    assert_eq!(RawRecipe::load(&file).unwrap().get("name").unwrap().as_str(), Some("small"));
+}

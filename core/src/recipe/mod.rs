@@ -11,10 +11,13 @@ mod entries;
 mod layers;
 mod nested;
 mod problem;
+mod ranges;
 mod resolved;
 mod schema;
+mod sizes;
 #[cfg(test)]
 mod test_plugins;
+mod unread;
 
 pub use changes::{changes, Change};
 pub use entries::*;
@@ -23,3 +26,6 @@ pub use nested::{Fault, Nested};
 pub use problem::{nearest, Origin, Problem, RecipeError, Severity, SourceFile};
 pub use resolved::{toml_value, Resolved};
 pub use schema::*;
+pub use sizes::{fit, Fit};
+
+pub(crate) use ranges::check_tables;

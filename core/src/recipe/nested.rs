@@ -116,6 +116,21 @@ impl Nested {
         nested
     }
 
+    /// Puts what the schema says of the key into "expected a whole number, found ..", which knows of no range, and into
+    /// what serde says where several types are possible.
+    pub(super) fn say_kind(&mut self, kind: &str) {
+        if self.message.starts_with("data did not match any variant") {
+            self.message = format!("expected {kind}");
+        }
+        let is_number = kind.starts_with("number") || kind.starts_with("whole number");
+        match self.message.strip_prefix("expected a ").and_then(|rest| rest.split_once(", found ")) {
+            Some((expected, found)) if is_number && (expected.contains("number")) => {
+                self.message = format!("expected a {kind}, found {found}");
+            }
+            _ => {}
+        }
+    }
+
     /// As a message that [`of`](Self::of) can take apart again.
     pub fn encode(&self) -> String {
         let json = serde_json::to_string(self).expect("strings serialise");

@@ -73,6 +73,8 @@ pub enum Severity {
     Error,
     /// It can be used, but probably does not mean what it says.
     Warning,
+    /// It can be used, and part of it is not.
+    Note,
 }
 
 /// One thing that is wrong with a recipe.

@@ -11,7 +11,7 @@ use super::describe::Guide;
 use super::layers::{Overrides, RawRecipe};
 use super::nested::{Fault, Nested};
 use super::problem::{Origin, Problem, Severity};
-use super::{check, Recipe};
+use super::{check, ranges, unread, Recipe};
 use crate::{Error, Result};
 
 /// Problems reported at once.
@@ -30,6 +30,8 @@ pub struct Resolved {
     pub hash: String,
     /// What probably does not mean what it says.
     pub warnings: Vec<Problem>,
+    /// What a file says and the run does not use, since a loss or probe is off: it may wait for a suite that turns it on.
+    pub notes: Vec<Problem>,
 }
 
 impl Resolved {
@@ -74,13 +76,19 @@ impl Resolved {
         if !unread.is_empty() {
             return Err(unread.into_iter().map(|p| place(&raw, p)).collect::<Vec<_>>().into());
         }
-        let found = raw.warnings().iter().cloned().chain(check::check(&recipe).into_iter().map(|p| place(&raw, p)));
-        let (errors, warnings): (Vec<_>, Vec<_>) = found.partition(|p| p.severity == Severity::Error);
+        let (outside, idle) = ranges::check(&recipe, &value, &raw);
+        // Plugins are built from numbers that are in range.
+        let problems = if outside.is_empty() { check::check(&recipe) } else { outside };
+        let (errors, odd): (Vec<_>, Vec<_>) = problems.into_iter().partition(|p| p.severity == Severity::Error);
         if !errors.is_empty() {
-            return Err(errors.into());
+            return Err(errors.into_iter().map(|p| place(&raw, p)).collect::<Vec<_>>().into());
         }
+        let idle = unread::check(&recipe, &raw, idle);
+        let odd = odd.into_iter().chain(idle).map(|p| place(&raw, p));
+        let (warnings, notes) =
+            raw.warnings().iter().cloned().chain(odd).partition(|p| p.severity == Severity::Warning);
         let hash = hash(&value);
-        Ok(Self { recipe, value, raw, hash, warnings })
+        Ok(Self { recipe, value, raw, hash, warnings, notes })
     }
 
     /// The resolved value as figment holds it: what [`describe::Guide`](super::describe::Guide) is asked with.
@@ -219,8 +227,11 @@ fn typed(raw: &RawRecipe) -> Result<Recipe, Vec<Problem>> {
             Ok(_) => break,
             Err(error) => error,
         };
-        let nested = Nested::of(&error);
+        let mut nested = Nested::of(&error);
         let key = nested.path.join(".");
+        if let Some(kind) = guide.key(raw.value(), &key).map(|k| k.kind) {
+            nested.say_kind(&kind);
+        }
         if nested.fault == Fault::Missing && removed.contains(&key) {
             break;
         }

@@ -100,16 +100,16 @@ fn wrong_types_are_told_in_words() {
     let cases = [
         (
             "weight = \"abc\"",
-            "losses.test_cls.weight: expected a number, or a table that names a scheduler, found the text \"abc\"",
+            "losses.test_cls.weight: expected a number or scheduler, -1000000 to 1000000, found the text \"abc\"",
         ),
         ("enabled = 1", "losses.test_cls.enabled: expected `true` or `false`, found `1`"),
-        ("[crops]\nlocal_count = -1", "crops.local_count: expected a whole number, 0 or more, found `-1`"),
-        ("[crops]\nlocal_count = 1.5", "crops.local_count: expected a whole number, 0 or more, found `1.5`"),
+        ("[crops]\nlocal_count = -1", "crops.local_count: expected a whole number, 0 to 1000, found `-1`"),
+        ("[crops]\nlocal_count = 1.5", "crops.local_count: expected a whole number, 0 to 1000, found `1.5`"),
         ("[crops]\nglobal_scale = [0.5]", "crops.global_scale: expected a list of 2 values, found 1 of them"),
         ("[crops]\nglobal_scale = [0.5, \"x\"]", "crops.global_scale.1: expected a number, found the text \"x\""),
         ("weight = {}", "losses.test_cls.weight.plugin: missing key"),
         ("[optimizer]\nclip_grad = inf", "optimizer.clip_grad: expected a finite number"),
-        ("[batch]\nsize = []", "batch.size: expected a whole number, 0 or more, found a list"),
+        ("[batch]\nsize = []", "batch.size: expected a whole number, 1 to 1000000000, found a list"),
     ];
     for (more, expected) in cases {
         let message = refused_with(more);
@@ -148,7 +148,7 @@ fn several_problems_come_together_in_the_order_of_the_file() {
         [
             "name: missing in recipe.toml",
             "teacher: missing in recipe.toml",
-            "recipe.toml:1:9: steps: expected a whole number, 0 or more, found the text \"many\"",
+            "recipe.toml:1:9: steps: expected a whole number, 1 to 1000000000000000, found the text \"many\"",
             "recipe.toml:2:1: batchsize: unknown key",
             "recipe.toml:4:10: backbone.plugin: there is no backbone plugin `test_matrx`",
             "recipe.toml:7:1: data.cuont: unknown key",
@@ -171,18 +171,18 @@ fn impossible_combinations_name_key_and_remedy() {
     let cases = [
         ("[crops]\nglobal_size = 100", "recipe.toml:11:15: crops.global_size: 100 pixels are not a whole number of patches of 16", "use 96 or 112"),
         ("[crops]\nlocal_size = 8", "recipe.toml:11:14: crops.local_size: a crop of 8 pixels is smaller than a patch of 16", "use at least 16"),
-        ("[batch]\nsize = 6\nmicro_batches = 4", "recipe.toml:12:17: batch.micro_batches: 6 images cannot be split into 4 equal parts", "use one of 1, 2, 3, 6"),
+        ("[batch]\nsize = 6\nmicro_batches = 4", "recipe.toml:12:17: batch.micro_batches: 6 images cannot be split into 4 equal parts", "use 3 or 6"),
         ("[losses.test_gram]", "recipe.toml:10:9: losses.test_gram: this loss compares with a Gram teacher, and the recipe has none", "[gram_teacher]"),
         ("[batch]\nsize = 2\nmicro_batches = 2\n[losses.test_spread]", "recipe.toml:13:9: losses.test_spread: needs at least 2 images of a micro-batch; there is 1", "raise batch.size"),
-        ("[losses.test_masked]\n[masking]\nprobability = 0", "recipe.toml:12:15: masking.probability: no patch is ever masked", "losses.test_masked.enabled = false"),
-        ("[masking]\nprobability = 1.5", "recipe.toml:11:15: masking.probability: a share is between 0 and 1, not 1.5", ""),
+        ("[losses.test_masked]\n[masking]\nprobability = 0", "recipe.toml:12:15: masking.probability: no patch is masked", "losses.test_masked.enabled = false"),
+        ("[masking]\nprobability = 1.5", "recipe.toml:11:15: masking.probability: has to be 0 to 1, not 1.5", ""),
         ("[masking]\nratio = [0.5, 0.1]", "recipe.toml:11:9: masking.ratio: has to be [least, most]", ""),
-        ("[crops]\nlocal_scale = [0.0, 0.1]", "recipe.toml:11:15: crops.local_scale: has to be [least, most] with 0 < least", ""),
+        ("[crops]\nlocal_scale = [0.0, 0.1]", "recipe.toml:11:15: crops.local_scale: number 1 has to be above 0, at most 1, not 0", ""),
         ("enabled = false", "recipe.toml:9:2: losses: no loss is enabled", "losses.test_cls.enabled = true"),
         ("[backbone.pos_encoding]\nplugin = \"test_box\"\n[gram_teacher]\nplugin = \"test_slow\"\ncrop_size = 40\n[losses.test_gram]", "recipe.toml:14:13: gram_teacher.crop_size: 40 pixels", "use 32 or 48"),
         ("weight = { plugin = \"test_ramp\", to = nan }", "recipe.toml:10:39: losses.test_cls.weight.to: expected a finite number", ""),
-        ("head = { prototypes = 1 }", "recipe.toml:9:9: losses.test_cls: a head needs at least", ""),
-        ("[optimizer]\nlr = { plugin = \"test_ramp\", to = -1 }", "recipe.toml:11:1: optimizer.lr: is -0.25 at step 25", ""),
+        ("head = { prototypes = 1 }", "recipe.toml:10:23: losses.test_cls.head.prototypes: has to be 2 to 2147483647, not 1", ""),
+        ("[optimizer]\nlr = { plugin = \"test_ramp\", to = -1 }", "recipe.toml:11:1: optimizer.lr: is -0.01 at step 1, and has to be 0 to 100", ""),
     ];
     for (more, expected, help) in cases {
         let message = refused_with(more);
@@ -191,7 +191,7 @@ fn impossible_combinations_name_key_and_remedy() {
     let heads = set("backbone.heads=3").unwrap_err().to_string();
     assert_eq!(heads.lines().next(), Some("--set backbone.heads=3: backbone: width 8 is not 3 equal heads"));
     let steps = set("steps=0").unwrap_err().to_string();
-    assert_eq!(steps, "--set steps=0: steps: has to be at least 1");
+    assert_eq!(steps, "--set steps=0: steps: has to be 1 to 1000000000000000, not 0");
 }
 
 #[test]
@@ -211,4 +211,120 @@ fn a_probe_that_needs_labels_refuses_data_without() {
     let message = resolved.check_data(data.as_ref()).unwrap_err().to_string();
     assert!(message.starts_with("recipe.toml:10:9: probes.test_knn: needs image labels"), "{message}");
     assert!(message.contains("set probes.test_knn.enabled = false"), "{message}");
+}
+
+#[test]
+fn names_that_no_folder_can_have_are_refused() {
+    let names = ["", ".hidden", "a/b", "a\\b", "line\nbreak", "nul\0", "\u{7f}"].map(String::from);
+    for name in names.into_iter().chain(["x".repeat(256), "ü".repeat(128)]) {
+        let text = RECIPE.replace("\"small\"", &toml::Value::from(name.clone()).to_string());
+        let message = refused(&text);
+        assert!(message.contains("name: "), "{name:?}: {message}");
+        assert!(!message.contains('\0') && !message.contains('\u{7f}'), "it is shown as it can be read: {message:?}");
+    }
+    for name in ["x".repeat(255), "ü".repeat(127), "with space".into(), "Größe-1_a.b".into()] {
+        Resolved::from_text(&RECIPE.replace("small", &name)).unwrap();
+    }
+    let loss = refused_with("[losses.\"a/b\"]\nplugin = \"test_cls\"");
+    assert!(loss.contains("losses.a/b: `a/b` cannot be the name of a folder"), "{loss}");
+}
+
+#[test]
+fn a_precision_that_the_named_device_does_not_have_is_refused() {
+    for (device, precision, fits) in [
+        ("cpu", "bf16", false),
+        ("cpu", "tf32", false),
+        ("cpu", "f64", true),
+        ("cuda:1", "f64", false),
+        ("cuda", "bf16", true),
+        ("auto", "bf16", true),
+    ] {
+        let text = format!("device = \"{device}\"\nprecision = \"{precision}\"\n{RECIPE}");
+        let found = Resolved::from_text(&text);
+        assert_eq!(found.is_ok(), fits, "{device} {precision}: {found:?}");
+    }
+}
+
+#[test]
+fn masks_that_hide_nothing_name_the_least_number() {
+    // 2 global crops of 4 images in a micro-batch; 16 x 16 patches.
+    let masked =
+        |more: &str| with(&format!("[losses.test_masked]\n[batch]\nsize = 8\nmicro_batches = 2\n[masking]\n{more}"));
+    let share = refused(&masked("probability = 0.12"));
+    assert!(
+        share.contains("masking.probability: no patch is masked") && share.contains("use at least 0.125"),
+        "{share}"
+    );
+    let ratio = refused(&masked("ratio = [0, 0.003]"));
+    assert!(ratio.contains("masking.ratio: no patch is masked") && ratio.contains("use at least 0.00391"), "{ratio}");
+    Resolved::from_text(&masked("probability = 0.125\nratio = [0, 0.00391]")).unwrap();
+    let small = "ratio = [0.1, 0.5]\n[crops]\nresolutions = [{ share = 1, global_size = 16, local_size = 16 }]";
+    assert!(refused(&masked(small)).contains("0.5 of the 1 patches"));
+}
+
+#[test]
+fn local_crops_fit_into_the_global_ones_that_they_are_cut_from() {
+    let crops = |more: &str| with(&format!("[crops]\nlocal_from_global = true\n{more}"));
+    assert!(refused(&crops("local_size = 512")).contains("crops.local_size: local crops of 512 pixels cannot be cut"));
+    let sizes = |a: usize, b: usize| {
+        format!(
+            "resolutions = [{{ share = 1, global_size = 64, local_size = 64 }}, \
+            {{ share = 1, global_size = {a}, local_size = {b} }}]"
+        )
+    };
+    let message = refused(&crops(&sizes(64, 80)));
+    assert!(
+        message.contains("crops.resolutions: local crops of 80 pixels cannot be cut from global ones of 64"),
+        "{message}"
+    );
+    Resolved::from_text(&crops(&sizes(80, 64))).unwrap();
+    Resolved::from_text(&crops(&format!("{}\nlocal_count = 0", sizes(64, 80)))).unwrap();
+}
+
+#[test]
+fn sizes_that_no_machine_has_name_the_key() {
+    let message = set("backbone.dim=2000000000000000").unwrap_err().to_string();
+    assert!(message.contains("backbone.dim: with 2000000000000000 the run needs about"), "{message}");
+    let message = set("backbone.dim=9223372036854775806").unwrap_err().to_string();
+    assert!(message.contains("backbone.dim: with 9223372036854775806"), "{message}");
+    let images = "steps=1000000000000000";
+    let counted = RawRecipe::from_text(RECIPE).unwrap();
+    let overrides = Overrides { sets: vec![images.into(), "batch.size=1000000".into()], env: false };
+    let message = counted.with(&overrides).unwrap().resolve().unwrap_err().to_string();
+    assert!(message.contains("more images than can be counted"), "{message}");
+}
+
+#[test]
+fn what_this_machine_cannot_hold_is_known_before_a_run() {
+    let small = Resolved::from_text(RECIPE).unwrap();
+    assert!(crate::recipe::fit(&small.recipe, crate::Device::Cpu).unwrap().is_none());
+    let large = set("losses.test_cls.head.prototypes=2000000000").unwrap();
+    let large = large.raw.with(&Overrides { sets: vec!["losses.test_cls.head.bottleneck=2000".into()], env: false });
+    let fit = crate::recipe::fit(&large.unwrap().resolve().unwrap().recipe, crate::Device::Cpu).unwrap().unwrap();
+    assert_eq!(fit.key, "losses.test_cls.head.prototypes");
+    assert!(fit.message.starts_with("with 2000000000 the run needs about"), "{fit:?}");
+}
+
+#[test]
+fn keys_of_what_is_off_are_told() {
+    let off = with("[losses.test_spread]\nenabled = false");
+    let typed = |text: &str, sets: &[&str]| {
+        let overrides = Overrides { sets: sets.iter().map(ToString::to_string).collect(), env: false };
+        RawRecipe::from_text(text).unwrap().with(&overrides).unwrap().resolve().unwrap()
+    };
+    let warned = typed(&off, &["losses.test_spread.top_k=3"]).warnings;
+    let expected =
+        "--set losses.test_spread.top_k=3: losses.test_spread.top_k: is off, so nothing reads losses.test_spread.top_k";
+    assert!(warned[0].to_string().starts_with(expected), "{warned:?}");
+    // A file may keep it for a suite.
+    let kept = typed(&format!("{off}top_k = 3\n"), &[]);
+    assert_eq!(kept.warnings, []);
+    assert!(kept.notes[0]
+        .to_string()
+        .contains("losses.test_spread: is off, so nothing reads losses.test_spread.top_k"));
+    let gram = with("[losses.test_gram]\nenabled = false\n[gram_teacher]\nplugin = \"test_slow\"\ncrop_size = 64");
+    let notes = typed(&gram, &[]).notes;
+    assert!(notes[0].to_string().contains("so nothing reads gram_teacher.crop_size"), "{notes:?}");
+    assert_eq!(typed(&gram, &["losses.test_gram.enabled=true"]).notes, []);
+    assert_eq!(typed(RECIPE, &[]).notes, []);
 }

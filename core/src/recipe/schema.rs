@@ -20,6 +20,7 @@ pub struct Recipe {
     #[serde(default)]
     pub seed: u64,
     /// Optimizer steps of the run.
+    #[schemars(range(min = 1, max = 1_000_000_000_000_000u64))]
     pub steps: u64,
     /// Where it runs: `auto` takes a GPU when there is one.
     #[serde(default)]
@@ -117,6 +118,17 @@ pub enum Precision {
     F64,
 }
 
+impl Precision {
+    /// Why it cannot be had on a CPU, or on a GPU.
+    fn refuses(self, on_cpu: bool) -> Option<&'static str> {
+        match (on_cpu, self) {
+            (false, Self::F64) => Some("f64 is for checks on the CPU"),
+            (true, Self::Bf16 | Self::Tf32) => Some("it is for GPUs, and this run is on the CPU"),
+            _ => None,
+        }
+    }
+}
+
 impl Recipe {
     /// Where the run runs, opened.
     ///
@@ -124,14 +136,18 @@ impl Recipe {
     /// If there is no such device here, or it does not know the recipe's precision.
     pub fn device(&self) -> crate::Result<Device> {
         let device: Device = self.device.0.parse()?;
-        let problem = match (device, self.precision) {
-            (Device::Cuda(_), Precision::F64) => "f64 is for checks on the CPU",
-            (Device::Cpu, Precision::Bf16 | Precision::Tf32) => "it is for GPUs, and this run is on the CPU",
-            _ => return Ok(device),
-        };
+        let Some(problem) = self.precision.refuses(device == Device::Cpu) else { return Ok(device) };
         let precision = serde_json::to_string(&self.precision).expect("a name");
         let help = "set precision = \"auto\", or choose another device";
         Err(Error::user(format!("precision = {precision}: {problem}"), help))
+    }
+
+    /// Why the precision cannot be had on the device that the recipe names; `None` too if it leaves the device open.
+    pub(super) fn wrong_precision(&self) -> Option<&'static str> {
+        match self.device.0.as_str() {
+            "auto" => None,
+            device => self.precision.refuses(device == "cpu"),
+        }
     }
 
     /// The type of features on a device.
@@ -149,15 +165,20 @@ impl Recipe {
 #[serde(deny_unknown_fields, default)]
 pub struct BatchConfig {
     /// Images a step.
+    #[schemars(range(min = 1, max = 1_000_000_000))]
     pub size: usize,
     /// Parts into which a step's images are split to save memory. Teacher targets (Sinkhorn-Knopp, centring) are
     /// computed over all parts; KoLeo looks for neighbours inside a part.
+    #[schemars(range(min = 1, max = 1_000_000_000))]
     pub micro_batches: usize,
     /// Threads that read and augment; 0: one a core.
+    #[schemars(range(max = 1024))]
     pub loader_threads: usize,
     /// Steps prepared ahead.
+    #[schemars(range(max = 1024))]
     pub prefetch: usize,
     /// The run stops when more than this share of samples cannot be read.
+    #[schemars(range(min = 0, max = 1))]
     pub max_broken_share: f64,
 }
 
@@ -167,19 +188,27 @@ impl Default for BatchConfig {
     }
 }
 
+/// The usual mistake about the pixels' mean and standard deviation.
+const BY_255: &str = "pixels are in [0, 1] here: divide numbers that are meant for 0 to 255 by 255";
+
 /// Views cut from every image: two global crops, some local ones, with the reference's augmentation.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CropConfig {
     /// Side of a global crop in pixels.
+    #[schemars(range(min = 1, max = 16384))]
     pub global_size: usize,
     /// Area of a global crop as a share of the image's: [least, most].
+    #[schemars(extend("items" = { "type": "number", "exclusiveMinimum": 0, "maximum": 1 }, "x-ascending" = true))]
     pub global_scale: [f64; 2],
     /// Local crops an image.
+    #[schemars(range(max = 1000))]
     pub local_count: usize,
     /// Side of a local crop in pixels.
+    #[schemars(range(min = 1, max = 16384))]
     pub local_size: usize,
     /// Area of a local crop as a share of the image's: [least, most].
+    #[schemars(extend("items" = { "type": "number", "exclusiveMinimum": 0, "maximum": 1 }, "x-ascending" = true))]
     pub local_scale: [f64; 2],
     /// Other sizes, one drawn every step by its share, in place of `global_size`, `local_size` and the Gram teacher's
     /// `crop_size`; empty: always those. High-resolution adaptation trains on several sizes at once.
@@ -196,12 +225,15 @@ pub struct CropConfig {
     /// Probability that a crop is blurred: [first global, second global, local]. The default is what the reference
     /// really does; its source asks for [1.0, 0.1, 0.5] (BYOL's values) but applies each with probability 1 - p
     /// (facebookresearch/dinov3 issue 286).
+    #[schemars(inner(range(min = 0, max = 1)))]
     pub blur: [f64; 3],
     /// Mean of the pixels per channel, in [0, 1].
     #[serde(serialize_with = "as_written")]
+    #[schemars(inner(range(min = 0, max = 1)), extend("x-help" = BY_255))]
     pub mean: [f32; 3],
     /// Standard deviation of the pixels per channel, in [0, 1].
     #[serde(serialize_with = "as_written")]
+    #[schemars(inner(range(min = 0.001, max = 1)), extend("x-help" = BY_255))]
     pub std: [f32; 3],
 }
 
@@ -230,13 +262,17 @@ impl Default for CropConfig {
 #[serde(deny_unknown_fields)]
 pub struct Resolution {
     /// Share of the steps, relative to the other resolutions.
+    #[schemars(extend("exclusiveMinimum" = 0, "maximum" = 1_000_000, "x-help" = "remove sizes that are never drawn"))]
     pub share: f64,
     /// Side of a global crop in pixels.
+    #[schemars(range(min = 1, max = 16384))]
     pub global_size: usize,
     /// Side of a local crop in pixels.
+    #[schemars(range(min = 1, max = 16384))]
     pub local_size: usize,
     /// Side of the Gram teacher's crops in pixels, where it has crops of its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 16384))]
     pub gram_size: Option<usize>,
 }
 
@@ -266,8 +302,10 @@ pub(crate) fn as_written<S: Serializer>(values: &[f32; 3], serializer: S) -> Res
 #[serde(deny_unknown_fields, default)]
 pub struct MaskConfig {
     /// Share of the global crops that are masked at all.
+    #[schemars(range(min = 0, max = 1))]
     pub probability: f64,
     /// Share of patches masked in those, spread evenly over [least, most].
+    #[schemars(inner(range(min = 0, max = 1)), extend("x-ascending" = true))]
     pub ratio: [f64; 2],
     /// Shift every mask around the torus by a random amount.
     pub random_circular_shift: bool,
@@ -284,18 +322,26 @@ impl Default for MaskConfig {
 #[serde(deny_unknown_fields, default)]
 pub struct OptimizerConfig {
     /// Learning rate.
+    #[schemars(extend("minimum" = 0, "maximum" = 100))]
     pub lr: Schedule,
     /// Decoupled weight decay; none on biases, norms and LayerScale.
+    #[schemars(extend("minimum" = 0, "maximum" = 1000))]
     pub weight_decay: Schedule,
     /// Decay of the first and second moment.
+    #[schemars(extend("items" = { "type": "number", "minimum": 0, "exclusiveMaximum": 1 }))]
     pub betas: [f64; 2],
-    /// Added to the root of the second moment.
+    /// Added to the root of the second moment. Less than 1e-20 is lost beside it: the squares of such gradients are zero in
+    /// single precision.
+    #[schemars(range(min = 1e-20, max = 1000))]
     pub eps: f64,
     /// The gradient of each sub-model (backbone, every head) is scaled down to at most this L2 norm; 0: no clipping.
+    #[schemars(range(min = 0, max = 1e9))]
     pub clip_grad: f64,
     /// Learning rate of block i of n is multiplied by this to the power n - i (embeddings: n + 1).
+    #[schemars(extend("exclusiveMinimum" = 0, "maximum" = 1))]
     pub layerwise_decay: f64,
     /// Learning rate of the patch embedding is multiplied by this as well.
+    #[schemars(range(min = 0, max = 100))]
     pub patch_embed_lr_mult: f64,
     /// The last layer of every head does not move for this many steps (its moments do).
     pub freeze_last_layer_steps: u64,
@@ -321,6 +367,7 @@ impl Default for OptimizerConfig {
 #[serde(deny_unknown_fields, default)]
 pub struct LogConfig {
     /// Steps between lines of `metrics.jsonl`.
+    #[schemars(range(min = 1))]
     pub every: u64,
     /// Whether TensorBoard event files are written too.
     pub tensorboard: bool,
@@ -341,6 +388,7 @@ pub struct CheckpointConfig {
     /// Steps between checkpoints; 0: only at the end and on interruption.
     pub every: u64,
     /// Checkpoints kept, newest first.
+    #[schemars(range(min = 1))]
     pub keep: usize,
 }
 

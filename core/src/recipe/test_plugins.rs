@@ -182,7 +182,7 @@ impl Dataset for Greys {
         self.count
     }
     fn get(&self, _: usize) -> Result<Sample> {
-        Ok(Sample { width: 1, height: 1, rgb: vec![0; 3], label: None, mask: None })
+        Ok(Sample { width: 64, height: 64, rgb: vec![0; 3 * 64 * 64], label: None, mask: None })
     }
 }
 plugin!(Dataset, "test_greys", Greys);

@@ -42,7 +42,7 @@ use std::time::{Duration, Instant};
 use self::broken::Broken;
 use crate::contract::Dataset;
 use crate::data::{Loader, LoaderSpec};
-use crate::recipe::{OnNonFinite, Recipe, Resolved};
+use crate::recipe::{self, OnNonFinite, Recipe, Resolved};
 use crate::registry::DataContext;
 use crate::step::{Learner, Report};
 use crate::{checkpoint, Error, Result};
@@ -145,6 +145,9 @@ pub fn loader_spec(recipe: &Recipe, learner: &Learner, start: u64) -> LoaderSpec
 pub fn run(resolved: &Resolved, options: &RunOptions, observer: &mut dyn Observer) -> Result<Outcome> {
     let resolved = &resolved.clone().absolute()?;
     let recipe = &resolved.recipe;
+    if let Some(fit) = recipe::fit(recipe, recipe.device()?)? {
+        return Err(fit.into_error());
+    }
     let folder = RunFolder::open(resolved, options)?;
     if let Some(result) = folder.result()? {
         return Ok(Outcome::Finished(result));

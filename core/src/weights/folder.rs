@@ -11,7 +11,7 @@ use serde_json::Value as Json;
 use crate::checkpoint::{new_folder, sync_dir};
 use crate::contract::Backbone;
 use crate::params::ParamBuilder;
-use crate::recipe::{as_written, toml_value, CropConfig, Nested, Problem};
+use crate::recipe::{as_written, check_tables, toml_value, CropConfig, Nested, Problem};
 use crate::registry::{BackboneContext, Chosen};
 use crate::step::CHANNELS;
 use crate::{Error, Result};
@@ -108,8 +108,15 @@ impl ModelInfo {
     /// Builds the backbone, declaring its parameters in `params`.
     ///
     /// # Errors
-    /// If the plugin refuses its configuration.
+    /// If a number is out of its range, or the plugin refuses its configuration.
     pub fn build(&self, params: &mut ParamBuilder) -> Result<Box<dyn Backbone>> {
+        if let Some(problem) = check_tables(&Json::Object(self.to_table())) {
+            let problem = format!("the model of these weights: {}: {}", problem.key, problem.message);
+            return Err(Error::user(
+                problem,
+                "the file that describes the model is damaged or of another kind of model",
+            ));
+        }
         let global_size = self.crops.global_size;
         params.scope("backbone", |params| {
             self.backbone.build(&mut BackboneContext { params, global_size, channels: CHANNELS })

@@ -64,23 +64,29 @@ pub struct Written {
     preset: Option<Preset>,
     /// Blocks of each stage.
     #[serde(default)]
+    #[schemars(inner(range(min = 1, max = 1000)))]
     depths: Option<[usize; STAGES]>,
     /// Channels of each stage.
     #[serde(default)]
+    #[schemars(inner(range(min = 1, max = 1_000_000)))]
     dims: Option<[usize; STAGES]>,
     /// Side in pixels of a patch of the features. The last stage has one every 32 pixels; for another size its map is
     /// resized (bilinear, anti-aliased) before the final norm, so that a ViT's patches and these lie at the same places.
     #[serde(default)]
+    #[schemars(range(min = 1, max = 4096))]
     patch_size: Option<usize>,
     /// Start of LayerScale (Touvron et al., arXiv:2103.17239); 0: none.
     #[serde(default)]
+    #[schemars(range(min = 0, max = 1000))]
     layer_scale: Option<f64>,
     /// Added to the variance in normalisation.
     #[serde(default)]
+    #[schemars(range(min = 1e-12, max = 1))]
     norm_eps: Option<f64>,
     /// Share of images that skip the last block (stochastic depth by sample subset); it grows linearly from 0 at the
     /// first block.
     #[serde(default)]
+    #[schemars(extend("minimum" = 0, "exclusiveMaximum" = 1))]
     drop_path: Option<f64>,
 }
 

@@ -39,7 +39,6 @@ fn squares(stage: usize) -> usize {
 impl ConvNext {
     /// Declares all parameters under the reference's names.
     pub(crate) fn build(config: ConvNextConfig, context: &mut BackboneContext<'_>) -> Result<Box<dyn Backbone>> {
-        check(&config)?;
         let (dims, channels) = (config.dims, context.channels);
         let p: &mut ParamBuilder = context.params;
         let mut first = 0;
@@ -130,17 +129,6 @@ impl ConvNext {
             grid,
         })
     }
-}
-
-fn check(config: &ConvNextConfig) -> Result<()> {
-    let bad = |problem: String, help: &str| Err(Error::user(format!("backbone: {problem}"), help));
-    if config.dims.contains(&0) || config.depths.contains(&0) || config.patch_size == 0 {
-        return bad("dims, depths and patch_size must be positive".into(), "set them, or choose a preset");
-    }
-    if !(0.0..1.0).contains(&config.drop_path) {
-        return bad(format!("drop_path = {} is not in [0, 1)", config.drop_path), "0.1 is usual for ConvNeXt-T");
-    }
-    Ok(())
 }
 
 impl Backbone for ConvNext {

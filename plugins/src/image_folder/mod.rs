@@ -44,6 +44,7 @@ pub struct ImageFolderConfig {
     /// Share of the images set aside for probes: the same ones for every seed. Where folders `train` and `val` divide the
     /// images, they do instead.
     #[serde(default = "default_held_out")]
+    #[schemars(extend("minimum" = 0, "exclusiveMaximum" = 1))]
     pub held_out: f64,
     /// The colour that transparent images lie on: red, green and blue, 0 to 255.
     #[serde(default = "default_background")]
@@ -94,10 +95,6 @@ impl ImageFolder {
     /// If the folder cannot be read, holds no image, or too few to set a share of them aside.
     pub fn open(config: &ImageFolderConfig) -> Result<Self> {
         let ImageFolderConfig { path, held_out, background } = config;
-        if !(0.0..1.0).contains(held_out) {
-            let help = "give a share of at least 0 and less than 1, such as 0.1";
-            return Err(Error::user(format!("image_folder: held_out = {held_out} is no share of the images"), help));
-        }
         let files = Arc::new(Files::list(path, *background)?);
         let [train, test] = match &files.labelled.split {
             Some(parts) => parts.clone(),

@@ -119,27 +119,34 @@ pub struct Written {
     preset: Option<Preset>,
     /// Side of a patch in pixels.
     #[serde(default)]
+    #[schemars(range(min = 1, max = 4096))]
     patch_size: Option<usize>,
     /// Width D of a token.
     #[serde(default)]
+    #[schemars(range(min = 1, max = 1_000_000))]
     dim: Option<usize>,
     /// Number of blocks.
     #[serde(default)]
+    #[schemars(range(min = 1, max = 1000))]
     depth: Option<usize>,
     /// Attention heads.
     #[serde(default)]
+    #[schemars(range(min = 1, max = 1_000_000))]
     heads: Option<usize>,
     /// Register (storage) tokens (Darcet et al., arXiv:2309.16588).
     #[serde(default)]
+    #[schemars(range(max = 10_000))]
     registers: Option<usize>,
     /// Feed-forward layer.
     #[serde(default)]
     ffn: Option<Ffn>,
     /// Hidden width of the feed-forward layer over `dim` (before SwiGLU's two thirds).
     #[serde(default)]
+    #[schemars(extend("exclusiveMinimum" = 0, "maximum" = 1000))]
     ffn_ratio: Option<f64>,
     /// SwiGLU's hidden width is rounded up to a multiple of this.
     #[serde(default)]
+    #[schemars(range(min = 1, max = 1_000_000), extend("x-with" = { "ffn": "swiglu" }))]
     ffn_align: Option<usize>,
     /// Bias in the feed-forward layer.
     #[serde(default)]
@@ -149,6 +156,7 @@ pub struct Written {
     qkv_bias: Option<bool>,
     /// Keep the keys' part of that bias at zero (it has no effect on attention but drifts).
     #[serde(default)]
+    #[schemars(extend("x-with" = { "qkv_bias": true }))]
     mask_k_bias: Option<bool>,
     /// Bias of the attention's output projection.
     #[serde(default)]
@@ -159,12 +167,15 @@ pub struct Written {
     /// Added to the variance (or mean square) in normalisation. 1e-5 is DINOv3's; the reference's plain `layernorm`
     /// uses 1e-6.
     #[serde(default)]
+    #[schemars(range(min = 1e-12, max = 1))]
     norm_eps: Option<f64>,
     /// Start of LayerScale (Touvron et al., arXiv:2103.17239); 0: none.
     #[serde(default)]
+    #[schemars(range(min = 0, max = 1000))]
     layer_scale: Option<f64>,
     /// Share of images that skip each branch (stochastic depth by sample subset, the same in every block).
     #[serde(default)]
+    #[schemars(extend("minimum" = 0, "exclusiveMaximum" = 1))]
     drop_path: Option<f64>,
     /// Activation checkpointing: what of a block is computed again in the backward pass to save memory. Results have the
     /// same bits with and without.

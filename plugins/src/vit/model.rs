@@ -232,18 +232,12 @@ impl Vit {
 
 fn check(config: &VitConfig) -> Result<()> {
     let bad = |problem: String, help: &str| Err(Error::user(format!("backbone: {problem}"), help));
-    if config.dim == 0 || config.depth == 0 || config.patch_size == 0 || config.heads == 0 {
-        return bad("dim, depth, heads and patch_size must be positive".into(), "set them, or choose a preset");
-    }
     if !config.dim.is_multiple_of(config.heads) {
         let help = "choose heads that divide dim; DINOv3 uses 64 or 128 numbers a head";
         return bad(format!("heads = {} does not divide dim = {}", config.heads, config.dim), help);
     }
-    if !(0.0..1.0).contains(&config.drop_path) {
-        return bad(format!("drop_path = {} is not in [0, 1)", config.drop_path), "the paper's 7B uses 0.4");
-    }
-    if config.hidden() == 0 || config.ffn_align == 0 {
-        return bad("the feed-forward layer has no width".into(), "raise ffn_ratio; ffn_align is at least 1");
+    if config.hidden() == 0 {
+        return bad("the feed-forward layer has no width".into(), "raise ffn_ratio");
     }
     Ok(())
 }

@@ -63,7 +63,7 @@ pub fn evaluation_tables(g: &Golden, dtype: DType, c: &mut Comparison<'_>) {
         let [_, variant, dim] = name.split('_').collect::<Vec<_>>()[..] else { panic!("{name}") };
         let table = json!({ "periods": periods(&g.options["variants"][variant]) });
         let config: RopeBoxConfig = serde_json::from_value(table).unwrap();
-        c.check_values(name, &RopeBox::new(config).unwrap().periods(dim[1..].parse().unwrap()));
+        c.check_values(name, &RopeBox::new(config).periods(dim[1..].parse().unwrap()));
     }
 }
 
@@ -178,7 +178,7 @@ pub fn bf16_tables(g: &Golden, dtype: DType, c: &mut Comparison<'_>) {
     let d = g.number("/D_head", None) as usize;
     let table = json!({ "dtype": "bf16", "periods": periods(&g.options), "normalize": g.options["normalize_coords"] });
     let config: RopeBoxConfig = serde_json::from_value(table.clone()).unwrap();
-    c.check_values("periods", &RopeBox::new(config).unwrap().periods(d));
+    c.check_values("periods", &RopeBox::new(config).periods(d));
     let encoding = encoding(&table, d);
     for name in g.prefixes(".sin") {
         check(c, name, rotary(encoding.as_ref(), parse_grid(name), None, dtype));

@@ -5,11 +5,11 @@ mod explain;
 mod schema;
 mod show;
 
-use std::fmt::Write as _;
+use std::fmt::{Display, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use dinolab_core::recipe::{cost, describe, Overrides, Resolved};
+use dinolab_core::recipe::{cost, describe, fit, Overrides, Resolved};
 use dinolab_core::registry::DataContext;
 use dinolab_core::text::printable;
 use dinolab_core::Result;
@@ -95,10 +95,17 @@ pub fn run(command: Command) -> Result<ExitCode> {
 fn check(path: &Path, overrides: &Overrides, with_cost: bool) -> bool {
     let checked = Resolved::load(path, overrides).and_then(|resolved| {
         resolved.warnings.iter().for_each(style::warn);
-        // Data may lie on another machine than the one where recipes are written.
-        match resolved.recipe.data.build(&mut DataContext { seed: resolved.recipe.seed }) {
+        resolved.notes.iter().for_each(style::note);
+        let recipe = &resolved.recipe;
+        let warn = |what: &dyn Display| style::warn(format!("{}: {what}", path.display()));
+        // Data and memory may be those of another machine than the one where recipes are written.
+        match recipe.data.build(&mut DataContext { seed: recipe.seed }) {
             Ok(data) => resolved.check_data(data.as_ref())?,
-            Err(error) => style::warn(format!("{}: data: {error}", path.display())),
+            Err(error) => warn(&format!("data: {error}")),
+        }
+        match recipe.device() {
+            Ok(device) => fit(recipe, device)?.into_iter().for_each(|fit| warn(&fit.into_error())),
+            Err(error) => warn(&error),
         }
         let cost = with_cost.then(|| cost::cost(&resolved.recipe)).transpose()?;
         Ok((resolved, cost))

@@ -42,6 +42,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     }
     let resolved = raw.resolve()?;
     resolved.warnings.iter().for_each(style::warn);
+    resolved.notes.iter().for_each(style::note);
     style::print(&if args.timeline { timeline(&resolved)? } else { resolved.to_toml() });
     Ok(())
 }
@@ -91,7 +92,7 @@ fn samples(total: u64) -> impl Iterator<Item = u64> {
 
 /// Least and most over the run; `None` if it never changes.
 fn range(schedule: &Schedule, total: u64) -> Option<(f64, f64)> {
-    let values = samples(total).map(|step| schedule.at(At { step, total }));
+    let values = schedule.landmarks(total).into_iter().map(|step| schedule.at(At { step, total }));
     let (least, most) = values.fold((f64::MAX, f64::MIN), |(a, b), x| (a.min(x), b.max(x)));
     (least < most).then_some((least, most))
 }

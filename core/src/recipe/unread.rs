@@ -1,0 +1,67 @@
+//! Keys that are given and not read: of a loss or probe that is off, or beside a key that makes them idle.
+
+use figment::value::Value;
+
+use super::layers::RawRecipe;
+use super::problem::{Origin, Problem, Severity};
+use super::Recipe;
+use crate::step::{declare, loss_context};
+
+/// What was given and is not read. `idle` are keys beside a key that makes them idle, and what that would have to be.
+///
+/// What was typed for this run is a warning. A file may keep values ready for a suite that turns the part on: a note.
+pub(super) fn check(recipe: &Recipe, raw: &RawRecipe, idle: Vec<(String, String)>) -> Vec<Problem> {
+    let mut found = Vec::new();
+    let mut tell = |table: String, keys: Vec<String>, message: &dyn Fn(&str) -> String, help: String| {
+        if keys.is_empty() {
+            return;
+        }
+        let typed = keys.iter().find(|key| !matches!(raw.set_by(key), Origin::File { .. } | Origin::Default));
+        let problem = Problem::warning(typed.cloned().unwrap_or(table), message(&keys.join(", "))).help(help);
+        found.push(if typed.is_some() { problem } else { Problem { severity: Severity::Note, ..problem } });
+    };
+    let losses = recipe.losses.0.iter().map(|(name, entry)| ("losses", name, entry.enabled));
+    let probes = recipe.probes.0.iter().map(|(name, entry)| ("probes", name, entry.enabled));
+    for (kind, name, _) in losses.chain(probes).filter(|(.., enabled)| !enabled) {
+        let table = format!("{kind}.{name}");
+        let message = |keys: &str| format!("is off, so nothing reads {keys}");
+        tell(table.clone(), given(raw, &table), &message, format!("set {table}.enabled = true, or remove the keys"));
+    }
+    if gram_waits(recipe) {
+        let message = |keys: &str| format!("no loss that is on uses a Gram teacher, so nothing reads {keys}");
+        let help = "turn on a loss that does, such as losses.gram, or remove the keys".to_string();
+        tell("gram_teacher".into(), given(raw, "gram_teacher"), &message, help);
+    }
+    for (key, needed) in idle {
+        let message = |key: &str| format!("nothing reads {key}: it is read with {needed} only");
+        tell(key.clone(), vec![key.clone()], &message, "remove it".into());
+    }
+    found
+}
+
+/// Whether a loss that is off would use the Gram teacher, and none that is on does.
+fn gram_waits(recipe: &Recipe) -> bool {
+    let Ok(model) = declare(recipe) else { return false };
+    let context = loss_context(recipe, model.backbone.as_ref());
+    let off = recipe.losses.0.values().filter(|entry| !entry.enabled);
+    let mut uses = off.map(|entry| entry.loss.build(&mut context.clone()).is_ok_and(|loss| loss.needs().gram_teacher));
+    recipe.gram_teacher.is_some() && !model.losses.iter().any(|l| l.needs.gram_teacher) && uses.any(|uses| uses)
+}
+
+/// The keys that were given in a table, but for those that say which plugin it is and whether it is on.
+fn given(raw: &RawRecipe, table: &str) -> Vec<String> {
+    let mut keys = Vec::new();
+    leaves(raw.get(table), table, &mut keys);
+    keys.retain(|key| !["plugin", "enabled"].iter().any(|own| *key == format!("{table}.{own}")));
+    keys
+}
+
+fn leaves(value: Option<&Value>, path: &str, keys: &mut Vec<String>) {
+    match value {
+        Some(Value::Dict(_, table)) => {
+            table.iter().for_each(|(key, value)| leaves(Some(value), &format!("{path}.{key}"), keys));
+        }
+        Some(_) => keys.push(path.into()),
+        None => {}
+    }
+}
