@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use dinolab_core::checkpoint;
 use dinolab_core::contract::{
-    Backbone, Cost, Crops, Features, Grid, Loss, LossValue, Mode, Needs, Outputs, StateSpec, StepContext,
+    At, Backbone, Cost, Crops, Features, Grid, Loss, LossValue, Mode, Needs, Outputs, Schedule, Scheduler, StateSpec,
+    StepContext,
 };
 use dinolab_core::data::{Batch, Masks, Pipeline};
 use dinolab_core::params::{Init, ParamId, Params};
@@ -43,35 +44,51 @@ impl Loss for RunningMean {
 
 plugin!(Loss, "running_mean", RunningMean);
 
-/// The mean square of the CLS tokens, multiplied by `factor` at one step.
-#[derive(Debug, Serialize, Deserialize, schemars::JsonSchema)]
+/// One, and another number at one step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
-struct Jump {
+struct Once {
     /// The step.
     at_step: u64,
-    /// The factor.
-    factor: f64,
+    /// The number.
+    value: f64,
 }
 
-impl Loss for Jump {
+impl Scheduler for Once {
+    fn value(&self, at: At) -> f64 {
+        if at.step == self.at_step {
+            self.value
+        } else {
+            1.0
+        }
+    }
+}
+
+plugin!(Scheduler, "once", Once);
+
+/// The mean square of the CLS tokens.
+#[derive(Debug, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct Size {}
+
+impl Loss for Size {
     fn needs(&self) -> Needs {
         Needs { teacher: false, min_batch: 1, ..Needs::default() }
     }
 
-    fn compute(&self, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
-        let factor = if context.at.step == self.at_step { self.factor } else { 1.0 };
-        out.student_cls.square()?.mean()?.scale(factor).map(LossValue::of)
+    fn compute(&self, out: &Outputs<'_>, _: &StepContext<'_>) -> Result<LossValue> {
+        out.student_cls.square()?.mean().map(LossValue::of)
     }
 }
 
-plugin!(Loss, "jump", Jump);
+plugin!(Loss, "size", Size);
 
-/// Keeps NaN as its state from one step on, which its loss does not show.
+/// Keeps a number that grows by the cube of a schedule, which its loss does not show.
 #[derive(Debug, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct SickState {
-    /// The step.
-    at_step: u64,
+    /// The schedule.
+    growth: Schedule,
 }
 
 impl Loss for SickState {
@@ -84,8 +101,9 @@ impl Loss for SickState {
     }
 
     fn compute(&self, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
-        let add = if context.at.step == self.at_step { f64::NAN } else { 1.0 };
-        Ok(LossValue { state: vec![context.state[0].shift(add)?], ..LossValue::of(out.student_cls.square()?.mean()?) })
+        let growth = context.scalar(&self.growth);
+        let memory = context.state[0].shift(1.0)?.mul(&growth)?.mul(&growth)?.mul(&growth)?;
+        Ok(LossValue { state: vec![memory], ..LossValue::of(out.student_cls.square()?.mean()?) })
     }
 }
 
@@ -203,14 +221,14 @@ fn step(learner: &mut Learner, pipeline: &Pipeline, step: u64) -> Report {
 
 /// Everything that a checkpoint would hold, as bytes by name.
 fn held(learner: &Learner) -> Vec<(String, Vec<u8>)> {
-    let content = learner.content(0);
+    let content = learner.content(0).unwrap();
     content.model.into_iter().chain(content.optimizer).map(|(name, t)| (name, t.as_bytes().to_vec())).collect()
 }
 
 /// The learner of the checkpoint that one would write after `step` steps.
 fn resumed(resolved: &Resolved, learner: &Learner, step: u64) -> Learner {
     let folder = tempfile::tempdir().unwrap();
-    checkpoint::save(folder.path(), &learner.content(step), 1).unwrap();
+    checkpoint::save(folder.path(), &learner.content(step).unwrap(), 1).unwrap();
     let (checkpoint, _) = checkpoint::load_newest(folder.path()).unwrap().expect("one was saved");
     Learner::from_checkpoint(&resolved.recipe, &checkpoint).unwrap_or_else(|e| panic!("{e}"))
 }
@@ -230,7 +248,7 @@ fn a_headless_loss_keeps_its_state(device: &str) {
         step(&mut first, &pipeline, i);
     }
     let state = |learner: &Learner, name: &str| -> Vec<f64> {
-        let found = learner.content(0).optimizer.into_iter().find(|(n, _)| n == name);
+        let found = learner.content(0).unwrap().optimizer.into_iter().find(|(n, _)| n == name);
         found.unwrap_or_else(|| panic!("no {name}")).1.to_f64_vec()
     };
     assert_eq!(state(&first, "state.running_mean.calls"), [3.0]);
@@ -258,7 +276,7 @@ fn every_part_of_a_batch_sees_the_state_that_the_one_before_left() {
     let resolved = recipe("device = \"cpu\"\nbatch.micro_batches = 4", "[losses.running_mean]");
     let (mut learner, pipeline) = start(&resolved);
     step(&mut learner, &pipeline, 0);
-    let calls = learner.content(0).optimizer.into_iter().find(|(name, _)| name == "state.running_mean.calls");
+    let calls = learner.content(0).unwrap().optimizer.into_iter().find(|(name, _)| name == "state.running_mean.calls");
     assert_eq!(calls.expect("a state").1.to_f64_vec(), [4.0]);
 }
 
@@ -280,17 +298,19 @@ fn the_second_step_is_refused(resolved: &Resolved, what: &str) {
         let all = tensor.to_f64_vec().iter().all(|x| x.is_finite());
         assert!(all, "{name}");
     };
-    let content = learner.content(5);
+    let content = learner.content(5).unwrap();
     content.model.iter().chain(&content.optimizer).for_each(finite);
 }
 
 fn refusals(device: &str) {
     let first = format!("device = \"{device}\"\nprecision = \"f32\"\noptimizer.clip_grad = 0.0");
-    let jump = |factor: f64| format!("[losses.jump]\nat_step = 1\nfactor = {factor:e}");
-    the_second_step_is_refused(&recipe(&first, &jump(f64::MAX)), "loss/jump");
+    let once = |value: f64| format!("{{ plugin = \"once\", at_step = 1, value = {value:e} }}");
+    let jump = |value: f64| format!("[losses.size]\nweight = {}", once(value));
+    the_second_step_is_refused(&recipe(&first, &jump(1e300)), "loss/total");
     // The gradient is a number, and its square is none.
     the_second_step_is_refused(&recipe(&first, &jump(1e25)), "update of the weights by a gradient of length");
-    the_second_step_is_refused(&recipe(&first, "[losses.sick_state]\nat_step = 1"), "the state of sick_state");
+    let state = format!("[losses.sick_state]\ngrowth = {}", once(1e20));
+    the_second_step_is_refused(&recipe(&first, &state), "the state of sick_state");
 }
 
 #[test]
@@ -333,7 +353,7 @@ fn weights_that_are_not_finite_are_named_before_they_are_used() {
         let flat = if role == "student" { &mut weights.student } else { &mut weights.teacher };
         let good = std::mem::replace(&mut flat.as_mut_slice::<f32>()[at + 3], bad);
         let folder = tempfile::tempdir().unwrap();
-        checkpoint::save(folder.path(), &learner.content(1), 1).unwrap();
+        checkpoint::save(folder.path(), &learner.content(1).unwrap(), 1).unwrap();
         let error = learner.step(0, &pipeline.step(0).unwrap().batches, false).unwrap_err().to_string();
         assert!(error.contains(&format!("{role}.{name}")), "{error}");
         let (checkpoint, _) = checkpoint::load_newest(folder.path()).unwrap().expect("one was saved");
@@ -410,7 +430,7 @@ fn parts_of_a_batch_train_as_the_whole_batch_does() {
 /// Learning goes on with the bits of a run that knows nothing of jumps, but for the step that jumps.
 fn a_jump_is_not_taken(device: &str) {
     let first = format!("device = \"{device}\"\nprecision = \"f32\"");
-    let losses = "[losses.jump]\nat_step = 6\nfactor = 50.0\n[on_spike]\nfactor = 2.0\nwindow = 4";
+    let losses = "[losses.size]\nweight = { plugin = \"once\", at_step = 6, value = 50.0 }\n[on_spike]\nfactor = 2.0\nwindow = 4";
     let resolved = recipe(&first, losses);
     let (mut learner, pipeline) = start(&resolved);
     for i in 0..6 {
@@ -519,13 +539,17 @@ fn a_head_may_have_no_bias_and_the_last_layers_a_rate_of_their_own() {
         let (mut learner, pipeline) = start(&resolved);
         let layout = learner.model().layout.clone();
         assert!(layout.specs().iter().all(|s| !s.name.starts_with("dino_head.mlp") || s.name.ends_with("weight")));
-        let before = learner.weights().student.clone();
+        let of = |learner: &Learner| {
+            ["dino_head.last_layer.weight", "dino_head.mlp.0.weight"].map(|name| {
+                let spec = layout.find(name).expect("a head's parameter");
+                let values = learner.weights().student.view(spec.offset, &spec.shape).to_f64_vec();
+                Tensor::from_slice(&values, &spec.shape).unwrap()
+            })
+        };
+        let before = of(&learner);
         step(&mut learner, &pipeline, 0);
-        let after = &learner.weights().student;
-        ["dino_head.last_layer.weight", "dino_head.mlp.0.weight"].map(|name| {
-            let spec = layout.find(name).expect("a head's parameter");
-            distance(&after.view(spec.offset, &spec.shape), &before.view(spec.offset, &spec.shape))
-        })
+        let after = of(&learner);
+        [0, 1].map(|i| distance(&after[i], &before[i]))
     };
     let [last, first] = moved("");
     let [slow, same] = moved("optimizer.last_layer_lr = 1e-4");

@@ -101,7 +101,10 @@ gpu_test!(sizes_may_change_from_step_to_step, {
 });
 
 gpu_test!(finished_batches_keep_their_place_from_step_to_step, {
-    let pipeline = Pipeline::new(Arc::new(Pictures), spec(CropConfig::default(), None)).unwrap();
+    // Enough images a part for each to have as many masked patches in every step.
+    let mut spec = spec(CropConfig::default(), None);
+    (spec.batch.size, spec.batch.micro_batches) = (16, 2);
+    let pipeline = Pipeline::new(Arc::new(Pictures), spec).unwrap();
     let mut batches = DeviceBatches::new(Gpu::get(0).unwrap(), DType::F32).unwrap();
     let mut places = Vec::new();
     for step in 0..3 {

@@ -49,9 +49,9 @@ impl Loss for Squeamish {
     }
 
     fn compute(&self, out: &Outputs<'_>, _: &StepContext<'_>) -> Result<LossValue> {
-        let rows = out.teacher_cls.to_f64_vec();
-        let d = out.teacher_cls.dim(1);
-        let differ = rows.chunks(d).any(|row| row.iter().zip(&rows).any(|(a, b)| (a - b).abs() > 1e-3));
+        let patches = out.teacher_patches.to_f64_vec();
+        let d = out.teacher_patches.dim(2);
+        let differ = patches.chunks(d).any(|patch| patch.iter().zip(&patches).any(|(a, b)| (a - b).abs() > 1e-3));
         let value = out.student_cls.square()?.mean()?;
         value.scale(if differ { f64::INFINITY } else { 1.0 }).map(LossValue::of)
     }

@@ -69,6 +69,7 @@ fn improvement(
     let parts = |sign: i64| {
         let mut parts: Vec<usize> = (0..over.len()).filter(|&p| over[p] * sign > 0).collect();
         parts.sort_by_key(|&p| -over[p] * sign);
+        parts.truncate(MOST_PARTS);
         parts
     };
     for &from in &parts(1) {
@@ -82,6 +83,9 @@ fn improvement(
     }
     None
 }
+
+/// Parts on either side that swaps are sought between: those that are off the most.
+const MOST_PARTS: usize = 8;
 
 /// The swaps that move `wanted` masked patches: one, or two; or the one that moves as near to that as any.
 fn swaps(masked: &[usize], from: &[usize], to: &[usize], wanted: i64) -> (Vec<(usize, usize)>, i64) {

@@ -156,35 +156,6 @@ impl Loader {
     }
 }
 
-/// How often a loop that waits for data looks whether it is asked to stop.
-const LOOK: Duration = Duration::from_millis(20);
-
-impl Loader {
-    /// The next step's batches; `None` after the last, and if `stop` turns true before they are there.
-    pub fn next_unless(&mut self, stop: &AtomicBool) -> Option<Result<StepBatches>> {
-        let start = Instant::now();
-        loop {
-            if stop.load(Ordering::Relaxed) {
-                return None;
-            }
-            match self.steps.as_ref()?.recv_timeout(LOOK) {
-                Ok(made) => {
-                    let made = made.and_then(|made| self.finish(made));
-                    return Some(made.map(|made| StepBatches { waited: start.elapsed(), ..made }));
-                }
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => {
-                    self.steps = None;
-                    if let Some(Err(panic)) = self.thread.take().map(JoinHandle::join) {
-                        std::panic::resume_unwind(panic);
-                    }
-                    return None;
-                }
-            }
-        }
-    }
-}
-
 impl Iterator for Loader {
     type Item = Result<StepBatches>;
 

@@ -225,10 +225,13 @@ impl Learner {
     }
 
     /// Everything a run needs to go on after `step` steps.
-    pub fn content(&self, step: u64) -> Content {
-        let mut content = self.weights.content(step, &self.model);
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn content(&self, step: u64) -> Result<Content> {
+        let mut content = catch_out_of_memory(|| Ok(self.weights.content(step, &self.model)))?;
         content.optimizer.extend(self.spikes.iter().flat_map(Spikes::content));
-        content
+        Ok(content)
     }
 
     /// Runs step `step` (0-based) on its micro-batches. When something is not finite, or would not be after the update,
@@ -499,10 +502,10 @@ impl Learner {
                 let params = Params::frozen(&self.model.layout, self.weights.teacher());
                 let crops = Crops::global(pixels.to(self.device));
                 let mut features = self.model.backbone.forward(&params, &[crops], Mode::Eval)?;
-                features.pop().ok_or_else(|| Error::shape("backbone", "no features"))
+                features.pop().ok_or_else(|| Error::shape("backbone", "no features"))?.to_host()
             })
         })?;
-        features.to_host()
+        Ok(features)
     }
 }
 

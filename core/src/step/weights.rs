@@ -7,6 +7,7 @@ use crate::contract::{At, Role, TeacherPolicy};
 use crate::ops::convert_into;
 use crate::params::{load_named, Layout};
 use crate::recipe::Recipe;
+use crate::tensor::catch_out_of_memory;
 use crate::weights::check_same_model;
 use crate::{DType, Device, Error, Result, Tensor};
 
@@ -87,7 +88,7 @@ impl Weights {
     /// If one is not finite.
     pub(super) fn bounds(&mut self, model: &Declared) -> Result<Bounds> {
         if self.bounds.is_none() {
-            self.bounds = Some(Bounds::measured(self, model)?);
+            self.bounds = Some(catch_out_of_memory(|| Bounds::measured(self, model))?);
         }
         Ok(self.bounds.expect("measured just above"))
     }

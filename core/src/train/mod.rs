@@ -470,7 +470,7 @@ impl Run<'_> {
             return Ok(());
         }
         self.log.sync()?;
-        let content = self.learner.content(step);
+        let content = self.learner.content(step)?;
         let keep = match self.recipe.on_non_finite {
             OnNonFinite::Rewind(_) => {
                 rewind::kept(self.folder.path(), self.recipe.checkpoint.every, step, self.recipe.checkpoint.keep)?
