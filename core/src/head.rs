@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::ops::Linear;
-use crate::params::{Init, ParamBuilder, ParamId, Params};
+use crate::params::{Init, ParamBuilder, ParamId, ParamRole, Params};
 use crate::{Result, Tensor};
 
 /// A projection head: `layers` linear layers with GELU between them (width -> hidden -> ... -> bottleneck), then
@@ -23,6 +23,8 @@ pub struct HeadConfig {
     /// Linear layers before the normalisation.
     #[schemars(range(min = 1, max = 100))]
     pub layers: usize,
+    /// Whether these layers have a bias.
+    pub bias: bool,
     /// Standard deviation of the prototypes at the start. With the reference's 0.02 logits begin near zero and targets
     /// near uniform, and it takes thousands of steps until they are not; short runs begin with more.
     #[schemars(extend("exclusiveMinimum" = 0, "maximum" = 2))]
@@ -31,14 +33,14 @@ pub struct HeadConfig {
 
 impl Default for HeadConfig {
     fn default() -> Self {
-        Self { hidden: 2048, bottleneck: 256, prototypes: 65_536, layers: 3, prototype_std: 0.02 }
+        Self { hidden: 2048, bottleneck: 256, prototypes: 65_536, layers: 3, bias: true, prototype_std: 0.02 }
     }
 }
 
 /// A head's parameters in a layout.
 #[derive(Clone, Debug)]
 pub struct Head {
-    layers: Vec<(ParamId, ParamId)>,
+    layers: Vec<(ParamId, Option<ParamId>)>,
     last_layer: ParamId,
 }
 
@@ -52,7 +54,7 @@ impl Head {
         let layers = params.scope("mlp", |p| {
             let declare = |p: &mut ParamBuilder, i: usize| {
                 let weight = p.add("weight", &[widths[i + 1], widths[i]], init);
-                (weight, p.add("bias", &[widths[i + 1]], Init::Zeros))
+                (weight, config.bias.then(|| p.add_plain("bias", &[widths[i + 1]], Init::Zeros)))
             };
             // The reference names a single layer `mlp.weight`; of several, every other index is an activation.
             match n {
@@ -62,7 +64,8 @@ impl Head {
         });
         let prototypes = Init::TruncatedNormal(config.prototype_std);
         let shape = [config.prototypes, config.bottleneck];
-        let last_layer = params.scope("last_layer", |p| p.add("weight", &shape, prototypes));
+        let last_layer = params
+            .role(ParamRole::LastLayer, |params| params.scope("last_layer", |p| p.add("weight", &shape, prototypes)));
         Self { layers, last_layer }
     }
 
@@ -75,8 +78,8 @@ impl Head {
     pub fn bottleneck(&self, params: &Params<'_>, x: &Tensor) -> Result<Tensor> {
         let mut x = x.clone();
         for (i, &(weight, bias)) in self.layers.iter().enumerate() {
-            let (weight, bias) = (params.get(weight), params.get(bias));
-            let layer = Linear::new(&weight, Some(&bias));
+            let (weight, bias) = (params.get(weight), bias.map(|bias| params.get(bias)));
+            let layer = Linear::new(&weight, bias.as_ref());
             x = if i == 0 { layer.of(&x)? } else { layer.after_gelu().of(&x)? };
         }
         x.l2_normalize(1e-12)

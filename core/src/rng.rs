@@ -31,6 +31,9 @@ pub enum Stream {
     Statistics = 10,
 }
 
+/// Draws that may be rejected before zero is taken: all of them are with a probability below 2^-64.
+const REJECTIONS: usize = 64;
+
 /// A sequence of draws for one (seed, stream, step, index).
 #[derive(Clone, Debug)]
 pub struct Rng {
@@ -85,14 +88,15 @@ impl Rng {
     pub fn below(&mut self, n: usize) -> usize {
         assert!(n > 0, "there is no integer below 0");
         let n = n as u64;
-        // Rejection of the incomplete last interval.
-        let limit = (1u64 << 32) - (1u64 << 32) % n;
-        loop {
-            let x = u64::from(self.u32());
-            if x < limit {
-                return (x % n) as usize;
-            }
-        }
+        let wide = n > 1 << 32;
+        // Rejection of the incomplete last interval, which is less than half of all.
+        let limit = if wide { u64::MAX - u64::MAX % n } else { (1u64 << 32) - (1u64 << 32) % n };
+        let mut draw = || match wide {
+            true => u64::from(self.u32()) << 32 | u64::from(self.u32()),
+            false => u64::from(self.u32()),
+        };
+        let drawn = (0..REJECTIONS).map(|_| draw()).find(|&x| x < limit);
+        (drawn.unwrap_or(0) % n) as usize
     }
 
     /// True with probability `p`.
@@ -166,6 +170,16 @@ mod tests {
         ] {
             assert_ne!(base, other);
         }
+    }
+
+    #[test]
+    fn integers_below_any_bound_are_drawn() {
+        let mut rng = Rng::new(3, Stream::Probe, 0, 0);
+        for n in [1, 2, 3, (1 << 31) + 1, (1 << 32) - 1, 1 << 32, (1 << 32) + 1, usize::MAX / 2 + 2, usize::MAX] {
+            assert!((0..1000).all(|_| rng.below(n) < n), "{n}");
+        }
+        let high = (0..1000).filter(|_| rng.below(1 << 40) >= 1 << 39).count();
+        assert!((400..600).contains(&high), "{high} of 1000 are in the upper half");
     }
 
     #[test]

@@ -95,7 +95,7 @@ impl Dino {
 
 impl Loss for Dino {
     fn needs(&self) -> Needs {
-        Needs { head: Some((HeadInput::Cls, self.head.clone())), min_batch: 1, ..Needs::default() }
+        Needs { head: Some((HeadInput::Cls, self.head.clone())), teacher: false, min_batch: 1, ..Needs::default() }
     }
 
     fn state(&self) -> Vec<StateSpec> {
@@ -123,6 +123,6 @@ impl Loss for Dino {
             let local = local.scale(local_pairs.len() as f64 / terms)?;
             loss = loss.add(&local.mul(&context.scalar(&self.local_weight))?)?;
         }
-        Ok(LossValue { loss, parts })
+        Ok(LossValue::of(loss).with_parts(parts))
     }
 }

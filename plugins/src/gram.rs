@@ -86,7 +86,7 @@ impl Gram {
 impl Loss for Gram {
     fn needs(&self) -> Needs {
         let masks = self.log_parts || self.tokens != Tokens::All;
-        Needs { gram_teacher: true, masks, min_batch: 1, ..Needs::default() }
+        Needs { gram_teacher: true, masks, teacher: false, min_batch: 1, ..Needs::default() }
     }
 
     fn compute(&self, out: &Outputs<'_>, _: &StepContext<'_>) -> Result<LossValue> {
@@ -103,6 +103,6 @@ impl Loss for Gram {
             parts.push(("masked", self.over(&student, teacher, out.mask_indices)?));
             parts.push(("unmasked", self.over(&student, teacher, out.unmasked_indices)?));
         }
-        Ok(LossValue { loss, parts })
+        Ok(LossValue::of(loss).with_parts(parts))
     }
 }

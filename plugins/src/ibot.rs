@@ -64,7 +64,7 @@ impl Ibot {
 impl Loss for Ibot {
     fn needs(&self) -> Needs {
         let head = Some((HeadInput::MaskedPatches, self.head.clone()));
-        Needs { head, masks: true, min_batch: 1, ..Needs::default() }
+        Needs { head, masks: true, teacher: false, min_batch: 1, ..Needs::default() }
     }
 
     fn state(&self) -> Vec<StateSpec> {

@@ -48,7 +48,7 @@ impl KoLeo {
 
 impl Loss for KoLeo {
     fn needs(&self) -> Needs {
-        Needs { min_batch: self.topk + 1, ..Needs::default() }
+        Needs { teacher: false, min_batch: self.topk + 1, ..Needs::default() }
     }
 
     fn compute(&self, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
@@ -62,6 +62,6 @@ impl Loss for KoLeo {
             loss = loss.add(&of_crop(crop)?)?;
         }
         let per_crop = loss.detach().scale(1.0 / out.globals as f64)?;
-        Ok(LossValue { loss, parts: vec![("per_crop", per_crop)] })
+        Ok(LossValue::of(loss).with_parts(vec![("per_crop", per_crop)]))
     }
 }

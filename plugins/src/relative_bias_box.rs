@@ -100,7 +100,7 @@ impl PosEncoding for RelativeBiasBox {
         // The first layer sees two inputs of unit size: uniform in 1 / sqrt(inputs), PyTorch's default.
         let first = Init::Uniform(std::f64::consts::FRAC_1_SQRT_2);
         let [weight1, bias1] =
-            params.scope("fc1", |p| [p.add("weight", &[hidden, 2], first), p.add("bias", &[hidden], first)]);
+            params.scope("fc1", |p| [p.add("weight", &[hidden, 2], first), p.add_plain("bias", &[hidden], first)]);
         let weight2 = params.scope("fc2", |p| p.add("weight", &[context.heads, hidden], Init::TruncatedNormal(0.02)));
         self.network = Some(([weight1, bias1, weight2], context.heads));
         Ok(())

@@ -1,13 +1,14 @@
 //! Crops, masks and the loader.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use dinolab_core::contract::{Dataset, Grid, Sample};
 use dinolab_core::data::plan::{random_box, Cut, ImagePlan};
-use dinolab_core::data::{Augmentation, BlockMask, Loader, LoaderSpec, Masks, Pipeline, StepBatches, Views};
-use dinolab_core::recipe::{BatchConfig, CropConfig, MaskConfig};
+use dinolab_core::data::{Augmentation, Batch, BlockMask, Loader, LoaderSpec, Masks, Pipeline, StepBatches, Views};
+use dinolab_core::recipe::{BatchConfig, CropConfig, MaskConfig, Resolution};
 use dinolab_core::rng::{Rng, Stream};
 use dinolab_core::{DType, Device, Error, Result};
 use proptest::prelude::*;
@@ -61,6 +62,7 @@ fn spec() -> LoaderSpec {
         dtype: DType::F32,
         start_step: 0,
         total_steps: 6,
+        left_out: Vec::new(),
     }
 }
 
@@ -113,21 +115,94 @@ fn epochs_follow_each_other_without_a_gap() {
     }
 }
 
+/// Crops and masks of every image of a step, by its index in the dataset (of which a step has none twice).
+fn by_image(batches: &[Batch], crops: usize) -> BTreeMap<usize, Vec<u8>> {
+    let mut all = BTreeMap::new();
+    for batch in batches {
+        let images = batch.images();
+        for (slot, &index) in batch.indices.iter().enumerate() {
+            let mut own = Vec::new();
+            let parts = [(Some(&batch.global), 2), (batch.local.as_ref(), crops), (batch.gram.as_ref(), 2)];
+            for (tensor, crops) in parts.into_iter().chain([(Some(&batch.masks.masks), 2)]) {
+                let bytes = tensor.expect("crops of every kind").as_bytes();
+                let size = bytes.len() / (crops * images);
+                (0..crops).for_each(|crop| own.extend(&bytes[(crop * images + slot) * size..][..size]));
+            }
+            assert!(all.insert(index, own).is_none());
+        }
+    }
+    all
+}
+
 #[test]
-fn micro_batches_divide_the_same_images_and_mask_the_same_number_of_patches() {
-    let mut divided = spec();
-    divided.batch.micro_batches = 3;
-    let pipelines = [spec(), divided].map(|spec| Pipeline::new(Arc::new(Noise::new(10)), spec).unwrap());
-    for step in 0..3 {
-        let [whole, parts] = [0, 1].map(|i| pipelines[i].step(step).unwrap().batches);
-        let joined: Vec<usize> = parts.iter().flat_map(|b| b.indices.clone()).collect();
-        assert_eq!(joined, whole[0].indices);
-        // Image 4 is the first of the third part; crop-major: crop 1 of it follows crop 0 of all.
-        let crop =
-            |batch: &dinolab_core::data::Batch, slot: usize| batch.global.to_f64_vec()[slot * 768..][..768].to_vec();
-        assert_eq!(crop(&whole[0], 6 + 4), crop(&parts[2], 2));
-        for (pipeline, batches) in pipelines.iter().zip([&whole, &parts]) {
-            assert!(batches.iter().all(|b| b.masks.indices.len() == pipeline.masked_patches(0)));
+fn parts_of_a_batch_have_the_images_crops_and_masks_of_the_whole() {
+    let pipelines = [1, 2, 3, 6].map(|parts| {
+        let mut spec = spec();
+        spec.batch.micro_batches = parts;
+        Pipeline::new(Arc::new(Noise::new(60)), spec).unwrap()
+    });
+    for step in 0..5 {
+        let [whole, parts @ ..] = pipelines.each_ref().map(|pipeline| pipeline.step(step).unwrap().batches);
+        let expected = by_image(&whole, 3);
+        assert_eq!(expected.len(), 6);
+        for batches in parts {
+            assert!(by_image(&batches, 3) == expected, "step {step}, {} parts", batches.len());
+            let masked: usize = batches.iter().map(|b| b.masks.indices.len()).sum();
+            assert_eq!(masked, pipelines[0].masked_patches(step));
+        }
+    }
+}
+
+#[test]
+fn the_number_of_masked_patches_of_each_part_is_the_same_in_every_step() {
+    let mut spec = spec();
+    (spec.batch.size, spec.batch.micro_batches) = (32, 4);
+    (spec.crops.global_size, spec.gram_crop_size, spec.total_steps) = (40, None, 30);
+    let pipeline = Pipeline::new(Arc::new(Noise::new(60)), spec).unwrap();
+    let counts = |step: u64| -> Vec<usize> {
+        pipeline.step(step).unwrap().batches.iter().map(|b| b.masks.indices.len()).collect()
+    };
+    let first = counts(0);
+    assert!(first.iter().max().unwrap() - first.iter().min().unwrap() <= 1, "{first:?}");
+    assert!((1..30).all(|step| counts(step) == first));
+}
+
+#[test]
+fn data_that_is_left_out_is_passed_over_and_what_follows_moves_up() {
+    let whole = run(LoaderSpec { total_steps: 12, ..spec() });
+    let shorter = run(LoaderSpec { total_steps: 9, left_out: vec![(2, 1), (5, 2)], ..spec() });
+    // The number of a step comes first in its bytes.
+    let content = |steps: &[Vec<u8>], i: usize| steps[i][8..].to_vec();
+    for (step, source) in [0, 1, 3, 4, 5, 8, 9, 10, 11].into_iter().enumerate() {
+        assert!(content(&shorter, step) == content(&whole, source), "step {step}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn what_the_student_sees_does_not_depend_on_who_else_looks(
+        gram in 1usize..12, step in 0u64..1000, flags in any::<[bool; 4]>(), parts in 1usize..4, seed: u64,
+    ) {
+        let crops = CropConfig {
+            gram_without_distortion: flags[0],
+            local_from_global: flags[1],
+            share_color_jitter: flags[2],
+            horizontal_flip: flags[3],
+            ..spec().crops
+        };
+        let of = |gram_crop_size: Option<usize>| {
+            let mut spec = LoaderSpec { crops: crops.clone(), gram_crop_size, seed, total_steps: 1001, ..spec() };
+            spec.batch.micro_batches = parts;
+            Pipeline::new(Arc::new(Noise::new(60)), spec).unwrap().step(step).unwrap().batches
+        };
+        for (with, without) in of(Some(4 * gram)).iter().zip(&of(None)) {
+            prop_assert_eq!(with.global.as_bytes(), without.global.as_bytes());
+            prop_assert_eq!(with.local.as_ref().unwrap().as_bytes(), without.local.as_ref().unwrap().as_bytes());
+            prop_assert_eq!(with.masks.masks.as_bytes(), without.masks.masks.as_bytes());
+            prop_assert_eq!(&with.indices, &without.indices);
+            prop_assert!(with.gram.is_some() && without.gram.is_none());
         }
     }
 }
@@ -188,6 +263,52 @@ fn dropping_a_loader_ends_its_threads_promptly() {
     assert_eq!(Arc::strong_count(&dataset), 1, "no thread holds the dataset any more");
 }
 
+/// A dataset that is not there any more: its reads never end, or it panics.
+#[derive(Debug)]
+struct Gone {
+    hangs: bool,
+}
+
+impl Dataset for Gone {
+    fn len(&self) -> usize {
+        10
+    }
+
+    fn get(&self, index: usize) -> Result<Sample> {
+        match self.hangs {
+            true => std::thread::sleep(Duration::from_secs(3600)),
+            false => panic!("no picture {index}"),
+        }
+        Err(Error::content(self.describe(index), "gone", "bring it back"))
+    }
+}
+
+#[test]
+fn a_wait_for_data_that_never_come_ends_when_asked_to() {
+    let mut loader = Loader::new(Arc::new(Gone { hangs: true }), spec()).unwrap();
+    let stop = Arc::new(AtomicBool::new(false));
+    let later = stop.clone();
+    let signal = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(100));
+        later.store(true, Ordering::Relaxed);
+    });
+    let start = Instant::now();
+    assert!(loader.next_unless(&stop).is_none());
+    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+    signal.join().unwrap();
+    // Its threads hang in a read; they do not keep the run from ending.
+    drop(loader);
+    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+}
+
+#[test]
+fn what_panics_in_a_loader_thread_is_an_error_of_the_run() {
+    let mut loader = Loader::new(Arc::new(Gone { hangs: false }), spec()).unwrap();
+    let error = loader.next().expect("an error is an item").unwrap_err().to_string();
+    assert!(error.contains("a loader thread failed: no picture"), "{error}");
+    assert!(loader.next().is_none());
+}
+
 #[test]
 fn numbers_that_do_not_fit_together_are_errors() {
     let build = |change: &dyn Fn(&mut LoaderSpec)| {
@@ -200,6 +321,12 @@ fn numbers_that_do_not_fit_together_are_errors() {
         build(&|s| s.crops.global_size = 18).contains("crops.global_size = 18 is not a multiple of the patch size 4")
     );
     assert!(build(&|s| s.gram_crop_size = Some(30)).contains("Gram teacher's crop size = 30"));
+    let larger = |s: &mut LoaderSpec| {
+        let sizes = |global_size, local_size| Resolution { share: 1.0, global_size, local_size, gram_size: None };
+        s.crops.local_from_global = true;
+        s.crops.resolutions = vec![sizes(32, 16), sizes(16, 24)];
+    };
+    assert!(build(&larger).contains("local crops of 24 pixels cannot be cut from global ones of 16"));
     assert!(build(&|s| s.crops.local_scale = [0.5, 0.1]).contains("crops.local_scale"));
     assert!(build(&|s| s.masking.probability = 1.5).contains("probability 1.5"));
 }

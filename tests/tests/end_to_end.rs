@@ -86,23 +86,22 @@ fn peak_rss(child: &Child) -> Option<u64> {
 }
 
 #[test]
-fn memory_is_flat_from_step_10_to_step_500() {
+fn memory_is_flat_from_step_50_to_step_1000() {
     let folder = Folder::with_micro();
-    let args = ["train", "micro.toml", "--set", "steps=500", "--set", "checkpoint.every=0", "--out", "run"];
+    let args = ["train", "micro.toml", "--set", "steps=1000", "--set", "checkpoint.every=0", "--out", "run"];
     let gram = ["--set", "losses.gram.enabled=true", "--set", "gram_teacher.first_step=2"];
     let mut child = folder.start(&[&args[..], &gram].concat());
     let metrics = folder.path("run/metrics.jsonl");
     let logged = || fs::read_to_string(&metrics).map_or(0, |text| text.lines().count());
-    wait_until(&mut child, || logged() >= 10);
+    wait_until(&mut child, || logged() >= 50);
     let early = peak_rss(&child).expect("it runs");
     let mut late = early;
     while child.try_wait().expect("it was started").is_none() {
         late = peak_rss(&child).unwrap_or(late);
         std::thread::sleep(Duration::from_millis(5));
     }
-    assert_eq!(logged(), 500);
-    // The metrics on disk, the event files' buffers and the allocator move a little.
-    assert!(late < early + 8 * 1024, "{early} KiB at step 10, {late} KiB at step 500");
+    assert_eq!(logged(), 1000);
+    assert!(late as f64 <= 1.01 * early as f64, "{early} KiB at step 50, {late} KiB at step 1000");
 }
 
 #[test]

@@ -43,6 +43,7 @@ fn spec(crops: CropConfig, gram_crop_size: Option<usize>) -> LoaderSpec {
         dtype: DType::F32,
         start_step: 0,
         total_steps: 3,
+        left_out: Vec::new(),
     }
 }
 
@@ -89,9 +90,8 @@ gpu_test!(gram_crops_without_distortion_are_the_same, {
     assert_eq!(difference(spec(crops, Some(96))), 0.0);
 });
 
-gpu_test!(gram_crops_resized_from_distorted_ones_agree_to_rounding, {
-    let most = difference(spec(CropConfig::default(), Some(96)));
-    assert!(most < 1e-5, "{most}");
+gpu_test!(distorted_gram_crops_are_the_same, {
+    assert_eq!(difference(spec(CropConfig::default(), Some(96))), 0.0);
 });
 
 gpu_test!(sizes_may_change_from_step_to_step, {
@@ -101,7 +101,10 @@ gpu_test!(sizes_may_change_from_step_to_step, {
 });
 
 gpu_test!(finished_batches_keep_their_place_from_step_to_step, {
-    let pipeline = Pipeline::new(Arc::new(Pictures), spec(CropConfig::default(), None)).unwrap();
+    // Enough images a part for each to have as many masked patches in every step.
+    let mut spec = spec(CropConfig::default(), None);
+    (spec.batch.size, spec.batch.micro_batches) = (16, 2);
+    let pipeline = Pipeline::new(Arc::new(Pictures), spec).unwrap();
     let mut batches = DeviceBatches::new(Gpu::get(0).unwrap(), DType::F32).unwrap();
     let mut places = Vec::new();
     for step in 0..3 {

@@ -38,7 +38,24 @@ fn cross_entropy(student: &Tensor, target: &Tensor) -> Result<Tensor> {
 }
 
 fn sinkhorn(logits: &Tensor, iterations: usize) -> Tensor {
-    logits.sinkhorn_knopp(&Tensor::scalar(0.2, DType::F64), iterations, &Single).unwrap()
+    logits.sinkhorn_knopp(&Tensor::scalar(0.2, logits.dtype()), iterations, &Single).unwrap()
+}
+
+/// The same in the logarithm, from its definition.
+fn sinkhorn_by_logarithms(logits: &Tensor, iterations: usize) -> Vec<f64> {
+    let (b, k) = (logits.dim(0), logits.dim(1));
+    let mut z: Vec<f64> = logits.to_f64_vec().iter().map(|x| x / 0.2).collect();
+    let log_sum = |of: &dyn Fn(usize) -> f64, n: usize| {
+        let top = (0..n).map(of).fold(f64::NEG_INFINITY, f64::max);
+        top + (0..n).map(|i| (of(i) - top).exp()).sum::<f64>().ln()
+    };
+    for _ in 0..iterations {
+        let masses: Vec<f64> = (0..k).map(|j| log_sum(&|i| z[i * k + j], b)).collect();
+        z.iter_mut().enumerate().for_each(|(at, z)| *z -= masses[at % k]);
+        let masses: Vec<f64> = (0..b).map(|i| log_sum(&|j| z[i * k + j], k)).collect();
+        z.iter_mut().enumerate().for_each(|(at, z)| *z -= masses[at / k]);
+    }
+    z.into_iter().map(f64::exp).collect()
 }
 
 proptest! {
@@ -58,6 +75,23 @@ proptest! {
         laws::equal(&assigned.sum_axis(1).unwrap(), &ones(b), 1e-12)?;
         let mass = assigned.sum_axis(0).unwrap().scale(k as f64 / b as f64).unwrap();
         laws::equal(&mass, &ones(k), 1e-3)?;
+    }
+
+    #[test]
+    fn sinkhorn_is_its_formula_for_any_rows_prototypes_iterations_and_spread(
+        b in 1usize..80, k in 1usize..80, iterations in prop_oneof![1usize..20, 100usize..1500], spread in -2.0..2.5f64,
+        single: bool, seed: u64,
+    ) {
+        let logits = normal(seed, 0, &[b, k]).scale(10f64.powf(spread)).unwrap();
+        let (dtype, tolerance) = if single { (DType::F32, 1e-2) } else { (DType::F64, 1e-8) };
+        let logits = logits.cast(dtype).unwrap();
+        let assigned = sinkhorn(&logits, iterations).to_f64_vec();
+        for row in assigned.chunks(k) {
+            prop_assert!((row.iter().sum::<f64>() - 1.0).abs() < 1e-4, "{row:?}");
+        }
+        for (got, want) in assigned.iter().zip(sinkhorn_by_logarithms(&logits, iterations)) {
+            prop_assert!((got - want).abs() < tolerance, "{got} and {want}");
+        }
     }
 
     #[test]
@@ -113,6 +147,25 @@ proptest! {
     }
 
     #[test]
+    fn gram_loss_is_never_negative_and_does_not_see_the_length_of_normalised_features(
+        b in 1usize..4, n in 1usize..20, d in 1usize..12, options in gram_options(), factor in 0.01..100.0f64, seed: u64,
+    ) {
+        let (s, t) = (normal(seed, 0, &[b, n, d]), normal(seed, 1, &[b, n, d]));
+        prop_assert!(s.gram_loss(&t, options).unwrap().item() >= 0.0);
+        let options = GramOptions { normalize: true, ..options };
+        laws::invariant_to_scale(&s, seed, 1e-9, |s| s.gram_loss(&t, options))?;
+        laws::invariant_to_scale(&t, seed, 1e-9, |t| s.gram_loss(t, options))?;
+        // Without normalisation similarities grow by the square of both lengths, and the loss by its square.
+        let plain = GramOptions { normalize: false, ..options };
+        let loss = |factor: f64| {
+            let [s, t] = [&s, &t].map(|x| x.scale(factor).unwrap());
+            s.gram_loss(&t, plain).unwrap().item()
+        };
+        let (one, grown) = (loss(1.0), loss(factor));
+        prop_assert!((grown - factor.powi(4) * one).abs() <= 1e-9 * grown.abs().max(1e-12), "{one}, {grown}");
+    }
+
+    #[test]
     fn the_gram_plugin_is_invariant_to_an_orthogonal_map(case in loss_cases("gram", no_options()).unwrap(), seed: u64) {
         let turned = case.mapped("student_patches", |x| laws::rotated(x, seed));
         let (a, b) = (loss_value("gram", &case).unwrap(), loss_value("gram", &turned).unwrap());
@@ -152,6 +205,16 @@ proptest! {
         ema_update(&mut b, &student, momentum).unwrap();
         prop_assert!((distance(&a, &b) - momentum * before).abs() < 1e-12 * before.max(1.0));
         prop_assert!((distance(&a, &student) - momentum * to_student).abs() < 1e-12 * to_student.max(1.0));
+    }
+
+    #[test]
+    fn ema_with_momentum_one_stays_and_with_zero_becomes_the_student(n in 1usize..200, seed: u64) {
+        let (teacher, student) = (normal(seed, 0, &[n]), normal(seed, 1, &[n]));
+        for (momentum, expected) in [(1.0, &teacher), (0.0, &student)] {
+            let mut ema = Tensor::from_slice(teacher.as_slice::<f64>(), &[n]).unwrap();
+            ema_update(&mut ema, &student, momentum).unwrap();
+            prop_assert_eq!(ema.as_bytes(), expected.as_bytes());
+        }
     }
 
     #[test]

@@ -309,7 +309,23 @@ fn warnings(plan: &Plan, records: &[RunRecord]) -> Vec<String> {
         kinds.entry(&warning.kind).or_default().push((record, warning));
     }
     warnings.extend(kinds.into_values().map(|said| told_once(&said)));
+    for arm in plan.suite.arms.iter().filter(|a| a.name != plan.suite.baseline) {
+        let changes = plan.differences(&arm.name);
+        let seen: Vec<&str> = changes.iter().map(|c| c.0.as_str()).filter(|key| changes_batches(key)).collect();
+        if !seen.is_empty() {
+            let keys = seen.join(", ");
+            warnings.push(format!("{} does not see what the baseline sees in a step: it differs in {keys}", arm.name));
+        }
+    }
     warnings
+}
+
+/// Whether runs that differ in `key` have other images, crops or masks in a step. Keys of the Gram teacher's crops and
+/// `batch.micro_batches` change none of the student's.
+fn changes_batches(key: &str) -> bool {
+    const KEYS: [&str; 5] = ["seed", "data", "masking", "batch.size", "backbone.patch_size"];
+    let within = |table: &str| key == table || key.starts_with(&format!("{table}."));
+    KEYS.into_iter().any(within) || within("crops") && key != "crops.gram_without_distortion"
 }
 
 /// Warnings of one kind as one: the text of the first, and who else gave one.

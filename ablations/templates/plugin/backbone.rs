@@ -39,12 +39,16 @@ impl MyPlugin {
     /// Declares the parameters.
     pub fn new(config: Config, context: &mut BackboneContext<'_>) -> Result<Box<dyn Backbone>> {
         let (dim, pixels) = (config.dim.get(), context.channels * config.patch_size.get().pow(2));
-        let layers = [("patch_embed", pixels), ("mlp", dim)].map(|(name, inputs)| {
-            context.params.scope(name, |params| {
+        let layer = |params: &mut ParamBuilder, name, inputs| {
+            params.scope(name, |params| {
                 let weight = params.add("weight", &[dim, inputs], Init::TruncatedNormal(0.02));
-                (weight, params.add("bias", &[dim], Init::Zeros))
+                // Weight decay does not act on it.
+                (weight, params.add_plain("bias", &[dim], Init::Zeros))
             })
-        });
+        };
+        // The recipe's `optimizer.patch_embed_lr_mult` is for layers of this role.
+        let embed = context.params.role(ParamRole::PatchEmbed, |params| layer(params, "patch_embed", pixels));
+        let layers = [embed, layer(context.params, "mlp", dim)];
         Ok(Box::new(Self { config, channels: context.channels, layers }))
     }
 }

@@ -133,7 +133,7 @@ impl Features {
     }
 }
 
-/// What a model costs, by the formula of the book's performance chapter.
+/// What a model costs: what `dinolab recipe show --cost` adds up (see [`cost`](crate::recipe::cost)).
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Cost {
     /// Floating-point operations of one forward over the given tokens.
@@ -237,8 +237,10 @@ pub trait Backbone: fmt::Debug + Send + Sync {
         true
     }
 
-    /// Draws the random numbers of one training forward over `kinds` of crops with these many images each.
-    /// `rng(stream, index)` is the generator for that purpose.
+    /// Draws the random numbers of one training forward over kinds of crops with these many images each: of a whole batch,
+    /// or of one of its parts. `rng(stream, index)` is the generator for that purpose. It is the same in every part of a
+    /// batch, so that parts are treated as the whole would be, but for [`Stream::DropPath`](crate::rng::Stream::DropPath):
+    /// images are picked inside a part.
     fn draw(&self, rng: &dyn Fn(crate::rng::Stream, u64) -> Rng, images: &[usize]) -> Draws {
         let _ = (rng, images);
         Draws::default()

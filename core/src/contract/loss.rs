@@ -18,16 +18,24 @@ pub enum HeadInput {
 }
 
 /// What a loss asks of a step; the step computes nothing that no loss asked for.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Needs {
     /// A projection head of its own, `<loss>_head`, on these vectors.
     pub head: Option<(HeadInput, HeadConfig)>,
     /// Masked patches in the student's global crops.
     pub masks: bool,
+    /// The teacher's features, as by default. A loss with a head has its targets without.
+    pub teacher: bool,
     /// A Gram teacher.
     pub gram_teacher: bool,
     /// Fewest images of a (micro-)batch on which it is defined.
     pub min_batch: usize,
+}
+
+impl Default for Needs {
+    fn default() -> Self {
+        Self { head: None, masks: false, teacher: true, gram_teacher: false, min_batch: 0 }
+    }
 }
 
 /// A buffer that a loss carries from step to step (a centre); saved in checkpoints.
@@ -49,7 +57,7 @@ pub struct StepContext<'a> {
     pub comm: &'a dyn Comm,
     /// The type of scalars, losses and factors: that of the features, or f32 beside bf16 features.
     pub dtype: DType,
-    /// The loss's own state, in the order of [`Loss::state`].
+    /// The loss's own state, in the order of [`Loss::state`], as the last call that gave one left it.
     pub state: &'a [Tensor],
 }
 
@@ -87,9 +95,9 @@ pub struct Outputs<'a> {
     /// Student logits of this loss's head. For [`HeadInput::Cls`]: `[(G+L)*B, K]`, globals first; for
     /// [`HeadInput::MaskedPatches`]: `[M, K]`.
     pub student_logits: Option<&'a Tensor>,
-    /// Teacher CLS of the global crops, before the head: `[G*B, D]`.
+    /// Teacher CLS of the global crops, before the head: `[G*B, D]`; no rows without [`Needs::teacher`].
     pub teacher_cls: &'a Tensor,
-    /// Teacher patches of the global crops, before the head: `[G*B, P, D]`.
+    /// Teacher patches of the global crops, before the head: `[G*B, P, D]`; no crops without [`Needs::teacher`].
     pub teacher_patches: &'a Tensor,
     /// What this loss's [`targets`](Loss::targets) gave for this (micro-)batch: `[G*B, K]` or `[M, K]`.
     pub targets: Option<&'a Tensor>,
@@ -115,12 +123,20 @@ pub struct LossValue {
     pub loss: Tensor,
     /// Parts for the log, `loss/<name>/<part>`: rank-0 tensors, detached.
     pub parts: Vec<(&'static str, Tensor)>,
+    /// The loss's new state, in the order of [`Loss::state`]; empty: it stays as it is. The next part of the batch and
+    /// the next step see it.
+    pub state: Vec<Tensor>,
 }
 
 impl LossValue {
-    /// A loss without parts.
+    /// A loss without parts, that leaves its state as it is.
     pub fn of(loss: Tensor) -> Self {
-        Self { loss, parts: Vec::new() }
+        Self { loss, parts: Vec::new(), state: Vec::new() }
+    }
+
+    /// With parts for the log.
+    pub fn with_parts(self, parts: Vec<(&'static str, Tensor)>) -> Self {
+        Self { parts, ..self }
     }
 }
 
@@ -154,14 +170,15 @@ pub trait Loss: fmt::Debug + Send + Sync {
         None
     }
 
-    /// Buffers carried from step to step.
+    /// Buffers carried from step to step: what [`targets`](Self::targets) and [`compute`](Self::compute) give replaces
+    /// them, unless the step is not taken because something is not finite.
     fn state(&self) -> Vec<StateSpec> {
         Vec::new()
     }
 
     /// Turns teacher logits over the whole effective batch into targets, row for row, without a tape; also gives the
-    /// new state (in the order of [`state`](Self::state)). Called when the loss has a head; the default
-    /// gives the logits as they are.
+    /// new state (in the order of [`state`](Self::state); empty: it stays as it is). Called when the loss has a head; the
+    /// default gives the logits as they are.
     fn targets(&self, teacher: &TeacherBatch<'_>, context: &StepContext<'_>) -> Result<(Tensor, Vec<Tensor>)> {
         let _ = context;
         Ok((teacher.logits.clone(), Vec::new()))

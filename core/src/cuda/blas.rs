@@ -3,10 +3,10 @@
 //! Which algorithm is fastest decides the last bits of a result. What was found is therefore kept on disk by device,
 //! library version and shape, so that a second run has the same bits as the first.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::c_void;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use cudarc::cublaslt::{result, sys};
@@ -125,7 +125,25 @@ pub(super) struct Blas {
     workspace: CudaBuffer,
     plans: Mutex<HashMap<Shape, Plan>>,
     tuned: Mutex<Tuned>,
-    tf32: AtomicBool,
+}
+
+thread_local! {
+    static TF32: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Products of this thread are as they were before when it is dropped.
+#[must_use = "what was set ends with the guard"]
+pub(crate) struct Tf32Guard(bool);
+
+/// Computes this thread's f32 products with TF32 tensor cores (10 bits of mantissa), or exactly.
+pub(crate) fn with_tf32(on: bool) -> Tf32Guard {
+    Tf32Guard(TF32.replace(on))
+}
+
+impl Drop for Tf32Guard {
+    fn drop(&mut self) {
+        TF32.set(self.0);
+    }
 }
 
 // SAFETY: the library's handle is thread-safe; plans are behind a lock.
@@ -196,7 +214,6 @@ impl Blas {
             workspace: CudaBuffer::new(gpu, WORKSPACE),
             plans: Mutex::default(),
             tuned: Mutex::new(Tuned::open(gpu, version)),
-            tf32: AtomicBool::new(false),
         })
     }
 
@@ -369,15 +386,6 @@ fn create_layout(m: &Matrix, batch: usize) -> Result<sys::cublasLtMatrixLayout_t
 }
 
 impl Gpu {
-    /// Computes f32 products with TF32 tensor cores (10 bits of mantissa) or exactly.
-    ///
-    /// # Errors
-    /// If cuBLASLt is missing.
-    pub fn set_tf32(&'static self, on: bool) -> Result<()> {
-        self.blas()?.tf32.store(on, Ordering::Relaxed);
-        Ok(())
-    }
-
     /// Computes a matrix product.
     ///
     /// # Errors
@@ -394,9 +402,13 @@ impl Gpu {
         }
         if k == 0 {
             // The sum of nothing.
-            assert!(p.adds() || p.out.stride == n && p.out.batch_stride == m * n, "an empty product is dense");
+            assert!(p.add || p.out.stride == n && p.out.batch_stride == m * n, "an empty product is dense");
             let bytes = m * n * p.batch * p.out.dtype.size();
-            return if p.add { Ok(()) } else { Ok(self.zero(p.out.address, bytes)?) };
+            return match p.onto {
+                _ if p.add => Ok(()),
+                Some(onto) => Ok(self.copy(p.out.address, onto, bytes)?),
+                None => Ok(self.zero(p.out.address, bytes)?),
+            };
         }
         let blas = self.blas()?;
         let addresses = [p.a.address, p.b.address, p.out.address, p.bias.unwrap_or(0), p.onto.unwrap_or(0)];
@@ -411,7 +423,7 @@ impl Gpu {
             add: p.adds(),
             bias: p.bias.is_some(),
             alignment: alignment as u32,
-            tf32: blas.tf32.load(Ordering::Relaxed),
+            tf32: TF32.get(),
         };
         let mut plans = blas.plans.lock().unwrap_or_else(PoisonError::into_inner);
         if !plans.contains_key(&shape) {

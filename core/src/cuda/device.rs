@@ -313,7 +313,8 @@ impl Gpu {
         let function = unsafe { result::module::get_function(module, full) }.map_err(|_| {
             Error::user(format!("{}.cu has no kernel {name}{suffix}", source.name), "see KERNEL in common.cuh")
         })?;
-        let kernel = Kernel { gpu: self, function, name };
+        let parameters = source.parameters(name, &format!("{name}{suffix}"));
+        let kernel = Kernel { gpu: self, function, name, parameters };
         kernels.functions.insert(key, kernel);
         Ok(kernel)
     }

@@ -6,7 +6,7 @@ use cudarc::driver::sys;
 
 use super::{check, Gpu};
 use crate::tensor::{GradMut, Tensor};
-use crate::{DType, Result};
+use crate::{DType, Error, Result};
 
 /// An argument of a kernel, as the bytes that it is passed by.
 #[derive(Clone, Copy, Debug)]
@@ -106,6 +106,8 @@ pub struct Kernel {
     pub(super) gpu: &'static Gpu,
     pub(super) function: sys::CUfunction,
     pub(super) name: &'static str,
+    /// How many arguments it takes, where that is known.
+    pub(super) parameters: Option<usize>,
 }
 
 /// How a kernel is launched.
@@ -172,12 +174,16 @@ impl Launch {
     /// Runs it, after all work given before. A launch with no block does nothing.
     ///
     /// # Errors
-    /// If the device refuses the launch. What goes wrong inside the kernel shows at a later call (or here, with
+    /// If the number of arguments is not the kernel's, or the device refuses the launch. What goes wrong inside the kernel shows at a later call (or here, with
     /// DINOLAB_CUDA_SYNC=1).
     pub fn launch(self, args: &mut [Arg]) -> Result<()> {
         let Self { kernel, grid, threads, shared, work } = self;
         if grid.contains(&0) {
             return Ok(());
+        }
+        // The driver reads as many pointers as the kernel has parameters.
+        if let Some(takes) = kernel.parameters.filter(|&takes| takes != args.len()) {
+            return Err(Error::shape(kernel.name, format!("the kernel takes {takes} arguments, not {}", args.len())));
         }
         let gpu = kernel.gpu;
         if shared > 48 << 10 {
@@ -187,7 +193,7 @@ impl Launch {
         let [x, y, z] = grid;
         gpu.timed(kernel.name, work, || {
             // SAFETY: the function belongs to a module that is never unloaded; every argument outlives the call, which
-            // copies it. That their number and sizes are those of the kernel is the caller's contract with its source.
+            // copies it. Their number was compared above; their sizes are the caller's contract with the kernel's source.
             let result = unsafe {
                 let pointers = pointers.as_mut_ptr();
                 let null = std::ptr::null_mut();

@@ -43,7 +43,7 @@ mod staging;
 use cudarc::driver::sys;
 
 pub use arena::ArenaStats;
-pub(crate) use blas::WORKSPACE;
+pub(crate) use blas::{with_tf32, WORKSPACE};
 pub use blas::{Matrix, Product};
 pub use device::{Gpu, GpuInfo};
 pub use graph::Graph;

@@ -90,6 +90,30 @@ impl Source {
         text
     }
 
+    /// How many parameters the kernel `name` has, as its text says: in `KERNEL(name, (..), (..))`, or behind its `full`
+    /// name. `None` if it is declared in another way.
+    pub(super) fn parameters(&self, name: &str, full: &str) -> Option<usize> {
+        let lines = self.code.iter().flat_map(|code| code.lines());
+        let text: String = lines.map(|line| line.split("//").next().unwrap_or(line)).collect::<Vec<_>>().join("\n");
+        if let Some(at) = text.find(&format!("KERNEL({name},")) {
+            // What the template is called with: parameters may hide behind a name of the preprocessor.
+            let (_, rest) = list(&text[at + "KERNEL(".len()..])?;
+            return list(rest).map(|(args, _)| args.len());
+        }
+        let declared = text.match_indices("__global__").filter_map(|(at, _)| {
+            let head = &text[at..at + text[at..].find('{').unwrap_or(0)];
+            let word = |c: char| c.is_alphanumeric() || c == '_';
+            let place = head.match_indices(full).find(|(at, _)| {
+                let behind = head[at + full.len()..].trim_start().starts_with('(');
+                behind && !head[..*at].chars().next_back().is_some_and(word)
+            });
+            list(&head[place?.0..]).map(|(parameters, _)| parameters)
+        });
+        // A type and a name, or it is a name of the preprocessor.
+        let plain = |list: &Vec<&str>| list.iter().all(|p| p.contains(|c: char| c.is_whitespace() || c == '*'));
+        declared.filter(plain).map(|list| list.len()).next()
+    }
+
     /// From the cache on disk, or compiled and put there.
     pub(super) fn compile(&'static self, arch: &str, version: (i32, i32)) -> Result<Compiled> {
         let text = self.text();
@@ -135,6 +159,28 @@ impl Source {
     }
 }
 
+/// The members of the first list in parentheses, and what comes after it.
+fn list(text: &str) -> Option<(Vec<&str>, &str)> {
+    let text = &text[text.find('(')? + 1..];
+    let (mut depth, mut start, mut members) = (0, 0, Vec::new());
+    for (at, c) in text.char_indices() {
+        match c {
+            '(' | '<' => depth += 1,
+            ')' | ',' if depth == 0 => {
+                members.push(text[start..at].trim());
+                start = at + 1;
+                if c == ')' {
+                    members.retain(|member| !member.is_empty());
+                    return Some((members, &text[start..]));
+                }
+            }
+            ')' | '>' => depth -= 1,
+            _ => {}
+        }
+    }
+    None
+}
+
 /// No `--use_fast_math`: division and square roots stay exact; kernels name the fast functions where they want them.
 fn options(arch: &str) -> [String; 3] {
     [format!("--gpu-architecture={arch}"), "--std=c++17".into(), "--ptxas-options=-O3".into()]
@@ -158,4 +204,30 @@ pub(super) fn write_whole(path: &std::path::Path, bytes: &[u8]) -> std::io::Resu
     file.write_all(bytes)?;
     file.persist(path)?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_parameters_of_a_kernel_are_counted_in_its_text() {
+        static SOURCE: Source = Source {
+            name: "some",
+            code: &[
+                "// extern \"C\" __global__ void two_f32(int a) {}\n\
+                 extern \"C\" __global__ void __launch_bounds__(512) two_f32(float* x, Pair<int, int> n) { other_f32(x); }\n\
+                 KERNEL(three, (T* x, const float* y,  // of rows\n int n), (x, y, n))\n\
+                 KERNEL(hidden, (PARAMS), (a, b))\n",
+                "extern \"C\" __global__ void nothing() {} extern \"C\" __global__ void unknown_f32(PARAMS) { }",
+            ],
+        };
+        let of = |name, full| SOURCE.parameters(name, full);
+        assert_eq!(of("two", "two_f32"), Some(2));
+        assert_eq!(of("three", "three_bf16"), Some(3));
+        assert_eq!(of("nothing", "nothing"), Some(0));
+        assert_eq!(of("hidden", "hidden_bf16"), Some(2));
+        assert_eq!(of("unknown", "unknown_f32"), None);
+        assert_eq!(of("other", "other_f32"), None, "a call is no declaration");
+    }
 }

@@ -6,8 +6,8 @@ use fast_image_resize::Resizer;
 
 use super::blur::gaussian_blur;
 use super::color::{distort, solarize};
-use super::plan::{CropPlan, Cut, ImagePlan, Rect};
-use super::resize::{cut_rgb, resize_plane};
+use super::plan::{ColorPlan, CropPlan, Cut, ImagePlan, Rect};
+use super::resize::cut_rgb;
 use crate::contract::Sample;
 use crate::recipe::CropConfig;
 use crate::rng::Rng;
@@ -26,15 +26,13 @@ pub struct Views<'a> {
 /// The reference's augmentation: draws plans, and applies them to images.
 ///
 /// A crop is cut, resized (bicubic, antialiased), mirrored, jittered in colour, made grey, blurred, solarised and
-/// normalised, on 8-bit values until the last step. The Gram teacher's crops share the geometry of the global ones:
+/// normalised, on 8-bit values until the last step. The Gram teacher's crops are made by the same plans at their own
+/// size, without the distortion where [`CropConfig::gram_without_distortion`] says so.
 ///
-/// - with distortion: the crop is cut at the larger of the two sizes, distorted there, and both sizes are bicubic
-///   resizes of the result;
-/// - without ([`CropConfig::gram_without_distortion`]): the crop is cut at the larger size, resized to both, and only
-///   the student's is distorted.
-///
-/// One thing differs from the reference: [`CropConfig::local_from_global`] with larger Gram crops takes its windows
-/// from the global crop at the student's size; the reference takes them from the top left corner of the Gram crop.
+/// What the student sees never depends on whether a Gram teacher looks too, so that arms of an ablation that differ in
+/// it share their pixels. In this it differs from the reference, which cuts at the larger of both sizes, distorts there
+/// and resizes the result to both: its student gets other pixels when Gram anchoring begins. (With
+/// [`CropConfig::local_from_global`] the reference also takes the windows from the top left corner of the larger crop.)
 #[derive(Clone, Debug)]
 pub struct Augmentation {
     pub(super) config: CropConfig,
@@ -51,7 +49,6 @@ struct Scratch {
     resizer: Resizer,
     image: Vec<u8>,
     base: Vec<u8>,
-    small: Vec<u8>,
     planes: Vec<f32>,
     blur: Vec<f32>,
 }
@@ -82,7 +79,7 @@ impl Augmentation {
     }
 
     fn apply_with(&self, image: &Sample, plan: &ImagePlan, views: &mut Views<'_>, scratch: &mut Scratch) {
-        let Scratch { resizer, image: shared, base, small, planes, blur } = scratch;
+        let Scratch { resizer, image: shared, base, planes, blur } = scratch;
         let size = (image.width, image.height);
         let mut rgb = &image.rgb[..];
         if let Some(color) = &plan.shared_color {
@@ -93,29 +90,13 @@ impl Augmentation {
             rgb = shared;
         }
         let side = self.config.global_size;
-        let large = side.max(self.gram_size.unwrap_or(0));
         for (k, crop) in plan.globals.iter().enumerate() {
             let (area, flip) = image_box(crop);
-            cut_rgb(resizer, rgb, size, area, large, base);
-            match self.gram_size {
-                None => self.finish(base, flip, crop, views.globals[k], side, blur),
-                Some(gram) if self.config.gram_without_distortion => {
-                    let student = resized(resizer, base, large, side, small);
-                    self.finish(student, flip, crop, views.globals[k], side, blur);
-                    let teacher = resized(resizer, base, large, gram, small);
-                    to_planes(teacher, gram, flip, views.gram[k]);
-                    self.normalize(views.gram[k]);
-                }
-                Some(gram) => {
-                    planes.resize(3 * large * large, 0.0);
-                    self.finish(base, flip, crop, planes, large, blur);
-                    for (out, to) in [(&mut views.globals[k], side), (&mut views.gram[k], gram)] {
-                        let sources = planes.chunks_exact(large * large);
-                        for (plane, out) in sources.zip(out.chunks_exact_mut(to * to)) {
-                            resize_plane(resizer, plane, large, out, to);
-                        }
-                    }
-                }
+            cut_rgb(resizer, rgb, size, area, side, base);
+            self.finish(base, flip, crop, views.globals[k], side, blur);
+            if let Some(gram) = self.gram_size {
+                cut_rgb(resizer, rgb, size, area, gram, base);
+                self.finish(base, flip, &self.gram_plan(crop), views.gram[k], gram, blur);
             }
         }
         let local = self.config.local_size;
@@ -127,10 +108,9 @@ impl Augmentation {
                 }
                 Cut::Global { global, x, y } => {
                     let (area, flip) = image_box(&plan.globals[global]);
-                    cut_rgb(resizer, rgb, size, area, large, base);
-                    let whole = resized(resizer, base, large, side, small);
+                    cut_rgb(resizer, rgb, size, area, side, base);
                     planes.resize(3 * side * side, 0.0);
-                    self.finish(whole, flip, crop, planes, side, blur);
+                    self.finish(base, flip, crop, planes, side, blur);
                     for (plane, out) in planes.chunks_exact(side * side).zip(out.chunks_exact_mut(local * local)) {
                         for (row, out) in plane.chunks_exact(side).skip(y).zip(out.chunks_exact_mut(local)) {
                             out.copy_from_slice(&row[x..x + local]);
@@ -138,6 +118,14 @@ impl Augmentation {
                     }
                 }
             }
+        }
+    }
+
+    /// The plan of the Gram teacher's crop beside a global one.
+    pub(super) fn gram_plan(&self, global: &CropPlan) -> CropPlan {
+        match self.config.gram_without_distortion {
+            true => CropPlan { color: ColorPlan::default(), blur: None, solarize: false, ..*global },
+            false => *global,
         }
     }
 
@@ -168,15 +156,6 @@ pub(super) fn image_box(crop: &CropPlan) -> (Rect, bool) {
         Cut::Image { area, flip } => (area, flip),
         Cut::Global { .. } => unreachable!("global crops are cut from the image"),
     }
-}
-
-/// The square crop at another size; the crop itself if that is its own.
-fn resized<'a>(resizer: &mut Resizer, rgb: &'a [u8], from: usize, to: usize, out: &'a mut Vec<u8>) -> &'a [u8] {
-    if from == to {
-        return rgb;
-    }
-    cut_rgb(resizer, rgb, (from, from), Rect { x: 0, y: 0, width: from, height: from }, to, out);
-    out
 }
 
 /// Interleaved bytes to planes of whole numbers, mirrored if asked.

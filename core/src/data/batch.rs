@@ -16,7 +16,8 @@ pub struct Batch {
     pub local: Option<Tensor>,
     /// The Gram teacher's crops, of the same boxes as `global`: `[2B, 3, T, T]`; `None` if it has no size of its own.
     pub gram: Option<Tensor>,
-    /// Which patches of the global crops are hidden from the student; the number `M` is the same in every batch.
+    /// Which patches of the global crops are hidden from the student. How many there are, `M`, is the same from step to
+    /// step, in a whole batch and (nearly always) in each of its parts.
     pub masks: Masks,
     /// Index in the dataset of each image: `B`.
     pub indices: Vec<usize>,

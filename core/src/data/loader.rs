@@ -1,6 +1,8 @@
 //! Batches made ahead of time, on threads of their own.
 
+use std::any::Any;
 use std::collections::BTreeMap;
+use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -19,17 +21,22 @@ use crate::{Error, Result};
 /// A share of broken samples is judged over at least this many (or all, if the dataset has fewer).
 const EVIDENCE: u64 = 1000;
 
+/// How often a loop that waits for data looks whether it is asked to stop.
+const LOOK: Duration = Duration::from_millis(20);
+/// How long a loader that is dropped waits for what its threads are reading.
+const PATIENCE: Duration = Duration::from_secs(5);
+
 /// Makes the batches of each step in order, `prefetch` steps ahead, until the run's last; then the iterator ends.
 ///
 /// One thread goes from step to step; `loader_threads` others read and augment its images. Dropping the loader stops
-/// and joins them, unless they do not answer.
+/// them, and waits for what they are reading, though not for ever.
 ///
 /// For a GPU the threads only read, draw and upload, while the device works on steps before. The crops are made there
 /// when a step is taken, in place of those of the step taken before: only the newest step's batches are valid.
 ///
-/// An item is an error, and the last, when too many samples cannot be read: more than one, and more than
-/// `max_broken_share` of the different ones tried so far (of the first thousand, or of the dataset if it is smaller, as
-/// long as fewer were tried).
+/// An item is an error, and the last, when a thread fails, or too many samples cannot be read: more than one, and more
+/// than `max_broken_share` of the different ones tried so far (of the first thousand, or of the dataset if it is smaller,
+/// as long as fewer were tried).
 #[derive(Debug)]
 pub struct Loader {
     pipeline: Arc<Pipeline>,
@@ -97,7 +104,8 @@ impl Loader {
         let stopped = stop.clone();
         let run = move || {
             for step in range {
-                let Some(made) = pool.install(|| make(step)).transpose() else { return };
+                let made = catch_unwind(AssertUnwindSafe(|| pool.install(|| make(step))));
+                let Some(made) = made.unwrap_or_else(|panic| Err(failure(panic))).transpose() else { return };
                 let made = made.and_then(|made| tally.judge(&made).map(|()| made));
                 let last = made.is_err() || stopped.load(Ordering::Relaxed);
                 if sender.send(made).is_err() || last {
@@ -114,24 +122,6 @@ impl Loader {
         &self.pipeline
     }
 
-    fn finish(&mut self, made: Made) -> Result<StepBatches> {
-        let staged = match made {
-            Made::Whole(made) => return Ok(made),
-            Made::Staged(staged) => staged,
-        };
-        let OnGpu { batches, free } = self.on_gpu.as_mut().expect("staged steps are for a GPU");
-        let (step, broken) = (staged.step, staged.broken.clone());
-        let (batches, staging) = catch_out_of_memory(|| batches.augment(staged))?;
-        // The thread may have ended with the last step.
-        let _ = free.send(staging);
-        Ok(StepBatches { step, batches: batches.to_vec(), waited: Duration::ZERO, broken })
-    }
-}
-
-/// How often a loop that waits for data looks whether it is asked to stop.
-const LOOK: Duration = Duration::from_millis(20);
-
-impl Loader {
     /// The next step's batches; `None` after the last, and if `stop` turns true before they are there.
     pub fn next_unless(&mut self, stop: &AtomicBool) -> Option<Result<StepBatches>> {
         let start = Instant::now();
@@ -147,13 +137,23 @@ impl Loader {
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => {
                     self.steps = None;
-                    if let Some(Err(panic)) = self.thread.take().map(JoinHandle::join) {
-                        std::panic::resume_unwind(panic);
-                    }
                     return None;
                 }
             }
         }
+    }
+
+    fn finish(&mut self, made: Made) -> Result<StepBatches> {
+        let staged = match made {
+            Made::Whole(made) => return Ok(made),
+            Made::Staged(staged) => staged,
+        };
+        let OnGpu { batches, free } = self.on_gpu.as_mut().expect("staged steps are for a GPU");
+        let (step, broken) = (staged.step, staged.broken.clone());
+        let (batches, staging) = catch_out_of_memory(|| batches.augment(staged))?;
+        // The thread may have ended with the last step.
+        let _ = free.send(staging);
+        Ok(StepBatches { step, batches: batches.to_vec(), waited: Duration::ZERO, broken })
     }
 }
 
@@ -172,20 +172,28 @@ impl Drop for Loader {
         self.steps = None;
         self.on_gpu = None;
         let Some(thread) = self.thread.take() else { return };
-        // A thread that reads from a disk that does not answer must not keep a run from ending.
-        let begin = Instant::now();
-        while !thread.is_finished() && begin.elapsed() < PATIENCE {
+        let start = Instant::now();
+        while !thread.is_finished() && start.elapsed() < PATIENCE {
             std::thread::sleep(Duration::from_millis(1));
         }
+        // A thread that hangs in a read (a dead network drive) must not keep a run from ending.
         if thread.is_finished() {
-            // A panic of the thread was already printed; drop must not panic again.
             let _ = thread.join();
         }
     }
 }
 
-/// How long a loader that is dropped waits for its thread.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// What made a thread of the loader panic, as an error of the run.
+fn failure(panic: Box<dyn Any + Send>) -> Error {
+    let panic = match panic.downcast::<Error>() {
+        Ok(error) => return *error,
+        Err(panic) => panic,
+    };
+    let text = panic.downcast_ref::<String>().cloned();
+    let text = text.or_else(|| panic.downcast_ref::<&str>().map(ToString::to_string)).unwrap_or_default();
+    let help = "if a plugin reads the data, look there; otherwise this is a defect: please report it";
+    Error::user(format!("a loader thread failed: {text}"), help)
+}
 
 fn threads(configured: usize) -> usize {
     match configured {

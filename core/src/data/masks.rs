@@ -120,6 +120,23 @@ impl BlockMask {
     }
 }
 
+/// A mask for each of `crops` crops, row-major; a random choice of which get which size.
+pub fn draw_masks(rng: &mut Rng, crops: usize, grid: Grid, config: &MaskConfig) -> Vec<Vec<bool>> {
+    let generator = BlockMask::new(grid);
+    let draw = |size: usize, rng: &mut Rng| {
+        let mask = generator.draw(rng, size);
+        if config.random_circular_shift && size > 0 {
+            generator.circular_shift(rng, &mask)
+        } else {
+            mask
+        }
+    };
+    let sizes = mask_sizes(crops, grid.patches(), config);
+    let mut rows: Vec<Vec<bool>> = sizes.into_iter().map(|size| draw(size, rng)).collect();
+    rng.shuffle(&mut rows);
+    rows
+}
+
 /// The masks of one batch's global crops, `C = 2B` of them, crop-major.
 #[derive(Clone, Debug)]
 pub struct Masks {
@@ -139,30 +156,19 @@ impl Masks {
     /// # Errors
     /// If `dtype` is not a real type.
     pub fn draw(rng: &mut Rng, crops: usize, grid: Grid, config: &MaskConfig, dtype: DType) -> Result<Self> {
-        let generator = BlockMask::new(grid);
-        let draw = |size: usize, rng: &mut Rng| {
-            let mask = generator.draw(rng, size);
-            if config.random_circular_shift && size > 0 {
-                generator.circular_shift(rng, &mask)
-            } else {
-                mask
-            }
-        };
-        let sizes = mask_sizes(crops, grid.patches(), config);
-        let mut rows: Vec<Vec<bool>> = sizes.into_iter().map(|size| draw(size, rng)).collect();
-        rng.shuffle(&mut rows);
-        Self::from_rows(&rows, dtype)
+        Self::from_rows(&draw_masks(rng, crops, grid, config), dtype)
     }
 
     /// From one mask a crop.
     ///
     /// # Errors
     /// If `dtype` is not a real type.
-    pub fn from_rows(rows: &[Vec<bool>], dtype: DType) -> Result<Self> {
-        let flat: Vec<u32> = rows.iter().flatten().map(|&m| u32::from(m)).collect();
+    pub fn from_rows<R: AsRef<[bool]>>(rows: &[R], dtype: DType) -> Result<Self> {
+        let rows: Vec<&[bool]> = rows.iter().map(AsRef::as_ref).collect();
+        let flat: Vec<u32> = rows.iter().flat_map(|row| row.iter()).map(|&m| u32::from(m)).collect();
         let (indices, unmasked): (Vec<u32>, Vec<u32>) = (0..flat.len() as u32).partition(|&i| flat[i as usize] == 1);
-        let ones = |row: &Vec<bool>| row.iter().filter(|&&m| m).count();
-        let weights: Vec<f64> = rows.iter().flat_map(|row| vec![1.0 / ones(row).max(1) as f64; ones(row)]).collect();
+        let ones = |row: &[bool]| row.iter().filter(|&&m| m).count();
+        let weights: Vec<f64> = rows.iter().flat_map(|&row| vec![1.0 / ones(row).max(1) as f64; ones(row)]).collect();
         Ok(Self {
             masks: Tensor::from_slice(&flat, &[flat.len()])?,
             indices: Tensor::from_slice(&indices, &[indices.len()])?,

@@ -12,6 +12,7 @@ mod augment;
 mod batch;
 mod blur;
 mod color;
+mod deal;
 mod gpu;
 mod loader;
 pub mod masks;

@@ -8,7 +8,8 @@ use rayon::prelude::*;
 
 use super::augment::{Augmentation, Views};
 use super::batch::{views_of_images, Batch, StepBatches};
-use super::masks::{mask_sizes, Masks};
+use super::deal::deal;
+use super::masks::{draw_masks, mask_sizes, Masks};
 use super::order::Order;
 use super::plan::ImagePlan;
 use crate::contract::{Dataset, Grid, Sample};
@@ -42,6 +43,8 @@ pub struct LoaderSpec {
     pub start_step: u64,
     /// Steps of the run: the last one made is one before.
     pub total_steps: u64,
+    /// Data that is left out: from a step on, so many steps' images. A step then has what is drawn for a later one.
+    pub left_out: Vec<(u64, u64)>,
 }
 
 /// A sample that could not be read.
@@ -88,6 +91,12 @@ pub(super) struct RawImage {
     pub(super) plan: ImagePlan,
 }
 
+/// A micro-batch: the places of its images in the whole batch, and their masks.
+struct Part {
+    places: Vec<usize>,
+    masks: Masks,
+}
+
 /// The crops of one micro-batch, while they are made.
 struct Crops {
     global: Tensor,
@@ -130,9 +139,15 @@ impl Pipeline {
         &self.spec
     }
 
-    /// How many patches are masked in the (micro-)batches of `step`: `M`.
+    /// How many patches are masked in the micro-batches of `step` together: `M`.
     pub fn masked_patches(&self, step: u64) -> usize {
-        mask_sizes(2 * self.images(), self.variant(step).grid.patches(), &self.spec.masking).iter().sum()
+        let grid = self.variant(self.data_step(step)).grid;
+        mask_sizes(2 * self.spec.batch.size, grid.patches(), &self.spec.masking).iter().sum()
+    }
+
+    /// The step whose draws `step` gets.
+    fn data_step(&self, step: u64) -> u64 {
+        step + self.spec.left_out.iter().filter(|(from, _)| step >= *from).map(|(_, steps)| steps).sum::<u64>()
     }
 
     /// Images of a micro-batch.
@@ -150,7 +165,10 @@ impl Pipeline {
 
     /// The batches of `step`; content is unspecified once `stop` is set.
     pub(super) fn step_unless(&self, step: u64, stop: &AtomicBool) -> Result<StepBatches> {
-        let (images, variant) = (self.images(), self.variant(step));
+        let data_step = self.data_step(step);
+        let (images, variant) = (self.images(), self.variant(data_step));
+        let parts = self.parts(variant, data_step)?;
+        let places: Vec<usize> = parts.iter().flat_map(|part| part.places.clone()).collect();
         let mut crops: Vec<Crops> = (0..self.spec.batch.micro_batches).map(|_| self.allocate(variant)).collect();
         let views: Vec<Views<'_>> = crops.iter_mut().flat_map(|crops| self.views(crops)).collect();
         // One image a task: images differ in size, so larger blocks would leave threads idle at the end of a step.
@@ -158,54 +176,66 @@ impl Pipeline {
             if stop.load(Ordering::Relaxed) {
                 return Ok((0, Vec::new()));
             }
-            self.image(variant, step, i as u64, &mut views)
+            self.image(variant, data_step, places[i], &mut views, stop)
         };
         let read: Vec<Result<(usize, Vec<BrokenSample>)>> =
             views.into_par_iter().enumerate().with_max_len(1).map(make).collect();
         let read: Vec<(usize, Vec<BrokenSample>)> = read.into_iter().collect::<Result<_>>()?;
 
-        let mut batches = Vec::with_capacity(crops.len());
-        for (part, (crops, read)) in crops.into_iter().zip(read.chunks(images)).enumerate() {
-            let masks = self.masks(variant, step, part)?;
-            let indices = read.iter().map(|(index, _)| *index).collect();
-            batches.push(Batch { global: crops.global, local: crops.local, gram: crops.gram, masks, indices });
-        }
+        let made = parts.into_iter().zip(crops).zip(read.chunks(images));
+        let batches = made.map(|((part, crops), read)| Batch {
+            global: crops.global,
+            local: crops.local,
+            gram: crops.gram,
+            masks: part.masks,
+            indices: read.iter().map(|(index, _)| *index).collect(),
+        });
+        let batches = batches.collect();
         let broken = read.into_iter().flat_map(|(_, broken)| broken).collect();
         Ok(StepBatches { step, batches, waited: Duration::ZERO, broken })
     }
 
     /// The images of `step`; nothing if `stop` is set before all are read.
     pub(super) fn raw_unless(&self, step: u64, stop: &AtomicBool) -> Result<Option<RawStep>> {
-        let variant = self.variant(step);
-        let read = |i: usize| {
+        let data_step = self.data_step(step);
+        let variant = self.variant(data_step);
+        let parts = self.parts(variant, data_step)?;
+        let read = |&place: &usize| {
             if stop.load(Ordering::Relaxed) {
                 return Ok(None);
             }
-            let (index, sample, plan, broken) = self.draw(variant, step, i as u64)?;
+            let (index, sample, plan, broken) = self.draw(variant, data_step, place, stop)?;
             Ok(Some((RawImage { index, sample, plan }, broken)))
         };
-        let read: Result<Option<Vec<_>>> = (0..self.spec.batch.size)
-            .into_par_iter()
-            .with_max_len(1)
-            .map(read)
-            .collect::<Result<Vec<_>>>()
-            .map(|r| r.into_iter().collect());
+        let places: Vec<usize> = parts.iter().flat_map(|part| part.places.clone()).collect();
+        let read: Result<Option<Vec<_>>> =
+            places.par_iter().with_max_len(1).map(read).collect::<Result<Vec<_>>>().map(|r| r.into_iter().collect());
         let Some(read) = read? else { return Ok(None) };
         let (images, broken): (Vec<_>, Vec<_>) = read.into_iter().unzip();
-        let masks = (0..self.spec.batch.micro_batches).map(|part| self.masks(variant, step, part));
-        Ok(Some(RawStep { step, images, masks: masks.collect::<Result<_>>()?, broken: broken.concat() }))
+        let masks = parts.into_iter().map(|part| part.masks).collect();
+        Ok(Some(RawStep { step, images, masks, broken: broken.concat() }))
     }
 
     /// What makes the crops of `step`, and their sizes.
     pub(super) fn of_step(&self, step: u64) -> (&Augmentation, &Resolution) {
-        let variant = self.variant(step);
+        let variant = self.variant(self.data_step(step));
         (&variant.augmentation, &variant.sizes)
     }
 
-    fn masks(&self, variant: &Variant, step: u64, part: usize) -> Result<Masks> {
-        let mut rng = Rng::new(self.spec.seed, Stream::Mask, step, part as u64);
+    /// Deals the images of a step, and the masks that are drawn for its whole batch, to its micro-batches.
+    fn parts(&self, variant: &Variant, data_step: u64) -> Result<Vec<Part>> {
+        let size = self.spec.batch.size;
+        let mut rng = Rng::new(self.spec.seed, Stream::Mask, data_step, 0);
+        let rows = draw_masks(&mut rng, 2 * size, variant.grid, &self.spec.masking);
+        let masked = |row: usize| rows[row].iter().filter(|&&m| m).count();
+        let of_images: Vec<usize> = (0..size).map(|i| masked(i) + masked(size + i)).collect();
         let dtype = if self.spec.device == Device::Cpu { self.spec.dtype } else { DType::F32 };
-        Masks::draw(&mut rng, 2 * self.images(), variant.grid, &self.spec.masking, dtype)
+        let part = |places: Vec<usize>| {
+            let of_crop = |crop: usize| places.iter().map(move |i| crop * size + i);
+            let own: Vec<&[bool]> = of_crop(0).chain(of_crop(1)).map(|row| rows[row].as_slice()).collect();
+            Ok(Part { masks: Masks::from_rows(&own, dtype)?, places })
+        };
+        deal(&of_images, self.spec.batch.micro_batches).into_iter().map(part).collect()
     }
 
     fn allocate(&self, variant: &Variant) -> Crops {
@@ -224,26 +254,43 @@ impl Pipeline {
         views_of_images(self.images(), crops.global.as_mut_slice(), local, gram)
     }
 
-    /// Makes the crops of image `i` of `step`; returns the sample used and the broken ones met before it.
-    fn image(&self, variant: &Variant, step: u64, i: u64, views: &mut Views<'_>) -> Result<(usize, Vec<BrokenSample>)> {
-        let (index, sample, plan, broken) = self.draw(variant, step, i)?;
+    /// Makes the crops of the image at `place` of a step's batch; returns the sample used and the broken ones met before it.
+    fn image(
+        &self,
+        variant: &Variant,
+        data_step: u64,
+        place: usize,
+        views: &mut Views<'_>,
+        stop: &AtomicBool,
+    ) -> Result<(usize, Vec<BrokenSample>)> {
+        let (index, sample, plan, broken) = self.draw(variant, data_step, place, stop)?;
         variant.augmentation.apply(&sample, &plan, views);
         Ok((index, broken))
     }
 
-    /// Reads image `i` of `step` and draws its plan.
-    fn draw(&self, variant: &Variant, step: u64, i: u64) -> Result<(usize, Sample, ImagePlan, Vec<BrokenSample>)> {
-        let first = self.order.sample(step * self.spec.batch.size as u64 + i);
-        let (index, sample, broken) = self.read(first)?;
-        let rng = |crop: u64| Rng::new(self.spec.seed, Stream::Augment, step, i << 16 | crop);
+    /// Reads the image at `place` of a step's batch and draws its plan.
+    fn draw(
+        &self,
+        variant: &Variant,
+        data_step: u64,
+        place: usize,
+        stop: &AtomicBool,
+    ) -> Result<(usize, Sample, ImagePlan, Vec<BrokenSample>)> {
+        let place = place as u64;
+        let first = self.order.sample(data_step * self.spec.batch.size as u64 + place);
+        let (index, sample, broken) = self.read(first, stop)?;
+        let rng = |crop: u64| Rng::new(self.spec.seed, Stream::Augment, data_step, place << 16 | crop);
         let plan = variant.augmentation.plan((sample.width, sample.height), rng);
         Ok((index, sample, plan, broken))
     }
 
-    /// Sample `first`, or the first readable one of its replacements.
-    fn read(&self, first: usize) -> Result<(usize, Sample, Vec<BrokenSample>)> {
+    /// Sample `first`, or the first readable one of its replacements. No other is tried once `stop` is set.
+    fn read(&self, first: usize, stop: &AtomicBool) -> Result<(usize, Sample, Vec<BrokenSample>)> {
         let mut broken: Vec<BrokenSample> = Vec::new();
         for attempt in 0..=REPLACEMENTS {
+            if attempt > 0 && stop.load(Ordering::Relaxed) {
+                break;
+            }
             let index = if attempt == 0 { first } else { self.order.replacement(first, attempt) };
             match self.read_one(index) {
                 Ok(sample) => return Ok((index, sample, broken)),
@@ -295,9 +342,10 @@ fn check(spec: &LoaderSpec) -> Result<()> {
             return user(format!("{name} = {size} is not a multiple of the patch size {patch_size}"), help);
         }
     }
-    if crops.local_from_global && crops.local_count > 0 && crops.local_size > crops.global_size {
-        let (local, global) = (crops.local_size, crops.global_size);
-        let help = "make crops.local_size smaller, or set crops.local_from_global = false";
+    let larger = crops.variants(*gram_crop_size).into_iter().find(|sizes| sizes.local_size > sizes.global_size);
+    if let Some(sizes) = larger.filter(|_| crops.local_from_global && crops.local_count > 0) {
+        let (local, global) = (sizes.local_size, sizes.global_size);
+        let help = "make the local size smaller, or set crops.local_from_global = false";
         return user(format!("local crops of {local} pixels cannot be cut from global ones of {global}"), help);
     }
     let share = |range: &[f64; 2]| 0.0 <= range[0] && range[0] <= range[1] && range[1] <= 1.0;

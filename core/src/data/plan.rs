@@ -98,7 +98,7 @@ pub struct CropPlan {
     pub cut: Cut,
     /// Distortion of its colours.
     pub color: ColorPlan,
-    /// Standard deviation of the Gaussian blur, in pixels of the crop.
+    /// Standard deviation of the Gaussian blur, in pixels of the crop (of the Gram teacher's larger one too).
     pub blur: Option<f32>,
     /// Whether values of 128 and more are inverted.
     pub solarize: bool,
@@ -144,7 +144,7 @@ impl ImagePlan {
             let rng = &mut rng(2 + k as u64);
             let cut = if config.local_from_global {
                 // As in the reference, the last place along each axis is never taken.
-                let places = ((config.global_size - config.local_size) / patch_size).max(1);
+                let places = (config.global_size.saturating_sub(config.local_size) / patch_size).max(1);
                 let global = usize::from(k >= config.local_count / 2);
                 Cut::Global { global, x: rng.below(places) * patch_size, y: rng.below(places) * patch_size }
             } else {

@@ -16,17 +16,40 @@ struct Numbers {
     float correction1;   // 1 / (1 - beta1^t)
     float inverse_root;  // 1 / sqrt(1 - beta2^t)
     float momentum, rest_momentum;
-    float frozen;  // the last layers stay
+    float last_layer_lr;
     float max_norm;  // 0: no clipping
+    float longest_gradient, greatest_loss;  // a step beyond is not taken
 };
+
+// What a sub-model's gradient of length `norm` is multiplied by.
+__device__ __forceinline__ float clip_of(float max_norm, float norm) {
+    return max_norm > 0.0f ? fminf(1.0f, max_norm / (norm + 1e-6f)) : 1.0f;
+}
+
+// Whether a step is taken: 1 if all values are finite, no clipped norm (`modules` values from `first`) is too long, and
+// the loss number `total` (-1: none) not too great; otherwise 0. One block.
+extern "C" __global__ void verdict_f32(float* taken, const float* values, int count, int first, int modules, int total,
+                                       const Numbers* numbers) {
+    const Numbers s = *numbers;
+    float bad = 0.0f;
+    for (int i = threadIdx.x; i < count; i += blockDim.x) {
+        const float x = values[i];
+        bool fits = fabsf(x) <= 3.402823466e38f;
+        if (i >= first && i < first + modules) fits = fits && clip_of(s.max_norm, x) * x <= s.longest_gradient;
+        if (i == total) fits = fits && x <= s.greatest_loss;
+        if (!fits) bad = 1.0f;
+    }
+    bad = block_max(bad);
+    if (threadIdx.x == 0) *taken = 1.0f - bad;
+}
 
 constexpr int ELEMENTS_OF_BLOCK = 4096;
 
-// If `finite` is not 0. `ema` and the bf16 copies may be missing.
+// If `taken` is not 0. `ema` and the bf16 copies may be missing.
 extern "C" __global__ void adamw_f32(float* params, const float* grads, float* mean, float* square, float* ema, bf16* narrow,
                                      bf16* narrow_ema, const Rule* rules, int count, const Numbers* numbers, const float* norms,
-                                     const float* finite, size_t n) {
-    if (*finite == 0.0f) return;
+                                     const float* taken, size_t n) {
+    if (*taken == 0.0f) return;
     const Numbers s = *numbers;
     const size_t first = (size_t)blockIdx.x * ELEMENTS_OF_BLOCK;
     int rule = 0;
@@ -45,9 +68,9 @@ extern "C" __global__ void adamw_f32(float* params, const float* grads, float* m
         const Rule r = rules[rule];
         const size_t start = (size_t)r.start * 64, end = start + r.len;
         if (i < start || i >= end) continue;
-        const float lr = r.last_layer && s.frozen != 0.0f ? 0.0f : s.lr * r.lr;
+        const float lr = (r.last_layer ? s.last_layer_lr : s.lr) * r.lr;
         const float keep = 1.0f - lr * (r.decays * s.weight_decay), size = lr * s.correction1;
-        const float clip = s.max_norm > 0.0f ? fminf(1.0f, s.max_norm / (norms[r.module] + 1e-6f)) : 1.0f;
+        const float clip = clip_of(s.max_norm, norms[r.module]);
         float p[4], e[4];
         *(float4*)p = *(const float4*)(params + i);
         float g[4], m[4], v[4];

@@ -92,14 +92,6 @@ extern "C" __global__ void widen_bf16(float* y, const bf16* x, size_t n) {
 
 // ---- what a step decides on the device
 
-// flag = 1 if all n values are finite, else 0; one block.
-extern "C" __global__ void all_finite_f32(float* flag, const float* values, int n) {
-    float bad = 0.0f;
-    for (int i = threadIdx.x; i < n; i += blockDim.x) bad = fmaxf(bad, fabsf(values[i]) <= 3.402823466e38f ? 0.0f : 1.0f);
-    bad = block_max(bad);
-    if (threadIdx.x == 0) *flag = 1.0f - bad;
-}
-
 // dst = src if flag, else dst stays.
 extern "C" __global__ void copy_if_f32(float* dst, const float* src, const float* flag, size_t n) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;

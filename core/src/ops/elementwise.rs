@@ -63,15 +63,6 @@ pub(crate) fn convert_into(out: &mut Tensor, x: &Tensor) -> Result<()> {
     kernel.over((n * bytes).div_ceil(16)).work(0.0, 6.0 * n as f64).launch(args![out, x, n])
 }
 
-/// 1 if all elements (f32, on a GPU) are finite, 0 if not: rank 0.
-pub(crate) fn all_finite(values: &Tensor) -> Result<Tensor> {
-    let gpu = values.gpu().expect("called for a tensor on a GPU");
-    let mut flag = Tensor::uninit(&[], DType::F32);
-    let launch = gpu.kernel(&ELEMENTWISE, "all_finite", DType::F32)?.grid(1, 256);
-    launch.launch(args![&mut flag, values, values.len() as i32])?;
-    Ok(flag)
-}
-
 /// `to = from` (f32, on a GPU) if `flag` is not 0.
 pub(crate) fn copy_if(to: &mut Tensor, from: &Tensor, flag: &Tensor) -> Result<()> {
     let (n, gpu) = (to.len(), to.gpu().expect("called for a tensor on a GPU"));

@@ -51,7 +51,7 @@ pub use tokens::rows_of_images;
 
 pub(crate) use adamw::ADAMW;
 pub(crate) use columns::RowSums;
-pub(crate) use elementwise::{accumulate, all_finite, convert, convert_into, copy_if, fill};
+pub(crate) use elementwise::{accumulate, convert, convert_into, copy_if, fill};
 
 use crate::tensor::{Grads, Real};
 use crate::{Error, Result, Tensor};

@@ -96,10 +96,10 @@ extern "C" __global__ void sum_of_runs_f32(float* total, const float* sums, cons
     total[column] = sum;
 }
 
-// shift[c] = base[c] + log2(total[c]).
-extern "C" __global__ void shift_f32(float* shift, const float* base, const float* total, int k) {
+// shift[c] = base[c] + log2(total[c] * share).
+extern "C" __global__ void shift_f32(float* shift, const float* base, const float* total, float share, int k) {
     const int column = blockIdx.x * blockDim.x + threadIdx.x;
-    if (column < k) shift[column] = base[column] + log2f(total[column]);
+    if (column < k) shift[column] = base[column] + log2f(total[column] * share);
 }
 
 // The norm of R samples, or (with `out`) their assignments; a block takes R rows, so that the shifts are read once for

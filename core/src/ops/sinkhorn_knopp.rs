@@ -24,7 +24,8 @@ impl Tensor {
     ///
     /// The exponentials are taken relative to the greatest logit of each prototype, then of each sample; the first
     /// cancels in the first division and the second is put back as the sample's first factor. The result is that of
-    /// the formula, and no prototype or sample can underflow to zero, however far apart the logits are.
+    /// the formula, and no prototype or sample can underflow to zero or overflow, however far apart the logits are and
+    /// however many iterations there are.
     ///
     /// # Errors
     /// If the shape is not `[B, K]` with at least one row and column, or `iterations` is 0.
@@ -50,9 +51,15 @@ impl Tensor {
 const CHUNK: usize = 2048;
 /// Tasks that the samples are dealt to; each has sums over the prototypes of its own.
 const TASKS: usize = 16;
+/// Factors of prototypes are within 1 / `REACH` and `REACH`, 2^40: products of three such numbers fit into f32.
+const REACH: f64 = (1u64 << 40) as f64;
 
 /// With Q fixed, only the factors u (prototypes) and v (samples) change: u_k = 1 / sum_b Q_bk v_b, and
 /// v_b = 1 / sum_k Q_bk u_k. One pass over a row gives v_b and its part of the next u.
+///
+/// Factors grow without bound: all by K / B an iteration, and those of some prototypes against those of others where
+/// samples cannot be spread evenly. Before they leave what the type holds, their logarithms are moved into the
+/// exponents of Q, which is made again (Schmitzer, arXiv:1610.06519), and they begin at 1.
 fn sinkhorn_knopp<T: Real>(
     logits: &Tensor,
     temperature: &Tensor,
@@ -64,25 +71,36 @@ fn sinkhorn_knopp<T: Real>(
     let scale = T::ONE / temperature.as_slice::<T>()[0];
     let top = comm.all_reduce_max(&column_max::<T>(logits))?;
     let top = top.as_slice::<T>();
+    // What was moved from the factors: ln u.
+    let mut moved: Option<Vec<T>> = None;
 
     let mut out = Tensor::uninit(logits.shape(), logits.dtype());
     let q = out.as_mut_slice::<T>();
     let rows = samples.div_ceil(TASKS);
     // The first factors v undo the shift by the greatest logit of each sample.
     let mut factors = prototype_factors(q, k, rows, comm, |sample, q, sums: &mut [T]| {
-        let x = &x[sample * k..][..k];
-        q.iter_mut().zip(x).zip(top).for_each(|((q, &x), &top)| *q = (x - top) * scale);
-        let peak = lane_max(q);
-        let v = peak.exp();
-        q.iter_mut().zip(sums).for_each(|(q, sum)| {
-            *q = (*q - peak).exp();
-            *sum += *q * v;
-        });
+        let v = exponentials(q, &x[sample * k..], top, scale, None).exp();
+        q.iter().zip(sums).for_each(|(&q, sum)| *sum += q * v);
     })?;
     for _ in 1..iterations {
         let u = factors;
-        factors = prototype_factors(q, k, rows, comm, |_, q, sums: &mut [T]| {
-            let v = sample_factor(q, &u);
+        let within = |u: &T| (1.0 / REACH..REACH).contains(&u.f64());
+        if u.iter().all(within) {
+            factors = prototype_factors(q, k, rows, comm, |_, q, sums: &mut [T]| {
+                let v = sample_factor(q, &u);
+                sums.iter_mut().zip(q).for_each(|(sum, &mut q)| *sum += q * v);
+            })?;
+            continue;
+        }
+        let all = moved.get_or_insert_with(|| vec![T::ZERO; k]);
+        all.iter_mut().zip(&u).for_each(|(ln, &u)| *ln += T::of(u.f64().ln()));
+        // A factor that all prototypes have in common changes nothing.
+        let most = all.iter().fold(T::NEG_INF, |most, &ln| most.max(ln));
+        all.iter_mut().for_each(|ln| *ln = *ln - most);
+        let all = &*all;
+        factors = prototype_factors(q, k, rows, comm, |sample, q, sums: &mut [T]| {
+            exponentials(q, &x[sample * k..], top, scale, Some(all));
+            let v = T::ONE / q.chunks(CHUNK).map(|q| lane_sum([q], |[q]| q)).sum();
             sums.iter_mut().zip(q).for_each(|(sum, &mut q)| *sum += q * v);
         })?;
     }
@@ -95,6 +113,17 @@ fn sinkhorn_knopp<T: Real>(
         }
     });
     Ok(out)
+}
+
+/// A row of Q, relative to its greatest element, from the logits `x`, the greatest logits of the prototypes and what was
+/// moved from their factors; gives the logarithm of that element.
+#[inline(always)]
+fn exponentials<T: Real>(q: &mut [T], x: &[T], top: &[T], scale: T, moved: Option<&[T]>) -> T {
+    q.iter_mut().zip(x).zip(top).for_each(|((q, &x), &top)| *q = (x - top) * scale);
+    q.iter_mut().zip(moved.into_iter().flatten()).for_each(|(q, &ln)| *q += ln);
+    let peak = lane_max(q);
+    q.iter_mut().for_each(|q| *q = (*q - peak).exp());
+    peak
 }
 
 /// v_b = 1 / sum_k Q_bk u_k.
@@ -150,7 +179,8 @@ fn column_max<T: Real>(logits: &Tensor) -> Tensor {
 /// The same on a GPU, in the logarithm, because exponentials stored as bf16 would lose three digits: the assignment of
 /// sample b to prototype k is `2^(c x_bk - shift_k - norm_b)`, c = log2(e) / temperature, with two steps in turn:
 /// `norm_b = log2(sum_k 2^(c x_bk - shift_k))`, and `shift_k += log2(mass_k)`, the mass that prototype k has of all
-/// samples, which is between 1 / (B K) and B. Shifts round at 2^-24 of `x / temperature`.
+/// samples, divided by B / K, which it is in the end: shifts do not grow with the iterations. The mass is between 1 / (B K)
+/// and B. Shifts round at 2^-24 of `x / temperature`.
 ///
 /// The logits are read 2 n times in n iterations and once more for the result (a row that was just read, so mostly from
 /// the cache), which is written once; nothing else of their size is read or written. For 5,056 x 65,536 bf16 and
@@ -231,14 +261,15 @@ impl<'a> OnGpu<'a> {
         launch.launch(args![&out, &norms, x, self.temperature, shift, rows as i32, k as i32])
     }
 
-    /// `base + log2(sum over runs and ranks)`; sums that are relative to `tops` are made relative to `base` first.
+    /// `base + log2(sum over runs and ranks / (B / K))`; sums that are relative to `tops` are made relative to `base` first.
     fn shifted(&self, base: &Tensor, sums: &Tensor, tops: Option<&Tensor>, comm: &dyn Comm) -> Result<Tensor> {
-        let k = self.logits.dim(1) as i32;
+        let (rows, k) = (self.logits.dim(0) * comm.world(), self.logits.dim(1));
+        let (share, k) = ((k as f64 / rows as f64) as f32, k as i32);
         let mut total = self.per_prototype();
         self.over("sum_of_runs")?.launch(args![&mut total, sums, tops, base, self.runs as i32, k])?;
         let total = comm.all_reduce_sum(&total)?;
         let mut shift = self.per_prototype();
-        self.over("shift")?.launch(args![&mut shift, base, &total, k])?;
+        self.over("shift")?.launch(args![&mut shift, base, &total, share, k])?;
         Ok(shift)
     }
 }

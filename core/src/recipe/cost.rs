@@ -5,7 +5,7 @@
 //! counted.
 
 use super::{Recipe, Resolution};
-use crate::contract::{Grid, HeadInput};
+use crate::contract::{Cost, Grid, HeadInput};
 use crate::recipe::DeviceChoice;
 use crate::step::{declare, distilled_model, Declared, CHANNELS, GLOBALS};
 use crate::{cuda, DType, Device, Result};
@@ -76,7 +76,9 @@ fn cost_at(recipe: &Recipe, sizes: &Resolution, model: &Declared, device: Device
     // A model to distil from whose run is not there yet is counted like the student.
     let distilled = distilled_model(recipe);
     let teacher_model = distilled.as_ref().unwrap_or(model);
-    let teacher = teacher_model.backbone.cost(&[globals]);
+    // It runs only if something is learned from it.
+    let taught = model.losses.iter().any(|l| l.needs.teacher || l.needs.head.is_some());
+    let teacher = if taught { teacher_model.backbone.cost(&[globals]) } else { Cost::default() };
     let mut flops = 3.0 * student.forward_flops + teacher.forward_flops;
     let has_gram = gram_is_used(recipe, model);
     if has_gram {

@@ -68,6 +68,9 @@ pub struct Recipe {
     /// What happens when a loss or gradient is not finite.
     #[serde(default)]
     pub on_non_finite: OnNonFinite,
+    /// Steps whose loss jumps are not taken: none are unless this table is there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_spike: Option<SpikeConfig>,
 }
 
 /// Where a run runs: `auto` (the first GPU if there is one, otherwise the CPU), `cpu`, `cuda`, or `cuda:N`.
@@ -324,6 +327,9 @@ pub struct OptimizerConfig {
     /// Learning rate.
     #[schemars(extend("minimum" = 0, "maximum" = 100))]
     pub lr: Schedule,
+    /// Learning rate of the last layer of every head; by default `lr`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_layer_lr: Option<Schedule>,
     /// Decoupled weight decay; none on biases, norms and LayerScale.
     #[schemars(extend("minimum" = 0, "maximum" = 1000))]
     pub weight_decay: Schedule,
@@ -343,7 +349,7 @@ pub struct OptimizerConfig {
     /// Learning rate of the patch embedding is multiplied by this as well.
     #[schemars(range(min = 0, max = 100))]
     pub patch_embed_lr_mult: f64,
-    /// The last layer of every head does not move for this many steps (its moments do).
+    /// The last layer of every head does not move for this many steps (its moments do); then it goes by `last_layer_lr`.
     pub freeze_last_layer_steps: u64,
 }
 
@@ -351,6 +357,7 @@ impl Default for OptimizerConfig {
     fn default() -> Self {
         Self {
             lr: Schedule::constant(1e-3),
+            last_layer_lr: None,
             weight_decay: Schedule::constant(0.04),
             betas: [0.9, 0.999],
             eps: 1e-8,
@@ -398,6 +405,27 @@ impl Default for CheckpointConfig {
     }
 }
 
+/// A step whose total loss jumps is not taken.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SpikeConfig {
+    /// A loss is a jump when it is above the median of the last `window` steps by more than `factor - 1` times that
+    /// median: above `factor` times the median, where that is positive.
+    #[serde(default = "spike_factor")]
+    pub factor: f64,
+    /// Steps whose losses are compared with, those that were not taken too. The first `window` steps are all taken.
+    #[serde(default = "spike_window")]
+    pub window: usize,
+}
+
+fn spike_factor() -> f64 {
+    3.0
+}
+
+fn spike_window() -> usize {
+    64
+}
+
 /// What happens when a loss or gradient is not finite: the weights are never updated with it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
@@ -407,4 +435,7 @@ pub enum OnNonFinite {
     Stop,
     /// Capture the batch and go on with the next step, at most this many times in a run.
     Skip(u64),
+    /// Capture the batch, go back to the last checkpoint that `checkpoint.every` asked for (or to the start), and go on from
+    /// there with the data behind this batch; at most this many times in a run.
+    Rewind(u64),
 }

@@ -107,7 +107,7 @@ config! {
         /// Softness of the teacher.
         temperature: Schedule = Schedule::constant(0.07),
         /// The projection head.
-        head: HeadConfig = HeadConfig { hidden: 4, bottleneck: 2, prototypes: 8, layers: 2, prototype_std: 0.02 },
+        head: HeadConfig = HeadConfig { hidden: 4, bottleneck: 2, prototypes: 8, layers: 2, bias: true, prototype_std: 0.02 },
     }
 }
 loss!(Cls, "test_cls", |c: &Cls| Needs { head: Some((HeadInput::Cls, c.head.clone())), ..Needs::default() });

@@ -14,7 +14,7 @@ use crate::{ops, DType, Device, Result, Tensor};
 
 use super::scalars::Feed;
 use super::update::DeviceUpdate;
-use super::{Health, Learner, Pass, Report};
+use super::{follow, Health, Learner, Pass, Refusal, Report};
 
 /// What a learner on a GPU has beside its weights.
 pub(super) struct GpuStep {
@@ -48,11 +48,16 @@ struct Recorded {
     answer: Answer,
 }
 
-/// What the host reads at the end of a step: losses, then norms, one f32 each.
+/// What the host reads at the end of a step, one f32 each: losses, norms, marks of the losses' states, and whether the
+/// step was taken.
 struct Answer {
     losses: Vec<String>,
+    marks: Vec<String>,
     values: Tensor,
 }
+
+/// Recorded steps that are kept: each holds memory.
+const MOST_RECORDED: usize = 16;
 
 /// The draws of one micro-batch, at their fixed address.
 struct PlacedDraws {
@@ -143,9 +148,10 @@ impl Learner {
             true => batches.to_vec(),
             false => own.batches.upload(batches)?.to_vec(),
         };
-        let follow = self.teacher.after_step(at);
+        let follow = follow(self.teacher.after_step(at), at)?;
         let momentum = if let Follow::Ema { momentum } = follow { Some(momentum) } else { None };
-        own.update.write(at, &self.optimizer, self.weights.skipped, momentum)?;
+        let (limits, reach) = self.limits(at)?;
+        own.update.write(at, &self.optimizer, self.weights.updates(at), limits, momentum)?;
         let kind = Kind {
             shapes: batches.iter().flat_map(Batch::tensors).map(|t| t.shape().to_vec()).collect(),
             places: batches.iter().flat_map(Batch::tensors).map(Tensor::device_address).collect(),
@@ -154,16 +160,18 @@ impl Learner {
             follows: momentum.is_some(),
         };
         let eager = health || own.eager;
-        let record = !eager && own.reason.is_none() && !own.recorded.contains_key(&kind) && own.met.contains(&kind);
+        let fresh = !own.recorded.contains_key(&kind) && own.recorded.len() < MOST_RECORDED;
+        let record = !eager && own.reason.is_none() && fresh && own.met.contains(&kind);
         if record {
             self.record(own, &kind, at, &batches, &draws)?;
         }
         let mut measured = None;
-        let (losses, values) = match own.recorded.get(&kind).filter(|_| !eager) {
+        let (losses, marks, values) = match own.recorded.get(&kind).filter(|_| !eager) {
             Some(recorded) => {
                 own.feed.fill(at)?;
                 recorded.graph.launch()?;
-                (recorded.answer.losses.clone(), recorded.answer.values.to_f64_vec())
+                let Answer { losses, marks, values } = &recorded.answer;
+                (losses.clone(), marks.clone(), values.to_f64_vec())
             }
             None => {
                 let GpuStep { feed, update, .. } = own;
@@ -171,26 +179,31 @@ impl Learner {
                     feed.during(at, || self.whole_step(update, at, &batches, &draws, health, momentum.is_some()))?;
                 measured = health;
                 own.met.insert(kind);
-                (answer.losses, answer.values.to_f64_vec())
+                (answer.losses, answer.marks, answer.values.to_f64_vec())
             }
         };
-        let (losses_of, norms_of) = values.split_at(losses.len());
-        let modules = self.optimizer.modules().map(String::from);
-        let mut report = Report {
+        let (losses_of, rest) = values.split_at(losses.len());
+        let modules: Vec<String> = self.optimizer.modules().map(String::from).collect();
+        let (norms_of, rest) = rest.split_at(modules.len());
+        let (marks_of, taken) = rest.split_at(marks.len());
+        let marks: Vec<(String, f64)> = marks.into_iter().zip(marks_of.iter().copied()).collect();
+        let report = Report {
             losses: losses.into_iter().zip(losses_of.iter().copied()).collect(),
-            grad_norms: modules.zip(norms_of.iter().copied()).collect(),
+            grad_norms: modules.into_iter().zip(norms_of.iter().copied()).collect(),
             lr: self.optimizer.lr(at),
             weight_decay: self.optimizer.weight_decay(at),
             health: measured,
-            non_finite: None,
+            ..Report::default()
         };
-        report.non_finite = own.feed.during(at, || self.find_non_finite(at, &batches, &draws, &report))?;
-        if report.non_finite.is_some() {
-            self.weights.skipped += 1;
-        } else {
-            self.follow_after(at, follow)?;
-        }
-        Ok(report)
+        let taken = taken != [0.0];
+        let refusal = match taken {
+            true => None,
+            false => own.feed.during(at, || self.refusal(at, &batches, &draws, &report, &marks, limits))?,
+        };
+        // At the very limit the device may round to the other side.
+        let otherwise = || Refusal::NonFinite("the update of the weights".into());
+        let refusal = if taken { None } else { Some(refusal.unwrap_or_else(otherwise)) };
+        self.after_step(at, report, refusal, reach, follow)
     }
 
     /// Forward, losses, backward, norms and the update, all given to the device; gives where its answer will be.
@@ -208,15 +221,22 @@ impl Learner {
         let pass = self.forward_backward(at, batches, draws, &mut grads, health);
         let done = pass.and_then(|pass| {
             let norms = update.norms(&grads)?;
-            let Pass { losses, health, state } = pass;
-            let parts: Vec<Tensor> = losses.values().map(|t| t.reshape(&[1])).collect::<Result<_>>()?;
-            let values = Tensor::cat(&parts.iter().chain([&norms]).collect::<Vec<_>>())?;
-            let finite = ops::all_finite(&values)?;
-            update.apply(&mut self.weights, &grads, &norms, &finite, follows)?;
+            let Pass { losses, health, state, marks } = pass;
+            let one = |t: &Tensor| t.reshape(&[1]);
+            let of_losses: Vec<Tensor> = losses.values().map(one).collect::<Result<_>>()?;
+            let of_states: Vec<Tensor> = marks.iter().map(|(_, mark)| one(mark)).collect::<Result<_>>()?;
+            let values = Tensor::cat(&of_losses.iter().chain([&norms]).chain(&of_states).collect::<Vec<_>>())?;
+            let total = losses.keys().position(|name| name == "loss/total");
+            let taken = update.verdict(&values, losses.len(), total)?;
+            update.apply(&mut self.weights, &grads, &norms, &taken, follows)?;
             for (old, new) in self.weights.loss_state.iter_mut().flatten().zip(state.iter().flatten()) {
-                ops::copy_if(old, new, &finite)?;
+                if old.device_address() != new.device_address() {
+                    ops::copy_if(old, new, &taken)?;
+                }
             }
-            Ok((Answer { losses: losses.into_keys().collect(), values }, health))
+            let values = Tensor::cat(&[&values, &one(&taken)?])?;
+            let marks = marks.into_iter().map(|(name, _)| name).collect();
+            Ok((Answer { losses: losses.into_keys().collect(), marks, values }, health))
         });
         self.weights.grads = grads;
         done

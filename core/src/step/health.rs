@@ -29,7 +29,7 @@ const COINCIDE: f64 = 1e-4;
 impl Health {
     /// `samples` are the images' indices in the dataset.
     pub(super) fn measure(teacher: &TeacherOf<'_>, model: &Declared, samples: &[usize]) -> Result<Self> {
-        let features = teacher.features;
+        let features = teacher.features.expect("a step whose health is measured runs the teacher");
         let (n, d) = (features.cls.dim(0), features.cls.dim(1));
         let cls = features.cls.detach().l2_normalize(1e-12)?;
         let mean = cls.mean_axis(0)?.to_f64_vec();

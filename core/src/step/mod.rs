@@ -7,6 +7,7 @@
 //! once:                  gradient norms, AdamW + EMA in one pass over flat memory, Gram teacher's policy
 //! ```
 
+mod bounds;
 mod declare;
 mod distillation;
 mod gpu;
@@ -14,6 +15,7 @@ mod health;
 mod optimizer;
 mod outputs;
 mod scalars;
+mod spikes;
 mod update;
 mod weights;
 
@@ -27,20 +29,22 @@ pub(crate) use scalars::scalar;
 
 use std::collections::BTreeMap;
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, Content};
 use crate::comm::{Comm, Single};
 use crate::contract::{At, Crops, Draws, Features, Follow, Mode, StepContext, TeacherPolicy};
 use crate::data::Batch;
 use crate::params::Params;
 use crate::recipe::{Precision, Recipe};
-use crate::rng::Rng;
+use crate::rng::{Rng, Stream};
 use crate::tensor::{catch_out_of_memory, scope, Tape};
-use crate::{DType, Device, Error, Result, Tensor};
+use crate::{cuda, DType, Device, Error, Result, Tensor};
 
+use bounds::Reach;
 use distillation::TeacherModel;
 use gpu::GpuStep;
 use optimizer::AdamW;
-use outputs::{StudentPass, TeacherPass};
+use outputs::{next_state, StudentPass, TeacherPass};
+use spikes::Spikes;
 use update::DeviceUpdate;
 
 /// A model in training: weights, optimizer, losses and the teachers' policies.
@@ -56,6 +60,9 @@ pub struct Learner {
     total: u64,
     locals: usize,
     device: Device,
+    /// Whether products on a GPU drop bits of f32.
+    tf32: bool,
+    spikes: Option<Spikes>,
     gpu_step: Option<GpuStep>,
 }
 
@@ -66,6 +73,8 @@ struct Pass {
     health: Option<Health>,
     /// The losses' next state.
     state: Vec<Vec<Tensor>>,
+    /// Of every loss with a state: 0, or not finite where that state is not.
+    marks: Vec<(String, Tensor)>,
 }
 
 /// What one step gave.
@@ -81,8 +90,27 @@ pub struct Report {
     pub weight_decay: f64,
     /// Known sicknesses, measured when asked for.
     pub health: Option<Health>,
-    /// What was not finite, if anything: then no weight was changed.
+    /// What was not finite, if anything: then no weight, no moment and no state was changed.
     pub non_finite: Option<String>,
+    /// What the total loss jumped above, if it did: then nothing was changed either.
+    pub spike: Option<f64>,
+}
+
+/// Why a step is not taken.
+enum Refusal {
+    /// This is not finite, or would not be.
+    NonFinite(String),
+    /// The total loss is above this.
+    Spike(f64),
+}
+
+/// What a step may be, decided before it is computed.
+#[derive(Clone, Copy, Debug)]
+struct Limits {
+    /// The longest clipped gradient.
+    gradient: f64,
+    /// The greatest total loss.
+    loss: f64,
 }
 
 impl Learner {
@@ -94,6 +122,7 @@ impl Learner {
         let mut learner = Self::unstarted(recipe)?;
         let Self { model, weights, teacher, gram, .. } = &mut learner;
         weights.start(recipe, model, teacher.as_ref(), gram.as_deref())?;
+        weights.bounds(model)?;
         Ok(learner)
     }
 
@@ -105,6 +134,10 @@ impl Learner {
         let mut learner = Self::unstarted(recipe)?;
         let Self { model, weights, .. } = &mut learner;
         weights.restore(checkpoint, model)?;
+        weights.bounds(model)?;
+        if let Some(spikes) = &mut learner.spikes {
+            spikes.restore(&checkpoint.optimizer);
+        }
         Ok(learner)
     }
 
@@ -117,9 +150,8 @@ impl Learner {
         let device = recipe.device()?;
         let dtype = recipe.dtype(device);
         let weights = catch_out_of_memory(|| Ok(device.with(|| Weights::new(&model, gram.is_some(), dtype))))?;
-        let optimizer = AdamW::new(&recipe.optimizer, &model);
+        let optimizer = AdamW::new(&recipe.optimizer, &model, dtype.wide())?;
         let gpu_step = device.gpu().map(|gpu| {
-            gpu.set_tf32(recipe.precision == Precision::Tf32)?;
             gpu.load_all()?;
             GpuStep::new(gpu, dtype, DeviceUpdate::new(gpu, &optimizer)?)
         });
@@ -135,6 +167,8 @@ impl Learner {
             total: recipe.steps,
             locals: recipe.crops.local_count,
             device,
+            tf32: recipe.precision == Precision::Tf32,
+            spikes: recipe.on_spike.as_ref().map(Spikes::new),
             gpu_step: gpu_step.transpose()?,
         })
     }
@@ -151,6 +185,7 @@ impl Learner {
 
     /// All weights, to be replaced by those of a checkpoint or another implementation.
     pub fn weights_mut(&mut self) -> &mut Weights {
+        self.weights.forget_bounds();
         &mut self.weights
     }
 
@@ -184,14 +219,30 @@ impl Learner {
         self.weights.skipped
     }
 
-    /// Runs step `step` (0-based) on its micro-batches. When something is not finite, no weight is changed and the
-    /// report says what it was.
+    /// Those of them that were skipped because the loss jumped.
+    pub fn spikes(&self) -> u64 {
+        self.spikes.as_ref().map_or(0, Spikes::skipped)
+    }
+
+    /// Everything a run needs to go on after `step` steps.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn content(&self, step: u64) -> Result<Content> {
+        let mut content = catch_out_of_memory(|| Ok(self.weights.content(step, &self.model)))?;
+        content.optimizer.extend(self.spikes.iter().flat_map(Spikes::content));
+        Ok(content)
+    }
+
+    /// Runs step `step` (0-based) on its micro-batches. When something is not finite, or would not be after the update,
+    /// no weight, moment or state is changed and the report says what it was.
     ///
     /// # Errors
     /// If shapes do not fit, a policy's weights cannot be read, or the device fails or is full.
     pub fn step(&mut self, step: u64, batches: &[Batch], health: bool) -> Result<Report> {
         let at = At { step, total: self.total };
         let _on = self.device.enter();
+        let _products = cuda::with_tf32(self.tf32);
         catch_out_of_memory(|| {
             self.before_step(at)?;
             match self.device {
@@ -203,29 +254,71 @@ impl Learner {
 
     fn step_on_cpu(&mut self, at: At, batches: &[Batch], health: bool) -> Result<Report> {
         let draws: Vec<Draws> = batches.iter().enumerate().map(|(m, b)| self.draw(at.step, b, m)).collect();
+        let (limits, reach) = self.limits(at)?;
         let mut grads = self.weights.take_grads();
         let pass = self.forward_backward(at, batches, &draws, &mut grads, health);
         let norms = self.optimizer.grad_norms(&grads);
         self.weights.grads = grads;
-        let Pass { losses, health, state } = pass?;
-        let mut report = Report {
+        let Pass { losses, health, state, marks } = pass?;
+        let report = Report {
             losses: losses.into_iter().map(|(name, loss)| (name, loss.item())).collect(),
             grad_norms: norms?,
             lr: self.optimizer.lr(at),
             weight_decay: self.optimizer.weight_decay(at),
             health,
-            non_finite: None,
+            ..Report::default()
         };
-        report.non_finite = self.find_non_finite(at, batches, &draws, &report)?;
-        if report.non_finite.is_some() {
-            self.weights.skipped += 1;
-            return Ok(report);
+        let marks: Vec<(String, f64)> = marks.into_iter().map(|(name, mark)| (name, mark.item())).collect();
+        let refusal = self.refusal(at, batches, &draws, &report, &marks, limits)?;
+        let follow = follow(self.teacher.after_step(at), at)?;
+        if refusal.is_none() {
+            self.weights.loss_state = state;
+            let momentum = if let Follow::Ema { momentum } = follow { Some(momentum) } else { None };
+            self.optimizer.update(at, &mut self.weights, &report.grad_norms, momentum)?;
         }
-        self.weights.loss_state = state;
-        let follow = self.teacher.after_step(at);
-        let momentum = if let Follow::Ema { momentum } = follow { Some(momentum) } else { None };
-        self.optimizer.update(at, &mut self.weights, &report.grad_norms, momentum)?;
-        self.follow_after(at, follow)?;
+        self.after_step(at, report, refusal, reach, follow)
+    }
+
+    /// What a step at `at` may be so that everything stays finite, and what its update does at most.
+    fn limits(&mut self, at: At) -> Result<(Limits, Reach)> {
+        let reach = self.optimizer.reach(at, self.weights.updates(at));
+        let mut gradient = self.weights.bounds(&self.model)?.longest_gradient(reach);
+        if gradient < 0.0 {
+            // The bounds may have drifted from the numbers.
+            self.weights.forget_bounds();
+            gradient = self.weights.bounds(&self.model)?.longest_gradient(reach);
+        }
+        let loss = self.spikes.as_ref().map_or(f64::INFINITY, Spikes::limit);
+        Ok((Limits { gradient, loss }, reach))
+    }
+
+    /// The longest gradient of a sub-model, after clipping.
+    fn clipped(&self, report: &Report) -> f64 {
+        report.grad_norms.values().map(|&norm| self.optimizer.clip(norm) * norm).fold(0.0, f64::max)
+    }
+
+    /// Ends a step that was taken, or refused: counts it, and lets the teachers follow.
+    fn after_step(
+        &mut self,
+        at: At,
+        mut report: Report,
+        refusal: Option<Refusal>,
+        reach: Reach,
+        follow: Follow,
+    ) -> Result<Report> {
+        if let (Some(spikes), Some(&loss)) = (&mut self.spikes, report.losses.get("loss/total")) {
+            spikes.seen(loss, matches!(refusal, Some(Refusal::Spike(_))));
+        }
+        match refusal {
+            None => {
+                self.weights.moved(reach, self.clipped(&report));
+                self.follow_after(at, follow)?;
+                return Ok(report);
+            }
+            Some(Refusal::NonFinite(what)) => report.non_finite = Some(what),
+            Some(Refusal::Spike(limit)) => report.spike = Some(limit),
+        }
+        self.weights.skipped += 1;
         Ok(report)
     }
 
@@ -233,8 +326,16 @@ impl Learner {
     fn draw(&self, step: u64, batch: &Batch, micro: usize) -> Draws {
         let images: Vec<usize> =
             [batch.global.dim(0)].into_iter().chain(batch.local.as_ref().map(|l| l.dim(0))).collect();
-        let base = (micro as u64) << 32;
-        self.model.backbone.draw(&|stream, index| Rng::new(self.seed, stream, step, base | index), &images)
+        // What is drawn for a whole batch is the same in its parts. Dropped paths cannot be: a part keeps a number of
+        // images that is known before, so that every step has the same shapes.
+        let of_part = |stream| if stream == Stream::DropPath { (micro as u64) << 32 } else { 0 };
+        let rng = |stream, index| Rng::new(self.seed, stream, step, of_part(stream) | index);
+        self.model.backbone.draw(&rng, &images)
+    }
+
+    /// What a loss reads about the step.
+    fn context<'a>(&'a self, at: At, state: &'a [Tensor]) -> StepContext<'a> {
+        StepContext { at, seed: self.seed, comm: self.comm.as_ref(), dtype: self.dtype(), state }
     }
 
     /// Teachers, student, losses and gradients of one step; `grads` is overwritten.
@@ -248,8 +349,8 @@ impl Learner {
     ) -> Result<Pass> {
         grads.fill_zero();
         let dtype = self.dtype();
-        let context = |state| StepContext { at, seed: self.seed, comm: self.comm.as_ref(), dtype, state };
-        let teacher = TeacherPass::run(self, batches, &context)?;
+        let teacher = TeacherPass::run(self, batches, at, health)?;
+        let mut states = teacher.state.clone();
         let gram_active = self.gram.as_ref().is_some_and(|g| g.active(at));
         let mut sums: BTreeMap<String, Tensor> = BTreeMap::new();
         let mut add = |name: String, value: &Tensor| -> Result<()> {
@@ -272,8 +373,8 @@ impl Learner {
                     continue;
                 }
                 let _scope = scope::enter(format!("losses.{}", declared.name));
-                let outputs = student.outputs(self, batch, i, &teacher.of(micro), gram.as_ref());
-                let context = context(&self.weights.loss_state[i]);
+                let outputs = student.outputs(self, batch, (i, micro), &teacher, gram.as_ref());
+                let context = self.context(at, &states[i]);
                 let value = declared.loss.compute(&outputs, &context)?;
                 if value.loss.len() != 1 {
                     let problem = format!("loss `{}` gave shape {:?}, not a scalar", declared.name, value.loss.shape());
@@ -284,6 +385,7 @@ impl Learner {
                     add(format!("loss/{}/{part}", declared.name), &value.detach().cast(dtype)?)?;
                 }
                 let weighted = value.loss.cast(dtype)?.mul(&context.scalar(&declared.weight))?;
+                states[i] = next_state(declared, &states[i], value.state)?;
                 total = Some(match total {
                     Some(total) => total.add(&weighted)?,
                     None => weighted,
@@ -300,7 +402,40 @@ impl Learner {
             }
         }
         let mean = |(name, sum): (String, Tensor)| Ok((name, sum.scale(1.0 / batches.len() as f64)?));
-        Ok(Pass { losses: sums.into_iter().map(mean).collect::<Result<_>>()?, health: measured, state: teacher.state })
+        let losses = sums.into_iter().map(mean).collect::<Result<_>>()?;
+        let mut marks = Vec::new();
+        for (declared, state) in self.model.losses.iter().zip(&states) {
+            for tensor in state {
+                // Nothing times what is not finite is not finite.
+                marks.push((format!("the state of {}", declared.name), tensor.scale(0.0)?.sum()?));
+            }
+        }
+        Ok(Pass { losses, health: measured, state: states, marks })
+    }
+
+    /// Why a step with this report is not taken, if it is not.
+    fn refusal(
+        &mut self,
+        at: At,
+        batches: &[Batch],
+        draws: &[Draws],
+        report: &Report,
+        marks: &[(String, f64)],
+        limits: Limits,
+    ) -> Result<Option<Refusal>> {
+        if let Some(what) = self.find_non_finite(at, batches, draws, report, marks)? {
+            return Ok(Some(Refusal::NonFinite(what)));
+        }
+        let gradient = self.clipped(report);
+        if gradient > limits.gradient {
+            let what = match limits.gradient < 0.0 {
+                true => "the update of the weights, by its rates and the size of the weights alone,".to_string(),
+                false => format!("the update of the weights by a gradient of length {gradient:.3e}"),
+            };
+            return Ok(Some(Refusal::NonFinite(what)));
+        }
+        let total = report.losses.get("loss/total").copied().unwrap_or(0.0);
+        Ok((total > limits.loss).then_some(Refusal::Spike(limits.loss)))
     }
 
     /// What was not finite, and the operation where it began: found by running the step again and watching.
@@ -310,13 +445,16 @@ impl Learner {
         batches: &[Batch],
         draws: &[Draws],
         report: &Report,
+        marks: &[(String, f64)],
     ) -> Result<Option<String>> {
+        let bad_mark = marks.iter().find(|(_, mark)| !mark.is_finite());
         let bad_loss = report.losses.iter().find(|(_, v)| !v.is_finite());
         let bad_norm = report.grad_norms.iter().find(|(_, v)| !v.is_finite());
-        let what = match (bad_loss, bad_norm) {
-            (Some((name, _)), _) => name.clone(),
-            (None, Some((module, _))) => format!("the gradient of {module}"),
-            (None, None) => return Ok(None),
+        let what = match (bad_loss, bad_norm, bad_mark) {
+            (Some((name, _)), ..) => name.clone(),
+            (None, Some((module, _)), _) => format!("the gradient of {module}"),
+            (None, None, Some((state, _))) => state.clone(),
+            (None, None, None) => return Ok(None),
         };
         let mut grads = self.weights.take_grads();
         let (result, first) = scope::first_non_finite(|| self.forward_backward(at, batches, draws, &mut grads, false));
@@ -330,12 +468,12 @@ impl Learner {
 
     /// What the teachers' policies do before a step.
     fn before_step(&mut self, at: At) -> Result<()> {
-        match self.teacher.before_step(at) {
+        match follow(self.teacher.before_step(at), at)? {
             Follow::Keep => {}
             Follow::Copy(role) => self.weights.copy_to_teacher(&role, &self.model)?,
             Follow::Ema { momentum } => self.weights.ema(momentum)?,
         }
-        self.follow_gram(|g| g.before_step(at))
+        self.follow_gram(at, |g| g.before_step(at))
     }
 
     /// What the policies do after the update, which the EMA was part of.
@@ -343,12 +481,12 @@ impl Learner {
         if let Follow::Copy(role) = follow {
             self.weights.copy_to_teacher(&role, &self.model)?;
         }
-        self.follow_gram(|g| g.after_step(at))
+        self.follow_gram(at, |g| g.after_step(at))
     }
 
-    fn follow_gram(&mut self, what: impl Fn(&dyn TeacherPolicy) -> Follow) -> Result<()> {
+    fn follow_gram(&mut self, at: At, what: impl Fn(&dyn TeacherPolicy) -> Follow) -> Result<()> {
         let Some(gram) = &self.gram else { return Ok(()) };
-        match what(gram.as_ref()) {
+        match follow(what(gram.as_ref()), at)? {
             Follow::Keep => Ok(()),
             Follow::Copy(role) => self.weights.copy_to_gram(&role, &self.model),
             Follow::Ema { momentum } => self.weights.ema_gram(momentum),
@@ -358,14 +496,29 @@ impl Learner {
     /// The EMA teacher's features of normalised pixels `[B, 3, h, w]`, in evaluation, in host memory: what probes and
     /// pictures see.
     pub fn teacher_features(&self, pixels: &Tensor) -> Result<Features> {
+        let _products = cuda::with_tf32(self.tf32);
         let features = self.device.with(|| {
             catch_out_of_memory(|| {
                 let params = Params::frozen(&self.model.layout, self.weights.teacher());
                 let crops = Crops::global(pixels.to(self.device));
                 let mut features = self.model.backbone.forward(&params, &[crops], Mode::Eval)?;
-                features.pop().ok_or_else(|| Error::shape("backbone", "no features"))
+                features.pop().ok_or_else(|| Error::shape("backbone", "no features"))?.to_host()
             })
         })?;
-        features.to_host()
+        Ok(features)
+    }
+}
+
+/// What a policy wants at `at`.
+///
+/// # Errors
+/// If it asks for a mean whose weights are no shares: the teacher would leave the student's range.
+fn follow(follow: Follow, at: At) -> Result<Follow> {
+    match follow {
+        Follow::Ema { momentum } if !(0.0..=1.0).contains(&momentum) => Err(Error::user(
+            format!("the teacher's momentum is {momentum} at step {}", at.step),
+            "it is the share of the teacher that is kept: let its schedule stay in [0, 1]",
+        )),
+        follow => Ok(follow),
     }
 }

@@ -1,25 +1,28 @@
 //! What teacher and student compute in a step, and how a loss gets to see it.
 
-use crate::contract::{Crops, Draws, Features, GramTarget, Grid, HeadInput, Mode, Outputs, StepContext, TeacherBatch};
+use crate::contract::{At, Crops, Draws, Features, GramTarget, Grid, HeadInput, Mode, Needs, Outputs, TeacherBatch};
 use crate::data::Batch;
 use crate::params::Params;
 use crate::tensor::scope;
 use crate::{Error, Result, Tensor};
 
-use super::Learner;
+use super::{DeclaredLoss, Learner};
 
 /// The teacher over all micro-batches, and every loss's targets.
 pub(super) struct TeacherPass {
+    /// None if nothing asks for them.
     features: Vec<Features>,
     /// `[loss][micro-batch]`.
     targets: Vec<Vec<Option<Tensor>>>,
-    /// The losses' state after this step.
+    /// The losses' state after their targets.
     pub(super) state: Vec<Vec<Tensor>>,
+    /// `[0, D]` and `[0, P, D]`, for losses that do without.
+    nothing: [Tensor; 2],
 }
 
 /// The teacher on one micro-batch.
 pub(super) struct TeacherOf<'a> {
-    pub(super) features: &'a Features,
+    pub(super) features: Option<&'a Features>,
     /// By loss.
     pub(super) targets: Vec<Option<&'a Tensor>>,
 }
@@ -35,12 +38,28 @@ fn head_rows(features: &Features, batch: &Batch, input: HeadInput) -> Result<Ten
     }
 }
 
+/// The state of a loss after a call that gave `new`; none: it stays as it was.
+///
+/// # Errors
+/// If the shapes are not those that the loss declares.
+pub(super) fn next_state(declared: &DeclaredLoss, old: &[Tensor], new: Vec<Tensor>) -> Result<Vec<Tensor>> {
+    if new.is_empty() {
+        return Ok(old.to_vec());
+    }
+    let shapes = |state: &[Tensor]| state.iter().map(|t| t.shape().to_vec()).collect::<Vec<_>>();
+    if shapes(old) != shapes(&new) {
+        let (name, has, gives) = (&declared.name, shapes(old), shapes(&new));
+        return Err(Error::shape(
+            "loss",
+            format!("the state of `{name}` has shapes {has:?}, but {gives:?} were given"),
+        ));
+    }
+    new.iter().zip(old).map(|(new, old)| new.detach().cast(old.dtype())).collect()
+}
+
 impl TeacherPass {
-    pub(super) fn run<'s>(
-        learner: &'s Learner,
-        batches: &[Batch],
-        context: &dyn Fn(&'s [Tensor]) -> StepContext<'s>,
-    ) -> Result<Self> {
+    /// `features`: whether they are needed although no loss asks for them.
+    pub(super) fn run(learner: &Learner, batches: &[Batch], at: At, features: bool) -> Result<Self> {
         let _scope = scope::enter("teacher");
         // A frozen model of its own, or the student's EMA.
         let (model, flat) = match &learner.distilled {
@@ -48,8 +67,9 @@ impl TeacherPass {
             None => (&learner.model, learner.weights.teacher()),
         };
         let params = Params::frozen(&model.layout, flat);
+        let needed = features || learner.model.losses.iter().any(|l| l.needs.teacher || l.needs.head.is_some());
         let mut features = Vec::new();
-        for batch in batches {
+        for batch in batches.iter().filter(|_| needed) {
             let crops = Crops::global(batch.global.clone());
             features.extend(model.backbone.forward(&params, &[crops], Mode::Eval)?);
         }
@@ -57,14 +77,21 @@ impl TeacherPass {
         for (declared, old) in learner.model.losses.iter().zip(&learner.weights.loss_state) {
             let (Some((input, _)), Some(head)) = (&declared.needs.head, model.head(&declared.name)) else {
                 targets.push(vec![None; batches.len()]);
-                state.push(Vec::new());
+                state.push(old.clone());
                 continue;
             };
             let _scope = scope::enter(format!("losses.{}", declared.name));
+            if *input == HeadInput::MaskedPatches && batches.iter().all(|b| b.masks.indices.is_empty()) {
+                let problem =
+                    format!("no patch of this step's crops is masked, and the loss `{}` is of those", declared.name);
+                let help =
+                    "raise masking.probability or masking.ratio: of some crop at least one patch has to be masked";
+                return Err(Error::user(problem, help));
+            }
             let logits = features.iter().zip(batches).map(|(f, b)| head.forward(&params, &head_rows(f, b, *input)?));
             let logits: Vec<Tensor> = logits.collect::<Result<_>>()?;
             let all = Tensor::cat(&logits.iter().collect::<Vec<_>>())?;
-            let (all, new) = declared.loss.targets(&TeacherBatch { logits: &all }, &context(old))?;
+            let (all, new) = declared.loss.targets(&TeacherBatch { logits: &all }, &learner.context(at, old))?;
             let mut start = 0;
             let part = |logits: &Tensor| {
                 let part = all.narrow(start, logits.dim(0));
@@ -72,14 +99,24 @@ impl TeacherPass {
                 part.map(Some)
             };
             targets.push(logits.iter().map(part).collect::<Result<_>>()?);
-            state.push(new);
+            state.push(next_state(declared, old, new)?);
         }
-        Ok(Self { features, targets, state })
+        let (dim, dtype) = (learner.model.backbone.dim(), params.dtype());
+        let nothing = [Tensor::zeros(&[0, dim], dtype), Tensor::zeros(&[0, 0, dim], dtype)];
+        Ok(Self { features, targets, state, nothing })
     }
 
     pub(super) fn of(&self, micro: usize) -> TeacherOf<'_> {
         let targets = self.targets.iter().map(|t| t[micro].as_ref()).collect();
-        TeacherOf { features: &self.features[micro], targets }
+        TeacherOf { features: self.features.get(micro), targets }
+    }
+
+    /// CLS and patches of one micro-batch as a loss sees them.
+    fn seen_by(&self, needs: &Needs, micro: usize) -> [&Tensor; 2] {
+        match self.features.get(micro).filter(|_| needs.teacher) {
+            Some(features) => [&features.cls, &features.patches],
+            None => self.nothing.each_ref(),
+        }
     }
 }
 
@@ -114,15 +151,16 @@ impl StudentPass {
         Ok(Self { global, local, logits })
     }
 
-    /// The step as loss `i` sees it.
+    /// The step as loss `i` sees it on micro-batch `micro`.
     pub(super) fn outputs<'a>(
         &'a self,
         learner: &Learner,
         batch: &'a Batch,
-        i: usize,
-        teacher: &TeacherOf<'a>,
+        (i, micro): (usize, usize),
+        teacher: &'a TeacherPass,
         gram: Option<&'a GramTarget>,
     ) -> Outputs<'a> {
+        let [teacher_cls, teacher_patches] = teacher.seen_by(&learner.model.losses[i].needs, micro);
         Outputs {
             images: batch.images(),
             globals: batch.global.dim(0) / batch.images(),
@@ -132,9 +170,9 @@ impl StudentPass {
             student_local_cls: self.local.as_ref().map(|l| &l.cls),
             student_patches: &self.global.patches,
             student_logits: self.logits[i].as_ref(),
-            teacher_cls: &teacher.features.cls,
-            teacher_patches: &teacher.features.patches,
-            targets: teacher.targets[i],
+            teacher_cls,
+            teacher_patches,
+            targets: teacher.targets[i][micro].as_ref(),
             mask_indices: &batch.masks.indices,
             unmasked_indices: &batch.masks.unmasked,
             mask_weights: &batch.masks.weights,

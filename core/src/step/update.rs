@@ -9,7 +9,7 @@ use crate::{DType, Device, Result, Tensor};
 
 use super::optimizer::AdamW;
 use super::weights::Narrow;
-use super::Weights;
+use super::{Limits, Weights};
 
 /// Parameters start at multiples of this many elements.
 const UNIT: usize = 64;
@@ -44,8 +44,10 @@ struct Numbers {
     inverse_root: f32,
     momentum: f32,
     rest_momentum: f32,
-    frozen: f32,
+    last_layer_lr: f32,
     max_norm: f32,
+    longest_gradient: f32,
+    greatest_loss: f32,
 }
 
 /// The optimizer's tables on a GPU.
@@ -92,13 +94,18 @@ impl DeviceUpdate {
         })
     }
 
-    /// Writes the numbers of the step at `at`; without `momentum` the teacher does not follow in this update.
-    pub(super) fn write(&self, at: At, optimizer: &AdamW, skipped: u64, momentum: Option<f64>) -> Result<()> {
+    /// Writes the numbers of the step at `at`, whose moments see update number `updates`; without `momentum` the teacher does not follow in this update.
+    pub(super) fn write(
+        &self,
+        at: At,
+        optimizer: &AdamW,
+        updates: u64,
+        limits: Limits,
+        momentum: Option<f64>,
+    ) -> Result<()> {
         let config = optimizer.config();
         let [beta1, beta2] = config.betas;
-        // Moments begin at zero, so their corrections count updates, not steps.
-        let updates = (at.step + 1 - skipped) as f64;
-        let correction = |beta: f64| 1.0 - beta.powf(updates);
+        let correction = |beta: f64| 1.0 - beta.powf(updates as f64);
         let momentum = momentum.unwrap_or(1.0);
         let numbers = Numbers {
             lr: optimizer.lr(at) as f32,
@@ -112,10 +119,23 @@ impl DeviceUpdate {
             inverse_root: (1.0 / correction(beta2).sqrt()) as f32,
             momentum: momentum as f32,
             rest_momentum: (1.0 - momentum) as f32,
-            frozen: f32::from(u8::from(at.step < config.freeze_last_layer_steps)),
+            last_layer_lr: optimizer.last_layer_lr(at) as f32,
             max_norm: config.clip_grad.max(0.0) as f32,
+            longest_gradient: limits.gradient as f32,
+            greatest_loss: limits.loss as f32,
         };
         self.gpu.upload(self.numbers.device_address(), bytemuck::bytes_of(&numbers))
+    }
+
+    /// 1 if a step is taken, 0 if not: rank 0. `values` are `losses` losses, the norms of all sub-models, and other numbers
+    /// that have to be finite; loss number `total` has a limit.
+    pub(super) fn verdict(&self, values: &Tensor, losses: usize, total: Option<usize>) -> Result<Tensor> {
+        let mut taken = Tensor::uninit(&[], DType::F32);
+        let [count, first, modules] = [values.len(), losses, self.module_count].map(|n| n as i32);
+        let total = total.map_or(-1, |i| i as i32);
+        let launch = self.gpu.kernel(&ADAMW, "verdict", DType::F32)?.grid(1, 256);
+        launch.launch(args![&mut taken, values, count, first, modules, total, &self.numbers])?;
+        Ok(taken)
     }
 
     /// L2 norm of every sub-model's gradient: `[modules]`, f32, squares summed in double precision.

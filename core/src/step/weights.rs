@@ -3,13 +3,15 @@
 use std::path::Path;
 
 use crate::checkpoint::{self, Checkpoint, Content, NamedTensors};
-use crate::contract::{Role, TeacherPolicy};
+use crate::contract::{At, Role, TeacherPolicy};
 use crate::ops::convert_into;
 use crate::params::{load_named, Layout};
 use crate::recipe::Recipe;
+use crate::tensor::catch_out_of_memory;
 use crate::weights::check_same_model;
 use crate::{DType, Device, Error, Result, Tensor};
 
+use super::bounds::{Bounds, Reach};
 use super::{Declared, DeclaredLoss};
 
 /// Student, teachers, moments and the losses' state.
@@ -32,6 +34,8 @@ pub struct Weights {
     pub(super) grads: Tensor,
     /// Copies in bf16 that a bf16 step computes with.
     pub(super) narrow: Option<Narrow>,
+    /// How large numbers are at most, once they were measured.
+    bounds: Option<Bounds>,
 }
 
 /// Student, teacher and Gram teacher in bf16, at fixed addresses.
@@ -69,7 +73,34 @@ impl Weights {
             skipped: 0,
             grads: zeros(),
             narrow,
+            bounds: None,
         }
+    }
+
+    /// Updates that the moments have seen after step `at`: those that were skipped do not count.
+    pub(super) fn updates(&self, at: At) -> u64 {
+        at.step + 1 - self.skipped
+    }
+
+    /// How large the numbers are at most: measured, if weights came from elsewhere.
+    ///
+    /// # Errors
+    /// If one is not finite.
+    pub(super) fn bounds(&mut self, model: &Declared) -> Result<Bounds> {
+        if self.bounds.is_none() {
+            self.bounds = Some(catch_out_of_memory(|| Bounds::measured(self, model))?);
+        }
+        Ok(self.bounds.expect("measured just above"))
+    }
+
+    /// Numbers came from elsewhere.
+    pub(super) fn forget_bounds(&mut self) {
+        self.bounds = None;
+    }
+
+    /// After an update with a gradient of this length.
+    pub(super) fn moved(&mut self, reach: Reach, gradient: f64) {
+        self.bounds = self.bounds.map(|bounds| bounds.after(reach, gradient));
     }
 
     /// What the student computes with.
@@ -143,6 +174,7 @@ impl Weights {
             Role::Teacher => return Ok(()),
             Role::Student => self.teacher.copy_from(&self.student)?,
             Role::Checkpoint(path) => {
+                self.bounds = None;
                 let source = read_model(path, model)?;
                 load_role(&model.layout, &mut self.teacher, &source, &["teacher.", "student.", ""], path)?;
             }
@@ -157,6 +189,7 @@ impl Weights {
             Role::Student => gram.copy_from(&self.student.view(0, &[n]))?,
             Role::Teacher => gram.copy_from(&self.teacher.view(0, &[n]))?,
             Role::Checkpoint(path) => {
+                self.bounds = None;
                 let source = read_model(path, model)?;
                 let prefixes = ["teacher.", "gram_teacher.", "student.", ""];
                 load_role(&model.layout.part("backbone."), gram, &source, &prefixes, path)?;

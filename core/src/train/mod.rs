@@ -10,6 +10,7 @@
 //!   checkpoints/           see `checkpoint`
 //!   captures/              batches and weights of steps that were not finite
 //!   crash/                 what is known of a run that ended by an error
+//!   rewinds.json           from where to where the run went back, if it did
 //!   result.json            written last: a run that has it is finished
 //! ```
 
@@ -21,6 +22,7 @@ mod folder;
 mod lines;
 mod log;
 mod probes;
+mod rewind;
 mod start;
 mod trained;
 mod verdict;
@@ -133,6 +135,7 @@ pub fn loader_spec(recipe: &Recipe, learner: &Learner, start: u64) -> LoaderSpec
         dtype: learner.features_dtype(),
         start_step: start,
         total_steps: recipe.steps,
+        left_out: Vec::new(),
     }
 }
 
@@ -144,13 +147,25 @@ pub fn loader_spec(recipe: &Recipe, learner: &Learner, start: u64) -> LoaderSpec
 /// [`OnNonFinite`]).
 pub fn run(resolved: &Resolved, options: &RunOptions, observer: &mut dyn Observer) -> Result<Outcome> {
     let resolved = &resolved.clone().absolute()?;
+    let mut options = options.clone();
+    loop {
+        if let Some(outcome) = run_on(resolved, &options, observer)? {
+            return Ok(outcome);
+        }
+        // It went back, and goes on as a run does that was killed there.
+        options.resume = true;
+    }
+}
+
+/// Runs on from the newest checkpoint; nothing if the run went back to an earlier one.
+fn run_on(resolved: &Resolved, options: &RunOptions, observer: &mut dyn Observer) -> Result<Option<Outcome>> {
     let recipe = &resolved.recipe;
     if let Some(fit) = recipe::fit(recipe, recipe.device()?)? {
         return Err(fit.into_error());
     }
     let folder = RunFolder::open(resolved, options)?;
     if let Some(result) = folder.result()? {
-        return Ok(Outcome::Finished(result));
+        return Ok(Some(Outcome::Finished(result)));
     }
     checkpoint::clear(folder.path())?;
     let mut messages = Vec::new();
@@ -164,7 +179,13 @@ pub fn run(resolved: &Resolved, options: &RunOptions, observer: &mut dyn Observe
     };
     let (train, test) = datasets(recipe)?;
     resolved.check_data(test.as_ref())?;
-    let spec = loader_spec(recipe, &learner, start);
+    let rewinds = rewind::Rewinds::read(folder.path())?;
+    if let Some(rewind::Rewind { at, to }) = rewinds.before(start) {
+        let text =
+            format!("step {at} was not finite: the run went back to step {to} and goes on with the data behind it");
+        messages.push(("non_finite", text));
+    }
+    let spec = LoaderSpec { left_out: rewinds.left_out(), ..loader_spec(recipe, &learner, start) };
     let probes = probes::Probes::new(recipe, train.clone(), test)?;
     let loader = Loader::new(train.clone(), spec)?;
     messages.extend(folder.begin(resolved, options, train.as_ref(), start)?.into_iter().map(|text| ("resume", text)));
@@ -180,6 +201,7 @@ pub fn run(resolved: &Resolved, options: &RunOptions, observer: &mut dyn Observe
         told_eager: false,
         told: BTreeSet::new(),
         broken: Broken::default(),
+        went_back: false,
         window: Window::default(),
         saved: (start > 0).then_some(start),
         at: start,
@@ -263,6 +285,8 @@ struct Run<'a> {
     /// Warnings that are said once.
     told: BTreeSet<String>,
     broken: Broken,
+    /// Whether the run goes on from an earlier step.
+    went_back: bool,
     window: Window,
     /// Time spent in steps, over all parts of an interrupted run.
     seconds: f64,
@@ -275,7 +299,8 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    fn steps(&mut self, start: u64, stop: &AtomicBool) -> Result<Outcome> {
+    /// Nothing if the run went back.
+    fn steps(&mut self, start: u64, stop: &AtomicBool) -> Result<Option<Outcome>> {
         let recipe = self.recipe;
         self.measure_again(start)?;
         for step in start..recipe.steps {
@@ -283,8 +308,11 @@ impl Run<'_> {
             let logged = step == 0 || done % recipe.log.every.max(1) == 0 || done == recipe.steps;
             let Some(report) = self.one_step(step, logged, stop)? else {
                 self.save(step)?;
-                return Ok(Outcome::Interrupted { step });
+                return Ok(Some(Outcome::Interrupted { step }));
             };
+            if self.went_back {
+                return Ok(None);
+            }
             // Whoever goes on measures what was due.
             let stopped = stop.load(Ordering::Relaxed);
             let due = if stopped { Vec::new() } else { self.probes.due(done, recipe) };
@@ -297,7 +325,7 @@ impl Run<'_> {
                 self.save(done)?;
             }
             if stopped {
-                return Ok(Outcome::Interrupted { step: done });
+                return Ok(Some(Outcome::Interrupted { step: done }));
             }
         }
         self.warn_once(recipe.steps, "data", self.broken.total())?;
@@ -307,7 +335,7 @@ impl Run<'_> {
         metrics.retain(|_, v| v.is_finite());
         let result = RunResult { steps: recipe.steps, seconds: self.seconds, skipped: self.learner.skipped(), metrics };
         self.folder.finish(&result)?;
-        Ok(Outcome::Finished(result))
+        Ok(Some(Outcome::Finished(result)))
     }
 
     /// Runs the probes that were due after `start` steps and whose scores the log does not have: the run was stopped
@@ -365,6 +393,11 @@ impl Run<'_> {
         if let Some(what) = &report.non_finite {
             self.non_finite(step, what, &batches.batches)?;
         }
+        if let Some(limit) = report.spike {
+            let loss = report.losses["loss/total"];
+            let text = format!("the loss jumped to {loss:.4}, above {limit:.4}; the update was skipped");
+            self.warn(step, "spike", &text)?;
+        }
         let elapsed = begin.elapsed();
         self.seconds += elapsed.as_secs_f64();
         self.window.steps += 1;
@@ -379,7 +412,7 @@ impl Run<'_> {
     /// The batch and weights are captured; then the run stops, or goes on if the recipe allows it.
     fn non_finite(&mut self, step: u64, what: &str, batches: &[crate::data::Batch]) -> Result<()> {
         let path = capture::write(&self.folder, &self.learner, self.resolved, step, batches)?;
-        let skipped = self.learner.skipped();
+        let skipped = self.learner.skipped() - self.learner.spikes();
         match self.recipe.on_non_finite {
             OnNonFinite::Skip(most) if skipped <= most => {
                 let text = format!(
@@ -388,11 +421,22 @@ impl Run<'_> {
                 );
                 self.warn(step, "non_finite", &text)
             }
+            OnNonFinite::Rewind(most) if rewind::Rewinds::read(self.folder.path())?.count() < most => {
+                let rewinds = rewind::Rewinds::read(self.folder.path())?;
+                let count = rewinds.count() + 1;
+                let to = rewinds.go_back(self.folder.path(), self.recipe.checkpoint.every, step)?.to;
+                let text = format!(
+                    "{what} is not finite; the run goes back to step {to} ({count} of at most {most}), captured in {}",
+                    path.display()
+                );
+                self.went_back = true;
+                self.warn(step, "non_finite", &text)
+            }
             policy => {
                 let mut help = format!("look at it with `dinolab replay {}`", path.display());
                 help += "; usual causes: learning rate too high, a temperature too low, a loss without epsilon";
                 if policy == OnNonFinite::Stop {
-                    help += "; to go on over rare ones set `on_non_finite = { skip = 3 }`";
+                    help += "; to go on over rare ones set `on_non_finite = { skip = 3 }` or `{ rewind = 3 }`";
                 }
                 Err(Error::NonFinite { step, what: what.into(), capture: Some(path), help })
             }
@@ -446,8 +490,14 @@ impl Run<'_> {
             return Ok(());
         }
         self.log.sync()?;
-        let content = self.learner.weights().content(step, self.learner.model());
-        checkpoint::save(self.folder.path(), &content, self.recipe.checkpoint.keep)?;
+        let content = self.learner.content(step)?;
+        let keep = match self.recipe.on_non_finite {
+            OnNonFinite::Rewind(_) => {
+                rewind::kept(self.folder.path(), self.recipe.checkpoint.every, step, self.recipe.checkpoint.keep)?
+            }
+            _ => self.recipe.checkpoint.keep,
+        };
+        checkpoint::save(self.folder.path(), &content, keep)?;
         self.saved = Some(step);
         Ok(())
     }

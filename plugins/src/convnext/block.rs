@@ -22,13 +22,18 @@ pub(super) struct Affine {
 impl Affine {
     /// A convolution or a linear layer; `shape` begins with the outputs.
     pub(super) fn declare(p: &mut ParamBuilder, name: impl Into<String>, shape: &[usize]) -> Self {
-        p.scope(name, |p| Self { weight: p.add("weight", shape, INIT), bias: p.add("bias", &shape[..1], Init::Zeros) })
+        p.scope(name, |p| Self {
+            weight: p.add("weight", shape, INIT),
+            bias: p.add_plain("bias", &shape[..1], Init::Zeros),
+        })
     }
 
-    pub(super) fn norm(p: &mut ParamBuilder, name: impl Into<String>, dim: usize) -> Self {
+    /// A norm; weight decay acts on its weight if `decays`.
+    pub(super) fn norm(p: &mut ParamBuilder, name: impl Into<String>, dim: usize, decays: bool) -> Self {
+        let add = if decays { ParamBuilder::add } else { ParamBuilder::add_plain };
         p.scope(name, |p| Self {
-            weight: p.add("weight", &[dim], Init::Ones),
-            bias: p.add("bias", &[dim], Init::Zeros),
+            weight: add(p, "weight", &[dim], Init::Ones),
+            bias: p.add_plain("bias", &[dim], Init::Zeros),
         })
     }
 
@@ -64,9 +69,9 @@ impl Block {
     pub(super) fn declare(p: &mut ParamBuilder, dim: usize, config: &ConvNextConfig) -> Self {
         let gamma = Init::Constant(config.layer_scale);
         Self {
-            gamma: (config.layer_scale != 0.0).then(|| p.add("gamma", &[dim], gamma)),
+            gamma: (config.layer_scale != 0.0).then(|| p.add_plain("gamma", &[dim], gamma)),
             dwconv: Affine::declare(p, "dwconv", &[dim, 1, KERNEL, KERNEL]),
-            norm: Affine::norm(p, "norm", dim),
+            norm: Affine::norm(p, "norm", dim, false),
             pwconv1: Affine::declare(p, "pwconv1", &[4 * dim, dim]),
             pwconv2: Affine::declare(p, "pwconv2", &[dim, 4 * dim]),
         }

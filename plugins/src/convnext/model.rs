@@ -46,10 +46,11 @@ impl ConvNext {
             let from = if i == 0 { channels } else { dims[i - 1] };
             let shape = [dims[i], from, squares(i), squares(i)];
             let (conv, norm) = p.layer(if i == 0 { 0 } else { first + 1 }, |p| {
+                // These norms decay in the reference, whose rule goes by names.
                 p.scope(format!("downsample_layers.{i}"), |p| match i {
-                    0 => (Affine::declare(p, "0", &shape), Affine::norm(p, "1", dims[0])),
+                    0 => (Affine::declare(p, "0", &shape), Affine::norm(p, "1", dims[0], true)),
                     _ => {
-                        let norm = Affine::norm(p, "0", from);
+                        let norm = Affine::norm(p, "0", from, true);
                         (Affine::declare(p, "1", &shape), norm)
                     }
                 })
@@ -62,7 +63,7 @@ impl ConvNext {
             Stage { conv, norm, blocks }
         });
         let stages = stages.collect();
-        let norm = p.layer(first + 1, |p| Affine::norm(p, "norm", dims[STAGES - 1]));
+        let norm = p.layer(first + 1, |p| Affine::norm(p, "norm", dims[STAGES - 1], false));
         Ok(Box::new(Self { config, channels, stages, norm }))
     }
 

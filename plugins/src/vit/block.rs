@@ -21,8 +21,8 @@ pub(super) struct NormParams {
 impl NormParams {
     pub(super) fn declare(p: &mut ParamBuilder, name: &str, config: &VitConfig) -> Self {
         p.scope(name, |p| Self {
-            weight: p.add("weight", &[config.dim], Init::Ones),
-            bias: (config.norm == Norm::LayerNorm).then(|| p.add("bias", &[config.dim], Init::Zeros)),
+            weight: p.add_plain("weight", &[config.dim], Init::Ones),
+            bias: (config.norm == Norm::LayerNorm).then(|| p.add_plain("bias", &[config.dim], Init::Zeros)),
         })
     }
 
@@ -60,7 +60,7 @@ impl LinearParams {
     fn declare(p: &mut ParamBuilder, name: &str, from: usize, to: usize, bias: bool) -> Self {
         p.scope(name, |p| Self {
             weight: p.add("weight", &[to, from], INIT),
-            bias: bias.then(|| p.add("bias", &[to], Init::Zeros)),
+            bias: bias.then(|| p.add_plain("bias", &[to], Init::Zeros)),
         })
     }
 
@@ -104,7 +104,7 @@ impl Block {
         let (dim, hidden) = (config.dim, config.hidden());
         let scale = |p: &mut ParamBuilder, name: &str| {
             let init = Init::Constant(config.layer_scale);
-            (config.layer_scale != 0.0).then(|| p.scope(name, |p| p.add("gamma", &[dim], init)))
+            (config.layer_scale != 0.0).then(|| p.scope(name, |p| p.add_plain("gamma", &[dim], init)))
         };
         let norm1 = NormParams::declare(p, "norm1", config);
         let (qkv, proj) = p.scope("attn", |p| {

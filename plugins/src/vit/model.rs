@@ -1,7 +1,7 @@
 //! The forward pass: tokens, blocks, final norms.
 
 use dinolab_core::contract::{Backbone, Cost, Crops, Draws, Features, Grid, Mode, PosContext, PosEncoding, PosTables};
-use dinolab_core::params::{Init, ParamBuilder, ParamId, Params};
+use dinolab_core::params::{Init, ParamBuilder, ParamId, ParamRole, Params};
 use dinolab_core::registry::BackboneContext;
 use dinolab_core::rng::{Rng, Stream};
 use dinolab_core::tensor::scope;
@@ -52,9 +52,11 @@ impl Vit {
             // PyTorch's default for a convolution: uniform within 1 / sqrt(fan in).
             let fan_in = channels * config.patch_size * config.patch_size;
             let init = Init::Uniform(1.0 / (fan_in as f64).sqrt());
-            let (weight, bias) = p.scope("patch_embed.proj", |p| {
-                let shape = [dim, channels, config.patch_size, config.patch_size];
-                (p.add("weight", &shape, init), p.add("bias", &[dim], init))
+            let (weight, bias) = p.role(ParamRole::PatchEmbed, |p| {
+                p.scope("patch_embed.proj", |p| {
+                    let shape = [dim, channels, config.patch_size, config.patch_size];
+                    (p.add("weight", &shape, init), p.add_plain("bias", &[dim], init))
+                })
             });
             let context = PosContext { dim, heads: config.heads, grid };
             let declared = p.scope("pos_encoding", |p| position.declare(p, context));

@@ -287,6 +287,7 @@ pub fn head(g: &Golden, dtype: DType, c: &mut Comparison<'_>) {
             bottleneck: o("bottleneck_dim"),
             prototypes: o("out_dim"),
             layers: layers.as_u64().unwrap() as usize,
+            bias: g.names().any(|name| name.starts_with(&format!("{case}.w.mlp.")) && name.ends_with("bias")),
             ..HeadConfig::default()
         };
         let mut builder = ParamBuilder::new();

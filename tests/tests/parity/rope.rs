@@ -254,6 +254,21 @@ proptest! {
     }
 
     #[test]
+    fn a_patch_in_the_middle_of_the_box_is_not_rotated(seed: u64, half in (0..4usize, 0..4usize)) {
+        let grid = Grid { height: 2 * half.0 + 1, width: 2 * half.1 + 1 };
+        let mut rng = Rng::new(seed, Stream::Position, 0, 0);
+        let scaled = encoding(&json!({ "jitter": 1.4, "rescale": 2.0 }), 8);
+        let draw = scaled.draw(&mut rng);
+        for draw in [None, Some(draw.as_slice())] {
+            let (sin, cos) = rotary(scaled.as_ref(), grid, draw, DType::F64);
+            let x: Vec<f64> = (0..grid.patches() * 8).map(|_| rng.normal()).collect();
+            let y = rotate(&x, (sin.as_slice(), cos.as_slice()), grid.patches(), 8, |x| x);
+            let middle = grid.patches() / 2 * 8;
+            prop_assert_eq!(&x[middle..middle + 8], &y[middle..middle + 8]);
+        }
+    }
+
+    #[test]
     fn rotation_keeps_lengths(seed: u64, grid in grids()) {
         let encoding = encoding(&json!({ "shift": 0.3, "jitter": 1.4, "rescale": 2.0 }), 8);
         let mut rng = Rng::new(seed, Stream::Position, 0, 0);

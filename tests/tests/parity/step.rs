@@ -119,6 +119,7 @@ fn schedule(table: &Value, epoch: u64) -> Value {
 /// What the optimizer and the teacher go by: one number, or one a step.
 struct Rates {
     lr: Value,
+    last_layer_lr: Value,
     weight_decay: Value,
     momentum: Value,
     teacher_temp: Value,
@@ -132,10 +133,10 @@ impl Rates {
         let one = &g.options["schedule"];
         if let Some(step) = one["iteration"].as_u64() {
             let rate = |key: &str| one[key].clone();
-            let frozen = one["last_layer_lr"] != one["lr"];
-            assert!(!frozen || one["last_layer_lr"] == 0.0, "the last layers' rate is the others', or zero");
+            let frozen = one["last_layer_lr"] == 0.0;
             return Self {
                 lr: rate("lr"),
+                last_layer_lr: rate("last_layer_lr"),
                 weight_decay: rate("weight_decay"),
                 momentum: rate("momentum"),
                 teacher_temp: rate("teacher_temp"),
@@ -146,9 +147,9 @@ impl Rates {
         let rate = |key: &str| json!({ "plugin": "given", "values": g.values(&format!("schedule.{key}")) });
         let last_layer = g.values("schedule.last_layer_lr");
         let frozen = last_layer.iter().take_while(|&&lr| lr == 0.0).count();
-        assert_eq!(last_layer[frozen..], g.values("schedule.lr")[frozen..], "after the freeze, the rate of all");
         Self {
             lr: rate("lr"),
+            last_layer_lr: rate("last_layer_lr"),
             weight_decay: rate("weight_decay"),
             momentum: rate("momentum"),
             teacher_temp: rate("teacher_temp"),
@@ -206,9 +207,11 @@ fn recipe(g: &Golden, dtype: DType, folder: &Path) -> Value {
         Some("sinkhorn_knopp") => "sinkhorn_knopp",
         _ => "softmax",
     };
-    let head_loss = |table: &Value| {
+    let bias = |loss: &str| g.names().any(|n| n.starts_with(&format!("s.{loss}_head.mlp.")) && n.ends_with("bias"));
+    let head_loss = |loss: &str, table: &Value| {
         json!({
             "head": {
+                "bias": bias(loss),
                 "hidden": table["head_hidden_dim"],
                 "bottleneck": table["head_bottleneck_dim"],
                 "prototypes": table["head_n_prototypes"],
@@ -219,7 +222,7 @@ fn recipe(g: &Golden, dtype: DType, folder: &Path) -> Value {
             "centering": centering,
         })
     };
-    let mut dino_loss = head_loss(dino);
+    let mut dino_loss = head_loss("dino", dino);
     dino_loss["ignore_diagonal"] = dino["global_ignore_diagonal"].clone();
     if dino["reweight_dino_local_loss"] == true {
         dino_loss["local_weight"] = schedule(&dino["local_loss_weight_schedule"], epoch);
@@ -232,7 +235,7 @@ fn recipe(g: &Golden, dtype: DType, folder: &Path) -> Value {
     }
     let mut losses = json!({
         "dino": spy("dino", dino["loss_weight"].clone(), dino_loss),
-        "ibot": spy("ibot", ibot["loss_weight"].clone(), head_loss(ibot)),
+        "ibot": spy("ibot", ibot["loss_weight"].clone(), head_loss("ibot", ibot)),
         "koleo": koleo,
     });
     let gram_teacher = gram_teacher(g, &folder.join("gram.safetensors"));
@@ -272,6 +275,7 @@ fn recipe(g: &Golden, dtype: DType, folder: &Path) -> Value {
         "teacher": { "plugin": "ema", "momentum": rates.momentum },
         "optimizer": {
             "lr": rates.lr,
+            "last_layer_lr": rates.last_layer_lr,
             "weight_decay": rates.weight_decay,
             "betas": [optim["adamw_beta1"], optim["adamw_beta2"]],
             "eps": g.number("/adamw/eps", Some(1e-8)),

@@ -227,25 +227,6 @@ template <class T> __device__ void finish(T* out, const Finish* jobs, const u8* 
 }
 KERNEL(finish, (T* out, const Finish* jobs, const u8* scratch, const int* means, Normal normal), (out, jobs, scratch, means, normal))
 
-// Finished planes [n, from, from] at another size [n, to, to]. `table`: for each output its first input, the number of
-// inputs, and as many weights, in `width` words.
-template <class T>
-__device__ void resample_planes(T* out, const float* planes, const int* table, int width, int from, int to) {
-    const int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= to * to) return;
-    const int* down = table + i / to * width;
-    const int* along = table + i % to * width;
-    const float* corner = planes + ((size_t)blockIdx.y * from + down[0]) * from + along[0];
-    float sum = 0.0f;
-    for (int v = 0; v < down[1]; v++) {
-        float row = 0.0f;
-        for (int u = 0; u < along[1]; u++) row += __int_as_float(along[2 + u]) * corner[(size_t)v * from + u];
-        sum += __int_as_float(down[2 + v]) * row;
-    }
-    out[(size_t)blockIdx.y * to * to + i] = from_float<T>(sum);
-}
-KERNEL(resample_planes, (T* out, const float* planes, const int* table, int width, int from, int to), (out, planes, table, width, from, to))
-
 // Crops that were finished elsewhere, in the type of the step.
 template <class T> __device__ void unpack(T* y, const float* x, size_t n) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;

@@ -92,8 +92,6 @@ pub(super) struct Jobs {
     pub(super) repaint: Vec<Paint>,
     /// From the images.
     pub(super) cut: Vec<Resize>,
-    /// From what was cut: the student's and the Gram teacher's size of the same crop.
-    pub(super) shrink: Vec<Resize>,
     /// Into global, local and the Gram teacher's crops.
     pub(super) finish: [Vec<Finish>; 3],
     /// Weights of resizes.
@@ -126,26 +124,16 @@ impl Jobs {
             self.repaint.push(Paint { source: at, pixels, color: Color::of(color), pad: 0 });
         }
         let side = a.config.global_size;
-        let large = side.max(a.gram_size.unwrap_or(0));
         let place = |crop: usize, side: usize| ((crop * images + i) * 3 * side * side) as u64;
         let mut students = Vec::new();
         for (k, crop) in plan.globals.iter().enumerate() {
             let (area, flip) = image_box(crop);
-            let base = self.cut(at, width, area, large);
-            let student = self.shrink(base, side);
+            let student = self.cut(at, width, area, side);
             students.push((student, flip));
-            match a.gram_size {
-                // Both sizes are made from the finished crop, by `resample_planes`.
-                Some(_) if !a.config.gram_without_distortion => {
-                    self.finish(0, base, flip, crop, (0, 0), large, place(k, large))
-                }
-                None => self.finish(0, student, flip, crop, (0, 0), side, place(k, side)),
-                Some(gram) => {
-                    self.finish(0, student, flip, crop, (0, 0), side, place(k, side));
-                    let teacher = self.shrink(base, gram);
-                    let plain = CropPlan { color: ColorPlan::default(), blur: None, solarize: false, ..*crop };
-                    self.finish(2, teacher, flip, &plain, (0, 0), gram, place(k, gram));
-                }
+            self.finish(0, student, flip, crop, (0, 0), side, place(k, side));
+            if let Some(gram) = a.gram_size {
+                let teacher = self.cut(at, width, area, gram);
+                self.finish(2, teacher, flip, &a.gram_plan(crop), (0, 0), gram, place(k, gram));
             }
         }
         let local = a.config.local_size;
@@ -169,15 +157,6 @@ impl Jobs {
         let (job, square) = self.resize(source, width, (area.width, area.height), side);
         self.cut.push(job);
         square
-    }
-
-    fn shrink(&mut self, square: Square, side: usize) -> Square {
-        if square.side == side {
-            return square;
-        }
-        let (job, made) = self.resize(square.at, square.side, (square.side, square.side), side);
-        self.shrink.push(job);
-        made
     }
 
     fn resize(&mut self, source: u64, stride: usize, (columns, rows): (usize, usize), side: usize) -> (Resize, Square) {
@@ -232,18 +211,4 @@ impl Jobs {
             taps: plan.blur.map_or([0.0; 5], blur::taps),
         });
     }
-}
-
-/// The weights of a resize of finished planes, as `resample_planes` reads them, and the words of a row.
-pub(super) fn plane_table(from: usize, to: usize) -> (Vec<u32>, usize) {
-    let weights = Weights::new(from, to);
-    let width = weights.window + 2;
-    let mut table = Vec::with_capacity(to * width);
-    for (first, values) in weights.rows() {
-        let start = table.len();
-        table.extend([first as u32, values.len() as u32]);
-        table.extend(values.iter().map(|&w| (w as f32).to_bits()));
-        table.resize(start + width, 0);
-    }
-    (table, width)
 }

@@ -2,9 +2,7 @@
 //!
 //! Decoded images go up once, eight bits a value; all crops are cut from them there, by the plans that the CPU would
 //! follow ([`pack`]). Resizes, colours and blur round to whole numbers where the CPU's do, so crops are the same numbers
-//! (f32; in bf16 those numbers rounded). Only where the Gram teacher's crops are made from distorted ones
-//! ([`CropConfig::gram_without_distortion`](crate::recipe::CropConfig) false) sums are f32 here and f64 there: they
-//! agree to 1e-5.
+//! (f32; in bf16 those numbers rounded).
 
 mod jobs;
 mod pack;
@@ -186,10 +184,8 @@ impl DeviceBatches {
             let means = means(&micro.repaint, base, size_of::<Paint>())?;
             launch("repaint", &micro.repaint)?.launch(args![jobs(&micro.repaint), base, &means])?;
         }
-        for (section, from) in [(&micro.cut, base), (&micro.shrink, scratch.device_address())] {
-            launch("resize_columns", section)?.launch(args![jobs(section), tables, from, &scratch])?;
-            launch("resize_rows", section)?.launch(args![jobs(section), tables, &scratch])?;
-        }
+        launch("resize_columns", &micro.cut)?.launch(args![jobs(&micro.cut), tables, base, &scratch])?;
+        launch("resize_rows", &micro.cut)?.launch(args![jobs(&micro.cut), tables, &scratch])?;
         let finish = |section: &Section, out: &Tensor| -> Result<()> {
             let means = means(section, scratch.device_address(), size_of::<Finish>())?;
             let kernel = gpu.kernel(&AUGMENT, "finish", out.dtype())?;
@@ -198,23 +194,8 @@ impl DeviceBatches {
             launch.launch(&mut [out.into(), jobs(section).into(), (&scratch).into(), (&means).into(), normal])
         };
         let [global, local, gram] = &micro.finish;
-        if let Some((large, sizes)) = &micro.planes {
-            let shape = [batch.global.dim(0), 3, *large, *large];
-            let planes = here.with(|| Tensor::uninit(&shape, DType::F32));
-            finish(global, &planes)?;
-            let crops = [Some(&batch.global), batch.gram.as_ref()];
-            for (out, table) in crops.into_iter().flatten().zip(sizes) {
-                let side = out.last_dim();
-                let kernel = gpu.kernel(&AUGMENT, "resample_planes", out.dtype())?;
-                let launch = kernel.grid(((side * side).div_ceil(256), out.dim(0) * 3), 256);
-                let (words, from) = (table.width as i32, *large as i32);
-                let work = (planes.len() * 4 + out.len() * out.dtype().size()) as f64;
-                launch.work(0.0, work).launch(args![out, &planes, base + table.at, words, from, side as i32])?;
-            }
-        } else {
-            finish(global, &batch.global)?;
-            batch.gram.iter().try_for_each(|out| finish(gram, out))?;
-        }
+        finish(global, &batch.global)?;
+        batch.gram.iter().try_for_each(|out| finish(gram, out))?;
         batch.local.iter().try_for_each(|out| finish(local, out))
     }
 

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::jobs::{plane_table, Jobs};
+use super::jobs::Jobs;
 use super::{Shapes, ALIGN};
 use crate::cuda::Staging;
 use crate::data::pipeline::{BrokenSample, Pipeline, RawStep};
@@ -63,12 +63,9 @@ pub(super) struct Micro {
     pub(super) shapes: Shapes,
     pub(super) repaint: Section,
     pub(super) cut: Section,
-    pub(super) shrink: Section,
     /// Into global, local and the Gram teacher's crops.
     pub(super) finish: [Section; 3],
     pub(super) tables: u64,
-    /// When global crops and the Gram teacher's are resized from planes of this side: to those two sizes.
-    pub(super) planes: Option<(usize, [Table; 2])>,
     pub(super) masks: [u64; 4],
     /// Bytes of scratch memory.
     pub(super) scratch: usize,
@@ -86,14 +83,6 @@ pub(super) struct Section {
     pub(super) bytes: f64,
 }
 
-/// Weights of a resize of planes.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Table {
-    pub(super) at: u64,
-    /// Words of a row.
-    pub(super) width: usize,
-}
-
 /// Packs a step for the device and starts its upload.
 pub(crate) fn pack(pipeline: &Pipeline, raw: RawStep, mut staging: Staging) -> Result<Staged> {
     let images = raw.images.len() / raw.masks.len();
@@ -109,12 +98,6 @@ pub(crate) fn pack(pipeline: &Pipeline, raw: RawStep, mut staging: Staging) -> R
         jobs
     };
     let jobs: Vec<Jobs> = raw.images.par_chunks(images).zip(places.par_chunks(images)).map(of_micro).collect();
-    let large = sizes.gram_size.map(|gram| gram.max(sizes.global_size));
-    let planes = large.filter(|_| !augmentation.config.gram_without_distortion);
-    let tables = planes.map(|large| {
-        let gram = sizes.gram_size.expect("planes are for the Gram teacher");
-        (large, [sizes.global_size, gram].map(|to| plane_table(large, to)))
-    });
     let locals = augmentation.config.local_count;
     let mut micros = Vec::with_capacity(jobs.len());
     for ((jobs, masks), part) in jobs.iter().zip(&raw.masks).zip(raw.images.chunks(images)) {
@@ -130,13 +113,8 @@ pub(crate) fn pack(pipeline: &Pipeline, raw: RawStep, mut staging: Staging) -> R
             },
             repaint: section(&mut pack, &jobs.repaint, |j| j.pixels as usize, |j| 3.0 * j.pixels as f64),
             cut: resizes(&mut pack, &jobs.cut),
-            shrink: resizes(&mut pack, &jobs.shrink),
             finish: jobs.finish.each_ref().map(|f| section(&mut pack, f, |j| j.out as usize, |_| 0.0)),
             tables: pack.put(bytemuck::cast_slice(&jobs.tables)),
-            planes: tables.as_ref().map(|(large, [student, gram])| {
-                let both = [student, gram];
-                (*large, both.map(|(words, width)| Table { at: pack.put(bytemuck::cast_slice(words)), width: *width }))
-            }),
             masks: masks.map(|t| pack.put(t.as_bytes())),
             scratch: jobs.scratch,
             indices: part.iter().map(|image| image.index).collect(),
