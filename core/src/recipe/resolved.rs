@@ -85,6 +85,19 @@ impl Resolved {
         Err(problems.into_iter().map(|p| place(&self.raw, p)).collect::<Vec<_>>().into())
     }
 
+    /// Checks the weights that the recipe starts from; gives what there is to warn of.
+    ///
+    /// # Errors
+    /// If weights that are there cannot be used (see [`check_sources`](crate::step::check_sources)).
+    pub fn check_sources(&self) -> Result<Vec<Problem>> {
+        let found = crate::step::check_sources(&self.recipe)?.into_iter().map(|p| place(&self.raw, p));
+        let (errors, warnings): (Vec<_>, Vec<_>) = found.partition(|p| p.severity == Severity::Error);
+        if errors.is_empty() {
+            return Ok(warnings);
+        }
+        Err(errors.into())
+    }
+
     /// The resolved recipe as TOML that loads again to the same recipe. Values that were set say where.
     pub fn to_toml(&self) -> String {
         let mut text = format!("# Resolved recipe {}: every default filled in.\nschema = {SCHEMA}\n", &self.hash[..16]);

@@ -54,6 +54,11 @@ impl TeacherModel {
     }
 }
 
+/// Fails unless a student can learn from the model of the run or checkpoint at `path`.
+pub(super) fn fits_student(path: &Path, student: &Declared) -> Result<()> {
+    fits(path, &declared_by(path)?.1, student)
+}
+
 /// Fails unless teacher and student have the same patches and, for every loss of the student with a head, the same
 /// prototypes.
 fn fits(path: &Path, teacher: &Declared, student: &Declared) -> Result<()> {

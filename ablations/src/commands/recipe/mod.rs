@@ -94,6 +94,7 @@ pub fn run(command: Command) -> Result<ExitCode> {
 fn check(path: &Path, overrides: &Overrides, with_cost: bool) -> bool {
     let checked = Resolved::load(path, overrides).and_then(|resolved| {
         resolved.warnings.iter().for_each(style::warn);
+        resolved.check_sources()?.iter().for_each(style::warn);
         // Data may lie on another machine than the one where recipes are written.
         match resolved.recipe.data.build(&mut DataContext { seed: resolved.recipe.seed }) {
             Ok(data) => resolved.check_data(data.as_ref())?,
