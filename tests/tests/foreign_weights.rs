@@ -142,7 +142,8 @@ fn reference() -> Tensors {
     let mut all = Tensors::new();
     let zero = Tensor::zeros(&[64], dinolab_core::DType::F32);
     for (name, tensor) in &good {
-        let name = name.replace("layer.", "blocks.").replace("embeddings.", "");
+        let name = name.replace("layer.", "blocks.");
+        let name = name.strip_prefix("embeddings.").unwrap_or(&name).to_string();
         let mut named = name.clone();
         for (theirs, ours) in [
             ("register_tokens", "storage_tokens"),

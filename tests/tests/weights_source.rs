@@ -127,7 +127,18 @@ fn every_place_takes_a_copied_checkpoint_and_says_how_to_import_what_is_publishe
         &["export", "PATH", "--format", "safetensors", "--out", "OUT"],
         &["train", "micro.toml", "--set", "steps=1", "--set", "init_from=PATH", "--out", "OUT"],
         &["train", "micro.toml", "--set", "steps=1", "--set", "backbone.weights=PATH", "--out", "OUT"],
-        &["train", "micro.toml", "--set", "steps=1", "--set", "gram_teacher.source.checkpoint=PATH", "--out", "OUT"],
+        &[
+            "train",
+            "micro.toml",
+            "--set",
+            "steps=1",
+            "--set",
+            "losses.gram.enabled=true",
+            "--set",
+            "gram_teacher.source.checkpoint=PATH",
+            "--out",
+            "OUT",
+        ],
         &[
             "train",
             "micro.toml",
@@ -194,9 +205,9 @@ fn keys_of_a_weights_folder_that_somebody_wrote_count_or_are_refused() {
         ("[crops]", "[crosp]", "crosp"),
         ("dim = 32", "dmi = 32", "dmi"),
         ("schema = 1", "schema = 2", "reads version 1"),
-        ("std = [", "std = [58.0, ", "std"),
+        ("std = [", "std = [0.5, ", "crops.std: expected a list of 3 numbers"),
         ("mean = [0.485, 0.456, 0.406]", "mean = [123.7, 116.3, 103.5]", "divide"),
-        ("mean = [0.485, 0.456, 0.406]", "mean = [0.485, 0.456]", "crops"),
+        ("mean = [0.485, 0.456, 0.406]", "mean = [0.485, 0.456]", "crops.mean"),
     ] {
         assert!(text.contains(from), "{text}");
         folder.write("weights/weights.toml", &text.replace(from, to));

@@ -6,6 +6,7 @@ use safetensors::SafeTensors;
 
 use super::json::twice;
 use super::Really;
+use crate::text::printable;
 use crate::{Error, Result};
 
 /// The tensors of a safetensors file, given as its bytes. Every offset lies inside the file, none overlap, shapes and
@@ -24,8 +25,12 @@ pub fn parse_safetensors<'a>(path: &Path, bytes: &'a [u8]) -> Result<SafeTensors
     })?;
     // The library takes the last of two entries of a name.
     let (header, _) = SafeTensors::read_metadata(bytes).map_err(|e| broken(e.to_string()))?;
-    match twice(&bytes[8..8 + header]) {
-        Some(name) => Err(broken(format!("`{name}` is in its header twice"))),
+    if let Some(name) = twice(&bytes[8..8 + header]) {
+        return Err(broken(format!("`{}` is in its header twice", printable(name))));
+    }
+    // So that names can be shown wherever they are met.
+    match parsed.iter().find(|(name, _)| printable(name) != *name) {
+        Some((name, _)) => Err(broken(format!("`{}` is no name of a tensor", printable(name)))),
         None => Ok(parsed),
     }
 }

@@ -133,7 +133,7 @@ fn refuse(path: &Path, what: &str, problems: Vec<String>, help: &str) -> Result<
 
 /// Tensors of a published layout as dinolab's, in their own float type; parts of other types than their neighbours in the
 /// widest of them. Every tensor of the files has to be used by a rule, or to be one of
-/// `unused`.
+/// `unused`. `said_by` names what describes the model, for messages.
 ///
 /// # Errors
 /// If tensors are missing, too many, of another shape, no floats or not finite: all are listed.
@@ -141,6 +141,7 @@ pub fn from_published<'a>(
     files: &'a TensorFiles,
     rules: &[Rule],
     unused: impl Fn(&str) -> bool,
+    said_by: &str,
 ) -> Result<Vec<(String, Piece<'a>)>> {
     let mut problems = Vec::new();
     let mut used = BTreeSet::new();
@@ -178,7 +179,7 @@ pub fn from_published<'a>(
     let help =
         "take weights that were trained to the end and saved whole, in floats, with the configuration that belongs \
         to them";
-    refuse(files.path(), "not the tensors of this model", problems, help)?;
+    refuse(files.path(), &format!("not the tensors of the model that {said_by} says"), problems, help)?;
     Ok(pieces)
 }
 

@@ -11,6 +11,7 @@ use safetensors::Dtype;
 use super::places::{self, missing};
 use super::JsonTable;
 use crate::files::{parse_safetensors, Really};
+use crate::text::printable;
 use crate::{Error, Result};
 
 /// Named tensors of one or several memory-mapped safetensors files. Nothing is read before it is asked for.
@@ -200,7 +201,7 @@ fn shard(index: &Path, name: &str) -> Result<PathBuf> {
     let path = index.with_file_name(name);
     if let Some(problem) = missing(&path) {
         let help = "download all shards into the folder of the index";
-        return Err(Error::content(index, format!("the shard {} is missing: {problem}", path.display()), help));
+        return Err(Error::content(index, format!("the shard {} is missing: {problem}", printable(path)), help));
     }
     let real = |path: &Path| path.canonicalize().map_err(Error::io("read", path));
     let folder = real(index.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")))?;

@@ -91,6 +91,11 @@ impl ModelInfo {
                 format!("unknown key; known: backbone, {}", Pixels::KEYS.map(|k| format!("crops.{k}")).join(", ")),
             ));
         }
+        for key in ["mean", "std"] {
+            if crops.get(key).is_some_and(|v| v.clone().try_into::<[f32; 3]>().is_err()) {
+                return Err(wrong(&format!("crops.{key}"), "expected a list of 3 numbers".into()));
+            }
+        }
         let pixels: Pixels = crops.try_into().map_err(|e: toml::de::Error| wrong("crops", e.message().into()))?;
         pixels.check().map_err(|(key, problem)| wrong(key, problem))?;
         let mut backbone = serde_json::to_value(backbone).expect("TOML is plain data");

@@ -10,6 +10,7 @@ use serde_json::Value as Json;
 
 use crate::files::{twice, Really};
 use crate::recipe::{nearest, Nested};
+use crate::text::printable;
 use crate::{Error, Result};
 
 /// Most bytes of a file that are read: configurations have a few thousand, the index of the largest models a megabyte.
@@ -32,7 +33,11 @@ impl JsonTable {
     /// # Errors
     /// If it cannot be read, is not a JSON table, or has a key twice.
     pub fn read(file: &Path) -> Result<Self> {
-        let size = std::fs::metadata(file).map_err(Error::io("read", file))?.len();
+        let about = std::fs::metadata(file).map_err(Error::io("read", file))?;
+        if !about.is_file() {
+            return Err(Error::content(file, "this is not a file", "name the folder of a download"));
+        }
+        let size = about.len();
         if size > LARGEST {
             let problem = format!("{size} bytes are too many for a configuration");
             return Err(Error::content(file, problem, "it has a wrong name, or is damaged: download it again"));
@@ -46,7 +51,7 @@ impl JsonTable {
             _ => wrong(format!("not JSON: {e}")),
         })?;
         if let Some(key) = twice(&bytes) {
-            return Err(wrong(format!("`{key}` is there twice")));
+            return Err(wrong(format!("`{}` is there twice", printable(key))));
         }
         match value {
             Json::Object(left) => Ok(Self { file: file.into(), prefix: String::new(), left, known: BTreeSet::new() }),
@@ -61,7 +66,7 @@ impl JsonTable {
 
     /// An error at `key`.
     pub fn wrong(&self, key: &str, problem: impl fmt::Display, help: impl Into<String>) -> Error {
-        Error::content(&self.file, format!("{}{key}: {problem}", self.prefix), help)
+        Error::content(&self.file, printable(format!("{}{key}: {problem}", self.prefix)), help)
     }
 
     /// The value of `key`; `null` is no value.
@@ -132,7 +137,7 @@ impl JsonTable {
         if unknown.is_empty() {
             return Ok(());
         }
-        let problem = format!("dinolab does not know what this means: {}", unknown.join(", "));
+        let problem = printable(format!("dinolab does not know what this means: {}", unknown.join(", ")));
         let help = "correct the key; or remove it, if it does not change what the model computes";
         Err(Error::content(self.file, problem, help))
     }

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::MODEL_FILE;
+use crate::text::printable;
 use crate::{Error, Result};
 
 /// The index of a sharded model.
@@ -23,7 +24,7 @@ pub(super) fn is_there(path: &Path) -> bool {
 pub(super) fn missing(path: &Path) -> Option<String> {
     match (path.exists(), std::fs::read_link(path)) {
         (true, _) => None,
-        (false, Ok(to)) => Some(format!("this is a link to {}, where nothing is (any more)", to.display())),
+        (false, Ok(to)) => Some(format!("this is a link to {}, where nothing is (any more)", printable(to))),
         (false, Err(_)) => Some("does not exist".into()),
     }
 }
@@ -57,7 +58,7 @@ pub(super) fn published_in(folder: &Path) -> Result<PathBuf> {
         [] => match names.iter().find(|n| PICKLES.iter().any(|e| n.ends_with(&format!(".{e}")))) {
             Some(name) => (
                 "this folder has no safetensors file, but one of PyTorch".to_string(),
-                format!("`dinolab import {}` says how to convert it", folder.join(name).display()),
+                format!("`dinolab import {}` says how to convert it", printable(folder.join(name))),
             ),
             None => {
                 let problem = format!("this folder has no {MODEL_FILE} and no {INDEX_FILE}");
@@ -66,7 +67,7 @@ pub(super) fn published_in(folder: &Path) -> Result<PathBuf> {
         },
         ref several => {
             let list = several.iter().map(|n| n.as_str()).collect::<Vec<_>>().join(", ");
-            (format!("this folder has several safetensors files: {list}"), "name one of them".into())
+            (format!("this folder has several safetensors files: {}", printable(list)), "name one of them".into())
         }
     };
     Err(Error::content(folder, problem, help))
@@ -86,7 +87,7 @@ pub(super) fn snapshot(folder: &Path) -> Result<Option<PathBuf>> {
                 Err(Error::content(
                     folder,
                     problem,
-                    format!("name one of them, such as {}", folder.join(first).display()),
+                    format!("name one of them, such as {}", printable(folder.join(first))),
                 ))
             }
             None => Ok(None),
@@ -101,7 +102,7 @@ pub(super) fn snapshot(folder: &Path) -> Result<Option<PathBuf>> {
     let none = || {
         let problem = "this is a model in Hugging Face's cache";
         let help = match versions.first() {
-            Some(first) => format!("name one of its snapshots, such as {}", snapshots.join(first).display()),
+            Some(first) => format!("name one of its snapshots, such as {}", printable(snapshots.join(first))),
             None => "its snapshot is gone: download the model again".into(),
         };
         Error::content(folder, problem, help)

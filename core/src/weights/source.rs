@@ -8,6 +8,7 @@ use crate::checkpoint::{self, read_tensors, NamedTensors, MODEL_FILE, RECIPE_FIL
 use crate::contract::Backbone;
 use crate::params::ParamBuilder;
 use crate::recipe::{Overrides, Resolved};
+use crate::text::printable;
 use crate::{DType, Error, Result};
 
 /// What lies at a path that was named for weights.
@@ -73,7 +74,7 @@ impl Source {
         match checkpoint::list(path)?.pop() {
             Some(newest) => Ok(Some(Self::Run { folder: path.into(), newest })),
             None => {
-                let help = format!("train it first: `dinolab train {0} --out {0} --resume`", path.display());
+                let help = format!("train it first: `dinolab train {0} --out {0} --resume`", printable(path));
                 Err(Error::content(path, "this run has no checkpoint yet", help))
             }
         }
@@ -82,7 +83,7 @@ impl Source {
     fn file(path: &Path) -> Result<Self> {
         let ending = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
         if PICKLES.contains(&ending) {
-            let help = format!("`dinolab import {}` says how to convert it", path.display());
+            let help = format!("`dinolab import {}` says how to convert it", printable(path));
             return Err(Error::content(path, "a PyTorch file is read by running it, which dinolab does not do", help));
         }
         let files = TensorFiles::open(path)?;
@@ -212,7 +213,7 @@ impl Source {
         match older.into_iter().find(|c| checkpoint::model_file(c).is_ok()) {
             Some(whole) => {
                 let problem = format!("the newest checkpoint of this run is broken: {}", error.problem());
-                Error::content(newest, problem, format!("name the one before: {}", whole.display()))
+                Error::content(newest, problem, format!("name the one before: {}", printable(whole)))
             }
             None => error,
         }
@@ -240,7 +241,7 @@ impl Source {
 
 /// How published weights become usable.
 fn import(path: &Path) -> String {
-    format!("make a weights folder of it, `dinolab import {} --out weights/NAME`, and name that", path.display())
+    format!("make a weights folder of it, `dinolab import {} --out weights/NAME`, and name that", printable(path))
 }
 
 /// Why a folder is no weights, and what to name instead.
@@ -250,7 +251,7 @@ fn no_weights(path: &Path) -> Error {
         if let Some(run) = path.parent().filter(|run| is_there(&run.join(RECIPE_FILE))) {
             return refuse(
                 "these are the checkpoints of a run",
-                format!("name the run, {}, or one of them", run.display()),
+                format!("name the run, {}, or one of them", printable(run)),
             );
         }
     }
@@ -264,7 +265,7 @@ fn no_weights(path: &Path) -> Error {
     }
     match run_below(path, 3) {
         Some(run) => {
-            refuse("there are no weights here, but runs below", format!("name one of them, such as {}", run.display()))
+            refuse("there are no weights here, but runs below", format!("name one of them, such as {}", printable(run)))
         }
         None => refuse("there are no weights here", NAME.into()),
     }

@@ -25,6 +25,8 @@ pub(crate) struct Published {
     pub title: String,
     /// What it is in a recipe.
     pub model: ModelInfo,
+    /// What says so: `config.json`.
+    pub said_by: &'static str,
     /// Where each of its tensors is.
     pub rules: Vec<Rule>,
     /// Tensors of the files that a model does not need: buffers that follow from its configuration.
@@ -106,7 +108,7 @@ pub fn import(from: &Path, out: &Path) -> Result<Imported> {
     }
     let layout = names::unwrap(&mut files, &mut notes)?;
     let published = recognise(&files, layout, &mut notes)?;
-    let pieces = from_published(&files, &published.rules, published.unused)?;
+    let pieces = from_published(&files, &published.rules, published.unused, published.said_by)?;
     let mut dtypes: Vec<Dtype> = pieces.iter().map(|(_, piece)| piece.dtype()).collect();
     dtypes.sort();
     dtypes.dedup();
@@ -184,7 +186,7 @@ fn known_model_type(config: &JsonTable) -> Result<()> {
             let name = config.peek("architecture").unwrap_or_default();
             let problem = format!("these are weights of timm (`{name}`), in a layout that dinolab does not read");
             let help = "take the same model from Meta: `facebook/dinov3-...` on Hugging Face, or the original file";
-            Err(Error::content(config.file(), problem, help))
+            Err(config.wrong("architecture", problem, help))
         }
         None => {
             Err(config.wrong("model_type", "missing in this file", "take the config.json that belongs to the weights"))

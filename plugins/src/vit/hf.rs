@@ -197,6 +197,7 @@ pub(crate) fn read(files: &TensorFiles, mut keys: JsonTable, notes: &mut Vec<Str
     let unused = if c.num_register_tokens == 0 { |name: &str| name == REGISTERS } else { |_: &str| false };
     Ok(Published {
         title: format!("{title}, Hugging Face layout"),
+        said_by: "config.json",
         rules: rules.collect::<Result<_>>()?,
         model,
         unused,

@@ -100,6 +100,7 @@ pub(crate) fn read(files: &TensorFiles, notes: &mut Vec<String>) -> Result<Publi
     });
     Ok(Published {
         title: format!("{title}, layout of the reference"),
+        said_by: "its own first block",
         rules: rules.collect(),
         model,
         unused: is_buffer,
