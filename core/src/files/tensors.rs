@@ -29,8 +29,9 @@ pub fn parse_safetensors<'a>(path: &Path, bytes: &'a [u8]) -> Result<SafeTensors
         return Err(broken(format!("`{}` is in its header twice", printable(name))));
     }
     // So that names can be shown wherever they are met.
-    match parsed.iter().find(|(name, _)| printable(name) != *name) {
-        Some((name, _)) => Err(broken(format!("`{}` is no name of a tensor", printable(name)))),
+    let odd = parsed.names().into_iter().map(|name| (printable(name), name)).find(|(shown, name)| shown != name);
+    match odd {
+        Some((shown, _)) => Err(broken(format!("`{shown}` is no name of a tensor"))),
         None => Ok(parsed),
     }
 }

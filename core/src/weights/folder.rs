@@ -84,7 +84,7 @@ impl ModelInfo {
         let backbone = take("backbone")?.ok_or_else(|| wrong("backbone", "missing in this file".into()))?;
         let mut crops = take("crops")?.unwrap_or_default();
         if !strict {
-            crops.retain(|key, _| Pixels::KEYS.iter().any(|known| *known == key));
+            crops.retain(|key, _| Pixels::KEYS.contains(&key));
         } else if let Some(key) = table.keys().next() {
             return Err(wrong(
                 key,
