@@ -4,6 +4,7 @@
 //! checkpoints/step-00000300/
 //!   model.safetensors      student.<name>, teacher.<name>, gram_teacher.<name>: opens in any tool
 //!   optimizer.safetensors  exp_avg.<name>, exp_avg_sq.<name>, state.<loss>.<name>
+//!   recipe.toml            the run's recipe, so that a checkpoint that is copied elsewhere says what model it is of
 //!   state.json             step, and the BLAKE3 hash of each file
 //! ```
 //!
@@ -19,16 +20,27 @@ use safetensors::tensor::{Dtype, TensorView, View};
 use safetensors::SafeTensors;
 use serde::{Deserialize, Serialize};
 
-use crate::weights::{MODEL_FILE, WEIGHTS_FILE};
+use crate::files::parse_safetensors;
 use crate::{DType, Error, Result, Tensor};
 
 /// The version of the format written here.
 const FORMAT: u32 = 1;
 /// The folder of checkpoints inside a run folder.
-const FOLDER: &str = "checkpoints";
-
+pub const FOLDER: &str = "checkpoints";
+/// Weights, in a checkpoint and elsewhere.
+pub const MODEL_FILE: &str = "model.safetensors";
+/// The rest of what a run needs to go on.
+const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 /// The file that makes a folder a checkpoint.
+pub const STATE_FILE: &str = "state.json";
+/// What the names of half-written folders begin with.
+pub(crate) const BUILDING: &str = ".building-";
+/// The recipe of a run, in its folder and in its checkpoints.
+pub const RECIPE_FILE: &str = "recipe.toml";
+
+/// What [`STATE_FILE`] says.
 #[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct State {
     format: u32,
     dinolab: String,
@@ -48,14 +60,20 @@ pub struct NamedTensors {
 
 struct Bytes<'a>(&'a Tensor);
 
+impl From<DType> for Dtype {
+    fn from(dtype: DType) -> Self {
+        match dtype {
+            DType::F32 => Self::F32,
+            DType::F64 => Self::F64,
+            DType::BF16 => Self::BF16,
+            DType::U32 => Self::U32,
+        }
+    }
+}
+
 impl View for Bytes<'_> {
     fn dtype(&self) -> Dtype {
-        match self.0.dtype() {
-            DType::F32 => Dtype::F32,
-            DType::F64 => Dtype::F64,
-            DType::BF16 => Dtype::BF16,
-            DType::U32 => Dtype::U32,
-        }
+        self.0.dtype().into()
     }
     fn shape(&self) -> &[usize] {
         self.0.shape()
@@ -87,11 +105,18 @@ pub fn write_pieces<S: AsRef<str> + Ord + std::fmt::Display, V: View>(
 ) -> Result<()> {
     let metadata: std::collections::HashMap<_, _> = metadata.iter().map(|(k, v)| (k.to_string(), v.clone())).collect();
     let metadata = Some(metadata).filter(|m| !m.is_empty());
-    safetensors::serialize_to_file(pieces, metadata, path).map_err(|e| match e {
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    // The library's own temporary file can be read by its owner alone: it takes the place, and gets the permissions, of an
+    // ordinary one.
+    let place = shared(0o666).tempfile_in(folder).map_err(Error::io("write", path))?;
+    let permissions = place.as_file().metadata().map_err(Error::io("write", path))?.permissions();
+    safetensors::serialize_to_file(pieces, metadata, place.path()).map_err(|e| match e {
         safetensors::SafeTensorError::IoError(source) => Error::Io { action: "write", path: path.into(), source },
         other => Error::content(path, other.to_string(), "this is a defect: please report it"),
     })?;
-    fs::File::open(path).and_then(|f| f.sync_all()).map_err(Error::io("flush", path))
+    fs::set_permissions(place.path(), permissions).map_err(Error::io("write", path))?;
+    fs::File::open(place.path()).and_then(|f| f.sync_all()).map_err(Error::io("flush", path))?;
+    place.persist(path).map(drop).map_err(|e| Error::io("write", path)(e.error))
 }
 
 /// Reads every tensor of a safetensors file.
@@ -104,11 +129,8 @@ pub fn read_tensors(path: &Path) -> Result<NamedTensors> {
 }
 
 fn parse_tensors(path: &Path, bytes: &[u8]) -> Result<NamedTensors> {
-    let broken = |e: safetensors::SafeTensorError| {
-        Error::content(path, format!("not a whole safetensors file ({e})"), "copy or download it again")
-    };
-    let file = SafeTensors::deserialize(bytes).map_err(broken)?;
-    let (_, header) = SafeTensors::read_metadata(bytes).map_err(broken)?;
+    let file = parse_safetensors(path, bytes)?;
+    let (_, header) = SafeTensors::read_metadata(bytes).expect("it was parsed just above");
     let metadata = header.metadata().iter().flatten().map(|(k, v)| (k.clone(), v.clone())).collect();
     let tensors = file.tensors().into_iter().map(|(name, view)| Ok((name, to_tensor(path, &view)?)));
     Ok(NamedTensors { tensors: tensors.collect::<Result<_>>()?, metadata })
@@ -132,9 +154,12 @@ fn to_tensor(path: &Path, view: &TensorView<'_>) -> Result<Tensor> {
         Dtype::BF16 => read!(u16, half::bf16, half::bf16::from_bits),
         Dtype::F16 => read!(u16, f32, |x| half::f16::from_bits(x).to_f32()),
         Dtype::U32 => read!(u32, u32, |x| x),
-        Dtype::I64 => read!(i64, u32, |x| x as u32),
+        Dtype::I64 if data.chunks_exact(8).all(|b| b[4..] == [0; 4]) => read!(i64, u32, |x| x as u32),
         Dtype::U8 | Dtype::BOOL => read!(u8, u32, u32::from),
-        other => Err(Error::content(path, format!("tensors of type {other:?} are not supported"), "convert it to f32")),
+        other => {
+            let problem = format!("tensors of type {other:?} are not supported, or numbers of it are too large");
+            Err(Error::content(path, problem, "take weights in f32, bf16 or f16"))
+        }
     }
 }
 
@@ -204,10 +229,18 @@ pub fn save(run: &Path, content: &Content, keep: usize) -> Result<PathBuf> {
     clear(run)?;
     let building = new_folder(&folder)?;
     let mut files = BTreeMap::new();
-    for (name, tensors) in [(MODEL_FILE, &content.model), ("optimizer.safetensors", &content.optimizer)] {
+    // One key a file: the library writes several in any order, and a checkpoint's bytes are those of any run like it.
+    for (name, tensors, key, count) in [
+        (MODEL_FILE, &content.model, "step", content.step),
+        (OPTIMIZER_FILE, &content.optimizer, "skipped", content.skipped),
+    ] {
         let path = building.path().join(name);
-        write_tensors(&path, tensors, &[("step", content.step.to_string())])?;
+        write_tensors(&path, tensors, &[(key, count.to_string())])?;
         files.insert(name.to_string(), hash_file(&path)?);
+    }
+    if let Some(text) = recipe_without_origins(run)? {
+        write_file(&building.path().join(RECIPE_FILE), text.as_bytes())?;
+        files.insert(RECIPE_FILE.into(), blake3::hash(text.as_bytes()).to_hex().to_string());
     }
     let state = State {
         format: FORMAT,
@@ -217,7 +250,7 @@ pub fn save(run: &Path, content: &Content, keep: usize) -> Result<PathBuf> {
         files,
     };
     write_file(
-        &building.path().join("state.json"),
+        &building.path().join(STATE_FILE),
         serde_json::to_string_pretty(&state).expect("plain data").as_bytes(),
     )?;
     sync_dir(building.path())?;
@@ -263,14 +296,27 @@ pub fn clear(run: &Path) -> Result<()> {
     for entry in fs::read_dir(&folder).map_err(Error::io("list", &folder))? {
         let path = entry.map_err(Error::io("list", &folder))?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let half = step_of(&path).is_some() && !path.join("state.json").exists();
+        let half = step_of(&path).is_some() && !path.join(STATE_FILE).exists();
         // The newer one of the same step is in its place.
-        let replaced = name.strip_suffix(REPLACED).is_some_and(|name| folder.join(name).join("state.json").exists());
+        let replaced = name.strip_suffix(REPLACED).is_some_and(|name| folder.join(name).join(STATE_FILE).exists());
         if half || replaced || name.starts_with(BUILDING) || name.starts_with(REMOVING) {
             fs::remove_dir_all(&path).map_err(Error::io("remove", &path))?;
         }
     }
     Ok(())
+}
+
+/// The recipe of a run without the comments on where its values came from: a checkpoint's bytes are those of any run of
+/// the recipe.
+fn recipe_without_origins(run: &Path) -> Result<Option<String>> {
+    let file = run.join(RECIPE_FILE);
+    if !file.exists() {
+        return Ok(None);
+    }
+    let text = fs::read_to_string(&file).map_err(Error::io("read", &file))?;
+    let wrong =
+        |e: toml::de::Error| Error::content(&file, e.message(), "put back the recipe that the run was started with");
+    Ok(Some(text.parse::<toml::Table>().map_err(wrong)?.to_string()))
 }
 
 /// Makes temporary files and folders with the permissions of ordinary ones (less the umask), as they are renamed later.
@@ -280,9 +326,6 @@ fn shared(mode: u32) -> tempfile::Builder<'static, 'static> {
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(mode));
     builder
 }
-
-/// What the name of a folder that is being written begins with.
-const BUILDING: &str = ".building-";
 
 /// A new folder in `parent`, to be renamed when it is whole: removed when it is dropped before that.
 pub(crate) fn new_folder(parent: &Path) -> Result<tempfile::TempDir> {
@@ -329,7 +372,7 @@ pub fn list(run: &Path) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(&folder).map_err(Error::io("list", &folder))? {
         let path = entry.map_err(Error::io("list", &folder))?.path();
-        if let Some(order) = step_of(&path).filter(|_| path.join("state.json").exists()) {
+        if let Some(order) = step_of(&path).filter(|_| path.join(STATE_FILE).exists()) {
             found.push((order, path));
         }
     }
@@ -343,27 +386,43 @@ pub fn list(run: &Path) -> Result<Vec<PathBuf>> {
 /// If a file is missing, cut off or changed, or written by a newer version.
 pub fn load(path: &Path) -> Result<Checkpoint> {
     let state = read_state(path)?;
-    let read = |name: &str| -> Result<NamedTensors> {
-        let file = path.join(name);
-        let bytes = fs::read(&file).map_err(Error::io("read", &file))?;
-        let hash = blake3::hash(&bytes).to_hex().to_string();
-        if state.files.get(name) != Some(&hash) {
-            return Err(changed(&file));
-        }
-        parse_tensors(&file, &bytes)
-    };
-    let model = read(MODEL_FILE)?;
-    // The weights know their step, and their hash is known.
-    if model.metadata.get("step").is_some_and(|step| *step != state.step.to_string()) {
-        return Err(Error::content(path.join("state.json"), "it names another step than the weights", AGAIN));
-    }
+    let model = read(path, &state, MODEL_FILE)?;
     Ok(Checkpoint {
         path: path.into(),
         step: state.step,
         skipped: state.skipped,
         model,
-        optimizer: read("optimizer.safetensors")?,
+        optimizer: read(path, &state, OPTIMIZER_FILE)?,
     })
+}
+
+/// The weights of a checkpoint alone.
+///
+/// # Errors
+/// As [`load`].
+pub(crate) fn read_model(path: &Path) -> Result<NamedTensors> {
+    read(path, &read_state(path)?, MODEL_FILE)
+}
+
+/// A file of tensors of a checkpoint, if it is what was written, of the same step.
+fn read(path: &Path, state: &State, name: &str) -> Result<NamedTensors> {
+    let file = path.join(name);
+    let bytes = fs::read(&file).map_err(Error::io("read", &file))?;
+    if state.files.get(name) != Some(&blake3::hash(&bytes).to_hex().to_string()) {
+        return Err(changed(&file));
+    }
+    let tensors = parse_tensors(&file, &bytes)?;
+    // `state.json` has no hash of its own: what it counts is in the files as well.
+    for (key, says) in [("step", state.step), ("skipped", state.skipped)] {
+        match tensors.metadata.get(key) {
+            Some(written) if *written != says.to_string() => {
+                let problem = format!("{key} is {says} here, {written} in {name}: it was changed");
+                return Err(Error::content(path.join(STATE_FILE), problem, AGAIN));
+            }
+            _ => {}
+        }
+    }
+    Ok(tensors)
 }
 
 /// What to do about a broken checkpoint.
@@ -374,13 +433,19 @@ fn changed(file: &Path) -> Error {
 }
 
 fn read_state(path: &Path) -> Result<State> {
-    let state_path = path.join("state.json");
+    let state_path = path.join(STATE_FILE);
     let text = fs::read_to_string(&state_path).map_err(Error::io("read", &state_path))?;
-    let state: State = serde_json::from_str(&text).map_err(|e| Error::content(&state_path, e.to_string(), AGAIN))?;
-    if state.format > FORMAT {
-        let problem =
-            format!("written by dinolab {} in format {}, this is format {FORMAT}", state.dinolab, state.format);
+    // The format first: a newer one may have other keys.
+    let wrong = |e: serde_json::Error| Error::content(&state_path, e.to_string(), AGAIN);
+    let value: serde_json::Value = serde_json::from_str(&text).map_err(wrong)?;
+    if value["format"].as_u64().is_some_and(|format| format > FORMAT.into()) {
+        let (by, format) = (value["dinolab"].as_str().unwrap_or("of another version"), &value["format"]);
+        let problem = format!("written by dinolab {by} in format {format}, this is format {FORMAT}");
         return Err(Error::content(&state_path, problem, "use that version or a newer one"));
+    }
+    let state: State = serde_json::from_value(value).map_err(wrong)?;
+    if state.format != FORMAT {
+        return Err(Error::content(&state_path, format!("there is no format {}", state.format), AGAIN));
     }
     Ok(state)
 }
@@ -412,43 +477,31 @@ pub fn load_newest_before(run: &Path, step: u64) -> Result<Option<(Checkpoint, V
     }
 }
 
-/// The file of weights by role in a run folder (its newest checkpoint) or a checkpoint folder, found to be whole.
+/// The recipe in a checkpoint, found to be what was written; `None` in checkpoints of versions that wrote none.
 ///
 /// # Errors
-/// If there is none, or it is not what was written.
-pub fn model_file(path: &Path) -> Result<PathBuf> {
-    let help = "name a run folder or a checkpoint folder (step-...)";
-    let newest = if path.join("state.json").exists() { Some(path.into()) } else { list(path)?.pop() };
-    let folder: PathBuf = newest.ok_or_else(|| Error::content(path, "no checkpoint in this folder", help))?;
-    let file = folder.join(MODEL_FILE);
-    let state = read_state(&folder)?;
-    if state.files.get(MODEL_FILE) != Some(&hash_file(&file)?) {
-        return Err(changed(&file));
+/// If it is missing or was changed.
+pub(crate) fn recipe_file(checkpoint: &Path) -> Result<Option<PathBuf>> {
+    let state = read_state(checkpoint)?;
+    let Some(hash) = state.files.get(RECIPE_FILE) else { return Ok(None) };
+    let file = checkpoint.join(RECIPE_FILE);
+    match *hash == hash_file(&file)? {
+        true => Ok(Some(file)),
+        false => Err(changed(&file)),
     }
-    Ok(file)
 }
 
-/// Weights from a run folder (its newest checkpoint), a checkpoint folder, a weights folder or a safetensors file.
+/// The file of weights by role of a checkpoint, found to be what was written.
 ///
 /// # Errors
-/// If there is nothing of that kind at `path`.
-pub fn read_weights(path: &Path) -> Result<NamedTensors> {
-    let help = "name a run folder, a checkpoint folder (step-...), a folder that `dinolab import` or `dinolab export` \
-        wrote, or a .safetensors file";
-    if path.join("state.json").exists() {
-        return Ok(load(path)?.model);
+/// If it is missing or was changed.
+pub(crate) fn model_file(checkpoint: &Path) -> Result<PathBuf> {
+    let state = read_state(checkpoint)?;
+    let file = checkpoint.join(MODEL_FILE);
+    match state.files.get(MODEL_FILE) == Some(&hash_file(&file)?) {
+        true => Ok(file),
+        false => Err(changed(&file)),
     }
-    if path.join(WEIGHTS_FILE).exists() {
-        return read_tensors(&path.join(MODEL_FILE));
-    }
-    if path.is_dir() {
-        let newest = load_newest(path)?;
-        return newest.map(|(c, _)| c.model).ok_or_else(|| Error::content(path, "no checkpoint in this folder", help));
-    }
-    if !path.exists() {
-        return Err(Error::content(path, "does not exist", help));
-    }
-    read_tensors(path)
 }
 
 #[cfg(test)]

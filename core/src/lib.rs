@@ -16,6 +16,7 @@ pub mod cuda;
 pub mod data;
 pub mod dfdx_loss;
 mod error;
+pub mod files;
 pub mod head;
 pub mod ops;
 pub mod params;

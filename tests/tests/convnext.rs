@@ -6,14 +6,15 @@ mod program;
 use std::path::Path;
 use std::sync::Arc;
 
-use dinolab_core::checkpoint::read_tensors;
+use dinolab_core::checkpoint::{read_tensors, write_tensors};
 use dinolab_core::contract::{Backbone, Crops, Draws, Features, Mode};
 use dinolab_core::params::{load_named, Layout, ParamBuilder, Params};
 use dinolab_core::registry::{BackboneContext, Chosen};
 use dinolab_core::rng::{Rng, Stream};
 use dinolab_core::tensor::Tape;
+use dinolab_core::weights::Source;
 use dinolab_core::{DType, Tensor};
-use dinolab_plugins::convnext::hugging_face;
+use dinolab_plugins::published;
 use program::Folder;
 use serde_json::{json, Value};
 
@@ -47,18 +48,25 @@ fn relative_error(a: &Tensor, b: &Tensor) -> f64 {
 fn features_equal_those_of_transformers() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/convnext_hf.safetensors");
     let file = read_tensors(&path).expect("the fixture");
-    let config: Value = serde_json::from_str(&file.metadata["config"]).expect("JSON");
-    assert_eq!(config["model_type"], hugging_face::MODEL_TYPE);
-    let model = build(hugging_face::backbone(&config).expect("it is known"));
-    let published =
-        |name: &str| format!("weights.{}", hugging_face::hf_name(name).expect("every parameter has a name"));
-    let mut left: Vec<&str> = file.names().filter(|n| n.starts_with("weights.")).collect();
-    left.retain(|n| !model.layout.specs().iter().any(|s| published(&s.name) == *n));
-    assert!(left.is_empty(), "nobody reads {left:?}");
+    let folder = Folder::new();
+    std::fs::create_dir(folder.path("published")).unwrap();
+    folder.write("published/config.json", &file.metadata["config"]);
+    let tensors: Vec<_> = file
+        .names()
+        .filter_map(|name| Some((name.strip_prefix("weights.")?.to_string(), file.get(name)?.clone())))
+        .collect();
+    write_tensors(&folder.path("published/model.safetensors"), &tensors, &[]).unwrap();
+    // Every tensor has its place, or this fails.
+    published::import(&folder.path("published"), &folder.path("weights")).expect("it is known");
+    let source = Source::at(&folder.path("weights")).unwrap();
+    let mut params = ParamBuilder::new();
+    let backbone = source.known_model().unwrap().build(&mut params).unwrap();
+    let model = Model { backbone, layout: params.finish() };
+    let weights = source.tensors().unwrap();
     let pixels = file.get("pixels").expect("it is there");
     for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F64, 1e-6)] {
         let mut flat = Tensor::zeros(&[model.layout.len()], dtype);
-        load_named(&model.layout, &mut flat, |name| file.get(&published(name)).cloned(), &path).expect("it fits");
+        load_named(&model.layout, &mut flat, |name| weights.get(name).cloned(), &path).expect("it fits");
         let params = Params::frozen(&model.layout, &flat);
         let features = model.backbone.forward(&params, &[Crops::global(pixels.clone())], Mode::Eval);
         let Features { cls, patches, .. } = features.expect("it runs").remove(0);

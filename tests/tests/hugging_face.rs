@@ -9,11 +9,11 @@ mod program;
 
 use std::path::Path;
 
-use dinolab_core::checkpoint::{read_tensors, read_weights, write_tensors};
+use dinolab_core::checkpoint::{read_tensors, write_tensors};
 use dinolab_core::contract::{Crops, Mode};
 use dinolab_core::params::{load_named, ParamBuilder, Params};
 use dinolab_core::train::Trained;
-use dinolab_core::weights::{ModelInfo, TensorFiles};
+use dinolab_core::weights::{Source, TensorFiles};
 use dinolab_core::{DType, Tensor};
 use dinolab_plugins::published;
 use program::{python, root, script, Folder};
@@ -28,12 +28,12 @@ fn relative_error(a: &[f64], b: &[f64]) -> f64 {
 
 /// Errors of the last and of the first block's tokens of the weights in `folder`, against `expected`.
 fn errors(folder: &Path, expected: &Path) -> [f64; 2] {
-    let model = ModelInfo::of(folder).unwrap().expect("a weights folder says what it is");
+    let model = Source::at(folder).unwrap().known_model().unwrap();
     let mut params = ParamBuilder::new();
     let backbone = model.build(&mut params).unwrap();
     let layout = params.finish();
     let mut flat = Tensor::zeros(&[layout.len()], DType::F32);
-    let weights = read_weights(folder).unwrap();
+    let weights = Source::at(folder).unwrap().tensors().unwrap();
     load_named(&layout, &mut flat, |name| weights.get(name).cloned(), folder).unwrap();
     let params = Params::frozen(&layout, &flat);
     let expected = read_tensors(expected).unwrap();

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use dinolab_core::checkpoint::{read_tensors, write_tensors};
 use dinolab_core::params::ParamBuilder;
-use dinolab_core::weights::ModelInfo;
+use dinolab_core::weights::Source;
 use dinolab_core::{DType, Tensor};
 use dinolab_plugins as _;
 use program::{root, Folder};
@@ -98,11 +98,7 @@ fn a_recipe_without_a_plugin_says_only_what_the_weights_know() {
     let ended = check(&[from[0], "backbone.preset=vit_l16"]);
     assert!(ended.code == 2 && ended.err.contains("the model of weights has no such key"), "{}", ended.err);
     let ended = check(&["backbone.weights=nowhere"]);
-    assert!(
-        ended.code == 2 && ended.err.contains("nothing says what model the weights in nowhere are of"),
-        "{}",
-        ended.err
-    );
+    assert!(ended.code == 2 && ended.err.contains("backbone.weights: nowhere: does not exist"), "{}", ended.err);
     let ended = check(&[from[0], "init_from=weights"]);
     assert!(ended.code == 2 && ended.err.contains("backbone.weights already"), "{}", ended.err);
 }
@@ -177,7 +173,7 @@ fn importing_needs_less_memory_than_the_file() {
     fs::create_dir(folder.path("wide")).unwrap();
     folder.write("wide/weights.toml", &text);
     let mut params = ParamBuilder::new();
-    ModelInfo::of(&folder.path("wide")).unwrap().unwrap().build(&mut params).unwrap();
+    Source::at(&folder.path("wide")).unwrap().known_model().unwrap().build(&mut params).unwrap();
     let layout = params.finish();
     let flat = Tensor::zeros(&[layout.len()], DType::F32);
     let tensors: Vec<(String, Tensor)> =

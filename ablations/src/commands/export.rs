@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use dinolab_core::checkpoint::{model_file, write_file, write_pieces};
+use dinolab_core::checkpoint::{write_file, write_pieces};
 use dinolab_core::weights::convert::{self, Piece};
-use dinolab_core::weights::{write_folder, ModelInfo, TensorFiles, MODEL_FILE, WEIGHTS_FILE};
-use dinolab_core::{Error, Result};
+use dinolab_core::weights::{write_folder, ModelInfo, Source, TensorFiles, MODEL_FILE, WEIGHTS_FILE};
+use dinolab_core::Result;
 use dinolab_plugins::published;
 use safetensors::tensor::{Dtype, View};
 use serde_json::json;
@@ -50,21 +50,18 @@ enum Role {
 
 /// Runs the command.
 pub fn run(args: &Args) -> Result<ExitCode> {
-    let is_run = !args.run.join(WEIGHTS_FILE).exists();
-    let file = if is_run { model_file(&args.run)? } else { args.run.join(MODEL_FILE) };
-    let prefix = match (is_run, args.role) {
+    let source = Source::at(&args.run)?;
+    let model = source.known_model()?;
+    let prefix = match (source.has_roles(), args.role) {
         (false, _) => "",
         (true, Role::Teacher) => "teacher.",
         (true, Role::Student) => "student.",
     };
-    let help = "name a run, a checkpoint folder of one, or a folder that `dinolab import` wrote";
-    let nothing = || Error::content(&args.run, "nothing says what model these weights are of", help);
-    let model = ModelInfo::of(&args.run)?.ok_or_else(nothing)?;
-    let files = TensorFiles::open(&file)?;
+    let files = TensorFiles::open(&source.model_file()?)?;
     write_folder(&args.out, |folder| match args.format {
         Format::Hf => write_hf(folder, &files, prefix, &model),
         Format::Safetensors => {
-            write_pieces(&folder.join(MODEL_FILE), convert::without_prefix(&files, prefix), &[])?;
+            write_pieces(&folder.join(MODEL_FILE), convert::without_prefix(&files, prefix)?, &[])?;
             let from = args.run.display();
             let about = format!("# Exported by dinolab {} from {from}\n", env!("CARGO_PKG_VERSION"));
             write_file(&folder.join(WEIGHTS_FILE), (about + &model.to_toml()).as_bytes())
@@ -79,6 +76,8 @@ fn write_hf(folder: &Path, files: &TensorFiles, prefix: &str, model: &ModelInfo)
     let pieces = convert::to_published(files, prefix, &rules)?;
     config["image_size"] = model.crops.global_size.into();
     config["dtype"] = dtype_name(&pieces).into();
+    // No image is squeezed: the shorter side is brought to the size of a crop, and the middle cut out.
+    let side = &config["image_size"];
     let processor = json!({
         "image_processor_type": "DINOv3ViTImageProcessorFast",
         "image_mean": model.crops.mean,
@@ -87,7 +86,9 @@ fn write_hf(folder: &Path, files: &TensorFiles, prefix: &str, model: &ModelInfo)
         "do_rescale": true,
         "rescale_factor": 1.0 / 255.0,
         "do_resize": true,
-        "size": { "height": config["image_size"], "width": config["image_size"] },
+        "size": { "shortest_edge": side },
+        "do_center_crop": true,
+        "crop_size": { "height": side, "width": side },
     });
     write_pieces(&folder.join(MODEL_FILE), pieces, &[("format", "pt".into())])?;
     for (name, value) in [("config.json", &config), ("preprocessor_config.json", &processor)] {

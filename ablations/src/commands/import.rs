@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use dinolab_core::weights::PICKLES;
 use dinolab_core::{Error, Result};
 use dinolab_plugins::published;
 
@@ -11,8 +12,8 @@ use crate::style;
 /// What it is given.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// model.safetensors, model.safetensors.index.json, the folder with either, or a reference's state dict as
-    /// safetensors
+    /// model.safetensors, model.safetensors.index.json, the folder with either (a download, or a model of Hugging Face's
+    /// cache), or a reference's state dict as safetensors
     file: PathBuf,
     /// The folder to make
     #[arg(long)]
@@ -28,14 +29,16 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let imported = published::import(&args.file, &args.out)?;
     style::say(&imported.title);
     let millions = imported.numbers as f64 / 1e6;
-    style::say(&format!("{} tensors, {millions:.1} million numbers of type {:?}", imported.tensors, imported.dtype));
+    let dtypes = imported.dtypes.iter().map(|dtype| format!("{dtype:?}")).collect::<Vec<_>>().join(" and ");
+    style::say(&format!("{} tensors, {millions:.1} million numbers of type {dtypes}", imported.tensors));
+    imported.notes.iter().for_each(|note| style::say(&format!("note: {note}")));
     style::say(&format!("train from them with --set backbone.weights={}", args.out.display()));
     Ok(ExitCode::SUCCESS)
 }
 
 /// A PyTorch file is a program for the pickle machine, which dinolab does not run: says how to convert it.
 fn refuse_pickle(file: &Path) -> Result<()> {
-    let is_pickle = file.extension().is_some_and(|e| ["pth", "pt", "bin", "ckpt"].iter().any(|known| e == *known));
+    let is_pickle = file.extension().is_some_and(|e| PICKLES.iter().any(|known| e == *known));
     if !is_pickle {
         return Ok(());
     }

@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use dinolab_core::contract::Sample;
-use dinolab_core::recipe::Resolved;
 use dinolab_core::train::{datasets, Trained};
+use dinolab_core::weights::Source;
 use dinolab_core::{Error, Result};
 use image::imageops::{crop_imm, resize, FilterType};
 use image::RgbImage;
@@ -23,7 +23,7 @@ const ENLARGE: usize = 2;
 /// If the run has no checkpoint, or an image cannot be read.
 pub fn look(run: &Path) -> Result<Vec<PatchView>> {
     let trained = Trained::open(run)?;
-    let (_, held_out) = datasets(&Resolved::of_run(run)?.recipe)?;
+    let (_, held_out) = datasets(&Source::at(run)?.recipe()?.recipe)?;
     let patches = (ENLARGE * trained.global_size / trained.backbone.patch_size()).max(1);
     let shown = IMAGES.min(held_out.len());
     (0..shown).map(|i| view(&trained, &held_out.get(i * held_out.len() / shown)?, patches)).collect()

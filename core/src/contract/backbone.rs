@@ -226,7 +226,7 @@ pub trait Backbone: fmt::Debug + Send + Sync {
 
     /// What, beside names and shapes of parameters, decides what the model computes in evaluation: a table by the keys of
     /// a recipe. Weights are refused for a backbone that says something else here (see
-    /// [`check_same_model`](crate::weights::check_same_model)).
+    /// [`Source::check_same_model`](crate::weights::Source::check_same_model)).
     fn architecture(&self) -> serde_json::Value {
         serde_json::Value::Null
     }

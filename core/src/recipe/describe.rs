@@ -13,8 +13,14 @@ pub fn schema() -> Json {
     let mut schema = schema_of::<Recipe>();
     let extends = "A recipe that this one changes: tables are merged, everything else is replaced. The path is \
         relative to this file.";
+    let version =
+        "Version of what the file says: files that dinolab writes have it, and one of a newer version is refused.";
     if let Some(properties) = schema.get_mut("properties").and_then(Json::as_object_mut) {
         properties.insert("extends".into(), serde_json::json!({ "type": "string", "description": extends }));
+        properties.insert(
+            "schema".into(),
+            serde_json::json!({ "type": "integer", "const": super::SCHEMA, "description": version }),
+        );
     }
     schema
 }
@@ -175,7 +181,7 @@ fn trainer_part(key: &str) -> &'static str {
         "optimizer" => "optimizer",
         "log" => "logger",
         "checkpoint" => "checkpoints",
-        "extends" => "recipe reader",
+        "extends" | "schema" => "recipe reader",
         "losses" => "training step",
         "probes" => "probe runner",
         _ => "registry (it chooses the plugin)",

@@ -18,8 +18,8 @@ use figment::Provider;
 use super::entries::{BackboneEntry, Entry, LossEntry, ProbeEntry};
 use super::problem::{nearest, Origin, Problem, SourceFile};
 use super::resolved::Resolved;
-use crate::weights::ModelInfo;
-use crate::Result;
+use crate::weights::Source;
+use crate::{Error, Result};
 
 /// Variables of this prefix set keys: `DINOLAB_LOSSES__GRAM__WEIGHT=2`.
 pub const ENV_PREFIX: &str = "DINOLAB_";
@@ -27,6 +27,23 @@ pub const ENV_PREFIX: &str = "DINOLAB_";
 /// Variables of this prefix that are no keys: where compiled kernels are kept, waiting after every launch, and what tests
 /// are told.
 const NO_KEYS: [&str; 6] = ["cache", "cuda_sync", "fuzz", "golden", "python", "write_table"];
+
+/// The version of what recipes say. Files that dinolab writes have it as `schema`; it is no key of a recipe, and a file
+/// without one is of this version.
+pub const SCHEMA: i64 = 1;
+
+/// Fails, with the reason, if the value of the key `schema` is not a version that this program reads.
+pub(crate) fn check_schema(schema: Option<&toml::Value>) -> Result<(), String> {
+    match schema.map(toml::Value::as_integer) {
+        None | Some(Some(SCHEMA)) => Ok(()),
+        Some(Some(newer @ SCHEMA..)) => Err(format!(
+            "this file is of version {newer}, and dinolab {} reads version {SCHEMA}: use the dinolab that wrote it, or a \
+            newer one",
+            env!("CARGO_PKG_VERSION")
+        )),
+        Some(_) => Err(format!("expected the version of the file, {SCHEMA}")),
+    }
+}
 
 /// What overrides a file.
 #[derive(Clone, Debug, Default)]
@@ -77,6 +94,8 @@ impl RawRecipe {
         // toml_edit has accepted the text already; what figment may still refuse has no place of its own.
         let profiles = Toml::string(&source.text).data().map_err(|e| Problem::error("", e.to_string()))?;
         let mut value: Dict = profiles.into_values().next().unwrap_or_default();
+        let schema = value.remove("schema").map(|v| toml::Value::try_from(v).unwrap_or(toml::Value::Boolean(false)));
+        check_schema(schema.as_ref()).map_err(|m| Problem::error("schema", m).at(origin("schema")))?;
         let base = match value.remove("extends") {
             None => None,
             Some(Value::String(_, base)) => {
@@ -203,12 +222,11 @@ impl RawRecipe {
     fn with_model_of_weights(mut self) -> Result<Self> {
         let path = self.get("backbone.weights").and_then(Value::as_str).map(PathBuf::from);
         let (Some(path), None) = (path, self.get("backbone.plugin")) else { return Ok(self) };
-        let fail = |m: String, help: &str| Problem::error("backbone.weights", m).help(help);
-        let info = ModelInfo::of(&path).map_err(|e| fail(e.to_string(), "")).and_then(|info| {
-            info.ok_or_else(|| {
-                let m = format!("nothing says what model the weights in {} are of", path.display());
-                fail(m, "name a folder that `dinolab import` or `dinolab export` wrote, or set backbone.plugin and its keys")
-            })
+        let info = Source::at(&path).and_then(|source| source.known_model()).map_err(|e| match e {
+            Error::Content { path, problem, help } => {
+                Problem::error("backbone.weights", format!("{}: {problem}", path.display())).help(help)
+            }
+            other => Problem::error("backbone.weights", other.to_string()),
         });
         let info = info.map_err(|problem| problem.at(self.origin("backbone.weights")))?;
         let Ok(Value::Dict(_, model)) = Value::serialize(info.to_table()) else { unreachable!("a struct is a table") };

@@ -21,7 +21,8 @@ mod unread;
 
 pub use changes::{changes, Change};
 pub use entries::*;
-pub use layers::{parse_set, Overrides, RawRecipe, ENV_PREFIX};
+pub(crate) use layers::check_schema;
+pub use layers::{parse_set, Overrides, RawRecipe, ENV_PREFIX, SCHEMA};
 pub use nested::{Fault, Nested};
 pub use problem::{nearest, Origin, Problem, RecipeError, Severity, SourceFile};
 pub use resolved::{toml_value, Resolved};

@@ -8,7 +8,7 @@ use figment::value::{Dict, Value};
 use serde_json::Value as Json;
 
 use super::describe::Guide;
-use super::layers::{Overrides, RawRecipe};
+use super::layers::{Overrides, RawRecipe, SCHEMA};
 use super::nested::{Fault, Nested};
 use super::problem::{Origin, Problem, Severity};
 use super::{check, ranges, unread, Recipe};
@@ -41,24 +41,6 @@ impl Resolved {
     /// All that is wrong with the recipe, together.
     pub fn load(path: impl AsRef<Path>, overrides: &Overrides) -> Result<Self> {
         RawRecipe::load(path)?.with(overrides)?.resolve()
-    }
-
-    /// The recipe of the run that `path` is, or is a checkpoint of.
-    ///
-    /// # Errors
-    /// If there is none.
-    pub fn of_run(path: &Path) -> Result<Self> {
-        let help = "name a run folder, or a checkpoint folder (step-...) inside one";
-        if !path.exists() {
-            return Err(Error::content(path, "does not exist", help));
-        }
-        // A checkpoint is <run>/checkpoints/step-...
-        let run = if path.join("state.json").exists() { path.join("../..") } else { path.into() };
-        let file = run.join("recipe.toml");
-        if !file.exists() {
-            return Err(Error::content(path, "there is no run here: no recipe.toml", help));
-        }
-        Self::load(file, &Overrides::default())
     }
 
     /// From TOML text, without environment.
@@ -111,9 +93,22 @@ impl Resolved {
         Err(problems.into_iter().map(|p| place(&self.raw, p)).collect::<Vec<_>>().into())
     }
 
+    /// Checks the weights that the recipe starts from; gives what there is to warn of.
+    ///
+    /// # Errors
+    /// If weights that are there cannot be used (see [`check_sources`](crate::step::check_sources)).
+    pub fn check_sources(&self) -> Result<Vec<Problem>> {
+        let found = crate::step::check_sources(&self.recipe)?.into_iter().map(|p| place(&self.raw, p));
+        let (errors, warnings): (Vec<_>, Vec<_>) = found.partition(|p| p.severity == Severity::Error);
+        if errors.is_empty() {
+            return Ok(warnings);
+        }
+        Err(errors.into())
+    }
+
     /// The resolved recipe as TOML that loads again to the same recipe. Values that were set say where.
     pub fn to_toml(&self) -> String {
-        let mut text = format!("# Resolved recipe {}: every default filled in.\n", &self.hash[..16]);
+        let mut text = format!("# Resolved recipe {}: every default filled in.\nschema = {SCHEMA}\n", &self.hash[..16]);
         let table = self.value.as_object().expect("a recipe is a table");
         self.write_table(&mut text, "", table);
         text

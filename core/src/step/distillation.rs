@@ -6,10 +6,10 @@
 
 use std::path::Path;
 
-use crate::checkpoint;
 use crate::contract::TeacherPolicy;
 use crate::params::load_named;
-use crate::recipe::{Recipe, Resolved};
+use crate::recipe::Recipe;
+use crate::weights::Source;
 use crate::{Device, Error, Result, Tensor};
 
 use super::{declare, Declared};
@@ -23,14 +23,16 @@ pub(super) struct TeacherModel {
 }
 
 /// The model of the run or checkpoint at `path`, declared but without weights.
-fn declared_by(path: &Path) -> Result<Declared> {
-    declare(&Resolved::of_run(path)?.recipe)
+fn declared_by(path: &Path) -> Result<(Source, Declared)> {
+    let source = Source::at(path)?;
+    let model = declare(&source.recipe()?.recipe)?;
+    Ok((source, model))
 }
 
 /// The model from which `recipe` distils, where its run can be read.
 pub(crate) fn distilled_model(recipe: &Recipe) -> Option<Declared> {
     let policy = recipe.teacher.build(&mut ()).ok()?;
-    declared_by(policy.distils()?).ok()
+    declared_by(policy.distils()?).ok().map(|(_, model)| model)
 }
 
 impl TeacherModel {
@@ -40,9 +42,9 @@ impl TeacherModel {
     /// If it cannot be read, or what it gives is not what the student learns from.
     pub(super) fn of(policy: &dyn TeacherPolicy, student: &Declared, recipe: &Recipe) -> Result<Option<Self>> {
         let Some(path) = policy.distils() else { return Ok(None) };
-        let model = declared_by(path)?;
+        let (source, model) = declared_by(path)?;
         fits(path, &model, student)?;
-        let source = checkpoint::read_weights(path)?;
+        let source = source.tensors()?;
         let device = recipe.device()?;
         let dtype = recipe.dtype(device);
         let mut flat = Device::Cpu.with(|| Tensor::zeros(&[model.layout.len()], dtype.wide()));
@@ -50,6 +52,11 @@ impl TeacherModel {
         let flat = flat.cast(dtype)?.to(device);
         Ok(Some(Self { model, flat }))
     }
+}
+
+/// Fails unless a student can learn from the model of the run or checkpoint at `path`.
+pub(super) fn fits_student(path: &Path, student: &Declared) -> Result<()> {
+    fits(path, &declared_by(path)?.1, student)
 }
 
 /// Fails unless teacher and student have the same patches and, for every loss of the student with a head, the same

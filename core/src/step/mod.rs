@@ -15,6 +15,7 @@ mod health;
 mod optimizer;
 mod outputs;
 mod scalars;
+mod sources;
 mod spikes;
 mod update;
 mod weights;
@@ -23,6 +24,7 @@ pub use declare::{declare, loss_context, Declared, DeclaredLoss, CHANNELS, GLOBA
 pub(crate) use distillation::distilled_model;
 pub use health::Health;
 pub use optimizer::ParamRule;
+pub use sources::check_sources;
 pub use weights::Weights;
 
 pub(crate) use scalars::scalar;

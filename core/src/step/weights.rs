@@ -2,13 +2,13 @@
 
 use std::path::Path;
 
-use crate::checkpoint::{self, Checkpoint, Content, NamedTensors};
+use crate::checkpoint::{Checkpoint, Content, NamedTensors};
 use crate::contract::{At, Role, TeacherPolicy};
 use crate::ops::convert_into;
 use crate::params::{load_named, Layout};
 use crate::recipe::Recipe;
 use crate::tensor::catch_out_of_memory;
-use crate::weights::check_same_model;
+use crate::weights::Source;
 use crate::{DType, Device, Error, Result, Tensor};
 
 use super::bounds::{Bounds, Reach};
@@ -265,8 +265,9 @@ impl Weights {
 
 /// Weights of the same model.
 fn read_model(path: &Path, model: &Declared) -> Result<NamedTensors> {
-    check_same_model(path, model.backbone.as_ref())?;
-    Device::Cpu.with(|| checkpoint::read_weights(path))
+    let source = Source::at(path)?;
+    source.check_same_model(model.backbone.as_ref())?;
+    Device::Cpu.with(|| source.tensors())
 }
 
 /// Loads a model from the first of `prefixes` under which the file has a backbone. A head that the file does not have

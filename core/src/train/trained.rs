@@ -3,19 +3,16 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::checkpoint;
 use crate::contract::{Backbone, Crops, Features, Mode};
 use crate::params::{load_named, Layout, ParamBuilder, Params};
-use crate::recipe::{Precision, Resolved};
-use crate::registry::BackboneContext;
-use crate::step::CHANNELS;
 use crate::tensor::catch_out_of_memory;
-use crate::weights::{ModelInfo, WEIGHTS_FILE};
+use crate::weights::Source;
 use crate::{DType, Device, Error, Result, Tensor};
 
-/// The backbone of a run as it is evaluated: the EMA of the student. Heads and optimizer are left behind.
+/// A backbone as it is evaluated: of a run, the EMA of the student. Heads and optimizer are left behind.
 ///
-/// It runs on a GPU when there is one, in f32 there and on the CPU; f64 runs stay what they are.
+/// It runs on a GPU when there is one, in f32 there and on the CPU; weights in f64 stay on the CPU and are computed with
+/// in f64.
 pub struct Trained {
     /// The backbone.
     pub backbone: Box<dyn Backbone>,
@@ -28,43 +25,25 @@ pub struct Trained {
 }
 
 impl Trained {
-    /// Reads a run folder (its newest checkpoint), one checkpoint folder inside a run, or a weights folder.
+    /// Reads what lies at `path`: a run (its newest checkpoint), a checkpoint, or a weights folder.
     ///
     /// # Errors
-    /// If there is none of these, or no whole checkpoint.
+    /// If it is none of these (see [`Source::at`]), or is broken.
     pub fn open(path: &Path) -> Result<Self> {
-        if path.join(WEIGHTS_FILE).exists() {
-            return Self::open_weights(path);
-        }
-        let recipe = Resolved::of_run(path)?.recipe;
-        let source = checkpoint::read_weights(path)?;
-        let mut params = ParamBuilder::new();
-        let global_size = recipe.crops.global_size;
-        let backbone = params.scope("backbone", |params| {
-            recipe.backbone.build(&mut BackboneContext { params, global_size, channels: CHANNELS })
-        })?;
-        let layout = params.finish();
-        let (device, dtype) = match recipe.precision {
-            Precision::F64 => (Device::Cpu, DType::F64),
-            _ => ("auto".parse()?, DType::F32),
-        };
-        let mut flat = Device::Cpu.with(|| Tensor::zeros(&[layout.len()], dtype));
-        load_named(&layout, &mut flat, |name| source.get(&format!("teacher.{name}")).cloned(), path)?;
-        let normalization = (recipe.crops.mean, recipe.crops.std);
-        Ok(Self { backbone, normalization, global_size, layout, flat: flat.to(device) })
-    }
-
-    fn open_weights(path: &Path) -> Result<Self> {
-        let model = ModelInfo::of(path)?.expect("a weights folder says what it is");
-        let source = checkpoint::read_weights(path)?;
+        let source = Source::at(path)?;
+        let model = source.known_model()?;
         let mut params = ParamBuilder::new();
         let backbone = model.build(&mut params)?;
         let layout = params.finish();
-        let mut flat = Device::Cpu.with(|| Tensor::zeros(&[layout.len()], DType::F32));
-        load_named(&layout, &mut flat, |name| source.get(name).cloned(), path)?;
+        let role = if source.has_roles() { "teacher." } else { "" };
+        let tensors = source.tensors()?;
+        let get = |name: &str| tensors.get(&format!("{role}{name}"));
+        let is_f64 = layout.specs().first().and_then(|spec| get(&spec.name)).is_some_and(|t| t.dtype() == DType::F64);
+        let (device, dtype) = if is_f64 { (Device::Cpu, DType::F64) } else { ("auto".parse()?, DType::F32) };
+        let mut flat = Device::Cpu.with(|| Tensor::zeros(&[layout.len()], dtype));
+        load_named(&layout, &mut flat, |name| get(name).cloned(), path)?;
         let normalization = (model.crops.mean, model.crops.std);
-        let global_size = model.crops.global_size;
-        Ok(Self { backbone, normalization, global_size, layout, flat: flat.to("auto".parse()?) })
+        Ok(Self { backbone, normalization, global_size: model.crops.global_size, layout, flat: flat.to(device) })
     }
 
     /// A hash of everything that features depend on but the code: weights and normalisation.

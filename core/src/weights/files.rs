@@ -1,13 +1,17 @@
 //! Safetensors files as they lie on the disk: one file, or the shards of an index.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use memmap2::Mmap;
-use safetensors::{Dtype, SafeTensors};
+use safetensors::Dtype;
 
+use super::places::{self, missing};
+use super::JsonTable;
+use crate::files::{parse_safetensors, Really};
+use crate::text::printable;
 use crate::{Error, Result};
 
 /// Named tensors of one or several memory-mapped safetensors files. Nothing is read before it is asked for.
@@ -36,42 +40,64 @@ pub struct RawTensor<'a> {
     pub bytes: &'a [u8],
 }
 
-/// Names of a folder's files in the Hugging Face layout, in the order in which they are looked for.
-const IN_FOLDER: [&str; 2] = ["model.safetensors.index.json", "model.safetensors"];
+impl RawTensor<'_> {
+    /// Its elements, if they are floats of 16, 32 or 64 bits.
+    pub fn values(&self) -> Option<impl Iterator<Item = f64> + '_> {
+        floats(self.dtype, self.bytes)
+    }
+
+    /// Elements that are infinite or not a number.
+    pub fn non_finite(&self) -> usize {
+        self.values().map_or(0, |values| values.filter(|x| !x.is_finite()).count())
+    }
+}
+
+/// The numbers in these bytes, if they are floats of 16, 32 or 64 bits.
+pub(super) fn floats(dtype: Dtype, bytes: &[u8]) -> Option<impl Iterator<Item = f64> + '_> {
+    let read: fn(&[u8]) -> f64 = match dtype {
+        Dtype::F64 => |b| f64::from_le_bytes(b.try_into().expect("8 bytes")),
+        Dtype::F32 => |b| f32::from_le_bytes(b.try_into().expect("4 bytes")).into(),
+        Dtype::F16 => |b| half::f16::from_le_bytes(b.try_into().expect("2 bytes")).to_f64(),
+        Dtype::BF16 => |b| half::bf16::from_le_bytes(b.try_into().expect("2 bytes")).to_f64(),
+        _ => return None,
+    };
+    Some(bytes.chunks_exact(dtype.bitsize() / 8).map(read))
+}
 
 impl TensorFiles {
-    /// Opens a safetensors file, the index of a sharded one (`*.index.json`), or a folder that holds either under its
-    /// usual name.
+    /// Opens a safetensors file, the index of a sharded one (`*.index.json`), or a folder that holds either: a download in
+    /// the Hugging Face layout, or the root of a model in Hugging Face's cache, whose snapshot is taken.
     ///
     /// # Errors
-    /// If there is no such file, a shard is missing, or a file is cut off.
+    /// If there is no such file, it is something else, a shard is missing, or a file is cut off.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = match path.is_dir() {
-            false => path.to_path_buf(),
-            true => IN_FOLDER.iter().map(|name| path.join(name)).find(|file| file.exists()).ok_or_else(|| {
-                let problem = format!("this folder has no {}", IN_FOLDER.join(" and no "));
-                Error::content(path, problem, "name a safetensors file, or a folder with one under that name")
-            })?,
-        };
+        let file = if path.is_dir() { places::published_in(path)? } else { path.to_path_buf() };
         let mut all = Self { path: file.clone(), maps: Vec::new(), tensors: BTreeMap::new() };
         if file.extension().is_some_and(|e| e == "json") {
-            for shard in shards(&file)? {
-                all.add(&shard)?;
-            }
+            all.add_shards(&file)?;
         } else {
             all.add(&file)?;
         }
         Ok(all)
     }
 
+    /// Adds the tensors of a file.
     fn add(&mut self, path: &Path) -> Result<()> {
+        if let Some(problem) = missing(path) {
+            return Err(Error::content(path, problem, "check the path, or download it again"));
+        }
+        let kind = std::fs::metadata(path).map_err(Error::io("read", path))?;
+        if !kind.is_file() {
+            return Err(Error::content(path, "this is not a file", "name a safetensors file"));
+        }
+        if kind.len() == 0 {
+            return Err(Really::of(&[]).expect("empty is known").error(path, "a safetensors file"));
+        }
         let file = File::open(path).map_err(Error::io("read", path))?;
         // SAFETY: the map is only read, as bytes, which have no invalid values. A file that another process changes
         // meanwhile gives other bytes, one that it cuts off ends this process: nothing in it is trusted as a pointer.
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))?;
-        let broken =
-            |e| Error::content(path, format!("not a whole safetensors file ({e})"), "copy or download it again");
-        let parsed = SafeTensors::deserialize(&map).map_err(broken)?;
+        let parsed = parse_safetensors(path, &map)?;
         for (name, view) in parsed.iter() {
             let start = view.data().as_ptr() as usize - map.as_ptr() as usize;
             let place = Place {
@@ -87,6 +113,37 @@ impl TensorFiles {
         }
         self.maps.push(map);
         Ok(())
+    }
+
+    /// Adds the shards of an index, which has to say of every tensor where it is.
+    fn add_shards(&mut self, index: &Path) -> Result<()> {
+        let mut table = JsonTable::read(index)?;
+        let help = "an index has a table `weight_map` from tensor to file; or name the safetensors file itself";
+        let weight_map: Option<BTreeMap<String, String>> = table.take("weight_map")?;
+        let weight_map = weight_map.ok_or_else(|| table.wrong("weight_map", "missing in this file", help))?;
+        table.harmless(&["metadata"]);
+        table.finish()?;
+        let names: BTreeSet<&String> = weight_map.values().collect();
+        let mut inside = Vec::new();
+        for name in names {
+            self.add(&shard(index, name)?)?;
+            inside.push(name);
+        }
+        let help = "download the index and all shards again, of one version";
+        for (tensor, file) in &weight_map {
+            let found = self.tensors.get(tensor).map(|place| inside[place.file]);
+            if found != Some(file) {
+                let where_ = found.map_or("in none of the shards".into(), |other| format!("in {other}"));
+                return Err(Error::content(index, format!("{tensor} should be in {file}, and is {where_}"), help));
+            }
+        }
+        match self.tensors.iter().find(|(name, _)| !weight_map.contains_key(*name)) {
+            Some((name, place)) => {
+                let problem = format!("{name} of {} is not in the index", inside[place.file]);
+                Err(Error::content(index, problem, help))
+            }
+            None => Ok(()),
+        }
     }
 
     /// The file, or the index.
@@ -105,26 +162,52 @@ impl TensorFiles {
         let bytes = &self.maps[place.file][place.bytes.clone()];
         Some(RawTensor { dtype: place.dtype, shape: &place.shape, bytes })
     }
+
+    /// Elements of all tensors: no tensor of a model can have more.
+    pub fn elements(&self) -> usize {
+        self.tensors.values().map(|t| t.shape.iter().product::<usize>()).sum()
+    }
+
+    /// Gives every tensor the name that `rename` says; without one it is left out.
+    ///
+    /// # Errors
+    /// If two tensors get the same name.
+    pub fn rename(&mut self, rename: impl Fn(&str) -> Option<String>) -> Result<()> {
+        let mut origins: BTreeMap<String, String> = BTreeMap::new();
+        for (name, place) in std::mem::take(&mut self.tensors) {
+            let Some(new) = rename(&name) else { continue };
+            if let Some(other) = origins.insert(new.clone(), name.clone()) {
+                let problem = format!("{other} and {name} are both {new} of the model");
+                return Err(Error::content(&self.path, problem, "save the weights of one model alone"));
+            }
+            self.tensors.insert(new, place);
+        }
+        Ok(())
+    }
 }
 
-/// The files that an index names.
-fn shards(index: &Path) -> Result<Vec<PathBuf>> {
-    #[derive(serde::Deserialize)]
-    struct Index {
-        weight_map: BTreeMap<String, String>,
-    }
-    let text = std::fs::read_to_string(index).map_err(Error::io("read", index))?;
-    let wrong = |e: serde_json::Error| {
-        let help = "an index has a table `weight_map` from tensor to file; or name the safetensors file itself";
-        Error::content(index, format!("not the index of a sharded file ({e})"), help)
+/// The shard `name` of an index. What an index names is a plain file beside it: a downloaded index has no business
+/// elsewhere. Files may be links as in Hugging Face's cache, where index and shards all lead to one other folder.
+fn shard(index: &Path, name: &str) -> Result<PathBuf> {
+    let refuse = |problem: String| {
+        let help = "shards are files in the folder of their index: download it again, or copy them there";
+        Err(Error::content(index, problem, help))
     };
-    let index_of: Index = serde_json::from_str(&text).map_err(wrong)?;
-    let mut files: Vec<PathBuf> = index_of.weight_map.into_values().map(|file| index.with_file_name(file)).collect();
-    files.sort();
-    files.dedup();
-    if let Some(missing) = files.iter().find(|file| !file.exists()) {
-        let problem = format!("the shard {} is not there", missing.display());
-        return Err(Error::content(index, problem, "download all shards into the folder of the index"));
+    let plain =
+        matches!(Path::new(name).components().collect::<Vec<_>>()[..], [Component::Normal(only)] if only == name);
+    if !plain || !name.ends_with(".safetensors") {
+        return refuse(format!("it names {name:?} as a shard, which is no safetensors file beside it"));
     }
-    Ok(files)
+    let path = index.with_file_name(name);
+    if let Some(problem) = missing(&path) {
+        let help = "download all shards into the folder of the index";
+        return Err(Error::content(index, format!("the shard {} is missing: {problem}", printable(path)), help));
+    }
+    let real = |path: &Path| path.canonicalize().map_err(Error::io("read", path));
+    let folder = real(index.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")))?;
+    let home = [Some(folder.as_path()), real(index)?.parent()].contains(&real(&path)?.parent());
+    if !home {
+        return refuse(format!("the shard {name} is a link that leads out of the folder"));
+    }
+    Ok(path)
 }

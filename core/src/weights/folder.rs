@@ -1,25 +1,23 @@
 //! The folder of weights: what model they are of, and the model's tensors.
 
 use std::fmt::Write as _;
-use std::path::{Path, PathBuf};
+use std::fs::File;
+use std::path::Path;
 
-use figment::providers::{Format, Toml};
 use figment::Figment;
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
-use crate::checkpoint::{new_folder, sync_dir};
+use crate::checkpoint::{new_folder, sync_dir, BUILDING};
 use crate::contract::Backbone;
 use crate::params::ParamBuilder;
-use crate::recipe::{as_written, check_tables, toml_value, CropConfig, Nested, Problem};
+use crate::recipe::{as_written, check_schema, check_tables, toml_value, CropConfig, Nested, Problem, SCHEMA};
 use crate::registry::{BackboneContext, Chosen};
 use crate::step::CHANNELS;
 use crate::{Error, Result};
 
 /// The file that makes a folder one of weights.
 pub const WEIGHTS_FILE: &str = "weights.toml";
-/// The tensors of a weights folder or a checkpoint.
-pub const MODEL_FILE: &str = "model.safetensors";
 
 /// What weights are of: the part of a recipe that says how pixels become features.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -33,7 +31,7 @@ pub struct ModelInfo {
 
 /// What a model was trained on: size and normalisation.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct Pixels {
     /// Side of a global crop: a learned position table has as many places.
     pub global_size: usize,
@@ -45,6 +43,22 @@ pub struct Pixels {
     pub std: [f32; 3],
 }
 
+impl Pixels {
+    const KEYS: [&'static str; 3] = ["global_size", "mean", "std"];
+
+    /// Fails, naming the key, if these are no mean and standard deviation of pixels in [0, 1].
+    fn check(&self) -> Result<(), (&'static str, String)> {
+        let range = |key, values: [f32; 3], least: f32| match values.iter().all(|x| (least..=1.0).contains(x)) {
+            true => Ok(()),
+            false => {
+                Err((key, format!("{values:?} is outside of pixels in [0, 1]: divide numbers of 0 to 255 by 255")))
+            }
+        };
+        range("crops.mean", self.mean, 0.0)?;
+        range("crops.std", self.std, f32::MIN_POSITIVE)
+    }
+}
+
 impl Default for Pixels {
     fn default() -> Self {
         let CropConfig { global_size, mean, std, .. } = CropConfig::default();
@@ -53,37 +67,46 @@ impl Default for Pixels {
 }
 
 impl ModelInfo {
-    /// What the weights at `path` are of: a weights folder, a run, a checkpoint of a run, or a file in one of these.
-    /// `None` for a file that nothing is known of.
-    ///
-    /// # Errors
-    /// If what says so cannot be read.
-    pub fn of(path: &Path) -> Result<Option<Self>> {
-        match described_by(path) {
-            Some(file) => Self::read(&file).map(Some),
-            None => Ok(None),
-        }
-    }
-
-    fn read(file: &Path) -> Result<Self> {
-        #[derive(Deserialize)]
-        struct Said {
-            backbone: Json,
-            #[serde(default)]
-            crops: Pixels,
-        }
+    /// What `weights.toml`, or the recipe of a run, says. A recipe has more keys than are asked for here; `weights.toml` has
+    /// none, so that one that somebody wrote into it and misspelt is refused.
+    pub(super) fn read(file: &Path) -> Result<Self> {
+        let help = "correct it, or write it anew with `dinolab import` or `dinolab export`";
+        let wrong = |key: &str, problem: String| Error::content(file, format!("{key}: {problem}"), help);
         let text = std::fs::read_to_string(file).map_err(Error::io("read", file))?;
-        let wrong = |e: figment::Error| {
-            let problem = Problem::of(&Nested::of(&e));
-            let help = "it was written by dinolab: write it anew with `dinolab import` or `dinolab export`";
-            Error::content(file, format!("{}: {}", problem.key, problem.message), help)
+        let mut table: toml::Table = text.parse().map_err(|e: toml::de::Error| wrong("TOML", e.message().into()))?;
+        let strict = file.ends_with(WEIGHTS_FILE);
+        check_schema(table.remove("schema").as_ref()).map_err(|problem| wrong("schema", problem))?;
+        let mut take = |key: &str| match table.remove(key) {
+            Some(toml::Value::Table(table)) => Ok(Some(table)),
+            None => Ok(None),
+            Some(_) => Err(wrong(key, "expected a table".into())),
         };
-        let said: Said = Figment::from(Toml::string(&text)).extract().map_err(wrong)?;
-        let mut backbone = said.backbone;
+        let backbone = take("backbone")?.ok_or_else(|| wrong("backbone", "missing in this file".into()))?;
+        let mut crops = take("crops")?.unwrap_or_default();
+        if !strict {
+            crops.retain(|key, _| Pixels::KEYS.contains(&key));
+        } else if let Some(key) = table.keys().next() {
+            return Err(wrong(
+                key,
+                format!("unknown key; known: backbone, {}", Pixels::KEYS.map(|k| format!("crops.{k}")).join(", ")),
+            ));
+        }
+        for key in ["mean", "std"] {
+            if crops.get(key).is_some_and(|v| v.clone().try_into::<[f32; 3]>().is_err()) {
+                return Err(wrong(&format!("crops.{key}"), "expected a list of 3 numbers".into()));
+            }
+        }
+        let pixels: Pixels = crops.try_into().map_err(|e: toml::de::Error| wrong("crops", e.message().into()))?;
+        pixels.check().map_err(|(key, problem)| wrong(key, problem))?;
+        let mut backbone = serde_json::to_value(backbone).expect("TOML is plain data");
         // A recipe's own key: where its weights came from.
         backbone.as_object_mut().map(|table| table.remove("weights"));
-        let backbone = Figment::from(figment::providers::Serialized::defaults(&backbone)).extract().map_err(wrong)?;
-        Ok(Self { backbone, crops: said.crops })
+        let backbone = Figment::from(figment::providers::Serialized::defaults(&backbone)).extract();
+        let backbone = backbone.map_err(|e| {
+            let Problem { key, message, .. } = Problem::of(&Nested::of(&e));
+            wrong(&format!("backbone.{key}"), message)
+        })?;
+        Ok(Self { backbone, crops: pixels })
     }
 
     /// The tables `backbone` and `crops` of a recipe, without keys that have no value.
@@ -95,7 +118,7 @@ impl ModelInfo {
 
     /// As TOML that a recipe may extend.
     pub fn to_toml(&self) -> String {
-        let mut text = String::new();
+        let mut text = format!("schema = {SCHEMA}\n");
         for (name, table) in self.to_table() {
             writeln!(text, "[{name}]").expect("writing to a string");
             for (key, value) in table.as_object().into_iter().flatten() {
@@ -124,34 +147,11 @@ impl ModelInfo {
     }
 }
 
-/// The file that says what the weights at `path` are of.
-fn described_by(path: &Path) -> Option<PathBuf> {
-    let folder = if path.is_dir() { path } else { path.parent()? };
-    // A checkpoint is in <run>/checkpoints/step-...
-    let run = folder.parent().and_then(Path::parent).filter(|_| folder.join("state.json").exists());
-    // What lies beside a single file may be any recipe.
-    let own = path.is_dir().then(|| folder.join("recipe.toml"));
-    let files = [Some(folder.join(WEIGHTS_FILE)), own, run.map(|r| r.join("recipe.toml"))];
-    files.into_iter().flatten().find(|file| file.exists())
-}
-
-/// Fails if the weights at `path` are known to be of a model that computes something else than `backbone`: shapes alone
-/// do not tell, as the number of heads changes none.
-///
-/// # Errors
-/// Every key that differs, with both values.
-pub fn check_same_model(path: &Path, backbone: &dyn Backbone) -> Result<()> {
-    let Some(info) = ModelInfo::of(path)? else { return Ok(()) };
-    let theirs = info.build(&mut ParamBuilder::new())?;
-    let mut differences = Vec::new();
-    differences_of("backbone", &theirs.architecture(), &backbone.architecture(), &mut differences);
-    if differences.is_empty() {
-        return Ok(());
-    }
-    let list: String = differences.iter().map(|d| format!("\n    {d}")).collect();
-    let help = "leave `plugin` and these keys out of [backbone] to take the model of `backbone.weights`, or choose \
-        weights of the recipe's model";
-    Err(Error::content(path, format!("weights of another model than the recipe's{list}"), help))
+/// Keys in which two architectures (see [`Backbone::architecture`]) differ, with both values.
+pub(super) fn differences(theirs: &Json, ours: &Json) -> Vec<String> {
+    let mut list = Vec::new();
+    differences_of("backbone", theirs, ours, &mut list);
+    list
 }
 
 fn differences_of(key: &str, theirs: &Json, ours: &Json, list: &mut Vec<String>) {
@@ -168,25 +168,60 @@ fn differences_of(key: &str, theirs: &Json, ours: &Json, list: &mut Vec<String>)
     }
 }
 
+/// Fails if `out` is not free: it may be an empty folder.
+///
+/// # Errors
+/// If there is something at `out`.
+pub fn check_free(out: &Path) -> Result<()> {
+    let empty = out.is_dir() && std::fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_none());
+    if empty || out.symlink_metadata().is_err() {
+        return Ok(());
+    }
+    Err(Error::content(out, "there is something already", "choose another folder with --out, or remove it"))
+}
+
+/// Held by who writes a folder.
+const LOCK: &str = ".lock";
+
+/// Removes half-written folders whose writers were killed.
+fn remove_leavings(beside: &Path) -> Result<()> {
+    for entry in std::fs::read_dir(beside).map_err(Error::io("list", beside))?.flatten() {
+        let folder = entry.path();
+        let half = entry.file_name().to_string_lossy().starts_with(BUILDING);
+        // Without a lock it was begun a moment ago, or is of something else.
+        let dead = half && File::open(folder.join(LOCK)).is_ok_and(|lock| lock.try_lock().is_ok());
+        if dead {
+            std::fs::remove_dir_all(&folder).map_err(Error::io("remove", &folder))?;
+        }
+    }
+    Ok(())
+}
+
 /// Makes the folder `out` with everything that `fill` writes into it, or nothing. It may exist if it is empty.
 ///
 /// # Errors
 /// If there is something at `out`, or it cannot be written.
 pub fn write_folder(out: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    let taken = if out.is_dir() { std::fs::read_dir(out).is_ok_and(|mut d| d.next().is_some()) } else { out.exists() };
-    if taken {
-        return Err(Error::content(
-            out,
-            "there is something already",
-            "choose another folder with --out, or remove it",
-        ));
-    }
+    check_free(out)?;
     let beside = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     std::fs::create_dir_all(beside).map_err(Error::io("create", beside))?;
+    remove_leavings(beside)?;
     let building = new_folder(beside)?;
+    let lock = File::create(building.path().join(LOCK)).map_err(Error::io("write in", building.path()))?;
+    lock.try_lock().map_err(|e| Error::io("lock", building.path())(e.into()))?;
     fill(building.path())?;
+    std::fs::remove_file(building.path().join(LOCK)).map_err(Error::io("remove", building.path()))?;
     sync_dir(building.path())?;
-    // An empty folder gives way.
-    std::fs::rename(building.keep(), out).map_err(Error::io("write", out))?;
+    // An empty folder gives way. What another process has put there meanwhile does not.
+    std::fs::rename(building.path(), out).map_err(|e| match check_free(out) {
+        Err(_) => Error::content(
+            out,
+            "another process has just written something here",
+            "look whether it is the same; choose another folder with --out, or remove it",
+        ),
+        Ok(()) => Error::io("write", out)(e),
+    })?;
+    // It has its place: nothing is to be removed.
+    let _ = building.keep();
     sync_dir(beside)
 }

@@ -6,12 +6,23 @@
 //!   model.safetensors   backbone.<name>, and <loss>_head.<name> where they come from a run
 //! ```
 //!
+//! What lies at a path that was named for weights is said in one place, [`Source`].
+//!
 //! Published files are memory-mapped ([`TensorFiles`]) and rewritten tensor by tensor ([`convert`]), so that the size of
 //! a model is not limited by the memory of the machine that converts it.
 
 pub mod convert;
 mod files;
 mod folder;
+mod json;
+mod places;
+mod source;
 
+pub use crate::checkpoint::MODEL_FILE;
 pub use files::{RawTensor, TensorFiles};
-pub use folder::{check_same_model, write_folder, ModelInfo, Pixels, MODEL_FILE, WEIGHTS_FILE};
+pub use folder::{check_free, write_folder, ModelInfo, Pixels, WEIGHTS_FILE};
+pub use json::JsonTable;
+pub use places::PICKLES;
+pub use source::Source;
+
+use folder::differences;

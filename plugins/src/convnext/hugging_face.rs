@@ -1,8 +1,14 @@
 //! ConvNeXt in the layout of Hugging Face `transformers` (`facebook/dinov3-convnext-*`, class `DINOv3ConvNextModel`):
 //! which tensor there is which parameter here, and what its `config.json` says. Shapes are the same.
 
+use dinolab_core::params::ParamBuilder;
+use dinolab_core::weights::convert::Rule;
+use dinolab_core::weights::{JsonTable, ModelInfo, TensorFiles};
 use dinolab_core::{Error, Result};
-use serde_json::{json, Value};
+use serde_json::json;
+
+use super::STAGES;
+use crate::published::{check_eps, check_sizes, pixels, Published, HARMLESS};
 
 /// The `model_type` of such a configuration.
 pub const MODEL_TYPE: &str = "dinov3_convnext";
@@ -28,27 +34,53 @@ pub fn hf_name(name: &str) -> Option<String> {
     })
 }
 
-/// The backbone table of a recipe that a `config.json` describes.
+/// The model that `config.json` describes, with its tensors' places.
 ///
 /// # Errors
-/// If a number is missing, or the model is one that cannot be expressed.
-pub fn backbone(config: &Value) -> Result<Value> {
-    let missing = |key: &str| {
-        let help = "take the config.json that lies beside the weights";
-        Error::user(format!("a {MODEL_TYPE} configuration without `{key}`"), help)
-    };
-    let get = |key: &str| config.get(key).filter(|v| !v.is_null()).cloned().ok_or_else(|| missing(key));
-    let activation = get("hidden_act")?;
+/// If the configuration asks for something that dinolab does not do or know, or contradicts the tensors.
+pub(crate) fn read(files: &TensorFiles, mut keys: JsonTable, notes: &mut Vec<String>) -> Result<Published> {
+    const NO_SUCH: &str = "dinolab has no such model";
+    keys.harmless(&HARMLESS);
+    let crops = pixels(files, &mut keys, notes)?;
+    let activation: String = keys.need("hidden_act")?;
     if activation != "gelu" {
-        let help = "only the exact GELU of the published models is known";
-        return Err(Error::user(format!("a ConvNeXt with hidden_act = {activation}"), help));
+        let problem = format!("`{activation}` is not known here, only the exact `gelu` of the published models is");
+        return Err(keys.wrong("hidden_act", problem, NO_SUCH));
     }
-    Ok(json!({
+    if keys.take("num_channels")?.is_some_and(|channels: usize| channels != 3) {
+        return Err(keys.wrong("num_channels", "dinolab's images have 3", NO_SUCH));
+    }
+    let (depths, dims): ([usize; STAGES], [usize; STAGES]) = (keys.need("depths")?, keys.need("hidden_sizes")?);
+    if depths.iter().any(|&depth| depth > files.names().count()) {
+        let problem = format!("{depths:?} blocks, where there are {} tensors", files.names().count());
+        return Err(keys.wrong("depths", problem, "take the configuration that belongs to the weights"));
+    }
+    for (depth, dim) in depths.into_iter().zip(dims) {
+        check_sizes(files, keys.file(), &[("depths and hidden_sizes", &[depth, 8, dim, dim])])?;
+    }
+    let norm_eps: f64 = keys.need("layer_norm_eps")?;
+    check_eps(&keys, norm_eps)?;
+    let table = json!({
         "plugin": "convnext",
-        "depths": get("depths")?,
-        "dims": get("hidden_sizes")?,
-        "layer_scale": get("layer_scale_init_value")?,
-        "norm_eps": get("layer_norm_eps")?,
-        "drop_path": get("drop_path_rate")?,
-    }))
+        "depths": depths,
+        "dims": dims,
+        "layer_scale": keys.need::<f64>("layer_scale_init_value")?,
+        "norm_eps": norm_eps,
+        "drop_path": keys.need::<f64>("drop_path_rate")?,
+    });
+    let file = keys.file().to_path_buf();
+    keys.finish()?;
+    let wrong = |problem: String| Error::content(&file, problem, NO_SUCH);
+    let backbone = serde_json::from_value(table).map_err(|e| wrong(format!("not a model that can be built: {e}")))?;
+    let model = ModelInfo { backbone, crops };
+    let mut params = ParamBuilder::new();
+    model.build(&mut params).map_err(|e| wrong(e.problem()))?;
+    let layout = params.finish();
+    let rules = layout.specs().iter().map(|spec| {
+        let name = spec.name.strip_prefix("backbone.").and_then(hf_name);
+        let name = name.unwrap_or_else(|| panic!("{} has a place in the layout", spec.name));
+        Rule::renamed(&spec.name, &spec.shape, name, &spec.shape)
+    });
+    let title = format!("ConvNeXt: widths {dims:?}, blocks {depths:?}, Hugging Face layout");
+    Ok(Published { title, said_by: "config.json", rules: rules.collect(), model, unused: |_| false })
 }

@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 mod block;
-pub mod hugging_face;
+pub(crate) mod hugging_face;
 mod model;
 
 use model::ConvNext;

@@ -7,21 +7,20 @@ use dinolab_core::contract::Backbone;
 use dinolab_core::params::ParamSpec;
 use dinolab_core::registry::Chosen;
 use dinolab_core::weights::convert::{Part, Rule};
-use dinolab_core::weights::{ModelInfo, Pixels, TensorFiles};
+use dinolab_core::weights::{JsonTable, ModelInfo, Pixels, TensorFiles};
 use dinolab_core::{Error, Result};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use serde_json::{json, Value as Json};
 
 use super::{Ffn, Norm, VitConfig};
-use crate::published::Published;
+use crate::published::{check_eps, check_sizes, pixels, side, Published, HARMLESS};
 use crate::rope_box::{Periods, RopeBoxConfig, TableType};
 
 /// What `config.json` calls it.
 pub const MODEL_TYPE: &str = "dinov3_vit";
 
-/// `config.json`, as far as it changes the model; what is not written has the library's default.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(default)]
+/// `config.json`, as far as it says what the model computes.
+#[derive(Debug, Serialize)]
 struct Config {
     patch_size: usize,
     hidden_size: usize,
@@ -46,30 +45,73 @@ struct Config {
     pos_embed_rescale: Option<f64>,
 }
 
-impl Default for Config {
-    fn default() -> Self {
-        Self {
-            patch_size: 16,
-            hidden_size: 384,
-            intermediate_size: 1536,
-            num_hidden_layers: 12,
-            num_attention_heads: 6,
-            num_channels: 3,
-            num_register_tokens: 0,
-            hidden_act: "gelu".into(),
-            use_gated_mlp: false,
-            mlp_bias: true,
-            query_bias: true,
-            key_bias: false,
-            value_bias: true,
-            proj_bias: true,
-            layer_norm_eps: 1e-5,
-            layerscale_value: 1.0,
-            drop_path_rate: 0.0,
-            rope_theta: 100.0,
-            pos_embed_shift: None,
-            pos_embed_jitter: None,
-            pos_embed_rescale: Some(2.0),
+impl Config {
+    /// Takes the model's keys out of a `config.json`. What changes features has to be there: a default that is right for
+    /// one version of the library is wrong for another. What is of training only may be left to the library's default.
+    fn read(keys: &mut JsonTable, notes: &mut Vec<String>) -> Result<Self> {
+        let mut of_training = |keys: &mut JsonTable, key: &'static str, default: f64| {
+            Ok::<_, Error>(keys.take(key)?.unwrap_or_else(|| {
+                notes.push(format!("config.json has no `{key}`, which is of training only: {default} is taken"));
+                default
+            }))
+        };
+        Ok(Self {
+            layerscale_value: of_training(keys, "layerscale_value", 1.0)?,
+            drop_path_rate: of_training(keys, "drop_path_rate", 0.0)?,
+            patch_size: match side(keys, "patch_size")? {
+                Some(side) => side,
+                None => keys.need("patch_size")?,
+            },
+            hidden_size: keys.need("hidden_size")?,
+            intermediate_size: keys.need("intermediate_size")?,
+            num_hidden_layers: keys.need("num_hidden_layers")?,
+            num_attention_heads: keys.need("num_attention_heads")?,
+            num_channels: keys.need("num_channels")?,
+            num_register_tokens: keys.need("num_register_tokens")?,
+            hidden_act: keys.need("hidden_act")?,
+            use_gated_mlp: keys.need("use_gated_mlp")?,
+            mlp_bias: keys.need("mlp_bias")?,
+            query_bias: keys.need("query_bias")?,
+            key_bias: keys.need("key_bias")?,
+            value_bias: keys.need("value_bias")?,
+            proj_bias: keys.need("proj_bias")?,
+            layer_norm_eps: keys.need("layer_norm_eps")?,
+            rope_theta: rope_theta(keys)?,
+            pos_embed_shift: keys.take("pos_embed_shift")?,
+            pos_embed_jitter: keys.take("pos_embed_jitter")?,
+            pos_embed_rescale: keys.take("pos_embed_rescale")?,
+        })
+    }
+}
+
+/// The base of the rotary periods, which versions of transformers write in three ways: `rope_theta`, or inside
+/// `rope_parameters` or `rope_scaling`. Where it is there twice it has to be the same.
+fn rope_theta(keys: &mut JsonTable) -> Result<f64> {
+    let mut found: Option<f64> = keys.take("rope_theta")?;
+    for key in ["rope_parameters", "rope_scaling"] {
+        let Some(mut inner) = keys.table(key)? else { continue };
+        for kind in ["rope_type", "type"] {
+            if let Some(other) = inner.take::<String>(kind)?.filter(|kind| kind != "default") {
+                let problem = format!("`{other}` is not known here");
+                return Err(inner.wrong(kind, problem, "dinolab has the plain rotary periods of DINOv3, `default`"));
+            }
+        }
+        let theta: Option<f64> = inner.take("rope_theta")?;
+        if let (Some(a), Some(b)) = (found, theta) {
+            if a != b {
+                let problem = format!("{b} contradicts the {a} elsewhere in this file");
+                return Err(inner.wrong("rope_theta", problem, "keep the one that the model was trained with"));
+            }
+        }
+        found = found.or(theta);
+        inner.finish()?;
+    }
+    let theta = found.map_or_else(|| keys.need("rope_theta"), Ok)?;
+    // Outside, periods or angles are no numbers of 32 bits.
+    match (1e-3..=1e9).contains(&theta) {
+        true => Ok(theta),
+        false => {
+            Err(keys.wrong("rope_theta", format!("{theta} is no base of periods"), "it is 100 in published models"))
         }
     }
 }
@@ -77,20 +119,44 @@ impl Default for Config {
 /// The model that `config.json` describes, with its tensors' places.
 ///
 /// # Errors
-/// If the configuration asks for something that dinolab does not do.
-pub(crate) fn read(files: &TensorFiles, config: &Json, crops: Pixels) -> Result<Published> {
-    let wrong =
-        |problem: String| Error::content(files.path(), format!("config.json: {problem}"), "dinolab has no such model");
-    let c = Config::deserialize(config).map_err(|e| wrong(e.to_string()))?;
-    let ffn = if c.use_gated_mlp { Ffn::Swiglu } else { Ffn::Mlp };
+/// If the configuration asks for something that dinolab does not do or know, or contradicts the tensors.
+pub(crate) fn read(files: &TensorFiles, mut keys: JsonTable, notes: &mut Vec<String>) -> Result<Published> {
+    const NO_SUCH: &str = "dinolab has no such model";
+    keys.harmless(&HARMLESS);
+    let c = Config::read(&mut keys, notes)?;
+    let crops = pixels(files, &mut keys, notes)?;
+    if keys.take("attention_dropout")?.is_some_and(|share: f64| share != 0.0) {
+        notes.push("`attention_dropout` is of training only, and dinolab has none".into());
+    }
+    check_eps(&keys, c.layer_norm_eps)?;
     let activation = if c.use_gated_mlp { "silu" } else { "gelu" };
     if c.hidden_act != activation {
-        return Err(wrong(format!("hidden_act is {}, only {activation} is known here", c.hidden_act)));
+        let problem = format!("`{}` is not known here, only `{activation}` is", c.hidden_act);
+        return Err(keys.wrong("hidden_act", problem, NO_SUCH));
     }
     if c.num_channels != 3 {
-        return Err(wrong(format!("num_channels is {}, dinolab's images have 3", c.num_channels)));
+        return Err(keys.wrong("num_channels", format!("{}, dinolab's images have 3", c.num_channels), NO_SUCH));
     }
-    let (ffn_ratio, ffn_align) = ffn.ratio(c.intermediate_size, c.hidden_size);
+    let Config { hidden_size: dim, intermediate_size: hidden, num_hidden_layers: depth, patch_size: patch, .. } = c;
+    let sizes: [(&str, &[usize]); 4] = [
+        ("hidden_size", &[3, dim, dim]),
+        ("hidden_size and intermediate_size", &[dim, hidden]),
+        ("hidden_size and patch_size", &[dim, 3, patch, patch]),
+        ("num_hidden_layers and hidden_size", &[depth, dim, dim]),
+    ];
+    check_sizes(files, keys.file(), &sizes)?;
+    if depth > files.names().count() {
+        let problem = format!("{depth} blocks, where there are {} tensors", files.names().count());
+        return Err(keys.wrong("num_hidden_layers", problem, "take the configuration that belongs to the weights"));
+    }
+    if c.num_register_tokens > 0 {
+        check_sizes(files, keys.file(), &[("num_register_tokens", &[c.num_register_tokens, dim])])?;
+    }
+    let file = keys.file().to_path_buf();
+    keys.finish()?;
+    let wrong = |error: Error| Error::content(&file, error.problem(), NO_SUCH);
+    let ffn = if c.use_gated_mlp { Ffn::Swiglu } else { Ffn::Mlp };
+    let (ffn_ratio, ffn_align) = ffn.ratio(hidden, dim);
     let mut pos_encoding = json!({ "plugin": "rope_box", "periods": { "base": c.rope_theta } });
     for (key, value) in [("shift", c.pos_embed_shift), ("jitter", c.pos_embed_jitter), ("rescale", c.pos_embed_rescale)]
     {
@@ -100,9 +166,9 @@ pub(crate) fn read(files: &TensorFiles, config: &Json, crops: Pixels) -> Result<
     }
     let table = json!({
         "plugin": "vit",
-        "patch_size": c.patch_size,
-        "dim": c.hidden_size,
-        "depth": c.num_hidden_layers,
+        "patch_size": patch,
+        "dim": dim,
+        "depth": depth,
         "heads": c.num_attention_heads,
         "registers": c.num_register_tokens,
         "ffn": ffn,
@@ -119,18 +185,19 @@ pub(crate) fn read(files: &TensorFiles, config: &Json, crops: Pixels) -> Result<
         "drop_path": c.drop_path_rate,
         "pos_encoding": pos_encoding,
     });
-    let backbone: Chosen<dyn Backbone> = serde_json::from_value(table).map_err(|e| wrong(e.to_string()))?;
+    let backbone: Chosen<dyn Backbone> = serde_json::from_value(table)
+        .map_err(|e| Error::content(&file, format!("not a model that can be built: {e}"), NO_SUCH))?;
     let model = ModelInfo { backbone, crops };
     // Files have `layer.0`; a state dict of transformers 5 that was saved as it is has `model.layer.0`.
     let layer = if files.names().any(|n| n.starts_with("model.layer.")) { "model.layer" } else { "layer" };
     let bias = [c.query_bias, c.key_bias, c.value_bias];
-    let (title, specs) = super::declared(&model)?;
-    let rules = specs
-        .iter()
-        .map(|spec| rule(spec, layer, bias).ok_or_else(|| wrong(format!("nothing is known of {}", spec.name))));
+    let (title, specs) = super::declared(&model).map_err(wrong)?;
+    let unknown = |name: &str| Error::content(&file, format!("nothing is known of {name}"), NO_SUCH);
+    let rules = specs.iter().map(|spec| rule(spec, layer, bias).ok_or_else(|| unknown(&spec.name)));
     let unused = if c.num_register_tokens == 0 { |name: &str| name == REGISTERS } else { |_: &str| false };
     Ok(Published {
         title: format!("{title}, Hugging Face layout"),
+        said_by: "config.json",
         rules: rules.collect::<Result<_>>()?,
         model,
         unused,

@@ -6,24 +6,14 @@
 use dinolab_core::contract::Backbone;
 use dinolab_core::registry::Chosen;
 use dinolab_core::weights::convert::Rule;
-use dinolab_core::weights::{ModelInfo, Pixels, RawTensor, TensorFiles};
+use dinolab_core::weights::{ModelInfo, TensorFiles};
 use dinolab_core::{Error, Result};
-use half::bf16;
 use serde_json::json;
 
 use super::{Ffn, Norm};
-use crate::published::Published;
+use crate::published::{check_sizes, pixels_of_size, Published};
 
 const PATCH_EMBED: &str = "patch_embed.proj.weight";
-
-/// Names may stand behind this, as in a checkpoint of the reference's training.
-const PREFIX: &str = "backbone.";
-
-/// Whether the tensors are named so.
-pub(crate) fn fits(files: &TensorFiles) -> bool {
-    ["", PREFIX].iter().any(|prefix| files.get(&format!("{prefix}{PATCH_EMBED}")).is_some())
-        && files.names().any(|name| name.contains("blocks.0.attn.qkv.weight"))
-}
 
 /// Buffers that follow from the configuration.
 fn is_buffer(name: &str) -> bool {
@@ -34,12 +24,10 @@ fn is_buffer(name: &str) -> bool {
 ///
 /// # Errors
 /// If they are those of no model that dinolab has.
-pub(crate) fn read(files: &TensorFiles) -> Result<Published> {
+pub(crate) fn read(files: &TensorFiles, notes: &mut Vec<String>) -> Result<Published> {
     let wrong = |problem: String| Error::content(files.path(), problem, "dinolab has no such model");
-    let prefix = if files.get(PATCH_EMBED).is_some() { "" } else { PREFIX };
-    let get = |name: &str| files.get(&format!("{prefix}{name}"));
-    let has = |name: &str| get(name).is_some();
-    let shape = |name: &str, rank: usize| match get(name).map(|t| t.shape) {
+    let has = |name: &str| files.get(name).is_some();
+    let shape = |name: &str, rank: usize| match files.get(name).map(|t| t.shape) {
         Some(shape) if shape.len() == rank => Ok(shape),
         other => Err(wrong(format!("{name} is {other:?}, expected {rank} dimensions"))),
     };
@@ -51,16 +39,35 @@ pub(crate) fn read(files: &TensorFiles) -> Result<Published> {
     let ffn = if has("blocks.0.mlp.w1.weight") { Ffn::Swiglu } else { Ffn::Mlp };
     let first = if ffn == Ffn::Swiglu { "w1" } else { "fc1" };
     let hidden = shape(&format!("blocks.0.mlp.{first}.weight"), 2)?[0];
-    let (ffn_ratio, ffn_align) = ffn.ratio(hidden, dim);
     let registers = if has("storage_tokens") { shape("storage_tokens", 3)?[1] } else { 0 };
-    let (heads, base) = match get("rope_embed.periods") {
-        Some(periods) => rotary(&values(periods), dim).ok_or_else(|| {
-            wrong("rope_embed.periods are not the powers of one base, or do not divide the width".into())
-        })?,
-        // Published heads are 64 wide, those of the 7B 128.
-        None => (dim / if dim == 4096 { 128 } else { 64 }, 100.0),
+    let sizes: [(&str, &[usize]); 4] = [
+        (PATCH_EMBED, &[dim, 3, patch_size, patch_size]),
+        ("blocks.0.mlp", &[dim, hidden]),
+        ("storage_tokens", &[registers.max(1), dim]),
+        ("blocks", &[depth, 3, dim, dim]),
+    ];
+    check_sizes(files, files.path(), &sizes)?;
+    let (ffn_ratio, ffn_align) = ffn.ratio(hidden, dim);
+    let (heads, base) = match files.get("rope_embed.periods") {
+        Some(periods) => {
+            let values = periods.values().map(Iterator::collect::<Vec<f64>>);
+            let values = values.ok_or_else(|| wrong(format!("rope_embed.periods are of type {:?}", periods.dtype)))?;
+            rotary(&values, dim).ok_or_else(|| {
+                wrong("rope_embed.periods are not the powers of one base, or do not divide the width".into())
+            })?
+        }
+        None => {
+            // Published heads are 64 wide, those of the 7B 128.
+            let width = if dim == 4096 { 128 } else { 64 };
+            notes.push(format!(
+                "there are no rope_embed.periods: heads {width} wide and periods of base 100 are assumed"
+            ));
+            (dim / width, 100.0)
+        }
     };
+    notes.push("such a file cannot say `norm_eps`: 1e-5 is assumed, that of every published model".into());
     let norm = if has("norm.bias") { Norm::LayerNorm } else { Norm::RmsNorm };
+    let local_norm = has("local_cls_norm.weight");
     let table = json!({
         "plugin": "vit",
         "patch_size": patch_size,
@@ -73,39 +80,47 @@ pub(crate) fn read(files: &TensorFiles) -> Result<Published> {
         "ffn_align": ffn_align,
         "ffn_bias": has(&format!("blocks.0.mlp.{first}.bias")),
         "qkv_bias": has("blocks.0.attn.qkv.bias"),
-        "mask_k_bias": has("blocks.0.attn.qkv.bias_mask"),
+        "mask_k_bias": masks_keys(files, depth, dim)?,
         "proj_bias": has("blocks.0.attn.proj.bias"),
         "norm": norm,
-        // Every published model is of `layernormbf16`.
         "norm_eps": 1e-5,
         "layer_scale": if has("blocks.0.ls1.gamma") { 1e-5 } else { 0.0 },
         "untie_cls_and_patch_norms": has("cls_norm.weight"),
-        "untie_global_and_local_cls_norm": has("local_cls_norm.weight"),
+        "untie_global_and_local_cls_norm": local_norm,
         "pos_encoding": { "plugin": "rope_box", "periods": { "base": base }, "rescale": 2.0 },
     });
     let backbone: Chosen<dyn Backbone> = serde_json::from_value(table).map_err(|e| wrong(e.to_string()))?;
-    let model = ModelInfo { backbone, crops: Pixels { global_size: 16 * patch_size, ..Pixels::default() } };
-    let (title, specs) = super::declared(&model)?;
+    // The 7B has a norm of local crops too.
+    let crops = pixels_of_size(files, 16 * patch_size, local_norm && dim != 4096, notes)?;
+    let model = ModelInfo { backbone, crops };
+    let (title, specs) = super::declared(&model).map_err(|e| wrong(e.problem()))?;
     let rules = specs.iter().map(|spec| {
         let name = spec.name.strip_prefix("backbone.").expect("a backbone's parameters have this prefix");
-        Rule::renamed(&spec.name, &spec.shape, format!("{prefix}{name}"), &spec.shape)
+        Rule::renamed(&spec.name, &spec.shape, name, &spec.shape)
     });
     Ok(Published {
         title: format!("{title}, layout of the reference"),
+        said_by: "its own first block",
         rules: rules.collect(),
         model,
         unused: is_buffer,
     })
 }
 
-fn values(tensor: RawTensor<'_>) -> Vec<f64> {
-    use safetensors::Dtype;
-    let bytes = tensor.bytes;
-    match tensor.dtype {
-        Dtype::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]).into()).collect(),
-        Dtype::BF16 => bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f64()).collect(),
-        _ => Vec::new(),
+/// Whether the keys' bias is kept at zero, as the buffers beside the biases say: 1 for queries and values, 0 for keys.
+fn masks_keys(files: &TensorFiles, depth: usize, dim: usize) -> Result<bool> {
+    let mut masks = false;
+    for block in 0..depth {
+        let name = format!("blocks.{block}.attn.qkv.bias_mask");
+        let Some(mask) = files.get(&name) else { continue };
+        let mut values = mask.values().into_iter().flatten().enumerate();
+        if mask.shape != [3 * dim] || !values.all(|(i, x)| x == if i / dim == 1 { 0.0 } else { 1.0 }) {
+            let problem = format!("{name} is not 1 for queries and values and 0 for keys");
+            return Err(Error::content(files.path(), problem, "dinolab knows no other mask of these biases"));
+        }
+        masks = true;
     }
+    Ok(masks)
 }
 
 /// Heads and base of the periods `base^(j / n)`, j from 0 to n - 1, which may be rounded to bf16.

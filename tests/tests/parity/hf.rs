@@ -1,9 +1,8 @@
 //! A checkpoint in the published Hugging Face layout, through the importer.
 
-use dinolab_core::checkpoint::read_weights;
 use dinolab_core::contract::{Crops, Features, Mode};
 use dinolab_core::params::{load_named, ParamBuilder, Params};
-use dinolab_core::weights::ModelInfo;
+use dinolab_core::weights::Source;
 use dinolab_core::{DType, Tensor};
 use dinolab_plugins::published;
 
@@ -24,12 +23,12 @@ pub fn published_layout(g: &Golden, dtype: DType, c: &mut Comparison<'_>) {
     let folder = tempfile::tempdir().unwrap();
     let weights = folder.path().join("weights");
     published::import(&g.path.with_file_name(g.options["folder"].as_str().unwrap()), &weights).unwrap();
-    let model = ModelInfo::of(&weights).unwrap().expect("an imported folder says what it is");
+    let model = Source::at(&weights).unwrap().known_model().unwrap();
     let mut params = ParamBuilder::new();
     let backbone = model.build(&mut params).unwrap();
     let layout = params.finish();
     let mut flat = Tensor::zeros(&[layout.len()], dtype);
-    let read = read_weights(&weights).unwrap();
+    let read = Source::at(&weights).unwrap().tensors().unwrap();
     load_named(&layout, &mut flat, |name| read.get(name).cloned(), &weights).unwrap();
     let params = Params::frozen(&layout, &flat);
 

@@ -1,0 +1,279 @@
+//! What lies at a path that was named for weights: the one place that says so, for every key and every command.
+
+use std::path::{Path, PathBuf};
+
+use super::places::{entries, is_there, missing, published_in, snapshot, PICKLES};
+use super::{differences, ModelInfo, RawTensor, TensorFiles, WEIGHTS_FILE};
+use crate::checkpoint::{self, read_tensors, NamedTensors, MODEL_FILE, RECIPE_FILE, STATE_FILE};
+use crate::contract::Backbone;
+use crate::params::ParamBuilder;
+use crate::recipe::{Overrides, Resolved};
+use crate::text::printable;
+use crate::{DType, Error, Result};
+
+/// What lies at a path that was named for weights.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// A run: weights by role, those of its newest checkpoint.
+    Run {
+        /// The run's folder.
+        folder: PathBuf,
+        /// Its newest checkpoint.
+        newest: PathBuf,
+    },
+    /// A checkpoint, inside its run or copied out of it: weights by role.
+    Checkpoint(PathBuf),
+    /// A folder that `dinolab import` or `dinolab export` wrote: one model.
+    Weights(PathBuf),
+    /// A safetensors file by itself, with dinolab's names: nothing says what model it is of.
+    File(PathBuf),
+}
+
+/// What there is to name.
+const NAME: &str =
+    "name a run, a checkpoint of one (step-...), a folder that `dinolab import` or `dinolab export` wrote, or a \
+    .safetensors file with dinolab's names";
+
+impl Source {
+    /// Says what lies at `path`: a run, a checkpoint, a weights folder, a file of one of these, or a safetensors file by
+    /// itself. Links are followed. No tensor is read.
+    ///
+    /// # Errors
+    /// If it is none of these. Of what could be made usable, the error says by which command.
+    pub fn at(path: &Path) -> Result<Self> {
+        if let Some(problem) = missing(path) {
+            return Err(Error::content(path, problem, NAME));
+        }
+        if path.is_dir() {
+            return Self::folder(path)?.map_or_else(|| Err(no_weights(path)), Ok);
+        }
+        // A file of a folder that is known stands for the folder, also where the file's name is a link to it.
+        let real = path.canonicalize().map_err(Error::io("read", path))?;
+        for file in [path, &real] {
+            let is = |name: &str| file.file_name().is_some_and(|n| n == name);
+            let folder = file.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            if [MODEL_FILE, STATE_FILE, WEIGHTS_FILE, RECIPE_FILE].iter().any(|name| is(name)) {
+                if let Ok(Some(source)) = Self::folder(folder) {
+                    return Ok(source);
+                }
+            }
+        }
+        Self::file(path)
+    }
+
+    fn folder(path: &Path) -> Result<Option<Self>> {
+        if is_there(&path.join(STATE_FILE)) {
+            return Ok(Some(Self::Checkpoint(path.into())));
+        }
+        if is_there(&path.join(WEIGHTS_FILE)) {
+            return Ok(Some(Self::Weights(path.into())));
+        }
+        if !is_there(&path.join(RECIPE_FILE)) && !path.join(checkpoint::FOLDER).is_dir() {
+            return Ok(None);
+        }
+        match checkpoint::list(path)?.pop() {
+            Some(newest) => Ok(Some(Self::Run { folder: path.into(), newest })),
+            None => {
+                let help = format!("train it first: `dinolab train {0} --out {0} --resume`", printable(path));
+                Err(Error::content(path, "this run has no checkpoint yet", help))
+            }
+        }
+    }
+
+    fn file(path: &Path) -> Result<Self> {
+        let ending = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
+        if PICKLES.contains(&ending) {
+            let help = format!("`dinolab import {}` says how to convert it", printable(path));
+            return Err(Error::content(path, "a PyTorch file is read by running it, which dinolab does not do", help));
+        }
+        let files = TensorFiles::open(path)?;
+        if files.names().any(|n| ["", "student.", "teacher."].iter().any(|p| n.starts_with(&format!("{p}backbone.")))) {
+            return Ok(Self::File(path.into()));
+        }
+        let first = files.names().next().unwrap_or("none");
+        let problem = format!("its tensors have other names than dinolab's (the first is `{first}`)");
+        Err(Error::content(path, problem, import(path)))
+    }
+
+    /// The folder or file.
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Run { folder: path, .. } | Self::Checkpoint(path) | Self::Weights(path) | Self::File(path) => path,
+        }
+    }
+
+    /// Whether weights are there by role, `teacher.backbone...`, or one model alone.
+    pub fn has_roles(&self) -> bool {
+        matches!(self, Self::Run { .. } | Self::Checkpoint(_))
+    }
+
+    /// What model the weights are of; `None` for a file by itself.
+    ///
+    /// # Errors
+    /// If what says so cannot be read.
+    pub fn model(&self) -> Result<Option<ModelInfo>> {
+        match self {
+            Self::Weights(folder) => ModelInfo::read(&folder.join(WEIGHTS_FILE)).map(Some),
+            Self::File(_) => Ok(None),
+            Self::Run { .. } | Self::Checkpoint(_) => ModelInfo::read(&self.recipe_file()?).map(Some),
+        }
+    }
+
+    /// What model the weights are of, which has to be known.
+    ///
+    /// # Errors
+    /// As [`model`](Self::model), and for a file by itself.
+    pub fn known_model(&self) -> Result<ModelInfo> {
+        self.model()?.ok_or_else(|| {
+            let problem = "nothing says what model these weights are of";
+            let help =
+                "name the run or the folder that the file is from; or put it under the name model.safetensors into a \
+                folder with a weights.toml that has the tables [backbone] and [crops]";
+            Error::content(self.path(), problem, help)
+        })
+    }
+
+    /// The recipe of a run or of a checkpoint: the model with its heads.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn recipe(&self) -> Result<Resolved> {
+        if self.has_roles() {
+            return Resolved::load(self.recipe_file()?, &Overrides::default());
+        }
+        let problem = "these are weights without the recipe of their run, which says what heads there are";
+        Err(Error::content(self.path(), problem, "name a run, or a checkpoint of one (step-...)"))
+    }
+
+    /// The recipe that lies in the checkpoint, or else that of its run, or one that somebody put there.
+    fn recipe_file(&self) -> Result<PathBuf> {
+        let (Self::Run { newest: checkpoint, .. } | Self::Checkpoint(checkpoint)) = self else {
+            unreachable!("other sources have no roles")
+        };
+        if let Some(own) = checkpoint::recipe_file(checkpoint).map_err(|e| self.broken(e))? {
+            return Ok(own);
+        }
+        // A link to a checkpoint leads to its run.
+        let real = checkpoint.canonicalize().map_err(Error::io("read", checkpoint))?;
+        let run = real.ancestors().nth(2).map(|run| run.join(RECIPE_FILE));
+        if let Some(file) = run.into_iter().chain([real.join(RECIPE_FILE)]).find(|file| is_there(file)) {
+            return Ok(file);
+        }
+        let problem = format!("nothing says what model these weights are of: there is no {RECIPE_FILE}");
+        let help = format!("copy the {RECIPE_FILE} of the run that it is from into this folder");
+        Err(Error::content(self.path(), problem, help))
+    }
+
+    /// The safetensors file with the weights; that of a checkpoint was found to be what was written.
+    ///
+    /// # Errors
+    /// If it is missing, or was changed.
+    pub fn model_file(&self) -> Result<PathBuf> {
+        match self {
+            Self::Run { newest: folder, .. } | Self::Checkpoint(folder) => {
+                checkpoint::model_file(folder).map_err(|e| self.broken(e))
+            }
+            Self::Weights(folder) => Ok(folder.join(MODEL_FILE)),
+            Self::File(file) => Ok(file.clone()),
+        }
+    }
+
+    /// Its tensors: weights, so floats, and finite.
+    ///
+    /// # Errors
+    /// If the file is missing or broken, or holds what no weights are.
+    pub fn tensors(&self) -> Result<NamedTensors> {
+        let tensors = match self {
+            Self::Run { newest: folder, .. } | Self::Checkpoint(folder) => {
+                checkpoint::read_model(folder).map_err(|e| self.broken(e))?
+            }
+            Self::Weights(_) | Self::File(_) => read_tensors(&self.model_file()?)?,
+        };
+        for name in tensors.names() {
+            let tensor = tensors.get(name).expect("it has its names");
+            let refuse = |problem: String| {
+                Err(Error::content(self.path(), problem, "take an earlier checkpoint, or import the weights again"))
+            };
+            if tensor.dtype() == DType::U32 {
+                return refuse(format!("{name} is of whole numbers, which no weights are"));
+            }
+            let raw = RawTensor { dtype: tensor.dtype().into(), shape: tensor.shape(), bytes: tensor.as_bytes() };
+            let (bad, all) = (raw.non_finite(), tensor.len());
+            if bad > 0 {
+                return refuse(format!("{name} has {bad} of {all} numbers that are not finite (NaN or infinite)"));
+            }
+        }
+        Ok(tensors)
+    }
+
+    /// A broken newest checkpoint of a run, with the one before it, which is not taken without a word.
+    fn broken(&self, error: Error) -> Error {
+        let Self::Run { folder, newest } = self else { return error };
+        let older = checkpoint::list(folder).unwrap_or_default().into_iter().rev().filter(|c| c != newest);
+        match older.into_iter().find(|c| checkpoint::model_file(c).is_ok()) {
+            Some(whole) => {
+                let problem = format!("the newest checkpoint of this run is broken: {}", error.problem());
+                Error::content(newest, problem, format!("name the one before: {}", printable(whole)))
+            }
+            None => error,
+        }
+    }
+
+    /// Fails if the weights are known to be of a model that computes something else than `backbone`: shapes alone do not
+    /// tell, as the number of heads changes none.
+    ///
+    /// # Errors
+    /// Every key that differs, with both values.
+    pub fn check_same_model(&self, backbone: &dyn Backbone) -> Result<()> {
+        let Some(info) = self.model()? else { return Ok(()) };
+        let theirs = info.build(&mut ParamBuilder::new())?;
+        let differences = differences(&theirs.architecture(), &backbone.architecture());
+        if differences.is_empty() {
+            return Ok(());
+        }
+        let list: String = differences.iter().map(|d| format!("\n    {d}")).collect();
+        let help =
+            "leave `plugin` and these keys out of [backbone] to take the model of `backbone.weights`, or choose \
+            weights of the recipe's model";
+        Err(Error::content(self.path(), format!("weights of another model than the recipe's{list}"), help))
+    }
+}
+
+/// How published weights become usable.
+fn import(path: &Path) -> String {
+    format!("make a weights folder of it, `dinolab import {} --out weights/NAME`, and name that", printable(path))
+}
+
+/// Why a folder is no weights, and what to name instead.
+fn no_weights(path: &Path) -> Error {
+    let refuse = |problem: &str, help: String| Error::content(path, problem, help);
+    if path.ends_with(checkpoint::FOLDER) {
+        if let Some(run) = path.parent().filter(|run| is_there(&run.join(RECIPE_FILE))) {
+            return refuse(
+                "these are the checkpoints of a run",
+                format!("name the run, {}, or one of them", printable(run)),
+            );
+        }
+    }
+    match snapshot(path) {
+        Ok(Some(_)) => return refuse("this is a published model in Hugging Face's cache", import(path)),
+        Err(error) => return error,
+        Ok(None) => {}
+    }
+    if is_there(&path.join("config.json")) || published_in(path).is_ok() {
+        return refuse("these are published weights, in a layout of their own", import(path));
+    }
+    match run_below(path, 3) {
+        Some(run) => {
+            refuse("there are no weights here, but runs below", format!("name one of them, such as {}", printable(run)))
+        }
+        None => refuse("there are no weights here", NAME.into()),
+    }
+}
+
+/// The first run inside a folder, as those of a suite are.
+fn run_below(folder: &Path, depth: usize) -> Option<PathBuf> {
+    let inner = || entries(folder).unwrap_or_default().into_iter().map(|name| folder.join(name)).filter(|p| p.is_dir());
+    let run = inner().find(|p| is_there(&p.join(RECIPE_FILE)));
+    run.or_else(|| depth.checked_sub(1).and_then(|depth| inner().find_map(|p| run_below(&p, depth))))
+}
