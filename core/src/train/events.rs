@@ -1,15 +1,21 @@
 //! TensorBoard's event files: `metrics.jsonl` again, pictures of crops and histograms, for looking at.
 //!
 //! A file is a sequence of records: length (8 bytes), checksum of these, data, checksum of the data; all numbers
-//! little-endian, checksums CRC-32C, rotated and offset. The data are protocol buffers; the messages here name the fields
-//! that are used.
+//! little-endian, checksums CRC-32C, rotated and offset. The data are protocol buffers. Messages, records and checksums are
+//! tensorboard-rs's; its `SummaryWriter` is not used, because a full disk ends its thread, and with it the run, by a panic.
 
 use std::fs::{self, File};
-use std::io::{BufReader, BufWriter, Read, Write};
+use std::io::{BufReader, BufWriter, Read};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use prost::Message;
+use protobuf::wire_format::WireType;
+use protobuf::{CodedInputStream, Message, ProtobufResult};
+use tensorboard_proto::event::{Event, SessionLog, SessionLog_SessionStatus};
+use tensorboard_proto::summary::Summary;
+use tensorboard_rs::masked_crc32c::masked_crc32c;
+use tensorboard_rs::record_writer::RecordWriter;
+use tensorboard_rs::summary;
 
 use crate::{Error, Result};
 
@@ -18,114 +24,42 @@ const PREFIX: &str = "events.out.tfevents.";
 /// Bytes of a record beside its data.
 const FRAME: u64 = 16;
 
-#[derive(Clone, PartialEq, Message)]
-struct Event {
-    #[prost(double, tag = "1")]
-    wall_time: f64,
-    #[prost(int64, tag = "2")]
-    step: i64,
-    #[prost(string, optional, tag = "3")]
-    file_version: Option<String>,
-    #[prost(message, optional, tag = "5")]
-    summary: Option<Summary>,
-    #[prost(message, optional, tag = "7")]
-    session: Option<Session>,
+/// A number under a name.
+pub(super) fn number(tag: &str, value: f64) -> Summary {
+    summary::scalar(tag, value as f32)
 }
 
-/// A run that goes on says so with status 1: TensorBoard then forgets what it has seen of this step and later.
-#[derive(Clone, PartialEq, Message)]
-struct Session {
-    #[prost(int32, tag = "1")]
-    status: i32,
+/// A picture of `width` times `height` RGB pixels.
+pub(super) fn picture(tag: &str, rgb: &[u8], width: usize, height: usize) -> Summary {
+    // `summary::image` takes width before height for the pixels, and the other way round for the two fields.
+    let mut summary = summary::image(tag, rgb, &[3, width, height]);
+    let image = summary.mut_value()[0].mut_image();
+    image.set_width(width as i32);
+    image.set_height(height as i32);
+    summary
 }
 
-#[derive(Clone, PartialEq, Message)]
-struct Summary {
-    #[prost(message, repeated, tag = "1")]
-    values: Vec<Tagged>,
-}
-
-/// A number, a picture or a histogram under a name.
-#[derive(Clone, PartialEq, Message)]
-pub(super) struct Tagged {
-    #[prost(string, tag = "1")]
-    tag: String,
-    #[prost(float, optional, tag = "2")]
-    number: Option<f32>,
-    #[prost(message, optional, tag = "4")]
-    picture: Option<Picture>,
-    #[prost(message, optional, tag = "5")]
-    histogram: Option<Histogram>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Picture {
-    #[prost(int32, tag = "1")]
-    height: i32,
-    #[prost(int32, tag = "2")]
-    width: i32,
-    /// 3: RGB.
-    #[prost(int32, tag = "3")]
-    colorspace: i32,
-    #[prost(bytes = "vec", tag = "4")]
-    png: Vec<u8>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Histogram {
-    #[prost(double, tag = "1")]
-    least: f64,
-    #[prost(double, tag = "2")]
-    most: f64,
-    #[prost(double, tag = "3")]
-    count: f64,
-    #[prost(double, tag = "4")]
-    sum: f64,
-    #[prost(double, tag = "5")]
-    sum_of_squares: f64,
-    #[prost(double, repeated, tag = "6")]
-    limits: Vec<f64>,
-    #[prost(double, repeated, tag = "7")]
-    counts: Vec<f64>,
-}
-
-impl Tagged {
-    pub(super) fn of_number(tag: &str, value: f64) -> Self {
-        Self { tag: tag.into(), number: Some(value as f32), ..Self::default() }
+/// 60 equal buckets between the least and the greatest value; `None` if a value is not finite.
+pub(super) fn histogram(tag: &str, values: &[f64]) -> Option<Summary> {
+    const BUCKETS: usize = 60;
+    let (least, most) = values.iter().fold((f64::MAX, f64::MIN), |(l, h), &x| (l.min(x), h.max(x)));
+    if values.iter().any(|x| !x.is_finite()) || values.is_empty() {
+        return None;
     }
-
-    /// An RGB picture.
-    pub(super) fn of_picture(tag: &str, picture: &image::RgbImage) -> Self {
-        let mut png = std::io::Cursor::new(Vec::new());
-        picture.write_to(&mut png, image::ImageFormat::Png).expect("memory takes what is written");
-        let (height, width) = (picture.height() as i32, picture.width() as i32);
-        let picture = Picture { height, width, colorspace: 3, png: png.into_inner() };
-        Self { tag: tag.into(), picture: Some(picture), ..Self::default() }
+    let width = ((most - least) / BUCKETS as f64).max(1e-12);
+    let mut counts = vec![0.0; BUCKETS];
+    for x in values {
+        counts[(((x - least) / width) as usize).min(BUCKETS - 1)] += 1.0;
     }
-
-    /// 60 equal buckets between the least and the greatest value; `None` if a value is not finite.
-    pub(super) fn of_values(tag: &str, values: &[f64]) -> Option<Self> {
-        const BUCKETS: usize = 60;
-        let (least, most) = values.iter().fold((f64::MAX, f64::MIN), |(l, h), &x| (l.min(x), h.max(x)));
-        if values.iter().any(|x| !x.is_finite()) || values.is_empty() {
-            return None;
-        }
-        let width = ((most - least) / BUCKETS as f64).max(1e-12);
-        let mut counts = vec![0.0; BUCKETS];
-        for x in values {
-            counts[(((x - least) / width) as usize).min(BUCKETS - 1)] += 1.0;
-        }
-        let limits = (1..=BUCKETS).map(|i| least + width * i as f64).collect();
-        let (sum, sum_of_squares) = values.iter().fold((0.0, 0.0), |(s, q), x| (s + x, q + x * x));
-        let histogram = Histogram { least, most, count: values.len() as f64, sum, sum_of_squares, limits, counts };
-        Some(Self { tag: tag.into(), histogram: Some(histogram), ..Self::default() })
-    }
+    let limits: Vec<f64> = (1..=BUCKETS).map(|i| least + width * i as f64).collect();
+    let (sum, squares) = values.iter().fold((0.0, 0.0), |(s, q), x| (s + x, q + x * x));
+    Some(summary::histogram_raw(tag, least, most, values.len() as f64, sum, squares, &limits, &counts))
 }
 
 /// The event file of this part of a run.
 pub(super) struct Events {
     path: PathBuf,
-    file: BufWriter<File>,
+    file: RecordWriter<BufWriter<File>>,
 }
 
 impl Events {
@@ -151,25 +85,35 @@ impl Events {
         let number = newest.map_or(now, |newest| now.max(newest.saturating_add(1)));
         let path = folder.join(format!("{PREFIX}{number:010}.dinolab"));
         let file = File::create(&path).map_err(Error::io("create", &path))?;
-        let mut events = Self { path, file: BufWriter::new(file) };
-        events.put(&Event { file_version: Some("brain.Event:2".into()), ..Event::default() })?;
+        let mut events = Self { path, file: RecordWriter::new(BufWriter::new(file)) };
+        let mut version = Event::new();
+        version.set_file_version("brain.Event:2".into());
+        events.put(0, version)?;
         if start > 0 {
-            events.put(&Event { step: start as i64 + 1, session: Some(Session { status: 1 }), ..Event::default() })?;
+            // TensorBoard forgets what it has seen of this step and later ones.
+            let mut session = SessionLog::new();
+            session.set_status(SessionLog_SessionStatus::START);
+            let mut event = Event::new();
+            event.set_session_log(session);
+            events.put(start + 1, event)?;
         }
         Ok((events, damaged))
     }
 
-    /// Writes values of a step.
-    pub(super) fn write(&mut self, step: u64, values: Vec<Tagged>) -> Result<()> {
-        self.put(&Event { step: step as i64, summary: Some(Summary { values }), ..Event::default() })
+    /// Writes what a step gave.
+    pub(super) fn write(&mut self, step: u64, summaries: Vec<Summary>) -> Result<()> {
+        let mut all = Summary::new();
+        all.set_value(summaries.into_iter().flat_map(|mut summary| summary.take_value()).collect());
+        let mut event = Event::new();
+        event.set_summary(all);
+        self.put(step, event)
     }
 
-    fn put(&mut self, event: &Event) -> Result<()> {
-        let wall_time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64());
-        let data = Event { wall_time, ..event.clone() }.encode_to_vec();
-        let length = (data.len() as u64).to_le_bytes();
-        let parts = [&length[..], &checksum(&length), &data, &checksum(&data)].concat();
-        self.file.write_all(&parts).and_then(|()| self.file.flush()).map_err(Error::io("write", &self.path))
+    fn put(&mut self, step: u64, mut event: Event) -> Result<()> {
+        event.set_wall_time(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64()));
+        event.set_step(step as i64);
+        let data = event.write_to_bytes().expect("memory takes what is written");
+        self.file.write(&data).and_then(|()| self.file.flush()).map_err(Error::io("write", &self.path))
     }
 }
 
@@ -179,7 +123,21 @@ fn number_of(path: &Path) -> Option<u64> {
 }
 
 fn checksum(bytes: &[u8]) -> [u8; 4] {
-    crc32c::crc32c(bytes).rotate_right(15).wrapping_add(0xa282_ead8).to_le_bytes()
+    masked_crc32c(bytes).to_le_bytes()
+}
+
+/// The step of an encoded event. Its other fields are passed over, not decoded: who writes a file decides how deeply they
+/// are nested.
+fn step_of(data: &[u8]) -> ProtobufResult<Option<u64>> {
+    let mut fields = CodedInputStream::from_bytes(data);
+    while !fields.eof()? {
+        match fields.read_tag_unpack()? {
+            (2, WireType::WireTypeVarint) => return Ok(u64::try_from(fields.read_int64()?).ok()),
+            (_, WireType::WireTypeStartGroup | WireType::WireTypeEndGroup) => return Ok(None),
+            (_, other) => fields.skip_field(other)?,
+        }
+    }
+    Ok(Some(0))
 }
 
 /// Leaves the whole records of steps up to `start` in a file; gives whether there were damaged ones.
@@ -196,10 +154,10 @@ fn keep_until(path: &Path, start: u64) -> Result<bool> {
         };
         at += record.len() as u64;
         let (data, check) = record[12..].split_at(record.len() - FRAME as usize);
-        let event = if checksum(data)[..] == *check { Event::decode(data).ok() } else { None };
-        match event {
+        let step = if checksum(data)[..] == *check { step_of(data).ok().flatten() } else { None };
+        match step {
             None => damaged = true,
-            Some(event) if u64::try_from(event.step).is_ok_and(|step| step <= start) => kept.extend(record),
+            Some(step) if step <= start => kept.extend(record),
             Some(_) => {}
         }
     }
@@ -239,8 +197,9 @@ mod tests {
             while !rest.is_empty() {
                 let left = rest.len() as u64;
                 let record = record(&mut rest, left).unwrap().expect("a whole record");
-                let event = Event::decode(&record[12..record.len() - 4]).unwrap();
-                found.extend(event.summary.into_iter().flat_map(|s| s.values).map(|v| (event.step, v.tag)));
+                let event = Event::parse_from_bytes(&record[12..record.len() - 4]).unwrap();
+                let values = event.get_summary().get_value();
+                found.extend(values.iter().map(|v| (event.get_step(), v.get_tag().to_string())));
             }
         }
         found
@@ -248,7 +207,7 @@ mod tests {
 
     fn write(folder: &Path, start: u64, steps: std::ops::RangeInclusive<u64>) {
         let (mut events, _) = Events::open(folder, start).unwrap();
-        steps.for_each(|step| events.write(step, vec![Tagged::of_number("loss", step as f64)]).unwrap());
+        steps.for_each(|step| events.write(step, vec![number("loss", step as f64)]).unwrap());
     }
 
     #[test]
@@ -270,10 +229,11 @@ mod tests {
     #[test]
     fn a_histogram_counts_every_value_once() {
         let values: Vec<f64> = (0..1000).map(|i| f64::from(i) * 0.37 - 100.0).collect();
-        let histogram = Tagged::of_values("weights", &values).unwrap().histogram.unwrap();
-        assert_eq!(histogram.counts.iter().sum::<f64>(), 1000.0);
-        assert_eq!((histogram.least, histogram.count), (-100.0, 1000.0));
-        assert!(Tagged::of_values("weights", &[1.0, f64::NAN]).is_none());
+        let summary = histogram("weights", &values).unwrap();
+        let histogram_of = summary.get_value()[0].get_histo();
+        assert_eq!(histogram_of.get_bucket().iter().sum::<f64>(), 1000.0);
+        assert_eq!((histogram_of.get_min(), histogram_of.get_num()), (-100.0, 1000.0));
+        assert!(histogram("weights", &[1.0, f64::NAN]).is_none());
     }
 
     proptest! {

@@ -2,15 +2,15 @@
 
 use std::collections::BTreeMap;
 
-use image::{Rgb, RgbImage};
 use serde_json::{Map, Value};
+use tensorboard_proto::summary::Summary;
 
 use crate::data::Batch;
 use crate::recipe::Recipe;
 use crate::step::{Learner, Report};
 use crate::{Result, Tensor};
 
-use super::events::{Events, Tagged};
+use super::events::{self, Events};
 use super::folder::RunFolder;
 use super::lines::Writer;
 
@@ -102,7 +102,7 @@ impl Log {
         line.extend(numbers.iter().map(|(k, v)| (k.clone(), serde_json::json!(v))));
         self.metrics.put(&line)?;
         self.last = line;
-        Ok(self.show(step, numbers.iter().map(|(name, value)| Tagged::of_number(name, *value)).collect()))
+        Ok(self.show(step, numbers.iter().map(|(name, value)| events::number(name, *value)).collect()))
     }
 
     /// Adds scores to the line of `step`, the newest: they were due when the run was stopped.
@@ -115,7 +115,7 @@ impl Log {
             false => self.metrics.put(&line)?,
         }
         self.last = line;
-        Ok(self.show(step, scores.iter().map(|(name, value)| Tagged::of_number(name, *value)).collect()))
+        Ok(self.show(step, scores.iter().map(|(name, value)| events::number(name, *value)).collect()))
     }
 
     pub(super) fn warning(&mut self, step: u64, kind: &str, text: &str) -> Result<()> {
@@ -132,7 +132,8 @@ impl Log {
     /// The crops of the first images, one row an image: what the model is really fed.
     pub(super) fn crops(&mut self, batches: &[Batch], recipe: &Recipe) -> Option<String> {
         let batch = batches.first().filter(|_| self.events.is_some())?;
-        self.show(0, vec![Tagged::of_picture("crops", &contact_sheet(batch, recipe))])
+        let (rgb, width, height) = contact_sheet(batch, recipe);
+        self.show(0, vec![events::picture("crops", &rgb, width, height)])
     }
 
     /// Distribution of every sub-model's weights and gradients.
@@ -144,29 +145,30 @@ impl Log {
             let range = layout.range_of(&format!("{module}."));
             for (what, flat) in [("weights", &weights.student), ("gradients", weights.grads())] {
                 let numbers = flat.view(range.start, &[range.len()]).to_f64_vec();
-                values.extend(Tagged::of_values(&format!("{what}/{module}"), &numbers));
+                values.extend(events::histogram(&format!("{what}/{module}"), &numbers));
             }
         }
         self.show(step, values)
     }
 
     /// Hands values to TensorBoard. After a failure, which is given, it gets no more: the numbers are in JSON as well.
-    fn show(&mut self, step: u64, values: Vec<Tagged>) -> Option<String> {
+    fn show(&mut self, step: u64, values: Vec<Summary>) -> Option<String> {
         let error = self.events.as_mut()?.write(step, values).err()?;
         self.events = None;
         Some(format!("TensorBoard gets nothing from here on: {error}"))
     }
 }
 
-/// Up to four images with all their crops as one picture.
-fn contact_sheet(batch: &Batch, recipe: &Recipe) -> RgbImage {
+/// Up to four images with all their crops as one picture: RGB, width, height.
+fn contact_sheet(batch: &Batch, recipe: &Recipe) -> (Vec<u8>, usize, usize) {
     const GAP: usize = 2;
     let images = batch.images();
     let kinds: Vec<(&Tensor, usize)> =
         [Some(&batch.global), batch.local.as_ref()].into_iter().flatten().map(|t| (t, t.dim(0) / images)).collect();
     let width: usize = kinds.iter().map(|(t, n)| n * (t.dim(3) + GAP)).sum();
     let row = kinds.iter().map(|(t, _)| t.dim(2)).max().unwrap_or(0) + GAP;
-    let mut sheet = RgbImage::from_pixel(width as u32, (row * images.min(4)) as u32, Rgb([255; 3]));
+    let height = row * images.min(4);
+    let mut sheet = vec![255u8; 3 * width * height];
     for image in 0..images.min(4) {
         let mut left = 0;
         for (crops, count) in &kinds {
@@ -175,16 +177,15 @@ fn contact_sheet(batch: &Batch, recipe: &Recipe) -> RgbImage {
             let data = host.as_slice::<f32>();
             for crop in 0..*count {
                 let base = (crop * images + image) * 3 * h * w;
-                for i in 0..h * w {
-                    let pixel = [0, 1, 2].map(|c| {
-                        let value = data[base + c * h * w + i] * recipe.crops.std[c] + recipe.crops.mean[c];
-                        (value * 255.0).clamp(0.0, 255.0) as u8
-                    });
-                    sheet.put_pixel((left + i % w) as u32, (image * row + i / w) as u32, Rgb(pixel));
+                for (i, channel) in (0..h * w).flat_map(|i| (0..3).map(move |c| (i, c))) {
+                    let value =
+                        data[base + channel * h * w + i] * recipe.crops.std[channel] + recipe.crops.mean[channel];
+                    let (y, x) = (image * row + i / w, left + i % w);
+                    sheet[3 * (y * width + x) + channel] = (value * 255.0).clamp(0.0, 255.0) as u8;
                 }
                 left += w + GAP;
             }
         }
     }
-    sheet
+    (sheet, width, height)
 }
