@@ -183,7 +183,7 @@ fn unwound(payload: Box<dyn Any + Send>) -> Result<ExitCode> {
     match payload.downcast::<Error>() {
         Ok(error) => Err(*error),
         Err(_) => {
-            style::note("this is a defect of dinolab or of a plugin: please report it with the lines above");
+            style::line("this is a defect of dinolab or of a plugin: please report it with the lines above");
             Ok(ExitCode::from(PANIC))
         }
     }

@@ -52,17 +52,17 @@ pub fn listen(answer: Answer) -> Result<()> {
             let again = stop.swap(true, Ordering::Relaxed);
             match answer {
                 Answer::Save if !again => {
-                    style::note(&format!("{name}: stops once all is saved; a second signal ends it at once"));
+                    style::line(&format!("{name}: stops once all is saved; a second signal ends it at once"));
                 }
                 Answer::Save => {
-                    style::note(&format!(
+                    style::line(&format!(
                         "{name} again: ended at once; what was saved before is whole, and goes on as after a kill: with \
                         the same command (train: and --resume)"
                     ));
                     signal_hook::low_level::exit(AT_ONCE);
                 }
                 Answer::End => {
-                    style::note(&format!("{name}: ended; nothing of it was kept, run the same command again"));
+                    style::line(&format!("{name}: ended; nothing of it was kept, run the same command again"));
                     signal_hook::low_level::exit(AT_ONCE);
                 }
             }

@@ -98,7 +98,7 @@ fn stderr(line: &str) {
 }
 
 /// A line on stderr.
-pub fn note(line: &str) {
+pub fn line(line: &str) {
     stderr(&shown(line));
 }
 
@@ -114,7 +114,7 @@ pub fn shown(text: &str) -> String {
 
 /// Writes to stderr what a user may want to know.
 pub fn note(message: impl std::fmt::Display) {
-    let _ = writeln!(std::io::stderr(), "{} {message}", err().dim("note:"));
+    stderr(&format!("{} {}", err().dim("note:"), shown(&message.to_string())));
 }
 
 /// Writes an error to stderr; every problem of a recipe is one.

@@ -116,7 +116,7 @@ fn conclude(plan: &Plan, tally: &Tally) -> Result<ExitCode> {
         style::say(&format!("{run} is being run by another process, which will write the report again"));
     }
     for (run, error) in &tally.failed {
-        style::note(&format!("failed: {run}: {error}"));
+        style::line(&format!("failed: {run}: {error}"));
     }
     style::say(&format!("report: {}", printable(&report)));
     Ok(if tally.failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })

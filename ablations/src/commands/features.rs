@@ -153,7 +153,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             bar.inc(1);
             if bar.is_hidden() {
                 if let Some(left) = pulse.due(bar.position(), inputs.len() as u64) {
-                    style::note(&format!("{} of {} images, {left}", bar.position(), inputs.len()));
+                    style::line(&format!("{} of {} images, {left}", bar.position(), inputs.len()));
                 }
             }
         }

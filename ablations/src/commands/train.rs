@@ -73,7 +73,7 @@ impl Bar {
 
 impl Observer for Bar {
     fn started(&mut self, start: &Start) {
-        self.bar.suspend(|| style::note(&start.to_string()));
+        self.bar.suspend(|| style::line(&start.to_string()));
         self.bar.set_position(start.step);
         self.bar.reset_eta();
     }
@@ -86,7 +86,7 @@ impl Observer for Bar {
         let text = format!("{} | {rates}", losses.join(" "));
         if self.bar.is_hidden() {
             if let Some(left) = self.pulse.due(p.step, p.total) {
-                style::note(&format!("step {} of {}: {text}, {left}", p.step, p.total));
+                style::line(&format!("step {} of {}: {text}, {left}", p.step, p.total));
             }
         }
         self.bar.set_message(text);
@@ -100,6 +100,6 @@ impl Observer for Bar {
     fn probed(&mut self, step: u64, scores: &BTreeMap<String, f64>) {
         let scores: Vec<String> =
             scores.iter().map(|(name, v)| format!("{} {v:.3}", name.trim_start_matches("probe/"))).collect();
-        self.bar.suspend(|| style::note(&format!("step {step}: {}", scores.join(", "))));
+        self.bar.suspend(|| style::line(&format!("step {step}: {}", scores.join(", "))));
     }
 }

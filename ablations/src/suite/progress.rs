@@ -63,7 +63,7 @@ impl Progress {
                     if let Some(left) = self.pulse.borrow_mut().due(step, steps) {
                         let (run, done, runs) = (self.run.prefix(), self.suite.position(), self.suite.length());
                         let of = runs.map_or(String::new(), |runs| format!(" of {runs}"));
-                        style::note(&format!("{run}: step {step} of {steps}: {text}, {left}; {done}{of} runs done"));
+                        style::line(&format!("{run}: step {step} of {steps}: {text}, {left}; {done}{of} runs done"));
                     }
                 }
             }
@@ -84,7 +84,7 @@ impl Progress {
     /// A line above the bars.
     pub fn say(&self, line: &str) {
         if self.suite.is_hidden() {
-            style::note(line);
+            style::line(line);
         } else {
             // A terminal that cannot be written to has nobody who could be told.
             let _ = self.bars.println(style::shown(line));

@@ -12,7 +12,7 @@ use super::layers::{Overrides, RawRecipe, SCHEMA};
 use super::nested::{Fault, Nested};
 use super::problem::{Origin, Problem, Severity};
 use super::{check, ranges, unread, Recipe};
-use crate::{Error, Result};
+use crate::Result;
 
 /// Problems reported at once.
 const MOST_PROBLEMS: usize = 20;
