@@ -238,9 +238,8 @@ pub fn save(run: &Path, content: &Content, keep: usize) -> Result<PathBuf> {
         write_tensors(&path, tensors, &[(key, count.to_string())])?;
         files.insert(name.to_string(), hash_file(&path)?);
     }
-    if let Some(text) = recipe_without_origins(run)? {
+    if let Some(text) = sealed_recipe(run)? {
         write_file(&building.path().join(RECIPE_FILE), text.as_bytes())?;
-        files.insert(RECIPE_FILE.into(), blake3::hash(text.as_bytes()).to_hex().to_string());
     }
     let state = State {
         format: FORMAT,
@@ -306,9 +305,12 @@ pub fn clear(run: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The recipe of a run without the comments on where its values came from: a checkpoint's bytes are those of any run of
-/// the recipe.
-fn recipe_without_origins(run: &Path) -> Result<Option<String>> {
+/// What the first line of a checkpoint's recipe begins with; the BLAKE3 hash of the rest follows. It is not in
+/// [`STATE_FILE`], which is the same under other keys that change no number.
+const SEAL: &str = "# blake3 of what follows: ";
+
+/// The recipe of a run as a checkpoint keeps it.
+fn sealed_recipe(run: &Path) -> Result<Option<String>> {
     let file = run.join(RECIPE_FILE);
     if !file.exists() {
         return Ok(None);
@@ -316,7 +318,8 @@ fn recipe_without_origins(run: &Path) -> Result<Option<String>> {
     let text = fs::read_to_string(&file).map_err(Error::io("read", &file))?;
     let wrong =
         |e: toml::de::Error| Error::content(&file, e.message(), "put back the recipe that the run was started with");
-    Ok(Some(text.parse::<toml::Table>().map_err(wrong)?.to_string()))
+    let text = text.parse::<toml::Table>().map_err(wrong)?.to_string();
+    Ok(Some(format!("{SEAL}{}\n{text}", blake3::hash(text.as_bytes()).to_hex())))
 }
 
 /// Makes temporary files and folders with the permissions of ordinary ones (less the umask), as they are renamed later.
@@ -480,14 +483,17 @@ pub fn load_newest_before(run: &Path, step: u64) -> Result<Option<(Checkpoint, V
 /// The recipe in a checkpoint, found to be what was written; `None` in checkpoints of versions that wrote none.
 ///
 /// # Errors
-/// If it is missing or was changed.
+/// If it was changed.
 pub(crate) fn recipe_file(checkpoint: &Path) -> Result<Option<PathBuf>> {
-    let state = read_state(checkpoint)?;
-    let Some(hash) = state.files.get(RECIPE_FILE) else { return Ok(None) };
     let file = checkpoint.join(RECIPE_FILE);
-    match *hash == hash_file(&file)? {
-        true => Ok(Some(file)),
-        false => Err(changed(&file)),
+    if !file.exists() {
+        return Ok(None);
+    }
+    let text = fs::read_to_string(&file).map_err(Error::io("read", &file))?;
+    // One without a seal was put there by somebody.
+    match text.strip_prefix(SEAL).and_then(|sealed| sealed.split_once('\n')) {
+        Some((hash, rest)) if hash != blake3::hash(rest.as_bytes()).to_hex().as_str() => Err(changed(&file)),
+        _ => Ok(Some(file)),
     }
 }
 

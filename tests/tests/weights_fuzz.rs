@@ -114,6 +114,8 @@ fn no_header_is_believed_before_it_is_held_against_the_file() {
     let header = 8 + u64::from_le_bytes(whole[..8].try_into().unwrap()) as usize;
     let lengths =
         [0, 1, 7, header as u64, whole.len() as u64, 1 << 20, 1 << 27, 1 << 32, 1 << 62, u64::MAX - 8, u64::MAX];
+    let types = ["\"F99\"", "\"F4\"", "\"F8_E4M3\"", "\"I64\"", "32"];
+    let odd_names = ["", "\\u0000", "../b", "\\ud800", "__metadata__"];
     let (mut read, all) = (0, cases(2000));
     for case in 0..all {
         let mut dice = Dice::of(case);
@@ -130,17 +132,9 @@ fn no_header_is_believed_before_it_is_held_against_the_file() {
                 let found = *dice.one(&["[3]", "[1,1]", "[0,8]", "[8,20]", "[0,12]", "[12,20]"]);
                 head = text.replace(found, &format!("[{},{}]", dice.one(&numbers), dice.one(&numbers))).into_bytes();
             }
-            3 => {
-                head = text
-                    .replace("\"F32\"", *dice.one(&["\"F99\"", "\"F4\"", "\"F8_E4M3\"", "\"I64\"", "32"]))
-                    .into_bytes()
-            }
+            3 => head = text.replace("\"F32\"", dice.one(&types)).into_bytes(),
             4 => head = text.replace("b.weight", "a.weight").into_bytes(),
-            5 => {
-                head = text
-                    .replace("b.weight", *dice.one(&["", "\\u0000", "../b", "\\ud800", "__metadata__"]))
-                    .into_bytes()
-            }
+            5 => head = text.replace("b.weight", dice.one(&odd_names)).into_bytes(),
             _ => dice.damage(&mut head),
         }
         let length = length.unwrap_or(head.len() as u64);

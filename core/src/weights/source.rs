@@ -145,7 +145,7 @@ impl Source {
         Err(Error::content(self.path(), problem, "name a run, or a checkpoint of one (step-...)"))
     }
 
-    /// The recipe that lies in the checkpoint, or else that of its run, or one that somebody put there.
+    /// The recipe that lies in the checkpoint, or else that of its run.
     fn recipe_file(&self) -> Result<PathBuf> {
         let (Self::Run { newest: checkpoint, .. } | Self::Checkpoint(checkpoint)) = self else {
             unreachable!("other sources have no roles")
@@ -155,9 +155,8 @@ impl Source {
         }
         // A link to a checkpoint leads to its run.
         let real = checkpoint.canonicalize().map_err(Error::io("read", checkpoint))?;
-        let run = real.ancestors().nth(2).map(|run| run.join(RECIPE_FILE));
-        if let Some(file) = run.into_iter().chain([real.join(RECIPE_FILE)]).find(|file| is_there(file)) {
-            return Ok(file);
+        if let Some(run) = real.ancestors().nth(2).map(|run| run.join(RECIPE_FILE)).filter(|file| is_there(file)) {
+            return Ok(run);
         }
         let problem = format!("nothing says what model these weights are of: there is no {RECIPE_FILE}");
         let help = format!("copy the {RECIPE_FILE} of the run that it is from into this folder");
