@@ -199,3 +199,16 @@ pub fn exit_code(error: &Error) -> ExitCode {
         _ => ExitCode::FAILURE,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_that_unwound_is_an_error_like_any_other_and_a_panic_is_a_defect() {
+        let thrown = || std::panic::resume_unwind(Box::new(Error::user("the device is lost", "restart it")));
+        let ended = unwound(catch_unwind(thrown).map(|(): ()| ()).unwrap_err());
+        assert_eq!(exit_code(&ended.unwrap_err()), ExitCode::from(BAD_INPUT));
+        assert_eq!(unwound(Box::new("an invariant is broken")).unwrap(), ExitCode::from(PANIC));
+    }
+}

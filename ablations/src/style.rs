@@ -75,11 +75,6 @@ pub fn print(text: &str) {
     }
 }
 
-/// Whether nobody reads what is printed any more.
-pub fn is_lost() -> bool {
-    lost().is_some()
-}
-
 /// How a program ends that would end with `code`: a reader that had enough is no failure, a full disk is one.
 pub fn exit_code(code: ExitCode) -> ExitCode {
     match lost().take() {

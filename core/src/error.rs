@@ -64,16 +64,13 @@ pub enum Error {
         help: String,
     },
     /// A run ended by an error, and left a report of it.
-    #[error("{error}\n  report: {}", report.display())]
+    #[error("{error}\n  report: {}", printable(report))]
     Run {
         /// What ended it.
         error: Box<Error>,
         /// Step, recipe, last metrics and the batch's samples.
         report: PathBuf,
     },
-    /// The user asked the program to stop, and what it was doing cannot be continued.
-    #[error("{0}")]
-    Stopped(String),
 }
 
 /// What to do about a failure of the operating system, where it is plain.

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use dinolab_core::registry;
+use dinolab_core::text::printable;
 use dinolab_core::{Error, Result};
 
 use crate::style;
@@ -194,9 +195,9 @@ pub fn run(command: &Command) -> Result<ExitCode> {
         write(&folder.join(path.replace("my_plugin", name)), &text)?;
     }
     add_workspace(&folder)?;
-    let shown = folder.display();
-    style::print(&format!("made {shown}: a {} that works, to be changed\n\n", kind.name()));
-    style::print(&format!("    cd {shown}\n    cargo test --release\n    cargo run --release -- train recipe.toml\n"));
+    let shown = printable(&folder);
+    style::say(&format!("made {shown}: a {} that works, to be changed\n", kind.name()));
+    style::say(&format!("    cd {shown}\n    cargo test --release\n    cargo run --release -- train recipe.toml"));
     Ok(ExitCode::SUCCESS)
 }
 

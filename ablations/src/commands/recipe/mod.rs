@@ -11,6 +11,7 @@ use std::process::ExitCode;
 
 use dinolab_core::recipe::{cost, describe, Overrides, Resolved};
 use dinolab_core::registry::DataContext;
+use dinolab_core::text::printable;
 use dinolab_core::Result;
 
 use crate::cli::{SetArgs, BAD_INPUT};
@@ -104,7 +105,7 @@ fn check(path: &Path, overrides: &Overrides, with_cost: bool) -> bool {
     });
     match checked {
         Ok((resolved, cost)) => {
-            style::print(&format!("{}  {}  {}\n", style::out().green("ok"), path.display(), &resolved.hash[..16]));
+            style::print(&format!("{}  {}  {}\n", style::out().green("ok"), printable(path), &resolved.hash[..16]));
             cost.iter().for_each(|cost| style::print(&cost_table(cost)));
             true
         }
