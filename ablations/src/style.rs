@@ -117,9 +117,9 @@ pub fn shown(text: &str) -> String {
     text.split('\n').map(printable).collect::<Vec<_>>().join("\n")
 }
 
-/// Writes to stderr what a user may want to know.
-pub fn note(message: impl std::fmt::Display) {
-    let _ = writeln!(std::io::stderr(), "{} {message}", err().dim("note:"));
+/// Writes to stderr what is no mistake and still good to know.
+pub fn aside(message: impl std::fmt::Display) {
+    stderr(&format!("{} {}", err().dim("note:"), shown(&message.to_string())));
 }
 
 /// Writes an error to stderr; every problem of a recipe is one.

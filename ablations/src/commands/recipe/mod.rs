@@ -94,7 +94,7 @@ pub fn run(command: Command) -> Result<ExitCode> {
 fn check(path: &Path, overrides: &Overrides, with_cost: bool) -> bool {
     let checked = Resolved::load(path, overrides).and_then(|resolved| {
         resolved.warnings.iter().for_each(style::warn);
-        resolved.notes.iter().for_each(style::note);
+        resolved.notes.iter().for_each(style::aside);
         let recipe = &resolved.recipe;
         let warn = |what: &dyn Display| style::warn(format!("{}: {what}", path.display()));
         // Data and memory may be those of another machine than the one where recipes are written.
