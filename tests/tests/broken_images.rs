@@ -54,8 +54,8 @@ fn broken_images_that_are_held_out_are_left_out_of_the_score_and_said() {
     for part in ["train", "val"] {
         std::fs::create_dir_all(folder.path("parts").join(part)).expect("a folder");
         for class in ["cat", "dog"] {
-            let copy = std::process::Command::new("cp").arg("-r").arg(folder.path("pictures").join(class));
-            let copied = { copy }.arg(folder.path("parts").join(part)).status();
+            let (from, to) = (folder.path("pictures").join(class), folder.path("parts").join(part));
+            let copied = std::process::Command::new("cp").arg("-r").args([from, to]).status();
             assert!(copied.expect("cp starts").success());
         }
     }
