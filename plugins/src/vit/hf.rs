@@ -149,6 +149,11 @@ pub(crate) fn read(files: &TensorFiles, mut keys: JsonTable, notes: &mut Vec<Str
         let problem = format!("{depth} blocks, where there are {} tensors", files.names().count());
         return Err(keys.wrong("num_hidden_layers", problem, "take the configuration that belongs to the weights"));
     }
+    // An empty tensor may be left in files of models without registers.
+    if c.num_register_tokens == 0 && files.get(REGISTERS).is_some_and(|tensor| !tensor.bytes.is_empty()) {
+        let problem = format!("0, where the weights have {REGISTERS}");
+        return Err(keys.wrong("num_register_tokens", problem, "take the configuration that belongs to the weights"));
+    }
     if c.num_register_tokens > 0 {
         check_sizes(files, keys.file(), &[("num_register_tokens", &[c.num_register_tokens, dim])])?;
     }
