@@ -90,7 +90,8 @@ fn unlimited(schema: &Json, path: &str, scheduler: bool, found: &mut Vec<String>
     let alternatives = ["anyOf", "oneOf"].iter().filter_map(|k| schema[*k].as_array()).flatten();
     let parts = alternatives.chain(schema.get("items")).chain(schema.get("additionalProperties"));
     // The bare number of a schedule has the range of the schedule.
-    parts.filter(|part| !has("x-schedule") || part.get("x-kind").is_some()).for_each(|part| {
+    let outer = |part: &&Json| bounded && part.get("x-schedule").is_some();
+    parts.filter(|part| !outer(part) && (!has("x-schedule") || part.get("x-kind").is_some())).for_each(|part| {
         unlimited(part, &format!("{path}/{}", part["title"].as_str().unwrap_or_default()), scheduler, found)
     });
 }

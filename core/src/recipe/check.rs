@@ -280,7 +280,8 @@ fn losses(recipe: &Recipe, backbone: &dyn Backbone, distils: bool, problems: &mu
 /// What keeps the loss `name` from ever seeing a masked patch: the masks of every crop size, as the loader makes them.
 fn masked(recipe: &Recipe, patch: usize, name: &str) -> Option<Problem> {
     let off = format!("set losses.{name}.enabled = false");
-    let crops = GLOBALS * (recipe.batch.size / recipe.batch.micro_batches);
+    // Masks are drawn for the whole batch, and dealt to its parts.
+    let crops = GLOBALS * recipe.batch.size;
     let sides = recipe.crops.variants(None).into_iter().map(|r| r.global_size);
     let patches = sides.map(|side| (side / patch).pow(2)).min()?;
     let MaskConfig { probability, ratio: [_, most], .. } = recipe.masking;
@@ -293,7 +294,7 @@ fn masked(recipe: &Recipe, patch: usize, name: &str) -> Option<Problem> {
     }
     if !any_masked(crops, patches, &MaskConfig { ratio: [1.0; 2], ..recipe.masking.clone() }) {
         let least = least_share(crops);
-        let what = format!("{probability} of the {crops} global crops of a micro-batch is less than one crop");
+        let what = format!("{probability} of the {crops} global crops of a batch is less than one crop");
         return problem("masking.probability", what, least);
     }
     let what = format!("{most} of the {patches} patches of a global crop is less than one patch");

@@ -98,7 +98,7 @@ impl Guide {
             default: schema.get("default").cloned(),
             doc: text(schema, "description").map(|d| d.replace('\n', " ")),
             reader,
-            is_schedule: schema.get("x-schedule").is_some(),
+            is_schedule: schedule_of(schema).is_some(),
             is_path: alternatives(schema).iter().any(|s| text(s, "format") == Some("path")),
         })
     }
@@ -163,6 +163,13 @@ pub(super) fn alternatives(schema: &Json) -> Vec<&Json> {
     }
 }
 
+/// The schedule that a key takes, if it takes one; it may be one that need not be given.
+pub(super) fn schedule_of(schema: &Json) -> Option<&Json> {
+    let is = |s: &&Json| s.get("x-schedule").is_some();
+    let inside = || schema.get("anyOf").and_then(Json::as_array).and_then(|all| all.iter().find(is));
+    Some(schema).filter(is).or_else(inside)
+}
+
 /// Of several alternatives the one for the plugin that the table names; `[losses.x]` names x if it says nothing.
 pub(super) fn table_schema<'a>(schema: &'a Json, table: Option<&Dict>, name: &str) -> &'a Json {
     let plugin = table.and_then(|t| t.get("plugin")).and_then(Value::as_str).unwrap_or(name);
@@ -194,7 +201,7 @@ pub fn kind(schema: &Json) -> String {
         Some(range) => format!("{kind}, {range}"),
         None => kind.to_string(),
     };
-    if schema.get("x-schedule").is_some() {
+    if schedule_of(schema).is_some() {
         return ranged("number or scheduler");
     }
     let options = alternatives(schema);

@@ -95,7 +95,7 @@ struct Walk {
 
 impl Walk {
     fn value(&mut self, at: &Place, schema: &Json, value: &Json, given: Option<&Value>) {
-        if schema.get("x-schedule").is_some() && value.is_object() {
+        if describe::schedule_of(schema).is_some() && value.is_object() {
             return self.schedule(at, schema, value, given);
         }
         let inner = fitting(schema, value);

@@ -247,9 +247,9 @@ fn a_precision_that_the_named_device_does_not_have_is_refused() {
 
 #[test]
 fn masks_that_hide_nothing_name_the_least_number() {
-    // 2 global crops of 4 images in a micro-batch; 16 x 16 patches.
+    // 2 global crops of 4 images; 16 x 16 patches.
     let masked =
-        |more: &str| with(&format!("[losses.test_masked]\n[batch]\nsize = 8\nmicro_batches = 2\n[masking]\n{more}"));
+        |more: &str| with(&format!("[losses.test_masked]\n[batch]\nsize = 4\nmicro_batches = 2\n[masking]\n{more}"));
     let share = refused(&masked("probability = 0.12"));
     assert!(
         share.contains("masking.probability: no patch is masked") && share.contains("use at least 0.125"),

@@ -329,6 +329,7 @@ pub struct OptimizerConfig {
     pub lr: Schedule,
     /// Learning rate of the last layer of every head; by default `lr`.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("minimum" = 0, "maximum" = 100))]
     pub last_layer_lr: Option<Schedule>,
     /// Decoupled weight decay; none on biases, norms and LayerScale.
     #[schemars(extend("minimum" = 0, "maximum" = 1000))]
@@ -412,9 +413,11 @@ pub struct SpikeConfig {
     /// A loss is a jump when it is above the median of the last `window` steps by more than `factor - 1` times that
     /// median: above `factor` times the median, where that is positive.
     #[serde(default = "spike_factor")]
+    #[schemars(extend("exclusiveMinimum" = 1, "maximum" = 1_000_000))]
     pub factor: f64,
     /// Steps whose losses are compared with, those that were not taken too. The first `window` steps are all taken.
     #[serde(default = "spike_window")]
+    #[schemars(range(min = 1, max = 1_000_000))]
     pub window: usize,
 }
 
