@@ -313,11 +313,11 @@ impl Run<'_> {
             if self.went_back {
                 return Ok(None);
             }
-            // Whoever goes on measures what was due.
+            // A run that is asked to stop leaves its probes to whoever goes on, who finds the rest of the line.
             let stopped = stop.load(Ordering::Relaxed);
-            let due = if stopped { Vec::new() } else { self.probes.due(done, recipe) };
-            let scores = self.measure(done, &due)?;
-            if logged || !scores.is_empty() {
+            let due = self.probes.due(done, recipe);
+            let scores = self.measure(done, if stopped { &[] } else { &due })?;
+            if logged || !due.is_empty() {
                 self.log_step(done, &report, &scores)?;
             }
             let every = recipe.checkpoint.every;
