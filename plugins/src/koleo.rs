@@ -32,12 +32,14 @@ impl Default for KoLeo {
 
 impl KoLeo {
     fn build(self, context: &mut LossContext) -> Result<Box<dyn Loss>> {
-        let fits = koleo_group(context.images, self.topk, self.group());
-        fits.map_err(|problem| {
-            let help =
-                "rows are the images of a micro-batch: change batch.size, batch.micro_batches, topk or group_size";
-            Error::user(format!("loss `koleo`: {problem}"), help)
-        })?;
+        // Too few images are what `needs` says.
+        if context.images > self.topk {
+            koleo_group(context.images, self.topk, self.group()).map_err(|problem| {
+                let help =
+                    "rows are the images of a micro-batch: change batch.size, batch.micro_batches, topk or group_size";
+                Error::user(format!("loss `koleo`: {problem}"), help)
+            })?;
+        }
         Ok(Box::new(self))
     }
 

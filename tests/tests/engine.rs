@@ -306,7 +306,8 @@ fn refusals(device: &str) {
     let first = format!("device = \"{device}\"\nprecision = \"f32\"\noptimizer.clip_grad = 0.0");
     let once = |value: f64| format!("{{ plugin = \"once\", at_step = 1, value = {value:e} }}");
     let jump = |value: f64| format!("[losses.size]\nweight = {}", once(value));
-    the_second_step_is_refused(&recipe(&first, &jump(1e300)), "loss/total");
+    // Features of unit variance, and then some: their mean square times this is beyond f32.
+    the_second_step_is_refused(&recipe(&first, &jump(3.4e38)), "loss/total");
     // The gradient is a number, and its square is none.
     the_second_step_is_refused(&recipe(&first, &jump(1e25)), "update of the weights by a gradient of length");
     let state = format!("[losses.sick_state]\ngrowth = {}", once(1e20));

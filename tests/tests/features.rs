@@ -157,7 +157,7 @@ fn bad_input_is_named_with_the_remedy() {
     picture((6, 30)).save(folder.path("images/thin.png")).expect("a picture");
     let cases: [(&[&str], &str); 7] = [
         (&["images", "--weights", "nowhere"], "does not exist"),
-        (&["images", "--weights", "images"], "no recipe.toml"),
+        (&["images", "--weights", "images"], "there are no weights here"),
         (&["nowhere", "--weights", "run"], "nowhere: does not exist"),
         (&["images/broken.jpg", "--weights", "run"], "none of the images could be used"),
         (&["images/thin.png", "--weights", "run"], "6x30 pixels are too few"),

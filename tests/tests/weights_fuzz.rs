@@ -132,9 +132,9 @@ fn no_header_is_believed_before_it_is_held_against_the_file() {
                 let found = *dice.one(&["[3]", "[1,1]", "[0,8]", "[8,20]", "[0,12]", "[12,20]"]);
                 head = text.replace(found, &format!("[{},{}]", dice.one(&numbers), dice.one(&numbers))).into_bytes();
             }
-            3 => head = text.replace("\"F32\"", *dice.one(&types)).into_bytes(),
+            3 => head = text.replace("\"F32\"", dice.one::<&str>(&types)).into_bytes(),
             4 => head = text.replace("b.weight", "a.weight").into_bytes(),
-            5 => head = text.replace("b.weight", *dice.one(&odd_names)).into_bytes(),
+            5 => head = text.replace("b.weight", dice.one::<&str>(&odd_names)).into_bytes(),
             _ => dice.damage(&mut head),
         }
         let length = length.unwrap_or(head.len() as u64);

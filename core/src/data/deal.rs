@@ -49,7 +49,7 @@ fn deal_from(start: usize, masked: &[usize], parts: usize) -> (i64, Vec<Vec<usiz
     let count = |part: &[usize]| part.iter().map(|&i| masked[i] as i64).sum::<i64>();
     let mut over: Vec<i64> = dealt.iter().enumerate().map(|(p, part)| count(part) - share(p)).collect();
     // Parts that have too many swap with those that have too few. The sum of what is over falls with every swap.
-    while let Some((from, to, swaps, moved)) = improvement(masked, &dealt, &over) {
+    while let Some(Exchange { from, to, swaps, moved }) = improvement(masked, &dealt, &over) {
         for (i, j) in swaps {
             (dealt[from][i], dealt[to][j]) = (dealt[to][j], dealt[from][i]);
         }
@@ -59,13 +59,18 @@ fn deal_from(start: usize, masked: &[usize], parts: usize) -> (i64, Vec<Vec<usiz
     (over.iter().map(|x| x.abs()).sum(), dealt)
 }
 
-/// One or two swaps of images between two parts that bring both nearer to their share: the parts, the positions in them,
-/// and how many masked patches go over.
-fn improvement(
-    masked: &[usize],
-    dealt: &[Vec<usize>],
-    over: &[i64],
-) -> Option<(usize, usize, Vec<(usize, usize)>, i64)> {
+/// Swaps of images between two parts.
+struct Exchange {
+    from: usize,
+    to: usize,
+    /// Positions in both parts.
+    swaps: Vec<(usize, usize)>,
+    /// Masked patches that go over.
+    moved: i64,
+}
+
+/// One or two swaps that bring two parts nearer to their share.
+fn improvement(masked: &[usize], dealt: &[Vec<usize>], over: &[i64]) -> Option<Exchange> {
     let parts = |sign: i64| {
         let mut parts: Vec<usize> = (0..over.len()).filter(|&p| over[p] * sign > 0).collect();
         parts.sort_by_key(|&p| -over[p] * sign);
@@ -77,7 +82,7 @@ fn improvement(
             let best = over[from].min(-over[to]);
             let (swaps, moved) = swaps(masked, &dealt[from], &dealt[to], best);
             if (over[from] - moved).abs() + (over[to] + moved).abs() < over[from] - over[to] {
-                return Some((from, to, swaps, moved));
+                return Some(Exchange { from, to, swaps, moved });
             }
         }
     }

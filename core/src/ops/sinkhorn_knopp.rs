@@ -96,7 +96,7 @@ fn sinkhorn_knopp<T: Real>(
         all.iter_mut().zip(&u).for_each(|(ln, &u)| *ln += T::of(u.f64().ln()));
         // A factor that all prototypes have in common changes nothing.
         let most = all.iter().fold(T::NEG_INF, |most, &ln| most.max(ln));
-        all.iter_mut().for_each(|ln| *ln = *ln - most);
+        all.iter_mut().for_each(|ln| *ln -= most);
         let all = &*all;
         factors = prototype_factors(q, k, rows, comm, |sample, q, sums: &mut [T]| {
             exponentials(q, &x[sample * k..], top, scale, Some(all));

@@ -137,7 +137,7 @@ impl fmt::Display for Problem {
             Origin::File { source, key, value } => {
                 let span = if self.at_value { value } else { key };
                 let (line, column) = line_column(&source.text, span.start);
-                write!(f, "{}:{line}:{column}: ", source.path.display())?;
+                write!(f, "{}:{line}:{column}: ", crate::text::printable(&source.path))?;
                 self.fmt_message(f)?;
                 let text = source.text.lines().nth(line - 1).unwrap_or_default();
                 let rest = text.chars().count().saturating_sub(column - 1);

@@ -9,14 +9,15 @@ use crate::step::{declare, loss_context};
 
 /// What was given and is not read. `idle` are keys beside a key that makes them idle, and what that would have to be.
 ///
-/// What was typed for this run is a warning. A file may keep values ready for a suite that turns the part on: a note.
+/// What was typed for this run is a warning. A file may keep values ready for a suite that turns the part on, and weights
+/// bring all keys of their model: a note.
 pub(super) fn check(recipe: &Recipe, raw: &RawRecipe, idle: Vec<(String, String)>) -> Vec<Problem> {
     let mut found = Vec::new();
     let mut tell = |table: String, keys: Vec<String>, message: &dyn Fn(&str) -> String, help: String| {
         if keys.is_empty() {
             return;
         }
-        let typed = keys.iter().find(|key| !matches!(raw.set_by(key), Origin::File { .. } | Origin::Default));
+        let typed = keys.iter().find(|key| matches!(raw.set_by(key), Origin::Set(_) | Origin::Env(_)));
         let problem = Problem::warning(typed.cloned().unwrap_or(table), message(&keys.join(", "))).help(help);
         found.push(if typed.is_some() { problem } else { Problem { severity: Severity::Note, ..problem } });
     };

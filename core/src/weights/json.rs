@@ -178,12 +178,12 @@ mod tests {
 
     #[test]
     fn what_nobody_asked_for_is_refused_with_the_nearest_key() {
-        let mut keys = table(r#"{"rope_tetha": 50.0, "size": 3, "gone": null, "more": {"a": 1}}"#).unwrap();
+        let mut keys = table(r#"{"rope_tetha": 50.0, "size": 3, "gone": null, "something_else": {"a": 1}}"#).unwrap();
         assert_eq!(keys.take::<usize>("size").unwrap(), Some(3));
         assert_eq!(keys.take::<f64>("gone").unwrap(), None);
         assert_eq!(keys.take::<f64>("rope_theta").unwrap(), None);
         let said = keys.finish().unwrap_err().to_string();
-        assert!(said.contains("rope_tetha = 50.0 (did you mean `rope_theta`?), more = a table"), "{said}");
+        assert!(said.contains("rope_tetha = 50.0 (did you mean `rope_theta`?), something_else = a table"), "{said}");
         assert!(!said.contains("gone"), "{said}");
     }
 

@@ -87,7 +87,9 @@ impl Source {
             return Err(Error::content(path, "a PyTorch file is read by running it, which dinolab does not do", help));
         }
         let files = TensorFiles::open(path)?;
-        if files.names().any(|n| ["", "student.", "teacher."].iter().any(|p| n.starts_with(&format!("{p}backbone.")))) {
+        if files.names().any(|n| {
+            ["", "student.", "teacher.", "gram_teacher."].iter().any(|p| n.starts_with(&format!("{p}backbone.")))
+        }) {
             return Ok(Self::File(path.into()));
         }
         let first = files.names().next().unwrap_or("none");

@@ -93,7 +93,8 @@ pub(crate) fn pixels(weights: &Path, pixels: Pixels, satellite: bool, notes: &mu
     let mean = three(keys.take("image_mean")?);
     let std = three(keys.take("image_std")?);
     for (key, value) in [("image_mean", mean), ("image_std", std)] {
-        let least = if key == "image_std" { f64::from(f32::MIN_POSITIVE) } else { 0.0 };
+        // What the keys `crops.mean` and `crops.std` take.
+        let least = if key == "image_std" { 1e-3 } else { 0.0 };
         let inside = |x: &f64| (least..=1.0).contains(&(x / unit));
         if let Some(value) = value.filter(|value| !value.iter().all(inside)) {
             let problem = format!("{value:?} is outside what pixels from 0 to {} can have", as_number(unit));

@@ -95,7 +95,10 @@ pub fn run(command: Command) -> Result<ExitCode> {
 fn check(path: &Path, overrides: &Overrides, with_cost: bool) -> bool {
     let checked = Resolved::load(path, overrides).and_then(|resolved| {
         resolved.warnings.iter().for_each(style::warn);
-        resolved.notes.iter().for_each(style::note);
+        // The recipe of a run has every key there is.
+        if !path.is_dir() {
+            resolved.notes.iter().for_each(style::note);
+        }
         resolved.check_sources()?.iter().for_each(style::warn);
         let recipe = &resolved.recipe;
         let warn = |what: &dyn Display| style::warn(format!("{}: {what}", path.display()));

@@ -42,7 +42,6 @@ pub(super) fn run(args: &Args) -> Result<()> {
     }
     let resolved = raw.resolve()?;
     resolved.warnings.iter().for_each(style::warn);
-    resolved.notes.iter().for_each(style::note);
     style::print(&if args.timeline { timeline(&resolved)? } else { resolved.to_toml() });
     Ok(())
 }
