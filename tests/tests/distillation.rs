@@ -92,7 +92,7 @@ fn a_teacher_that_does_not_fit_is_refused_with_the_remedy_and_nothing_is_left() 
         (&["losses.dino.head.prototypes=48"], "set losses.dino.head.prototypes = 32"),
         (&["backbone.patch_size=16"], "set backbone.patch_size = 8"),
         (&["teacher.checkpoint=nowhere"], "nowhere: does not exist"),
-        (&["teacher.momentum=1.5"], "teacher `frozen`: `momentum` is 1.5"),
+        (&["teacher.momentum=1.5"], "teacher.momentum: has to be 0 to 1"),
         (
             &["losses.other={ plugin = \"dino\", head = { hidden = 8, bottleneck = 8, prototypes = 8 } }"],
             "no head for it",

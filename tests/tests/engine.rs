@@ -66,18 +66,27 @@ impl Scheduler for Once {
 
 plugin!(Scheduler, "once", Once);
 
-/// The mean square of the CLS tokens.
+/// The mean square of the CLS tokens, which are scaled first.
 #[derive(Debug, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
-struct Size {}
+struct Size {
+    /// The factor.
+    #[serde(default = "one")]
+    scale: Schedule,
+}
+
+fn one() -> Schedule {
+    Schedule::constant(1.0)
+}
 
 impl Loss for Size {
     fn needs(&self) -> Needs {
         Needs { teacher: false, min_batch: 1, ..Needs::default() }
     }
 
-    fn compute(&self, out: &Outputs<'_>, _: &StepContext<'_>) -> Result<LossValue> {
-        out.student_cls.square()?.mean().map(LossValue::of)
+    fn compute(&self, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
+        let scale = context.scalar(&self.scale);
+        out.student_cls.square()?.mean()?.mul(&scale)?.mul(&scale).map(LossValue::of)
     }
 }
 
@@ -305,11 +314,10 @@ fn the_second_step_is_refused(resolved: &Resolved, what: &str) {
 fn refusals(device: &str) {
     let first = format!("device = \"{device}\"\nprecision = \"f32\"\noptimizer.clip_grad = 0.0");
     let once = |value: f64| format!("{{ plugin = \"once\", at_step = 1, value = {value:e} }}");
-    let jump = |value: f64| format!("[losses.size]\nweight = {}", once(value));
-    // Features of unit variance, and then some: their mean square times this is beyond f32.
-    the_second_step_is_refused(&recipe(&first, &jump(3.4e38)), "loss/total");
+    let jump = |value: f64| format!("[losses.size]\nscale = {}", once(value));
+    the_second_step_is_refused(&recipe(&first, &jump(1e20)), "loss/size");
     // The gradient is a number, and its square is none.
-    the_second_step_is_refused(&recipe(&first, &jump(1e25)), "update of the weights by a gradient of length");
+    the_second_step_is_refused(&recipe(&first, &jump(3e12)), "update of the weights by a gradient of length");
     let state = format!("[losses.sick_state]\ngrowth = {}", once(1e20));
     the_second_step_is_refused(&recipe(&first, &state), "the state of sick_state");
 }

@@ -92,7 +92,8 @@ fn a_product_that_nobody_reads_is_no_failure_and_one_that_is_lost_is() {
             child.wait_with_output().expect("it was started").into()
         };
         let ended = run(closed());
-        assert_eq!((ended.code, ended.err.as_str()), (0, ""), "{args:?} into a closed pipe");
+        assert_eq!(ended.code, 0, "{args:?} into a closed pipe: {}", ended.err);
+        assert!(!ended.err.contains("error"), "{args:?} into a closed pipe: {}", ended.err);
         let ended = run(full());
         assert_eq!(ended.code, 1, "{args:?} into a full device: {}", ended.err);
         assert!(args == ["--help"] || ended.err.contains("cannot write to stdout"), "{args:?}: {}", ended.err);
