@@ -1,7 +1,7 @@
 //! Images as Pillow (libjpeg-turbo, libpng, libwebp) sees them, or refused: never another picture.
 //!
-//! `DINOLAB_IMAGE_FLIPS=200` turns so many bits in every file and cuts it at every twentieth: an hour's run.
-//! `DINOLAB_IMAGE_SEED` draws others.
+//! `IMAGE_FLIPS=200` turns so many bits in every file and cuts it at every twentieth: an hour's run.
+//! `IMAGE_SEED` draws others.
 
 #[allow(dead_code)]
 mod program;
@@ -88,7 +88,7 @@ fn every_image_is_what_pillow_sees_or_refused() {
     let script = program::root().join("tests/image_corpus.py");
     let mut made = Command::new(python)
         .arg(script)
-        .args([number("DINOLAB_IMAGE_FLIPS", "2"), number("DINOLAB_IMAGE_SEED", "1")])
+        .args([number("IMAGE_FLIPS", "2"), number("IMAGE_SEED", "1")])
         .stdout(Stdio::piped())
         .spawn()
         .expect("Python starts");
