@@ -322,9 +322,13 @@ fn sealed_recipe(run: &Path) -> Result<Option<String>> {
     Ok(Some(format!("{SEAL}{}\n{text}", blake3::hash(text.as_bytes()).to_hex())))
 }
 
+/// Starts the name of a file that is being written; it is renamed when it is whole.
+const WRITING: &str = ".writing-";
+
 /// Makes temporary files and folders with the permissions of ordinary ones (less the umask), as they are renamed later.
 fn shared(mode: u32) -> tempfile::Builder<'static, 'static> {
     let mut builder = tempfile::Builder::new();
+    builder.prefix(WRITING);
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(mode));
     builder
@@ -350,6 +354,21 @@ pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
         Ok(())
     };
     write().map_err(Error::io("write", path))
+}
+
+/// Removes the files that a process was writing in `folder` when it was killed. Only for who holds the folder's lock, under
+/// which all of its files are written.
+///
+/// # Errors
+/// If the folder cannot be read, or a file not removed.
+pub fn remove_unfinished(folder: &Path) -> Result<()> {
+    for entry in fs::read_dir(folder).map_err(Error::io("read", folder))? {
+        let entry = entry.map_err(Error::io("read", folder))?;
+        if entry.file_name().to_string_lossy().starts_with(WRITING) {
+            fs::remove_file(entry.path()).map_err(Error::io("remove", entry.path()))?;
+        }
+    }
+    Ok(())
 }
 
 pub(crate) fn sync_dir(path: &Path) -> Result<()> {

@@ -15,7 +15,7 @@ pub use look::look;
 pub use summary::{ArmSummary, Comparison, Provenance, RunSummary, SeedDifference, Summary, Verdict};
 
 use crate::pictures::PatchView;
-use crate::suite::{Plan, RunRecord};
+use crate::suite::{lock_folder, Plan, RunRecord};
 
 /// What a trained run sees in the held-out images, given its folder: [`look()`].
 pub type Look<'a> = &'a dyn Fn(&Path) -> Result<Vec<PatchView>>;
@@ -36,6 +36,7 @@ pub fn write(plan: &Plan, provenance: Provenance, look: Look<'_>) -> Result<(Sum
     let json = serde_json::to_string_pretty(&summary).expect("a summary is plain data");
     let report = plan.out.join("report.html");
     let page = html::page(plan, &records, &summary, pictures.as_ref())?;
+    let _lock = lock_folder(plan)?;
     for (path, text) in [
         (plan.out.join("summary.json"), json + "\n"),
         (plan.out.join("summary.md"), markdown::page(&summary)),

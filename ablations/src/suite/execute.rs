@@ -60,7 +60,8 @@ pub fn execute(plan: &Plan, options: &ExecuteOptions, prepare: Prepare<'_>, prog
     let runs = select(plan, options)?;
     std::fs::create_dir_all(&plan.out).map_err(Error::io("create", &plan.out))?;
     {
-        let _lock = lock(&plan.out.join("suite.lock"))?;
+        let _lock = lock_folder(plan)?;
+        dinolab_core::checkpoint::remove_unfinished(&plan.out)?;
         plan.claim_folder()?;
     }
     if options.smoke_steps > 0 && !smoke(plan, &runs, options, prepare, progress)? {
@@ -254,6 +255,14 @@ fn locks(plan: &Plan) -> Result<PathBuf> {
 
 fn lock_path(plan: &Plan, run: &PlannedRun) -> Result<PathBuf> {
     Ok(locks(plan)?.join(format!("{}-seed-{}.lock", run.arm, run.seed)))
+}
+
+/// The lock under which the files of the suite's folder are written.
+///
+/// # Errors
+/// If it cannot be taken.
+pub fn lock_folder(plan: &Plan) -> Result<File> {
+    lock(&plan.out.join("suite.lock"))
 }
 
 /// The lock, held until the file is dropped; the operating system frees it when a process dies.

@@ -10,7 +10,7 @@ mod plan;
 mod progress;
 mod record;
 
-pub use execute::{execute, ExecuteOptions, Tally};
+pub use execute::{execute, lock_folder, ExecuteOptions, Tally};
 pub use file::{nearest, Arm, Better, Metric, Overrides, Suite, SuiteFile};
 pub use plan::{changed_keys, Event, Job, Outcome, Plan, PlannedRun, Prepare, Prepared};
 pub use progress::Progress;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::write_file;
+use crate::checkpoint::{remove_unfinished, write_file};
 use crate::contract::Dataset;
 use crate::cuda::Gpu;
 use crate::recipe::{changes, Change, Overrides, Resolved};
@@ -75,6 +75,7 @@ impl RunFolder {
             let help = "wait for it, or choose another folder with --out";
             return Err(Error::content(&path, "another process is running in this folder", help));
         }
+        remove_unfinished(&path)?;
         let recipe_path = path.join("recipe.toml");
         if !recipe_path.exists() {
             return Ok(Self { path, changes: Vec::new(), written: false, _lock: lock });
