@@ -21,15 +21,17 @@
 //! plugin!(Loss, "cls_distance", ClsDistance, on_the_host);
 //! ```
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use dfdx::prelude::{
-    Axis, Backward as _, BroadcastTo as _, Cpu, Gradients, HasShape as _, NoneTape, OwnedTape, SumTo as _,
-    Tensor as Dfdx, TensorFromVec as _, Trace as _, WithEmptyTape as _,
+    Axes2, Axis, Backward as _, BroadcastTo as _, Cpu, Gradients, HasShape as _, NoneTape, OwnedTape, PermuteTo as _,
+    SumTo as _, Tensor as Dfdx, TensorFromVec as _, Trace as _, TryMatMul as _, WithEmptyTape as _,
 };
 use dfdx::tensor::AsArray as _;
 
 use crate::contract::{Loss, LossValue, Needs, Outputs, StepContext};
+use crate::params::{ParamId, Params};
 use crate::registry::LossContext;
 use crate::tensor::{Grads, Op};
 use crate::{Result, Tensor};
@@ -59,6 +61,31 @@ pub fn unit_rows(x: Taped) -> Taped {
     x / length.broadcast_like::<_, Axis<1>>(&shape)
 }
 
+/// `x Phi(x)`, with the normal distribution's Phi. In dfdx 0.13 the derivative of `accurate_gelu` is wrong by a factor in
+/// one of its terms, so it is stated here: `Phi(x) + x exp(-x^2 / 2) / sqrt(2 pi)`.
+pub fn gelu(x: Taped) -> Taped {
+    let (rows, columns) = *x.shape();
+    let at = x.as_vec();
+    let value = x.with_empty_tape().accurate_gelu().as_vec();
+    let phi = |i: usize| if at[i] == 0.0 { 0.5 } else { value[i] / at[i] };
+    let density = |x: f64| (-x * x / 2.0).exp() / std::f64::consts::TAU.sqrt();
+    let slope: Vec<f64> = (0..at.len()).map(|i| phi(i) + at[i] * density(at[i])).collect();
+    let rest = constant(rows, columns, |i, j| value[i * columns + j] - at[i * columns + j] * slope[i * columns + j]);
+    x * constant(rows, columns, |i, j| slope[i * columns + j]) + rest
+}
+
+/// `x W^T + b`: a linear layer's weight `[O, I]` and bias `[1, O]` among the parameters of a loss.
+///
+/// # Panics
+/// If there is no weight of that name.
+pub fn linear(x: Taped, params: &BTreeMap<String, Matrix>, layer: &str) -> Taped {
+    let weight = &params[&format!("{layer}weight")];
+    let y = x.matmul(weight.leaky_trace().permute::<(usize, usize), Axes2<1, 0>>());
+    let Some(bias) = params.get(&format!("{layer}bias")) else { return y };
+    let rows = y.shape().0;
+    y + constant(rows, 1, |_, _| 1.0).matmul(bias.leaky_trace())
+}
+
 /// A step's outputs as dfdx sees them: every tensor a matrix of rows, crop-major. A student's tensor joins the tape by
 /// `leaky_trace()`; everything else is a constant.
 pub struct DfdxOutputs<'a> {
@@ -70,13 +97,13 @@ pub struct DfdxOutputs<'a> {
     pub student_local_cls: Option<Matrix>,
     /// `[G*B*P, D]`.
     pub student_patches: Matrix,
-    /// `[(G+L)*B, K]` or `[M, K]`.
-    pub student_logits: Option<Matrix>,
+    /// The loss's own parameters by name, without the loss's prefix: a vector is one row.
+    pub params: BTreeMap<String, Matrix>,
     /// `[G*B, D]`.
     pub teacher_cls: Matrix,
     /// `[G*B*P, D]`.
     pub teacher_patches: Matrix,
-    /// `[G*B, K]` or `[M, K]`.
+    /// `[rows, K]`.
     pub targets: Option<Matrix>,
     /// `[G*B*P, D]`.
     pub gram_patches: Option<Matrix>,
@@ -90,6 +117,13 @@ pub trait DfdxLoss: fmt::Debug + Send + Sync {
         Needs::default()
     }
 
+    /// Declares the loss's own parameters, by the names that [`DfdxOutputs::params`] has; only called for a loss that is
+    /// [`on_the_host`].
+    fn declare(&self, context: &mut LossContext<'_>) -> Vec<(&'static str, ParamId)> {
+        let _ = context;
+        Vec::new()
+    }
+
     /// The loss of one (micro-)batch.
     fn loss(&self, out: &DfdxOutputs<'_>, context: &StepContext<'_>) -> Result<Scalar>;
 
@@ -101,26 +135,32 @@ pub trait DfdxLoss: fmt::Debug + Send + Sync {
 }
 
 /// For [`plugin!`](crate::plugin): `plugin!(Loss, "name", Config, on_the_host)` registers a loss that exists in dfdx
-/// only. Features are copied to the host, gradients back.
-pub fn on_the_host<L: DfdxLoss + 'static>(loss: L, _: &mut LossContext) -> Result<Box<dyn Loss>> {
-    Ok(Box::new(OnTheHost(loss)))
+/// only. Features and parameters are copied to the host, gradients back.
+pub fn on_the_host<L: DfdxLoss + 'static>(loss: L, context: &mut LossContext<'_>) -> Result<Box<dyn Loss>> {
+    let params = loss.declare(context);
+    Ok(Box::new(OnTheHost { loss, params }))
 }
 
 #[derive(Debug)]
-struct OnTheHost<L>(L);
+struct OnTheHost<L> {
+    loss: L,
+    params: Vec<(&'static str, ParamId)>,
+}
 
 impl<L: DfdxLoss> Loss for OnTheHost<L> {
     fn needs(&self) -> Needs {
-        self.0.needs()
+        self.loss.needs()
     }
 
     fn note(&self) -> Option<&'static str> {
         Some("takes the slow path: it is computed in dfdx, in f64 on the host")
     }
 
-    fn compute(&self, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
-        let (value, gradients) = evaluate(&self.0, out, context)?;
-        let inputs: Vec<&Tensor> = student(out).into_iter().map(|(_, x)| x).collect();
+    fn compute(&self, params: &Params<'_>, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
+        let own: Vec<(String, Tensor)> =
+            self.params.iter().map(|(name, id)| (name.to_string(), params.get(*id))).collect();
+        let (value, gradients) = evaluate(&self.loss, &own, out, context)?;
+        let inputs: Vec<&Tensor> = student(out).into_iter().map(|(_, x)| x).chain(own.iter().map(|(_, x)| x)).collect();
         let pairs = gradients.iter().zip(&inputs);
         let gradients = pairs.map(|(g, x)| Tensor::from_f64(g, x.shape(), x.dtype())).collect::<Result<_>>()?;
         let value = Tensor::scalar(value, context.dtype);
@@ -128,20 +168,20 @@ impl<L: DfdxLoss> Loss for OnTheHost<L> {
     }
 }
 
-/// The student's tensors of a step, by name: what a loss may have a gradient to.
+/// The student's tensors of a step, by name: what a loss may have a gradient to, beside its parameters.
 pub(crate) fn student<'a>(out: &Outputs<'a>) -> Vec<(&'static str, &'a Tensor)> {
     let all = [
-        ("student_cls", Some(out.student_cls)),
-        ("student_local_cls", out.student_local_cls),
-        ("student_patches", Some(out.student_patches)),
-        ("student_logits", out.student_logits),
+        ("student_cls", Some(out.student.cls)),
+        ("student_local_cls", out.student.local_cls),
+        ("student_patches", Some(out.student.patches)),
     ];
     all.into_iter().filter_map(|(name, x)| Some((name, x?))).collect()
 }
 
-/// The value, and the gradients of the [`student`]'s tensors.
+/// The value, and the gradients of the [`student`]'s tensors and of the loss's own parameters.
 pub(crate) fn evaluate(
     loss: &dyn DfdxLoss,
+    params: &[(String, Tensor)],
     out: &Outputs<'_>,
     context: &StepContext<'_>,
 ) -> Result<(f64, Vec<Vec<f64>>)> {
@@ -149,21 +189,21 @@ pub(crate) fn evaluate(
     let matrix = |x: &Tensor| cpu.tensor_from_vec(x.to_f64_vec(), (x.len() / x.last_dim().max(1), x.last_dim()));
     let outputs = DfdxOutputs {
         step: out,
-        student_cls: matrix(out.student_cls),
-        student_local_cls: out.student_local_cls.map(matrix),
-        student_patches: matrix(out.student_patches),
-        student_logits: out.student_logits.map(matrix),
-        teacher_cls: matrix(out.teacher_cls),
-        teacher_patches: matrix(out.teacher_patches),
+        student_cls: matrix(out.student.cls),
+        student_local_cls: out.student.local_cls.map(matrix),
+        student_patches: matrix(out.student.patches),
+        params: params.iter().map(|(name, x)| (name.clone(), matrix(x))).collect(),
+        teacher_cls: matrix(out.teacher.cls),
+        teacher_patches: matrix(out.teacher.patches),
         targets: out.targets.map(matrix),
         gram_patches: out.gram.map(|g| matrix(&g.patches)),
     };
     let value = loss.loss(&outputs, context)?;
     let number = value.array();
     let mut gradients = value.backward();
-    let DfdxOutputs { student_cls, student_local_cls, student_patches, student_logits, .. } = &outputs;
-    let leaves = [Some(student_cls), student_local_cls.as_ref(), Some(student_patches), student_logits.as_ref()];
-    Ok((number, leaves.into_iter().flatten().map(|leaf| gradient(&mut gradients, leaf)).collect()))
+    let leaves = [Some(&outputs.student_cls), outputs.student_local_cls.as_ref(), Some(&outputs.student_patches)];
+    let leaves = leaves.into_iter().flatten().chain(params.iter().map(|(name, _)| &outputs.params[name]));
+    Ok((number, leaves.map(|leaf| gradient(&mut gradients, leaf)).collect()))
 }
 
 /// The gradient of a leaf; zero if the result does not depend on it.

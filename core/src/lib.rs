@@ -17,7 +17,7 @@ pub mod data;
 pub mod dfdx_loss;
 mod error;
 pub mod files;
-pub mod head;
+pub mod nn;
 pub mod ops;
 pub mod params;
 pub mod recipe;

@@ -278,12 +278,23 @@ impl<'a> Params<'a> {
         Self { layout, flat, tape: Some(tape), tracked }
     }
 
+    /// Weights that are tensors already, in the order of the layout, followed or not.
+    pub(crate) fn given(layout: &'a Arc<Layout>, flat: &'a Tensor, tensors: Vec<Tensor>) -> Self {
+        let tracked = std::cell::RefCell::new(tensors.into_iter().map(Some).collect());
+        Self { layout, flat, tape: None, tracked }
+    }
+
     /// The parameter `id`.
     pub fn get(&self, id: ParamId) -> Tensor {
+        if let Some(Some(known)) = self.tracked.borrow().get(id.0) {
+            return known.clone();
+        }
         let spec = &self.layout.specs[id.0];
         let view = || self.flat.view(spec.offset, &spec.shape);
         let Some(tape) = self.tape else { return view() };
-        self.tracked.borrow_mut()[id.0].get_or_insert_with(|| tape.param(&view(), spec.range())).clone()
+        let tracked = tape.param(&view(), spec.range());
+        self.tracked.borrow_mut()[id.0] = Some(tracked.clone());
+        tracked
     }
 
     /// The type of the weights.

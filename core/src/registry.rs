@@ -66,8 +66,9 @@ pub struct BackboneContext<'a> {
 }
 
 /// What a loss is built with.
-#[derive(Clone, Copy, Debug)]
-pub struct LossContext {
+pub struct LossContext<'a> {
+    /// Where it declares its parameters.
+    pub params: &'a mut ParamBuilder,
     /// Width of the student's features.
     pub dim: usize,
     /// Images of a micro-batch.
@@ -114,7 +115,7 @@ macro_rules! kinds {
 kinds! {
     Backbone, "backbone", BackboneContext<'a>;
     PosEncoding, "pos_encoding", ();
-    Loss, "loss", LossContext;
+    Loss, "loss", LossContext<'a>;
     Scheduler, "scheduler", ();
     TeacherPolicy, "teacher", ();
     Dataset, "dataset", DataContext;

@@ -25,6 +25,8 @@ pub enum Stream {
     Probe = 8,
     /// Which crop sizes a step has.
     Resolution = 11,
+    /// What a loss draws; index: its name.
+    Loss = 12,
     /// For plugins outside this repository.
     Plugin = 9,
     /// Resampling in a report.

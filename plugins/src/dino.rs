@@ -1,16 +1,18 @@
 //! The image-level loss of DINO: every student crop predicts what the teacher says of another crop of the same image.
 
 use dinolab_core::contract::{
-    HeadInput, Loss, LossValue, Needs, Outputs, Schedule, StateSpec, StepContext, TeacherBatch,
+    Loss, LossCost, LossRows, LossValue, ModelOutputs, Needs, Outputs, Schedule, StateSpec, StepContext, TargetSpec,
 };
-use dinolab_core::head::HeadConfig;
+use dinolab_core::params::Params;
+use dinolab_core::registry::LossContext;
 use dinolab_core::{plugin, Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::projection_head::{Head, HeadConfig};
 use crate::teacher_targets::{Centering, Targets};
 
-plugin!(Loss, "dino", Dino);
+plugin!(Loss, "dino", Dino, DinoLoss::build);
 
 /// Cross-entropy between the student's and the teacher's class-token assignments to prototypes.
 ///
@@ -65,13 +67,26 @@ impl Default for Dino {
     }
 }
 
-impl Dino {
+/// The loss, with its head.
+#[derive(Debug)]
+struct DinoLoss {
+    config: Dino,
+    head: Head,
+    dim: usize,
+}
+
+impl DinoLoss {
+    fn build(config: Dino, context: &mut LossContext<'_>) -> Result<Box<dyn Loss>> {
+        let head = Head::declare(context.params, context.dim, &config.head);
+        Ok(Box::new(Self { config, head, dim: context.dim }))
+    }
+
     fn targets(&self) -> Targets<'_> {
         Targets {
-            centering: self.centering,
-            iterations: self.sinkhorn_iterations,
-            center_momentum: self.center_momentum,
-            temperature: &self.teacher_temp,
+            centering: self.config.centering,
+            iterations: self.config.sinkhorn_iterations,
+            center_momentum: self.config.center_momentum,
+            temperature: &self.config.teacher_temp,
         }
     }
 
@@ -89,29 +104,34 @@ impl Dino {
         let n = student.len();
         let weights = Tensor::full(&[n], logits.dtype().wide(), 1.0 / n as f64)?;
         let (student, teacher) = (Tensor::from_slice(&student, &[n])?, Tensor::from_slice(&teacher, &[n])?);
-        logits.soft_cross_entropy(targets, &student, &teacher, &weights, self.student_temp)
+        logits.soft_cross_entropy(targets, &student, &teacher, &weights, self.config.student_temp)
     }
 }
 
-impl Loss for Dino {
+impl Loss for DinoLoss {
     fn needs(&self) -> Needs {
-        Needs { head: Some((HeadInput::Cls, self.head.clone())), teacher: false, min_batch: 1, ..Needs::default() }
+        let targets = Some(TargetSpec { width: self.config.head.prototypes, distribution: true });
+        Needs { targets, teacher: false, min_batch: 1, ..Needs::default() }
     }
 
     fn state(&self) -> Vec<StateSpec> {
-        self.targets().state(self.head.prototypes)
+        self.targets().state(self.config.head.prototypes)
     }
 
-    fn targets(&self, teacher: &TeacherBatch<'_>, context: &StepContext<'_>) -> Result<(Tensor, Vec<Tensor>)> {
-        self.targets().compute(teacher, context)
+    fn project(&self, params: &Params<'_>, outputs: &ModelOutputs<'_>) -> Result<Tensor> {
+        self.head.forward(params, &outputs.all_cls()?)
     }
 
-    fn compute(&self, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
-        let logits = out.student_logits.expect("`needs` asks for a head");
-        let targets = out.targets.expect("`needs` asks for a head");
+    fn targets(&self, logits: &Tensor, context: &StepContext<'_>) -> Result<(Tensor, Vec<Tensor>)> {
+        self.targets().compute(logits, context)
+    }
+
+    fn compute(&self, params: &Params<'_>, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
+        let logits = self.project(params, &out.student)?;
+        let targets = out.targets.expect("`needs` asks for targets");
         let (g, l, b) = (out.globals, out.locals, out.images);
         let all = |students: usize| (0..students).flat_map(move |s| (0..g).map(move |t| (s, t)));
-        let global_pairs: Vec<_> = all(g).filter(|(s, t)| !self.ignore_diagonal || s != t).collect();
+        let global_pairs: Vec<_> = all(g).filter(|(s, t)| !self.config.ignore_diagonal || s != t).collect();
         let local_pairs: Vec<_> = all(l).collect();
         let terms = (global_pairs.len() + local_pairs.len()) as f64;
         let global = self.pairs(&logits.narrow(0, g * b)?, targets, &global_pairs, b)?;
@@ -121,8 +141,12 @@ impl Loss for Dino {
             let local = self.pairs(&logits.narrow(g * b, l * b)?, targets, &local_pairs, b)?;
             parts.push(("local", local.detach()));
             let local = local.scale(local_pairs.len() as f64 / terms)?;
-            loss = loss.add(&local.mul(&context.scalar(&self.local_weight))?)?;
+            loss = loss.add(&local.mul(&context.scalar(&self.config.local_weight))?)?;
         }
         Ok(LossValue::of(loss).with_parts(parts))
+    }
+
+    fn cost(&self, rows: &LossRows) -> LossCost {
+        self.config.head.cost(self.dim, rows.globals + rows.locals, rows.globals)
     }
 }

@@ -2,6 +2,7 @@
 
 use dinolab_core::contract::{Loss, LossValue, Needs, Outputs, StepContext};
 use dinolab_core::ops::{GramOptions, NegativeRemoval};
+use dinolab_core::params::Params;
 use dinolab_core::{plugin, Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -89,18 +90,18 @@ impl Loss for Gram {
         Needs { gram_teacher: true, masks, teacher: false, min_batch: 1, ..Needs::default() }
     }
 
-    fn compute(&self, out: &Outputs<'_>, _: &StepContext<'_>) -> Result<LossValue> {
-        let student = out.student_patches;
+    fn compute(&self, _: &Params<'_>, out: &Outputs<'_>, _: &StepContext<'_>) -> Result<LossValue> {
+        let student = out.student.patches;
         let teacher = &out.gram.expect("`needs` asks for a Gram teacher").patches;
         let loss = match self.tokens {
             Tokens::All => student.gram_loss(teacher, self.options(self.image_level))?,
-            Tokens::Masked => self.over(student, teacher, out.mask_indices)?,
+            Tokens::Masked => self.over(student, teacher, out.student.mask_indices)?,
             Tokens::Unmasked => self.over(student, teacher, out.unmasked_indices)?,
         };
         let mut parts = Vec::new();
         if self.log_parts {
             let student = student.detach();
-            parts.push(("masked", self.over(&student, teacher, out.mask_indices)?));
+            parts.push(("masked", self.over(&student, teacher, out.student.mask_indices)?));
             parts.push(("unmasked", self.over(&student, teacher, out.unmasked_indices)?));
         }
         Ok(LossValue::of(loss).with_parts(parts))

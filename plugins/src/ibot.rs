@@ -1,16 +1,18 @@
 //! The patch-level loss of iBOT: the student predicts, for the patches hidden from it, what the teacher sees there.
 
 use dinolab_core::contract::{
-    HeadInput, Loss, LossValue, Needs, Outputs, Schedule, StateSpec, StepContext, TeacherBatch,
+    Loss, LossCost, LossRows, LossValue, ModelOutputs, Needs, Outputs, Schedule, StateSpec, StepContext, TargetSpec,
 };
-use dinolab_core::head::HeadConfig;
+use dinolab_core::params::Params;
+use dinolab_core::registry::LossContext;
 use dinolab_core::{plugin, Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::projection_head::{Head, HeadConfig};
 use crate::teacher_targets::{Centering, Targets};
 
-plugin!(Loss, "ibot", Ibot);
+plugin!(Loss, "ibot", Ibot, IbotLoss::build);
 
 /// Cross-entropy between the student's and the teacher's assignments of masked patches to prototypes.
 ///
@@ -50,37 +52,58 @@ impl Default for Ibot {
     }
 }
 
-impl Ibot {
+/// The loss, with its head.
+#[derive(Debug)]
+struct IbotLoss {
+    config: Ibot,
+    head: Head,
+    dim: usize,
+}
+
+impl IbotLoss {
+    fn build(config: Ibot, context: &mut LossContext<'_>) -> Result<Box<dyn Loss>> {
+        let head = Head::declare(context.params, context.dim, &config.head);
+        Ok(Box::new(Self { config, head, dim: context.dim }))
+    }
+
     fn targets(&self) -> Targets<'_> {
         Targets {
-            centering: self.centering,
-            iterations: self.sinkhorn_iterations,
-            center_momentum: self.center_momentum,
-            temperature: &self.teacher_temp,
+            centering: self.config.centering,
+            iterations: self.config.sinkhorn_iterations,
+            center_momentum: self.config.center_momentum,
+            temperature: &self.config.teacher_temp,
         }
     }
 }
 
-impl Loss for Ibot {
+impl Loss for IbotLoss {
     fn needs(&self) -> Needs {
-        let head = Some((HeadInput::MaskedPatches, self.head.clone()));
-        Needs { head, masks: true, teacher: false, min_batch: 1, ..Needs::default() }
+        let targets = Some(TargetSpec { width: self.config.head.prototypes, distribution: true });
+        Needs { targets, masks: true, teacher: false, min_batch: 1, ..Needs::default() }
     }
 
     fn state(&self) -> Vec<StateSpec> {
-        self.targets().state(self.head.prototypes)
+        self.targets().state(self.config.head.prototypes)
     }
 
-    fn targets(&self, teacher: &TeacherBatch<'_>, context: &StepContext<'_>) -> Result<(Tensor, Vec<Tensor>)> {
-        self.targets().compute(teacher, context)
+    fn project(&self, params: &Params<'_>, outputs: &ModelOutputs<'_>) -> Result<Tensor> {
+        self.head.forward(params, &outputs.masked_patches()?)
     }
 
-    fn compute(&self, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
-        let logits = out.student_logits.expect("`needs` asks for a head");
-        let targets = out.targets.expect("`needs` asks for a head");
+    fn targets(&self, logits: &Tensor, context: &StepContext<'_>) -> Result<(Tensor, Vec<Tensor>)> {
+        self.targets().compute(logits, context)
+    }
+
+    fn compute(&self, params: &Params<'_>, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
+        let logits = self.project(params, &out.student)?;
+        let targets = out.targets.expect("`needs` asks for targets");
         let rows: Vec<u32> = (0..logits.dim(0) as u32).collect();
         let rows = Tensor::from_slice(&rows, &[rows.len()])?;
         let weights = out.mask_weights.cast(context.dtype)?.scale(1.0 / (out.globals * out.images) as f64)?;
-        logits.soft_cross_entropy(targets, &rows, &rows, &weights, self.student_temp).map(LossValue::of)
+        logits.soft_cross_entropy(targets, &rows, &rows, &weights, self.config.student_temp).map(LossValue::of)
+    }
+
+    fn cost(&self, rows: &LossRows) -> LossCost {
+        self.config.head.cost(self.dim, rows.masked, rows.masked)
     }
 }

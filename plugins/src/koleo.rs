@@ -2,6 +2,7 @@
 
 use dinolab_core::contract::{Loss, LossValue, Needs, Outputs, StepContext};
 use dinolab_core::ops::koleo_group;
+use dinolab_core::params::Params;
 use dinolab_core::registry::LossContext;
 use dinolab_core::{plugin, Error, Result, Tensor};
 use schemars::JsonSchema;
@@ -31,7 +32,7 @@ impl Default for KoLeo {
 }
 
 impl KoLeo {
-    fn build(self, context: &mut LossContext) -> Result<Box<dyn Loss>> {
+    fn build(self, context: &mut LossContext<'_>) -> Result<Box<dyn Loss>> {
         // Too few images are what `needs` says.
         if context.images > self.topk {
             koleo_group(context.images, self.topk, self.group()).map_err(|problem| {
@@ -53,9 +54,9 @@ impl Loss for KoLeo {
         Needs { teacher: false, min_batch: self.topk + 1, ..Needs::default() }
     }
 
-    fn compute(&self, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
+    fn compute(&self, _: &Params<'_>, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
         let of_crop = |crop: usize| -> Result<Tensor> {
-            let own = out.student_cls.narrow(crop * out.images, out.images)?;
+            let own = out.student.cls.narrow(crop * out.images, out.images)?;
             let rows = context.comm.all_gather(&own)?.koleo(self.topk, self.group())?;
             rows.narrow(context.comm.rank() * out.images, out.images)?.mean()
         };

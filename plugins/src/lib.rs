@@ -6,7 +6,7 @@
 //! |---|---|
 //! | backbone | [`vit`], [`convnext`] |
 //! | position encoding | [`rope_box`], [`relative_bias_box`], [`learned_absolute`], [`none`] |
-//! | loss | [`dino`], [`ibot`], [`koleo`], [`gram`] |
+//! | loss | [`dino`], [`ibot`], [`koleo`], [`gram`], [`byol`], [`vicreg`], [`barlow_twins`], [`info_nce`] |
 //! | scheduler | [`constant`], [`linear_warmup`], [`linear_warmup_cosine`], [`cosine`], [`step`] |
 //! | teacher policy | [`ema`], [`frozen`], [`gram_anchor`] |
 //! | dataset | [`scenes`], [`image_folder`] |
@@ -27,12 +27,18 @@ pub mod relative_bias_box;
 pub mod rope_box;
 
 // Losses
+pub mod barlow_twins;
+pub mod byol;
 pub mod dino;
 pub mod gram;
 pub mod ibot;
+pub mod info_nce;
 pub mod koleo;
 mod oracle;
+pub mod projection_head;
+pub mod projector;
 mod teacher_targets;
+pub mod vicreg;
 
 // Schedulers
 pub mod constant;

@@ -1,6 +1,6 @@
-//! How teacher logits become targets: Sinkhorn-Knopp, or softmax after centring. Shared by the losses with a head.
+//! How teacher logits become targets: Sinkhorn-Knopp, or softmax after centring. Shared by the losses on prototypes.
 
-use dinolab_core::contract::{Schedule, StateSpec, StepContext, TeacherBatch};
+use dinolab_core::contract::{Schedule, StateSpec, StepContext};
 use dinolab_core::{Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -17,7 +17,7 @@ pub enum Centering {
     Softmax,
 }
 
-/// The keys that the losses with a head share.
+/// The keys that the losses on prototypes share.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Targets<'a> {
     pub(crate) centering: Centering,
@@ -39,15 +39,11 @@ impl Targets<'_> {
         }
     }
 
-    pub(crate) fn compute(
-        &self,
-        teacher: &TeacherBatch<'_>,
-        context: &StepContext<'_>,
-    ) -> Result<(Tensor, Vec<Tensor>)> {
+    pub(crate) fn compute(&self, logits: &Tensor, context: &StepContext<'_>) -> Result<(Tensor, Vec<Tensor>)> {
         let temperature = context.scalar(self.temperature);
         match self.centering {
             Centering::SinkhornKnopp => {
-                let targets = teacher.logits.sinkhorn_knopp(&temperature, self.iterations, context.comm)?;
+                let targets = logits.sinkhorn_knopp(&temperature, self.iterations, context.comm)?;
                 Ok((targets, Vec::new()))
             }
             Centering::Softmax => {
@@ -55,9 +51,9 @@ impl Targets<'_> {
                 let m = self.center_momentum;
                 // Both start at zero, so the first step folds nothing in.
                 let center = center.scale(m)?.add(&pending.scale(1.0 - m)?)?;
-                let targets = teacher.logits.centered_softmax(&center, &temperature)?;
-                let rows = context.comm.all_reduce_sum(&teacher.logits.sum_axis(0)?)?;
-                let count = teacher.logits.dim(0) * context.comm.world();
+                let targets = logits.centered_softmax(&center, &temperature)?;
+                let rows = context.comm.all_reduce_sum(&logits.sum_axis(0)?)?;
+                let count = logits.dim(0) * context.comm.world();
                 Ok((targets, vec![center, rows.scale(1.0 / count as f64)?]))
             }
         }

@@ -3,6 +3,7 @@
 use dfdx::prelude::{Axis, BroadcastTo as _, MeanTo as _, SumTo as _, Trace as _, TryMatMul as _, WithEmptyTape as _};
 use dinolab_core::contract::{Loss, LossValue, Needs, Outputs, StepContext};
 use dinolab_core::dfdx_loss::{DfdxLoss, DfdxOutputs, Scalar};
+use dinolab_core::params::Params;
 use dinolab_core::tensor::{Grads, Op};
 use dinolab_core::testing::{check, hold, names, Case};
 use dinolab_core::{dfdx, loss_oracle, plugin, Result, Tensor};
@@ -22,8 +23,8 @@ macro_rules! planted {
             fn needs(&self) -> Needs {
                 Needs { min_batch: 1, ..Needs::default() }
             }
-            fn compute(&self, out: &Outputs<'_>, _: &StepContext<'_>) -> Result<LossValue> {
-                let ($x, $images) = (out.student_cls, out.images);
+            fn compute(&self, _: &Params<'_>, out: &Outputs<'_>, _: &StepContext<'_>) -> Result<LossValue> {
+                let ($x, $images) = (out.student.cls, out.images);
                 let _ = $images;
                 let loss: Result<Tensor> = $loss;
                 loss.map(LossValue::of)

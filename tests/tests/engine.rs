@@ -32,11 +32,11 @@ impl Loss for RunningMean {
         vec![StateSpec { name: "mean", shape: vec![24] }, StateSpec { name: "calls", shape: vec![] }]
     }
 
-    fn compute(&self, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
+    fn compute(&self, _: &Params<'_>, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
         let [mean, calls] = context.state else { panic!("a state of two tensors, not of {}", context.state.len()) };
-        let own = out.student_cls.detach().mean_axis(0)?;
+        let own = out.student.cls.detach().mean_axis(0)?;
         let mean = mean.scale(0.5)?.add(&own.cast(mean.dtype())?.scale(0.5)?)?;
-        let far = out.student_cls.add_row(&mean.scale(-1.0)?.cast(out.student_cls.dtype())?)?;
+        let far = out.student.cls.add_row(&mean.scale(-1.0)?.cast(out.student.cls.dtype())?)?;
         let loss = far.square()?.mean()?;
         Ok(LossValue { state: vec![mean, calls.shift(1.0)?], ..LossValue::of(loss) })
     }
@@ -84,9 +84,9 @@ impl Loss for Size {
         Needs { teacher: false, min_batch: 1, ..Needs::default() }
     }
 
-    fn compute(&self, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
+    fn compute(&self, _: &Params<'_>, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
         let scale = context.scalar(&self.scale);
-        out.student_cls.square()?.mean()?.mul(&scale)?.mul(&scale).map(LossValue::of)
+        out.student.cls.square()?.mean()?.mul(&scale)?.mul(&scale).map(LossValue::of)
     }
 }
 
@@ -109,10 +109,10 @@ impl Loss for SickState {
         vec![StateSpec { name: "memory", shape: vec![3] }]
     }
 
-    fn compute(&self, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
+    fn compute(&self, _: &Params<'_>, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
         let growth = context.scalar(&self.growth);
         let memory = context.state[0].shift(1.0)?.mul(&growth)?.mul(&growth)?.mul(&growth)?;
-        Ok(LossValue { state: vec![memory], ..LossValue::of(out.student_cls.square()?.mean()?) })
+        Ok(LossValue { state: vec![memory], ..LossValue::of(out.student.cls.square()?.mean()?) })
     }
 }
 

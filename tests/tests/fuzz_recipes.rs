@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use cases::{Case, Cases, Mood};
 use dinolab_core::recipe::cost::cost_on;
 use dinolab_core::recipe::Resolved;
+use dinolab_core::registry::DataContext;
 use dinolab_core::train::{self, Outcome, RunOptions, Silent};
 use dinolab_core::{Device, Error};
 use rayon::prelude::*;
@@ -149,6 +150,12 @@ fn is_small(resolved: &Resolved) -> bool {
         && resolved.recipe.steps <= 20
 }
 
+/// Whether `recipe check` finds in the data what the recipe asks of it.
+fn fits_its_data(resolved: &Resolved) -> bool {
+    let data = resolved.recipe.data.build(&mut DataContext { seed: resolved.recipe.seed });
+    data.map_or(true, |data| resolved.check_data(data.as_ref()).is_ok())
+}
+
 /// Whether nothing but the machine or files that are not there keep it from running.
 fn is_for_here(resolved: &Resolved) -> bool {
     resolved.recipe.device().is_ok_and(|device| device == Device::Cpu)
@@ -169,7 +176,7 @@ fn what_check_accepts_trains() {
             break;
         }
         let case = cases.case(i, Mood::Sound);
-        let Ok(Ok(resolved)) = checked(&case) else {
+        let Some(resolved) = checked(&case).ok().and_then(Result::ok).filter(fits_its_data) else {
             refused += 1;
             continue;
         };
@@ -181,7 +188,6 @@ fn what_check_accepts_trains() {
             too_large += 1;
             continue;
         }
-        // Labels and masks that probes need are looked for where the data is.
         match trained(resolved) {
             Went::Trained => trained_runs += 1,
             Went::Diverged(what) => diverged.push(format!("{}\n    {what}", case.command())),

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 
 use dinolab_core::contract::{Dataset, Loss, LossValue, Needs, Outputs, Sample, StepContext};
+use dinolab_core::params::Params;
 use dinolab_core::recipe::Resolved;
 use dinolab_core::train::{self, Observer, Outcome, Progress, RunOptions};
 use dinolab_core::{plugin, Result};
@@ -48,11 +49,11 @@ impl Loss for Squeamish {
         Needs::default()
     }
 
-    fn compute(&self, out: &Outputs<'_>, _: &StepContext<'_>) -> Result<LossValue> {
-        let patches = out.teacher_patches.to_f64_vec();
-        let d = out.teacher_patches.dim(2);
+    fn compute(&self, _: &Params<'_>, out: &Outputs<'_>, _: &StepContext<'_>) -> Result<LossValue> {
+        let patches = out.teacher.patches.to_f64_vec();
+        let d = out.teacher.patches.dim(2);
         let differ = patches.chunks(d).any(|patch| patch.iter().zip(&patches).any(|(a, b)| (a - b).abs() > 1e-3));
-        let value = out.student_cls.square()?.mean()?;
+        let value = out.student.cls.square()?.mean()?;
         value.scale(if differ { f64::INFINITY } else { 1.0 }).map(LossValue::of)
     }
 }

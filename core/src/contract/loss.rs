@@ -5,37 +5,41 @@ use std::fmt;
 use super::pos_encoding::Grid;
 use super::scheduler::{At, Schedule};
 use crate::comm::Comm;
-use crate::head::HeadConfig;
+use crate::params::Params;
+use crate::rng::Rng;
 use crate::{DType, Result, Tensor};
-
-/// Which vectors go through a loss's projection head.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum HeadInput {
-    /// CLS tokens: of the teacher's global crops, of all the student's crops.
-    Cls,
-    /// Patches that the student saw masked.
-    MaskedPatches,
-}
 
 /// What a loss asks of a step; the step computes nothing that no loss asked for.
 #[derive(Clone, Debug)]
 pub struct Needs {
-    /// A projection head of its own, `<loss>_head`, on these vectors.
-    pub head: Option<(HeadInput, HeadConfig)>,
+    /// Targets over the whole batch, made of what the teacher's copy of the loss's layers gives: see [`Loss::targets`].
+    pub targets: Option<TargetSpec>,
     /// Masked patches in the student's global crops.
     pub masks: bool,
-    /// The teacher's features, as by default. A loss with a head has its targets without.
+    /// The teacher's features in [`Loss::compute`], as by default. Targets are made of them without.
     pub teacher: bool,
     /// A Gram teacher.
     pub gram_teacher: bool,
+    /// The whole batch at once, because its statistics run over the batch: a recipe that splits it is refused.
+    pub whole_batch: bool,
     /// Fewest images of a (micro-)batch on which it is defined.
     pub min_batch: usize,
 }
 
 impl Default for Needs {
     fn default() -> Self {
-        Self { head: None, masks: false, teacher: true, gram_teacher: false, min_batch: 0 }
+        Self { targets: None, masks: false, teacher: true, gram_teacher: false, whole_batch: false, min_batch: 0 }
     }
+}
+
+/// What the targets of a loss are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TargetSpec {
+    /// Numbers K of one target.
+    pub width: usize,
+    /// Whether a target is a distribution over K prototypes. The log then tells how spread out targets are, and a
+    /// collapse is named.
+    pub distribution: bool,
 }
 
 /// A buffer that a loss carries from step to step (a centre); saved in checkpoints.
@@ -76,6 +80,41 @@ pub struct GramTarget {
     pub patches: Tensor,
 }
 
+/// Tokens that the student or a teacher gives, after the final norm. Rows are crop-major: crop 0 of every image, then crop 1.
+#[derive(Clone, Copy, Debug)]
+pub struct ModelOutputs<'a> {
+    /// CLS of the global crops: `[G*B, D]`.
+    pub cls: &'a Tensor,
+    /// Patches of the global crops, which the student sees masked: `[G*B, P, D]`.
+    pub patches: &'a Tensor,
+    /// CLS of the local crops: `[L*B, D]`; `None` for a teacher, and if L = 0.
+    pub local_cls: Option<&'a Tensor>,
+    /// Flat indices of the masked patches in `[G*B*P]`: `[M]`, u32.
+    pub mask_indices: &'a Tensor,
+}
+
+impl ModelOutputs<'_> {
+    /// CLS of all crops, global ones first: `[(G+L)*B, D]`.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn all_cls(&self) -> Result<Tensor> {
+        match self.local_cls {
+            Some(local) => Tensor::cat(&[self.cls, local]),
+            None => Ok(self.cls.clone()),
+        }
+    }
+
+    /// The masked patches: `[M, D]`.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn masked_patches(&self) -> Result<Tensor> {
+        let (b, p, d) = (self.patches.dim(0), self.patches.dim(1), self.patches.dim(2));
+        self.patches.reshape(&[b * p, d])?.gather_rows(self.mask_indices)
+    }
+}
+
 /// What a step computed, as a loss sees it. Rows are crop-major: crop 0 of every image, then crop 1.
 pub struct Outputs<'a> {
     /// Images `B`.
@@ -86,35 +125,49 @@ pub struct Outputs<'a> {
     pub locals: usize,
     /// Patch grid of a global crop.
     pub grid: Grid,
-    /// Student CLS of the global crops, before the head: `[G*B, D]`.
-    pub student_cls: &'a Tensor,
-    /// Student CLS of the local crops, before the head: `[L*B, D]` (`None` if L = 0).
-    pub student_local_cls: Option<&'a Tensor>,
-    /// Student patches of the (masked) global crops, before the head: `[G*B, P, D]`.
-    pub student_patches: &'a Tensor,
-    /// Student logits of this loss's head. For [`HeadInput::Cls`]: `[(G+L)*B, K]`, globals first; for
-    /// [`HeadInput::MaskedPatches`]: `[M, K]`.
-    pub student_logits: Option<&'a Tensor>,
-    /// Teacher CLS of the global crops, before the head: `[G*B, D]`; no rows without [`Needs::teacher`].
-    pub teacher_cls: &'a Tensor,
-    /// Teacher patches of the global crops, before the head: `[G*B, P, D]`; no crops without [`Needs::teacher`].
-    pub teacher_patches: &'a Tensor,
-    /// What this loss's [`targets`](Loss::targets) gave for this (micro-)batch: `[G*B, K]` or `[M, K]`.
+    /// What the student gives.
+    pub student: ModelOutputs<'a>,
+    /// What the teacher gives of the global crops; no rows without [`Needs::teacher`].
+    pub teacher: ModelOutputs<'a>,
+    /// What this loss's [`targets`](Loss::targets) gave for this (micro-)batch: a row for every row of its
+    /// [`project`](Loss::project).
     pub targets: Option<&'a Tensor>,
-    /// Flat indices of the masked patches in `[G*B*P]`: `[M]`, u32.
-    pub mask_indices: &'a Tensor,
-    /// Flat indices of the other patches: `[G*B*P - M]`, u32.
+    /// Flat indices of the patches that are not masked: `[G*B*P - M]`, u32.
     pub unmasked_indices: &'a Tensor,
     /// 1 / (masked patches of that crop) for every masked patch: `[M]`.
     pub mask_weights: &'a Tensor,
     /// The Gram teacher's patches, where a loss asked for them.
     pub gram: Option<&'a GramTarget>,
+    /// What [`Loss::draw`] drew for this step, f64, where the step runs; `None` if that is nothing.
+    pub draws: Option<&'a Tensor>,
 }
 
-/// The teacher's outputs over the whole effective batch (all micro-batches), for targets that look across it.
-pub struct TeacherBatch<'a> {
-    /// Teacher logits of this loss's head: `[rows, K]`.
-    pub logits: &'a Tensor,
+/// The rows of a loss's layers in one image.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct LossRows {
+    /// Global crops.
+    pub globals: f64,
+    /// Local crops.
+    pub locals: f64,
+    /// Patches of all global crops.
+    pub patches: f64,
+    /// Those of them that are masked, on average.
+    pub masked: f64,
+}
+
+/// What a loss's own layers cost for one image.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct LossCost {
+    /// Floating-point operations of the student's forward.
+    pub forward_flops: f64,
+    /// Floating-point operations of the teacher's [`project`](Loss::project).
+    pub project_flops: f64,
+    /// Numbers kept from forward to backward.
+    pub activations: f64,
+    /// Numbers that the last layer gives; there are as many of their gradient.
+    pub outputs: f64,
+    /// Numbers of the targets.
+    pub targets: f64,
 }
 
 /// A loss and what is worth logging about it.
@@ -144,22 +197,45 @@ impl LossValue {
 ///
 /// The weight (a schedule) and whether a loss is enabled are the recipe's business, the same for every loss.
 ///
+/// A loss may own parameters: layers of [`nn`](crate::nn) that it declares when it is built, in
+/// [`LossContext::params`](crate::registry::LossContext::params). The student's are trained with the rest; the teacher
+/// has a copy that follows as its backbone does. Both are named `<loss>_head.*`.
+///
 /// ```
 /// use dinolab_core::contract::{Loss, LossValue, Needs, Outputs, StepContext};
-/// use dinolab_core::Result;
+/// use dinolab_core::nn::Linear;
+/// use dinolab_core::params::Params;
+/// use dinolab_core::registry::LossContext;
+/// use dinolab_core::{plugin, Result};
 ///
-/// /// Mean squared distance of student and teacher CLS.
+/// /// Mean squared distance of the teacher's CLS and what a linear layer makes of the student's.
+/// #[derive(Debug, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
+/// #[serde(deny_unknown_fields)]
+/// struct Config {}
+///
 /// #[derive(Debug)]
-/// struct ClsDistance;
+/// struct Predicted {
+///     predictor: Linear,
+/// }
 ///
-/// impl Loss for ClsDistance {
+/// impl Predicted {
+///     fn build(_: Config, context: &mut LossContext<'_>) -> Result<Box<dyn Loss>> {
+///         let (params, dim) = (&mut *context.params, context.dim);
+///         Ok(Box::new(Self { predictor: params.scope("predictor", |p| Linear::declare(p, dim, dim, true)) }))
+///     }
+/// }
+///
+/// impl Loss for Predicted {
 ///     fn needs(&self) -> Needs {
 ///         Needs::default()
 ///     }
-///     fn compute(&self, out: &Outputs<'_>, _: &StepContext<'_>) -> Result<LossValue> {
-///         Ok(LossValue::of(out.student_cls.sub(out.teacher_cls)?.square()?.mean()?))
+///     fn compute(&self, params: &Params<'_>, out: &Outputs<'_>, _: &StepContext<'_>) -> Result<LossValue> {
+///         let predicted = self.predictor.forward(params, out.student.cls)?;
+///         Ok(LossValue::of(predicted.sub(out.teacher.cls)?.square()?.mean()?))
 ///     }
 /// }
+///
+/// plugin!(Loss, "predicted", Config, Predicted::build);
 /// ```
 pub trait Loss: fmt::Debug + Send + Sync {
     /// What the step has to compute for this loss.
@@ -176,14 +252,35 @@ pub trait Loss: fmt::Debug + Send + Sync {
         Vec::new()
     }
 
-    /// Turns teacher logits over the whole effective batch into targets, row for row, without a tape; also gives the
-    /// new state (in the order of [`state`](Self::state); empty: it stays as it is). Called when the loss has a head; the
-    /// default gives the logits as they are.
-    fn targets(&self, teacher: &TeacherBatch<'_>, context: &StepContext<'_>) -> Result<(Tensor, Vec<Tensor>)> {
-        let _ = context;
-        Ok((teacher.logits.clone(), Vec::new()))
+    /// Random numbers of one step, the same in every part of a batch; `rng` is a function of seed, step and loss. The loss
+    /// finds them in [`Outputs::draws`].
+    fn draw(&self, rng: &mut Rng) -> Vec<f64> {
+        let _ = rng;
+        Vec::new()
     }
 
-    /// The loss of one (micro-)batch.
-    fn compute(&self, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue>;
+    /// What the loss's own layers make of a model's tokens: `[rows, K]`. Called on the teacher's, with the teacher's
+    /// parameters, when [`Needs::targets`] asks for targets; a loss may call it on the student's. In distillation it is
+    /// that of the model that is distilled. The default gives the CLS tokens as they are.
+    fn project(&self, params: &Params<'_>, outputs: &ModelOutputs<'_>) -> Result<Tensor> {
+        let _ = params;
+        Ok(outputs.cls.clone())
+    }
+
+    /// Turns what [`project`](Self::project) gave of the teacher over the whole effective batch (all micro-batches) into
+    /// targets, row for row, without a tape; also gives the new state (in the order of [`state`](Self::state); empty: it
+    /// stays as it is). Called when [`Needs::targets`] asks for targets; the default gives the rows as they are.
+    fn targets(&self, projected: &Tensor, context: &StepContext<'_>) -> Result<(Tensor, Vec<Tensor>)> {
+        let _ = context;
+        Ok((projected.clone(), Vec::new()))
+    }
+
+    /// The loss of one (micro-)batch, with the student's parameters.
+    fn compute(&self, params: &Params<'_>, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue>;
+
+    /// What the loss's own layers cost for one image; by default nothing.
+    fn cost(&self, rows: &LossRows) -> LossCost {
+        let _ = rows;
+        LossCost::default()
+    }
 }

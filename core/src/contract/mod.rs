@@ -23,7 +23,9 @@ mod teacher_policy;
 
 pub use backbone::{Backbone, Cost, Crops, Draws, Features, Mode};
 pub use dataset::{Dataset, Sample, Summary};
-pub use loss::{GramTarget, HeadInput, Loss, LossValue, Needs, Outputs, StateSpec, StepContext, TeacherBatch};
+pub use loss::{
+    GramTarget, Loss, LossCost, LossRows, LossValue, ModelOutputs, Needs, Outputs, StateSpec, StepContext, TargetSpec,
+};
 pub use pos_encoding::{Grid, PosContext, PosEncoding, PosTables};
 pub use probe::{Probe, ProbeContext, Score};
 pub use scheduler::{At, Schedule, Scheduler};

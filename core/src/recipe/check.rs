@@ -2,7 +2,7 @@
 
 use super::problem::{Problem, Severity};
 use super::{sizes, MaskConfig, Recipe};
-use crate::contract::{At, Backbone, Dataset, TeacherPolicy};
+use crate::contract::{At, Backbone, Dataset, Loss, TeacherPolicy};
 use crate::data::any_masked;
 use crate::registry::{BackboneContext, Chosen};
 use crate::step::{loss_context, CHANNELS, GLOBALS};
@@ -222,19 +222,20 @@ fn crops(
 }
 
 fn losses(recipe: &Recipe, backbone: &dyn Backbone, distils: bool, problems: &mut Vec<Problem>) {
-    let context = loss_context(recipe, backbone);
+    let images = recipe.batch.size / recipe.batch.micro_batches.max(1);
+    let build = |loss: &Chosen<dyn Loss>| loss.build(&mut loss_context(recipe, backbone, &mut ParamBuilder::new()));
     let mut gram_is_used = false;
     let mut enabled = 0;
     for (name, entry) in &recipe.losses.0 {
         if !entry.enabled {
             // A recipe may keep a Gram teacher ready for a loss that an arm of a suite turns on.
-            gram_is_used |= entry.loss.build(&mut context.clone()).is_ok_and(|loss| loss.needs().gram_teacher);
+            gram_is_used |= build(&entry.loss).is_ok_and(|loss| loss.needs().gram_teacher);
             continue;
         }
         enabled += 1;
         let key = format!("losses.{name}");
         let off = format!("set {key}.enabled = false");
-        let needs = match entry.loss.build(&mut context.clone()) {
+        let needs = match build(&entry.loss) {
             Ok(loss) => loss.needs(),
             Err(error) => {
                 problems.push(refused(key, error));
@@ -247,11 +248,17 @@ fn losses(recipe: &Recipe, backbone: &dyn Backbone, distils: bool, problems: &mu
             let help = format!("add a table [gram_teacher] with `plugin = \"gram_anchor\"`, or {off}");
             problems.push(Problem::error(&key, message).help(help));
         }
-        if needs.min_batch > context.images {
-            let (least, images) = (needs.min_batch, context.images);
+        if needs.min_batch > images {
+            let least = needs.min_batch;
             let message = format!("needs at least {least} images of a micro-batch; there is {images}");
             let help = format!("raise batch.size, lower batch.micro_batches, or {off}");
             problems.push(Problem::error(&key, message).help(help));
+        }
+        let parts = recipe.batch.micro_batches;
+        if needs.whole_batch && parts > 1 {
+            let message =
+                format!("its statistics run over the whole batch, which batch.micro_batches splits into {parts}");
+            problems.push(Problem::error(&key, message).help(format!("set batch.micro_batches = 1, or {off}")));
         }
         if needs.masks {
             problems.extend(masked(recipe, backbone.patch_size(), name));

@@ -5,7 +5,7 @@
 //! counted.
 
 use super::{Recipe, Resolution};
-use crate::contract::{Cost, Grid, HeadInput};
+use crate::contract::{Cost, Grid, LossCost, LossRows};
 use crate::recipe::DeviceChoice;
 use crate::step::{declare, distilled_model, Declared, CHANNELS, GLOBALS};
 use crate::{cuda, DType, Device, Result};
@@ -77,7 +77,7 @@ fn cost_at(recipe: &Recipe, sizes: &Resolution, model: &Declared, device: Device
     let distilled = distilled_model(recipe);
     let teacher_model = distilled.as_ref().unwrap_or(model);
     // It runs only if something is learned from it.
-    let taught = model.losses.iter().any(|l| l.needs.teacher || l.needs.head.is_some());
+    let taught = model.losses.iter().any(|l| l.needs.teacher || l.needs.targets.is_some());
     let teacher = if taught { teacher_model.backbone.cost(&[globals]) } else { Cost::default() };
     let mut flops = 3.0 * student.forward_flops + teacher.forward_flops;
     let has_gram = gram_is_used(recipe, model);
@@ -85,23 +85,22 @@ fn cost_at(recipe: &Recipe, sizes: &Resolution, model: &Declared, device: Device
         flops += backbone.cost(&[(GLOBALS, grid(gram_side))]).forward_flops;
     }
     let count = |prefix: &str| count_in(model, prefix);
-    let mut heads = HeadNumbers::default();
-    for loss in &model.losses {
-        let Some((input, head)) = &loss.needs.head else { continue };
-        let (of_student, of_teacher) = match input {
-            HeadInput::Cls => ((GLOBALS + recipe.crops.local_count) as f64, GLOBALS as f64),
-            HeadInput::MaskedPatches => (masked_patches(recipe, globals.1), masked_patches(recipe, globals.1)),
-        };
-        let parameters = |model| count_in(model, &format!("{}_head.", loss.name)) as f64;
-        flops += 2.0 * (3.0 * parameters(model) * of_student + parameters(teacher_model) * of_teacher);
-        // Kept: input of every layer before its activation, bottlenecks before and after their normalisation.
-        let hidden = head.layers.saturating_sub(1) as f64 * head.hidden as f64;
-        let logits = head.prototypes as f64;
-        heads.kept += of_student * (backbone.dim() as f64 + hidden + 2.0 * head.bottleneck as f64);
-        heads.logits += of_student * logits;
-        heads.most_logits = heads.most_logits.max(of_student * logits);
-        heads.targets += of_teacher * logits;
-        heads.most_targets = heads.most_targets.max(of_teacher * logits);
+    let rows = LossRows {
+        globals: GLOBALS as f64,
+        locals: recipe.crops.local_count as f64,
+        patches: (GLOBALS * globals.1.patches()) as f64,
+        masked: masked_patches(recipe, globals.1),
+    };
+    let (mut heads, mut most) = (LossCost::default(), LossCost::default());
+    for declared in &model.losses {
+        let cost = declared.loss.cost(&rows);
+        let taught = teacher_model.loss(&declared.name).map(|loss| loss.loss.cost(&rows)).unwrap_or_default();
+        flops += 3.0 * cost.forward_flops + taught.project_flops;
+        heads.activations += cost.activations;
+        heads.outputs += cost.outputs;
+        heads.targets += cost.targets;
+        most.outputs = most.outputs.max(cost.outputs);
+        most.targets = most.targets.max(cost.targets);
     }
     let modules: Vec<(String, usize)> =
         model.layout.modules().into_iter().map(|m| (m.clone(), count(&format!("{m}.")))).collect();
@@ -117,9 +116,9 @@ fn cost_at(recipe: &Recipe, sizes: &Resolution, model: &Declared, device: Device
     // The teacher goes over the whole batch before the student begins. While it turns logits into targets there are the
     // logits by part and together, and the targets; while the student's losses go backward, the logits and a gradient.
     let gram_kept = if has_gram { 2.0 * (GLOBALS * globals.1.patches()) as f64 * backbone.dim() as f64 } else { 0.0 };
-    let kept = part * (student.activations + student.features + heads.kept + gram_kept);
-    let backward = part * student.working.max(heads.logits + heads.most_logits);
-    let teaching = all * 2.0 * heads.most_targets;
+    let kept = part * (student.activations + student.features + heads.activations + gram_kept);
+    let backward = part * student.working.max(heads.outputs + most.outputs);
+    let teaching = all * 2.0 * most.targets;
     memory.extend([
         ("crops", number * all * (crops + gram_pixels)),
         ("teacher's features and targets", number * all * (teacher.features + heads.targets)),
@@ -137,16 +136,6 @@ fn cost_at(recipe: &Recipe, sizes: &Resolution, model: &Declared, device: Device
 fn count_in(model: &Declared, prefix: &str) -> usize {
     let inside = model.layout.specs().iter().filter(|s| s.name.starts_with(prefix));
     inside.fold(0, |all: usize, s| all.saturating_add(s.range().len()))
-}
-
-/// Numbers of one image in heads and losses.
-#[derive(Default)]
-struct HeadNumbers {
-    kept: f64,
-    logits: f64,
-    most_logits: f64,
-    targets: f64,
-    most_targets: f64,
 }
 
 /// What lasts from step to step, in bytes: for so many parameters, those of a Gram teacher and of a model to distil from.

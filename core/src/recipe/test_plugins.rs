@@ -3,9 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 use crate::contract::*;
-use crate::head::HeadConfig;
 use crate::params::{Init, Params};
-use crate::registry::{BackboneContext, Chosen};
+use crate::registry::{BackboneContext, Chosen, LossContext};
 use crate::{plugin, Error, Result, Tensor};
 
 macro_rules! config {
@@ -79,25 +78,28 @@ impl Backbone for Matrix {
     fn forward(&self, _: &Params<'_>, _: &[Crops], _: Mode<'_>) -> Result<Vec<Features>> {
         Ok(Vec::new())
     }
-    /// One operation and one kept number a patch.
+    /// One operation and one kept number a patch, and its features.
     fn cost(&self, crops: &[(usize, Grid)]) -> Cost {
         let patches = crops.iter().map(|(n, grid)| (n * grid.patches()) as f64).sum();
-        Cost { forward_flops: patches, activations: patches, ..Cost::default() }
+        Cost { forward_flops: patches, activations: patches, features: patches * self.dim as f64, ..Cost::default() }
     }
 }
 plugin!(Backbone, "test_matrix", Matrix, Matrix::build);
 
 macro_rules! loss {
     ($config:ident, $name:literal, $needs:expr) => {
+        loss!($config, $name, $needs, |config: $config, _: &mut LossContext<'_>| Ok(Box::new(config) as Box<dyn Loss>));
+    };
+    ($config:ident, $name:literal, $needs:expr, $build:expr) => {
         impl Loss for $config {
             fn needs(&self) -> Needs {
                 ($needs)(self)
             }
-            fn compute(&self, _: &Outputs<'_>, c: &StepContext<'_>) -> Result<LossValue> {
+            fn compute(&self, _: &Params<'_>, _: &Outputs<'_>, c: &StepContext<'_>) -> Result<LossValue> {
                 Ok(LossValue::of(Tensor::scalar(0.0, c.dtype)))
             }
         }
-        plugin!(Loss, $name, $config);
+        plugin!(Loss, $name, $config, $build);
     };
 }
 
@@ -107,10 +109,38 @@ config! {
         /// Softness of the teacher.
         temperature: Schedule = Schedule::constant(0.07),
         /// The projection head.
-        head: HeadConfig = HeadConfig { hidden: 4, bottleneck: 2, prototypes: 8, layers: 2, bias: true, prototype_std: 0.02 },
+        head: TestHead = TestHead::default(),
     }
 }
-loss!(Cls, "test_cls", |c: &Cls| Needs { head: Some((HeadInput::Cls, c.head.clone())), ..Needs::default() });
+config! {
+    /// A linear layer to prototypes.
+    TestHead {
+        /// Layers.
+        #[schemars(range(min = 1, max = 100))]
+        layers: usize = 2,
+        /// Width.
+        #[schemars(range(min = 1, max = 10_000_000))]
+        bottleneck: usize = 2,
+        /// Prototypes.
+        #[schemars(range(min = 2, max = 2_147_483_647))]
+        prototypes: usize = 8,
+    }
+}
+impl Cls {
+    fn build(self, context: &mut LossContext<'_>) -> Result<Box<dyn Loss>> {
+        context.params.add("weight", &[self.head.prototypes, self.head.bottleneck], Init::Zeros);
+        Ok(Box::new(self))
+    }
+}
+loss!(
+    Cls,
+    "test_cls",
+    |c: &Cls| {
+        let targets = Some(TargetSpec { width: c.head.prototypes, distribution: true });
+        Needs { targets, ..Needs::default() }
+    },
+    Cls::build
+);
 
 config! {
     /// Compares masked patches.

@@ -5,6 +5,7 @@ use figment::value::Value;
 use super::layers::RawRecipe;
 use super::problem::{Origin, Problem, Severity};
 use super::Recipe;
+use crate::params::ParamBuilder;
 use crate::step::{declare, loss_context};
 
 /// What was given and is not read. `idle` are keys beside a key that makes them idle, and what that would have to be.
@@ -43,9 +44,12 @@ pub(super) fn check(recipe: &Recipe, raw: &RawRecipe, idle: Vec<(String, String)
 /// Whether a loss that is off would use the Gram teacher, and none that is on does.
 fn gram_waits(recipe: &Recipe) -> bool {
     let Ok(model) = declare(recipe) else { return false };
-    let context = loss_context(recipe, model.backbone.as_ref());
     let off = recipe.losses.0.values().filter(|entry| !entry.enabled);
-    let mut uses = off.map(|entry| entry.loss.build(&mut context.clone()).is_ok_and(|loss| loss.needs().gram_teacher));
+    let mut uses = off.map(|entry| {
+        let mut params = ParamBuilder::new();
+        let built = entry.loss.build(&mut loss_context(recipe, model.backbone.as_ref(), &mut params));
+        built.is_ok_and(|loss| loss.needs().gram_teacher)
+    });
     recipe.gram_teacher.is_some() && !model.losses.iter().any(|l| l.needs.gram_teacher) && uses.any(|uses| uses)
 }
 

@@ -1,12 +1,11 @@
-//! The model of a recipe: backbone, losses with their heads, and the layout of all parameters. Nothing is allocated.
+//! The model of a recipe: backbone, losses, and the layout of all parameters. Nothing is allocated.
 
 use std::sync::Arc;
 
 use crate::contract::{Backbone, Loss, Needs, Schedule};
-use crate::head::Head;
 use crate::params::{Layout, ParamBuilder};
 use crate::recipe::Recipe;
-use crate::registry::{BackboneContext, LossContext};
+use crate::registry::{BackboneContext, Chosen, LossContext};
 use crate::Result;
 
 /// Channels of the images: datasets give RGB.
@@ -21,14 +20,14 @@ pub struct Declared {
     pub backbone: Box<dyn Backbone>,
     /// The enabled losses by name.
     pub losses: Vec<DeclaredLoss>,
-    /// All parameters: the backbone, then the heads in the order of the losses.
+    /// All parameters: the backbone, then those of the losses, in their order.
     pub layout: Arc<Layout>,
 }
 
 impl Declared {
-    /// The head of a loss.
-    pub fn head(&self, loss: &str) -> Option<&Head> {
-        self.losses.iter().find(|l| l.name == loss)?.head.as_ref()
+    /// The enabled loss of that name.
+    pub fn loss(&self, name: &str) -> Option<&DeclaredLoss> {
+        self.losses.iter().find(|l| l.name == name)
     }
 }
 
@@ -39,12 +38,12 @@ pub struct DeclaredLoss {
     pub name: String,
     /// What it is multiplied by in the total.
     pub weight: Schedule,
+    /// Its plugin and keys.
+    pub chosen: Chosen<dyn Loss>,
     /// The loss.
     pub loss: Box<dyn Loss>,
     /// What it asks of a step.
     pub needs: Needs,
-    /// Its projection head, `<name>_head.*`, if it asks for one.
-    pub head: Option<Head>,
 }
 
 /// Builds the backbone and the enabled losses of a recipe and declares their parameters.
@@ -59,20 +58,20 @@ pub fn declare(recipe: &Recipe) -> Result<Declared> {
     })?;
     let losses = recipe.losses.0.iter().filter(|(_, entry)| entry.enabled);
     let losses = losses.map(|(name, entry)| {
-        let loss = entry.loss.build(&mut loss_context(recipe, backbone.as_ref()))?;
-        let needs = loss.needs();
-        let head = needs.head.as_ref().map(|(_, config)| {
-            params.scope(format!("{name}_head"), |params| Head::declare(params, backbone.dim(), config))
-        });
-        Ok(DeclaredLoss { name: name.clone(), weight: entry.weight.clone(), loss, needs, head })
+        let loss = params.scope(format!("{name}_head"), |params| {
+            entry.loss.build(&mut loss_context(recipe, backbone.as_ref(), params))
+        })?;
+        let (needs, chosen) = (loss.needs(), entry.loss.clone());
+        Ok(DeclaredLoss { name: name.clone(), weight: entry.weight.clone(), chosen, loss, needs })
     });
     let losses = losses.collect::<Result<_>>()?;
     Ok(Declared { backbone, losses, layout: params.finish() })
 }
 
 /// What the losses of a recipe are built with.
-pub fn loss_context(recipe: &Recipe, backbone: &dyn Backbone) -> LossContext {
+pub fn loss_context<'a>(recipe: &Recipe, backbone: &dyn Backbone, params: &'a mut ParamBuilder) -> LossContext<'a> {
     LossContext {
+        params,
         dim: backbone.dim(),
         images: recipe.batch.size / recipe.batch.micro_batches.max(1),
         globals: GLOBALS,

@@ -6,6 +6,8 @@
 
 use std::path::Path;
 
+use serde_json::Value as Json;
+
 use crate::contract::TeacherPolicy;
 use crate::params::load_named;
 use crate::recipe::Recipe;
@@ -59,8 +61,8 @@ pub(super) fn fits_student(path: &Path, student: &Declared) -> Result<()> {
     fits(path, &declared_by(path)?.1, student)
 }
 
-/// Fails unless teacher and student have the same patches and, for every loss of the student with a head, the same
-/// prototypes.
+/// Fails unless teacher and student have the same patches and, for every loss of the student with targets, targets
+/// of the same width.
 fn fits(path: &Path, teacher: &Declared, student: &Declared) -> Result<()> {
     let (theirs, ours) = (teacher.backbone.patch_size(), student.backbone.patch_size());
     if theirs != ours {
@@ -68,18 +70,34 @@ fn fits(path: &Path, teacher: &Declared, student: &Declared) -> Result<()> {
         return Err(Error::content(path, problem, format!("set backbone.patch_size = {theirs}")));
     }
     for loss in &student.losses {
-        let Some((input, head)) = &loss.needs.head else { continue };
+        let Some(spec) = loss.needs.targets else { continue };
         let name = &loss.name;
-        let found = teacher.losses.iter().find(|l| l.name == *name).and_then(|l| l.needs.head.as_ref());
-        let Some((_, found)) = found.filter(|(i, _)| i == input) else {
+        let found = teacher.loss(name).filter(|l| l.chosen.name() == loss.chosen.name());
+        let Some((taught, found)) = found.and_then(|l| Some((l, l.needs.targets?))) else {
             let problem = format!("the teacher was not trained with the loss `{name}`, so it has no head for it");
             return Err(Error::content(path, problem, format!("set losses.{name}.enabled = false")));
         };
-        if found.prototypes != head.prototypes {
-            let (theirs, ours) = (found.prototypes, head.prototypes);
-            let problem = format!("the teacher's head of `{name}` has {theirs} prototypes, the student's {ours}");
-            return Err(Error::content(path, problem, format!("set losses.{name}.head.prototypes = {theirs}")));
+        if found.width != spec.width {
+            let (theirs, ours) = (found.width, spec.width);
+            let problem = format!("the teacher's head of `{name}` has {theirs} outputs, the student's {ours}");
+            let key = key_of(loss.chosen.config(), taught.chosen.config(), ours as u64, theirs as u64);
+            let help = match key {
+                Some(key) => format!("set losses.{name}.{key} = {theirs}"),
+                None => format!("give losses.{name} the keys of the teacher's recipe"),
+            };
+            return Err(Error::content(path, problem, help));
         }
     }
     Ok(())
+}
+
+/// The key that is `ours` in one table and `theirs` in another.
+fn key_of(a: &Json, b: &Json, ours: u64, theirs: u64) -> Option<String> {
+    a.as_object()?.iter().find_map(|(key, value)| {
+        let other = b.get(key)?;
+        if value.as_u64() == Some(ours) && other.as_u64() == Some(theirs) {
+            return Some(key.clone());
+        }
+        key_of(value, other, ours, theirs).map(|inner| format!("{key}.{inner}"))
+    })
 }

@@ -16,7 +16,7 @@ pub struct Health {
     pub effective_rank: f64,
     /// Mean cosine between a crop's CLS and its patches: it creeps up when dense features are lost.
     pub cls_patch_cosine: f64,
-    /// Losses with a head: (name, entropy of the mean target / ln K, mean entropy of a target / ln K). First near 1 and
+    /// Losses whose targets are distributions over K prototypes: (name, entropy of the mean target / ln K, mean entropy of a target / ln K). First near 1 and
     /// second near 1: uniform collapse; first near 0: one-hot collapse.
     pub targets: Vec<(String, f64, f64)>,
     /// Different samples of the dataset whose CLS coincide: copies, or pictures without content.
@@ -45,7 +45,8 @@ impl Health {
         let cosine = patches.mul(&cls)?.sum()?.item() / n as f64;
         let mut targets = Vec::new();
         for (declared, t) in model.losses.iter().zip(&teacher.targets) {
-            let Some(t) = t.filter(|t| t.dim(0) > 0) else { continue };
+            let distribution = declared.needs.targets.is_some_and(|spec| spec.distribution);
+            let Some(t) = t.filter(|t| distribution && t.dim(0) > 0) else { continue };
             let (rows, k) = (t.dim(0), t.dim(1));
             let values = t.to_f64_vec();
             let of_mean = entropy(t.mean_axis(0)?.to_f64_vec());

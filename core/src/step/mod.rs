@@ -1,8 +1,8 @@
 //! The training step: teacher, student, losses, backward, clipping, AdamW, teachers' policies.
 //!
 //! ```text
-//! for every micro-batch: EMA teacher on the global crops; heads on CLS and masked patches
-//! over the whole batch:  each loss turns teacher logits into targets
+//! for every micro-batch: EMA teacher on the global crops; what each loss's layers make of its tokens
+//! over the whole batch:  each loss turns that into targets
 //! for every micro-batch: Gram teacher on its larger crops; student on all crops, packed; losses; backward
 //! once:                  gradient norms, AdamW + EMA in one pass over flat memory, Gram teacher's policy
 //! ```
@@ -332,7 +332,14 @@ impl Learner {
         // images that is known before, so that every step has the same shapes.
         let of_part = |stream| if stream == Stream::DropPath { (micro as u64) << 32 } else { 0 };
         let rng = |stream, index| Rng::new(self.seed, stream, step, of_part(stream) | index);
-        self.model.backbone.draw(&rng, &images)
+        let mut draws = self.model.backbone.draw(&rng, &images);
+        for declared in &self.model.losses {
+            // By name, so that a loss more or less changes no other's draws.
+            let name = blake3::hash(declared.name.as_bytes());
+            let index = u64::from_le_bytes(name.as_bytes()[..8].try_into().expect("a hash has 32 bytes"));
+            draws.losses.push(declared.loss.draw(&mut Rng::new(self.seed, Stream::Loss, step, index)));
+        }
+        draws
     }
 
     /// What a loss reads about the step.
@@ -377,7 +384,7 @@ impl Learner {
                 let _scope = scope::enter(format!("losses.{}", declared.name));
                 let outputs = student.outputs(self, batch, (i, micro), &teacher, gram.as_ref());
                 let context = self.context(at, &states[i]);
-                let value = declared.loss.compute(&outputs, &context)?;
+                let value = declared.loss.compute(&params, &outputs, &context)?;
                 if value.loss.len() != 1 {
                     let problem = format!("loss `{}` gave shape {:?}, not a scalar", declared.name, value.loss.shape());
                     return Err(Error::shape("loss", problem));

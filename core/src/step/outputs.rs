@@ -1,6 +1,6 @@
 //! What teacher and student compute in a step, and how a loss gets to see it.
 
-use crate::contract::{At, Crops, Draws, Features, GramTarget, Grid, HeadInput, Mode, Needs, Outputs, TeacherBatch};
+use crate::contract::{At, Crops, Draws, Features, GramTarget, Grid, Mode, ModelOutputs, Needs, Outputs};
 use crate::data::Batch;
 use crate::params::Params;
 use crate::tensor::scope;
@@ -27,15 +27,10 @@ pub(super) struct TeacherOf<'a> {
     pub(super) targets: Vec<Option<&'a Tensor>>,
 }
 
-/// Rows that go through a head: CLS tokens, or masked patches.
-fn head_rows(features: &Features, batch: &Batch, input: HeadInput) -> Result<Tensor> {
-    match input {
-        HeadInput::Cls => Ok(features.cls.clone()),
-        HeadInput::MaskedPatches => {
-            let (b, p, d) = (features.patches.dim(0), features.patches.dim(1), features.patches.dim(2));
-            features.patches.reshape(&[b * p, d])?.gather_rows(&batch.masks.indices)
-        }
-    }
+/// A model's tokens as a loss sees them.
+fn tokens<'a>(global: &'a Features, local: Option<&'a Features>, batch: &'a Batch) -> ModelOutputs<'a> {
+    let local_cls = local.map(|l| &l.cls);
+    ModelOutputs { cls: &global.cls, patches: &global.patches, local_cls, mask_indices: &batch.masks.indices }
 }
 
 /// The state of a loss after a call that gave `new`; none: it stays as it was.
@@ -67,7 +62,7 @@ impl TeacherPass {
             None => (&learner.model, learner.weights.teacher()),
         };
         let params = Params::frozen(&model.layout, flat);
-        let needed = features || learner.model.losses.iter().any(|l| l.needs.teacher || l.needs.head.is_some());
+        let needed = features || learner.model.losses.iter().any(|l| l.needs.teacher || l.needs.targets.is_some());
         let mut features = Vec::new();
         for batch in batches.iter().filter(|_| needed) {
             let crops = Crops::global(batch.global.clone());
@@ -75,30 +70,36 @@ impl TeacherPass {
         }
         let (mut targets, mut state) = (Vec::new(), Vec::new());
         for (declared, old) in learner.model.losses.iter().zip(&learner.weights.loss_state) {
-            let (Some((input, _)), Some(head)) = (&declared.needs.head, model.head(&declared.name)) else {
+            let (Some(spec), Some(taught)) = (declared.needs.targets, model.loss(&declared.name)) else {
                 targets.push(vec![None; batches.len()]);
                 state.push(old.clone());
                 continue;
             };
             let _scope = scope::enter(format!("losses.{}", declared.name));
-            if *input == HeadInput::MaskedPatches && batches.iter().all(|b| b.masks.indices.is_empty()) {
+            if declared.needs.masks && batches.iter().all(|b| b.masks.indices.is_empty()) {
                 let problem =
                     format!("no patch of this step's crops is masked, and the loss `{}` is of those", declared.name);
                 let help =
                     "raise masking.probability or masking.ratio: of some crop at least one patch has to be masked";
                 return Err(Error::user(problem, help));
             }
-            let logits = features.iter().zip(batches).map(|(f, b)| head.forward(&params, &head_rows(f, b, *input)?));
-            let logits: Vec<Tensor> = logits.collect::<Result<_>>()?;
-            let all = Tensor::cat(&logits.iter().collect::<Vec<_>>())?;
-            let (all, new) = declared.loss.targets(&TeacherBatch { logits: &all }, &learner.context(at, old))?;
+            let parts = features.iter().zip(batches).map(|(f, b)| taught.loss.project(&params, &tokens(f, None, b)));
+            let parts: Vec<Tensor> = parts.collect::<Result<_>>()?;
+            let all = Tensor::cat(&parts.iter().collect::<Vec<_>>())?;
+            let (all, new) = declared.loss.targets(&all, &learner.context(at, old))?;
+            let rows = parts.iter().map(|part| part.dim(0)).sum::<usize>();
+            if all.shape() != [rows, spec.width] {
+                let (name, gives, asks) = (&declared.name, all.shape(), [rows, spec.width]);
+                let problem = format!("the targets of `{name}` have shape {gives:?}, and `needs` says {asks:?}");
+                return Err(Error::shape("loss", problem));
+            }
             let mut start = 0;
-            let part = |logits: &Tensor| {
-                let part = all.narrow(start, logits.dim(0));
-                start += logits.dim(0);
-                part.map(Some)
+            let part = |part: &Tensor| {
+                let own = all.narrow(start, part.dim(0));
+                start += part.dim(0);
+                own.map(Some)
             };
-            targets.push(logits.iter().map(part).collect::<Result<_>>()?);
+            targets.push(parts.iter().map(part).collect::<Result<_>>()?);
             state.push(next_state(declared, old, new)?);
         }
         let (dim, dtype) = (learner.model.backbone.dim(), params.dtype());
@@ -111,11 +112,14 @@ impl TeacherPass {
         TeacherOf { features: self.features.get(micro), targets }
     }
 
-    /// CLS and patches of one micro-batch as a loss sees them.
-    fn seen_by(&self, needs: &Needs, micro: usize) -> [&Tensor; 2] {
+    /// The teacher on one micro-batch as a loss sees it.
+    fn seen_by<'a>(&'a self, needs: &Needs, micro: usize, batch: &'a Batch) -> ModelOutputs<'a> {
         match self.features.get(micro).filter(|_| needs.teacher) {
-            Some(features) => [&features.cls, &features.patches],
-            None => self.nothing.each_ref(),
+            Some(features) => tokens(features, None, batch),
+            None => {
+                let [cls, patches] = &self.nothing;
+                ModelOutputs { cls, patches, local_cls: None, mask_indices: &batch.masks.indices }
+            }
         }
     }
 }
@@ -124,8 +128,8 @@ impl TeacherPass {
 pub(super) struct StudentPass {
     global: Features,
     local: Option<Features>,
-    /// By loss.
-    logits: Vec<Option<Tensor>>,
+    /// By loss: what it drew.
+    draws: Vec<Option<Tensor>>,
 }
 
 impl StudentPass {
@@ -138,17 +142,8 @@ impl StudentPass {
         let mut features = model.backbone.forward(params, &crops, Mode::Train(draws))?.into_iter();
         let global = features.next().ok_or_else(|| Error::shape("backbone", "no features for the global crops"))?;
         let local = features.next();
-        let logits = model.losses.iter().map(|declared| {
-            let (Some((input, _)), Some(head)) = (&declared.needs.head, &declared.head) else { return Ok(None) };
-            let _scope = scope::enter(format!("losses.{}", declared.name));
-            let mut rows = head_rows(&global, batch, *input)?;
-            if let (HeadInput::Cls, Some(local)) = (input, &local) {
-                rows = Tensor::cat(&[&rows, &local.cls])?;
-            }
-            head.forward(params, &rows).map(Some)
-        });
-        let logits = logits.collect::<Result<_>>()?;
-        Ok(Self { global, local, logits })
+        let draws = (0..model.losses.len()).map(|i| draws.of_loss(i)).collect::<Result<_>>()?;
+        Ok(Self { global, local, draws })
     }
 
     /// The step as loss `i` sees it on micro-batch `micro`.
@@ -160,23 +155,18 @@ impl StudentPass {
         teacher: &'a TeacherPass,
         gram: Option<&'a GramTarget>,
     ) -> Outputs<'a> {
-        let [teacher_cls, teacher_patches] = teacher.seen_by(&learner.model.losses[i].needs, micro);
         Outputs {
             images: batch.images(),
             globals: batch.global.dim(0) / batch.images(),
             locals: learner.locals,
             grid: self.global.grid,
-            student_cls: &self.global.cls,
-            student_local_cls: self.local.as_ref().map(|l| &l.cls),
-            student_patches: &self.global.patches,
-            student_logits: self.logits[i].as_ref(),
-            teacher_cls,
-            teacher_patches,
+            student: tokens(&self.global, self.local.as_ref(), batch),
+            teacher: teacher.seen_by(&learner.model.losses[i].needs, micro, batch),
             targets: teacher.targets[i][micro].as_ref(),
-            mask_indices: &batch.masks.indices,
             unmasked_indices: &batch.masks.unmasked,
             mask_weights: &batch.masks.weights,
             gram,
+            draws: self.draws[i].as_ref(),
         }
     }
 }

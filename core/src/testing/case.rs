@@ -164,19 +164,19 @@ impl Bound<'_> {
 /// An input before it has values.
 #[derive(Clone, Debug)]
 pub struct Slot {
-    name: &'static str,
+    name: String,
     shape: Vec<usize>,
     tracked: bool,
     positive: bool,
 }
 
 /// An input that has a gradient.
-pub fn tracked(name: &'static str, shape: &[usize]) -> Slot {
-    Slot { name, shape: shape.into(), tracked: true, positive: false }
+pub fn tracked(name: impl Into<String>, shape: &[usize]) -> Slot {
+    Slot { name: name.into(), shape: shape.into(), tracked: true, positive: false }
 }
 
 /// An input that is held fixed.
-pub fn fixed(name: &'static str, shape: &[usize]) -> Slot {
+pub fn fixed(name: impl Into<String>, shape: &[usize]) -> Slot {
     Slot { tracked: false, ..tracked(name, shape) }
 }
 
@@ -208,7 +208,7 @@ pub fn cases(
         let values: Vec<_> = slots.iter().map(Slot::values).collect();
         values.prop_map(move |values| {
             let filled = slots.iter().zip(&values);
-            filled.fold(case.clone(), |case, (slot, values)| case.with(slot.name, &slot.shape, values, slot.tracked))
+            filled.fold(case.clone(), |case, (slot, values)| case.with(&slot.name, &slot.shape, values, slot.tracked))
         })
     };
     options.prop_flat_map(fill).boxed()

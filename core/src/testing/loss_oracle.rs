@@ -7,7 +7,7 @@ use serde_json::Value as Json;
 use super::case::{Bound, Case};
 use super::gradient::{close, hold_to_differences, measure, tensors};
 use super::on_device::hold_on;
-use super::step_case::{build, config, with_outputs};
+use super::step_case::{build, config, with_outputs, PARAMS};
 pub use super::step_case::{loss_cases, loss_value};
 use crate::dfdx_loss::{evaluate, student, DfdxLoss};
 use crate::{DType, Device, Error, Result, Tensor};
@@ -58,10 +58,10 @@ pub(super) fn find(name: &str) -> Option<&'static LossOracle> {
 /// What does not hold.
 pub(super) fn hold(name: &str, case: &Case, device: Device) -> Result<(), String> {
     let text = |e: Error| e.to_string();
-    let loss = build(name, case).map_err(text)?;
+    let built = build(name, case).map_err(text)?;
     let compute = |bound: &Bound<'_>| {
-        with_outputs(bound, loss.as_ref(), |out, context| {
-            let value = loss.compute(out, context)?;
+        with_outputs(bound, &built, |params, out, context| {
+            let value = built.loss.compute(params, out, context)?;
             match value.loss.rank() {
                 0 => Ok(value.loss),
                 _ => {
@@ -74,9 +74,11 @@ pub(super) fn hold(name: &str, case: &Case, device: Device) -> Result<(), String
     let oracle = find(name).map(|oracle| (oracle.read)(config(name, case)?)).transpose().map_err(text)?;
     if let Some(oracle) = &oracle {
         let bound = Bound { case, tensors: tensors(case, None) };
-        let stated = with_outputs(&bound, loss.as_ref(), |out, context| {
-            let (value, gradients) = evaluate(oracle.as_ref(), out, context)?;
-            let names: Vec<&str> = student(out).into_iter().map(|(name, _)| name).collect();
+        let stated = with_outputs(&bound, &built, |_, out, context| {
+            let params = built.params(&bound, PARAMS);
+            let (value, gradients) = evaluate(oracle.as_ref(), &params, out, context)?;
+            let names = student(out).into_iter().map(|(name, _)| name.to_string());
+            let names: Vec<String> = names.chain(params.iter().map(|(name, _)| format!("{PARAMS}{name}"))).collect();
             Ok((value, names.into_iter().zip(gradients).collect::<Vec<_>>()))
         });
         let (value, gradients) = stated.map_err(text)?;
@@ -108,7 +110,7 @@ pub(super) fn hold(name: &str, case: &Case, device: Device) -> Result<(), String
 fn degenerate(case: &Case) -> Vec<(&'static str, Case)> {
     let with = |f: &dyn Fn(usize, usize, f64) -> f64| {
         let mut case = case.clone();
-        for input in case.inputs.iter_mut().filter(|x| !x.name.ends_with("logits")) {
+        for input in case.inputs.iter_mut().filter(|x| !x.name.contains("params.")) {
             let d = input.shape.last().copied().unwrap_or(1);
             input.values = input.values.iter().enumerate().map(|(i, &x)| f(i / d, i % d, x)).collect();
         }

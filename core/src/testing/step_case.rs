@@ -1,39 +1,41 @@
 //! A step's outputs, small and random: what a loss is checked on.
 
+use std::sync::Arc;
+
 use proptest::prelude::*;
 use serde_json::{json, Map, Value as Json};
 
 use super::case::{cases, fixed, tracked, Bound, Case};
 use super::gradient::tensors;
 use crate::comm::Single;
-use crate::contract::{At, GramTarget, Grid, HeadInput, Loss, Needs, Outputs, StepContext, TeacherBatch};
+use crate::contract::{At, GramTarget, Grid, Loss, ModelOutputs, Needs, Outputs, StepContext};
+use crate::params::{Layout, ParamBuilder, Params};
 use crate::registry::{self, Chosen, LossContext};
+use crate::rng::{Rng, Stream};
 use crate::step::GLOBALS;
 use crate::{Error, Result, Tensor};
 
 /// Random steps for a registered loss, small enough to read: two to six patches, few images, a few channels. Options
-/// of the loss that are a choice or true or false are drawn; the others have their defaults, unless `options` says
-/// something else.
+/// of the loss that are a choice or true or false are drawn, and those whose schema says `x-width` are small; the others
+/// have their defaults, unless `options` says something else. Parameters of the loss are inputs like features:
+/// `params.<name>` the student's, `teacher_params.<name>` the teacher's.
 ///
 /// # Errors
 /// If there is no loss of that name.
 pub fn loss_cases(name: &str, options: BoxedStrategy<Json>) -> Result<BoxedStrategy<Case>> {
     let schema = schema_of(name)?;
-    let sizes = (0usize..3, 0usize..3, 1usize..3, 1usize..4, 2usize..6, 2usize..6);
+    let sizes = (0usize..3, 0usize..3, 1usize..3, 1usize..4, 2usize..6);
     let masked = proptest::collection::vec(any::<bool>(), 16);
     let drawn = (drawn_config(&schema), options, sizes, masked);
     let owned = name.to_string();
-    let step = drawn.prop_map(move |(mut config, options, (more, locals, height, width, dim, prototypes), masked)| {
+    let step = drawn.prop_map(move |(mut config, options, (more, locals, height, width, dim), masked)| {
         if let (Some(config), Some(options)) = (config.as_object_mut(), options.as_object()) {
             config.extend(options.clone());
-        }
-        if schema.pointer("/properties/head/properties/prototypes").is_some() {
-            config["head"] = json!({ "prototypes": prototypes });
         }
         let mut step = json!({
             "config": config, "images": 1, "locals": locals, "height": height, "width": width, "dim": dim,
         });
-        let needs = build(&owned, &Case::new(step.clone())).map(|loss| loss.needs()).unwrap_or_default();
+        let needs = build(&owned, &Case::new(step.clone())).map(|built| built.loss.needs()).unwrap_or_default();
         let images = needs.min_batch.max(1) + more;
         step["images"] = images.into();
         // At least one is masked and one is not.
@@ -45,8 +47,8 @@ pub fn loss_cases(name: &str, options: BoxedStrategy<Json>) -> Result<BoxedStrat
     let name = name.to_string();
     Ok(cases(step, move |case| {
         // A config that is refused is reported when the case is held; it needs no inputs.
-        let Ok(loss) = build(&name, case) else { return Vec::new() };
-        let Needs { head, gram_teacher, .. } = loss.needs();
+        let Ok(built) = build(&name, case) else { return Vec::new() };
+        let Needs { targets, gram_teacher, .. } = built.loss.needs();
         let size = Sizes::of(case);
         let (cls, patches) = ([GLOBALS * size.images, size.dim], [GLOBALS * size.images, size.patches, size.dim]);
         let mut slots = vec![
@@ -57,13 +59,9 @@ pub fn loss_cases(name: &str, options: BoxedStrategy<Json>) -> Result<BoxedStrat
         ];
         slots.extend((size.locals > 0).then(|| tracked("student_local_cls", &[size.locals * size.images, size.dim])));
         slots.extend(gram_teacher.then(|| fixed("gram_patches", &patches)));
-        if let Some((input, head)) = head {
-            let (student, teacher) = match input {
-                HeadInput::Cls => ((GLOBALS + size.locals) * size.images, GLOBALS * size.images),
-                HeadInput::MaskedPatches => [case.indices("masked").len(); 2].into(),
-            };
-            slots.push(tracked("student_logits", &[student, head.prototypes]));
-            slots.push(fixed("teacher_logits", &[teacher, head.prototypes]));
+        for spec in built.layout.specs() {
+            slots.push(tracked(format!("{PARAMS}{}", spec.name), &spec.shape));
+            slots.extend(targets.map(|_| fixed(format!("{TEACHER_PARAMS}{}", spec.name), &spec.shape)));
         }
         slots
     }))
@@ -74,9 +72,9 @@ pub fn loss_cases(name: &str, options: BoxedStrategy<Json>) -> Result<BoxedStrat
 /// # Errors
 /// If the loss refuses the case.
 pub fn loss_value(name: &str, case: &Case) -> Result<f64> {
-    let loss = build(name, case)?;
+    let built = build(name, case)?;
     let bound = Bound { case, tensors: tensors(case, None) };
-    with_outputs(&bound, loss.as_ref(), |out, context| Ok(loss.compute(out, context)?.loss.item()))
+    with_outputs(&bound, &built, |params, out, context| Ok(built.loss.compute(params, out, context)?.loss.item()))
 }
 
 fn schema_of(name: &str) -> Result<Json> {
@@ -100,8 +98,26 @@ impl Sizes {
     }
 }
 
+/// Before the name of a parameter of the student's, and of the teacher's, among the inputs of a case.
+pub(super) const PARAMS: &str = "params.";
+const TEACHER_PARAMS: &str = "teacher_params.";
+
+/// A loss with the parameters that it declares.
+pub(super) struct Built {
+    pub(super) loss: Box<dyn Loss>,
+    pub(super) layout: Arc<Layout>,
+}
+
+impl Built {
+    /// The parameters of a case, by the loss's own names.
+    pub(super) fn params(&self, bound: &Bound<'_>, prefix: &str) -> Vec<(String, Tensor)> {
+        let of = |name: &str| bound.tensor(&format!("{prefix}{name}")).clone();
+        self.layout.specs().iter().map(|spec| (spec.name.clone(), of(&spec.name))).collect()
+    }
+}
+
 /// The loss that a case is about.
-pub(super) fn build(name: &str, case: &Case) -> Result<Box<dyn Loss>> {
+pub(super) fn build(name: &str, case: &Case) -> Result<Built> {
     let mut table = Map::from_iter([("plugin".to_string(), Json::from(name))]);
     table.extend(case.options["config"].as_object().cloned().unwrap_or_default());
     let table = figment::value::Value::serialize(table).expect("a table is plain data");
@@ -110,7 +126,10 @@ pub(super) fn build(name: &str, case: &Case) -> Result<Box<dyn Loss>> {
     };
     let chosen = Chosen::<dyn Loss>::from_value(&table, None).map_err(refused)?;
     let Sizes { images, locals, dim, patches } = Sizes::of(case);
-    chosen.build(&mut LossContext { dim, images, globals: GLOBALS, locals, patches })
+    let mut params = ParamBuilder::new();
+    let loss =
+        chosen.build(&mut LossContext { params: &mut params, dim, images, globals: GLOBALS, locals, patches })?;
+    Ok(Built { loss, layout: params.finish() })
 }
 
 /// The loss's own keys of a case, every default filled in.
@@ -147,7 +166,11 @@ fn drawn_value(field: &Json, required: bool) -> Option<BoxedStrategy<Json>> {
     if !choices.is_empty() {
         return Some(proptest::sample::select(choices).boxed());
     }
+    if field.get("x-width").is_some() {
+        return Some((2usize..5).prop_map(Json::from).boxed());
+    }
     match field.get("type").and_then(Json::as_str) {
+        Some("object") if field.get("properties").is_some() => Some(drawn_config(field)),
         Some("boolean") => Some(any::<bool>().prop_map(Json::from).boxed()),
         Some("number") if required => Some((100..2000u32).prop_map(|k| json!(f64::from(k) / 1000.0)).boxed()),
         Some("integer") if required => Some((1..4u32).prop_map(Json::from).boxed()),
@@ -156,42 +179,60 @@ fn drawn_value(field: &Json, required: bool) -> Option<BoxedStrategy<Json>> {
     }
 }
 
-/// Lets `f` see the step of a case.
+/// Lets `f` see the step of a case, with the student's parameters.
 pub(super) fn with_outputs<R>(
     bound: &Bound<'_>,
-    loss: &dyn Loss,
-    f: impl FnOnce(&Outputs<'_>, &StepContext<'_>) -> Result<R>,
+    built: &Built,
+    f: impl FnOnce(&Params<'_>, &Outputs<'_>, &StepContext<'_>) -> Result<R>,
 ) -> Result<R> {
-    let case = bound.case();
+    let (case, loss) = (bound.case(), built.loss.as_ref());
     let Sizes { images, locals, patches, .. } = Sizes::of(case);
-    let dtype = bound.tensor("student_cls").dtype().wide();
+    let cls = bound.tensor("student_cls");
+    let dtype = cls.dtype().wide();
+    let params = |prefix: &str| {
+        let tensors = built.params(bound, prefix).into_iter().map(|(_, tensor)| tensor).collect();
+        Params::given(&built.layout, cls, tensors)
+    };
     let state: Vec<Tensor> = loss.state().iter().map(|s| Tensor::zeros(&s.shape, dtype)).collect();
     let at = At { step: 3, total: 10 };
     let context = StepContext { at, seed: 0, comm: &Single, dtype, state: &state };
-    let targets = bound.get("teacher_logits").map(|logits| loss.targets(&TeacherBatch { logits }, &context));
-    let targets = targets.transpose()?.map(|(targets, _)| targets);
     let masked = case.indices("masked");
+    let mask_indices = &case.rows("masked");
+    let teacher = ModelOutputs {
+        cls: bound.tensor("teacher_cls"),
+        patches: bound.tensor("teacher_patches"),
+        local_cls: None,
+        mask_indices,
+    };
+    let targets = loss.needs().targets.map(|_| {
+        let (targets, _) = loss.targets(&loss.project(&params(TEACHER_PARAMS), &teacher)?, &context)?;
+        Ok::<_, Error>(targets)
+    });
+    let targets = targets.transpose()?;
     let all = GLOBALS * images * patches;
     let unmasked: Vec<u32> = (0..all).filter(|i| !masked.contains(i)).map(|i| i as u32).collect();
     let of_crop = |crop: usize| masked.iter().filter(|&&i| i / patches == crop).count();
     let weights: Vec<f64> = masked.iter().map(|i| 1.0 / of_crop(i / patches) as f64).collect();
     let gram = bound.get("gram_patches").map(|patches| GramTarget { patches: patches.clone() });
+    let drawn = loss.draw(&mut Rng::new(0, Stream::Loss, at.step, 0));
+    let drawn = (!drawn.is_empty()).then(|| Tensor::from_slice(&drawn, &[drawn.len()])).transpose()?;
     let outputs = Outputs {
         images,
         globals: GLOBALS,
         locals,
         grid: Grid { height: case.size("height"), width: case.size("width") },
-        student_cls: bound.tensor("student_cls"),
-        student_local_cls: bound.get("student_local_cls"),
-        student_patches: bound.tensor("student_patches"),
-        student_logits: bound.get("student_logits"),
-        teacher_cls: bound.tensor("teacher_cls"),
-        teacher_patches: bound.tensor("teacher_patches"),
+        student: ModelOutputs {
+            cls,
+            patches: bound.tensor("student_patches"),
+            local_cls: bound.get("student_local_cls"),
+            mask_indices,
+        },
+        teacher,
         targets: targets.as_ref(),
-        mask_indices: &case.rows("masked"),
         unmasked_indices: &Tensor::from_slice(&unmasked, &[unmasked.len()])?,
         mask_weights: &Tensor::from_f64(&weights, &[weights.len()], dtype)?,
         gram: gram.as_ref(),
+        draws: drawn.as_ref(),
     };
-    f(&outputs, &context)
+    f(&params(PARAMS), &outputs, &context)
 }

@@ -32,7 +32,7 @@ impl Verdict {
         let mut found: Vec<(&'static str, String)> = Vec::new();
 
         let uniform = learner.model().losses.iter().find_map(|l| {
-            let k = l.needs.head.as_ref().map(|(_, head)| head.prototypes)?;
+            let k = l.needs.targets.filter(|spec| spec.distribution)?.width;
             let loss = *report.losses.get(&format!("loss/{}", l.name))?;
             let ln_k = (k as f64).ln();
             ((loss - ln_k).abs() < 0.01 * ln_k).then(|| (l.name.clone(), loss, k))

@@ -17,7 +17,7 @@ impl DfdxLoss for Gram {
         let groups: Vec<Vec<usize>> = match (self.tokens, self.image_level) {
             (Tokens::All, true) => (0..crops).map(|c| (c * patches..(c + 1) * patches).collect()).collect(),
             (Tokens::All, false) => vec![(0..crops * patches).collect()],
-            (Tokens::Masked, _) => vec![rows(out.step.mask_indices)],
+            (Tokens::Masked, _) => vec![rows(out.step.student.mask_indices)],
             (Tokens::Unmasked, _) => vec![rows(out.step.unmasked_indices)],
         };
         let teacher = out.gram_patches.as_ref().expect("a Gram loss needs a Gram teacher");

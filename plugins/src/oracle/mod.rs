@@ -3,3 +3,4 @@
 mod gram;
 mod koleo;
 mod prototypes;
+mod two_crops;

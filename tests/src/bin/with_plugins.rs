@@ -66,7 +66,7 @@ impl Loss for ToyLoss {
     fn needs(&self) -> Needs {
         Needs::default()
     }
-    fn compute(&self, _: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
+    fn compute(&self, _: &Params<'_>, _: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
         Ok(LossValue::of(Tensor::scalar(self.temperature, context.dtype)))
     }
 }
@@ -90,9 +90,9 @@ impl Loss for ToySpike {
     fn needs(&self) -> Needs {
         Needs::default()
     }
-    fn compute(&self, outputs: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
+    fn compute(&self, _: &Params<'_>, outputs: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
         let factor = if context.at.step == self.at_step { f64::INFINITY } else { 1e-3 };
-        outputs.student_cls.square()?.mean()?.scale(factor).map(LossValue::of)
+        outputs.student.cls.square()?.mean()?.scale(factor).map(LossValue::of)
     }
 }
 
@@ -107,8 +107,8 @@ impl Loss for ToyDistance {
     fn needs(&self) -> Needs {
         Needs::default()
     }
-    fn compute(&self, out: &Outputs<'_>, _: &StepContext<'_>) -> Result<LossValue> {
-        out.student_cls.sub(out.teacher_cls)?.square()?.mean().map(LossValue::of)
+    fn compute(&self, _: &Params<'_>, out: &Outputs<'_>, _: &StepContext<'_>) -> Result<LossValue> {
+        out.student.cls.sub(out.teacher.cls)?.square()?.mean().map(LossValue::of)
     }
 }
 

@@ -4,12 +4,12 @@ use std::sync::Arc;
 
 use crate::golden::{Comparison, Golden};
 use dinolab_core::contract::{Backbone, Crops, Draws, Features, Grid, Mode, PosContext, PosEncoding};
-use dinolab_core::head::{Head, HeadConfig};
 use dinolab_core::params::{load_named, Layout, ParamBuilder, Params};
 use dinolab_core::registry::{BackboneContext, Chosen};
 use dinolab_core::rng::Rng;
 use dinolab_core::tensor::Tape;
 use dinolab_core::{DType, Tensor};
+use dinolab_plugins::projection_head::{Head, HeadConfig};
 use dinolab_plugins::vit::block::{Block, Layer};
 use dinolab_plugins::vit::VitConfig;
 use serde_json::{json, Value};

@@ -8,9 +8,10 @@ use std::path::Path;
 use crate::golden::{Comparison, Golden};
 use dinolab_core::checkpoint::write_tensors;
 use dinolab_core::contract::{
-    At, Loss, LossValue, Needs, Outputs, Schedule, Scheduler, StateSpec, StepContext, TeacherBatch,
+    At, Loss, LossCost, LossRows, LossValue, ModelOutputs, Needs, Outputs, Schedule, Scheduler, StateSpec, StepContext,
 };
 use dinolab_core::data::{Batch, Masks};
+use dinolab_core::params::Params;
 use dinolab_core::recipe::Resolved;
 use dinolab_core::registry::{Chosen, LossContext};
 use dinolab_core::step::{Learner, Report};
@@ -56,7 +57,7 @@ thread_local! {
 }
 
 impl Spy {
-    fn build(config: SpyConfig, context: &mut LossContext) -> Result<Box<dyn Loss>> {
+    fn build(config: SpyConfig, context: &mut LossContext<'_>) -> Result<Box<dyn Loss>> {
         Ok(Box::new(Self { name: config.loss.name().to_string(), loss: config.loss.build(context)? }))
     }
 
@@ -74,23 +75,32 @@ impl Loss for Spy {
         self.loss.state()
     }
 
-    fn targets(&self, teacher: &TeacherBatch<'_>, context: &StepContext<'_>) -> Result<(Tensor, Vec<Tensor>)> {
-        let (targets, state) = self.loss.targets(teacher, context)?;
-        self.record("teacher_logits", teacher.logits);
+    fn project(&self, params: &Params<'_>, outputs: &ModelOutputs<'_>) -> Result<Tensor> {
+        self.loss.project(params, outputs)
+    }
+
+    fn targets(&self, projected: &Tensor, context: &StepContext<'_>) -> Result<(Tensor, Vec<Tensor>)> {
+        let (targets, state) = self.loss.targets(projected, context)?;
+        self.record("teacher_logits", projected);
         self.record("targets", &targets);
         Ok((targets, state))
     }
 
-    fn compute(&self, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
+    fn compute(&self, params: &Params<'_>, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
+        let logits = self.needs().targets.map(|_| self.project(params, &out.student)).transpose()?;
         let seen = [
-            ("student_logits", out.student_logits),
-            ("student_cls", Some(out.student_cls)),
-            ("student_local_cls", out.student_local_cls),
-            ("student_patches", Some(out.student_patches)),
+            ("student_logits", logits.as_ref()),
+            ("student_cls", Some(out.student.cls)),
+            ("student_local_cls", out.student.local_cls),
+            ("student_patches", Some(out.student.patches)),
             ("gram_patches", out.gram.map(|g| &g.patches)),
         ];
         seen.into_iter().filter_map(|(what, tensor)| Some((what, tensor?))).for_each(|(what, t)| self.record(what, t));
-        self.loss.compute(out, context)
+        self.loss.compute(params, out, context)
+    }
+
+    fn cost(&self, rows: &LossRows) -> LossCost {
+        self.loss.cost(rows)
     }
 }
 

@@ -5,7 +5,7 @@ use super::Refusal;
 /// The EXIF data of a PNG, wherever in the file it is.
 ///
 /// # Errors
-/// If the file ends before its end, or a chunk is damaged that changes the picture.
+/// If the file ends before its end, or a chunk is damaged.
 pub(super) fn exif(bytes: &[u8]) -> Result<Option<Vec<u8>>, Refusal> {
     let (mut at, mut exif) = (8, None);
     loop {
@@ -13,12 +13,13 @@ pub(super) fn exif(bytes: &[u8]) -> Result<Option<Vec<u8>>, Refusal> {
         let length = u32::from_be_bytes(head[..4].try_into().expect("it is four bytes")) as usize;
         let chunk = bytes.get(at + 4..at + 12 + length).ok_or("the file is cut short")?;
         let (content, sum) = chunk.split_at(4 + length);
-        match &head[4..] {
+        let name = &content[..4];
+        // A name or a sum that is wrong may hide transparency, or how the picture is turned. The decoder sees to IDAT.
+        let sound = name.iter().all(u8::is_ascii_alphabetic)
+            && (name == b"IDAT" || crc32fast::hash(content).to_be_bytes() == sum);
+        match name {
+            _ if !sound => return Err("the name or the check sum of a chunk is wrong: the file is damaged".into()),
             b"IEND" => return Ok(exif),
-            // Without its transparency a picture is another one, and so is one that is not turned.
-            b"tRNS" | b"eXIf" if crc32fast::hash(content).to_be_bytes() != sum => {
-                return Err("the check sum of its transparency or orientation is wrong: the file is damaged".into());
-            }
             b"eXIf" => exif = Some(content[4..].to_vec()),
             _ => {}
         }

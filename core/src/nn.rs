@@ -1,0 +1,149 @@
+//! Layers for backbones and losses: each declares its parameters once and is given the flat buffer at every forward.
+//!
+//! ```
+//! use dinolab_core::nn::{Activation, Mlp};
+//! use dinolab_core::params::{ParamBuilder, Params};
+//! use dinolab_core::{DType, Tensor};
+//!
+//! let mut params = ParamBuilder::new();
+//! let mlp = params.scope("predictor", |p| Mlp::declare(p, &[8, 32, 4], Activation::Gelu, true));
+//! let layout = params.finish();
+//! assert_eq!(layout.specs()[0].name, "predictor.0.weight");
+//! let flat = layout.init(0, DType::F32)?;
+//! let y = mlp.forward(&Params::frozen(&layout, &flat), &Tensor::zeros(&[5, 8], DType::F32))?;
+//! assert_eq!(y.shape(), [5, 4]);
+//! # Ok::<(), dinolab_core::Error>(())
+//! ```
+
+use crate::ops;
+use crate::params::{Init, ParamBuilder, ParamId, Params};
+use crate::{Result, Tensor};
+
+/// `x W^T + b` over the last axis. Declares `weight` `[O, I]` and `bias` `[O]`.
+#[derive(Clone, Copy, Debug)]
+pub struct Linear {
+    weight: ParamId,
+    bias: Option<ParamId>,
+}
+
+impl Linear {
+    /// A layer from width `from` to width `to`, with a truncated normal start of deviation 0.02 and no bias at first.
+    pub fn declare(params: &mut ParamBuilder, from: usize, to: usize, bias: bool) -> Self {
+        Self::declare_with(params, from, to, bias, Init::TruncatedNormal(0.02))
+    }
+
+    /// The same with another start of the weight.
+    pub fn declare_with(params: &mut ParamBuilder, from: usize, to: usize, bias: bool, init: Init) -> Self {
+        let weight = params.add("weight", &[to, from], init);
+        Self { weight, bias: bias.then(|| params.add_plain("bias", &[to], Init::Zeros)) }
+    }
+
+    /// `[.., I]` to `[.., O]`.
+    ///
+    /// # Errors
+    /// If the width of `x` is not that of the layer, or the device fails.
+    pub fn forward(&self, params: &Params<'_>, x: &Tensor) -> Result<Tensor> {
+        self.with(params, |layer| layer.of(x))
+    }
+
+    /// The layer of `gelu(x)`, in one pass.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn after_gelu(&self, params: &Params<'_>, x: &Tensor) -> Result<Tensor> {
+        self.with(params, |layer| layer.after_gelu().of(x))
+    }
+
+    fn with<R>(&self, params: &Params<'_>, f: impl FnOnce(ops::Linear<'_>) -> R) -> R {
+        let (weight, bias) = (params.get(self.weight), self.bias.map(|bias| params.get(bias)));
+        f(ops::Linear::new(&weight, bias.as_ref()))
+    }
+
+    /// Parameters of a layer from width `from` to width `to`.
+    pub fn count(from: usize, to: usize, bias: bool) -> f64 {
+        from as f64 * to as f64 + if bias { to as f64 } else { 0.0 }
+    }
+}
+
+/// Batch normalisation of rows by the statistics of the rows that it is given, in training and in evaluation:
+/// `w (x - mean) / sqrt(var + eps) + b` with the biased variance, for every column (Ioffe and Szegedy,
+/// arXiv:1502.03167). Declares `weight` and `bias` `[D]`. It keeps no running statistics.
+#[derive(Clone, Copy, Debug)]
+pub struct BatchNorm {
+    affine: Option<(ParamId, ParamId)>,
+    eps: f64,
+}
+
+impl BatchNorm {
+    /// For rows of width `dim`; without `affine` there is no weight and no bias.
+    pub fn declare(params: &mut ParamBuilder, dim: usize, affine: bool) -> Self {
+        let affine = affine
+            .then(|| (params.add_plain("weight", &[dim], Init::Ones), params.add_plain("bias", &[dim], Init::Zeros)));
+        Self { affine, eps: 1e-5 }
+    }
+
+    /// `[N, D]` to `[N, D]`.
+    ///
+    /// # Errors
+    /// If the width of `x` is not that of the layer, or the device fails.
+    pub fn forward(&self, params: &Params<'_>, x: &Tensor) -> Result<Tensor> {
+        let centred = x.add_row(&x.mean_axis(0)?.neg()?)?;
+        let scale = centred.square()?.mean_axis(0)?.shift(self.eps)?.sqrt()?.recip()?;
+        match self.affine {
+            None => centred.mul_row(&scale),
+            Some((weight, bias)) => centred.mul_row(&scale.mul(&params.get(weight))?)?.add_row(&params.get(bias)),
+        }
+    }
+}
+
+/// What stands between the layers of an [`Mlp`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// GELU, computed with the layer behind it.
+    Gelu,
+    /// Batch normalisation, then ReLU: the projectors of BYOL, VICReg and Barlow Twins.
+    BatchNormRelu,
+}
+
+/// Linear layers with an activation between them. Declares layer `i` as `<2 i>`, as PyTorch's `Sequential` numbers it with
+/// one module between two layers; a [batch norm](Activation::BatchNormRelu) is `<2 i + 1>`.
+#[derive(Clone, Debug)]
+pub struct Mlp {
+    layers: Vec<Linear>,
+    norms: Vec<BatchNorm>,
+}
+
+impl Mlp {
+    /// Layers from each width to the next; all of them have a bias, or none.
+    pub fn declare(params: &mut ParamBuilder, widths: &[usize], activation: Activation, bias: bool) -> Self {
+        let n = widths.len() - 1;
+        let (mut layers, mut norms) = (Vec::new(), Vec::new());
+        for (i, pair) in widths.windows(2).enumerate() {
+            layers.push(params.scope((2 * i).to_string(), |p| Linear::declare(p, pair[0], pair[1], bias)));
+            if activation == Activation::BatchNormRelu && i + 1 < n {
+                norms.push(params.scope((2 * i + 1).to_string(), |p| BatchNorm::declare(p, pair[1], true)));
+            }
+        }
+        Self { layers, norms }
+    }
+
+    /// `[.., I]` to `[.., O]`; `[N, I]` with batch norms.
+    ///
+    /// # Errors
+    /// If the width of `x` is not that of the first layer, or the device fails.
+    pub fn forward(&self, params: &Params<'_>, x: &Tensor) -> Result<Tensor> {
+        let mut x = self.layers[0].forward(params, x)?;
+        for (i, layer) in self.layers[1..].iter().enumerate() {
+            x = match self.norms.get(i) {
+                Some(norm) => layer.forward(params, &norm.forward(params, &x)?.relu()?)?,
+                None => layer.after_gelu(params, &x)?,
+            };
+        }
+        Ok(x)
+    }
+
+    /// Parameters of the linear layers, which cost two operations each a row.
+    pub fn count(widths: &[usize], bias: bool) -> f64 {
+        widths.windows(2).map(|pair| Linear::count(pair[0], pair[1], bias)).sum()
+    }
+}

@@ -1,0 +1,82 @@
+//! Barlow Twins: the cross-correlation of two crops' projections is the identity.
+
+use dinolab_core::contract::{Loss, LossCost, LossRows, LossValue, ModelOutputs, Needs, Outputs, StepContext};
+use dinolab_core::nn::{BatchNorm, Mlp};
+use dinolab_core::params::Params;
+use dinolab_core::registry::LossContext;
+use dinolab_core::{plugin, Result, Tensor};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::projector::ProjectorConfig;
+
+plugin!(Loss, "barlow_twins", BarlowTwins, BarlowTwinsLoss::build);
+
+/// Redundancy reduction between the projections of two global crops. There is no teacher.
+///
+/// With projections z and z' of the crops, normalised over the batch, and `C = z^T z' / N`:
+///
+/// ```text
+/// loss = sum_i (1 - C_ii)^2 + off_diagonal_weight sum_(i != j) C_ij^2
+/// ```
+///
+/// (Zbontar et al., arXiv:2103.03230, equation 1).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct BarlowTwins {
+    /// The projector.
+    pub projector: ProjectorConfig,
+    /// Weight of the redundancy term (the paper's lambda).
+    #[schemars(range(min = 0, max = 1_000_000))]
+    pub off_diagonal_weight: f64,
+}
+
+impl Default for BarlowTwins {
+    fn default() -> Self {
+        let projector = ProjectorConfig { hidden: 2048, output: 2048, layers: 3 };
+        Self { projector, off_diagonal_weight: 0.0051 }
+    }
+}
+
+#[derive(Debug)]
+struct BarlowTwinsLoss {
+    config: BarlowTwins,
+    projector: Mlp,
+    norm: BatchNorm,
+    dim: usize,
+}
+
+impl BarlowTwinsLoss {
+    fn build(config: BarlowTwins, context: &mut LossContext<'_>) -> Result<Box<dyn Loss>> {
+        let projector = config.projector.declare(context.params, "projector", context.dim);
+        let norm = BatchNorm::declare(context.params, config.projector.output, false);
+        Ok(Box::new(Self { config, projector, norm, dim: context.dim }))
+    }
+}
+
+impl Loss for BarlowTwinsLoss {
+    fn needs(&self) -> Needs {
+        Needs { teacher: false, whole_batch: true, min_batch: 2, ..Needs::default() }
+    }
+
+    fn project(&self, params: &Params<'_>, outputs: &ModelOutputs<'_>) -> Result<Tensor> {
+        self.projector.forward(params, outputs.cls)
+    }
+
+    fn compute(&self, params: &Params<'_>, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
+        let z = self.project(params, &out.student)?.cast(context.dtype)?;
+        let normalised = |crop: usize| self.norm.forward(params, &z.narrow(crop * out.images, out.images)?);
+        let (one, two) = (normalised(0)?, normalised(1)?);
+        let correlation = one.transpose()?.matmul(&two)?.scale(1.0 / out.images as f64)?;
+        let diagonal = one.mul(&two)?.sum_axis(0)?.scale(1.0 / out.images as f64)?;
+        let on = diagonal.neg()?.shift(1.0)?.square()?.sum()?;
+        let off = correlation.square()?.sum()?.sub(&diagonal.square()?.sum()?)?;
+        let parts = vec![("on_diagonal", on.detach()), ("off_diagonal", off.detach())];
+        let loss = on.add(&off.scale(self.config.off_diagonal_weight)?)?;
+        Ok(LossValue::of(loss).with_parts(parts))
+    }
+
+    fn cost(&self, rows: &LossRows) -> LossCost {
+        self.config.projector.cost(self.dim, rows.globals, 0.0)
+    }
+}
