@@ -79,6 +79,8 @@ pub struct LossContext<'a> {
     pub locals: usize,
     /// Patches of a global crop.
     pub patches: usize,
+    /// Side of a patch in pixels.
+    pub patch_size: usize,
 }
 
 /// What a dataset is built with.

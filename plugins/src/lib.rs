@@ -6,7 +6,7 @@
 //! |---|---|
 //! | backbone | [`vit`], [`convnext`] |
 //! | position encoding | [`rope_box`], [`relative_bias_box`], [`learned_absolute`], [`none`] |
-//! | loss | [`dino`], [`ibot`], [`koleo`], [`gram`], [`byol`], [`vicreg`], [`barlow_twins`], [`info_nce`] |
+//! | loss | [`dino`], [`ibot`], [`koleo`], [`gram`], [`byol`], [`vicreg`], [`barlow_twins`], [`info_nce`], [`sigreg`], [`inpainting`], [`online_linear`] |
 //! | scheduler | [`constant`], [`linear_warmup`], [`linear_warmup_cosine`], [`cosine`], [`step`] |
 //! | teacher policy | [`ema`], [`frozen`], [`gram_anchor`] |
 //! | dataset | [`scenes`], [`image_folder`] |
@@ -33,10 +33,13 @@ pub mod dino;
 pub mod gram;
 pub mod ibot;
 pub mod info_nce;
+pub mod inpainting;
 pub mod koleo;
+pub mod online_linear;
 mod oracle;
 pub mod projection_head;
 pub mod projector;
+pub mod sigreg;
 mod teacher_targets;
 pub mod vicreg;
 

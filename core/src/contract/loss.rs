@@ -20,6 +20,10 @@ pub struct Needs {
     pub teacher: bool,
     /// A Gram teacher.
     pub gram_teacher: bool,
+    /// The pixels of the global crops.
+    pub pixels: bool,
+    /// The images' labels, of so many classes.
+    pub classes: Option<usize>,
     /// The whole batch at once, because its statistics run over the batch: a recipe that splits it is refused.
     pub whole_batch: bool,
     /// Fewest images of a (micro-)batch on which it is defined.
@@ -28,7 +32,16 @@ pub struct Needs {
 
 impl Default for Needs {
     fn default() -> Self {
-        Self { targets: None, masks: false, teacher: true, gram_teacher: false, whole_batch: false, min_batch: 0 }
+        Self {
+            targets: None,
+            masks: false,
+            teacher: true,
+            gram_teacher: false,
+            pixels: false,
+            classes: None,
+            whole_batch: false,
+            min_batch: 0,
+        }
     }
 }
 
@@ -138,6 +151,11 @@ pub struct Outputs<'a> {
     pub mask_weights: &'a Tensor,
     /// The Gram teacher's patches, where a loss asked for them.
     pub gram: Option<&'a GramTarget>,
+    /// Pixels of the global crops, normalised: `[G*B, 3, height, width]`; `None` without [`Needs::pixels`].
+    pub pixels: Option<&'a Tensor>,
+    /// Class of each image: `[B]`, u32; the number of classes where an image has none. `None` without
+    /// [`Needs::classes`].
+    pub labels: Option<&'a Tensor>,
     /// What [`Loss::draw`] drew for this step, f64, where the step runs; `None` if that is nothing.
     pub draws: Option<&'a Tensor>,
 }

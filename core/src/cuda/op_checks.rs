@@ -127,6 +127,9 @@ pub static OP_CHECKS: &[OpCheck] = checks! {
     "abs", [&[5, 33]], |x| x[0].abs();
     "gelu", [&[5, 33]], |x| x[0].gelu();
     "sigmoid", [&[5, 33]], |x| x[0].sigmoid();
+    "sin", [&[5, 33]], |x| x[0].sin();
+    "cos", [&[5, 33]], |x| x[0].cos();
+    "tanh", [&[5, 33]], |x| x[0].tanh();
     "add", [&[6, 40], &[6, 40]], |x| x[0].add(&x[1]);
     "sub", [&[6, 40], &[6, 40]], |x| x[0].sub(&x[1]);
     "mul", [&[6, 40], &[6, 40]], |x| x[0].mul(&x[1]);

@@ -19,6 +19,8 @@ pub struct Batch {
     /// Which patches of the global crops are hidden from the student. How many there are, `M`, is the same from step to
     /// step, in a whole batch and (nearly always) in each of its parts.
     pub masks: Masks,
+    /// Class of each image: `[B]`, u32; the dataset's number of classes where an image has none.
+    pub labels: Tensor,
     /// Index in the dataset of each image: `B`.
     pub indices: Vec<usize>,
 }
@@ -29,11 +31,11 @@ impl Batch {
         self.indices.len()
     }
 
-    /// All tensors, in a fixed order: crops, then masks.
+    /// All tensors, in a fixed order: crops, masks, labels.
     pub fn tensors(&self) -> impl Iterator<Item = &Tensor> {
         let Masks { masks, indices, unmasked, weights } = &self.masks;
         let crops = [Some(&self.global), self.local.as_ref(), self.gram.as_ref()];
-        crops.into_iter().flatten().chain([masks, indices, unmasked, weights])
+        crops.into_iter().flatten().chain([masks, indices, unmasked, weights, &self.labels])
     }
 
     /// The same batch with every tensor replaced by `f` of it.
@@ -44,6 +46,7 @@ impl Batch {
             local: self.local.as_ref().map(&f),
             gram: self.gram.as_ref().map(&f),
             masks: Masks { masks: f(masks), indices: f(indices), unmasked: f(unmasked), weights: f(weights) },
+            labels: f(&self.labels),
             indices: self.indices.clone(),
         }
     }

@@ -174,13 +174,13 @@ impl Pipeline {
         // One image a task: images differ in size, so larger blocks would leave threads idle at the end of a step.
         let make = |(i, mut views): (usize, Views<'_>)| {
             if stop.load(Ordering::Relaxed) {
-                return Ok((0, Vec::new()));
+                return Ok((0, 0, Vec::new()));
             }
             self.image(variant, data_step, places[i], &mut views, stop)
         };
-        let read: Vec<Result<(usize, Vec<BrokenSample>)>> =
+        let read: Vec<Result<(usize, u32, Vec<BrokenSample>)>> =
             views.into_par_iter().enumerate().with_max_len(1).map(make).collect();
-        let read: Vec<(usize, Vec<BrokenSample>)> = read.into_iter().collect::<Result<_>>()?;
+        let read: Vec<(usize, u32, Vec<BrokenSample>)> = read.into_iter().collect::<Result<_>>()?;
 
         let made = parts.into_iter().zip(crops).zip(read.chunks(images));
         let batches = made.map(|((part, crops), read)| Batch {
@@ -188,10 +188,11 @@ impl Pipeline {
             local: crops.local,
             gram: crops.gram,
             masks: part.masks,
-            indices: read.iter().map(|(index, _)| *index).collect(),
+            labels: labels(read.iter().map(|(_, label, _)| *label)),
+            indices: read.iter().map(|(index, ..)| *index).collect(),
         });
         let batches = batches.collect();
-        let broken = read.into_iter().flat_map(|(_, broken)| broken).collect();
+        let broken = read.into_iter().flat_map(|(.., broken)| broken).collect();
         Ok(StepBatches { step, batches, waited: Duration::ZERO, broken })
     }
 
@@ -254,7 +255,7 @@ impl Pipeline {
         views_of_images(self.images(), crops.global.as_mut_slice(), local, gram)
     }
 
-    /// Makes the crops of the image at `place` of a step's batch; returns the sample used and the broken ones met before it.
+    /// Makes the crops of the image at `place` of a step's batch; returns the sample used, its class and the broken ones met before it.
     fn image(
         &self,
         variant: &Variant,
@@ -262,10 +263,15 @@ impl Pipeline {
         place: usize,
         views: &mut Views<'_>,
         stop: &AtomicBool,
-    ) -> Result<(usize, Vec<BrokenSample>)> {
+    ) -> Result<(usize, u32, Vec<BrokenSample>)> {
         let (index, sample, plan, broken) = self.draw(variant, data_step, place, stop)?;
         variant.augmentation.apply(&sample, &plan, views);
-        Ok((index, broken))
+        Ok((index, self.label(&sample), broken))
+    }
+
+    /// The class of a sample; the number of classes if it has none.
+    pub(super) fn label(&self, sample: &Sample) -> u32 {
+        sample.label.unwrap_or(self.dataset.classes() as u32)
     }
 
     /// Reads the image at `place` of a step's batch and draws its plan.
@@ -314,6 +320,12 @@ impl Pipeline {
         }
         Ok(sample)
     }
+}
+
+/// Labels of a micro-batch: `[B]`.
+pub(super) fn labels(of_images: impl Iterator<Item = u32>) -> Tensor {
+    let labels: Vec<u32> = of_images.collect();
+    Tensor::from_slice(&labels, &[labels.len()]).expect("a list has one axis")
 }
 
 /// The first few broken samples, one a line.

@@ -138,6 +138,12 @@ unary! {
     ln, Ln: |x| x.ln(), |x, y| T::ONE / x;
     /// Square root.
     sqrt, Sqrt: |x| x.sqrt(), |x, y| T::of(0.5) / y;
+    /// Sine of an angle in radians.
+    sin, Sin: |x| x.sin(), |x, y| x.cos();
+    /// Cosine of an angle in radians.
+    cos, Cos: |x| x.cos(), |x, y| -x.sin();
+    /// Hyperbolic tangent.
+    tanh, Tanh: |x| x.tanh(), |x, y| T::ONE - y * y;
     /// x^2.
     square, Square: |x| x * x, |x, y| x + x;
     /// max(x, 0); the derivative at 0 is 0.

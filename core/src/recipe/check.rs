@@ -5,7 +5,7 @@ use super::{sizes, MaskConfig, Recipe};
 use crate::contract::{At, Backbone, Dataset, Loss, TeacherPolicy};
 use crate::data::any_masked;
 use crate::registry::{BackboneContext, Chosen};
-use crate::step::{loss_context, CHANNELS, GLOBALS};
+use crate::step::{declare, loss_context, CHANNELS, GLOBALS};
 use crate::{params::ParamBuilder, Error};
 
 /// Everything that is wrong with, or odd about, a recipe whose types and ranges are right.
@@ -51,7 +51,25 @@ pub(super) fn check_data(recipe: &Recipe, data: &dyn Dataset) -> Vec<Problem> {
         let masks = (masks && data.mask_classes() == 0).then(|| lacks("pixel masks"));
         labels.into_iter().chain(masks)
     });
-    lacking.chain(too_small(recipe, data)).collect()
+    lacking.chain(labels(recipe, data)).chain(too_small(recipe, data)).collect()
+}
+
+/// Losses that learn from labels which the dataset does not have, or has of more classes or fewer.
+fn labels(recipe: &Recipe, data: &dyn Dataset) -> Vec<Problem> {
+    let Ok(model) = declare(recipe) else { return Vec::new() };
+    let wrong = model.losses.iter().filter_map(|loss| {
+        let (asked, there) = (loss.needs.classes?, data.classes());
+        let key = format!("losses.{}", loss.name);
+        let off = format!("set {key}.enabled = false");
+        if there == 0 {
+            let message = format!("needs image labels, and the dataset `{}` gives none", recipe.data.name());
+            return Some(Problem::error(key, message).help(format!("{off}, or choose data with image labels")));
+        }
+        let message = format!("tells {asked} classes apart, and the data has {there}");
+        let help = format!("set {key}.classes = {there}");
+        (asked != there).then(|| Problem::error(key, message).help(help))
+    });
+    wrong.collect()
 }
 
 /// Generated images may be too small for a patch; of a folder's only those are, and the loader names them.

@@ -77,5 +77,6 @@ pub fn loss_context<'a>(recipe: &Recipe, backbone: &dyn Backbone, params: &'a mu
         globals: GLOBALS,
         locals: recipe.crops.local_count,
         patches: (recipe.crops.global_size / backbone.patch_size()).pow(2),
+        patch_size: backbone.patch_size(),
     }
 }

@@ -155,17 +155,20 @@ impl StudentPass {
         teacher: &'a TeacherPass,
         gram: Option<&'a GramTarget>,
     ) -> Outputs<'a> {
+        let needs = &learner.model.losses[i].needs;
         Outputs {
             images: batch.images(),
             globals: batch.global.dim(0) / batch.images(),
             locals: learner.locals,
             grid: self.global.grid,
             student: tokens(&self.global, self.local.as_ref(), batch),
-            teacher: teacher.seen_by(&learner.model.losses[i].needs, micro, batch),
+            teacher: teacher.seen_by(needs, micro, batch),
             targets: teacher.targets[i][micro].as_ref(),
             unmasked_indices: &batch.masks.unmasked,
             mask_weights: &batch.masks.weights,
             gram,
+            pixels: needs.pixels.then_some(&batch.global),
+            labels: needs.classes.map(|_| &batch.labels),
             draws: self.draws[i].as_ref(),
         }
     }

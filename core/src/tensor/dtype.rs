@@ -88,6 +88,12 @@ pub trait Real:
     fn ln(self) -> Self;
     /// Square root.
     fn sqrt(self) -> Self;
+    /// Sine.
+    fn sin(self) -> Self;
+    /// Cosine.
+    fn cos(self) -> Self;
+    /// Hyperbolic tangent.
+    fn tanh(self) -> Self;
     /// The standard normal distribution function and density, absolute error below 3e-7 (f32) or 1e-15 (f64),
     /// branch-free (f32).
     fn normal(self) -> (Self, Self);
@@ -130,6 +136,18 @@ macro_rules! real {
             #[inline(always)]
             fn sqrt(self) -> Self {
                 $t::sqrt(self)
+            }
+            #[inline(always)]
+            fn sin(self) -> Self {
+                $t::sin(self)
+            }
+            #[inline(always)]
+            fn cos(self) -> Self {
+                $t::cos(self)
+            }
+            #[inline(always)]
+            fn tanh(self) -> Self {
+                $t::tanh(self)
             }
             #[inline(always)]
             fn normal(self) -> (Self, Self) {

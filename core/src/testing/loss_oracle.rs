@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 use proptest::strategy::BoxedStrategy;
-use serde_json::Value as Json;
+use serde_json::{json, Value as Json};
 
 use super::case::{Bound, Case};
 use super::gradient::{close, hold_to_differences, measure, tensors};
@@ -46,6 +46,32 @@ macro_rules! loss_oracle {
 /// Used by [`loss_oracle!`](crate::loss_oracle).
 pub fn no_options() -> BoxedStrategy<Json> {
     Just(Json::Object(serde_json::Map::new())).boxed()
+}
+
+/// A case of a loss and what the engine makes of it, as plain data for another implementation to be compared with:
+/// `config` with every default, `images` and other sizes, what was drawn (`draws`), `inputs` by name (`shape`, `values`), the `loss`, and `gradients`
+/// by the names of those inputs that have one.
+///
+/// # Errors
+/// If the loss refuses the case.
+pub fn loss_record(name: &str, case: &Case) -> Result<Json, String> {
+    let text = |e: Error| e.to_string();
+    let built = build(name, case).map_err(text)?;
+    let compute = |bound: &Bound<'_>| {
+        with_outputs(bound, &built, |params, out, context| Ok(built.loss.compute(params, out, context)?.loss))
+    };
+    let measured = measure(case, &compute)?;
+    let inputs = case.inputs.iter().map(|x| (x.name.clone(), json!({ "shape": x.shape, "values": x.values })));
+    let gradients = case.inputs.iter().zip(&measured.gradients).filter(|(x, _)| x.tracked);
+    let mut record = case.options.clone();
+    let bound = Bound { case, tensors: tensors(case, None) };
+    let drawn = with_outputs(&bound, &built, |_, out, _| Ok(out.draws.map(Tensor::to_f64_vec))).map_err(text)?;
+    record["draws"] = json!(drawn.unwrap_or_default());
+    record["config"] = config(name, case).map_err(text)?;
+    record["inputs"] = inputs.collect::<serde_json::Map<_, _>>().into();
+    record["loss"] = measured.value[0].into();
+    record["gradients"] = gradients.map(|(x, g)| (x.name.clone(), json!(g))).collect::<serde_json::Map<_, _>>().into();
+    Ok(record)
 }
 
 pub(super) fn find(name: &str) -> Option<&'static LossOracle> {

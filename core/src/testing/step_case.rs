@@ -48,7 +48,7 @@ pub fn loss_cases(name: &str, options: BoxedStrategy<Json>) -> Result<BoxedStrat
     Ok(cases(step, move |case| {
         // A config that is refused is reported when the case is held; it needs no inputs.
         let Ok(built) = build(&name, case) else { return Vec::new() };
-        let Needs { targets, gram_teacher, .. } = built.loss.needs();
+        let Needs { targets, gram_teacher, pixels, .. } = built.loss.needs();
         let size = Sizes::of(case);
         let (cls, patches) = ([GLOBALS * size.images, size.dim], [GLOBALS * size.images, size.patches, size.dim]);
         let mut slots = vec![
@@ -59,6 +59,8 @@ pub fn loss_cases(name: &str, options: BoxedStrategy<Json>) -> Result<BoxedStrat
         ];
         slots.extend((size.locals > 0).then(|| tracked("student_local_cls", &[size.locals * size.images, size.dim])));
         slots.extend(gram_teacher.then(|| fixed("gram_patches", &patches)));
+        let (height, width) = (PATCH * case.size("height"), PATCH * case.size("width"));
+        slots.extend(pixels.then(|| fixed("pixels", &[GLOBALS * size.images, 3, height, width])));
         for spec in built.layout.specs() {
             slots.push(tracked(format!("{PARAMS}{}", spec.name), &spec.shape));
             slots.extend(targets.map(|_| fixed(format!("{TEACHER_PARAMS}{}", spec.name), &spec.shape)));
@@ -98,6 +100,9 @@ impl Sizes {
     }
 }
 
+/// Side of a patch of a case's pixels.
+const PATCH: usize = 2;
+
 /// Before the name of a parameter of the student's, and of the teacher's, among the inputs of a case.
 pub(super) const PARAMS: &str = "params.";
 const TEACHER_PARAMS: &str = "teacher_params.";
@@ -127,8 +132,15 @@ pub(super) fn build(name: &str, case: &Case) -> Result<Built> {
     let chosen = Chosen::<dyn Loss>::from_value(&table, None).map_err(refused)?;
     let Sizes { images, locals, dim, patches } = Sizes::of(case);
     let mut params = ParamBuilder::new();
-    let loss =
-        chosen.build(&mut LossContext { params: &mut params, dim, images, globals: GLOBALS, locals, patches })?;
+    let loss = chosen.build(&mut LossContext {
+        params: &mut params,
+        dim,
+        images,
+        globals: GLOBALS,
+        locals,
+        patches,
+        patch_size: PATCH,
+    })?;
     Ok(Built { loss, layout: params.finish() })
 }
 
@@ -216,6 +228,9 @@ pub(super) fn with_outputs<R>(
     let gram = bound.get("gram_patches").map(|patches| GramTarget { patches: patches.clone() });
     let drawn = loss.draw(&mut Rng::new(0, Stream::Loss, at.step, 0));
     let drawn = (!drawn.is_empty()).then(|| Tensor::from_slice(&drawn, &[drawn.len()])).transpose()?;
+    // One image, if there are several, has no label.
+    let label = |classes: usize| (0..images).map(|i| (i * 7 % (classes + 1)) as u32).collect::<Vec<_>>();
+    let labels = loss.needs().classes.map(|n| Tensor::from_slice(&label(n), &[images])).transpose()?;
     let outputs = Outputs {
         images,
         globals: GLOBALS,
@@ -232,6 +247,8 @@ pub(super) fn with_outputs<R>(
         unmasked_indices: &Tensor::from_slice(&unmasked, &[unmasked.len()])?,
         mask_weights: &Tensor::from_f64(&weights, &[weights.len()], dtype)?,
         gram: gram.as_ref(),
+        pixels: bound.get("pixels"),
+        labels: labels.as_ref(),
         draws: drawn.as_ref(),
     };
     f(&params(PARAMS), &outputs, &context)

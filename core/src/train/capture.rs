@@ -37,6 +37,7 @@ pub(super) fn write(
         put("indices", &batch.masks.indices);
         put("unmasked", &batch.masks.unmasked);
         put("weights", &batch.masks.weights);
+        put("labels", &batch.labels);
         let samples: Vec<u32> = batch.indices.iter().map(|&i| i as u32).collect();
         put("samples", &Tensor::from_slice(&samples, &[samples.len()])?);
     }
@@ -91,6 +92,7 @@ fn read_batch(tensors: &NamedTensors, i: u64, path: &Path) -> Result<Batch> {
             unmasked: get("unmasked")?,
             weights: get("weights")?,
         },
+        labels: get("labels")?,
         indices: get("samples")?.as_slice::<u32>().iter().map(|&i| i as usize).collect(),
     })
 }

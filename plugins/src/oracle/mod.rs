@@ -3,4 +3,5 @@
 mod gram;
 mod koleo;
 mod prototypes;
+mod supervised;
 mod two_crops;

@@ -1,4 +1,4 @@
-//! BYOL, VICReg, Barlow Twins and InfoNCE: losses between the projections of two global crops.
+//! BYOL, VICReg, Barlow Twins, InfoNCE and SIGReg: losses between the projections of crops.
 
 use dfdx::prelude::{
     Axes2, Axis, HasShape as _, MeanTo as _, PermuteTo as _, SumTo as _, Trace as _, TryMatMul as _, WithEmptyTape as _,
@@ -10,12 +10,14 @@ use dinolab_core::{dfdx, loss_oracle, Result};
 use crate::barlow_twins::BarlowTwins;
 use crate::byol::Byol;
 use crate::info_nce::InfoNce;
+use crate::sigreg::{SigReg, END, POINTS};
 use crate::vicreg::VicReg;
 
 loss_oracle!("byol", Byol);
 loss_oracle!("vicreg", VicReg);
 loss_oracle!("barlow_twins", BarlowTwins);
 loss_oracle!("info_nce", InfoNce);
+loss_oracle!("sigreg", SigReg);
 
 /// `x` less the mean of its rows.
 fn centred(x: Taped) -> Taped {
@@ -122,5 +124,39 @@ impl DfdxLoss for InfoNce {
         let log_probs = ((z().matmul(transposed(z())) + itself) / self.temperature).log_softmax::<Axis<1>>();
         let partner = constant(n, n, |i, j| f64::from(u8::from(j == (i + out.step.images) % n)));
         Ok(-(log_probs * partner).sum::<(), _>() / n as f64)
+    }
+}
+
+impl DfdxLoss for SigReg {
+    fn loss(&self, out: &DfdxOutputs<'_>, _: &StepContext<'_>) -> Result<Scalar> {
+        let (b, globals, crops) = (out.step.images, out.step.globals, out.step.globals + out.step.locals);
+        let z = || {
+            let from = |first: usize| move |i: usize, j: usize| f64::from(u8::from(i == first + j));
+            let mut rows = constant(crops * b, globals * b, from(0)).matmul(out.student_cls.leaky_trace());
+            if let Some(local) = &out.student_local_cls {
+                let n = local.shape().0;
+                rows = rows + constant(crops * b, n, from(globals * b)).matmul(local.leaky_trace());
+            }
+            mlp(rows, out, "projector")
+        };
+        let (n, width) = *z().shape();
+        let centre = constant(n, n, |i, j| f64::from(u8::from(i % b == j % b && j < globals * b)) / globals as f64);
+        let agreement = (z() - centre.matmul(z())).square().mean::<(), _>();
+        let drawn = out.step.draws.expect("the loss draws directions").to_f64_vec();
+        let directions = || constant(width, self.directions, |i, j| drawn[j * width + i]);
+        let step = 2.0 * END / (POINTS - 1) as f64;
+        let mut loss = agreement * (1.0 - self.regularization);
+        for (crop, point) in (0..crops).flat_map(|crop| (0..POINTS).map(move |point| (crop, point))) {
+            let t = -END + step * point as f64;
+            let normal = (-t * t / 2.0).exp();
+            let mean = || constant(1, n, |_, j| f64::from(u8::from(j / b == crop)) / b as f64);
+            let angles = || z().matmul(directions()) * t;
+            let real = mean().matmul(angles().cos()) + (-normal);
+            let imaginary = mean().matmul(angles().sin());
+            let error = real.square().mean::<(), _>() + imaginary.square().mean::<(), _>();
+            let end = if point == 0 || point == POINTS - 1 { 0.5 } else { 1.0 };
+            loss = loss + error * (self.regularization * end * step * normal * b as f64 / crops as f64);
+        }
+        Ok(loss)
     }
 }

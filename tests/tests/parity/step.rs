@@ -332,6 +332,11 @@ fn batch(g: &Golden, prefix: &str, learner: &Learner) -> Batch {
         local: tensor("collated_local_crops"),
         gram: learner.gram_crop_size().and_then(|_| tensor("collated_gram_teacher_crops")),
         masks,
+        labels: Tensor::from_slice(
+            &vec![0u32; g.number("/batch", None) as usize],
+            &[g.number("/batch", None) as usize],
+        )
+        .unwrap(),
         indices: (0..g.number("/batch", None) as usize).collect(),
     }
 }

@@ -40,6 +40,26 @@ pub fn formula(kind: &str, name: &str) -> Option<&'static str> {
               \log \left( \left\lVert x_i - x_{\mathrm{nn}(i)} + \epsilon \right\rVert + \epsilon \right)"
         }
         ("loss", "gram") => r"\mathcal{L} = \frac{1}{P^2} \left\lVert X_S X_S^\top - X_G X_G^\top \right\rVert_F^2",
+        ("loss", "byol") => {
+            r"\mathcal{L} = \sum_{c} \frac{1}{B} \sum_{i=1}^{B} \left\lVert \frac{q(z_{ci})}{\lVert q(z_{ci}) \rVert}
+              - \frac{t_{di}}{\lVert t_{di} \rVert} \right\rVert^2, \qquad d \neq c"
+        }
+        ("loss", "vicreg") => {
+            r"\mathcal{L} = \frac{\lambda}{B D} \lVert Z - Z' \rVert_F^2
+              + \frac{\mu}{2 D} \sum_{j} \left[ \max(0, 1 - \sqrt{C_{jj} + \epsilon}) + \max(0, 1 - \sqrt{C'_{jj} + \epsilon}) \right]
+              + \frac{\nu}{D} \sum_{i \neq j} \left[ C_{ij}^2 + C_{ij}'^2 \right]"
+        }
+        ("loss", "barlow_twins") => r"\mathcal{L} = \sum_{i} (1 - C_{ii})^2 + \lambda \sum_{i \neq j} C_{ij}^2",
+        ("loss", "inpainting") => {
+            r"\mathcal{L} = \frac{1}{3 p^2 M} \sum_{i=1}^{M} \left\lVert W h_i + b - x_i \right\rVert_1"
+        }
+        ("loss", "sigreg") => {
+            r"\mathcal{L} = (1 - \lambda) \frac{1}{V B D} \sum_{v,i} \lVert z_{vi} - m_i \rVert^2
+              + \frac{\lambda}{V A} \sum_{v,a} B \int_{-5}^{5} \left\lvert f_{va}(t) - e^{-t^2 / 2} \right\rvert^2 e^{-t^2 / 2} \, dt"
+        }
+        ("loss", "info_nce") => {
+            r"\mathcal{L} = -\frac{1}{2B} \sum_{i} \log \frac{\exp(z_i \cdot z_{p(i)} / \tau)}{\sum_{k \neq i} \exp(z_i \cdot z_k / \tau)}"
+        }
         ("pos_encoding", "rope_box") => {
             r"\theta_{p,a,j} = \frac{2 \pi\, c_{p,a}}{\lambda_j}, \qquad
               \lambda_j = b^{\,2j / (D/2)}, \qquad
@@ -59,6 +79,7 @@ pub fn example(kind: &str, name: &str) -> Option<&'static str> {
             "[backbone.pos_encoding]\nplugin = \"rope_box\"\njitter = 1.1\nrescale = 2.0"
         }
         ("loss", "koleo") => "[losses.koleo]\nweight = 0.1",
+        ("loss", "online_linear") => "[losses.online_linear]\nclasses = 4",
         ("loss", "gram") => "[losses.gram]\nenabled = true\nweight = 2.0",
         ("scheduler", "constant") => "[optimizer]\nlr = { plugin = \"constant\", value = 1e-3 }\nweight_decay = 0.04",
         ("scheduler", "linear_warmup") => {

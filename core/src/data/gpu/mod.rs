@@ -28,7 +28,8 @@ struct Shapes {
     global: [usize; 4],
     local: Option<[usize; 4]>,
     gram: Option<[usize; 4]>,
-    masks: [usize; 4],
+    /// Masks and labels.
+    lists: [usize; 5],
 }
 
 impl Shapes {
@@ -39,14 +40,14 @@ impl Shapes {
             global: crops(&batch.global),
             local: batch.local.as_ref().map(crops),
             gram: batch.gram.as_ref().map(crops),
-            masks: [masks, indices, unmasked, weights].map(Tensor::len),
+            lists: [masks, indices, unmasked, weights, &batch.labels].map(Tensor::len),
         }
     }
 
     /// A batch of these shapes on the current device.
     fn make(&self, dtype: DType) -> Batch {
         let crops = |shape: &[usize; 4]| Tensor::uninit(shape, dtype);
-        let [masks, indices, unmasked, weights] = self.masks;
+        let [masks, indices, unmasked, weights, labels] = self.lists;
         let list = |n: usize| Tensor::uninit(&[n], DType::U32);
         Batch {
             global: crops(&self.global),
@@ -58,6 +59,7 @@ impl Shapes {
                 unmasked: list(unmasked),
                 weights: Tensor::uninit(&[weights], DType::F32),
             },
+            labels: list(labels),
             indices: Vec::new(),
         }
     }
@@ -146,7 +148,7 @@ impl DeviceBatches {
         for (micro, batch) in micros.iter().zip(&self.sets[set].1) {
             self.crops(micro, batch, base, Arg::plain(normal))?;
             let Masks { masks, indices, unmasked, weights } = &batch.masks;
-            for (target, at) in [masks, indices, unmasked, weights].into_iter().zip(micro.masks) {
+            for (target, at) in [masks, indices, unmasked, weights, &batch.labels].into_iter().zip(micro.lists) {
                 if !target.is_empty() {
                     self.gpu.copy(target.device_address(), base + at, target.len() * 4)?;
                 }

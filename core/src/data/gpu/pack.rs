@@ -5,9 +5,9 @@ use rayon::prelude::*;
 use super::jobs::Jobs;
 use super::{Shapes, ALIGN};
 use crate::cuda::Staging;
-use crate::data::pipeline::{BrokenSample, Pipeline, RawStep};
+use crate::data::pipeline::{labels, BrokenSample, Pipeline, RawImage, RawStep};
 use crate::data::Masks;
-use crate::Result;
+use crate::{Result, Tensor};
 
 /// Pieces of memory that are uploaded together.
 #[derive(Default)]
@@ -66,7 +66,8 @@ pub(super) struct Micro {
     /// Into global, local and the Gram teacher's crops.
     pub(super) finish: [Section; 3],
     pub(super) tables: u64,
-    pub(super) masks: [u64; 4],
+    /// Masks and labels.
+    pub(super) lists: [u64; 5],
     /// Bytes of scratch memory.
     pub(super) scratch: usize,
     pub(super) indices: Vec<usize>,
@@ -87,10 +88,12 @@ pub(super) struct Section {
 pub(crate) fn pack(pipeline: &Pipeline, raw: RawStep, mut staging: Staging) -> Result<Staged> {
     let images = raw.images.len() / raw.masks.len();
     let (augmentation, sizes) = pipeline.of_step(raw.step);
+    let of_part = |part: &[RawImage]| labels(part.iter().map(|image| pipeline.label(&image.sample)));
+    let labels: Vec<Tensor> = raw.images.chunks(images).map(of_part).collect();
     let mut pack = Pack::default();
     let places: Vec<u64> = raw.images.iter().map(|image| pack.put(&image.sample.rgb)).collect();
     // Weights of a thousand resizes take a while: one micro-batch's are made in parallel with another's.
-    let of_micro = |(part, at): (&[crate::data::pipeline::RawImage], &[u64])| {
+    let of_micro = |(part, at): (&[RawImage], &[u64])| {
         let mut jobs = Jobs::default();
         for (i, (image, &at)) in part.iter().zip(at).enumerate() {
             jobs.add(augmentation, &image.plan, at, (image.sample.width, image.sample.height), i, images);
@@ -100,22 +103,22 @@ pub(crate) fn pack(pipeline: &Pipeline, raw: RawStep, mut staging: Staging) -> R
     let jobs: Vec<Jobs> = raw.images.par_chunks(images).zip(places.par_chunks(images)).map(of_micro).collect();
     let locals = augmentation.config.local_count;
     let mut micros = Vec::with_capacity(jobs.len());
-    for ((jobs, masks), part) in jobs.iter().zip(&raw.masks).zip(raw.images.chunks(images)) {
+    for (((jobs, masks), labels), part) in jobs.iter().zip(&raw.masks).zip(&labels).zip(raw.images.chunks(images)) {
         let crops = |count: usize, side: usize| [count * images, 3, side, side];
         let Masks { masks, indices, unmasked, weights } = masks;
-        let masks = [masks, indices, unmasked, weights];
+        let lists = [masks, indices, unmasked, weights, labels];
         micros.push(Micro {
             shapes: Shapes {
                 global: crops(2, sizes.global_size),
                 local: (locals > 0).then(|| crops(locals, sizes.local_size)),
                 gram: sizes.gram_size.map(|side| crops(2, side)),
-                masks: masks.map(|t| t.len()),
+                lists: lists.map(|t| t.len()),
             },
             repaint: section(&mut pack, &jobs.repaint, |j| j.pixels as usize, |j| 3.0 * j.pixels as f64),
             cut: resizes(&mut pack, &jobs.cut),
             finish: jobs.finish.each_ref().map(|f| section(&mut pack, f, |j| j.out as usize, |_| 0.0)),
             tables: pack.put(bytemuck::cast_slice(&jobs.tables)),
-            masks: masks.map(|t| pack.put(t.as_bytes())),
+            lists: lists.map(|t| pack.put(t.as_bytes())),
             scratch: jobs.scratch,
             indices: part.iter().map(|image| image.index).collect(),
         });

@@ -39,6 +39,9 @@ unary! {
     exp, vector, |x| x.exp();
     ln, positive_vector, |x| x.ln();
     sqrt, positive_vector, |x| x.sqrt();
+    sin, vector, |x| x.sin();
+    cos, vector, |x| x.cos();
+    tanh, vector, |x| x.tanh();
     square, vector, |x| x.square();
     relu, vector, |x| x.relu();
     recip, positive_vector, |x| x.recip();

@@ -1,0 +1,59 @@
+//! Inpainting: the pixels of masked patches from what the student makes of the rest.
+
+use dinolab_core::contract::{Loss, LossCost, LossRows, LossValue, Needs, Outputs, StepContext};
+use dinolab_core::nn::Linear;
+use dinolab_core::params::Params;
+use dinolab_core::registry::LossContext;
+use dinolab_core::{plugin, Result};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+plugin!(Loss, "inpainting", Inpainting, InpaintingLoss::build);
+
+/// Mean absolute difference between the pixels of masked patches and a linear map of the student's features there. There
+/// is no teacher.
+///
+/// With masked patches i of M, pixels x_i and features h_i, `loss = 1 / (3 p^2 M) sum_i |W h_i + b - x_i|_1` for patches of p
+/// pixels a side (Xie et al., "SimMIM", arXiv:2111.09886, section 3; the idea of Pathak et al., arXiv:1604.07379). Pixels are
+/// normalised by channel as the model sees them.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Inpainting {}
+
+#[derive(Debug)]
+struct InpaintingLoss {
+    decoder: Linear,
+    dim: usize,
+    patch: usize,
+}
+
+impl InpaintingLoss {
+    fn build(_: Inpainting, context: &mut LossContext<'_>) -> Result<Box<dyn Loss>> {
+        let (dim, patch) = (context.dim, context.patch_size);
+        let decoder = context.params.scope("decoder", |p| Linear::declare(p, dim, 3 * patch * patch, true));
+        Ok(Box::new(Self { decoder, dim, patch }))
+    }
+}
+
+impl Loss for InpaintingLoss {
+    fn needs(&self) -> Needs {
+        Needs { teacher: false, masks: true, pixels: true, min_batch: 1, ..Needs::default() }
+    }
+
+    fn compute(&self, params: &Params<'_>, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
+        let predicted = self.decoder.forward(params, &out.student.masked_patches()?)?.cast(context.dtype)?;
+        let pixels = out.pixels.expect("`needs` asks for pixels").patchify(self.patch)?;
+        let rows = pixels.reshape(&[pixels.len() / predicted.last_dim(), predicted.last_dim()])?;
+        let rows = rows.gather_rows(out.student.mask_indices)?.cast(context.dtype)?;
+        let numbers = predicted.len().max(1) as f64;
+        predicted.sub(&rows)?.abs()?.sum()?.scale(1.0 / numbers).map(LossValue::of)
+    }
+
+    fn cost(&self, rows: &LossRows) -> LossCost {
+        let width = 3 * self.patch * self.patch;
+        let outputs = rows.masked * width as f64;
+        let forward_flops = 2.0 * rows.masked * Linear::count(self.dim, width, true);
+        let activations = rows.masked * self.dim as f64 + 2.0 * outputs + rows.patches * width as f64;
+        LossCost { forward_flops, activations, outputs, ..LossCost::default() }
+    }
+}
