@@ -51,9 +51,6 @@ impl InfoNceLoss {
     }
 }
 
-/// Added to a crop's similarity to itself, which then has no part in the softmax.
-const SELF: f64 = -1e6;
-
 impl Loss for InfoNceLoss {
     fn needs(&self) -> Needs {
         Needs { teacher: false, whole_batch: true, min_batch: 2, ..Needs::default() }
@@ -70,7 +67,9 @@ impl Loss for InfoNceLoss {
             let values: Vec<f64> = (0..n * n).map(|i| f(i / n, i % n)).collect();
             Tensor::from_f64(&values, &[n, n], context.dtype)
         };
-        let itself = matrix(&|i, j| if i == j { SELF } else { 0.0 })?;
+        // A crop's similarity to itself becomes less than any other by 60 temperatures: its part in a sum is below 1e-26.
+        let none = -2.0 - 60.0 * self.config.temperature;
+        let itself = matrix(&|i, j| if i == j { none } else { 0.0 })?;
         let partner = matrix(&|i, j| f64::from(u8::from(j == (i + b) % n)))?;
         let rows: Vec<u32> = (0..n as u32).collect();
         let rows = Tensor::from_slice(&rows, &[n])?;

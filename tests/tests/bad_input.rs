@@ -68,6 +68,22 @@ fn sizes_that_do_not_fit_are_refused() {
 }
 
 #[test]
+fn losses_are_refused_what_they_need_and_do_not_get() {
+    bad(
+        &["losses.vicreg={}", "batch.micro_batches=2"],
+        &["losses.vicreg: its statistics run over the whole batch", "splits into 2", "set batch.micro_batches = 1"],
+    );
+    bad(
+        &["losses.online_linear={ classes = 7 }"],
+        &["losses.online_linear: tells 7 classes apart", "set losses.online_linear.classes = "],
+    );
+    bad(
+        &["losses.inpainting={}", "masking.probability=0"],
+        &["masking.probability: no patch is masked", "`inpainting`"],
+    );
+}
+
+#[test]
 fn numbers_that_no_step_can_compute_with_are_refused() {
     bad(&["losses.dino.student_temp=0"], &["losses.dino.student_temp", "0.001 to 100"]);
     bad(&["losses.ibot.teacher_temp=-0.07"], &["losses.ibot.teacher_temp", "0.001 to 100", "-0.07"]);

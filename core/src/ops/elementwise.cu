@@ -93,6 +93,11 @@ extern "C" __global__ void widen_bf16(float* y, const bf16* x, size_t n) {
     elements(y, n, [](size_t, float x) { return x; }, x);
 }
 
+template <class T> __device__ void from_double(T* y, const double* x, size_t n) {
+    elements(y, n, [=](size_t i) { return (float)x[i]; });
+}
+KERNEL(from_double, (T* y, const double* x, size_t n), (y, x, n))
+
 // ---- what a step decides on the device
 
 // dst = src if flag, else dst stays.

@@ -44,7 +44,7 @@ pub(crate) fn accumulate(place: &mut GradMut<'_>, grad: &Tensor) -> Result<()> {
     gpu.kernel(&ELEMENTWISE, "accumulate", grad.dtype())?.over(n).work(0.0, bytes).launch(args![place, grad, n])
 }
 
-/// Between f32 and bf16 on a GPU.
+/// Between f32 and bf16 on a GPU, or from f64 to them.
 pub(crate) fn convert(x: &Tensor, to: DType) -> Result<Tensor> {
     let mut out = Tensor::uninit(x.shape(), to);
     convert_into(&mut out, x)?;
@@ -57,6 +57,7 @@ pub(crate) fn convert_into(out: &mut Tensor, x: &Tensor) -> Result<()> {
     let (name, kind, bytes) = match (x.dtype(), out.dtype()) {
         (DType::F32, DType::BF16) => ("narrow", DType::F32, 2),
         (DType::BF16, DType::F32) => ("widen", DType::BF16, 4),
+        (DType::F64, to @ (DType::F32 | DType::BF16)) => ("from_double", to, to.size()),
         (from, to) => return Err(Error::shape("cast", format!("{from:?} to {to:?} on a GPU"))),
     };
     let kernel = gpu.kernel(&ELEMENTWISE, name, kind)?;

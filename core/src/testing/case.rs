@@ -168,11 +168,12 @@ pub struct Slot {
     shape: Vec<usize>,
     tracked: bool,
     positive: bool,
+    scale: f64,
 }
 
 /// An input that has a gradient.
 pub fn tracked(name: impl Into<String>, shape: &[usize]) -> Slot {
-    Slot { name: name.into(), shape: shape.into(), tracked: true, positive: false }
+    Slot { name: name.into(), shape: shape.into(), tracked: true, positive: false, scale: 1.0 }
 }
 
 /// An input that is held fixed.
@@ -186,11 +187,17 @@ impl Slot {
         Self { positive: true, ..self }
     }
 
+    /// With numbers a quarter as large: weights, which keep features about as large as they are.
+    pub fn small(self) -> Self {
+        Self { scale: 0.25, ..self }
+    }
+
     /// Numbers in [-2, 2] (or [0.1, 2]), three decimals and a half: short to print, and never within 0.0005 of 0, where
     /// `relu` and its like have no derivative.
     fn values(&self) -> BoxedStrategy<Vec<f64>> {
         let thousandths = if self.positive { 100..2000i32 } else { -2000..2000 };
-        let number = thousandths.prop_map(|k| (f64::from(k) + 0.5) / 1000.0);
+        let scale = self.scale;
+        let number = thousandths.prop_map(move |k| scale * (f64::from(k) + 0.5) / 1000.0);
         proptest::collection::vec(number, self.shape.iter().product::<usize>()).boxed()
     }
 }

@@ -99,15 +99,30 @@ pub(super) fn hold_to_differences(case: &Case, f: &Function<'_>, measured: &Meas
     Ok(())
 }
 
-/// Holds numbers to others: `|a - b| / |b| < 1e-9`, with lengths below 1e-3 counted as 1e-3.
+/// How far numbers of an operation, or of a loss of features alone, may be from another statement of them.
+pub(super) const CLOSE: f64 = 1e-9;
+
+/// Holds numbers to others: `|a - b| / |b|` is less than [`CLOSE`], with lengths below 1e-3 counted as 1e-3.
 pub(super) fn close(what: &str, shape: &[usize], ours: &[f64], theirs: &[f64], who: &str) -> Result<(), String> {
+    close_by(CLOSE, what, shape, ours, theirs, who)
+}
+
+/// [`close`] with another tolerance.
+pub(super) fn close_by(
+    tolerance: f64,
+    what: &str,
+    shape: &[usize],
+    ours: &[f64],
+    theirs: &[f64],
+    who: &str,
+) -> Result<(), String> {
     if ours.len() != theirs.len() {
         return Err(format!("{what} has {} numbers, but {who} has {}", ours.len(), theirs.len()));
     }
     let length = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
     let norm = length(&mut theirs.iter().copied()).max(1e-3);
     let error = length(&mut ours.iter().zip(theirs).map(|(a, b)| a - b)) / norm;
-    if error < 1e-9 {
+    if error < tolerance {
         return Ok(());
     }
     let distance = |i: &usize| (ours[*i] - theirs[*i]).abs();

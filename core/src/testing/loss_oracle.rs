@@ -5,7 +5,7 @@ use proptest::strategy::BoxedStrategy;
 use serde_json::{json, Value as Json};
 
 use super::case::{Bound, Case};
-use super::gradient::{close, hold_to_differences, measure, tensors};
+use super::gradient::{close_by, hold_to_differences, measure, tensors, CLOSE};
 use super::on_device::hold_on;
 use super::step_case::{build, config, with_outputs, PARAMS};
 pub use super::step_case::{loss_cases, loss_value};
@@ -108,11 +108,13 @@ pub(super) fn hold(name: &str, case: &Case, device: Device) -> Result<(), String
             Ok((value, names.into_iter().zip(gradients).collect::<Vec<_>>()))
         });
         let (value, gradients) = stated.map_err(text)?;
-        close("the loss", &[], &measured.value, &[value], "dfdx")?;
+        // Layers and norms of a loss's own enlarge rounding: drawn ones may map all rows nearly to zero.
+        let tolerance = if built.layout.is_empty() { CLOSE } else { 1e2 * CLOSE };
+        close_by(tolerance, "the loss", &[], &measured.value, &[value], "dfdx")?;
         for (input, theirs) in gradients {
             let at = case.inputs.iter().position(|x| x.name == input).expect("a step has its inputs from the case");
             let what = format!("the gradient of `{input}`");
-            close(&what, &case.inputs[at].shape, &measured.gradients[at], &theirs, "dfdx")?;
+            close_by(tolerance, &what, &case.inputs[at].shape, &measured.gradients[at], &theirs, "dfdx")?;
         }
     }
     if !oracle.is_some_and(|oracle| oracle.stops_gradients()) {

@@ -62,8 +62,8 @@ pub fn loss_cases(name: &str, options: BoxedStrategy<Json>) -> Result<BoxedStrat
         let (height, width) = (PATCH * case.size("height"), PATCH * case.size("width"));
         slots.extend(pixels.then(|| fixed("pixels", &[GLOBALS * size.images, 3, height, width])));
         for spec in built.layout.specs() {
-            slots.push(tracked(format!("{PARAMS}{}", spec.name), &spec.shape));
-            slots.extend(targets.map(|_| fixed(format!("{TEACHER_PARAMS}{}", spec.name), &spec.shape)));
+            slots.push(tracked(format!("{PARAMS}{}", spec.name), &spec.shape).small());
+            slots.extend(targets.map(|_| fixed(format!("{TEACHER_PARAMS}{}", spec.name), &spec.shape).small()));
         }
         slots
     }))

@@ -130,7 +130,7 @@ impl DfdxLoss for InfoNce {
 impl DfdxLoss for SigReg {
     fn loss(&self, out: &DfdxOutputs<'_>, _: &StepContext<'_>) -> Result<Scalar> {
         let (b, globals, crops) = (out.step.images, out.step.globals, out.step.globals + out.step.locals);
-        let z = || {
+        let z = {
             let from = |first: usize| move |i: usize, j: usize| f64::from(u8::from(i == first + j));
             let mut rows = constant(crops * b, globals * b, from(0)).matmul(out.student_cls.leaky_trace());
             if let Some(local) = &out.student_local_cls {
@@ -139,24 +139,30 @@ impl DfdxLoss for SigReg {
             }
             mlp(rows, out, "projector")
         };
-        let (n, width) = *z().shape();
+        let (n, width) = *z.shape();
         let centre = constant(n, n, |i, j| f64::from(u8::from(i % b == j % b && j < globals * b)) / globals as f64);
-        let agreement = (z() - centre.matmul(z())).square().mean::<(), _>();
         let drawn = out.step.draws.expect("the loss draws directions").to_f64_vec();
         let directions = || constant(width, self.directions, |i, j| drawn[j * width + i]);
         let step = 2.0 * END / (POINTS - 1) as f64;
-        let mut loss = agreement * (1.0 - self.regularization);
-        for (crop, point) in (0..crops).flat_map(|crop| (0..POINTS).map(move |point| (crop, point))) {
+        let mut sigreg: Option<Scalar> = None;
+        for point in 0..POINTS {
             let t = -END + step * point as f64;
             let normal = (-t * t / 2.0).exp();
-            let mean = || constant(1, n, |_, j| f64::from(u8::from(j / b == crop)) / b as f64);
-            let angles = || z().matmul(directions()) * t;
+            // Over the images of every crop.
+            let mean = || constant(crops, n, |crop, j| f64::from(u8::from(j / b == crop)) / b as f64);
+            let angles = || z.with_empty_tape().matmul(directions()) * t;
             let real = mean().matmul(angles().cos()) + (-normal);
             let imaginary = mean().matmul(angles().sin());
             let error = real.square().mean::<(), _>() + imaginary.square().mean::<(), _>();
             let end = if point == 0 || point == POINTS - 1 { 0.5 } else { 1.0 };
-            loss = loss + error * (self.regularization * end * step * normal * b as f64 / crops as f64);
+            let term = error * (end * step * normal * b as f64);
+            sigreg = Some(match sigreg {
+                Some(sum) => sum + term,
+                None => term,
+            });
         }
-        Ok(loss)
+        let means = centre.matmul(z.with_empty_tape());
+        let agreement = (z - means).square().mean::<(), _>() * (1.0 - self.regularization);
+        Ok(agreement + sigreg.expect("there are points") * self.regularization)
     }
 }
