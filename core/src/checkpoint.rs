@@ -260,13 +260,23 @@ pub fn save(run: &Path, content: &Content, keep: usize) -> Result<PathBuf> {
     }
     fs::rename(building.keep(), &target).map_err(Error::io("write", &target))?;
     sync_dir(&folder)?;
+    prune(run, content.step, keep)?;
+    Ok(target)
+}
+
+/// Removes the checkpoints of `run` beside that of `step`, which is whole: the oldest beyond `keep`, and those of later steps.
+///
+/// # Errors
+/// If one cannot be removed.
+pub fn prune(run: &Path, step: u64, keep: usize) -> Result<()> {
+    let target = run.join(FOLDER).join(folder_name(step));
     let (earlier, other): (Vec<_>, Vec<_>) =
-        list(run)?.into_iter().partition(|path| step_of(path).is_some_and(|(step, _)| step < content.step));
+        list(run)?.into_iter().partition(|path| step_of(path).is_some_and(|(earlier, _)| earlier < step));
     let stale = other.into_iter().filter(|path| *path != target);
     for old in stale.chain(earlier.into_iter().rev().skip(keep.max(1) - 1)) {
         remove(&old)?;
     }
-    Ok(target)
+    Ok(())
 }
 
 /// What is appended to the name of a checkpoint that another of the same step is about to replace.

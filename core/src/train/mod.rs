@@ -484,20 +484,20 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Writes a checkpoint, unless there is one of this step.
+    /// Writes a checkpoint, unless there is one of this step, and removes those that are not kept.
     fn save(&mut self, step: u64) -> Result<()> {
-        if self.saved == Some(step) {
-            return Ok(());
-        }
-        self.log.sync()?;
-        let content = self.learner.content(step)?;
         let keep = match self.recipe.on_non_finite {
             OnNonFinite::Rewind(_) => {
                 rewind::kept(self.folder.path(), self.recipe.checkpoint.every, step, self.recipe.checkpoint.keep)?
             }
             _ => self.recipe.checkpoint.keep,
         };
-        checkpoint::save(self.folder.path(), &content, keep)?;
+        if self.saved == Some(step) {
+            // A kill may have come between its writing and the removal of an older one.
+            return checkpoint::prune(self.folder.path(), step, keep);
+        }
+        self.log.sync()?;
+        checkpoint::save(self.folder.path(), &self.learner.content(step)?, keep)?;
         self.saved = Some(step);
         Ok(())
     }
