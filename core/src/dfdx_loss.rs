@@ -26,7 +26,7 @@ use std::fmt;
 
 use dfdx::prelude::{
     Axes2, Axis, Backward as _, BroadcastTo as _, Cpu, Gradients, HasShape as _, NoneTape, OwnedTape, PermuteTo as _,
-    SumTo as _, Tensor as Dfdx, TensorFromVec as _, Trace as _, TryMatMul as _, WithEmptyTape as _,
+    Shape, SumTo as _, Tensor as Dfdx, TensorFromVec as _, Trace as _, TryMatMul as _, WithEmptyTape as _,
 };
 use dfdx::tensor::AsArray as _;
 
@@ -38,10 +38,12 @@ use crate::{Result, Tensor};
 
 /// Rows of features, logits or targets.
 pub type Matrix<T = NoneTape> = Dfdx<(usize, usize), f64, Cpu, T>;
+/// Numbers of any shape on dfdx's tape.
+pub type OnTape<S> = Dfdx<S, f64, Cpu, OwnedTape<f64, Cpu>>;
 /// A matrix on dfdx's tape.
-pub type Taped = Matrix<OwnedTape<f64, Cpu>>;
+pub type Taped = OnTape<(usize, usize)>;
 /// A loss on dfdx's tape.
-pub type Scalar = Dfdx<(), f64, Cpu, OwnedTape<f64, Cpu>>;
+pub type Scalar = OnTape<()>;
 
 /// A constant matrix with these elements, ready to be multiplied with taped ones.
 pub fn constant(rows: usize, columns: usize, f: impl Fn(usize, usize) -> f64) -> Taped {
@@ -63,15 +65,15 @@ pub fn unit_rows(x: Taped) -> Taped {
 
 /// `x Phi(x)`, with the normal distribution's Phi. In dfdx 0.13 the derivative of `accurate_gelu` is wrong by a factor in
 /// one of its terms, so it is stated here: `Phi(x) + x exp(-x^2 / 2) / sqrt(2 pi)`.
-pub fn gelu(x: Taped) -> Taped {
-    let (rows, columns) = *x.shape();
-    let at = x.as_vec();
-    let value = x.with_empty_tape().accurate_gelu().as_vec();
+pub fn gelu<S: Shape>(x: OnTape<S>) -> OnTape<S> {
+    let (shape, at) = (*x.shape(), x.as_vec());
+    let tensor = |values: Vec<f64>| Cpu::default().tensor_from_vec(values, shape);
+    let value = tensor(at.clone()).accurate_gelu().as_vec();
     let phi = |i: usize| if at[i] == 0.0 { 0.5 } else { value[i] / at[i] };
     let density = |x: f64| (-x * x / 2.0).exp() / std::f64::consts::TAU.sqrt();
     let slope: Vec<f64> = (0..at.len()).map(|i| phi(i) + at[i] * density(at[i])).collect();
-    let rest = constant(rows, columns, |i, j| value[i * columns + j] - at[i * columns + j] * slope[i * columns + j]);
-    x * constant(rows, columns, |i, j| slope[i * columns + j]) + rest
+    let rest = (0..at.len()).map(|i| value[i] - at[i] * slope[i]).collect();
+    x * tensor(slope) + tensor(rest)
 }
 
 /// `x W^T + b`: a linear layer's weight `[O, I]` and bias `[1, O]` among the parameters of a loss.
@@ -207,10 +209,7 @@ pub(crate) fn evaluate(
 }
 
 /// The gradient of a leaf; zero if the result does not depend on it.
-pub(crate) fn gradient<S: dfdx::prelude::Shape>(
-    gradients: &mut Gradients<f64, Cpu>,
-    leaf: &Dfdx<S, f64, Cpu>,
-) -> Vec<f64> {
+pub(crate) fn gradient<S: Shape>(gradients: &mut Gradients<f64, Cpu>, leaf: &Dfdx<S, f64, Cpu>) -> Vec<f64> {
     gradients.try_alloc_for(leaf).expect("the host has memory for a gradient");
     gradients.get(leaf).as_vec()
 }

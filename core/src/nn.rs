@@ -24,6 +24,10 @@ use crate::{Result, Tensor};
 pub struct Linear {
     weight: ParamId,
     bias: Option<ParamId>,
+    /// Width of what it is given.
+    pub from: usize,
+    /// Width of what it gives.
+    pub to: usize,
 }
 
 impl Linear {
@@ -35,7 +39,7 @@ impl Linear {
     /// The same with another start of the weight.
     pub fn declare_with(params: &mut ParamBuilder, from: usize, to: usize, bias: bool, init: Init) -> Self {
         let weight = params.add("weight", &[to, from], init);
-        Self { weight, bias: bias.then(|| params.add_plain("bias", &[to], Init::Zeros)) }
+        Self { weight, bias: bias.then(|| params.add_plain("bias", &[to], Init::Zeros)), from, to }
     }
 
     /// `[.., I]` to `[.., O]`.
@@ -59,9 +63,9 @@ impl Linear {
         f(ops::Linear::new(&weight, bias.as_ref()))
     }
 
-    /// Parameters of a layer from width `from` to width `to`.
-    pub fn count(from: usize, to: usize, bias: bool) -> f64 {
-        from as f64 * to as f64 + if bias { to as f64 } else { 0.0 }
+    /// Its parameters, each of which is multiplied and added once a row.
+    pub fn parameters(&self) -> f64 {
+        self.from as f64 * self.to as f64 + if self.bias.is_some() { self.to as f64 } else { 0.0 }
     }
 }
 
@@ -142,8 +146,21 @@ impl Mlp {
         Ok(x)
     }
 
-    /// Parameters of the linear layers, which cost two operations each a row.
-    pub fn count(widths: &[usize], bias: bool) -> f64 {
-        widths.windows(2).map(|pair| Linear::count(pair[0], pair[1], bias)).sum()
+    /// Width of what it gives.
+    pub fn output(&self) -> usize {
+        self.layers.last().expect("it has a layer").to
+    }
+
+    /// Parameters of the linear layers, each of which is multiplied and added once a row.
+    pub fn parameters(&self) -> f64 {
+        self.layers.iter().map(Linear::parameters).sum()
+    }
+
+    /// Numbers of a row that are kept from forward to backward: the input of every layer and the output, and of a batch
+    /// norm its input, that centred and scaled.
+    pub fn activations(&self) -> f64 {
+        let of_layers = self.layers.iter().map(|layer| layer.from).sum::<usize>() + self.output();
+        let of_norms = 3 * self.layers.iter().take(self.norms.len()).map(|layer| layer.to).sum::<usize>();
+        (of_layers + of_norms) as f64
     }
 }

@@ -143,9 +143,7 @@ impl Layout {
             use crate::tensor::Real;
             let data = flat.as_mut_slice::<T>();
             for spec in &self.specs {
-                let name = blake3::hash(spec.name.as_bytes());
-                let index = u64::from_le_bytes(name.as_bytes()[..8].try_into().expect("a hash has 32 bytes"));
-                let mut rng = Rng::new(seed, Stream::Init, 0, index);
+                let mut rng = Rng::named(seed, Stream::Init, 0, &spec.name);
                 for x in &mut data[spec.range()] {
                     *x = T::of(spec.init.draw(&mut rng));
                 }

@@ -55,6 +55,13 @@ impl Rng {
         Self { key, counter: [0, stream as u32, step as u32, index as u32], block: [0; 4], used: 4 }
     }
 
+    /// The sequence of what is called `name`: it depends on no other thing that is drawn for.
+    pub fn named(seed: u64, stream: Stream, step: u64, name: &str) -> Self {
+        let hash = blake3::hash(name.as_bytes());
+        let index = u64::from_le_bytes(hash.as_bytes()[..8].try_into().expect("a hash has 32 bytes"));
+        Self::new(seed, stream, step, index)
+    }
+
     /// Uniform over all 32-bit integers.
     pub fn u32(&mut self) -> u32 {
         if self.used == 4 {

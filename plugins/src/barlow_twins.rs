@@ -1,14 +1,14 @@
 //! Barlow Twins: the cross-correlation of two crops' projections is the identity.
 
-use dinolab_core::contract::{Loss, LossCost, LossRows, LossValue, ModelOutputs, Needs, Outputs, StepContext};
-use dinolab_core::nn::{BatchNorm, Mlp};
+use dinolab_core::contract::{Loss, LossCost, LossRows, LossValue, Needs, Outputs, StepContext};
+use dinolab_core::nn::BatchNorm;
 use dinolab_core::params::Params;
 use dinolab_core::registry::LossContext;
-use dinolab_core::{plugin, Result, Tensor};
+use dinolab_core::{plugin, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::projector::ProjectorConfig;
+use crate::projector::{Projector, ProjectorConfig};
 
 plugin!(Loss, "barlow_twins", BarlowTwins, BarlowTwinsLoss::build);
 
@@ -41,16 +41,15 @@ impl Default for BarlowTwins {
 #[derive(Debug)]
 struct BarlowTwinsLoss {
     config: BarlowTwins,
-    projector: Mlp,
+    projector: Projector,
     norm: BatchNorm,
-    dim: usize,
 }
 
 impl BarlowTwinsLoss {
     fn build(config: BarlowTwins, context: &mut LossContext<'_>) -> Result<Box<dyn Loss>> {
-        let projector = config.projector.declare(context.params, "projector", context.dim);
+        let projector = Projector::declare(context.params, "projector", context.dim, &config.projector);
         let norm = BatchNorm::declare(context.params, config.projector.output, false);
-        Ok(Box::new(Self { config, projector, norm, dim: context.dim }))
+        Ok(Box::new(Self { config, projector, norm }))
     }
 }
 
@@ -59,12 +58,8 @@ impl Loss for BarlowTwinsLoss {
         Needs { teacher: false, whole_batch: true, min_batch: 2, ..Needs::default() }
     }
 
-    fn project(&self, params: &Params<'_>, outputs: &ModelOutputs<'_>) -> Result<Tensor> {
-        self.projector.forward(params, outputs.cls)
-    }
-
     fn compute(&self, params: &Params<'_>, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
-        let z = self.project(params, &out.student)?.cast(context.dtype)?;
+        let z = self.projector.forward(params, out.student.cls)?.cast(context.dtype)?;
         let normalised = |crop: usize| self.norm.forward(params, &z.narrow(crop * out.images, out.images)?);
         let (one, two) = (normalised(0)?, normalised(1)?);
         let correlation = one.transpose()?.matmul(&two)?.scale(1.0 / out.images as f64)?;
@@ -77,6 +72,6 @@ impl Loss for BarlowTwinsLoss {
     }
 
     fn cost(&self, rows: &LossRows) -> LossCost {
-        self.config.projector.cost(self.dim, rows.globals, 0.0)
+        self.projector.cost(rows.globals, 0.0)
     }
 }

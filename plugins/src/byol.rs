@@ -3,14 +3,13 @@
 use dinolab_core::contract::{
     Loss, LossCost, LossRows, LossValue, ModelOutputs, Needs, Outputs, StepContext, TargetSpec,
 };
-use dinolab_core::nn::Mlp;
 use dinolab_core::params::Params;
 use dinolab_core::registry::LossContext;
 use dinolab_core::{plugin, Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::projector::ProjectorConfig;
+use crate::projector::{Projector, ProjectorConfig};
 
 plugin!(Loss, "byol", Byol, ByolLoss::build);
 
@@ -44,9 +43,8 @@ impl Default for Byol {
 #[derive(Debug)]
 struct ByolLoss {
     config: Byol,
-    projector: Mlp,
-    predictor: Mlp,
-    dim: usize,
+    projector: Projector,
+    predictor: Projector,
 }
 
 impl Byol {
@@ -58,9 +56,9 @@ impl Byol {
 impl ByolLoss {
     fn build(config: Byol, context: &mut LossContext<'_>) -> Result<Box<dyn Loss>> {
         let (params, dim) = (&mut *context.params, context.dim);
-        let projector = config.projector.declare(params, "projector", dim);
-        let predictor = config.predictor().declare(params, "predictor", config.projector.output);
-        Ok(Box::new(Self { config, projector, predictor, dim }))
+        let projector = Projector::declare(params, "projector", dim, &config.projector);
+        let predictor = Projector::declare(params, "predictor", config.projector.output, &config.predictor());
+        Ok(Box::new(Self { config, projector, predictor }))
     }
 }
 
@@ -84,8 +82,8 @@ impl Loss for ByolLoss {
     }
 
     fn cost(&self, rows: &LossRows) -> LossCost {
-        let of_projector = self.config.projector.cost(self.dim, rows.globals, rows.globals);
-        let of_predictor = self.config.predictor().cost(self.config.projector.output, rows.globals, 0.0);
+        let of_projector = self.projector.cost(rows.globals, rows.globals);
+        let of_predictor = self.predictor.cost(rows.globals, 0.0);
         LossCost {
             forward_flops: of_projector.forward_flops + of_predictor.forward_flops,
             activations: of_projector.activations + of_predictor.activations,

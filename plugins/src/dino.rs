@@ -72,13 +72,12 @@ impl Default for Dino {
 struct DinoLoss {
     config: Dino,
     head: Head,
-    dim: usize,
 }
 
 impl DinoLoss {
     fn build(config: Dino, context: &mut LossContext<'_>) -> Result<Box<dyn Loss>> {
         let head = Head::declare(context.params, context.dim, &config.head);
-        Ok(Box::new(Self { config, head, dim: context.dim }))
+        Ok(Box::new(Self { config, head }))
     }
 
     fn targets(&self) -> Targets<'_> {
@@ -147,6 +146,6 @@ impl Loss for DinoLoss {
     }
 
     fn cost(&self, rows: &LossRows) -> LossCost {
-        self.config.head.cost(self.dim, rows.globals + rows.locals, rows.globals)
+        self.head.cost(rows.globals + rows.locals, rows.globals)
     }
 }

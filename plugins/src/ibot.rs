@@ -57,13 +57,12 @@ impl Default for Ibot {
 struct IbotLoss {
     config: Ibot,
     head: Head,
-    dim: usize,
 }
 
 impl IbotLoss {
     fn build(config: Ibot, context: &mut LossContext<'_>) -> Result<Box<dyn Loss>> {
         let head = Head::declare(context.params, context.dim, &config.head);
-        Ok(Box::new(Self { config, head, dim: context.dim }))
+        Ok(Box::new(Self { config, head }))
     }
 
     fn targets(&self) -> Targets<'_> {
@@ -104,6 +103,6 @@ impl Loss for IbotLoss {
     }
 
     fn cost(&self, rows: &LossRows) -> LossCost {
-        self.config.head.cost(self.dim, rows.masked, rows.masked)
+        self.head.cost(rows.masked, rows.masked)
     }
 }

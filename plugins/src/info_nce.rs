@@ -1,14 +1,13 @@
 //! InfoNCE as SimCLR uses it: the other crop of the same image is found among all crops of the batch.
 
-use dinolab_core::contract::{Loss, LossCost, LossRows, LossValue, ModelOutputs, Needs, Outputs, StepContext};
-use dinolab_core::nn::Mlp;
+use dinolab_core::contract::{Loss, LossCost, LossRows, LossValue, Needs, Outputs, StepContext};
 use dinolab_core::params::Params;
 use dinolab_core::registry::LossContext;
 use dinolab_core::{plugin, Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::projector::ProjectorConfig;
+use crate::projector::{Projector, ProjectorConfig};
 
 plugin!(Loss, "info_nce", InfoNce, InfoNceLoss::build);
 
@@ -40,14 +39,13 @@ impl Default for InfoNce {
 #[derive(Debug)]
 struct InfoNceLoss {
     config: InfoNce,
-    projector: Mlp,
-    dim: usize,
+    projector: Projector,
 }
 
 impl InfoNceLoss {
     fn build(config: InfoNce, context: &mut LossContext<'_>) -> Result<Box<dyn Loss>> {
-        let projector = config.projector.declare(context.params, "projector", context.dim);
-        Ok(Box::new(Self { config, projector, dim: context.dim }))
+        let projector = Projector::declare(context.params, "projector", context.dim, &config.projector);
+        Ok(Box::new(Self { config, projector }))
     }
 }
 
@@ -56,12 +54,8 @@ impl Loss for InfoNceLoss {
         Needs { teacher: false, whole_batch: true, min_batch: 2, ..Needs::default() }
     }
 
-    fn project(&self, params: &Params<'_>, outputs: &ModelOutputs<'_>) -> Result<Tensor> {
-        self.projector.forward(params, outputs.cls)
-    }
-
     fn compute(&self, params: &Params<'_>, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
-        let z = self.project(params, &out.student)?.cast(context.dtype)?.l2_normalize(1e-12)?;
+        let z = self.projector.forward(params, out.student.cls)?.cast(context.dtype)?.l2_normalize(1e-12)?;
         let (b, n) = (out.images, z.dim(0));
         let matrix = |f: &dyn Fn(usize, usize) -> f64| {
             let values: Vec<f64> = (0..n * n).map(|i| f(i / n, i % n)).collect();
@@ -79,6 +73,6 @@ impl Loss for InfoNceLoss {
     }
 
     fn cost(&self, rows: &LossRows) -> LossCost {
-        self.config.projector.cost(self.dim, rows.globals, 0.0)
+        self.projector.cost(rows.globals, 0.0)
     }
 }

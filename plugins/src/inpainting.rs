@@ -23,7 +23,6 @@ pub struct Inpainting {}
 #[derive(Debug)]
 struct InpaintingLoss {
     decoder: Linear,
-    dim: usize,
     patch: usize,
 }
 
@@ -31,7 +30,7 @@ impl InpaintingLoss {
     fn build(_: Inpainting, context: &mut LossContext<'_>) -> Result<Box<dyn Loss>> {
         let (dim, patch) = (context.dim, context.patch_size);
         let decoder = context.params.scope("decoder", |p| Linear::declare(p, dim, 3 * patch * patch, true));
-        Ok(Box::new(Self { decoder, dim, patch }))
+        Ok(Box::new(Self { decoder, patch }))
     }
 }
 
@@ -50,10 +49,10 @@ impl Loss for InpaintingLoss {
     }
 
     fn cost(&self, rows: &LossRows) -> LossCost {
-        let width = 3 * self.patch * self.patch;
-        let outputs = rows.masked * width as f64;
-        let forward_flops = 2.0 * rows.masked * Linear::count(self.dim, width, true);
-        let activations = rows.masked * self.dim as f64 + 2.0 * outputs + rows.patches * width as f64;
+        let (from, to) = (self.decoder.from as f64, self.decoder.to as f64);
+        let outputs = rows.masked * to;
+        let forward_flops = 2.0 * rows.masked * self.decoder.parameters();
+        let activations = rows.masked * from + 2.0 * outputs + rows.patches * to;
         LossCost { forward_flops, activations, outputs, ..LossCost::default() }
     }
 }

@@ -26,24 +26,21 @@ pub struct OnlineLinear {
 
 #[derive(Debug)]
 struct OnlineLinearLoss {
-    classes: usize,
     classifier: Linear,
-    dim: usize,
 }
 
 impl OnlineLinearLoss {
     fn build(config: OnlineLinear, context: &mut LossContext<'_>) -> Result<Box<dyn Loss>> {
         let (dim, classes) = (context.dim, config.classes);
         let classifier = context.params.scope("classifier", |p| Linear::declare(p, dim, classes, true));
-        Ok(Box::new(Self { classes, classifier, dim }))
+        Ok(Box::new(Self { classifier }))
     }
 
     /// The share of rows whose own class has the greatest logit. `own` is one-hot, or zero in a row without a label.
     fn accuracy(&self, logits: &Tensor, own: &Tensor) -> Result<Tensor> {
-        let n = self.classes;
-        let ones = Tensor::full(&[n, n], logits.dtype(), 1.0)?;
         // By how much the other logits are above the row's own.
-        let above = logits.sub(&logits.mul(own)?.matmul(&ones)?)?.relu()?;
+        let of_own = logits.mul(own)?.sum_axis(1)?.reshape(&[logits.dim(0), 1])?;
+        let above = logits.sub(&of_own.matmul(&Tensor::full(&[1, logits.dim(1)], logits.dtype(), 1.0)?)?)?.relu()?;
         let beaten = above.sum_axis(1)?.scale(1e6)?;
         let right = beaten.neg()?.shift(1.0)?.relu()?.mul(&own.sum_axis(1)?)?;
         right.mean()
@@ -52,12 +49,12 @@ impl OnlineLinearLoss {
 
 impl Loss for OnlineLinearLoss {
     fn needs(&self) -> Needs {
-        Needs { teacher: false, classes: Some(self.classes), min_batch: 1, ..Needs::default() }
+        Needs { teacher: false, classes: Some(self.classifier.to), min_batch: 1, ..Needs::default() }
     }
 
     fn compute(&self, params: &Params<'_>, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
         let logits = self.classifier.forward(params, &out.student.cls.detach())?.cast(context.dtype)?;
-        let n = self.classes;
+        let n = self.classifier.to;
         // Row `n` is that of an image without a label.
         let one_hot: Vec<f64> = (0..(n + 1) * n).map(|i| f64::from(u8::from(i / n == i % n))).collect();
         let own = Tensor::from_f64(&one_hot, &[n + 1, n], context.dtype)?;
@@ -72,8 +69,8 @@ impl Loss for OnlineLinearLoss {
     }
 
     fn cost(&self, rows: &LossRows) -> LossCost {
-        let outputs = rows.globals * self.classes as f64;
-        let forward_flops = 2.0 * rows.globals * Linear::count(self.dim, self.classes, true);
+        let outputs = rows.globals * self.classifier.to as f64;
+        let forward_flops = 2.0 * rows.globals * self.classifier.parameters();
         LossCost { forward_flops, activations: 2.0 * outputs, outputs, ..LossCost::default() }
     }
 }

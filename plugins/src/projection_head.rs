@@ -38,29 +38,6 @@ impl Default for HeadConfig {
     }
 }
 
-impl HeadConfig {
-    /// Widths from the features to the bottleneck.
-    fn widths(&self, dim: usize) -> Vec<usize> {
-        let hidden = vec![self.hidden; self.layers.max(1) - 1];
-        [dim].into_iter().chain(hidden).chain([self.bottleneck]).collect()
-    }
-
-    /// What a head on vectors of width `dim` costs for one image with so many rows of the student and of the teacher.
-    pub fn cost(&self, dim: usize, student: f64, teacher: f64) -> LossCost {
-        let widths = self.widths(dim);
-        let parameters = Mlp::count(&widths, self.bias) + Linear::count(self.bottleneck, self.prototypes, false);
-        // Kept: input of every layer before its activation, bottlenecks before and after their normalisation.
-        let kept = widths.iter().sum::<usize>() + self.bottleneck;
-        LossCost {
-            forward_flops: 2.0 * parameters * student,
-            project_flops: 2.0 * parameters * teacher,
-            activations: student * kept as f64,
-            outputs: student * self.prototypes as f64,
-            targets: teacher * self.prototypes as f64,
-        }
-    }
-}
-
 #[derive(Clone, Debug)]
 enum Layers {
     /// The reference names a single layer `mlp.weight`.
@@ -79,7 +56,8 @@ pub struct Head {
 impl Head {
     /// Declares the parameters of a head on vectors of width `dim`, under the reference's names.
     pub fn declare(params: &mut ParamBuilder, dim: usize, config: &HeadConfig) -> Self {
-        let widths = config.widths(dim);
+        let hidden = vec![config.hidden; config.layers.max(1) - 1];
+        let widths: Vec<usize> = [dim].into_iter().chain(hidden).chain([config.bottleneck]).collect();
         let layers = params.scope("mlp", |p| match widths[..] {
             [from, to] => Layers::One(Linear::declare(p, from, to, config.bias)),
             _ => Layers::Several(Mlp::declare(p, &widths, Activation::Gelu, config.bias)),
@@ -111,5 +89,23 @@ impl Head {
             Layers::Several(mlp) => mlp.forward(params, x),
         }?
         .l2_normalize(1e-12)
+    }
+
+    /// What the head costs for one image with so many rows of the student and of the teacher.
+    pub fn cost(&self, student: f64, teacher: f64) -> LossCost {
+        let (parameters, activations) = match &self.layers {
+            Layers::One(layer) => (layer.parameters(), (layer.from + layer.to) as f64),
+            Layers::Several(mlp) => (mlp.parameters(), mlp.activations()),
+        };
+        let operations = 2.0 * (parameters + self.last_layer.parameters());
+        let (bottleneck, prototypes) = (self.last_layer.from as f64, self.last_layer.to as f64);
+        LossCost {
+            forward_flops: operations * student,
+            project_flops: operations * teacher,
+            // The bottleneck is kept before and after its normalisation.
+            activations: student * (activations + bottleneck),
+            outputs: student * prototypes,
+            targets: teacher * prototypes,
+        }
     }
 }

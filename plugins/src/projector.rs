@@ -2,7 +2,8 @@
 
 use dinolab_core::contract::LossCost;
 use dinolab_core::nn::{Activation, Mlp};
-use dinolab_core::params::ParamBuilder;
+use dinolab_core::params::{ParamBuilder, Params};
+use dinolab_core::{Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -28,29 +29,32 @@ impl Default for ProjectorConfig {
     }
 }
 
-impl ProjectorConfig {
-    fn widths(&self, from: usize) -> Vec<usize> {
-        let hidden = vec![self.hidden; self.layers.max(1) - 1];
-        [from].into_iter().chain(hidden).chain([self.output]).collect()
+/// The layers of a projector in a layout.
+#[derive(Debug)]
+pub(crate) struct Projector(Mlp);
+
+impl Projector {
+    /// Declares the layers on vectors of width `from`, under `scope`.
+    pub(crate) fn declare(params: &mut ParamBuilder, scope: &str, from: usize, config: &ProjectorConfig) -> Self {
+        let hidden = vec![config.hidden; config.layers.max(1) - 1];
+        let widths: Vec<usize> = [from].into_iter().chain(hidden).chain([config.output]).collect();
+        Self(params.scope(scope, |p| Mlp::declare(p, &widths, Activation::BatchNormRelu, true)))
     }
 
-    /// Declares the layers on vectors of width `from`, under `scope`.
-    pub(crate) fn declare(&self, params: &mut ParamBuilder, scope: &str, from: usize) -> Mlp {
-        params.scope(scope, |p| Mlp::declare(p, &self.widths(from), Activation::BatchNormRelu, true))
+    /// `[N, D]` to `[N, output]`.
+    pub(crate) fn forward(&self, params: &Params<'_>, x: &Tensor) -> Result<Tensor> {
+        self.0.forward(params, x)
     }
 
     /// What the layers cost for one image with so many rows of the student and of the teacher.
-    pub(crate) fn cost(&self, from: usize, student: f64, teacher: f64) -> LossCost {
-        let widths = self.widths(from);
-        let operations = 2.0 * Mlp::count(&widths, true);
-        // Kept: the input of every linear layer, and of every batch norm twice (itself and centred).
-        let kept = widths.iter().sum::<usize>() as f64 + 3.0 * (self.layers.max(1) - 1) as f64 * self.hidden as f64;
+    pub(crate) fn cost(&self, student: f64, teacher: f64) -> LossCost {
+        let (operations, output) = (2.0 * self.0.parameters(), self.0.output() as f64);
         LossCost {
             forward_flops: operations * student,
             project_flops: operations * teacher,
-            activations: student * kept,
-            outputs: student * self.output as f64,
-            targets: teacher * self.output as f64,
+            activations: student * self.0.activations(),
+            outputs: student * output,
+            targets: teacher * output,
         }
     }
 }

@@ -1,7 +1,6 @@
 //! SIGReg of LeJEPA: projections of all crops agree, and are distributed as an isotropic normal.
 
-use dinolab_core::contract::{Loss, LossCost, LossRows, LossValue, ModelOutputs, Needs, Outputs, StepContext};
-use dinolab_core::nn::Mlp;
+use dinolab_core::contract::{Loss, LossCost, LossRows, LossValue, Needs, Outputs, StepContext};
 use dinolab_core::params::Params;
 use dinolab_core::registry::LossContext;
 use dinolab_core::rng::Rng;
@@ -9,7 +8,7 @@ use dinolab_core::{plugin, Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::projector::ProjectorConfig;
+use crate::projector::{Projector, ProjectorConfig};
 
 plugin!(Loss, "sigreg", SigReg, SigRegLoss::build);
 
@@ -55,14 +54,13 @@ pub(crate) const POINTS: usize = 17;
 #[derive(Debug)]
 struct SigRegLoss {
     config: SigReg,
-    projector: Mlp,
-    dim: usize,
+    projector: Projector,
 }
 
 impl SigRegLoss {
     fn build(config: SigReg, context: &mut LossContext<'_>) -> Result<Box<dyn Loss>> {
-        let projector = config.projector.declare(context.params, "projector", context.dim);
-        Ok(Box::new(Self { config, projector, dim: context.dim }))
+        let projector = Projector::declare(context.params, "projector", context.dim, &config.projector);
+        Ok(Box::new(Self { config, projector }))
     }
 
     /// The Epps-Pulley statistic of the rows of `z` along `directions` `[A, D]`, the mean over directions.
@@ -104,12 +102,8 @@ impl Loss for SigRegLoss {
         (0..self.config.directions).flat_map(direction).collect()
     }
 
-    fn project(&self, params: &Params<'_>, outputs: &ModelOutputs<'_>) -> Result<Tensor> {
-        self.projector.forward(params, &outputs.all_cls()?)
-    }
-
     fn compute(&self, params: &Params<'_>, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
-        let z = self.project(params, &out.student)?.cast(context.dtype)?;
+        let z = self.projector.forward(params, &out.student.all_cls()?)?.cast(context.dtype)?;
         let directions = out.draws.expect("`draw` gives directions").cast(context.dtype)?;
         let directions = directions.reshape(&[self.config.directions, self.config.projector.output])?;
         let crops = out.globals + out.locals;
@@ -133,7 +127,7 @@ impl Loss for SigRegLoss {
 
     fn cost(&self, rows: &LossRows) -> LossCost {
         let crops = rows.globals + rows.locals;
-        let own = self.config.projector.cost(self.dim, crops, 0.0);
+        let own = self.projector.cost(crops, 0.0);
         let (width, directions) = (self.config.projector.output as f64, self.config.directions as f64);
         LossCost {
             forward_flops: own.forward_flops + 2.0 * crops * width * directions,

@@ -1,14 +1,13 @@
 //! VICReg: two crops agree, every dimension varies, and no two dimensions say the same.
 
-use dinolab_core::contract::{Loss, LossCost, LossRows, LossValue, ModelOutputs, Needs, Outputs, StepContext};
-use dinolab_core::nn::Mlp;
+use dinolab_core::contract::{Loss, LossCost, LossRows, LossValue, Needs, Outputs, StepContext};
 use dinolab_core::params::Params;
 use dinolab_core::registry::LossContext;
 use dinolab_core::{plugin, Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::projector::ProjectorConfig;
+use crate::projector::{Projector, ProjectorConfig};
 
 plugin!(Loss, "vicreg", VicReg, VicRegLoss::build);
 
@@ -55,14 +54,13 @@ impl Default for VicReg {
 #[derive(Debug)]
 struct VicRegLoss {
     config: VicReg,
-    projector: Mlp,
-    dim: usize,
+    projector: Projector,
 }
 
 impl VicRegLoss {
     fn build(config: VicReg, context: &mut LossContext<'_>) -> Result<Box<dyn Loss>> {
-        let projector = config.projector.declare(context.params, "projector", context.dim);
-        Ok(Box::new(Self { config, projector, dim: context.dim }))
+        let projector = Projector::declare(context.params, "projector", context.dim, &config.projector);
+        Ok(Box::new(Self { config, projector }))
     }
 }
 
@@ -86,12 +84,8 @@ impl Loss for VicRegLoss {
         Needs { teacher: false, whole_batch: true, min_batch: 2, ..Needs::default() }
     }
 
-    fn project(&self, params: &Params<'_>, outputs: &ModelOutputs<'_>) -> Result<Tensor> {
-        self.projector.forward(params, outputs.cls)
-    }
-
     fn compute(&self, params: &Params<'_>, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
-        let z = self.project(params, &out.student)?.cast(context.dtype)?;
+        let z = self.projector.forward(params, out.student.cls)?.cast(context.dtype)?;
         let (one, two) = (z.narrow(0, out.images)?, z.narrow(out.images, out.images)?);
         let invariance = one.sub(&two)?.square()?.mean()?;
         let ((hinge_one, covariance_one), (hinge_two, covariance_two)) = (spread(&one)?, spread(&two)?);
@@ -109,6 +103,6 @@ impl Loss for VicRegLoss {
     }
 
     fn cost(&self, rows: &LossRows) -> LossCost {
-        self.config.projector.cost(self.dim, rows.globals, 0.0)
+        self.projector.cost(rows.globals, 0.0)
     }
 }

@@ -60,8 +60,9 @@ fn json(folder: &Folder, name: &str) -> Value {
     serde_json::from_str(&folder.read(name)).expect("JSON")
 }
 
-/// A run that went on is the one that was never stopped: weights, log and result, and nothing is left behind.
-fn assert_same_run(folder: &Folder, whole: &str, other: &str) {
+/// A run that went on is the one that was never stopped: weights, log and result, and nothing is left behind. Its
+/// checkpoints are the newest of those of the whole run and of the one at step `stopped`, if a signal made it save there.
+fn assert_same_run(folder: &Folder, whole: &str, other: &str, stopped: Option<u64>) {
     assert_same_weights(folder, whole, other, 40);
     assert_eq!(metrics(folder, whole), metrics(folder, other), "{other}");
     let result = |run: &str| json(folder, &format!("{run}/result.json"))["metrics"].clone();
@@ -72,9 +73,12 @@ fn assert_same_run(folder: &Folder, whole: &str, other: &str) {
         names.sort();
         names
     };
-    // A signal after the last regular checkpoint leaves one of its own in place of that.
-    let (whole, own) = (names(whole), names(other));
-    assert_eq!((whole.len(), whole.last()), (own.len(), own.last()), "{other}: {whole:?} {own:?}");
+    let mut expected = names(whole);
+    let kept = expected.len();
+    expected.extend(stopped.map(|step| format!("step-{step:08}").into()));
+    expected.sort();
+    expected.dedup();
+    assert_eq!(expected[expected.len() - kept..], names(other), "{other}");
 }
 
 /// The steps of the newest whole checkpoint.
@@ -125,7 +129,7 @@ fn a_run_killed_at_any_moment_goes_on_to_the_same_bits() {
             }
             assert_eq!(status.signal(), Some(9), "{out} failed by itself after {now} steps");
         }
-        assert_same_run(&folder, "whole", &out);
+        assert_same_run(&folder, "whole", &out, None);
         fs::remove_dir_all(folder.path(&out)).expect("it is there");
         runs += 1;
     }
@@ -159,6 +163,23 @@ set = { "optimizer.lr" = 2e-3 }
 
 fn ablate(out: &str) -> [&str; 4] {
     ["ablate", "suite.toml", "--out", out]
+}
+
+#[test]
+fn a_run_killed_after_its_last_checkpoint_and_before_an_older_one_was_removed_removes_it_later() {
+    let folder = Folder::with_micro();
+    let keeps =
+        |keep: &str| folder.succeed(&[&run("run")[..], &["--set", &format!("checkpoint.keep={keep}")]].concat());
+    keeps("3");
+    // What such a kill leaves: one checkpoint more, and no result.
+    fs::remove_file(folder.path("run/result.json")).expect("the run finished");
+    keeps("2");
+    let mut left: Vec<_> = fs::read_dir(folder.path("run/checkpoints"))
+        .expect("the run finished")
+        .map(|e| e.unwrap().file_name())
+        .collect();
+    left.sort();
+    assert_eq!(left, ["step-00000036", "step-00000040"]);
 }
 
 #[test]
@@ -276,7 +297,7 @@ fn a_disk_that_is_full_at_any_moment_loses_nothing_that_was_saved() {
         let copy = format!("copy-{moment}");
         let copied = Command::new("cp").arg("-r").args([folder.path(&out), folder.path(&copy)]).status();
         assert!(copied.expect("there is cp").success());
-        assert_same_run(&folder, "whole", &copy);
+        assert_same_run(&folder, "whole", &copy, None);
         fs::remove_dir_all(folder.path(&out)).expect("it is there");
         fs::remove_dir_all(folder.path(&copy)).expect("it is there");
     }
@@ -398,8 +419,9 @@ fn every_signal_at_any_moment_saves_a_run_and_says_how_to_go_on() {
                 assert!(ended.out.contains("go on with the same command and --resume"), "{}", ended.out);
                 assert!(ended.err.contains(&format!("SIG{name}")), "{}", ended.err);
             }
+            let stopped = (ended.code != 0).then(|| saved(&folder.path(&out)));
             folder.succeed(&run(&out));
-            assert_same_run(&folder, "whole", &out);
+            assert_same_run(&folder, "whole", &out, stopped);
             fs::remove_dir_all(folder.path(&out)).expect("it is there");
         }
     }

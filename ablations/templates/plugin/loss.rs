@@ -31,7 +31,6 @@ impl Default for MyPlugin {
 #[derive(Debug)]
 struct Predicted {
     predictor: Mlp,
-    widths: [usize; 3],
 }
 
 impl Predicted {
@@ -39,7 +38,7 @@ impl Predicted {
         let widths = [context.dim, config.hidden, context.dim];
         // In recipes and checkpoints these are `my_plugin_head.predictor.0.weight` and so on.
         let predictor = context.params.scope("predictor", |p| Mlp::declare(p, &widths, Activation::Gelu, true));
-        Ok(Box::new(Self { predictor, widths }))
+        Ok(Box::new(Self { predictor }))
     }
 }
 
@@ -59,8 +58,8 @@ impl Loss for Predicted {
 
     // For `dinolab recipe check --cost`.
     fn cost(&self, rows: &LossRows) -> LossCost {
-        let forward_flops = 2.0 * Mlp::count(&self.widths, true) * rows.globals;
-        let activations = rows.globals * self.widths.iter().sum::<usize>() as f64;
+        let forward_flops = 2.0 * self.predictor.parameters() * rows.globals;
+        let activations = rows.globals * self.predictor.activations();
         LossCost { forward_flops, activations, ..LossCost::default() }
     }
 }

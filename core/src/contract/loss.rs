@@ -45,6 +45,13 @@ impl Default for Needs {
     }
 }
 
+impl Needs {
+    /// Whether the teacher has to run.
+    pub(crate) fn runs_teacher(&self) -> bool {
+        self.teacher || self.targets.is_some()
+    }
+}
+
 /// What the targets of a loss are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TargetSpec {

@@ -152,7 +152,7 @@ impl Pipeline {
 
     /// Images of a micro-batch.
     fn images(&self) -> usize {
-        self.spec.batch.size / self.spec.batch.micro_batches
+        self.spec.batch.images()
     }
 
     /// The batches of `step`.

@@ -240,7 +240,7 @@ fn crops(
 }
 
 fn losses(recipe: &Recipe, backbone: &dyn Backbone, distils: bool, problems: &mut Vec<Problem>) {
-    let images = recipe.batch.size / recipe.batch.micro_batches.max(1);
+    let images = recipe.batch.images();
     let build = |loss: &Chosen<dyn Loss>| loss.build(&mut loss_context(recipe, backbone, &mut ParamBuilder::new()));
     let mut gram_is_used = false;
     let mut enabled = 0;

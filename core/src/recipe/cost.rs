@@ -77,7 +77,7 @@ fn cost_at(recipe: &Recipe, sizes: &Resolution, model: &Declared, device: Device
     let distilled = distilled_model(recipe);
     let teacher_model = distilled.as_ref().unwrap_or(model);
     // It runs only if something is learned from it.
-    let taught = model.losses.iter().any(|l| l.needs.teacher || l.needs.targets.is_some());
+    let taught = model.losses.iter().any(|l| l.needs.runs_teacher());
     let teacher = if taught { teacher_model.backbone.cost(&[globals]) } else { Cost::default() };
     let mut flops = 3.0 * student.forward_flops + teacher.forward_flops;
     let has_gram = gram_is_used(recipe, model);
@@ -109,7 +109,7 @@ fn cost_at(recipe: &Recipe, sizes: &Resolution, model: &Declared, device: Device
 
     let number = recipe.dtype(device).size() as f64;
     let all = recipe.batch.size as f64;
-    let part = (recipe.batch.size / recipe.batch.micro_batches.max(1)) as f64;
+    let part = recipe.batch.images() as f64;
     let pixels = |count: usize, side: usize| (count * CHANNELS) as f64 * (side as f64).powi(2);
     let gram_pixels = if has_gram { pixels(GLOBALS, gram_side) } else { 0.0 };
     let crops = pixels(GLOBALS, sizes.global_size) + pixels(recipe.crops.local_count, sizes.local_size);

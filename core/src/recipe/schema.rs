@@ -191,6 +191,13 @@ impl Default for BatchConfig {
     }
 }
 
+impl BatchConfig {
+    /// Images of a micro-batch.
+    pub fn images(&self) -> usize {
+        self.size / self.micro_batches.max(1)
+    }
+}
+
 /// The usual mistake about the pixels' mean and standard deviation.
 const BY_255: &str = "pixels are in [0, 1] here: divide numbers that are meant for 0 to 255 by 255";
 

@@ -73,7 +73,7 @@ pub fn loss_context<'a>(recipe: &Recipe, backbone: &dyn Backbone, params: &'a mu
     LossContext {
         params,
         dim: backbone.dim(),
-        images: recipe.batch.size / recipe.batch.micro_batches.max(1),
+        images: recipe.batch.images(),
         globals: GLOBALS,
         locals: recipe.crops.local_count,
         patches: (recipe.crops.global_size / backbone.patch_size()).pow(2),

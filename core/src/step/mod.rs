@@ -335,9 +335,7 @@ impl Learner {
         let mut draws = self.model.backbone.draw(&rng, &images);
         for declared in &self.model.losses {
             // By name, so that a loss more or less changes no other's draws.
-            let name = blake3::hash(declared.name.as_bytes());
-            let index = u64::from_le_bytes(name.as_bytes()[..8].try_into().expect("a hash has 32 bytes"));
-            draws.losses.push(declared.loss.draw(&mut Rng::new(self.seed, Stream::Loss, step, index)));
+            draws.losses.push(declared.loss.draw(&mut Rng::named(self.seed, Stream::Loss, step, &declared.name)));
         }
         draws
     }

@@ -62,7 +62,7 @@ impl TeacherPass {
             None => (&learner.model, learner.weights.teacher()),
         };
         let params = Params::frozen(&model.layout, flat);
-        let needed = features || learner.model.losses.iter().any(|l| l.needs.teacher || l.needs.targets.is_some());
+        let needed = features || learner.model.losses.iter().any(|l| l.needs.runs_teacher());
         let mut features = Vec::new();
         for batch in batches.iter().filter(|_| needed) {
             let crops = Crops::global(batch.global.clone());

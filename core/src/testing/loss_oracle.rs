@@ -57,9 +57,7 @@ pub fn no_options() -> BoxedStrategy<Json> {
 pub fn loss_record(name: &str, case: &Case) -> Result<Json, String> {
     let text = |e: Error| e.to_string();
     let built = build(name, case).map_err(text)?;
-    let compute = |bound: &Bound<'_>| {
-        with_outputs(bound, &built, |params, out, context| Ok(built.loss.compute(params, out, context)?.loss))
-    };
+    let compute = |bound: &Bound<'_>| built.value(bound);
     let measured = measure(case, &compute)?;
     let inputs = case.inputs.iter().map(|x| (x.name.clone(), json!({ "shape": x.shape, "values": x.values })));
     let gradients = case.inputs.iter().zip(&measured.gradients).filter(|(x, _)| x.tracked);
@@ -85,17 +83,7 @@ pub(super) fn find(name: &str) -> Option<&'static LossOracle> {
 pub(super) fn hold(name: &str, case: &Case, device: Device) -> Result<(), String> {
     let text = |e: Error| e.to_string();
     let built = build(name, case).map_err(text)?;
-    let compute = |bound: &Bound<'_>| {
-        with_outputs(bound, &built, |params, out, context| {
-            let value = built.loss.compute(params, out, context)?;
-            match value.loss.rank() {
-                0 => Ok(value.loss),
-                _ => {
-                    Err(Error::shape("loss", format!("the loss has shape {:?}: expected a scalar", value.loss.shape())))
-                }
-            }
-        })
-    };
+    let compute = |bound: &Bound<'_>| built.value(bound);
     let measured = measure(case, &compute)?;
     let oracle = find(name).map(|oracle| (oracle.read)(config(name, case)?)).transpose().map_err(text)?;
     if let Some(oracle) = &oracle {

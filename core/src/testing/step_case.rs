@@ -76,7 +76,7 @@ pub fn loss_cases(name: &str, options: BoxedStrategy<Json>) -> Result<BoxedStrat
 pub fn loss_value(name: &str, case: &Case) -> Result<f64> {
     let built = build(name, case)?;
     let bound = Bound { case, tensors: tensors(case, None) };
-    with_outputs(&bound, &built, |params, out, context| Ok(built.loss.compute(params, out, context)?.loss.item()))
+    Ok(built.value(&bound)?.item())
 }
 
 fn schema_of(name: &str) -> Result<Json> {
@@ -114,6 +114,17 @@ pub(super) struct Built {
 }
 
 impl Built {
+    /// The loss of a case.
+    pub(super) fn value(&self, bound: &Bound<'_>) -> Result<Tensor> {
+        with_outputs(bound, self, |params, out, context| {
+            let loss = self.loss.compute(params, out, context)?.loss;
+            match loss.rank() {
+                0 => Ok(loss),
+                _ => Err(Error::shape("loss", format!("the loss has shape {:?}: expected a scalar", loss.shape()))),
+            }
+        })
+    }
+
     /// The parameters of a case, by the loss's own names.
     pub(super) fn params(&self, bound: &Bound<'_>, prefix: &str) -> Vec<(String, Tensor)> {
         let of = |name: &str| bound.tensor(&format!("{prefix}{name}")).clone();

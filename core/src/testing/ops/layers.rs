@@ -1,15 +1,12 @@
 //! Matrix products, linear layers, norms, softmax, SwiGLU and rows added to others.
 
-use std::ops::Add as _;
-
 use dfdx::prelude::{
-    Axes2, Axis, BroadcastTo as _, Cpu, MeanTo as _, PermuteTo as _, TensorFromVec as _, Trace as _, TryMatMul as _,
-    WithEmptyTape as _,
+    Axes2, Axis, BroadcastTo as _, MeanTo as _, PermuteTo as _, Trace as _, TryMatMul as _, WithEmptyTape as _,
 };
 use proptest::prelude::*;
 use serde_json::json;
 
-use crate::dfdx_loss::{constant, unit_rows, Taped};
+use crate::dfdx_loss::{constant, gelu, unit_rows, Taped};
 use crate::ops::Linear;
 use crate::rng::{Rng, Stream};
 use crate::testing::{cases, fixed, tracked, Bound, Case, OpOracle, Statement};
@@ -108,7 +105,7 @@ inventory::submit! {
             let x = match before.as_str() {
                 "layer_norm" => layer_norm(&mut s, x, (rows, i), ["norm", "norm_bias"], 1e-3),
                 "rms_norm" => rms_norm(&mut s, x, (rows, i), "norm", 1e-3),
-                "gelu" => gelu(x, (rows, i)),
+                "gelu" => gelu(x),
                 "swiglu" => swiglu(x, s.leaf("up", (rows, i)).leaky_trace()),
                 _ => x,
             };
@@ -127,15 +124,6 @@ inventory::submit! {
             Some(s.is(y))
         },
     }
-}
-
-/// The exact GELU, its slope by differences: see the oracle of `gelu`.
-fn gelu(x: Taped, shape: (usize, usize)) -> Taped {
-    let here = Cpu::default().tensor_from_vec(x.as_vec(), shape);
-    let at = |by: f64| here.clone().add(by).accurate_gelu();
-    let h = 1e-3;
-    let slope = ((at(h) - at(-h)) * 8.0 - (at(2.0 * h) - at(-2.0 * h))) / (12.0 * h);
-    (x - here.clone()) * slope + at(0.0)
 }
 
 /// `silu(gate) up`.
