@@ -197,6 +197,16 @@ fn remove_leavings(beside: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Puts the lock into a folder that is being written. It has its name only when it is held: else another writer could find
+/// it free, and take the folder for one whose writer was killed.
+fn locked(building: &Path) -> Result<File> {
+    let unnamed = building.join(".locking");
+    let lock = File::create(&unnamed).map_err(Error::io("write in", building))?;
+    lock.try_lock().map_err(|e| Error::io("lock", building)(e.into()))?;
+    std::fs::rename(unnamed, building.join(LOCK)).map_err(Error::io("write in", building))?;
+    Ok(lock)
+}
+
 /// Makes the folder `out` with everything that `fill` writes into it, or nothing. It may exist if it is empty.
 ///
 /// # Errors
@@ -207,8 +217,7 @@ pub fn write_folder(out: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Resul
     std::fs::create_dir_all(beside).map_err(Error::io("create", beside))?;
     remove_leavings(beside)?;
     let building = new_folder(beside)?;
-    let lock = File::create(building.path().join(LOCK)).map_err(Error::io("write in", building.path()))?;
-    lock.try_lock().map_err(|e| Error::io("lock", building.path())(e.into()))?;
+    let _lock = locked(building.path())?;
     fill(building.path())?;
     std::fs::remove_file(building.path().join(LOCK)).map_err(Error::io("remove", building.path()))?;
     sync_dir(building.path())?;
