@@ -53,7 +53,7 @@ fn run(heads: usize, d: usize, images: &[Images], device: Device, dtype: DType) 
         Segment { images: s.images, tokens: s.tokens, rotary: rotary.map(|(sin, cos)| (here(&sin), here(&cos))), bias }
     };
     let segments: Vec<Segment> = images.iter().enumerate().map(&mut segment).collect();
-    let out = qkv.attention(heads, &segments).unwrap();
+    let out = qkv.clone().attention(heads, &segments).unwrap();
     let loss = out.mul(&here(&normal(1, out.shape()))).unwrap().sum().unwrap();
     let grads = tape.backward(&loss, 1.0, None).unwrap();
     let grads = leaves.iter().map(|x| grads.of(x).expect("every leaf is used"));

@@ -240,7 +240,7 @@ proptest! {
         let segments = [(global, n), (local, m)]
             .map(|(images, tokens)| Segment { images, tokens, rotary: None, bias: None });
         let qkv = normal(seed, 0, &[global * n + local * m, 3 * width]);
-        let ours = run(std::slice::from_ref(&qkv), &|x: &[Tensor]| x[0].attention(heads, &segments));
+        let ours = run(std::slice::from_ref(&qkv), &|x: &[Tensor]| x[0].clone().attention(heads, &segments));
         let starts = (0..global).map(|i| (i * n, n)).chain((0..local).map(|i| (global * n + i * m, m)));
         for (start, tokens) in starts {
             for head in 0..heads {
@@ -271,15 +271,15 @@ proptest! {
         let inputs = [normal(seed, 0, &[images * tokens, 3 * heads * d]), token_bias(seed, heads, patches)];
         let segment = |rotary, bias: Option<&Tensor>| Segment { images, tokens, rotary, bias: bias.cloned() };
         let tables = rotary(seed, patches, d);
-        gradients_are_right(&inputs, |x| x[0].attention(heads, &[segment(Some(tables.clone()), Some(&x[1]))]));
-        gradients_are_right(&inputs[..1], |x| x[0].attention(heads, &[segment(Some(tables.clone()), None)]));
+        gradients_are_right(&inputs, |x| x[0].clone().attention(heads, &[segment(Some(tables.clone()), Some(&x[1]))]));
+        gradients_are_right(&inputs[..1], |x| x[0].clone().attention(heads, &[segment(Some(tables.clone()), None)]));
     }
 
     #[test]
     fn attention_in_blocks_of_queries_equals_dfdx(n in 900usize..1200, d in 1usize..4, seed: u64) {
         let qkv = normal(seed, 0, &[n, 3 * d]);
         let segments = [Segment { images: 1, tokens: n, rotary: None, bias: None }];
-        let ours = run(std::slice::from_ref(&qkv), &|x: &[Tensor]| x[0].attention(1, &segments));
+        let ours = run(std::slice::from_ref(&qkv), &|x: &[Tensor]| x[0].clone().attention(1, &segments));
         let strip = |data: &[f64], i: usize| -> Vec<f64> {
             (0..n).flat_map(|r| data[r * 3 * d + i * d..][..d].to_vec()).collect()
         };
@@ -305,7 +305,7 @@ proptest! {
                 Tensor::from_slice(&rows.map(|a| f(a + turn)).collect::<Vec<_>>(), &[patches, d]).unwrap()
             };
             let rotary = Some((table(f64::sin), table(f64::cos)));
-            qkv.attention(1, &[Segment { images: 1, tokens, rotary, bias: None }]).unwrap().to_f64_vec()
+            qkv.clone().attention(1, &[Segment { images: 1, tokens, rotary, bias: None }]).unwrap().to_f64_vec()
         };
         close("out", &out(0.0), &out(1.3));
     }

@@ -104,7 +104,7 @@ fn attention(qkv: &Tensor, rotary: bool, bias: Option<&Tensor>) -> Result<Tensor
         let rotary = rotary.then(|| Ok::<_, crate::Error>((table(f64::sin)?, table(f64::cos)?))).transpose()?;
         Ok(Segment { images, tokens: 1 + patches, rotary, bias: bias.filter(|b| b.dim(1) == patches).cloned() })
     };
-    qkv.attention(2, &[segment(2, 6)?, segment(1, 3)?])
+    qkv.clone().attention(2, &[segment(2, 6)?, segment(1, 3)?])
 }
 
 fn gram(x: &[Tensor], image_level: bool, remove: NegativeRemoval) -> Result<Tensor> {

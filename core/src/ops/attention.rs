@@ -38,15 +38,18 @@ pub struct Segment {
 
 impl Tensor {
     /// Self attention inside each image: packed `[T, 3D]` (queries, keys, values, each `heads` times `D / heads`) to
-    /// `[T, D]`. The segments are consecutive runs of rows and cover all T.
+    /// `[T, D]`. The segments are consecutive runs of rows and cover all T. On a GPU, queries and keys are rotated in
+    /// place if this is the only handle to them.
     ///
     /// # Errors
     /// If a shape does not fit, or the tokens are rotated and `D / heads` is odd.
-    pub fn attention(&self, heads: usize, segments: &[Segment]) -> Result<Tensor> {
-        let biases = segments.iter().filter_map(|s| s.bias.as_ref());
-        let inputs: Vec<&Tensor> = [self].into_iter().chain(biases).collect();
+    pub fn attention(self, heads: usize, segments: &[Segment]) -> Result<Tensor> {
+        let biases: Vec<&Tensor> = segments.iter().filter_map(|s| s.bias.as_ref()).collect();
         let detach = |s: &Segment| Segment { bias: s.bias.as_ref().map(Tensor::detach), ..s.clone() };
-        Attention { heads, segments: segments.iter().map(detach).collect(), saved: None }.apply(&inputs)
+        let op = Attention { heads, segments: segments.iter().map(detach).collect(), saved: None };
+        op.check(&[&[&self], &biases[..]].concat())?;
+        let qkv = op.rotate(self)?;
+        op.apply(&[&[&qkv], &biases[..]].concat())
     }
 }
 
@@ -57,6 +60,7 @@ struct Attention {
 }
 
 struct Saved {
+    /// As the sweeps read it: on tensor cores, rotated.
     qkv: Tensor,
     out: Tensor,
     /// The logarithm of each softmax row's sum, for each image `[H, tokens]`.
@@ -174,7 +178,6 @@ impl Op for Attention {
     }
 
     fn forward(&mut self, inputs: &[&Tensor], save: bool) -> Result<Tensor> {
-        self.check(inputs)?;
         let qkv = inputs[0];
         if let Some(gpu) = qkv.gpu() {
             return self.forward_on(gpu, qkv, save);

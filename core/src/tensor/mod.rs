@@ -221,6 +221,14 @@ impl Tensor {
         Arc::get_mut(&mut self.buffer).is_some()
     }
 
+    /// The same node of the tape, in a buffer that no other handle shares: this one's, or a copy.
+    pub(crate) fn into_unique(mut self) -> Self {
+        if self.is_unique() {
+            return self;
+        }
+        Self { var: self.var.clone(), ..self.to_owned() }
+    }
+
     /// An untracked copy in a buffer of its own.
     #[allow(clippy::should_implement_trait)]
     pub fn to_owned(&self) -> Self {

@@ -125,7 +125,7 @@ fn rotated(x: &Tensor, part: Part, back: bool, tables: &(Tensor, Tensor), dtype:
     let tape = Tape::new();
     let qkv = tape.leaf(&Tensor::from_f64(&qkv, &[rows * n, 3 * d], dtype).unwrap());
     let segment = Segment { images: rows, tokens: n, rotary: Some(tables.clone()), bias: None };
-    let y = qkv.attention(1, &[segment]).unwrap();
+    let y = qkv.clone().attention(1, &[segment]).unwrap();
     let dy = Tensor::from_f64(&dy, y.shape(), dtype).unwrap();
     let grads = tape.backward(&y.mul(&dy).unwrap().sum().unwrap(), 1.0, None).unwrap();
     let grads = grads.of(&qkv).unwrap().to_f64_vec();

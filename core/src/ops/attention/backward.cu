@@ -1,5 +1,6 @@
 // With P = exp(S - log_sum), computed again, and delta = rowsum(dO O):
-// dV = P^T dO, dS = P (dO V^T - delta), dR(Q) = s dS R(K), dR(K) = s dS^T R(Q), dbias = dS.
+// dV = P^T dO, dS = P (dO V^T - delta), dR(Q) = s dS R(K), dR(K) = s dS^T R(Q), dbias = dS, and dQ, dK by the transposes of
+// the rotations. qkv has R(Q) and R(K) where Q and K were (rotate.cu).
 //
 // Two kernels, so that every sum has one owner and its order is fixed: one gives each warp rows of dQ, which sweep over
 // the keys; the other rows of dK and dV, which sweep over the queries. P and dP are computed in both: 7 products in
@@ -45,15 +46,8 @@ struct QueryGradient : Backward {
         : Backward(b), keys(to.first), values(to.second), staging(to.staging), scale(LOG2_E * rsqrtf(float(D))) {}
 
     __device__ __forceinline__ void begin(Tile tile) {
-        load_plain(staging, gradient(tile.head), tile.row, 16 * M, this_warp());
-        copy_wait<0>();
-        __syncwarp();
-        dy = operand<M>(staging);
-        __syncwarp();
-        load_rotated(staging, packed(0, tile.head), tile.row, 16 * M, item.segment, this_warp());
-        copy_wait<0>();
-        __syncwarp();
-        q = operand<M>(staging);
+        dy = global_operand<M>(gradient(tile.head), tile.row);
+        q = global_operand<M>(packed(0, tile.head), tile.row);
         dq = {};
         row_statistics(tile);
     }
@@ -66,9 +60,8 @@ struct QueryGradient : Backward {
         for (int m = 0; m < M; m++)
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                const int row = tile.row + 16 * m + 8 * h + g;
-                const bool inside = row < item.segment.tokens;
-                const bf16* y = out + mixed(tile.head) + (inside ? row : 0) * width();
+                const int wanted = tile.row + 16 * m + 8 * h + g, row = min(wanted, item.segment.tokens - 1);
+                const bf16* y = out + mixed(tile.head) + row * width();
                 float dot = 0.0f;
 #pragma unroll
                 for (int n = 0; n < COLUMNS; n++) {
@@ -79,19 +72,17 @@ struct QueryGradient : Backward {
                 dot += __shfl_xor_sync(FULL_WARP, dot, 1);
                 dot += __shfl_xor_sync(FULL_WARP, dot, 2);
                 deltas[m][h] = dot;
-                sums[m][h] = inside ? log_sum[place + row] * LOG2_E : 0.0f;
-                if (inside && t == 0) delta[place + row] = dot;
+                sums[m][h] = log_sum[place + row] * LOG2_E;
+                if (wanted == row && t == 0) delta[place + row] = dot;
             }
     }
 
-    __device__ __forceinline__ void load(int head, int h, int first, int count) {
-        const int slot = h * item.segment.chunk * STRIDE;
-        load_plain(values + slot, packed(2, head), first, count, this_block());
-        load_rotated(keys + slot, packed(1, head), first, count, item.segment, this_block());
+    __device__ __forceinline__ void load(int head, int slot, int first, int count) {
+        load_plain(keys + slot * STRIDE, packed(1, head), first, count, this_block());
+        load_plain(values + slot * STRIDE, packed(2, head), first, count, this_block());
     }
 
-    __device__ __forceinline__ void step(Tile tile, int h, int first, int count) {
-        const int slot = h * item.segment.chunk;
+    __device__ __forceinline__ void step(Tile tile, int slot, int first, int count) {
         for (int j = 0; j < count; j += 16 * N) {
             const int valid = count - j;
             auto p = products<M, N>(q, keys + (slot + j) * STRIDE, valid);
@@ -128,24 +119,16 @@ struct KeyGradient : Backward {
           scale(LOG2_E * rsqrtf(float(D))) {}
 
     __device__ __forceinline__ void begin(Tile tile) {
-        load_plain(staging, packed(2, tile.head), tile.row, 16 * M, this_warp());
-        copy_wait<0>();
-        __syncwarp();
-        v = operand<M>(staging);
-        __syncwarp();
-        load_rotated(staging, packed(1, tile.head), tile.row, 16 * M, item.segment, this_warp());
-        copy_wait<0>();
-        __syncwarp();
-        k = operand<M>(staging);
+        v = global_operand<M>(packed(2, tile.head), tile.row);
+        k = global_operand<M>(packed(1, tile.head), tile.row);
         dk = {};
         dv = {};
     }
 
     // Rows behind the last token are zeros with log_sum 0 and delta 0, and add nothing.
-    __device__ __forceinline__ void load(int head, int h, int first, int count) {
-        const int slot = h * item.segment.chunk;
+    __device__ __forceinline__ void load(int head, int slot, int first, int count) {
         load_plain(gradients + slot * STRIDE, gradient(head), first, count, this_block());
-        load_rotated(queries + slot * STRIDE, packed(0, head), first, count, item.segment, this_block());
+        load_plain(queries + slot * STRIDE, packed(0, head), first, count, this_block());
         const size_t place = item.sums(head) + first;
         for (int i = threadIdx.x; i < count; i += blockDim.x) {
             const bool inside = first + i < item.segment.tokens;
@@ -154,8 +137,7 @@ struct KeyGradient : Backward {
         }
     }
 
-    __device__ __forceinline__ void step(Tile tile, int h, int first, int count) {
-        const int slot = h * item.segment.chunk;
+    __device__ __forceinline__ void step(Tile tile, int slot, int first, int count) {
         for (int j = 0; j < count; j += 16 * N) {
             const int at = slot + j, valid = count - j;
             auto p = products<M, N>(k, queries + at * STRIDE, valid);
@@ -224,8 +206,8 @@ extern "C" __global__ void attention_backward_bias_bf16(BACKWARD_PARAMS, float* 
         const Backward b = {qkv, out, dout, log_sum, delta, dqkv, item};
         load_plain(gradients, b.gradient(head), row, 16, this_warp());
         load_plain(values, b.packed(2, head), column, KEYS, this_warp());
-        load_rotated(queries, b.packed(0, head), row, 16, s, this_warp());
-        load_rotated(keys, b.packed(1, head), column, KEYS, s, this_warp());
+        load_plain(queries, b.packed(0, head), row, 16, this_warp());
+        load_plain(keys, b.packed(1, head), column, KEYS, this_warp());
         copy_wait<0>();
         __syncwarp();
         auto p = products<1, N>(operand<1>(queries), keys, KEYS);

@@ -30,6 +30,8 @@ struct SegmentArg {
     rows_per_item: i32,
     heads_per_item: i32,
     chunk: i32,
+    slots: i32,
+    unused: i32,
 }
 
 /// `Segments` of `items.cuh`.
@@ -49,6 +51,7 @@ impl From<SegmentsArg> for Arg {
     }
 }
 
+cuda_source! { static ROTATE = "attention_rotate" { include_str!("items.cuh"), include_str!("rotate.cu") } }
 cuda_source! { static PLAIN = "attention_plain" { include_str!("items.cuh"), include_str!("plain.cu") } }
 
 /// The tensor-core source of each head dimension: without a score bias, and with one. Dimensions that are rare in
@@ -102,6 +105,19 @@ enum Sweep {
     Keys,
 }
 
+/// What an item and a block of a launch are.
+struct Division {
+    warps: usize,
+    /// Rows of an image that an item computes.
+    rows: usize,
+    heads_per_item: usize,
+    /// Rows in shared memory at a time, and how many such chunks there is room for.
+    chunk: usize,
+    slots: usize,
+    /// Bytes of dynamic shared memory.
+    shared: usize,
+}
+
 /// A launch's division into work items.
 struct Plan {
     segments: SegmentsArg,
@@ -114,6 +130,27 @@ struct Plan {
 }
 
 impl Attention {
+    /// For the tensor-core kernels, which read each row several times, qkv with its patches' queries and keys rotated:
+    /// where they lie if nobody else holds qkv, else in a copy.
+    pub(super) fn rotate(&self, qkv: Tensor) -> Result<Tensor> {
+        let Some(gpu) = qkv.gpu() else { return Ok(qkv) };
+        let kernels = self.kernels(gpu, &qkv)?;
+        if !kernels.tiled || self.segments.iter().all(|s| s.rotary.is_none()) {
+            return Ok(qkv);
+        }
+        let mut rotated = qkv.into_unique();
+        for some in self.segment_args().chunks(MAX_SEGMENTS) {
+            let of_heads = (2 * self.heads).div_ceil(4) * kernels.d / 16;
+            let threads = some.iter().map(|s| (s.images * (s.tokens - s.prefix)) as usize * of_heads).max();
+            let kernel = gpu.kernel(&ROTATE, "attention_rotate", kernels.dtype)?;
+            let blocks = threads.unwrap_or(0).div_ceil(ROTATE_THREADS);
+            let launch = kernel.grid((blocks, some.len(), 1), ROTATE_THREADS as u32);
+            let bytes = 2 * 2 * rotated.len() * kernels.dtype.size() / 3;
+            launch.work(0.0, bytes as f64).launch(args![&mut rotated, self.segments_arg(&kernels, some)])?;
+        }
+        Ok(rotated)
+    }
+
     pub(super) fn forward_on(&mut self, gpu: &'static Gpu, qkv: &Tensor, save: bool) -> Result<Tensor> {
         let kernels = self.kernels(gpu, qkv)?;
         let rows = qkv.dim(0);
@@ -202,49 +239,72 @@ impl Attention {
         SegmentsArg { at, count: int(some.len()), heads: int(self.heads), head_dim: int(kernels.d), images_per_part: 0 }
     }
 
-    /// The launches of a sweep: one for every [`MAX_SEGMENTS`] segments, longest sequences first.
+    /// The launches of a sweep, longest sequences first: one for each length, so that blocks and shared memory fit it.
     fn plans(&self, kernels: &Kernels, sweep: Sweep) -> Vec<Plan> {
         let mut all = self.segment_args();
         all.retain(|s| s.images > 0 && s.tokens > 0);
         all.sort_by_key(|s| Reverse(s.tokens));
         let plan = |some: &[SegmentArg]| kernels.divide(self.segments_arg(kernels, some), sweep);
-        all.chunks(MAX_SEGMENTS).map(plan).collect()
+        all.chunk_by(|a, b| a.tokens == b.tokens).flat_map(|same| same.chunks(MAX_SEGMENTS)).map(plan).collect()
     }
 }
 
 impl Kernels {
-    /// Says which rows and heads an item of each segment computes, and what a block is.
+    /// Says which rows and heads an item computes, and what a block is. All segments have equally many tokens, or the
+    /// kernel is a plain one.
     fn divide(&self, mut segments: SegmentsArg, sweep: Sweep) -> Plan {
-        let count = segments.count as usize;
+        let (heads, tokens) = (segments.heads as usize, segments.at[0].tokens as usize);
+        let Division { warps, rows, heads_per_item, chunk, slots, shared } = if self.tiled {
+            self.tiles(sweep, heads, tokens)
+        } else {
+            let shared = self.plain_shared(sweep);
+            Division {
+                warps: PLAIN_THREADS / 32,
+                rows: PLAIN_ROWS,
+                heads_per_item: 1,
+                chunk: PLAIN_ROWS,
+                slots: 1,
+                shared,
+            }
+        };
+        let (mut items, mut scores) = (0, 0.0);
+        for s in &mut segments.at[..segments.count as usize] {
+            s.first_item = int(items);
+            (s.rows_per_item, s.heads_per_item) = (int(rows), int(heads_per_item));
+            (s.chunk, s.slots) = (int(chunk), int(slots));
+            items += s.images as usize * tokens.div_ceil(rows) * heads.div_ceil(heads_per_item);
+            scores += (s.images as usize * heads) as f64 * (tokens as f64).powi(2);
+        }
+        Plan { segments, items, threads: 32 * warps, shared, scores }
+    }
+
+    /// The division of images of so many tokens among warps that leaves the fewest of them idle, then that with the
+    /// least shared memory.
+    fn tiles(&self, sweep: Sweep, heads: usize, tokens: usize) -> Division {
         let (tile, row_bytes, warp_bytes) = self.tile(sweep);
-        let longest = segments.at[0].tokens as usize;
-        // Warps that leave few idle in the longest sequence's last round.
-        let warps = (4..=6).rev().min_by_key(|warps| longest.div_ceil(tile * warps) * warps).expect("not empty");
         let room = shared_memory(self.gpu, if self.d <= 64 { 2 } else { 1 });
-        let capacity = (room.saturating_sub(warps * warp_bytes) / row_bytes / 16 * 16).max(16);
-        let mut plan = Plan { segments, items: 0, threads: 32 * warps, shared: 0, scores: 0.0 };
-        let heads = segments.heads as usize;
-        for s in &mut segments.at[..count] {
-            let (images, tokens) = (s.images as usize, s.tokens as usize);
-            let (rows_per_item, heads_per_item, chunk) = if !self.tiled {
-                (PLAIN_ROWS, 1, PLAIN_ROWS)
-            } else if tokens.next_multiple_of(16) <= capacity {
-                // Whole sequences, of as many heads as there is room for, evenly.
-                let chunk = tokens.next_multiple_of(16);
-                (tokens, heads.div_ceil(heads.div_ceil(capacity / chunk)), chunk)
-            } else {
-                (tile * warps, 1, tokens.div_ceil(tokens.div_ceil(capacity)).next_multiple_of(16))
+        let divisions = (4..=6).flat_map(|warps| {
+            let capacity = (room.saturating_sub(warps * warp_bytes) / row_bytes / 16 * 16).max(32);
+            let whole = tokens.next_multiple_of(16);
+            let division = move |heads_per_item: usize| {
+                let (rows, chunk, slots) = if whole <= capacity {
+                    (tokens, whole, heads_per_item)
+                } else {
+                    let most = (capacity / 2 / 32 * 32).max(16);
+                    (tile * warps, tokens.div_ceil(tokens.div_ceil(most)).next_multiple_of(16), 2)
+                };
+                let shared = slots * chunk * row_bytes + warps * warp_bytes;
+                Division { warps, rows, heads_per_item, chunk, slots, shared }
             };
-            s.first_item = int(plan.items);
-            (s.rows_per_item, s.heads_per_item, s.chunk) = (int(rows_per_item), int(heads_per_item), int(chunk));
-            plan.items += images * tokens.div_ceil(rows_per_item) * heads.div_ceil(heads_per_item);
-            plan.shared = plan.shared.max(heads_per_item * chunk * row_bytes + warps * warp_bytes);
-            plan.scores += (images * heads) as f64 * (tokens as f64).powi(2);
-        }
-        if !self.tiled {
-            (plan.threads, plan.shared) = (PLAIN_THREADS, self.plain_shared(sweep));
-        }
-        Plan { segments, ..plan }
+            (1..=(capacity / whole).clamp(1, heads)).map(division)
+        });
+        // Tiles that warps have the time for while all heads of an image are computed.
+        let places = |x: &Division| {
+            let of = |heads: usize| (heads * x.rows.div_ceil(tile)).div_ceil(x.warps) * x.warps;
+            let (full, rest) = (heads / x.heads_per_item, heads % x.heads_per_item);
+            tokens.div_ceil(x.rows) * (full * of(x.heads_per_item) + of(rest))
+        };
+        divisions.min_by_key(|x| (places(x), x.shared)).expect("there is a division into four warps")
     }
 
     /// Of the tensor-core kernels: rows of the result that a warp owns, and shared memory for each row of a chunk and
@@ -285,6 +345,9 @@ impl Kernels {
         kernel.grid((tiles.div_ceil(BIAS_WARPS), heads, parts), 32 * BIAS_WARPS as u32).shared(shared).launch(args)
     }
 }
+
+/// Threads of a block in `rotate.cu`.
+const ROTATE_THREADS: usize = 256;
 
 /// Threads of a block, and rows of the result that it computes, in `plain.cu`.
 const PLAIN_THREADS: usize = 256;

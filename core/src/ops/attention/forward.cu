@@ -1,9 +1,12 @@
-// out = softmax(s R(Q) R(K)^T + bias) V, some keys at a time (FlashAttention-2, arXiv:2307.08691): each row keeps its
-// maximum, its sum and the weighted values so far, and rescales them when the maximum grows.
+// out = softmax(s Q K^T + bias) V with Q and K as rotate.cu leaves them, some keys at a time (FlashAttention-2, arXiv:2307.08691): each row keeps its
+// maximum, its sum and the weighted values so far, and rescales them when the maximum has grown by more than SLACK: until
+// then weights are up to 2^SLACK in place of 1, which costs f32 and bf16 no digit.
 //
 // Shared memory: K and V of the chunk, and a tile for each warp (its queries, then its results). d = 64: 288 bytes a
 // row of the chunk, 4.5 KiB a warp; 261 tokens and 5 warps take 99 KiB and at most 168 registers a thread, so that two
 // blocks run side by side, one loading while the other computes. d = 128: one block of 6 warps, 170 KiB.
+
+constexpr float SLACK = 8.0f;  // in powers of two
 
 struct Forward {
     static constexpr int M = D <= 64 ? 2 : 1;  // 16 M queries a warp: as cuda.rs has it
@@ -27,10 +30,7 @@ struct Forward {
     }
 
     __device__ __forceinline__ void begin(Tile tile) {
-        load_rotated(staging, rows(0, tile.head), tile.row, 16 * M, item.segment, this_warp());
-        copy_wait<0>();
-        __syncwarp();
-        q = operand<M>(staging);
+        q = global_operand<M>(rows(0, tile.head), tile.row);
         o = {};
 #pragma unroll
         for (int m = 0; m < M; m++)
@@ -41,14 +41,12 @@ struct Forward {
             }
     }
 
-    __device__ __forceinline__ void load(int head, int h, int first, int count) {
-        const int slot = h * item.segment.chunk * STRIDE;
-        load_plain(values + slot, rows(2, head), first, count, this_block());
-        load_rotated(keys + slot, rows(1, head), first, count, item.segment, this_block());
+    __device__ __forceinline__ void load(int head, int slot, int first, int count) {
+        load_plain(keys + slot * STRIDE, rows(1, head), first, count, this_block());
+        load_plain(values + slot * STRIDE, rows(2, head), first, count, this_block());
     }
 
-    __device__ __forceinline__ void step(Tile tile, int h, int first, int count) {
-        const int slot = h * item.segment.chunk;
+    __device__ __forceinline__ void step(Tile tile, int slot, int first, int count) {
         for (int j = 0; j < count; j += 16 * N) {
             const int valid = count - j;
             auto s = products<M, N>(q, keys + (slot + j) * STRIDE, valid);
@@ -61,7 +59,7 @@ struct Forward {
         }
     }
 
-    // Scores to weights relative to the rows' maxima.
+    // Scores to weights relative to the rows' maxima, or to what these were when they last grew.
     __device__ __forceinline__ void weigh(Accumulators<M, 2 * N>& s) {
         float now[M][2];
         bool grows = false;
@@ -74,7 +72,7 @@ struct Forward {
                 for (int n = 0; n < 2 * N; n++) x = fmaxf(x, fmaxf(s.at[m][n][2 * h], s.at[m][n][2 * h + 1]));
                 x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, 1));
                 x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, 2));
-                grows |= x > top[m][h];
+                grows |= (x - top[m][h]) * scale > SLACK;
                 now[m][h] = x;
             }
         if (__any_sync(FULL_WARP, grows)) {

@@ -15,6 +15,7 @@ struct Segment {
     int rows_per_item;   // rows of an image that an item computes
     int heads_per_item;  // heads that an item computes
     int chunk;           // rows in shared memory at a time (of each of the item's heads)
+    int slots, unused;   // chunks that there is room for: one for each head, or two that take turns
 };
 
 // `SegmentsArg` of cuda.rs.
@@ -60,3 +61,10 @@ __device__ __forceinline__ Item item_of(const Segments& all, int index) {
     item.image_row = s.first_row + index / row_groups * s.tokens;
     return item;
 }
+
+// Eight elements, in pairs.
+struct alignas(16) Eight {
+    u32 pair[4];
+};
+__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }

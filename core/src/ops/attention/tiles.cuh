@@ -128,13 +128,6 @@ __device__ __forceinline__ void add_product(Accumulators<M, COLUMNS>& sum, const
 
 // ---- rows between global and shared memory
 
-// Eight elements, in pairs.
-struct alignas(16) Eight {
-    u32 pair[4];
-};
-__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
-
 // The threads that do something together: a warp or a block.
 struct Threads {
     int index, count;
@@ -149,11 +142,6 @@ struct Rows {
     int tokens;
 };
 
-__device__ __forceinline__ Eight load_eight(const void* p) {
-    const uint4 x = __ldg((const uint4*)p);
-    return {x.x, x.y, x.z, x.w};
-}
-
 // Rows [first, first + count) to shared memory as they are, in the background: `copy_wait` ends it. Zeros behind the
 // last token.
 __device__ __forceinline__ void load_plain(bf16* to, Rows from, int first, int count, Threads threads) {
@@ -165,36 +153,24 @@ __device__ __forceinline__ void load_plain(bf16* to, Rows from, int first, int c
     copy_commit();
 }
 
-// The same with the rows of patches rotated, in f32, then rounded. A pair of columns (c, c + d / 2) turns by its angle;
-// a thread takes eight pairs. No branch depends on the row, so that loads of several rows are under way at a time.
-__device__ __forceinline__ void load_rotated(bf16* to, Rows from, int first, int count, const Segment& s,
-                                             Threads threads) {
-    if (!s.sin) return load_plain(to, from, first, count, threads);
-    constexpr int PER_ROW = HALF / 8;
-#pragma unroll 2
-    for (int i = threads.index; i < count * PER_ROW; i += threads.count) {
-        const int row = first + i / PER_ROW, c = i % PER_ROW * 8;
-        const bool inside = row < from.tokens, turns = inside && row >= s.prefix;
-        const bf16* at = from.at + (inside ? row : 0) * from.stride + c;
-        const int angle = (turns ? row - s.prefix : 0) * D + c;
-        const bf16 *sin = (const bf16*)s.sin + angle, *cos = (const bf16*)s.cos + angle;
-        Eight a = load_eight(at), b = load_eight(at + HALF);
-        const Eight sin_a = load_eight(sin), sin_b = load_eight(sin + HALF);
-        const Eight cos_a = load_eight(cos), cos_b = load_eight(cos + HALF);
+// Rows [first, first + 16 M) as a left operand, straight from global memory. Behind the last token it is repeated:
+// what comes of it is not stored.
+template <int M> __device__ __forceinline__ Operand<M, K_STEPS> global_operand(Rows from, int first) {
+    const int g = lane_id() / 4, t = lane_id() % 4;
+    Operand<M, K_STEPS> a;
 #pragma unroll
-        for (int k = 0; k < 4; k++) {
-            const u32 x = a.pair[k], y = b.pair[k];
-            const u32 turned_x = pack_bf16(low(x) * low(cos_a.pair[k]) - low(y) * low(sin_a.pair[k]),
-                                           high(x) * high(cos_a.pair[k]) - high(y) * high(sin_a.pair[k]));
-            const u32 turned_y = pack_bf16(low(y) * low(cos_b.pair[k]) + low(x) * low(sin_b.pair[k]),
-                                           high(y) * high(cos_b.pair[k]) + high(x) * high(sin_b.pair[k]));
-            a.pair[k] = turns ? turned_x : inside ? x : 0;
-            b.pair[k] = turns ? turned_y : inside ? y : 0;
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int row = min(first + 16 * m + 8 * h + g, from.tokens - 1);
+            const u32* at = (const u32*)(from.at + row * from.stride + 2 * t);
+#pragma unroll
+            for (int k = 0; k < K_STEPS; k++) {
+                a.at[m][k][h] = __ldg(at + 8 * k);
+                a.at[m][k][h + 2] = __ldg(at + 8 * k + 4);
+            }
         }
-        bf16* place = to + i / PER_ROW * STRIDE + c;
-        *(Eight*)place = a;
-        *(Eight*)(place + HALF) = b;
-    }
+    return a;
 }
 
 // The transpose of the rotation: the gradients of rotated rows to those of packed ones, where they were accumulated.
@@ -207,18 +183,20 @@ template <int M> __device__ __forceinline__ void unrotate(Accumulators<M, COLUMN
         for (int h = 0; h < 2; h++) {
             const int row = first + 16 * m + 8 * h + g;
             if (row < s.prefix || row >= s.tokens) continue;
-            const bf16* sin = (const bf16*)s.sin + (size_t)(row - s.prefix) * D;
-            const bf16* cos = (const bf16*)s.cos + (size_t)(row - s.prefix) * D;
+            const int at = (row - s.prefix) * D + 2 * t;
+            const u32 *sin = (const u32*)((const bf16*)s.sin + at), *cos = (const u32*)((const bf16*)s.cos + at);
 #pragma unroll
-            for (int n = 0; n < COLUMNS / 2; n++)
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    const int c = 8 * n + 2 * t + e;
-                    float &a = x.at[m][n][2 * h + e], &b = x.at[m][n + COLUMNS / 2][2 * h + e];
-                    const float old_a = a;
-                    a = a * to_float(cos[c]) + b * to_float(sin[c + HALF]);
-                    b = b * to_float(cos[c + HALF]) - old_a * to_float(sin[c]);
-                }
+            for (int n = 0; n < COLUMNS / 2; n++) {
+                // Pairs of columns: two elements each.
+                const u32 sin_a = __ldg(sin + 4 * n), sin_b = __ldg(sin + 4 * n + HALF / 2);
+                const u32 cos_a = __ldg(cos + 4 * n), cos_b = __ldg(cos + 4 * n + HALF / 2);
+                float *a = x.at[m][n] + 2 * h, *b = x.at[m][n + COLUMNS / 2] + 2 * h;
+                const float old[2] = {a[0], a[1]};
+                a[0] = a[0] * low(cos_a) + b[0] * low(sin_b);
+                a[1] = a[1] * high(cos_a) + b[1] * high(sin_b);
+                b[0] = b[0] * low(cos_b) - old[0] * low(sin_a);
+                b[1] = b[1] * high(cos_b) - old[1] * high(sin_a);
+            }
         }
 }
 
@@ -264,14 +242,14 @@ __device__ __forceinline__ void add_bias(Accumulators<M, N>& s, const Segment& s
 
 // ---- the sweep that all kernels are
 
-// A block's dynamic shared memory: two sets of the chunk's rows of each of the item's heads (keys and values, say),
-// TILE rows for each warp, then two floats for each row of the chunk, where a kernel wants them.
+// A block's dynamic shared memory: two sets of the rows of its chunks (keys and values, say), TILE rows for each warp,
+// then two floats for each row of the chunks, where a kernel wants them.
 template <int TILE> struct Buffers {
     bf16 *first, *second, *staging;
     float *sums, *deltas;
 
     __device__ __forceinline__ Buffers(bf16* shared, const Item& item) {
-        const int rows = item.segment.chunk * item.segment.heads_per_item, warps = blockDim.x / 32;
+        const int rows = item.segment.chunk * item.segment.slots, warps = blockDim.x / 32;
         first = shared;
         second = first + rows * STRIDE;
         bf16* stagings = second + rows * STRIDE;
@@ -286,27 +264,43 @@ struct Tile {
     int head, row;
 };
 
-// For every tile of the item that is this warp's: work.begin(tile); work.step(tile, h, first, count) for all rows of
-// the image, chunk by chunk; work.end(tile). work.load(head, h, first, count) fills slot h of the chunk's rows. A short
-// sequence is one chunk, which stays for all tiles of all heads of the item; a long one has as many tiles in an item
-// as there are warps.
+// For every tile of the item that is this warp's: work.begin(tile); work.step(tile, slot, first, count) for all rows of
+// the image, chunk by chunk; work.end(tile). work.load(head, slot, first, count) fills rows of shared memory, from row
+// `slot` on, in two groups of copies. A short sequence is one chunk, which stays for all tiles of all heads of the item.
+// A long one has as many tiles in an item as there are warps, and two buffers: one is filled while the other is read.
 template <int TILE, class Work> __device__ __forceinline__ void sweep(const Item& item, Work& work) {
     // What the item says is read again where it is needed: registers are few.
     const int per_head = (item.rows + TILE - 1) / TILE;
+    const auto load = [&](int head, int slot, int first) {
+        const int count = min(item.segment.chunk, item.segment.tokens - first);
+        work.load(item.head + head, slot * item.segment.chunk, first, (count + 15) / 16 * 16);
+    };
     for (int round = 0; round < item.heads * per_head; round += blockDim.x / 32) {
         const int index = round + threadIdx.x / 32, h = index / per_head;
         const Tile tile = {item.head + h, item.row + index % per_head * TILE};
         const bool mine = h < item.heads;
         if (mine) work.begin(tile);
-        for (int first = 0; first < item.segment.tokens; first += item.segment.chunk) {
-            const int count = min(item.segment.chunk, item.segment.tokens - first);
-            if (round == 0 || item.segment.tokens > item.segment.chunk) {
-                __syncthreads();
-                for (int i = 0; i < item.heads; i++) work.load(item.head + i, i, first, (count + 15) / 16 * 16);
+        if (item.segment.tokens <= item.segment.chunk) {
+            if (round == 0) {
+                for (int i = 0; i < item.heads; i++) load(i, i, 0);
                 copy_wait<0>();
                 __syncthreads();
             }
-            if (mine) work.step(tile, h, first, count);
+            if (mine) work.step(tile, h * item.segment.chunk, 0, item.segment.tokens);
+        } else {
+            load(0, 0, 0);
+            for (int first = 0, slot = 0; first < item.segment.tokens; first += item.segment.chunk, slot ^= 1) {
+                const int next = first + item.segment.chunk;
+                if (next < item.segment.tokens) {
+                    load(0, slot ^ 1, next);
+                    copy_wait<2>();
+                } else {
+                    copy_wait<0>();
+                }
+                __syncthreads();
+                if (mine) work.step(tile, slot * item.segment.chunk, first, min(item.segment.chunk, item.segment.tokens - first));
+                __syncthreads();
+            }
         }
         if (mine) work.end(tile);
     }

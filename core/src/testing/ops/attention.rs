@@ -39,7 +39,7 @@ inventory::submit! {
             let rotary = if case.flag("rotary") { Some((table(f64::sin)?, table(f64::cos)?)) } else { None };
             let tokens = case.size("prefix") + case.size("patches");
             let segment = Segment { images: case.size("images"), tokens, rotary, bias: c.get("bias").cloned() };
-            c.tensor("qkv").attention(case.size("heads"), &[segment])
+            c.tensor("qkv").clone().attention(case.size("heads"), &[segment])
         },
         dfdx: |mut s| {
             let [images, prefix, patches, heads, d] =
