@@ -311,7 +311,7 @@ impl Kernels {
     /// for each warp.
     fn tile(&self, sweep: Sweep) -> (usize, usize, usize) {
         let row = 2 * (self.d + 8);
-        let tile = if sweep == Sweep::Forward && self.d <= 64 { 32 } else { 16 };
+        let tile = 16;
         (tile, 2 * row + if sweep == Sweep::Keys { 8 } else { 0 }, tile * row)
     }
 

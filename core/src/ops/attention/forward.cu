@@ -3,14 +3,15 @@
 // then weights are up to 2^SLACK in place of 1, which costs f32 and bf16 no digit.
 //
 // Shared memory: K and V of the chunk, and a tile for each warp (its queries, then its results). d = 64: 288 bytes a
-// row of the chunk, 4.5 KiB a warp; 261 tokens and 5 warps take 99 KiB and at most 168 registers a thread, so that two
-// blocks run side by side, one loading while the other computes. d = 128: one block of 6 warps, 170 KiB.
+// row of the chunk, 2.3 KiB a warp; 261 tokens and 6 warps take 90 KiB and at most 168 registers a thread, so that two
+// blocks run side by side, one loading while the other computes. Many keys at a time and few rows leave a warp enough
+// independent products and exponentials to hide their latencies.
 
 constexpr float SLACK = 8.0f;  // in powers of two
 
 struct Forward {
-    static constexpr int M = D <= 64 ? 2 : 1;  // 16 M queries a warp: as cuda.rs has it
-    static constexpr int N = 2;                // 16 N keys at a time
+    static constexpr int M = 1;  // 16 M queries a warp: as cuda.rs has it
+    static constexpr int N = 8;  // 16 N keys at a time
 
     const Item& item;
     const bf16* qkv;
@@ -47,33 +48,40 @@ struct Forward {
     }
 
     __device__ __forceinline__ void step(Tile tile, int slot, int first, int count) {
-        for (int j = 0; j < count; j += 16 * N) {
-            const int valid = count - j;
-            auto s = products<M, N>(q, keys + (slot + j) * STRIDE, valid);
-            if (BIASED) add_bias<false>(s, item.segment, tile.head, tile.row, first + j, LOG2_E / scale);
-            if (valid < 16 * N) {
-                s.each([&](float& x, int, int, int c) { x = c < valid ? x : -INFINITY; });
-            }
-            weigh(s);
-            add_product<M, N>(o, s, values + (slot + j) * STRIDE, valid);
+        int j = 0;
+        for (; j + 16 * N <= count; j += 16 * N) keys_from(tile, slot + j, first + j, 16 * N);
+        if (j < count) keys_from(tile, slot + j, first + j, count - j);
+    }
+
+    // The keys in rows [at, at + valid) of shared memory, which are those from `first` on of the image. In full blocks
+    // `valid` is a constant and nothing depends on it.
+    __device__ __forceinline__ void keys_from(Tile tile, int at, int first, int valid) {
+        auto s = products<M, N>(q, keys + at * STRIDE, valid);
+        if (BIASED) add_bias<false>(s, item.segment, tile.head, tile.row, first, LOG2_E / scale);
+        if (valid < 16 * N) {
+            s.each([&](float& x, int, int, int c) { x = c < valid ? x : -INFINITY; });
         }
+        weigh(s, valid);
+        add_product<M, N>(o, s, values + at * STRIDE, valid);
     }
 
     // Scores to weights relative to the rows' maxima, or to what these were when they last grew.
-    __device__ __forceinline__ void weigh(Accumulators<M, 2 * N>& s) {
+    __device__ __forceinline__ void weigh(Accumulators<M, 2 * N>& s, int valid) {
         float now[M][2];
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) now[m][h] = top[m][h];
+        s.each([&](float& x, int m, int e, int) { now[m][e / 2] = fmaxf(now[m][e / 2], x); }, valid);
         bool grows = false;
 #pragma unroll
         for (int m = 0; m < M; m++)
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                float x = top[m][h];
-#pragma unroll
-                for (int n = 0; n < 2 * N; n++) x = fmaxf(x, fmaxf(s.at[m][n][2 * h], s.at[m][n][2 * h + 1]));
+                float& x = now[m][h];
                 x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, 1));
                 x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, 2));
                 grows |= (x - top[m][h]) * scale > SLACK;
-                now[m][h] = x;
             }
         if (__any_sync(FULL_WARP, grows)) {
             float shrink[M][2];
@@ -87,10 +95,16 @@ struct Forward {
                 }
             o.each([&](float& x, int m, int e, int) { x *= shrink[m][e / 2]; });
         }
-        s.each([&](float& x, int m, int e, int) {
-            x = exp2_fast(x * scale - top[m][e / 2] * scale);
+        float origin[M][2];
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) origin[m][h] = top[m][h] * scale;
+        auto weight = [&](float& x, int m, int e, int) {
+            x = exp2_fast(x * scale - origin[m][e / 2]);
             sum[m][e / 2] += x;
-        });
+        };
+        s.each(weight, valid);
     }
 
     __device__ __forceinline__ void end(Tile tile) {

@@ -81,17 +81,22 @@ template <int M> __device__ __forceinline__ Operand<M, K_STEPS> operand(const bf
 template <int M, int N>
 __device__ __forceinline__ Accumulators<M, 2 * N> products(const Operand<M, K_STEPS>& a, const bf16* b, int valid) {
     Accumulators<M, 2 * N> s;
+    // Step by step over the head dimension, so that products that follow each other do not wait for each other.
 #pragma unroll
-    for (int n = 0; n < N; n++) {
-        if (n > 0 && 16 * n >= valid) break;
+    for (int k = 0; k < K_STEPS; k++) {
+        u32 fragments[N][4];
 #pragma unroll
-        for (int k = 0; k < K_STEPS; k++) {
-            u32 fragment[4];
-            ldmatrix_x4(fragment, columns_first(b + 16 * n * STRIDE + 16 * k));
+        for (int n = 0; n < N; n++) {
+            if (n > 0 && 16 * n >= valid) break;
+            ldmatrix_x4(fragments[n], columns_first(b + 16 * n * STRIDE + 16 * k));
+        }
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            if (n > 0 && 16 * n >= valid) break;
 #pragma unroll
             for (int m = 0; m < M; m++) {
-                mma_bf16(s.at[m][2 * n], a.at[m][k], fragment, s.at[m][2 * n]);
-                mma_bf16(s.at[m][2 * n + 1], a.at[m][k], fragment + 2, s.at[m][2 * n + 1]);
+                mma_bf16(s.at[m][2 * n], a.at[m][k], fragments[n], s.at[m][2 * n]);
+                mma_bf16(s.at[m][2 * n + 1], a.at[m][k], fragments[n] + 2, s.at[m][2 * n + 1]);
             }
         }
     }
@@ -275,32 +280,27 @@ template <int TILE, class Work> __device__ __forceinline__ void sweep(const Item
         const int count = min(item.segment.chunk, item.segment.tokens - first);
         work.load(item.head + head, slot * item.segment.chunk, first, (count + 15) / 16 * 16);
     };
+    const bool whole = item.segment.tokens <= item.segment.chunk;
     for (int round = 0; round < item.heads * per_head; round += blockDim.x / 32) {
         const int index = round + threadIdx.x / 32, h = index / per_head;
         const Tile tile = {item.head + h, item.row + index % per_head * TILE};
         const bool mine = h < item.heads;
         if (mine) work.begin(tile);
-        if (item.segment.tokens <= item.segment.chunk) {
-            if (round == 0) {
-                for (int i = 0; i < item.heads; i++) load(i, i, 0);
+        if (round == 0 || !whole) {
+            for (int i = 0; i < (whole ? item.heads : 1); i++) load(i, i, 0);
+        }
+        for (int first = 0, slot = whole ? h : 0; first < item.segment.tokens; first += item.segment.chunk, slot ^= 1) {
+            const int count = min(item.segment.chunk, item.segment.tokens - first);
+            const bool more = first + count < item.segment.tokens;
+            if (more) {
+                load(0, slot ^ 1, first + count);
+                copy_wait<2>();
+            } else {
                 copy_wait<0>();
-                __syncthreads();
             }
-            if (mine) work.step(tile, h * item.segment.chunk, 0, item.segment.tokens);
-        } else {
-            load(0, 0, 0);
-            for (int first = 0, slot = 0; first < item.segment.tokens; first += item.segment.chunk, slot ^= 1) {
-                const int next = first + item.segment.chunk;
-                if (next < item.segment.tokens) {
-                    load(0, slot ^ 1, next);
-                    copy_wait<2>();
-                } else {
-                    copy_wait<0>();
-                }
-                __syncthreads();
-                if (mine) work.step(tile, slot * item.segment.chunk, first, min(item.segment.chunk, item.segment.tokens - first));
-                __syncthreads();
-            }
+            if (round == 0 || !whole) __syncthreads();
+            if (mine) work.step(tile, slot * item.segment.chunk, first, count);
+            if (!whole) __syncthreads();
         }
         if (mine) work.end(tile);
     }
