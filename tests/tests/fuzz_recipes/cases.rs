@@ -131,6 +131,7 @@ impl Cases {
         ] {
             choices.push([set].into_iter().chain(more).map(String::from).collect());
         }
+        choices.extend(other_losses());
         let choice = |sets: Vec<String>| {
             let case = Case { sets: sets.clone() };
             // A backbone may need other sizes than the base's; its keys are its keys all the same.
@@ -165,6 +166,26 @@ impl Cases {
         }
         Case { sets }
     }
+}
+
+/// Every registered loss that [`BASE`] does not have, at a size that trains in no time.
+fn other_losses() -> Vec<Vec<String>> {
+    let small = [
+        ("byol", "projector={ hidden = 32, output = 16, layers = 2 }"),
+        ("byol", "predictor_hidden=32"),
+        ("vicreg", "projector={ hidden = 32, output = 32, layers = 2 }"),
+        ("barlow_twins", "projector={ hidden = 32, output = 32, layers = 2 }"),
+        ("info_nce", "projector={ hidden = 32, output = 16, layers = 2 }"),
+        ("sigreg", "projector={ hidden = 32, output = 16, layers = 2 }"),
+        ("online_linear", "classes=4"),
+    ];
+    let losses = registry::all().into_iter().filter(|p| p.kind == "loss");
+    let others = losses.filter(|p| !BASE.contains(&format!("[losses.{}]", p.name)));
+    let sets = |name: &str| {
+        let own = small.iter().filter(|(loss, _)| *loss == name).map(|(loss, set)| format!("losses.{loss}.{set}"));
+        std::iter::once(format!("losses.{name}.weight=0.1")).chain(own).collect()
+    };
+    others.map(|p| sets(p.name)).collect()
 }
 
 /// All keys of the tables that `value` has, those too that it does not say.
