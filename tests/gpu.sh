@@ -10,8 +10,8 @@
 #   cargo test --release --no-run -p dinolab-tests --message-format=json |
 #     jq -r 'select(.executable and (.target.name | startswith("gpu_"))).executable'
 #
-# OUT gets a log of every part, bench results as JSON, and summary.txt. PEER=torch_step.py, if set, is a PyTorch step
-# with that program's options; it is timed on the same shapes. CUDA's libraries are looked for on LD_LIBRARY_PATH.
+# OUT gets a log of every part, bench results as JSON, and summary.txt. Where python3 has PyTorch, the same steps in PyTorch
+# (tests/torch_step.py) are timed beside ours. CUDA's libraries are looked for on LD_LIBRARY_PATH.
 set -uo pipefail
 [ $# -ge 2 ] || { sed -n '2,15s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 mkdir -p "$1"
@@ -85,7 +85,7 @@ fi
 
 part gram_on_off 120 "$dinolab" ablate ablations/gram_on_off.toml --device cuda --out "$out/gram_on_off" --seeds 0,1 --steps 200
 
-if [ -n "${PEER:-}" ]; then
+if python3 -c "import torch" 2>>"$out/torch.log"; then
     shape="--patch 16 --global-size 256 --local-size 112 --locals 8 --prototypes 65536 --head-hidden 2048 --bottleneck 256"
     for peer in "vit_s16_b64 --dim 384 --depth 12 --heads 6 --batch 64" "vit_l16_b64 --dim 1024 --depth 24 --heads 16 --batch 64" \
         "vit_s16_gram_b64 --dim 384 --depth 12 --heads 6 --batch 64 --gram-size 512"; do
@@ -93,7 +93,7 @@ if [ -n "${PEER:-}" ]; then
         set -- $peer
         for how in "" --compile; do
             # shellcheck disable=SC2086
-            part "peer_$1$how" 90 python3 "$PEER" $shape "${@:2}" $how --steps 10 --device cuda --dtype bf16 &&
+            part "peer_$1$how" 90 python3 tests/torch_step.py $shape "${@:2}" $how --steps 10 --device cuda --dtype bf16 &&
                 note "  $(tail -n 1 "$out/peer_$1$how.log")"
         done
     done
