@@ -62,7 +62,18 @@ impl Rng {
         Self::new(seed, stream, step, index)
     }
 
+    /// What comes after that many blocks of four 32-bit integers, counted from the start of the sequence: a normal number takes one block,
+    /// two uniform ones share one.
+    pub(crate) fn after_blocks(&self, blocks: usize) -> Self {
+        let [_, stream, step, index] = self.counter;
+        Self { counter: [blocks as u32, stream, step, index], block: [0; 4], used: 4, ..*self }
+    }
+
+    /// No [`normal`](Self::normal) number is as large: `sqrt(-2 ln 2^-53)` is 8.572.
+    pub(crate) const GREATEST_NORMAL: f64 = 8.6;
+
     /// Uniform over all 32-bit integers.
+    #[inline]
     pub fn u32(&mut self) -> u32 {
         if self.used == 4 {
             self.block = philox4x32_10(self.counter, self.key);
@@ -135,6 +146,7 @@ impl Rng {
 }
 
 /// Ten rounds of Philox4x32.
+#[inline]
 pub fn philox4x32_10(mut c: [u32; 4], mut k: [u32; 2]) -> [u32; 4] {
     for _ in 0..10 {
         let a = u64::from(c[0]) * 0xD251_1F53;

@@ -49,6 +49,11 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         ));
         return Ok(ExitCode::FAILURE);
     }
+    let absent = cuda::missing_in_driver();
+    if !absent.is_empty() {
+        let problem = format!("the driver lacks functions that the engine calls: {}", absent.join(", "));
+        return Err(Error::user(problem, "update NVIDIA's driver to 525 or newer, or run with --device cpu"));
+    }
     let gpu = Gpu::get(args.gpu)?;
     let info = gpu.info();
     let (major, minor) = info.capability;
@@ -73,11 +78,12 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 
 /// Compiles all kernels, or finds them in the cache; then finds them again.
 fn kernels(gpu: &'static Gpu) -> Result<()> {
+    let sources = cuda::sources();
     let begin = Instant::now();
-    let compiled = gpu.load_all()?;
+    let compiled = gpu.load_all(&sources)?;
     let first = begin.elapsed().as_secs_f64();
     let begin = Instant::now();
-    cuda::compile_all(&gpu.arch())?;
+    cuda::compile(&sources, &gpu.arch())?;
     let again = begin.elapsed().as_secs_f64();
     let cached = compiled.iter().filter(|c| c.cached).count();
     let text = format!(

@@ -247,6 +247,11 @@ pub trait Backbone: fmt::Debug + Send + Sync {
         serde_json::Value::Null
     }
 
+    /// Dimensions of its attention heads, if it has any: a GPU's kernels for them are compiled before they are needed.
+    fn head_dim(&self) -> Option<usize> {
+        None
+    }
+
     /// Whether [`Crops::masks`] hides patches from it; without a mask token it sees them, and a loss on masked patches is
     /// one on patches in plain sight.
     fn hides_masked_patches(&self) -> bool {

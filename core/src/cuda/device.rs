@@ -256,12 +256,12 @@ impl Gpu {
         self.stream
     }
 
-    /// Compiles all registered sources that are not in the cache, in parallel, and loads them.
+    /// Compiles sources that are not in the cache, in parallel, and loads them.
     ///
     /// # Errors
     /// If one does not compile.
-    pub fn load_all(&'static self) -> Result<Vec<source::Compiled>> {
-        let compiled = source::compile_all(&self.arch())?;
+    pub fn load_all(&'static self, sources: &[&'static Source]) -> Result<Vec<source::Compiled>> {
+        let compiled = source::compile(sources, &self.arch())?;
         let mut kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
         for c in &compiled {
             self.load(&mut kernels, c)?;

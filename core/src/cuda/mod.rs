@@ -48,10 +48,10 @@ pub use blas::{Matrix, Product};
 pub use device::{Gpu, GpuInfo};
 pub use graph::Graph;
 pub use launch::{Arg, Kernel, Launch};
-pub use libraries::{libraries, Library};
+pub use libraries::{libraries, missing_in_driver, Library};
 pub use op_checks::{tolerance, OpCheck, OpError, OP_CHECKS};
 pub use profile::{Profile, ProfileRow};
-pub use source::{compile_all, sources, Compiled, Source, SourceRef};
+pub use source::{compile, sources, Compiled, Source, SourceRef};
 pub use staging::Staging;
 
 pub use crate::cuda_args as args;

@@ -2,7 +2,7 @@
 
 use cudarc::driver::{result, sys};
 
-use super::{Failure, Gpu};
+use super::{check, Failure, Gpu};
 use crate::Result;
 
 struct Event(sys::CUevent);
@@ -20,9 +20,16 @@ impl Event {
     }
 
     fn milliseconds_to(&self, end: &Event) -> Result<f64, Failure> {
-        // SAFETY: both were recorded, and the stream was synchronised.
-        let elapsed = unsafe { result::event::elapsed(self.0, end.0) };
-        elapsed.map(f64::from).map_err(|e| Failure { call: "cuEventElapsedTime", result: e.0 })
+        type Elapsed = unsafe extern "C" fn(*mut f32, sys::CUevent, sys::CUevent) -> sys::CUresult;
+        let call = "cuEventElapsedTime";
+        // Every driver has this symbol; cudarc's binding calls its second version, which those before 12.8 do not have.
+        // SAFETY: the type is the function's.
+        let elapsed = unsafe { sys::culib().get::<Elapsed>(call.as_bytes()) };
+        let elapsed = elapsed.map_err(|_| Failure { call, result: sys::CUresult::CUDA_ERROR_NOT_FOUND })?;
+        let mut ms = 0.0;
+        // SAFETY: both events were recorded, and the stream was synchronised.
+        check(call, unsafe { elapsed(&mut ms, self.0, end.0) })?;
+        Ok(f64::from(ms))
     }
 }
 

@@ -1,10 +1,11 @@
 //! Kernel sources, compiled at run time by NVRTC and kept on disk as machine code.
 
+use std::cmp::Reverse;
 use std::ffi::CString;
 use std::path::PathBuf;
+use std::sync::OnceLock;
 
 use cudarc::nvrtc::{result as nvrtc, sys};
-use rayon::prelude::*;
 
 use crate::{Error, Result};
 
@@ -18,6 +19,8 @@ pub struct Source {
     pub name: &'static str,
     /// The code, in parts.
     pub code: &'static [&'static str],
+    /// Whether it is one variant of several, of which a model needs few: compiled for who asks for it, not beforehand.
+    pub variant: bool,
 }
 
 /// A registered source: every source of every linked crate can be found, so that all are compiled before they are
@@ -28,11 +31,19 @@ pub struct SourceRef(pub &'static Source);
 inventory::collect!(SourceRef);
 
 /// Defines and registers a [`Source`](crate::cuda::Source):
-/// `cuda_source! { static LAYER_NORM = "layer_norm" { include_str!("layer_norm.cu") } }`.
+/// `cuda_source! { static LAYER_NORM = "layer_norm" { include_str!("layer_norm.cu") } }`. One that is a
+/// [variant](crate::cuda::Source::variant) is a `variant static`.
 #[macro_export]
 macro_rules! cuda_source {
+    (variant static $name:ident = $text:literal { $($code:expr),+ $(,)? }) => {
+        $crate::cuda_source! { @ [] $name $text true $($code),+ }
+    };
     ($visible:vis static $name:ident = $text:literal { $($code:expr),+ $(,)? }) => {
-        $visible static $name: $crate::cuda::Source = $crate::cuda::Source { name: $text, code: &[$($code),+] };
+        $crate::cuda_source! { @ [$visible] $name $text false $($code),+ }
+    };
+    (@ [$($visible:tt)*] $name:ident $text:literal $variant:literal $($code:expr),+) => {
+        $($visible)* static $name: $crate::cuda::Source =
+            $crate::cuda::Source { name: $text, code: &[$($code),+], variant: $variant };
         $crate::inventory::submit! { $crate::cuda::SourceRef(&$name) }
     };
 }
@@ -56,13 +67,21 @@ pub struct Compiled {
     pub(super) cubin: Vec<u8>,
 }
 
-/// Compiles every registered source for an architecture (`sm_90a`), in parallel. Needs NVRTC, but no GPU.
+/// Compiles sources for an architecture (`sm_90a`), in parallel, those first that take longest. Needs NVRTC, but no GPU.
 ///
 /// # Errors
 /// If NVRTC is missing, or a source does not compile.
-pub fn compile_all(arch: &str) -> Result<Vec<Compiled>> {
+pub fn compile(sources: &[&'static Source], arch: &str) -> Result<Vec<Compiled>> {
     let version = version()?;
-    sources().into_par_iter().map(|source| source.compile(arch, version)).collect()
+    let mut order: Vec<_> = sources.iter().map(|&source| (source, OnceLock::new())).collect();
+    // Long ones take long.
+    order.sort_by_key(|(source, _)| Reverse(source.code.iter().map(|code| code.len()).sum::<usize>()));
+    rayon::scope_fifo(|scope| {
+        for (source, done) in &order {
+            scope.spawn_fifo(move |_| done.set(source.compile(arch, version)).expect("set once"));
+        }
+    });
+    order.into_iter().map(|(_, done)| done.into_inner().expect("set above")).collect()
 }
 
 /// NVRTC's version, if the library is there.
@@ -214,6 +233,7 @@ mod tests {
     fn the_parameters_of_a_kernel_are_counted_in_its_text() {
         static SOURCE: Source = Source {
             name: "some",
+            variant: false,
             code: &[
                 "// extern \"C\" __global__ void two_f32(int a) {}\n\
                  extern \"C\" __global__ void __launch_bounds__(512) two_f32(float* x, Pair<int, int> n) { other_f32(x); }\n\

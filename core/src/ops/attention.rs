@@ -11,6 +11,8 @@
 mod cuda;
 mod head;
 
+pub(crate) use cuda::attention_kernels;
+
 use std::ops::Range;
 
 use rayon::prelude::*;

@@ -23,6 +23,7 @@ mod columns;
 mod depthwise_conv;
 mod elementwise;
 mod gram_loss;
+mod greatest;
 mod index_add;
 mod koleo;
 mod l2_normalize;
@@ -50,8 +51,10 @@ pub use linear::Linear;
 pub use tokens::rows_of_images;
 
 pub(crate) use adamw::ADAMW;
+pub(crate) use attention::attention_kernels;
 pub(crate) use columns::RowSums;
 pub(crate) use elementwise::{accumulate, convert, convert_into, copy_if, fill};
+pub(crate) use greatest::greatest;
 
 use crate::tensor::{Grads, Real};
 use crate::{Error, Result, Tensor};

@@ -6,7 +6,8 @@
 //! type reaches so much farther than training does that these coarse bounds suffice for any run that works; weights are
 //! measured when they come from elsewhere, and when the bounds of a long run have drifted too far.
 
-use crate::{DType, Device, Error, Result, Tensor};
+use crate::ops::greatest;
+use crate::{DType, Error, Result, Tensor};
 
 use super::{Declared, Weights};
 
@@ -42,17 +43,21 @@ impl Bounds {
     /// If one is not finite; the message names its tensor.
     pub(super) fn measured(weights: &Weights, model: &Declared) -> Result<Self> {
         let layout = &model.layout;
-        let greatest = |role: &str, flat: &Tensor| -> Result<f64> {
+        let of_role = |role: &str, flat: &Tensor| -> Result<f64> {
+            let most = greatest(flat)?;
+            if most.is_finite() {
+                return Ok(most);
+            }
             let inside = layout.specs().iter().filter(|s| s.range().end <= flat.len());
             inside
                 .map(|spec| of_tensor(&format!("{role}.{}", spec.name), &flat.view(spec.offset, &spec.shape)))
                 .try_fold(0.0, |most: f64, of| Ok(most.max(of?)))
         };
-        let mut most = greatest("student", &weights.student)?.max(greatest("teacher", &weights.teacher)?);
+        let mut most = of_role("student", &weights.student)?.max(of_role("teacher", &weights.teacher)?);
         if let Some(gram) = &weights.gram {
-            most = most.max(greatest("gram_teacher", gram)?);
+            most = most.max(of_role("gram_teacher", gram)?);
         }
-        greatest("exp_avg_sq", &weights.exp_avg_sq)?;
+        of_role("exp_avg_sq", &weights.exp_avg_sq)?;
         for (loss, state) in model.losses.iter().zip(&weights.loss_state) {
             for (spec, value) in loss.loss.state().iter().zip(state) {
                 of_tensor(&format!("state.{}.{}", loss.name, spec.name), value)?;
@@ -62,7 +67,7 @@ impl Bounds {
             DType::F64 => f64::MAX,
             _ => f64::from(f32::MAX),
         };
-        Ok(Self { weights: most, mean: greatest("exp_avg", &weights.exp_avg)?, limit: SHARE * limit })
+        Ok(Self { weights: most, mean: of_role("exp_avg", &weights.exp_avg)?, limit: SHARE * limit })
     }
 
     /// The longest clipped gradient of a sub-model with which every number stays finite; negative if there is none.
@@ -86,15 +91,7 @@ impl Bounds {
 
 /// The greatest number of a tensor, wherever it is.
 fn of_tensor(name: &str, tensor: &Tensor) -> Result<f64> {
-    let host = tensor.to(Device::Cpu);
-    let most = crate::dispatch_real!("measure", host.dtype(), T => {
-        use crate::tensor::Real;
-        Ok(host.as_slice::<T>().iter().fold(0.0f64, |most, x| {
-            let x = x.f64().abs();
-            // A NaN stays.
-            if most.is_nan() || x <= most { most } else { x }
-        }))
-    })?;
+    let most = greatest(tensor)?;
     if most.is_finite() {
         return Ok(most);
     }

@@ -6,10 +6,10 @@
 
 use std::collections::{HashMap, HashSet};
 
-use crate::contract::{At, Draws, Follow};
-use crate::cuda::{self, Gpu, Graph, Profile};
+use crate::contract::{At, Backbone, Draws, Follow};
+use crate::cuda::{self, Gpu, Graph, Profile, Source};
 use crate::data::{Batch, DeviceBatches};
-use crate::tensor::recording;
+use crate::tensor::{catch_out_of_memory, recording};
 use crate::{ops, DType, Device, Result, Tensor};
 
 use super::scalars::Feed;
@@ -65,6 +65,31 @@ struct PlacedDraws {
     micro: usize,
     position: Tensor,
     kept: Tensor,
+}
+
+/// The kernels of a run that are worth compiling before they are asked for.
+pub(super) struct Kernels {
+    gpu: Option<&'static Gpu>,
+    sources: Vec<&'static Source>,
+}
+
+impl Kernels {
+    /// All but variants, and the attention of these backbones with features in `dtype`.
+    pub(super) fn of<'a>(device: Device, dtype: DType, backbones: impl Iterator<Item = &'a dyn Backbone>) -> Self {
+        let mut sources = cuda::sources();
+        sources.retain(|source| !source.variant);
+        for attention in backbones.filter_map(|b| b.head_dim()).map(|d| ops::attention_kernels(d, dtype)) {
+            if !sources.iter().any(|source| source.name == attention.name) {
+                sources.push(attention);
+            }
+        }
+        Self { gpu: device.gpu(), sources }
+    }
+
+    /// Compiles those that are not in the cache, and loads all. On a CPU there are none.
+    pub(super) fn load(&self) -> Result<()> {
+        self.gpu.map_or(Ok(()), |gpu| gpu.load_all(&self.sources).map(drop))
+    }
 }
 
 impl GpuStep {
@@ -218,8 +243,9 @@ impl Learner {
     ) -> Result<(Answer, Option<Health>)> {
         let _step = cuda::step_scope();
         let mut grads = self.weights.take_grads();
-        let pass = self.forward_backward(at, batches, draws, &mut grads, health);
-        let done = pass.and_then(|pass| {
+        // However it ends, the gradients are put back: a recording that fails is followed by an eager step.
+        let done = catch_out_of_memory(|| {
+            let pass = self.forward_backward(at, batches, draws, &mut grads, health)?;
             let norms = update.norms(&grads)?;
             let Pass { losses, health, state, marks } = pass;
             let one = |t: &Tensor| t.reshape(&[1]);

@@ -43,7 +43,7 @@ use crate::{cuda, DType, Device, Error, Result, Tensor};
 
 use bounds::Reach;
 use distillation::TeacherModel;
-use gpu::GpuStep;
+use gpu::{GpuStep, Kernels};
 use optimizer::AdamW;
 use outputs::{next_state, StudentPass, TeacherPass};
 use spikes::Spikes;
@@ -62,6 +62,7 @@ pub struct Learner {
     total: u64,
     locals: usize,
     device: Device,
+    kernels: Kernels,
     /// Whether products on a GPU drop bits of f32.
     tf32: bool,
     spikes: Option<Spikes>,
@@ -122,8 +123,12 @@ impl Learner {
     /// If a plugin refuses to be built, or weights to start from cannot be read.
     pub fn new(recipe: &Recipe) -> Result<Self> {
         let mut learner = Self::unstarted(recipe)?;
-        let Self { model, weights, teacher, gram, .. } = &mut learner;
-        weights.start(recipe, model, teacher.as_ref(), gram.as_deref())?;
+        let Self { model, weights, teacher, gram, kernels, .. } = &mut learner;
+        let dtype = weights.student.dtype();
+        // Each has parts that only one core can do; together they fill them all.
+        let (compiled, drawn) = rayon::join(|| kernels.load(), || model.layout.init(recipe.seed, dtype));
+        compiled?;
+        weights.start(&drawn?, recipe, model, teacher.as_ref(), gram.as_deref())?;
         weights.bounds(model)?;
         Ok(learner)
     }
@@ -134,7 +139,8 @@ impl Learner {
     /// If a plugin refuses to be built, or a tensor is missing or has another shape.
     pub fn from_checkpoint(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Self> {
         let mut learner = Self::unstarted(recipe)?;
-        let Self { model, weights, .. } = &mut learner;
+        let Self { model, weights, kernels, .. } = &mut learner;
+        kernels.load()?;
         weights.restore(checkpoint, model)?;
         weights.bounds(model)?;
         if let Some(spikes) = &mut learner.spikes {
@@ -153,10 +159,9 @@ impl Learner {
         let dtype = recipe.dtype(device);
         let weights = catch_out_of_memory(|| Ok(device.with(|| Weights::new(&model, gram.is_some(), dtype))))?;
         let optimizer = AdamW::new(&recipe.optimizer, &model, dtype.wide())?;
-        let gpu_step = device.gpu().map(|gpu| {
-            gpu.load_all()?;
-            GpuStep::new(gpu, dtype, DeviceUpdate::new(gpu, &optimizer)?)
-        });
+        let backbones = [&model].into_iter().chain(distilled.as_ref().map(|d| &d.model)).map(|m| m.backbone.as_ref());
+        let kernels = Kernels::of(device, dtype, backbones);
+        let gpu_step = device.gpu().map(|gpu| GpuStep::new(gpu, dtype, DeviceUpdate::new(gpu, &optimizer)?));
         Ok(Self {
             model,
             weights,
@@ -169,6 +174,7 @@ impl Learner {
             total: recipe.steps,
             locals: recipe.crops.local_count,
             device,
+            kernels,
             tf32: recipe.precision == Precision::Tf32,
             spikes: recipe.on_spike.as_ref().map(Spikes::new),
             gpu_step: gpu_step.transpose()?,
@@ -463,8 +469,12 @@ impl Learner {
             (None, None, Some((state, _))) => state.clone(),
             (None, None, None) => return Ok(None),
         };
+        // In the memory of the step, which is over: only the answers of recorded steps are kept there.
+        let _step = cuda::step_scope();
         let mut grads = self.weights.take_grads();
-        let (result, first) = scope::first_non_finite(|| self.forward_backward(at, batches, draws, &mut grads, false));
+        let (result, first) = scope::first_non_finite(|| {
+            catch_out_of_memory(|| self.forward_backward(at, batches, draws, &mut grads, false))
+        });
         self.weights.grads = grads;
         result?;
         Ok(Some(match first {
@@ -506,6 +516,8 @@ impl Learner {
         let _products = cuda::with_tf32(self.tf32);
         let features = self.device.with(|| {
             catch_out_of_memory(|| {
+                // Between steps their memory is free.
+                let _step = cuda::step_scope();
                 let params = Params::frozen(&self.model.layout, self.weights.teacher());
                 let crops = Crops::global(pixels.to(self.device));
                 let mut features = self.model.backbone.forward(&params, &[crops], Mode::Eval)?;

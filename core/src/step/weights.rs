@@ -129,17 +129,17 @@ impl Weights {
         }
     }
 
-    /// The start of a run: drawn from the seed, or read where the recipe says.
+    /// The start of a run: as `drawn` from the seed, or read where the recipe says.
     pub(super) fn start(
         &mut self,
+        drawn: &Tensor,
         recipe: &Recipe,
         model: &Declared,
         teacher: &dyn TeacherPolicy,
         gram: Option<&dyn TeacherPolicy>,
     ) -> Result<()> {
         let layout = &model.layout;
-        let dtype = self.student.dtype();
-        self.student.copy_from(&layout.init(recipe.seed, dtype)?)?;
+        self.student.copy_from(drawn)?;
         if let Some(path) = &recipe.backbone.weights {
             let source = read_model(path, model)?;
             load_role(&layout.part("backbone."), &mut self.student, &source, &["teacher.", "student.", ""], path)?;

@@ -3,7 +3,6 @@
 use std::cell::RefCell;
 
 use super::Tensor;
-use crate::tensor::DType;
 
 thread_local! {
     static SCOPES: RefCell<Vec<String>> = const { RefCell::new(Vec::new()) };
@@ -36,12 +35,21 @@ pub fn current() -> String {
     SCOPES.with_borrow(|s| s.join("."))
 }
 
+/// Ends the watch, however what is watched ends.
+struct Watching;
+
+impl Drop for Watching {
+    fn drop(&mut self) {
+        WATCH.set(None);
+    }
+}
+
 /// Runs `f` and reports the first operation, forward or backward, whose result was not finite.
 pub fn first_non_finite<R>(f: impl FnOnce() -> R) -> (R, Option<String>) {
     WATCH.set(Some(Watch::default()));
+    let _watching = Watching;
     let result = f();
-    let watch = WATCH.take();
-    (result, watch.and_then(|w| w.first))
+    (result, WATCH.take().and_then(|w| w.first))
 }
 
 /// Called on every result; looks at values only while [`first_non_finite`] runs.
@@ -51,13 +59,8 @@ pub(crate) fn observe(what: impl FnOnce() -> String, value: &Tensor) {
         if watch.first.is_some() {
             return;
         }
-        let value = &value.to(super::Device::Cpu);
-        let finite = match value.dtype() {
-            DType::F32 => value.as_slice::<f32>().iter().all(|x| x.is_finite()),
-            DType::F64 => value.as_slice::<f64>().iter().all(|x| x.is_finite()),
-            DType::BF16 => value.as_slice::<half::bf16>().iter().all(|x| x.is_finite()),
-            DType::U32 => true,
-        };
+        // Where the number cannot be had, the error shows at the operation that comes next.
+        let finite = crate::ops::greatest(value).map_or(true, f64::is_finite);
         if !finite {
             watch.first = Some(what());
         }

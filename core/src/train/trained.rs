@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::contract::{Backbone, Crops, Features, Mode};
+use crate::cuda;
 use crate::params::{load_named, Layout, ParamBuilder, Params};
 use crate::tensor::catch_out_of_memory;
 use crate::weights::Source;
@@ -73,12 +74,13 @@ impl Trained {
         let device = self.flat.device();
         let features = device.with(|| {
             catch_out_of_memory(|| {
+                let _step = cuda::step_scope();
                 let params = Params::frozen(&self.layout, &self.flat);
                 let crops = Crops::global(pixels.to(device));
                 let mut features = self.backbone.forward(&params, &[crops], Mode::Eval)?;
-                features.pop().ok_or_else(|| Error::shape("backbone", "no features"))
+                features.pop().ok_or_else(|| Error::shape("backbone", "no features"))?.to_host()
             })
         })?;
-        features.to_host()
+        Ok(features)
     }
 }

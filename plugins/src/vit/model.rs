@@ -257,6 +257,10 @@ impl Backbone for Vit {
         self.config.depth
     }
 
+    fn head_dim(&self) -> Option<usize> {
+        Some(self.config.dim / self.config.heads)
+    }
+
     fn architecture(&self) -> serde_json::Value {
         let c = &self.config;
         serde_json::json!({

@@ -52,13 +52,13 @@ impl From<SegmentsArg> for Arg {
 }
 
 cuda_source! { static ROTATE = "attention_rotate" { include_str!("items.cuh"), include_str!("rotate.cu") } }
-cuda_source! { static PLAIN = "attention_plain" { include_str!("items.cuh"), include_str!("plain.cu") } }
+cuda_source! { variant static PLAIN = "attention_plain" { include_str!("items.cuh"), include_str!("plain.cu") } }
 
 /// The tensor-core source of each head dimension: without a score bias, and with one. Dimensions that are rare in
 /// practice have the second only, which is right for both.
 macro_rules! tiled {
     ($($d:literal, $biased:literal: $name:ident = $text:literal;)*) => {
-        $(cuda_source! { static $name = $text {
+        $(cuda_source! { variant static $name = $text {
             concat!("#define HEAD_DIM ", $d, "\n#define BIASED ", $biased, "\n"),
             include_str!("items.cuh"), include_str!("tiles.cuh"), include_str!("forward.cu"), include_str!("backward.cu"),
         } })*
@@ -84,6 +84,11 @@ tiled! {
     112, 1: D112 = "attention_112";
     128, 0: D128 = "attention_128";
     128, 1: D128_BIASED = "attention_128_biased";
+}
+
+/// The source of attention without a score bias, for heads of `d` dimensions.
+pub(crate) fn attention_kernels(d: usize, dtype: DType) -> &'static Source {
+    tiled(d, false).filter(|_| dtype == DType::BF16).unwrap_or(&PLAIN)
 }
 
 /// The kernels for a storage type and head dimension.
