@@ -8,6 +8,7 @@
 
 #include "driver.h"
 #include "product.h"
+#include "version.h"
 
 enum cublasStatus_t : int {
     CUBLAS_STATUS_SUCCESS = 0,
@@ -153,7 +154,9 @@ LT_API cublasLtCreate(void** created) {
     return CUBLAS_STATUS_SUCCESS;
 }
 LT_API cublasLtDestroy(void*) { return CUBLAS_STATUS_SUCCESS; }
-extern "C" __attribute__((visibility("default"))) size_t cublasLtGetVersion() { return 130000; }
+extern "C" __attribute__((visibility("default"))) size_t cublasLtGetVersion() {
+    return static_cast<size_t>(emulated_version("CUDA_EMULATOR_LIBRARIES", 13000)) * 10;
+}
 
 #define DESCRIPTOR(kind)                                                                                 \
     LT_API cublasLt##kind##Destroy(Attributes* object) {                                                 \
@@ -196,6 +199,15 @@ LT_API cublasLtMatmulAlgoGetHeuristic(void*, const Attributes* desc, const Attri
         results[*found].waves = 1;
     }
     return CUBLAS_STATUS_SUCCESS;
+}
+
+LT_API cublasLtMatmulAlgoCheck(void*, const Attributes* desc, const Attributes* a, const Attributes* b,
+                               const Attributes* c, const Attributes* d, const Algorithm* algorithm,
+                               Heuristic* result) {
+    Product product;
+    *result = {};
+    if (algorithm == nullptr || algorithm->data[0] != ALGORITHM) return CUBLAS_STATUS_INVALID_VALUE;
+    return describe({desc, a, b, c, d}, product, 0, 0, 0, 0);
 }
 
 LT_API cublasLtMatmul(void*, const Attributes* desc, const void* alpha, uint64_t a, const Attributes* a_layout,

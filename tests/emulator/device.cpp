@@ -5,6 +5,7 @@
 
 #include "driver.h"
 #include "grid.h"
+#include "version.h"
 
 namespace {
 
@@ -29,7 +30,7 @@ int attribute_value(int attribute) {
     case 31: case 40: return 1;     // concurrent kernels, copy engines
     case 36: return 2619000;        // memory clock, kHz
     case 37: return 5120;           // memory bus, bits
-    case 38: return 50 << 20;       // L2
+    case 38: return 0;              // L2, which is of no use to anybody here
     case 39: return 2048;           // threads of a multiprocessor
     case 41: return 1;              // unified addressing
     case 75: return 9;              // compute capability
@@ -61,11 +62,12 @@ CUresult check_context() {
 void set_fault(CUresult error) { fault = error; }
 
 API cuInit(unsigned flags) {
+    if (const char* error = std::getenv("CUDA_EMULATOR_INIT")) return static_cast<CUresult>(std::atoi(error));
     initialised = true;
     return flags == 0 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 API cuDriverGetVersion(int* version) {
-    *version = 13000;
+    *version = emulated_version("CUDA_EMULATOR_DRIVER", 13000);
     return CUDA_SUCCESS;
 }
 

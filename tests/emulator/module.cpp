@@ -20,6 +20,7 @@ struct Function {
     const Program* program;
     /// What cuFuncSetAttribute allows.
     size_t max_dynamic_shared = 48 << 10;
+    bool opted_in = false;
 };
 
 struct Module {
@@ -60,6 +61,9 @@ CUresult launch(Function* function, dim3 grid, dim3 block, unsigned shared, CUst
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return CUDA_ERROR_INVALID_VALUE;
     if (grid.x > 2147483647u || grid.y > 65535 || grid.z > 65535) return CUDA_ERROR_INVALID_VALUE;
     if (shared > function->max_dynamic_shared) return CUDA_ERROR_INVALID_VALUE;
+    // Without opting in, dynamic memory and the kernel's own variables (here: those of its module) share 48 KiB.
+    if (shared > 0 && !function->opted_in && shared + function->program->shared_bytes > 48 << 10)
+        return CUDA_ERROR_INVALID_VALUE;
 
     Launch work = {&kernel, function->program, grid, block, shared, {}};
     for (unsigned i = 0; i < kernel.parameter_count; i++) {
@@ -141,6 +145,7 @@ API cuFuncSetAttribute(Function* function, int attribute, int value) {
     if (attribute != 8) return CUDA_SUCCESS;
     if (value < 0 || static_cast<size_t>(value) > MAX_SHARED) return CUDA_ERROR_INVALID_VALUE;
     function->max_dynamic_shared = static_cast<size_t>(value);
+    function->opted_in = true;
     return CUDA_SUCCESS;
 }
 API cuFuncSetCacheConfig(Function*, int) {

@@ -1,4 +1,5 @@
 // NVRTC on g++: a program becomes a shared object beside this library; its "PTX" and "cubin" name that file.
+#include <algorithm>
 #include <cctype>
 #include <cstdint>
 #include <cstdio>
@@ -14,6 +15,8 @@
 #include <unistd.h>
 #include <utility>
 #include <vector>
+
+#include "version.h"
 
 namespace fs = std::filesystem;
 
@@ -212,6 +215,13 @@ nvrtcResult compile(Program& program, const std::vector<std::string>& options) {
     return good ? NVRTC_SUCCESS : NVRTC_ERROR_COMPILATION;
 }
 
+std::vector<int> architectures() {
+    std::vector<int> all = {75, 80, 86, 89, 90, 100, 120};
+    const char* newest = std::getenv("CUDA_EMULATOR_ARCHITECTURE");
+    std::erase_if(all, [&](int arch) { return newest != nullptr && arch > std::atoi(newest); });
+    return all;
+}
+
 nvrtcResult get(const std::string& text, char* out) {
     std::memcpy(out, text.c_str(), text.size() + 1);
     return NVRTC_SUCCESS;
@@ -220,7 +230,17 @@ nvrtcResult get(const std::string& text, char* out) {
 } // namespace
 
 API nvrtcVersion(int* major, int* minor) {
-    *major = 13, *minor = 0;
+    const int version = emulated_version("CUDA_EMULATOR_LIBRARIES", 13000);
+    *major = version / 1000, *minor = version / 10 % 100;
+    return NVRTC_SUCCESS;
+}
+// Those before Blackwell are known to all versions, which end with CUDA_EMULATOR_ARCHITECTURE.
+API nvrtcGetNumSupportedArchs(int* count) {
+    *count = static_cast<int>(architectures().size());
+    return NVRTC_SUCCESS;
+}
+API nvrtcGetSupportedArchs(int* all) {
+    std::ranges::copy(architectures(), all);
     return NVRTC_SUCCESS;
 }
 API nvrtcCreateProgram(Program** program, const char* source, const char* name, int header_count, const char* const*,

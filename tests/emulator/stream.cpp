@@ -265,13 +265,19 @@ API cuEventSynchronize(Event* event) {
     return forbid_during_capture();
 }
 API cuEventQuery(Event* event) { return cuEventSynchronize(event); }
-API cuEventElapsedTime_v2(float* milliseconds, Event* start, Event* end) {
+API cuEventElapsedTime(float* milliseconds, Event* start, Event* end) {
     ENTER;
     if (events.find(start) == nullptr || events.find(end) == nullptr) return CUDA_ERROR_INVALID_HANDLE;
     if (!start->timed || !end->timed || !start->recorded || !end->recorded) return CUDA_ERROR_INVALID_HANDLE;
     *milliseconds = std::chrono::duration<float, std::milli>(end->time - start->time).count();
     return CUDA_SUCCESS;
 }
+
+#if CUDA_EMULATOR_NEWEST >= 1208
+API cuEventElapsedTime_v2(float* milliseconds, Event* start, Event* end) {
+    return cuEventElapsedTime(milliseconds, start, end);
+}
+#endif
 
 // Graphs.
 

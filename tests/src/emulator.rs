@@ -51,20 +51,27 @@ pub fn has_gpu() -> bool {
 /// Runs one test of this test program again in a process that has the emulator for a GPU, with more environment, and
 /// prints what it said. Nothing if the emulator cannot be built here.
 pub fn run_emulated(test: &str, environment: &[(&str, &str)]) -> Option<Output> {
-    let libraries = library_path()?;
     let (_, name) = test.split_once("::").expect("a test's path begins with its crate");
-    let output = Command::new(std::env::current_exe().expect("a running program has a path"))
-        .args([name, "--exact", "--nocapture"])
-        .env(EMULATED, "1")
-        .env("LD_LIBRARY_PATH", before_library_path(&libraries))
-        // Kernels that were compiled for the emulator are nobody else's.
-        .env("XDG_CACHE_HOME", libraries.join("cache"))
-        .envs(environment.iter().copied())
-        .output()
-        .expect("a running program can be started again");
+    let mut command = Command::new(std::env::current_exe().expect("a running program has a path"));
+    command.args([name, "--exact", "--nocapture"]).env(EMULATED, "1");
+    let output = emulate(&mut command, environment)?.output().expect("a running program can be started again");
     print!("{}", String::from_utf8_lossy(&output.stdout));
     eprint!("{}", String::from_utf8_lossy(&output.stderr));
     Some(output)
+}
+
+/// Gives a program that is yet to be started the emulator for a GPU: with a driver that has the functions of CUDA 12.0
+/// alone if the environment has CUDA_EMULATOR_DRIVER. Nothing if the emulator cannot be built here.
+pub fn emulate<'a>(command: &'a mut Command, environment: &[(&str, &str)]) -> Option<&'a mut Command> {
+    let libraries = library_path()?;
+    let old = environment.iter().any(|(name, _)| *name == "CUDA_EMULATOR_DRIVER").then(|| libraries.join("old"));
+    let folders: Vec<PathBuf> = old.into_iter().chain([libraries.clone()]).collect();
+    command
+        .env("LD_LIBRARY_PATH", before_library_path(folders))
+        // Kernels that were compiled for the emulator are nobody else's.
+        .env("XDG_CACHE_HOME", libraries.join("cache"))
+        .envs(environment.iter().copied());
+    Some(command)
 }
 
 /// Whether the one test that a process was started for ran and passed.
@@ -72,9 +79,9 @@ pub fn passed(ended: &Output) -> bool {
     ended.status.success() && String::from_utf8_lossy(&ended.stdout).contains("1 passed")
 }
 
-fn before_library_path(folder: &Path) -> OsString {
+fn before_library_path(folders: Vec<PathBuf>) -> OsString {
     let others = std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
-    std::env::join_paths(std::iter::once(folder.to_path_buf()).chain(std::env::split_paths(&others)))
+    std::env::join_paths(folders.into_iter().chain(std::env::split_paths(&others)))
         .expect("paths of a library path have no colon")
 }
 

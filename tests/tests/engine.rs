@@ -118,6 +118,32 @@ impl Loss for SickState {
 
 plugin!(Loss, "sick_state", SickState);
 
+/// The mean square of the CLS tokens times a number of the host; at one step it makes other numbers there as well.
+#[derive(Debug, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct Crowd {
+    /// The step.
+    at_step: u64,
+    /// How many.
+    count: usize,
+}
+
+impl Loss for Crowd {
+    fn needs(&self) -> Needs {
+        Needs { teacher: false, min_batch: 1, ..Needs::default() }
+    }
+
+    fn compute(&self, _: &Params<'_>, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
+        if context.at.step == self.at_step {
+            (0..self.count).try_for_each(|i| Tensor::from_slice(&[i as f32], &[1]).map(drop))?;
+        }
+        let factor = Tensor::from_slice(&[0.75f32], &[])?;
+        out.student.cls.square()?.mean()?.mul(&factor).map(LossValue::of)
+    }
+}
+
+plugin!(Loss, "crowd", Crowd);
+
 /// Forwards in evaluation of the backbone below.
 static LOOKED: AtomicUsize = AtomicUsize::new(0);
 
@@ -329,6 +355,21 @@ fn a_step_that_would_leave_the_finite_numbers_changes_nothing_and_the_next_is_ta
 
 gpu_test!(a_step_that_would_leave_the_finite_numbers_changes_nothing_on_a_gpu, {
     refusals("cuda");
+});
+
+gpu_test!(a_recorded_step_keeps_the_numbers_of_the_host_that_it_reads, {
+    let after = |count: usize| {
+        let first = "device = \"cuda\"\nprecision = \"f32\"";
+        let (mut learner, pipeline) = start(&recipe(first, &format!("[losses.crowd]\nat_step = 2\ncount = {count}")));
+        for i in 0..6 {
+            // The third runs eagerly, as its health is measured.
+            learner.step(i, &pipeline.step(i).unwrap().batches, i == 2).unwrap_or_else(|e| panic!("{e}"));
+        }
+        assert_eq!((learner.eager_reason(), learner.recorded_nodes().len()), (None, 1));
+        held(&learner)
+    };
+    // More than are kept on the device.
+    assert!(after(5000) == after(0), "numbers of another step came where those of the recorded one were");
 });
 
 fn moments_too_large_for_the_rates(device: &str) {

@@ -73,6 +73,7 @@ gpu_test!(the_predicted_peak_is_within_a_twentieth_of_what_is_taken, {
         ("selective checkpointing", "dim = 128", "dim = 128\ncheckpointing = \"selective\""),
         ("full checkpointing", "dim = 128", "dim = 128\ncheckpointing = \"full\""),
         ("stochastic depth", "dim = 128", "dim = 128\ndrop_path = 0.4"),
+        ("both", "dim = 128", "dim = 128\ncheckpointing = \"full\"\ndrop_path = 0.4"),
         ("a Gram teacher", "enabled = false", "enabled = true"),
         ("parts of a batch", "size = 4\n[crops]", "size = 4\nmicro_batches = 2\n[crops]"),
         ("many prototypes", "prototypes = 512", "prototypes = 8192"),

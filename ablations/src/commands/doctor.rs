@@ -58,8 +58,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let info = gpu.info();
     let (major, minor) = info.capability;
     style::print(&style::table([
-        vec!["device".into(), format!("{} ({} of {})", info.name, args.gpu, Gpu::count())],
-        vec!["architecture".into(), format!("{} (compute capability {major}.{minor})", gpu.arch())],
+        vec!["device".into(), format!("{} ({} of {})", info.name, args.gpu, Gpu::count()?)],
+        vec!["architecture".into(), format!("{} (compute capability {major}.{minor})", info.arch)],
         vec!["multiprocessors".into(), info.multiprocessors.to_string()],
         vec!["memory".into(), style::bytes(info.memory as f64)],
     ]));
@@ -83,7 +83,7 @@ fn kernels(gpu: &'static Gpu) -> Result<()> {
     let compiled = gpu.load_all(&sources)?;
     let first = begin.elapsed().as_secs_f64();
     let begin = Instant::now();
-    cuda::compile(&sources, &gpu.arch())?;
+    cuda::compile(&sources, &gpu.info().arch)?;
     let again = begin.elapsed().as_secs_f64();
     let cached = compiled.iter().filter(|c| c.cached).count();
     let text = format!(

@@ -173,7 +173,12 @@ impl Arena {
             let mapped = check("cuMemMap", sys::cuMemMap(at, bytes, 0, handle, 0));
             check("cuMemRelease", sys::cuMemRelease(handle))?;
             mapped?;
-            check("cuMemSetAccess", sys::cuMemSetAccess(at, bytes, &access, 1))
+            let opened = check("cuMemSetAccess", sys::cuMemSetAccess(at, bytes, &access, 1));
+            if opened.is_err() {
+                // Else the range could not be backed at another try.
+                check("cuMemUnmap", sys::cuMemUnmap(at, bytes))?;
+            }
+            opened
         }
     }
 }

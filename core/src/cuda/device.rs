@@ -26,6 +26,11 @@ pub struct GpuInfo {
     pub memory: usize,
     /// Multiprocessors.
     pub multiprocessors: i32,
+    /// The cache that all of them share (L2), in bytes.
+    pub cache: usize,
+    /// What kernels are compiled for: `sm_90a` for an H100. `compute_90` for a device that NVRTC does not know, on which
+    /// the driver goes on from there.
+    pub arch: String,
     /// The CUDA version that the driver supports, (13, 0).
     pub driver: (i32, i32),
     /// NVRTC's version.
@@ -58,6 +63,10 @@ impl std::fmt::Debug for Gpu {
         write!(f, "Gpu({}, {})", self.ordinal, self.info.name)
     }
 }
+
+/// Dynamic shared memory that a launch may have without asking: a block has 48 KiB unasked, static variables included, of
+/// which no kernel has 16 KiB.
+pub(super) const UNASKED_SHARED: u32 = 32 << 10;
 
 #[derive(Default)]
 struct Kernels {
@@ -121,20 +130,29 @@ pub(crate) fn in_step() -> bool {
     IN_STEP.get()
 }
 
-/// How many devices there are; 0 without a driver.
-fn count() -> usize {
+/// How many devices there are; 0 without a driver. Fails with a driver that does not start.
+fn count() -> Result<usize, Failure> {
     // SAFETY: only looks for the library.
-    if !unsafe { sys::is_culib_present() } || result::init().is_err() {
-        return 0;
+    if !unsafe { sys::is_culib_present() } {
+        return Ok(0);
     }
-    result::device::get_count().map_or(0, |n| usize::try_from(n).unwrap_or(0))
+    let failed = |call| move |e: cudarc::driver::DriverError| Failure { call, result: e.0 };
+    let counted = result::init().map_err(failed("cuInit"));
+    match counted.and_then(|()| result::device::get_count().map_err(failed("cuDeviceGetCount"))) {
+        Ok(n) => Ok(usize::try_from(n).unwrap_or(0)),
+        Err(Failure { result: sys::CUresult::CUDA_ERROR_NO_DEVICE, .. }) => Ok(0),
+        Err(failure) => Err(failure),
+    }
 }
 
 impl Gpu {
     /// The number of devices that could be opened; 0 where there is no driver. Asks the driver once.
-    pub fn count() -> usize {
-        static COUNT: OnceLock<usize> = OnceLock::new();
-        *COUNT.get_or_init(count)
+    ///
+    /// # Errors
+    /// If there is a driver that does not start: there may be devices.
+    pub fn count() -> Result<usize> {
+        static COUNT: OnceLock<Result<usize, Failure>> = OnceLock::new();
+        Ok((*COUNT.get_or_init(count))?)
     }
 
     /// Device `ordinal`, opened when it is first asked for.
@@ -162,7 +180,7 @@ impl Gpu {
         }
         let failed = |call| move |e: cudarc::driver::DriverError| Error::from(Failure { call, result: e.0 });
         result::init().map_err(failed("cuInit"))?;
-        let n = Self::count();
+        let n = Self::count()?;
         if ordinal >= n {
             let problem = format!("there is no GPU {ordinal}: the driver sees {n}");
             return Err(Error::user(
@@ -190,10 +208,10 @@ impl Gpu {
         // SAFETY: an out-pointer to a local.
         check("cuDriverGetVersion", unsafe { sys::cuDriverGetVersion(&mut driver) })?;
         let driver = (driver / 1000, driver % 1000 / 10);
-        if driver.0 < nvrtc.0 {
+        if let Some((name, version)) = libraries_of(nvrtc).into_iter().find(|(_, version)| driver.0 < version.0) {
             let problem = format!(
-                "the driver supports CUDA {}.{}, the libraries are {}.{}",
-                driver.0, driver.1, nvrtc.0, nvrtc.1
+                "the driver supports CUDA {}.{}, the library {name} is of {}.{}",
+                driver.0, driver.1, version.0, version.1
             );
             return Err(Error::user(
                 problem,
@@ -210,9 +228,11 @@ impl Gpu {
         let stream =
             result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed("cuStreamCreate"))?;
         let multiprocessors = attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        let cache = usize::try_from(attribute(A::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?).unwrap_or(0);
+        let arch = source::architecture(capability)?;
         Ok(Self {
             ordinal,
-            info: GpuInfo { name, capability, memory, multiprocessors, driver, nvrtc },
+            info: GpuInfo { name, capability, memory, multiprocessors, cache, arch, driver, nvrtc },
             context,
             stream,
             lasting: Arena::new(ordinal, memory)?,
@@ -235,18 +255,14 @@ impl Gpu {
         self.ordinal
     }
 
-    /// The architecture that kernels are compiled for: `sm_90a` for an H100.
-    pub fn arch(&self) -> String {
-        let (major, minor) = self.info.capability;
-        // The `a` variants have what is special to a generation; they exist from Hopper on.
-        format!("sm_{major}{minor}{}", if major >= 9 { "a" } else { "" })
-    }
-
     /// Makes the device's context current on this thread.
     pub(crate) fn bind(&self) {
         if BOUND.get() != Some(self.ordinal) {
             // SAFETY: the context is never released.
-            unsafe { result::ctx::set_current(self.context) }.expect("a live context can be made current");
+            let bound = unsafe { result::ctx::set_current(self.context) };
+            if let Err(e) = bound {
+                unwind(Failure { call: "cuCtxSetCurrent", result: e.0 }.into());
+            }
             BOUND.set(Some(self.ordinal));
         }
     }
@@ -261,7 +277,7 @@ impl Gpu {
     /// # Errors
     /// If one does not compile.
     pub fn load_all(&'static self, sources: &[&'static Source]) -> Result<Vec<source::Compiled>> {
-        let compiled = source::compile(sources, &self.arch())?;
+        let compiled = source::compile(sources, &self.info.arch)?;
         let mut kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
         for c in &compiled {
             self.load(&mut kernels, c)?;
@@ -304,7 +320,7 @@ impl Gpu {
             }
         };
         if !kernels.modules.contains_key(source.name) {
-            let compiled = source.compile(&self.arch(), self.info.nvrtc)?;
+            let compiled = source.compile(&self.info.arch, self.info.nvrtc)?;
             self.load(&mut kernels, &compiled)?;
         }
         let module = kernels.modules[source.name].0;
@@ -322,7 +338,7 @@ impl Gpu {
     /// Lets a kernel have this much dynamic shared memory.
     pub(super) fn allow_shared(&self, kernel: Kernel, bytes: u32) -> Result<(), Failure> {
         let mut kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
-        let allowed = kernels.shared.entry(kernel.function as usize).or_insert(48 << 10);
+        let allowed = kernels.shared.entry(kernel.function as usize).or_insert(UNASKED_SHARED);
         if bytes > *allowed {
             self.bind();
             let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
@@ -434,7 +450,7 @@ impl CudaBuffer {
         let in_step = in_step();
         match gpu.arena(in_step).take(bytes) {
             Ok((address, size)) => Self { gpu, address, size, in_step },
-            Err(failure) => std::panic::resume_unwind(Box::new(gpu.full(bytes, failure))),
+            Err(failure) => unwind(gpu.full(bytes, failure)),
         }
     }
 
@@ -451,6 +467,25 @@ impl Drop for CudaBuffer {
     fn drop(&mut self) {
         self.gpu.arena(self.in_step).give(self.address, self.size);
     }
+}
+
+/// Ends what cannot return the error; [`catch`](crate::tensor::catch_out_of_memory) turns it back into a result. A fault of
+/// a kernel shows in whatever call comes next, in those too that can always do what they are asked.
+pub(crate) fn unwind(error: Error) -> ! {
+    std::panic::resume_unwind(Box::new(error))
+}
+
+/// The CUDA versions of the libraries that are there beside the driver.
+fn libraries_of(nvrtc: (i32, i32)) -> Vec<(&'static str, (i32, i32))> {
+    use cudarc::cublaslt::sys as blas;
+    let mut versions = vec![("NVRTC", nvrtc)];
+    // SAFETY: the version is asked of a library that is there.
+    if unsafe { blas::is_culib_present() } {
+        // SAFETY: as above.
+        let version = unsafe { blas::cublasLtGetVersion() } as i32;
+        versions.push(("cuBLASLt", (version / 10000, version / 100 % 100)));
+    }
+    versions
 }
 
 impl Gpu {
@@ -483,6 +518,9 @@ impl Gpu {
 
     /// Copies host bytes to the device, before all work given later.
     pub(crate) fn upload(&self, to: sys::CUdeviceptr, bytes: &[u8]) -> Result<()> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
         self.bind();
         // SAFETY: the caller owns the block at `to`; the driver has copied pageable memory when the call returns.
         let result = unsafe { sys::cuMemcpyHtoDAsync_v2(to, bytes.as_ptr().cast(), bytes.len(), self.stream) };
@@ -491,6 +529,9 @@ impl Gpu {
 
     /// Waits for all work, and copies device bytes to the host.
     pub(crate) fn download(&self, bytes: &mut [u8], from: sys::CUdeviceptr) -> Result<()> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
         self.bind();
         // SAFETY: the caller holds the block at `from`; the copy is complete after the synchronisation.
         let result = unsafe { sys::cuMemcpyDtoHAsync_v2(bytes.as_mut_ptr().cast(), from, bytes.len(), self.stream) };
@@ -500,6 +541,9 @@ impl Gpu {
 
     /// Copies within the device.
     pub(crate) fn copy(&self, to: sys::CUdeviceptr, from: sys::CUdeviceptr, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
         self.bind();
         // SAFETY: the caller holds both blocks.
         Ok(check("cuMemcpyDtoDAsync", unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.stream) })?)
@@ -507,6 +551,9 @@ impl Gpu {
 
     /// Sets bytes to zero.
     pub(crate) fn zero(&self, at: sys::CUdeviceptr, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
         self.bind();
         // SAFETY: the caller owns the block.
         Ok(check("cuMemsetD8Async", unsafe { sys::cuMemsetD8Async(at, 0, bytes, self.stream) })?)

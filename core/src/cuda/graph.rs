@@ -28,10 +28,9 @@ impl Graph {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         // SAFETY: the stream is alive and not recording: a step records once.
         check("cuStreamBeginCapture", unsafe { sys::cuStreamBeginCapture_v2(stream, mode) })?;
+        let mut capture = Capture { stream, open: true };
         let done = f();
-        let mut graph = std::ptr::null_mut();
-        // SAFETY: recording began above on this stream.
-        let ended = check("cuStreamEndCapture", unsafe { sys::cuStreamEndCapture(stream, &mut graph) });
+        let (graph, ended) = capture.end();
         let destroy = |graph: sys::CUgraph| {
             if !graph.is_null() {
                 // SAFETY: the graph was given by the driver and is not used again.
@@ -68,6 +67,34 @@ impl Graph {
         // SAFETY: the executable graph is alive.
         let launched = unsafe { result::graph::launch(self.exec, self.gpu.stream()) };
         Ok(launched.map_err(|e| Failure { call: "cuGraphLaunch", result: e.0 })?)
+    }
+}
+
+/// A capture, which is ended even if what it records unwinds: else the stream would take no other work.
+struct Capture {
+    stream: sys::CUstream,
+    open: bool,
+}
+
+impl Capture {
+    fn end(&mut self) -> (sys::CUgraph, Result<(), Failure>) {
+        self.open = false;
+        let mut graph = std::ptr::null_mut();
+        // SAFETY: recording began on this stream.
+        let ended = check("cuStreamEndCapture", unsafe { sys::cuStreamEndCapture(self.stream, &mut graph) });
+        (graph, ended)
+    }
+}
+
+impl Drop for Capture {
+    fn drop(&mut self) {
+        if self.open {
+            let (graph, _) = self.end();
+            if !graph.is_null() {
+                // SAFETY: the graph was given by the driver and is not used again.
+                let _ = unsafe { result::graph::destroy(graph) };
+            }
+        }
     }
 }
 

@@ -4,6 +4,7 @@ use std::ffi::c_void;
 
 use cudarc::driver::sys;
 
+use super::device::UNASKED_SHARED;
 use super::{check, Gpu};
 use crate::tensor::{GradMut, Tensor};
 use crate::{DType, Error, Result};
@@ -186,7 +187,7 @@ impl Launch {
             return Err(Error::shape(kernel.name, format!("the kernel takes {takes} arguments, not {}", args.len())));
         }
         let gpu = kernel.gpu;
-        if shared > 48 << 10 {
+        if shared > UNASKED_SHARED {
             gpu.allow_shared(kernel, shared)?;
         }
         let mut pointers: Vec<*mut c_void> = args.iter_mut().map(|a| a.bytes.as_mut_ptr().cast()).collect();

@@ -64,6 +64,7 @@ pub struct Compiled {
     pub cached: bool,
     /// What the compiler said.
     pub log: String,
+    /// Machine code, or PTX for a device that NVRTC does not know.
     pub(super) cubin: Vec<u8>,
 }
 
@@ -84,6 +85,28 @@ pub fn compile(sources: &[&'static Source], arch: &str) -> Result<Vec<Compiled>>
     order.into_iter().map(|(_, done)| done.into_inner().expect("set above")).collect()
 }
 
+/// What to compile for on a device of this capability.
+pub(super) fn architecture((major, minor): (i32, i32)) -> Result<String> {
+    let broken = |e: nvrtc::NvrtcError| Error::user(format!("NVRTC does not answer: {e}"), "reinstall NVRTC");
+    let mut count = 0;
+    // SAFETY: an out-pointer to a local.
+    unsafe { sys::nvrtcGetNumSupportedArchs(&mut count) }.result().map_err(broken)?;
+    let mut known = vec![0; usize::try_from(count).unwrap_or(0)];
+    // SAFETY: there is room for as many as it said.
+    unsafe { sys::nvrtcGetSupportedArchs(known.as_mut_ptr()) }.result().map_err(broken)?;
+    let own = 10 * major + minor;
+    if known.contains(&own) {
+        // The `a` variants have what is special to a generation; they exist from Hopper on.
+        return Ok(format!("sm_{own}{}", if major >= 9 { "a" } else { "" }));
+    }
+    let before = known.into_iter().filter(|&arch| (80..own).contains(&arch)).max();
+    before.map(|arch| format!("compute_{arch}")).ok_or_else(|| {
+        let problem =
+            format!("NVRTC compiles for no architecture that a device of compute capability {major}.{minor} runs");
+        Error::user(problem, "install another nvidia-cuda-nvrtc, one that is as new as the device")
+    })
+}
+
 /// NVRTC's version, if the library is there.
 pub(super) fn version() -> Result<(i32, i32)> {
     // SAFETY: only looks for the library.
@@ -99,6 +122,9 @@ pub(super) fn version() -> Result<(i32, i32)> {
     result.result().map_err(|e| Error::user(format!("NVRTC does not answer: {e:?}"), "reinstall CUDA's NVRTC"))?;
     Ok((major, minor))
 }
+
+type Size = unsafe fn(sys::nvrtcProgram, *mut usize) -> sys::nvrtcResult;
+type Get = unsafe fn(sys::nvrtcProgram, *mut std::ffi::c_char) -> sys::nvrtcResult;
 
 impl Source {
     fn text(&self) -> String {
@@ -166,10 +192,14 @@ impl Source {
                 Error::user(problem, "mend the kernel; common.cuh says what it may use")
             });
             let cubin = cubin.and_then(|()| {
+                let (size_of, get): (Size, Get) = match arch.starts_with("compute_") {
+                    true => (sys::nvrtcGetPTXSize, sys::nvrtcGetPTX),
+                    false => (sys::nvrtcGetCUBINSize, sys::nvrtcGetCUBIN),
+                };
                 let mut size = 0;
-                sys::nvrtcGetCUBINSize(program, &mut size).result().map_err(broken)?;
+                size_of(program, &mut size).result().map_err(broken)?;
                 let mut cubin = vec![0u8; size];
-                sys::nvrtcGetCUBIN(program, cubin.as_mut_ptr().cast()).result().map_err(broken)?;
+                get(program, cubin.as_mut_ptr().cast()).result().map_err(broken)?;
                 Ok(cubin)
             });
             nvrtc::destroy_program(program).map_err(broken)?;

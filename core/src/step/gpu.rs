@@ -46,6 +46,8 @@ struct Kind {
 struct Recorded {
     graph: Graph,
     answer: Answer,
+    /// Numbers that the graph reads at their addresses.
+    _constants: Vec<Tensor>,
 }
 
 /// What the host reads at the end of a step, one f32 each: losses, norms, marks of the losses' states, and whether the
@@ -272,15 +274,15 @@ impl Learner {
     fn record(&mut self, own: &mut GpuStep, kind: &Kind, at: At, batches: &[Batch], draws: &[Draws]) -> Result<()> {
         let GpuStep { gpu, feed, update, .. } = own;
         let gpu: &'static Gpu = gpu;
-        let (recorded, reason) = recording(|| {
+        let (recorded, constants) = recording(|| {
             feed.during(at, || Graph::record(gpu, || self.whole_step(update, at, batches, draws, false, kind.follows)))
         });
-        match (recorded, reason) {
-            (_, Some(reason)) => own.reason = Some(reason),
-            (Ok((graph, (answer, _))), None) => {
-                own.recorded.insert(kind.clone(), Recorded { graph, answer });
+        match (recorded, constants) {
+            (_, Err(reason)) => own.reason = Some(reason),
+            (Ok((graph, (answer, _))), Ok(constants)) => {
+                own.recorded.insert(kind.clone(), Recorded { graph, answer, _constants: constants });
             }
-            (Err(error), None) => own.reason = Some(error.problem()),
+            (Err(error), Ok(_)) => own.reason = Some(error.problem()),
         }
         Ok(())
     }

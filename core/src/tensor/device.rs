@@ -67,7 +67,7 @@ impl FromStr for Device {
     fn from_str(text: &str) -> Result<Self> {
         let ordinal = match text {
             "cpu" => return Ok(Self::Cpu),
-            "auto" if Gpu::count() == 0 => return Ok(Self::Cpu),
+            "auto" if devices_for_auto()? == 0 => return Ok(Self::Cpu),
             "auto" | "cuda" => Some(0),
             other => other.strip_prefix("cuda:").and_then(|n| n.parse().ok()),
         };
@@ -75,6 +75,14 @@ impl FromStr for Device {
         let ordinal = ordinal.ok_or_else(unknown)?;
         Gpu::get(ordinal).map(|_| Self::Cuda(ordinal))
     }
+}
+
+/// A GPU that does not work is no reason to compute on the CPU: that would take a thousand times as long, without a word.
+fn devices_for_auto() -> Result<usize> {
+    Gpu::count().map_err(|error| {
+        let problem = format!("there is a CUDA driver that does not start: {}", error.problem());
+        Error::user(problem, "`dinolab doctor` says more; --device cpu runs without a GPU")
+    })
 }
 
 /// Runs `f`; a device that is full is its error (see [`Tensor::uninit`], which cannot fail).
@@ -96,10 +104,18 @@ pub fn catch_out_of_memory<R>(f: impl FnOnce() -> Result<R>) -> Result<R> {
 /// numbers that change from step to step would pile up.
 const MOST_CONSTANTS: usize = 4096;
 
+/// What is known of the step that is being recorded.
+#[derive(Default)]
+struct Recording {
+    /// Why it cannot be recorded.
+    reason: Option<String>,
+    /// The constants that it reads.
+    constants: Vec<Tensor>,
+}
+
 thread_local! {
     static CONSTANTS: RefCell<HashMap<(usize, DType, blake3::Hash), Tensor>> = RefCell::default();
-    /// While a step is recorded: why it cannot be, once that is known.
-    static RECORDING: RefCell<Option<Option<String>>> = const { RefCell::new(None) };
+    static RECORDING: RefCell<Option<Recording>> = const { RefCell::new(None) };
 }
 
 /// A tensor of host bytes on the current GPU.
@@ -117,6 +133,7 @@ pub(super) fn constant(bytes: &[u8], shape: &[usize], dtype: DType) -> Result<Te
     let key = (ordinal, dtype, blake3::hash(bytes));
     let known = CONSTANTS.with_borrow(|c| c.get(&key).cloned());
     if let Some(known) = known {
+        RECORDING.with_borrow_mut(|r| r.iter_mut().for_each(|r| r.constants.push(known.clone())));
         return Ok(known.view(0, shape));
     }
     if is_recording() {
@@ -141,18 +158,20 @@ pub(crate) fn is_recording() -> bool {
 /// Notes why the step being recorded cannot be (the first reason stays).
 pub(crate) fn cannot_record(why: impl FnOnce() -> String) {
     RECORDING.with_borrow_mut(|r| {
-        if let Some(reason @ None) = r {
+        if let Some(Recording { reason: reason @ None, .. }) = r {
             let scope = super::scope::current();
             *reason = Some(if scope.is_empty() { why() } else { format!("{scope}: {}", why()) });
         }
     });
 }
 
-/// Runs `f` as a recording; gives the reason why it cannot be one, if there is one.
-pub(crate) fn recording<R>(f: impl FnOnce() -> R) -> (R, Option<String>) {
-    RECORDING.set(Some(None));
+/// Runs `f` as a recording; gives the constants that it reads, which have to live as long as it does, or the reason why it
+/// cannot be one.
+pub(crate) fn recording<R>(f: impl FnOnce() -> R) -> (R, std::result::Result<Vec<Tensor>, String>) {
+    RECORDING.set(Some(Recording::default()));
     let result = f();
-    (result, RECORDING.take().flatten())
+    let Recording { reason, constants } = RECORDING.take().unwrap_or_default();
+    (result, reason.map_or(Ok(constants), Err))
 }
 
 /// Copies elements between tensors of equal length and type, wherever they are.
@@ -208,7 +227,7 @@ impl Tensor {
         }
         let mut out = device.with(|| Self::uninit(&self.shape, self.dtype));
         if let Err(error) = copy(&mut out, self) {
-            std::panic::resume_unwind(Box::new(error));
+            cuda::unwind(error);
         }
         out
     }
@@ -231,7 +250,7 @@ mod tests {
             cannot_record(|| "first".into());
             cannot_record(|| "second".into());
         });
-        assert_eq!(why.as_deref(), Some("first"));
+        assert_eq!(why.unwrap_err(), "first");
         assert!(!is_recording());
     }
 }

@@ -21,7 +21,7 @@ pub use storage::{memory_stats, reset_peak, trim, MemoryStats};
 pub(crate) use tape::Slot;
 pub use tape::{GradMut, Grads, LeafGrads, Op, Tape};
 
-use crate::{Error, Result};
+use crate::{cuda, Error, Result};
 use storage::Buffer;
 
 /// A dense, row-major, contiguous array; rank 0 is a scalar.
@@ -197,8 +197,9 @@ impl Tensor {
         match self.gpu() {
             Some(gpu) => {
                 assert!(self.is_unique(), "only an unshared tensor is written to");
-                let done = gpu.zero(self.device_address(), self.len() * self.dtype.size());
-                done.expect("memory that a tensor holds can be set");
+                if let Err(error) = gpu.zero(self.device_address(), self.len() * self.dtype.size()) {
+                    cuda::unwind(error);
+                }
             }
             None => self.bytes_mut().fill(0),
         }
@@ -234,7 +235,9 @@ impl Tensor {
     pub fn to_owned(&self) -> Self {
         let _on = self.device().enter();
         let mut own = Self::uninit(&self.shape, self.dtype);
-        device::copy(&mut own, self).expect("a copy has room for what is copied");
+        if let Err(error) = device::copy(&mut own, self) {
+            cuda::unwind(error);
+        }
         own
     }
 

@@ -306,7 +306,8 @@ impl<'a> GradMut<'a> {
     }
 
     /// On a GPU: the address of the gradient and the type of its elements. Gradients of parameters are f32 whatever the
-    /// type of the step.
+    /// type of the step; one that reaches its parameter through `reshape`, `cat` or another operation has the step's type
+    /// until there.
     pub fn device_place(&self) -> (u64, DType) {
         let dtype = self.buffer.dtype();
         (self.buffer.device_address() + (self.range.start * dtype.size()) as u64, dtype)

@@ -335,9 +335,11 @@ impl Backbone for Vit {
         let inside = hidden * h + 4.0;
         let block = 6.0 * d + inside + 2.0 * self.config.heads as f64 + 4.0;
         // What is kept of it, and what is made again for one block at a time.
+        let taken = 1.0 - self.config.drop_path;
+        // Images whose path is dropped keep nothing, but a block that is made again keeps all that went into it.
         let (kept, again) = match self.config.checkpointing {
-            Checkpointing::None => (block, 0.0),
-            Checkpointing::Selective => (block - inside, inside),
+            Checkpointing::None => (block * taken, 0.0),
+            Checkpointing::Selective => ((block - inside) * taken, inside),
             Checkpointing::Full => (d, block),
         };
         let pixels = (self.channels * self.config.patch_size.pow(2)) as f64;
@@ -346,8 +348,8 @@ impl Backbone for Vit {
             let n = (self.prefix() + grid.patches()) as f64;
             let tokens = count as f64 * n;
             cost.forward_flops += tokens * l * (8.0 * d * d + ffn * d * h + 4.0 * n * d);
-            // Images whose path is dropped keep nothing. The embedding keeps its patches, the last norm its tokens.
-            cost.activations += tokens * l * kept * (1.0 - self.config.drop_path);
+            // The embedding keeps its patches, the last norm its tokens.
+            cost.activations += tokens * l * kept;
             cost.activations += count as f64 * grid.patches() as f64 * pixels + tokens * (d + 4.0);
             cost.features += 2.0 * tokens * d;
             // The gradients of a block's result and of the hidden numbers, and these after the activation.

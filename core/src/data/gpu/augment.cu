@@ -3,7 +3,7 @@
 // `__fadd_rn`): fused, they would round once instead of twice, and a pixel would now and then be another.
 //
 // Images and crops are interleaved bytes `[rows, columns, 3]` until they are finished into planes. Jobs are structs of
-// gpu/jobs.rs; a block finds its own in blockIdx.y.
+// gpu/jobs.rs; a block finds its own in blockIdx.x (there may be more than the 65,535 that y counts to).
 
 typedef unsigned char u8;
 
@@ -33,9 +33,9 @@ __device__ __forceinline__ u8 weighted(const short* tables, Axis axis, int i, co
 
 // source, rows of `stride` pixels -> middle [side, columns, 3].
 extern "C" __global__ void resize_columns(const Resize* jobs, const short* tables, const u8* from, u8* scratch) {
-    const Resize job = jobs[blockIdx.y];
+    const Resize job = jobs[blockIdx.x];
     const int row = 3 * job.columns;
-    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < job.side * row; i += gridDim.x * blockDim.x) {
+    for (int i = blockIdx.y * blockDim.x + threadIdx.x; i < job.side * row; i += gridDim.y * blockDim.x) {
         const u8* column = from + job.source + i % row;
         scratch[job.middle + i] = weighted(tables, job.vertical, i / row, column, 3 * job.stride);
     }
@@ -43,9 +43,9 @@ extern "C" __global__ void resize_columns(const Resize* jobs, const short* table
 
 // middle -> target [side, side, 3].
 extern "C" __global__ void resize_rows(const Resize* jobs, const short* tables, u8* scratch) {
-    const Resize job = jobs[blockIdx.y];
+    const Resize job = jobs[blockIdx.x];
     const int row = 3 * job.side;
-    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < job.side * row; i += gridDim.x * blockDim.x) {
+    for (int i = blockIdx.y * blockDim.x + threadIdx.x; i < job.side * row; i += gridDim.y * blockDim.x) {
         const int y = i / row, x = i % row;
         const u8* line = scratch + job.middle + (size_t)y * 3 * job.columns + x % 3;
         scratch[job.target + i] = weighted(tables, job.horizontal, x / 3, line, 3);
@@ -149,10 +149,10 @@ extern "C" __global__ void mean_grey(const char* jobs, int job_bytes, const u8* 
 
 // Distorts whole images in place.
 extern "C" __global__ void repaint(const Paint* jobs, u8* images, const int* means) {
-    const Paint job = jobs[blockIdx.y];
-    for (size_t i = blockIdx.x * blockDim.x + threadIdx.x; i < job.pixels; i += (size_t)gridDim.x * blockDim.x) {
+    const Paint job = jobs[blockIdx.x];
+    for (size_t i = blockIdx.y * blockDim.x + threadIdx.x; i < job.pixels; i += (size_t)gridDim.y * blockDim.x) {
         u8* p = images + job.source + 3 * i;
-        const Rgb made = distort(pixel(p), job.color, job.color.count, (float)means[blockIdx.y]);
+        const Rgb made = distort(pixel(p), job.color, job.color.count, (float)means[blockIdx.x]);
         p[0] = (u8)made.r, p[1] = (u8)made.g, p[2] = (u8)made.b;
     }
 }
@@ -193,11 +193,11 @@ template <class T> __device__ void finish(T* out, const Finish* jobs, const u8* 
     constexpr int TILE = 32, HALO = 4, WIDE = TILE + 2 * HALO;
     __shared__ float in[3][WIDE][WIDE];
     __shared__ float rows[3][WIDE][TILE];
-    const Finish job = jobs[blockIdx.y];
+    const Finish job = jobs[blockIdx.x];
     const int across = (job.out + TILE - 1) / TILE;
-    if ((int)blockIdx.x >= across * across) return;
-    const int top = (int)blockIdx.x / across * TILE, left = (int)blockIdx.x % across * TILE;
-    const float grey = (float)means[blockIdx.y];
+    if ((int)blockIdx.y >= across * across) return;
+    const int top = (int)blockIdx.y / across * TILE, left = (int)blockIdx.y % across * TILE;
+    const float grey = (float)means[blockIdx.x];
     const int halo = job.blur ? HALO : 0, wide = TILE + 2 * halo;
     for (int i = threadIdx.x; i < wide * wide; i += blockDim.x) {
         const int v = i / wide - halo, u = i % wide - halo;

@@ -179,7 +179,7 @@ impl DeviceBatches {
         // Threads take several pixels each, so that small crops beside large ones leave few blocks without work.
         let launch = |name, section: &Section| -> Result<Launch> {
             let blocks = section.most.div_ceil(256 * 8);
-            let kernel = gpu.kernel(&AUGMENT, name, DType::U32)?.grid((blocks, section.jobs), 256);
+            let kernel = gpu.kernel(&AUGMENT, name, DType::U32)?.grid((section.jobs, blocks), 256);
             Ok(kernel.work(0.0, section.bytes))
         };
         if micro.repaint.jobs > 0 {
@@ -191,7 +191,7 @@ impl DeviceBatches {
         let finish = |section: &Section, out: &Tensor| -> Result<()> {
             let means = means(section, scratch.device_address(), size_of::<Finish>())?;
             let kernel = gpu.kernel(&AUGMENT, "finish", out.dtype())?;
-            let launch = kernel.grid((section.most.div_ceil(32).pow(2), section.jobs), 256);
+            let launch = kernel.grid((section.jobs, section.most.div_ceil(32).pow(2)), 256);
             let launch = launch.work(0.0, (out.len() * (1 + out.dtype().size())) as f64);
             launch.launch(&mut [out.into(), jobs(section).into(), (&scratch).into(), (&means).into(), normal])
         };
