@@ -125,6 +125,11 @@ pub(crate) fn step_scope() -> StepGuard {
     StepGuard(IN_STEP.replace(true))
 }
 
+/// Takes device memory of what outlives the step from where it lasts, until the guard is dropped.
+pub(crate) fn lasting_scope() -> StepGuard {
+    StepGuard(IN_STEP.replace(false))
+}
+
 /// Whether this thread is inside a step.
 pub(crate) fn in_step() -> bool {
     IN_STEP.get()

@@ -56,7 +56,7 @@ pub use staging::Staging;
 
 pub use crate::cuda_args as args;
 
-pub(crate) use device::{current, enter, in_step, step_scope, unwind, CudaBuffer, DeviceGuard};
+pub(crate) use device::{current, enter, in_step, lasting_scope, step_scope, unwind, CudaBuffer, DeviceGuard};
 
 use crate::Error;
 

@@ -140,7 +140,10 @@ pub(super) fn constant(bytes: &[u8], shape: &[usize], dtype: DType) -> Result<Te
         cannot_record(|| "numbers computed on the host change from step to step".into());
         return Ok(Tensor::uninit(shape, dtype));
     }
+    // Not in the step's memory: what is free there may be what a recorded step writes to whenever it is replayed.
+    let lasting = cuda::lasting_scope();
     let made = upload()?;
+    drop(lasting);
     CONSTANTS.with_borrow_mut(|c| {
         if c.len() == MOST_CONSTANTS {
             c.clear();
