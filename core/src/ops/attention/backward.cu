@@ -85,22 +85,18 @@ struct QueryGradient : Backward {
     }
 
     __device__ __forceinline__ void step(Tile tile, int slot, int first, int count) {
-        int j = 0;
-        for (; j + 16 * N <= count; j += 16 * N) keys_from(tile, slot + j, first + j, 16 * N);
-        if (j < count) keys_from(tile, slot + j, first + j, count - j);
-    }
-
-    // As in forward.
-    __device__ __forceinline__ void keys_from(Tile tile, int at, int first, int valid) {
-        auto p = products<M, N>(q, keys + at * STRIDE, valid);
-        auto ds = products<M, N>(dy, values + at * STRIDE, valid);
-        if (BIASED) add_bias<false>(p, item.segment, tile.head, tile.row, first, LOG2_E / scale);
-        p.each([&](float& x, int m, int e, int) { x = exp2_fast(x * scale - sums[m][e / 2]); }, valid);
-        auto slope = [&](float& x, int m, int e, int c) {
-            x = c < valid ? p.at[m][c / 8][e] * (x - deltas[m][e / 2]) : 0.0f;
-        };
-        ds.each(slope, valid);
-        add_product<M, N>(dq, ds, keys + at * STRIDE, valid);
+        in_blocks<16 * N>(count, [&](int j, int valid) {
+            const int at = slot + j;
+            auto p = products<M, N>(q, keys + at * STRIDE, valid);
+            auto ds = products<M, N>(dy, values + at * STRIDE, valid);
+            if (BIASED) add_bias<false>(p, item.segment, tile.head, tile.row, first + j, LOG2_E / scale);
+            p.each([&](float& x, int m, int e, int) { x = exp2_fast(x * scale - sums[m][e / 2]); }, valid);
+            auto slope = [&](float& x, int m, int e, int c) {
+                x = c < valid ? p.at[m][c / 8][e] * (x - deltas[m][e / 2]) : 0.0f;
+            };
+            ds.each(slope, valid);
+            add_product<M, N>(dq, ds, keys + at * STRIDE, valid);
+        });
     }
 
     __device__ __forceinline__ void end(Tile tile) {
@@ -144,19 +140,16 @@ struct KeyGradient : Backward {
     }
 
     __device__ __forceinline__ void step(Tile tile, int slot, int first, int count) {
-        int j = 0;
-        for (; j + 16 * N <= count; j += 16 * N) queries_from(tile, slot + j, first + j, 16 * N);
-        if (j < count) queries_from(tile, slot + j, first + j, count - j);
-    }
-
-    __device__ __forceinline__ void queries_from(Tile tile, int at, int first, int valid) {
-        auto p = products<M, N>(k, queries + at * STRIDE, valid);
-        auto ds = products<M, N>(v, gradients + at * STRIDE, valid);
-        if (BIASED) add_bias<true>(p, item.segment, tile.head, tile.row, first, LOG2_E / scale);
-        p.each([&](float& x, int, int, int c) { x = exp2_fast(x * scale - sums[at + c]); }, valid);
-        ds.each([&](float& x, int m, int e, int c) { x = p.at[m][c / 8][e] * (x - deltas[at + c]); }, valid);
-        add_product<M, N>(dv, p, gradients + at * STRIDE, valid);
-        add_product<M, N>(dk, ds, queries + at * STRIDE, valid);
+        in_blocks<16 * N>(count, [&](int j, int valid) {
+            const int at = slot + j;
+            auto p = products<M, N>(k, queries + at * STRIDE, valid);
+            auto ds = products<M, N>(v, gradients + at * STRIDE, valid);
+            if (BIASED) add_bias<true>(p, item.segment, tile.head, tile.row, first + j, LOG2_E / scale);
+            p.each([&](float& x, int, int, int c) { x = exp2_fast(x * scale - sums[at + c]); }, valid);
+            ds.each([&](float& x, int m, int e, int c) { x = p.at[m][c / 8][e] * (x - deltas[at + c]); }, valid);
+            add_product<M, N>(dv, p, gradients + at * STRIDE, valid);
+            add_product<M, N>(dk, ds, queries + at * STRIDE, valid);
+        });
     }
 
     __device__ __forceinline__ void end(Tile tile) {

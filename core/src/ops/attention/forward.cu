@@ -48,21 +48,16 @@ struct Forward {
     }
 
     __device__ __forceinline__ void step(Tile tile, int slot, int first, int count) {
-        int j = 0;
-        for (; j + 16 * N <= count; j += 16 * N) keys_from(tile, slot + j, first + j, 16 * N);
-        if (j < count) keys_from(tile, slot + j, first + j, count - j);
-    }
-
-    // The keys in rows [at, at + valid) of shared memory, which are those from `first` on of the image. In full blocks
-    // `valid` is a constant and nothing depends on it.
-    __device__ __forceinline__ void keys_from(Tile tile, int at, int first, int valid) {
-        auto s = products<M, N>(q, keys + at * STRIDE, valid);
-        if (BIASED) add_bias<false>(s, item.segment, tile.head, tile.row, first, LOG2_E / scale);
-        if (valid < 16 * N) {
-            s.each([&](float& x, int, int, int c) { x = c < valid ? x : -INFINITY; });
-        }
-        weigh(s, valid);
-        add_product<M, N>(o, s, values + at * STRIDE, valid);
+        in_blocks<16 * N>(count, [&](int j, int valid) {
+            const int at = slot + j;
+            auto s = products<M, N>(q, keys + at * STRIDE, valid);
+            if (BIASED) add_bias<false>(s, item.segment, tile.head, tile.row, first + j, LOG2_E / scale);
+            if (valid < 16 * N) {
+                s.each([&](float& x, int, int, int c) { x = c < valid ? x : -INFINITY; });
+            }
+            weigh(s, valid);
+            add_product<M, N>(o, s, values + at * STRIDE, valid);
+        });
     }
 
     // Scores to weights relative to the rows' maxima, or to what these were when they last grew.

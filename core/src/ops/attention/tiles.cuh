@@ -131,6 +131,14 @@ __device__ __forceinline__ void add_product(Accumulators<M, COLUMNS>& sum, const
     }
 }
 
+// f(first, valid) for `count` rows, SIZE at a time and then what is left: in full blocks `valid` is a constant, and nothing
+// in them depends on it.
+template <int SIZE, class F> __device__ __forceinline__ void in_blocks(int count, F f) {
+    int first = 0;
+    for (; first + SIZE <= count; first += SIZE) f(first, SIZE);
+    if (first < count) f(first, count - first);
+}
+
 // ---- rows between global and shared memory
 
 // The threads that do something together: a warp or a block.
