@@ -8,7 +8,6 @@
 //
 // Shared memory as in forward; the second kernel also holds log_sum and delta of the chunk, 8 bytes a row.
 
-constexpr int M = 1;                // 16 M rows of the result a warp: as cuda.rs has it
 constexpr int N = D <= 96 ? 2 : 1;  // 16 N rows of the other side at a time
 
 // What both kernels read and write.
@@ -40,16 +39,16 @@ struct QueryGradient : Backward {
     bf16 *keys, *values, *staging;
     float scale;  // of the scores, for powers of two
 
-    Operand<M, K_STEPS> q, dy;
-    Accumulators<M, COLUMNS> dq;
-    float sums[M][2], deltas[M][2];  // of rows g and g + 8; log_sum in base 2
+    Operand q, dy;
+    Accumulators<COLUMNS> dq;
+    float sums[2], deltas[2];  // of rows g and g + 8; log_sum in base 2
 
-    __device__ __forceinline__ QueryGradient(const Backward& b, const Buffers<16 * M>& to)
+    __device__ __forceinline__ QueryGradient(const Backward& b, const Buffers& to)
         : Backward(b), keys(to.first), values(to.second), staging(to.staging), scale(LOG2_E * rsqrtf(float(D))) {}
 
     __device__ __forceinline__ void begin(Tile tile) {
-        dy = global_operand<M>(gradient(tile.head), tile.row);
-        q = global_operand<M>(packed(0, tile.head), tile.row);
+        dy = global_operand(gradient(tile.head), tile.row);
+        q = global_operand(packed(0, tile.head), tile.row);
         dq = {};
         row_statistics(tile);
     }
@@ -59,24 +58,22 @@ struct QueryGradient : Backward {
         const int g = lane_id() / 4, t = lane_id() % 4;
         const size_t place = item.sums(tile.head);
 #pragma unroll
-        for (int m = 0; m < M; m++)
+        for (int h = 0; h < 2; h++) {
+            const int wanted = tile.row + 8 * h + g, row = min(wanted, item.segment.tokens - 1);
+            const bf16* y = out + mixed(tile.head) + row * width();
+            float dot = 0.0f;
 #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                const int wanted = tile.row + 16 * m + 8 * h + g, row = min(wanted, item.segment.tokens - 1);
-                const bf16* y = out + mixed(tile.head) + row * width();
-                float dot = 0.0f;
-#pragma unroll
-                for (int n = 0; n < COLUMNS; n++) {
-                    const u32 dy_pair = dy.at[m][n / 2][h + n % 2 * 2];
-                    const u32 y_pair = __ldg((const u32*)(y + 8 * n + 2 * t));
-                    dot += low(dy_pair) * low(y_pair) + high(dy_pair) * high(y_pair);
-                }
-                dot += __shfl_xor_sync(FULL_WARP, dot, 1);
-                dot += __shfl_xor_sync(FULL_WARP, dot, 2);
-                deltas[m][h] = dot;
-                sums[m][h] = log_sum[place + row] * LOG2_E;
-                if (wanted == row && t == 0) delta[place + row] = dot;
+            for (int n = 0; n < COLUMNS; n++) {
+                const u32 dy_pair = dy.at[n / 2][h + n % 2 * 2];
+                const u32 y_pair = __ldg((const u32*)(y + 8 * n + 2 * t));
+                dot += low(dy_pair) * low(y_pair) + high(dy_pair) * high(y_pair);
             }
+            dot += __shfl_xor_sync(FULL_WARP, dot, 1);
+            dot += __shfl_xor_sync(FULL_WARP, dot, 2);
+            deltas[h] = dot;
+            sums[h] = log_sum[place + row] * LOG2_E;
+            if (wanted == row && t == 0) delta[place + row] = dot;
+        }
     }
 
     __device__ __forceinline__ void load(int head, int slot, int first, int count) {
@@ -87,21 +84,21 @@ struct QueryGradient : Backward {
     __device__ __forceinline__ void step(Tile tile, int slot, int first, int count) {
         in_blocks<16 * N>(count, [&](int j, int valid) {
             const int at = slot + j;
-            auto p = products<M, N>(q, keys + at * STRIDE, valid);
-            auto ds = products<M, N>(dy, values + at * STRIDE, valid);
+            auto p = products<N>(q, keys + at * STRIDE, valid);
+            auto ds = products<N>(dy, values + at * STRIDE, valid);
             if (BIASED) add_bias<false>(p, item.segment, tile.head, tile.row, first + j, LOG2_E / scale);
-            p.each([&](float& x, int m, int e, int) { x = exp2_fast(x * scale - sums[m][e / 2]); }, valid);
-            auto slope = [&](float& x, int m, int e, int c) {
-                x = c < valid ? p.at[m][c / 8][e] * (x - deltas[m][e / 2]) : 0.0f;
+            p.each([&](float& x, int e, int) { x = exp2_fast(x * scale - sums[e / 2]); }, valid);
+            auto slope = [&](float& x, int e, int c) {
+                x = c < valid ? p.at[c / 8][e] * (x - deltas[e / 2]) : 0.0f;
             };
             ds.each(slope, valid);
-            add_product<M, N>(dq, ds, keys + at * STRIDE, valid);
+            add_product<N>(dq, ds, keys + at * STRIDE, valid);
         });
     }
 
     __device__ __forceinline__ void end(Tile tile) {
         unrotate(dq, tile.row, item.segment);
-        dq.each([](float& x, int, int, int) { x *= rsqrtf(float(D)); });
+        dq.each([](float& x, int, int) { x *= rsqrtf(float(D)); });
         store_rows(dqkv + place(0, tile.head), 3 * width(), tile.row, item.segment.tokens, dq, staging);
     }
 };
@@ -113,16 +110,16 @@ struct KeyGradient : Backward {
     float *sums, *deltas;  // of the rows of the chunk; log_sum in base 2
     float scale;           // of the scores, for powers of two
 
-    Operand<M, K_STEPS> k, v;
-    Accumulators<M, COLUMNS> dk, dv;
+    Operand k, v;
+    Accumulators<COLUMNS> dk, dv;
 
-    __device__ __forceinline__ KeyGradient(const Backward& b, const Buffers<16 * M>& to)
+    __device__ __forceinline__ KeyGradient(const Backward& b, const Buffers& to)
         : Backward(b), queries(to.first), gradients(to.second), staging(to.staging), sums(to.sums), deltas(to.deltas),
           scale(LOG2_E * rsqrtf(float(D))) {}
 
     __device__ __forceinline__ void begin(Tile tile) {
-        v = global_operand<M>(packed(2, tile.head), tile.row);
-        k = global_operand<M>(packed(1, tile.head), tile.row);
+        v = global_operand(packed(2, tile.head), tile.row);
+        k = global_operand(packed(1, tile.head), tile.row);
         dk = {};
         dv = {};
     }
@@ -142,20 +139,20 @@ struct KeyGradient : Backward {
     __device__ __forceinline__ void step(Tile tile, int slot, int first, int count) {
         in_blocks<16 * N>(count, [&](int j, int valid) {
             const int at = slot + j;
-            auto p = products<M, N>(k, queries + at * STRIDE, valid);
-            auto ds = products<M, N>(v, gradients + at * STRIDE, valid);
+            auto p = products<N>(k, queries + at * STRIDE, valid);
+            auto ds = products<N>(v, gradients + at * STRIDE, valid);
             if (BIASED) add_bias<true>(p, item.segment, tile.head, tile.row, first + j, LOG2_E / scale);
-            p.each([&](float& x, int, int, int c) { x = exp2_fast(x * scale - sums[at + c]); }, valid);
-            ds.each([&](float& x, int m, int e, int c) { x = p.at[m][c / 8][e] * (x - deltas[at + c]); }, valid);
-            add_product<M, N>(dv, p, gradients + at * STRIDE, valid);
-            add_product<M, N>(dk, ds, queries + at * STRIDE, valid);
+            p.each([&](float& x, int, int c) { x = exp2_fast(x * scale - sums[at + c]); }, valid);
+            ds.each([&](float& x, int e, int c) { x = p.at[c / 8][e] * (x - deltas[at + c]); }, valid);
+            add_product<N>(dv, p, gradients + at * STRIDE, valid);
+            add_product<N>(dk, ds, queries + at * STRIDE, valid);
         });
     }
 
     __device__ __forceinline__ void end(Tile tile) {
         const int stride = 3 * width(), tokens = item.segment.tokens;
         unrotate(dk, tile.row, item.segment);
-        dk.each([](float& x, int, int, int) { x *= rsqrtf(float(D)); });
+        dk.each([](float& x, int, int) { x *= rsqrtf(float(D)); });
         store_rows(dqkv + place(1, tile.head), stride, tile.row, tokens, dk, staging);
         store_rows(dqkv + place(2, tile.head), stride, tile.row, tokens, dv, staging);
     }
@@ -169,8 +166,8 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, BLOCKS) attention_back
     __shared__ Item item;
     if (threadIdx.x == 0) item = item_of(all, blockIdx.x);
     __syncthreads();
-    QueryGradient work({qkv, out, dout, log_sum, delta, dqkv, item}, Buffers<16 * M>(shared, item));
-    sweep<16 * M>(item, work);
+    QueryGradient work({qkv, out, dout, log_sum, delta, dqkv, item}, Buffers(shared, item));
+    sweep(item, work);
 }
 
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, BLOCKS) attention_backward_keys_bf16(BACKWARD_PARAMS) {
@@ -178,8 +175,8 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, BLOCKS) attention_back
     __shared__ Item item;
     if (threadIdx.x == 0) item = item_of(all, blockIdx.x);
     __syncthreads();
-    KeyGradient work({qkv, out, dout, log_sum, delta, dqkv, item}, Buffers<16 * M>(shared, item));
-    sweep<16 * M>(item, work);
+    KeyGradient work({qkv, out, dout, log_sum, delta, dqkv, item}, Buffers(shared, item));
+    sweep(item, work);
 }
 
 #if BIASED
@@ -202,7 +199,7 @@ extern "C" __global__ void attention_backward_bias_bf16(BACKWARD_PARAMS, float* 
 
     const int first = blockIdx.z * all.images_per_part, last = min(first + all.images_per_part, s.images);
     const float scale = LOG2_E * rsqrtf(float(D));
-    Accumulators<1, 2 * N> total;
+    Accumulators<2 * N> total;
     for (int image = first; image < last; image++) {
         const Item item = {s, s.first_row + image * s.tokens, head, 1, 0, s.tokens, all.heads};
         const Backward b = {qkv, out, dout, log_sum, delta, dqkv, item};
@@ -212,8 +209,8 @@ extern "C" __global__ void attention_backward_bias_bf16(BACKWARD_PARAMS, float* 
         load_plain(keys, b.packed(1, head), column, KEYS, this_warp());
         copy_wait<0>();
         __syncwarp();
-        auto p = products<1, N>(operand<1>(queries), keys, KEYS);
-        auto ds = products<1, N>(operand<1>(gradients), values, KEYS);
+        auto p = products<N>(operand(queries), keys, KEYS);
+        auto ds = products<N>(operand(gradients), values, KEYS);
         add_bias<false>(p, s, head, row, column, LOG2_E / scale);
         float sums[2], deltas[2];
         for (int h = 0; h < 2; h++) {
@@ -221,14 +218,14 @@ extern "C" __global__ void attention_backward_bias_bf16(BACKWARD_PARAMS, float* 
             sums[h] = log_sum[at] * LOG2_E;
             deltas[h] = delta[at];
         }
-        total.each([&](float& x, int m, int e, int c) {
+        total.each([&](float& x, int e, int c) {
             const int n = c / 8, h = e / 2;
-            x += exp2_fast(p.at[m][n][e] * scale - sums[h]) * (ds.at[m][n][e] - deltas[h]);
+            x += exp2_fast(p.at[n][e] * scale - sums[h]) * (ds.at[n][e] - deltas[h]);
         });
         __syncwarp();
     }
     float* to = partial + ((size_t)blockIdx.z * all.heads + head) * patches * patches;
-    total.each([&](float& x, int, int e, int c) {
+    total.each([&](float& x, int e, int c) {
         const int i = row - s.prefix + 8 * (e / 2) + lane_id() / 4, j = column - s.prefix + c;
         if (i < patches && j < patches) to[(size_t)i * patches + j] = x;
     });

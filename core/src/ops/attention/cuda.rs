@@ -145,8 +145,8 @@ impl Attention {
         }
         let mut rotated = qkv.into_unique();
         for some in self.segment_args().chunks(MAX_SEGMENTS) {
-            let of_heads = (2 * self.heads).div_ceil(4) * kernels.d / 16;
-            let threads = some.iter().map(|s| (s.images * (s.tokens - s.prefix)) as usize * of_heads).max();
+            let of_patch = (2 * self.heads).div_ceil(ROTATE_HEADS) * (kernels.d / 2 / ROTATE_PAIRS);
+            let threads = some.iter().map(|s| (s.images * (s.tokens - s.prefix)) as usize * of_patch).max();
             let kernel = gpu.kernel(&ROTATE, "attention_rotate", kernels.dtype)?;
             let blocks = threads.unwrap_or(0).div_ceil(ROTATE_THREADS);
             let launch = kernel.grid((blocks, some.len(), 1), ROTATE_THREADS as u32);
@@ -255,8 +255,7 @@ impl Attention {
 }
 
 impl Kernels {
-    /// Says which rows and heads an item computes, and what a block is. All segments have equally many tokens, or the
-    /// kernel is a plain one.
+    /// Says which rows and heads an item computes, and what a block is. All segments have equally many tokens.
     fn divide(&self, mut segments: SegmentsArg, sweep: Sweep) -> Plan {
         let (heads, tokens) = (segments.heads as usize, segments.at[0].tokens as usize);
         let Division { warps, rows, heads_per_item, chunk, slots, shared } = if self.tiled {
@@ -286,7 +285,7 @@ impl Kernels {
     /// The division of images of so many tokens among warps that leaves the fewest of them idle, then that with the
     /// least shared memory.
     fn tiles(&self, sweep: Sweep, heads: usize, tokens: usize) -> Division {
-        let (tile, row_bytes, warp_bytes) = self.tile(sweep);
+        let (row_bytes, warp_bytes) = self.shared_bytes(sweep);
         let room = shared_memory(self.gpu, if self.d <= 64 { 2 } else { 1 });
         let divisions = (4..=6).flat_map(|warps| {
             let capacity = (room.saturating_sub(warps * warp_bytes) / row_bytes / 16 * 16).max(32);
@@ -296,7 +295,7 @@ impl Kernels {
                     (tokens, whole, heads_per_item)
                 } else {
                     let most = (capacity / 2 / 32 * 32).max(16);
-                    (tile * warps, tokens.div_ceil(tokens.div_ceil(most)).next_multiple_of(16), 2)
+                    (TILE * warps, tokens.div_ceil(tokens.div_ceil(most)).next_multiple_of(16), 2)
                 };
                 let shared = slots * chunk * row_bytes + warps * warp_bytes;
                 Division { warps, rows, heads_per_item, chunk, slots, shared }
@@ -305,19 +304,17 @@ impl Kernels {
         });
         // Tiles that warps have the time for while all heads of an image are computed.
         let places = |x: &Division| {
-            let of = |heads: usize| (heads * x.rows.div_ceil(tile)).div_ceil(x.warps) * x.warps;
+            let of = |heads: usize| (heads * x.rows.div_ceil(TILE)).div_ceil(x.warps) * x.warps;
             let (full, rest) = (heads / x.heads_per_item, heads % x.heads_per_item);
             tokens.div_ceil(x.rows) * (full * of(x.heads_per_item) + of(rest))
         };
         divisions.min_by_key(|x| (places(x), x.shared)).expect("there is a division into four warps")
     }
 
-    /// Of the tensor-core kernels: rows of the result that a warp owns, and shared memory for each row of a chunk and
-    /// for each warp.
-    fn tile(&self, sweep: Sweep) -> (usize, usize, usize) {
+    /// Shared memory of the tensor-core kernels for each row of a chunk and for each warp.
+    fn shared_bytes(&self, sweep: Sweep) -> (usize, usize) {
         let row = 2 * (self.d + 8);
-        let tile = 16;
-        (tile, 2 * row + if sweep == Sweep::Keys { 8 } else { 0 }, tile * row)
+        (2 * row + if sweep == Sweep::Keys { 8 } else { 0 }, TILE * row)
     }
 
     /// Shared memory of the kernels in `plain.cu`.
@@ -351,8 +348,13 @@ impl Kernels {
     }
 }
 
-/// Threads of a block in `rotate.cu`.
+/// Threads of a block in `rotate.cu`, heads of a thread, and pairs of columns of each head.
 const ROTATE_THREADS: usize = 256;
+const ROTATE_HEADS: usize = 4;
+const ROTATE_PAIRS: usize = 8;
+
+/// Rows of the result that a warp of the tensor-core kernels owns.
+const TILE: usize = 16;
 
 /// Threads of a block, and rows of the result that it computes, in `plain.cu`.
 const PLAIN_THREADS: usize = 256;

@@ -10,7 +10,6 @@
 constexpr float SLACK = 8.0f;  // in powers of two
 
 struct Forward {
-    static constexpr int M = 1;  // 16 M queries a warp: as cuda.rs has it
     static constexpr int N = 8;  // 16 N keys at a time
 
     const Item& item;
@@ -20,9 +19,9 @@ struct Forward {
     bf16 *keys, *values, *staging;
     float scale;  // of the scores, for powers of two
 
-    Operand<M, K_STEPS> q;
-    Accumulators<M, COLUMNS> o;
-    float top[M][2], sum[M][2];  // of rows g and g + 8: the maximum, and this lane's part of the sum
+    Operand q;
+    Accumulators<COLUMNS> o;
+    float top[2], sum[2];  // of rows g and g + 8: the maximum, and this lane's part of the sum
 
     __device__ __forceinline__ int width() const { return item.total_heads * D; }
     __device__ __forceinline__ Rows rows(int part, int head) const {
@@ -31,15 +30,13 @@ struct Forward {
     }
 
     __device__ __forceinline__ void begin(Tile tile) {
-        q = global_operand<M>(rows(0, tile.head), tile.row);
+        q = global_operand(rows(0, tile.head), tile.row);
         o = {};
 #pragma unroll
-        for (int m = 0; m < M; m++)
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                top[m][h] = -1e30f;  // finite, so that the difference of two is a number
-                sum[m][h] = 0.0f;
-            }
+        for (int h = 0; h < 2; h++) {
+            top[h] = -1e30f;  // finite, so that the difference of two is a number
+            sum[h] = 0.0f;
+        }
     }
 
     __device__ __forceinline__ void load(int head, int slot, int first, int count) {
@@ -50,54 +47,46 @@ struct Forward {
     __device__ __forceinline__ void step(Tile tile, int slot, int first, int count) {
         in_blocks<16 * N>(count, [&](int j, int valid) {
             const int at = slot + j;
-            auto s = products<M, N>(q, keys + at * STRIDE, valid);
+            auto s = products<N>(q, keys + at * STRIDE, valid);
             if (BIASED) add_bias<false>(s, item.segment, tile.head, tile.row, first + j, LOG2_E / scale);
             if (valid < 16 * N) {
-                s.each([&](float& x, int, int, int c) { x = c < valid ? x : -INFINITY; });
+                s.each([&](float& x, int, int c) { x = c < valid ? x : -INFINITY; });
             }
             weigh(s, valid);
-            add_product<M, N>(o, s, values + at * STRIDE, valid);
+            add_product<N>(o, s, values + at * STRIDE, valid);
         });
     }
 
     // Scores to weights relative to the rows' maxima, or to what these were when they last grew.
-    __device__ __forceinline__ void weigh(Accumulators<M, 2 * N>& s, int valid) {
-        float now[M][2];
+    __device__ __forceinline__ void weigh(Accumulators<2 * N>& s, int valid) {
+        float now[2];
 #pragma unroll
-        for (int m = 0; m < M; m++)
-#pragma unroll
-            for (int h = 0; h < 2; h++) now[m][h] = top[m][h];
-        s.each([&](float& x, int m, int e, int) { now[m][e / 2] = fmaxf(now[m][e / 2], x); }, valid);
+        for (int h = 0; h < 2; h++) now[h] = top[h];
+        s.each([&](float& x, int e, int) { now[e / 2] = fmaxf(now[e / 2], x); }, valid);
         bool grows = false;
 #pragma unroll
-        for (int m = 0; m < M; m++)
+        for (int h = 0; h < 2; h++) {
+            float& x = now[h];
+            x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, 1));
+            x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, 2));
+            grows |= (x - top[h]) * scale > SLACK;
+        }
+        if (__any_sync(FULL_WARP, grows)) {
+            float shrink[2];
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                float& x = now[m][h];
-                x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, 1));
-                x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, 2));
-                grows |= (x - top[m][h]) * scale > SLACK;
+                shrink[h] = exp2_fast((top[h] - now[h]) * scale);
+                top[h] = now[h];
+                sum[h] *= shrink[h];
             }
-        if (__any_sync(FULL_WARP, grows)) {
-            float shrink[M][2];
-#pragma unroll
-            for (int m = 0; m < M; m++)
-#pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    shrink[m][h] = exp2_fast((top[m][h] - now[m][h]) * scale);
-                    top[m][h] = now[m][h];
-                    sum[m][h] *= shrink[m][h];
-                }
-            o.each([&](float& x, int m, int e, int) { x *= shrink[m][e / 2]; });
+            o.each([&](float& x, int e, int) { x *= shrink[e / 2]; });
         }
-        float origin[M][2];
+        float origin[2];
 #pragma unroll
-        for (int m = 0; m < M; m++)
-#pragma unroll
-            for (int h = 0; h < 2; h++) origin[m][h] = top[m][h] * scale;
-        auto weight = [&](float& x, int m, int e, int) {
-            x = exp2_fast(x * scale - origin[m][e / 2]);
-            sum[m][e / 2] += x;
+        for (int h = 0; h < 2; h++) origin[h] = top[h] * scale;
+        auto weight = [&](float& x, int e, int) {
+            x = exp2_fast(x * scale - origin[e / 2]);
+            sum[e / 2] += x;
         };
         s.each(weight, valid);
     }
@@ -105,18 +94,16 @@ struct Forward {
     __device__ __forceinline__ void end(Tile tile) {
         float* sums = log_sum + item.sums(tile.head);
 #pragma unroll
-        for (int m = 0; m < M; m++)
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                float x = sum[m][h];
-                x += __shfl_xor_sync(FULL_WARP, x, 1);
-                x += __shfl_xor_sync(FULL_WARP, x, 2);
-                sum[m][h] = 1.0f / x;
-                const int row = tile.row + 16 * m + 8 * h + lane_id() / 4;
-                if (lane_id() % 4 != 0 || row >= item.segment.tokens) continue;
-                sums[row] = (top[m][h] * scale + log2f(x)) / LOG2_E;
-            }
-        o.each([&](float& x, int m, int e, int) { x *= sum[m][e / 2]; });
+        for (int h = 0; h < 2; h++) {
+            float x = sum[h];
+            x += __shfl_xor_sync(FULL_WARP, x, 1);
+            x += __shfl_xor_sync(FULL_WARP, x, 2);
+            sum[h] = 1.0f / x;
+            const int row = tile.row + 8 * h + lane_id() / 4;
+            if (lane_id() % 4 != 0 || row >= item.segment.tokens) continue;
+            sums[row] = (top[h] * scale + log2f(x)) / LOG2_E;
+        }
+        o.each([&](float& x, int e, int) { x *= sum[e / 2]; });
         bf16* to = out + (size_t)item.image_row * width() + tile.head * D;
         store_rows(to, width(), tile.row, item.segment.tokens, o, staging);
     }
@@ -129,7 +116,7 @@ attention_forward_bf16(const bf16* qkv, bf16* out, float* log_sum, Segments all)
     __shared__ Item item;
     if (threadIdx.x == 0) item = item_of(all, blockIdx.x);
     __syncthreads();
-    const Buffers<16 * Forward::M> to(shared, item);
+    const Buffers to(shared, item);
     Forward work = {item, qkv, out, log_sum, to.first, to.second, to.staging, LOG2_E * rsqrtf(float(D))};
-    sweep<16 * Forward::M>(item, work);
+    sweep(item, work);
 }

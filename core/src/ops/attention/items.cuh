@@ -1,5 +1,5 @@
-// Attention: how the work of a launch is divided. One launch covers all segments (the global crops, then the local
-// ones); its blocks are work items, numbered segment by segment, so that the longest ones start first.
+// Attention: how the work of a launch is divided. One launch covers all segments of one length; its blocks are work items,
+// numbered segment by segment.
 
 #define MAX_SEGMENTS 4
 
