@@ -62,8 +62,8 @@ impl Rng {
         Self::new(seed, stream, step, index)
     }
 
-    /// What comes after that many blocks of four 32-bit integers, counted from the start of the sequence: a normal number takes one block,
-    /// two uniform ones share one.
+    /// What comes after that many blocks of four 32-bit integers, counted from the start of the sequence: a normal number
+    /// takes one block, two uniform ones share one.
     pub(crate) fn after_blocks(&self, blocks: usize) -> Self {
         let [_, stream, step, index] = self.counter;
         Self { counter: [blocks as u32, stream, step, index], block: [0; 4], used: 4, ..*self }

@@ -8,7 +8,7 @@ template <class T> __device__ void greatest(u32* greatest, const T* x, size_t n)
     for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += all)
         most = max(most, __float_as_uint(to_float(x[i])) & 0x7fffffffu);
 #pragma unroll
-    for (int step = 16; step > 0; step /= 2) most = max(most, __shfl_xor_sync(0xffffffffu, most, step));
+    for (int step = 16; step > 0; step /= 2) most = max(most, __shfl_xor_sync(FULL_WARP, most, step));
     if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = most;
     __syncthreads();
     if (threadIdx.x == 0) {
