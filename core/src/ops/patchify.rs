@@ -22,6 +22,12 @@ impl Tensor {
         if patch == 0 {
             return Err(Error::shape("patchify", "a patch has at least one pixel"));
         }
+        if self.gpu().is_some() && u32::try_from(self.len()).is_err() {
+            return Err(Error::shape(
+                "patchify",
+                format!("{:?} are more pixels than a GPU is given at once", self.shape()),
+            ));
+        }
         Patchify { images, channels, height, width, patch }.apply(&[self])
     }
 }
@@ -80,9 +86,9 @@ impl Op for Patchify {
         let mut out = Tensor::uninit(&[rows, row], inputs[0].dtype());
         if let Some(gpu) = out.gpu() {
             let n = out.len();
-            let launch = gpu.kernel(&PATCHIFY, "patchify", out.dtype())?.over(n);
+            let launch = gpu.kernel(&PATCHIFY, "patchify", out.dtype())?.over((n * out.dtype().size()).div_ceil(16));
             let bytes = (2 * n * out.dtype().size()) as f64;
-            launch.work(0.0, bytes).launch(args![&mut out, inputs[0], &self.images_arg(), n])?;
+            launch.work(0.0, bytes).launch(args![&mut out, inputs[0], &self.images_arg(), n as u32])?;
             return Ok(out);
         }
         dispatch_real!("patchify", out.dtype(), T => {
@@ -100,8 +106,10 @@ impl Op for Patchify {
         if let Some(gpu) = dy.gpu() {
             // Zeros where no patch reaches; each pixel belongs to one patch.
             let mut dx = Tensor::zeros(&[grads.input_len(0)], dy.dtype());
-            let launch = gpu.kernel(&PATCHIFY, "patchify_backward", dy.dtype())?.over(dy.len());
-            launch.launch(args![&Arg::gradient(&mut dx), &dy, &self.images_arg(), dy.len()])?;
+            let launch = gpu
+                .kernel(&PATCHIFY, "patchify_backward", dy.dtype())?
+                .over((dy.len() * dy.dtype().size()).div_ceil(16));
+            launch.launch(args![&Arg::gradient(&mut dx), &dy, &self.images_arg(), dy.len() as u32])?;
             return grads.add(0, dx);
         }
         dispatch_real!("patchify", dy.dtype(), T => grads.accumulate(0, |mut dx| {
