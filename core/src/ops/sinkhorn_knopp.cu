@@ -109,25 +109,26 @@ __device__ void rows_by(T* out, float* norms, const T* x, const float* temperatu
     const float scale = scale_of(temperature);
     const int first = blockIdx.x * R;
     x += (size_t)first * k;
-    auto exponents = [&](float* z, int r, int i, const float* base) {
-        get_all<N>(z, x + (size_t)r * k + i);
+    // f(r, i, z) for every row and N columns of this thread, z their exponents. The rows' packs are read before any is used;
+    // a row that is not there is the last one again.
+    auto visit = [&](auto f) {
+        for (int i = threadIdx.x * N; i < k; i += blockDim.x * N) {
+            float base[N], z[R][N];
+            get_all<N>(base, shift + i);
 #pragma unroll
-        for (int j = 0; j < N; j++) z[j] = z[j] * scale - base[j];
+            for (int r = 0; r < R; r++) get_all<N>(z[r], x + (size_t)(first + r < rows ? r : rows - 1 - first) * k + i);
+#pragma unroll
+            for (int r = 0; r < R; r++) {
+#pragma unroll
+                for (int j = 0; j < N; j++) z[r][j] = z[r][j] * scale - base[j];
+                f(r, i, z[r]);
+            }
+        }
     };
     LogSum sums[R];
 #pragma unroll
     for (int r = 0; r < R; r++) sums[r] = {-INFINITY, 0.0f};
-    for (int i = threadIdx.x * N; i < k; i += blockDim.x * N) {
-        float base[N], z[N];
-        get_all<N>(base, shift + i);
-#pragma unroll
-        for (int r = 0; r < R; r++) {
-            if (first + r < rows) {
-                exponents(z, r, i, base);
-                add<N>(sums[r], z);
-            }
-        }
-    }
+    visit([&](int r, int, const float* z) { add<N>(sums[r], z); });
     float norm[R];
 #pragma unroll
     for (int r = 0; r < R; r++) {
@@ -136,19 +137,12 @@ __device__ void rows_by(T* out, float* norms, const T* x, const float* temperatu
     }
     if (!out) return;
     out += (size_t)first * k;
-    for (int i = threadIdx.x * N; i < k; i += blockDim.x * N) {
-        float base[N], z[N];
-        get_all<N>(base, shift + i);
+    visit([&](int r, int i, float* z) {
+        if (first + r >= rows) return;
 #pragma unroll
-        for (int r = 0; r < R; r++) {
-            if (first + r < rows) {
-                exponents(z, r, i, base);
-#pragma unroll
-                for (int j = 0; j < N; j++) z[j] = exp2_fast(z[j] - norm[r]);
-                put_all<N>(out + (size_t)r * k + i, z);
-            }
-        }
-    }
+        for (int j = 0; j < N; j++) z[j] = exp2_fast(z[j] - norm[r]);
+        put_all<N>(out + (size_t)r * k + i, z);
+    });
 }
 
 template <class T>
