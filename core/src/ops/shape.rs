@@ -3,9 +3,9 @@
 use half::bf16;
 use rayon::prelude::*;
 
-use crate::cuda::{args, Arg, Gpu};
+use crate::cuda::{args, Gpu};
 use crate::ops::same_dtype;
-use crate::tensor::{DType, Grads, Op};
+use crate::tensor::{DType, GradMut, Grads, Op};
 use crate::{cuda_source, dispatch_real, Error, Result, Tensor};
 
 cuda_source! { pub(crate) static SHAPE = "shape" { include_str!("shape.cu") } }
@@ -109,7 +109,7 @@ impl Op for Narrow {
         }
         if let Some(gpu) = dy.gpu() {
             let window = Window { row: self.full.iter().product(), start: self.start, len: dy.len() };
-            return grads.accumulate(0, |mut dx| window.backward(gpu, Arg::from(&mut dx), &dy, 1));
+            return grads.accumulate(0, |dx| window.backward(gpu, dx, &dy, 1));
         }
         dispatch_real!("narrow", dy.dtype(), T => grads.accumulate(0, |mut dx| {
             let add = dx.add;
@@ -142,10 +142,12 @@ impl Window {
         launch.work(0.0, 2.0 * bytes as f64).launch(args![out, x, self.row, self.start, self.len, rows])
     }
 
-    fn backward(&self, gpu: &'static Gpu, dx: Arg, dy: &Tensor, rows: usize) -> Result<()> {
-        let bytes = ((dy.len() + rows * self.row) * dy.dtype().size()) as f64;
-        let launch = gpu.kernel(&SHAPE, "window_backward", dy.dtype())?.over(rows * self.row);
-        launch.work(0.0, bytes).launch(args![&dx, dy, self.row, self.start, self.len, rows])
+    fn backward(&self, gpu: &'static Gpu, mut dx: GradMut<'_>, dy: &Tensor, rows: usize) -> Result<()> {
+        let (read, written) = if dx.add { (2 * dy.len(), dy.len()) } else { (dy.len(), rows * self.row) };
+        let size = dy.dtype().size();
+        let launch = gpu.kernel(&SHAPE, "window_backward", dy.dtype())?.over((written * size).div_ceil(16));
+        let launch = launch.work(0.0, ((read + written) * size) as f64);
+        launch.launch(args![&mut dx, dy, self.row, self.start, self.len, rows])
     }
 }
 
@@ -194,7 +196,7 @@ impl Op for NarrowAxis {
         }
         if let Some(gpu) = dy.gpu() {
             let rows = dy.len() / self.len;
-            return grads.accumulate(0, |mut dx| self.window().backward(gpu, Arg::from(&mut dx), &dy, rows));
+            return grads.accumulate(0, |dx| self.window().backward(gpu, dx, &dy, rows));
         }
         let range = self.start..self.start + self.len;
         dispatch_real!("narrow_axis", dy.dtype(), T => grads.accumulate(0, |mut dx| {
@@ -365,8 +367,8 @@ impl Op for GatherRows {
         if let Some(gpu) = dy.gpu() {
             let (count, total) = (self.rows.len() as i32, self.full[0]);
             return grads.accumulate(0, |mut dx| {
-                let launch = gpu.kernel(&SHAPE, "gather_backward", dy.dtype())?.rows(total);
-                launch.launch(args![&Arg::from(&mut dx), &dy, &self.rows, count, total as i32, inner as i32])
+                let launch = gpu.kernel(&SHAPE, "gather_backward", dy.dtype())?.rows(total.div_ceil(8));
+                launch.launch(args![&mut dx, &dy, &self.rows, count, total as i32, inner as i32])
             });
         }
         dispatch_real!("gather_rows", dy.dtype(), T => grads.accumulate(0, |mut dx| {
