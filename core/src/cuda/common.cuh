@@ -43,15 +43,16 @@ template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) {
 
 // Instantiates a kernel template for both storage types: KERNEL(name, (params), (args)) defines name_f32 and name_bf16,
 // which call name<float> and name<bf16>. `T` in the parameters is the storage type. Blocks have at most 512 threads, so
-// that registers suffice whatever the kernel.
+// that registers suffice whatever the kernel; a source with other needs defines KERNEL_BOUNDS anew.
+#define KERNEL_BOUNDS 512
 #define KERNEL(name, params, args)                                                                                        \
     namespace name##_for_f32 {                                                                                            \
     typedef float T;                                                                                                      \
-    extern "C" __global__ void __launch_bounds__(512) name##_f32 params { name<float> args; }                             \
+    extern "C" __global__ void __launch_bounds__(KERNEL_BOUNDS) name##_f32 params { name<float> args; }                             \
     }                                                                                                                     \
     namespace name##_for_bf16 {                                                                                           \
     typedef bf16 T;                                                                                                       \
-    extern "C" __global__ void __launch_bounds__(512) name##_bf16 params { name<bf16> args; }                             \
+    extern "C" __global__ void __launch_bounds__(KERNEL_BOUNDS) name##_bf16 params { name<bf16> args; }                             \
     }
 
 // ---- gradients: written to memory of f32 or bf16, added to what is there if asked
@@ -79,26 +80,35 @@ template <class T> struct alignas(16) Pack {
 
 __device__ __forceinline__ bool aligned16(const void* p) { return ((size_t)p & 15) == 0; }
 
+// x becomes what is at p afterwards, before it is rounded; N neighbours, in packs.
+template <int N, class T> __device__ __forceinline__ void put_packs(T* p, bool add, float* x) {
+    constexpr int M = Pack<T>::N;
+    Pack<T> y[N / M];
+    if (add) {
+#pragma unroll
+        for (int i = 0; i < N / M; i++) y[i] = ((const Pack<T>*)p)[i];
+#pragma unroll
+        for (int k = 0; k < N; k++) x[k] += to_float(y[k / M].at[k % M]);
+    }
+#pragma unroll
+    for (int k = 0; k < N; k++) y[k / M].at[k % M] = from_float<T>(x[k]);
+#pragma unroll
+    for (int i = 0; i < N / M; i++) ((Pack<T>*)p)[i] = y[i];
+}
+
 // N neighbours from element i on, which is a multiple of N; in packs where memory is aligned for them. x becomes what is
 // there afterwards, before it is rounded.
 template <int N> __device__ __forceinline__ void put_all(Gradient g, size_t i, float* x) {
-    if (g.is_bf16 && N == Pack<bf16>::N && aligned16(g.at)) {
-        Pack<bf16>* p = (Pack<bf16>*)((bf16*)g.at + i);
-        Pack<bf16> y;
-        if (g.add) {
-            y = *p;
+    if constexpr (N % Pack<bf16>::N == 0) {
+        if (g.is_bf16 && aligned16(g.at)) return put_packs<N>((bf16*)g.at + i, g.add, x);
+    }
+    if constexpr (N % Pack<float>::N == 0) {
+        if (!g.is_bf16 && aligned16(g.at)) return put_packs<N>((float*)g.at + i, g.add, x);
+    }
 #pragma unroll
-            for (int k = 0; k < N; k++) x[k] += to_float(y.at[k % Pack<bf16>::N]);
-        }
-#pragma unroll
-        for (int k = 0; k < N; k++) y.at[k % Pack<bf16>::N] = from_float<bf16>(x[k]);
-        *p = y;
-    } else {
-#pragma unroll
-        for (int k = 0; k < N; k++) {
-            if (g.add) x[k] += g.is_bf16 ? to_float(((bf16*)g.at)[i + k]) : ((float*)g.at)[i + k];
-            put(Gradient{g.at, g.is_bf16, 0}, i + k, x[k]);
-        }
+    for (int k = 0; k < N; k++) {
+        if (g.add) x[k] += g.is_bf16 ? to_float(((bf16*)g.at)[i + k]) : ((float*)g.at)[i + k];
+        put(Gradient{g.at, g.is_bf16, 0}, i + k, x[k]);
     }
 }
 

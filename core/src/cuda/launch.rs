@@ -6,7 +6,7 @@ use cudarc::driver::sys;
 
 use super::device::UNASKED_SHARED;
 use super::{check, Gpu};
-use crate::tensor::{GradMut, Tensor};
+use crate::tensor::{GradMut, Grads, Tensor};
 use crate::{DType, Error, Result};
 
 /// An argument of a kernel, as the bytes that it is passed by.
@@ -87,6 +87,19 @@ impl Arg {
     pub fn gradient(tensor: &mut Tensor) -> Self {
         assert!(tensor.is_unique(), "only an unshared tensor is written to");
         Self::plain([tensor.device_address(), u64::from(tensor.dtype() == DType::BF16)])
+    }
+
+    /// The kernel's `Gradient` for an input of an operation, if there is one and it is tracked, to be filled by the next
+    /// launch.
+    pub(crate) fn gradient_of(grads: &mut Grads<'_>, input: impl Into<Option<usize>>) -> Result<Self> {
+        let mut arg = Self::no_gradient();
+        if let Some(input) = input.into() {
+            grads.accumulate(input, |mut place| {
+                arg = Self::from(&mut place);
+                Ok(())
+            })?;
+        }
+        Ok(arg)
     }
 
     /// The kernel's `Gradient` that nobody asked for: a null pointer.

@@ -1,29 +1,23 @@
 // Sums over the rows of a matrix, in a fixed order and without atomics. A block takes a run of rows, its threads own
 // columns, and partial sums stay in registers; `add_blocks` (columns.cu) adds the blocks' sums in order.
 
-constexpr int CHUNK_ROWS = 32;
-
-// For every row r of this block's run and every N columns c.., once: row(r, c, sums), which adds to sums[SUMS][N].
-// Before a chunk of rows is visited, all threads call prepare(first, last). Leaves the run's sums in
-// partial[block][SUMS][d]. Launched by `Partial::launch`.
-template <int SUMS, int N, class Prepare, class Row>
-__device__ __forceinline__ void column_sums(float* partial, int rows, int d, Prepare prepare, Row row) {
+// For every row r of this block's run and every N columns c.., once: row(r, c, sums), which adds to sums[SUMS][N]. Leaves
+// the run's sums in partial[block][SUMS][d]. Launched by `Partial::launch`.
+template <int SUMS, int N, class Row>
+__device__ __forceinline__ void column_sums(float* partial, int rows, int d, Row row) {
     const int groups = (d + N - 1) / N, threads = blockDim.x;
     const int wide = groups < threads ? groups : threads, lanes = threads / wide;
     const int lane = threadIdx.x / wide, group = threadIdx.x % wide;
-    const int run = ((rows + gridDim.x - 1) / gridDim.x + CHUNK_ROWS - 1) / CHUNK_ROWS * CHUNK_ROWS;
+    const int run = (rows + gridDim.x - 1) / gridDim.x;
     const int first = blockIdx.x * run, end = first + run < rows ? first + run : rows;
     __shared__ float of_lane[512 * N];
     for (int base = 0; base < groups; base += wide) {
         const int column = (base + group) * N;
         const bool mine = lane < lanes && base + group < groups;
         float sums[SUMS][N] = {};
-        for (int chunk = first; chunk < end; chunk += CHUNK_ROWS) {
-            const int last = chunk + CHUNK_ROWS < end ? chunk + CHUNK_ROWS : end;
-            prepare(chunk, last);
-            if (mine) {
-                for (int r = chunk + lane; r < last; r += lanes) row(r, column, sums);
-            }
+        if (mine) {
+#pragma unroll 4
+            for (int r = first + lane; r < end; r += lanes) row(r, column, sums);
         }
 #pragma unroll
         for (int s = 0; s < SUMS; s++) {

@@ -3,7 +3,7 @@
 
 use rayon::prelude::*;
 
-use crate::cuda::{args, Arg, Gpu, Kernel, Launch};
+use crate::cuda::{args, Arg, Kernel, Launch};
 use crate::tensor::{GradMut, Real};
 use crate::{cuda_source, dispatch_real, simd, DType, Result, Tensor};
 
@@ -12,8 +12,10 @@ cuda_source! { static COLUMNS = "columns" { include_str!("columns.cuh"), include
 /// Blocks that rows are dealt to on a GPU, at most. A number of its own, not the device's, so that results do not depend
 /// on it.
 const MOST_BLOCKS: usize = 512;
-/// Rows that a block takes at a time.
-const CHUNK_ROWS: usize = 32;
+/// Rows that a block takes at least.
+const LEAST_ROWS: usize = 32;
+/// Threads of a block at most.
+const MOST_THREADS: usize = 512;
 
 /// Room on a GPU for the blocks' parts of several sums: f32 `[blocks, sums, d]`, filled by a kernel that uses
 /// `column_sums` of `columns.cuh`.
@@ -22,19 +24,30 @@ pub(crate) struct Partial(Tensor);
 impl Partial {
     /// Room for `count` sums a column over `rows` rows of width `d`.
     pub(crate) fn new(rows: usize, count: usize, d: usize) -> Self {
-        let blocks = rows.div_ceil(CHUNK_ROWS).clamp(1, MOST_BLOCKS);
+        Self::of_blocks(rows.div_ceil(LEAST_ROWS).clamp(1, MOST_BLOCKS), count, d)
+    }
+
+    /// Room for the sums of as many blocks as a kernel of another kind has.
+    pub(crate) fn of_blocks(blocks: usize, count: usize, d: usize) -> Self {
         Self(Tensor::uninit(&[blocks, count, d], DType::F32))
     }
 
     /// How a kernel that fills it is launched; `dtype` is that of the rows.
     pub(crate) fn launch(&self, kernel: Kernel, dtype: DType) -> Launch {
-        let groups = self.0.dim(2).div_ceil(16 / dtype.size());
-        kernel.grid(self.0.dim(0), groups.next_multiple_of(32).clamp(256, 512) as u32)
+        // As many rows of threads that own columns as there is room for.
+        let groups = self.0.dim(2).div_ceil(16 / dtype.size()).clamp(1, MOST_THREADS);
+        let threads = (MOST_THREADS / groups * groups).next_multiple_of(32);
+        kernel.grid(self.0.dim(0), threads as u32)
     }
 
     /// The buffer to be filled.
     pub(crate) fn buffer(&mut self) -> &mut Tensor {
         &mut self.0
+    }
+
+    /// Writes or adds the sums, which are three, to their places, once the kernel has been launched.
+    pub(crate) fn put(&self, places: [Arg; 3]) -> Result<()> {
+        add_blocks(&self.0, 0, places, 3)
     }
 
     /// One of the sums, once the kernel has been launched.
@@ -57,6 +70,11 @@ impl RowSums {
         Self { blocks, which: 0 }
     }
 
+    /// A sum on a GPU that is complete: f32 `[d]`.
+    pub(crate) fn complete(total: &Tensor) -> Self {
+        Self::of_blocks(total.view(0, &[1, total.len()]))
+    }
+
     /// The sum of the rows of `x`, of width `d`.
     pub(crate) fn of(x: &Tensor, d: usize) -> Result<Self> {
         let rows = x.len() / d.max(1);
@@ -77,8 +95,8 @@ impl RowSums {
 
     /// Writes, or adds, the sum to its place.
     pub(crate) fn put(&self, place: &mut GradMut<'_>) -> Result<()> {
-        if let Some(gpu) = self.blocks.gpu() {
-            return self.add_blocks(gpu, Arg::from(place));
+        if self.blocks.gpu().is_some() {
+            return add_blocks(&self.blocks, self.which, [Arg::from(place), Arg::no_gradient(), Arg::no_gradient()], 1);
         }
         dispatch_real!("sum_rows", self.blocks.dtype(), T => {
             let add = place.add;
@@ -89,18 +107,23 @@ impl RowSums {
 
     /// The sum: `[d]`, f32 on a GPU.
     pub(crate) fn total(&self) -> Result<Tensor> {
-        let mut total = Tensor::uninit(&[self.blocks.dim(2)], self.blocks.dtype());
+        let d = self.blocks.dim(2);
+        if self.blocks.gpu().is_some() && self.blocks.len() == d {
+            return Ok(self.blocks.view(0, &[d]));
+        }
+        let mut total = Tensor::uninit(&[d], self.blocks.dtype());
         self.put(&mut GradMut::of(&mut total))?;
         Ok(total)
     }
+}
 
-    fn add_blocks(&self, gpu: &'static Gpu, out: Arg) -> Result<()> {
-        let &[blocks, count, d] = self.blocks.shape() else { unreachable!("made with three axes") };
-        let start = self.blocks.view(self.which * d, &[d]);
-        let kernel = gpu.kernel(&COLUMNS, "add_blocks", DType::F32)?.grid(d.div_ceil(32), 1024);
-        let launch = kernel.work(0.0, (4 * d * (blocks + 1)) as f64);
-        launch.launch(args![&out, &start, blocks as i32, count * d, d as i32])
-    }
+/// Adds the blocks' parts of `count` sums from number `from` on, in one launch.
+fn add_blocks(partial: &Tensor, from: usize, [first, second, third]: [Arg; 3], count: usize) -> Result<()> {
+    let &[blocks, sums, d] = partial.shape() else { unreachable!("made with three axes") };
+    let (gpu, start) = (partial.gpu().expect("called for sums on a GPU"), partial.view(from * d, &[count * d]));
+    let kernel = gpu.kernel(&COLUMNS, "add_blocks", DType::F32)?.grid((d.div_ceil(32), count), 1024);
+    let launch = kernel.work(0.0, (4 * d * count * (blocks + 1)) as f64);
+    launch.launch(args![&first, &second, &third, &start, blocks as i32, sums * d, d as i32])
 }
 
 /// `args!` with an [`Arg`] among tensors and numbers.

@@ -14,7 +14,7 @@ use crate::ops::{same_dtype, with_grad};
 use crate::tensor::{Grads, Op, Real};
 use crate::{cuda_source, dispatch_real, simd, DType, Error, Result, Tensor};
 
-cuda_source! { static NORM = "layer_norm" { include_str!("columns.cuh"), include_str!("layer_norm.cu") } }
+cuda_source! { static NORM = "layer_norm" { include_str!("layer_norm.cu") } }
 
 impl Tensor {
     /// `(x - mean) / sqrt(variance + eps) * weight + bias` over the last axis, with the biased variance:
@@ -56,6 +56,29 @@ pub(super) struct Normed {
 /// Rows a task handles.
 const ROWS: usize = 64;
 
+/// Threads of a block on a GPU, and blocks of the backward pass that a multiprocessor holds.
+const THREADS: usize = 128;
+const BLOCKS: usize = 3;
+/// Shared memory of the backward pass: two rows of x, dy and dx, in four packs of 16 bytes a thread.
+const STAGED: usize = 2 * 3 * 4 * 16 * THREADS;
+
+/// Threads that have a row on a GPU: a power of two, with up to four packs of 16 bytes each; 0 if the row does not fit.
+#[derive(Clone, Copy)]
+struct Lanes(usize);
+
+impl Lanes {
+    fn of(d: usize, dtype: DType) -> Self {
+        let bytes = d * dtype.size();
+        let lanes = bytes.div_ceil(4 * 16).next_power_of_two();
+        Self(if bytes % 16 == 0 && lanes <= THREADS { lanes } else { 0 })
+    }
+
+    /// Rows of a block; of the plain path, each warp has one.
+    fn rows(self) -> usize {
+        THREADS / if self.0 > 0 { self.0 } else { 32 }
+    }
+}
+
 impl Norm {
     fn name(self) -> &'static str {
         if self.centred {
@@ -89,9 +112,10 @@ impl Norm {
         let mut stats = save.then(|| Tensor::uninit(&[rows, 2], DType::F32));
         let at = stats.as_mut().map_or(Arg::from(0u64), Arg::from);
         let (eps, centred) = (self.eps as f32, i32::from(self.centred));
-        let launch = gpu.kernel(&NORM, "norm", x.dtype())?.rows(rows);
+        let lanes = Lanes::of(d, x.dtype());
+        let launch = gpu.kernel(&NORM, "norm", x.dtype())?.grid(rows.div_ceil(lanes.rows()), THREADS as u32);
         let launch = launch.work(0.0, (2 * x.len() * x.dtype().size()) as f64);
-        launch.launch(args![&mut out, &at, x, weight, bias, eps, centred, rows as i32, d as i32])?;
+        launch.launch(args![&mut out, &at, x, weight, bias, eps, centred, rows as i32, d as i32, lanes.0 as i32])?;
         Ok((out, stats.map(|stats| self.keep(x, weight, bias, stats))))
     }
 
@@ -136,11 +160,11 @@ impl Normed {
         again: bool,
     ) -> Result<Option<Tensor>> {
         let mut again = again.then(|| Tensor::uninit(self.x.shape(), self.x.dtype()));
-        let sums = match dy.gpu() {
-            Some(_) => self.backward_on_gpu(dy, grads, inputs.0, again.as_mut())?,
-            None => self.backward_on_cpu(dy, grads, inputs.0, again.as_mut())?,
-        };
-        let [dweight, dbias, dx] = sums;
+        if dy.gpu().is_some() {
+            self.backward_on_gpu(dy, grads, inputs, again.as_mut())?;
+            return Ok(again);
+        }
+        let [dweight, dbias, dx] = self.backward_on_cpu(dy, grads, inputs.0, again.as_mut())?;
         if grads.needs(inputs.0) {
             grads.leave_row_sums(inputs.0, dx);
         }
@@ -151,33 +175,35 @@ impl Normed {
         Ok(again)
     }
 
-    /// dx, and the sums over rows that are dweight and dbias, and of what dx is afterwards.
     fn backward_on_gpu(
         &self,
         dy: &Tensor,
         grads: &mut Grads<'_>,
-        x_input: usize,
+        (x_input, weight_input, bias_input): (usize, usize, Option<usize>),
         again: Option<&mut Tensor>,
-    ) -> Result<[RowSums; 3]> {
+    ) -> Result<()> {
         let Self { norm, x, weight, bias, stats } = self;
         let (gpu, rows, d) = (dy.gpu().expect("called for a tensor on a GPU"), stats.dim(0), x.last_dim());
-        let mut sums = Partial::new(rows, 3, d);
-        let launch = sums.launch(gpu.kernel(&NORM, "norm_backward", dy.dtype())?, dy.dtype());
-        let tensors = if again.is_some() { 4 } else { 3 };
+        let lanes = Lanes::of(d, dy.dtype());
+        // All blocks run at once, and rows are dealt to them: as many sums are left as there are blocks.
+        let blocks = rows.div_ceil(lanes.rows()).min(BLOCKS * gpu.info().multiprocessors as usize);
+        let mut sums = Partial::of_blocks(blocks, 3, d);
+        let dx = Arg::gradient_of(grads, x_input)?;
+        let launch = gpu.kernel(&NORM, "norm_backward", dy.dtype())?.grid(blocks, THREADS as u32).shared(STAGED);
+        let tensors = 2 + usize::from(grads.needs(x_input)) + usize::from(again.is_some());
         let launch = launch.work(0.0, (tensors * dy.len() * dy.dtype().size()) as f64);
         let again = again.map_or(Arg::from(0u64), Arg::from);
         let (bias, centred) = (bias.as_ref(), i32::from(norm.centred));
-        let mut run = |dx: Arg| {
-            let (rows, d) = (rows as i32, d as i32);
-            launch.launch(args![&dx, &again, sums.buffer(), x, weight, bias, stats, dy, centred, rows, d])
-        };
-        match grads.needs(x_input) {
-            true => grads.accumulate(x_input, |mut dx| run(Arg::from(&mut dx)))?,
-            false => run(Arg::no_gradient())?,
-        }
-        Ok([0, 1, 2].map(|i| sums.sum(i)))
+        let (rows, width, lanes) = (rows as i32, d as i32, lanes.0 as i32);
+        launch.launch(args![&dx, &again, sums.buffer(), x, weight, bias, stats, dy, centred, rows, width, lanes])?;
+        let mut dx_sum = Tensor::uninit(&[d], DType::F32);
+        let [dweight, dbias] = [Some(weight_input), bias_input].map(|input| Arg::gradient_of(grads, input));
+        sums.put([dweight?, dbias?, Arg::gradient(&mut dx_sum)])?;
+        grads.leave_row_sums(x_input, RowSums::complete(&dx_sum));
+        Ok(())
     }
 
+    /// dx, and the sums over rows that are dweight and dbias, and of what dx is afterwards.
     fn backward_on_cpu(
         &self,
         dy: &Tensor,

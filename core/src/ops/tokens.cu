@@ -29,7 +29,7 @@ __device__ void assemble_backward_by(Gradient dpatches, float* partial, const T*
         }
         if (dpatches.at) put_all<N>(dpatches, (size_t)i * d + c, g);
     };
-    column_sums<1, N>(partial, count, d, [](int, int) {}, row);
+    column_sums<1, N>(partial, count, d, row);
 }
 
 template <class T>
@@ -48,7 +48,7 @@ template <class T, int N> __device__ void prefix_sums_by(float* partial, const T
 #pragma unroll
         for (int k = 0; k < N; k++) sums[0][k] += g[k];
     };
-    column_sums<1, N>(partial, images, width, [](int, int) {}, row);
+    column_sums<1, N>(partial, images, width, row);
 }
 
 template <class T> __device__ void prefix_sums(float* partial, const T* dout, int images, size_t stride, int width) {

@@ -14,7 +14,8 @@ pub(super) fn fold(weight: &Tensor, bias: Option<&Tensor>, scale: &Tensor) -> Re
     let mut w = Tensor::uninit(weight.shape(), weight.dtype());
     let mut b = bias.map(|b| Tensor::uninit(b.shape(), b.dtype()));
     if let Some(gpu) = weight.gpu() {
-        let launch = gpu.kernel(&LINEAR, "fold_scale", weight.dtype())?.rows(o);
+        let launch =
+            gpu.kernel(&LINEAR, "fold_scale", weight.dtype())?.over((o * i).div_ceil(16 / weight.dtype().size()));
         let launch = launch.work(0.0, (2 * weight.len() * weight.dtype().size()) as f64);
         let b_place = b.as_mut().map_or(Arg::from(0u64), Arg::from);
         launch.launch(args![&mut w, &b_place, weight, bias, scale, o as i32, i as i32])?;
@@ -53,21 +54,13 @@ impl Scaled<'_> {
         let &Self { weight, bias, scale } = self;
         let (o, i) = (weight.dim(0), weight.dim(1));
         if let Some(gpu) = weight.gpu() {
-            let mut place = |input: Option<usize>| -> Result<Arg> {
-                let mut arg = Arg::no_gradient();
-                if let Some(input) = input {
-                    grads.accumulate(input, |mut g| {
-                        arg = Arg::from(&mut g);
-                        Ok(())
-                    })?;
-                }
-                Ok(arg)
-            };
+            let mut place = |input| Arg::gradient_of(grads, input);
             let places = [place(Some(inputs.0))?, place(inputs.1)?, place(inputs.2)?];
-            let launch = gpu.kernel(&LINEAR, "unfold_scale", weight.dtype())?.rows(o);
+            let threads = (i / 8).next_multiple_of(32).clamp(32, 256) as u32;
+            let launch = gpu.kernel(&LINEAR, "unfold_scale", weight.dtype())?.grid(o, threads);
             let launch = launch.work(0.0, (weight.len() * (12 + weight.dtype().size())) as f64);
             let [to_w, to_b, to_scale] = &places;
-            return launch.launch(args![to_w, to_b, to_scale, dw, db, weight, bias, scale, o as i32, i as i32]);
+            return launch.launch(args![to_w, to_b, to_scale, dw, db, weight, bias, scale, i as i32]);
         }
         dispatch_real!("linear", weight.dtype(), T => {
             let (scale, folded) = (scale.as_slice::<T>(), dw.as_slice::<T>());
