@@ -169,11 +169,17 @@ pub static OP_CHECKS: &[OpCheck] = checks! {
     };
     "swiglu", [&[9, 40], &[9, 40]], |x| x[0].swiglu(&x[1]);
     "layer_norm", [&[9, 72], &[72], &[72]], |x| x[0].layer_norm(&x[1], &x[2], 1e-6);
+    "layer_norm, many wide rows", [&[1000, 2040], &[2040], &[2040]], |x| {
+        // Added to a gradient that is there.
+        x[0].layer_norm(&x[1], &x[2], 1e-6)?.add(&x[0])
+    };
     "rms_norm", [&[9, 72], &[72]], |x| x[0].rms_norm(&x[1], 1e-5);
+    "rms_norm, wide", [&[40, 1000], &[1000]], |x| x[0].rms_norm(&x[1], 1e-5);
     "index_add", [&[9, 24], &[3, 24]], |x| {
         x[0].index_add(&list(&[7, 0, 4])?, &x[1], &beside(&x[0], &[1.5, 1.5, 2.0], &[3])?)
     };
     "patchify", [&[2, 3, 12, 8]], |x| x[0].patchify(4);
+    "patchify, wide", [&[2, 3, 19, 24]], |x| x[0].patchify(8);
     "assemble_tokens", [&[12, 24], &[3, 24], &[24]], |x| {
         x[0].assemble_tokens(&x[1], 2, Some((&x[2], &list(&[0, 1, 0, 0, 1, 1, 0, 0, 0, 1, 0, 1])?)))
     };
@@ -197,6 +203,7 @@ pub static OP_CHECKS: &[OpCheck] = checks! {
         x[0].soft_cross_entropy(&x[1].detach().softmax()?, &rows, &targets, &weights, 0.25)
     };
     "sinkhorn_knopp", [&[20, 65]], |x| x[0].detach().sinkhorn_knopp(&beside(&x[0], &[2.0], &[])?, 3, &Single);
+    "sinkhorn_knopp, many samples", [&[1026, 72]], |x| x[0].detach().sinkhorn_knopp(&beside(&x[0], &[2.0], &[])?, 3, &Single);
     "centered_softmax", [&[9, 65]], |x| {
         let centre: Vec<f64> = (0..65).map(|i| f64::from(i % 7) / 4.0).collect();
         x[0].detach().centered_softmax(&beside(&x[0], &centre, &[65])?, &beside(&x[0], &[0.5], &[])?)

@@ -46,7 +46,7 @@ template <class T, int N> __device__ void product_sums_by(float* partial, const 
 #pragma unroll
         for (int k = 0; k < N; k++) sums[0][k] += y ? a[k] * b[k] : a[k];
     };
-    column_sums<1, N>(partial, rows, d, row);
+    column_sums<1, N, 4>(partial, rows, d, row);
 }
 
 template <class T> __device__ void product_sums(float* partial, const T* x, const T* y, int rows, int d) {

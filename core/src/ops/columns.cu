@@ -8,7 +8,7 @@ template <class T, int N> __device__ void sum_rows_by(float* partial, const T* x
 #pragma unroll
         for (int k = 0; k < N; k++) sums[0][k] += v[k];
     };
-    column_sums<1, N>(partial, rows, d, row);
+    column_sums<1, N, 4>(partial, rows, d, row);
 }
 
 template <class T> __device__ void sum_rows(float* partial, const T* x, int rows, int d) {

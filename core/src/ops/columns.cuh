@@ -2,8 +2,8 @@
 // columns, and partial sums stay in registers; `add_blocks` (columns.cu) adds the blocks' sums in order.
 
 // For every row r of this block's run and every N columns c.., once: row(r, c, sums), which adds to sums[SUMS][N]. Leaves
-// the run's sums in partial[block][SUMS][d]. Launched by `Partial::launch`.
-template <int SUMS, int N, class Row>
+// the run's sums in partial[block][SUMS][d]. Launched by `Partial::launch`. A row that only reads may be UNROLLed.
+template <int SUMS, int N, int UNROLL = 1, class Row>
 __device__ __forceinline__ void column_sums(float* partial, int rows, int d, Row row) {
     const int groups = (d + N - 1) / N, threads = blockDim.x;
     const int wide = groups < threads ? groups : threads, lanes = threads / wide;
@@ -15,9 +15,14 @@ __device__ __forceinline__ void column_sums(float* partial, int rows, int d, Row
         const int column = (base + group) * N;
         const bool mine = lane < lanes && base + group < groups;
         float sums[SUMS][N] = {};
-        if (mine) {
-#pragma unroll 4
-            for (int r = first + lane; r < end; r += lanes) row(r, column, sums);
+        // Rows that are not UNROLLed are visited in chunks: as one loop, it is compiled to ten registers more.
+        const int step = UNROLL > 1 ? run : 32;
+        for (int chunk = first; chunk < end; chunk += step) {
+            const int last = chunk + step < end ? chunk + step : end;
+            if (mine) {
+#pragma unroll UNROLL
+                for (int r = chunk + lane; r < last; r += lanes) row(r, column, sums);
+            }
         }
 #pragma unroll
         for (int s = 0; s < SUMS; s++) {

@@ -70,7 +70,7 @@ impl Lanes {
     fn of(d: usize, dtype: DType) -> Self {
         let bytes = d * dtype.size();
         let lanes = bytes.div_ceil(4 * 16).next_power_of_two();
-        Self(if bytes % 16 == 0 && lanes <= THREADS { lanes } else { 0 })
+        Self(if bytes.is_multiple_of(16) && lanes <= THREADS { lanes } else { 0 })
     }
 
     /// Rows of a block; of the plain path, each warp has one.

@@ -48,7 +48,7 @@ template <class T, int N> __device__ void prefix_sums_by(float* partial, const T
 #pragma unroll
         for (int k = 0; k < N; k++) sums[0][k] += g[k];
     };
-    column_sums<1, N>(partial, images, width, row);
+    column_sums<1, N, 4>(partial, images, width, row);
 }
 
 template <class T> __device__ void prefix_sums(float* partial, const T* dout, int images, size_t stride, int width) {
