@@ -59,8 +59,9 @@ const ROWS: usize = 64;
 /// Threads of a block on a GPU, and blocks of the backward pass that a multiprocessor holds.
 const THREADS: usize = 128;
 const BLOCKS: usize = 3;
-/// Shared memory of the backward pass: two rows of x, dy and dx, in four packs of 16 bytes a thread.
-const STAGED: usize = 2 * 3 * 4 * 16 * THREADS;
+/// Shared memory of the backward pass: two rows of x, dy and dx, in four packs of 16 bytes a thread. That is 48 KiB, which
+/// together with the kernel's own must be asked for: a launch does so for all that is above.
+const STAGED: usize = 2 * 3 * 4 * 16 * THREADS + 128;
 
 /// Threads that have a row on a GPU: a power of two, with up to four packs of 16 bytes each; 0 if the row does not fit.
 #[derive(Clone, Copy)]
