@@ -101,6 +101,64 @@ def inpainting(case, config):
     return F.l1_loss(predicted[case["masked"]], target[case["masked"]])
 
 
+def classifier(case, x):
+    """A hidden layer with GELU."""
+    get = lambda name: case[f"params.classifier.{name}"]  # noqa: E731
+    return F.linear(F.gelu(F.linear(x, get("0.weight"), get("0.bias"))), get("2.weight"), get("2.bias"))
+
+
+def drawn(case):
+    """What was drawn, a row for every image."""
+    return torch.tensor(case["image_draws"], dtype=torch.float64).reshape(case["images"], -1)
+
+
+def rotation(case, config):
+    """Gidaris et al.: all turns of an image are in the batch, each with its class."""
+    logits = F.linear(case["view_0_cls"], case["params.classifier.weight"], case["params.classifier.bias"])
+    classes = drawn(case).reshape(case["images"], config["turns"], 4).argmax(dim=2)
+    return F.cross_entropy(logits.reshape(config["turns"], case["images"], 4).permute(1, 2, 0), classes)
+
+
+def jigsaw(case, config):
+    """Noroozi and Favaro: features of the nine pieces in the order that is shown, concatenated."""
+    pieces = torch.cat(case["view_0_cls"].chunk(9), dim=1)
+    return F.cross_entropy(classifier(case, pieces), drawn(case).argmax(dim=1))
+
+
+def relative_location(case, config):
+    """Doersch et al.: the middle beside each neighbour."""
+    middle, *neighbours = case["view_0_cls"].chunk(1 + config["neighbours"])
+    sides = drawn(case).reshape(case["images"], config["neighbours"], 8).argmax(dim=2)
+    losses = [F.cross_entropy(classifier(case, torch.cat([middle, neighbour], dim=1)), sides[:, i])
+              for i, neighbour in enumerate(neighbours)]
+    return sum(losses) / len(losses)
+
+
+def cka(case, config):
+    """Kornblith et al., equation 3, with linear kernels; features are interpolated by the drawn weights."""
+    n, height, width = config["points"], case["height"], case["width"]
+    count = n * height + n * n * width
+
+    def kernel(patches, image, crop):
+        numbers = drawn(case)[image, crop * count:(crop + 1) * count]
+        down = numbers[:n * height].reshape(n, height)
+        across = numbers[n * height:].reshape(n, n, width)[0]
+        features = patches[crop * case["images"] + image].reshape(height, width, -1)
+        points = torch.einsum("ah,bw,hwd->abd", down, across, features).flatten(0, 1)
+        h = torch.eye(n * n, dtype=torch.float64) - 1 / (n * n)
+        return h @ points @ points.T @ h
+
+    losses = []
+    for image in range(case["images"]):
+        if drawn(case)[image, -1] == 0:
+            continue
+        for ours, theirs in [(0, 1), (1, 0)]:
+            k = kernel(case["student_patches"], image, ours)
+            m = kernel(case["teacher_patches"], image, theirs)
+            losses.append(1 - (k * m).sum() / (k.norm() * m.norm()))
+    return sum(losses, 0 * case["student_patches"].sum()) / (2 * case["images"])
+
+
 def main():
     out = {}
     for name, cases in json.load(open(sys.argv[1])).items():
@@ -109,7 +167,7 @@ def main():
             case = {key: torch.tensor(x["values"], dtype=torch.float64).reshape(x["shape"])
                     for key, x in record["inputs"].items()}
             leaves = {key: case[key].requires_grad_() for key in record["gradients"]}
-            case["masked"], case["draws"] = record["masked"], record["draws"]
+            case |= {key: x for key, x in record.items() if key not in ("inputs", "gradients", "config", "loss")}
             loss = globals()[name](case, record["config"])
             gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
             out[name].append({

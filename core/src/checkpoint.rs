@@ -60,6 +60,14 @@ pub struct NamedTensors {
 
 struct Bytes<'a>(&'a Tensor);
 
+impl NamedTensors {
+    /// Those whose names begin with `prefix`, by the rest of their names.
+    pub fn with_prefix(&self, prefix: &str) -> Vec<(String, Tensor)> {
+        let all = self.tensors.iter();
+        all.filter_map(|(name, tensor)| Some((name.strip_prefix(prefix)?.to_string(), tensor.clone()))).collect()
+    }
+}
+
 impl From<DType> for Dtype {
     fn from(dtype: DType) -> Self {
         match dtype {

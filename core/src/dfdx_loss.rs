@@ -30,7 +30,7 @@ use dfdx::prelude::{
 };
 use dfdx::tensor::AsArray as _;
 
-use crate::contract::{Loss, LossValue, Needs, Outputs, StepContext};
+use crate::contract::{Features, Loss, LossValue, Needs, Outputs, StepContext};
 use crate::params::{ParamId, Params};
 use crate::registry::LossContext;
 use crate::tensor::{Grads, Op};
@@ -109,6 +109,10 @@ pub struct DfdxOutputs<'a> {
     pub targets: Option<Matrix>,
     /// `[G*B*P, D]`.
     pub gram_patches: Option<Matrix>,
+    /// What else the student gives, by name: `view_<i>_cls` `[crops*B, D]` and `view_<i>_patches` `[crops*B*P, D]` of every
+    /// view; with [`Needs::tokens`] `student_registers` `[G*B*R, D]`, `student_local_patches` `[L*B*P, D]` and
+    /// `student_prenorm` `[G*B*(1+R+P), D]`.
+    pub more: BTreeMap<String, Matrix>,
 }
 
 /// A loss stated in dfdx. [`on_the_host`] makes it a [`Loss`] like any other;
@@ -171,13 +175,20 @@ impl<L: DfdxLoss> Loss for OnTheHost<L> {
 }
 
 /// The student's tensors of a step, by name: what a loss may have a gradient to, beside its parameters.
-pub(crate) fn student<'a>(out: &Outputs<'a>) -> Vec<(&'static str, &'a Tensor)> {
+pub(crate) fn student<'a>(out: &Outputs<'a>) -> Vec<(String, &'a Tensor)> {
     let all = [
         ("student_cls", Some(out.student.cls)),
         ("student_local_cls", out.student.local_cls),
         ("student_patches", Some(out.student.patches)),
+        ("student_registers", out.student.registers),
+        ("student_local_patches", out.student.local_patches),
+        ("student_prenorm", out.student.prenorm),
     ];
-    all.into_iter().filter_map(|(name, x)| Some((name, x?))).collect()
+    let own = all.into_iter().filter_map(|(name, x)| Some((name.to_string(), x?)));
+    let view = |(i, view): (usize, &'a Features)| {
+        [(format!("view_{i}_cls"), &view.cls), (format!("view_{i}_patches"), &view.patches)]
+    };
+    own.chain(out.views.iter().enumerate().flat_map(view)).collect()
 }
 
 /// The value, and the gradients of the [`student`]'s tensors and of the loss's own parameters.
@@ -199,12 +210,19 @@ pub(crate) fn evaluate(
         teacher_patches: matrix(out.teacher.patches),
         targets: out.targets.map(matrix),
         gram_patches: out.gram.map(|g| matrix(&g.patches)),
+        more: student(out).into_iter().map(|(name, x)| (name, matrix(x))).collect(),
     };
     let value = loss.loss(&outputs, context)?;
     let number = value.array();
     let mut gradients = value.backward();
-    let leaves = [Some(&outputs.student_cls), outputs.student_local_cls.as_ref(), Some(&outputs.student_patches)];
-    let leaves = leaves.into_iter().flatten().chain(params.iter().map(|(name, _)| &outputs.params[name]));
+    let leaf = |name: &str| match name {
+        "student_cls" => &outputs.student_cls,
+        "student_local_cls" => outputs.student_local_cls.as_ref().expect("the step has local crops"),
+        "student_patches" => &outputs.student_patches,
+        more => &outputs.more[more],
+    };
+    let names: Vec<String> = student(out).into_iter().map(|(name, _)| name).collect();
+    let leaves = names.iter().map(|name| leaf(name)).chain(params.iter().map(|(name, _)| &outputs.params[name]));
     Ok((number, leaves.map(|leaf| gradient(&mut gradients, leaf)).collect()))
 }
 

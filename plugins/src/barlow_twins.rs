@@ -55,7 +55,7 @@ impl BarlowTwinsLoss {
 
 impl Loss for BarlowTwinsLoss {
     fn needs(&self) -> Needs {
-        Needs { teacher: false, whole_batch: true, min_batch: 2, ..Needs::default() }
+        Needs { locals: false, teacher: false, whole_batch: true, min_batch: 2, ..Needs::default() }
     }
 
     fn compute(&self, params: &Params<'_>, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {

@@ -65,7 +65,7 @@ impl ByolLoss {
 impl Loss for ByolLoss {
     fn needs(&self) -> Needs {
         let targets = Some(TargetSpec { width: self.config.projector.output, distribution: false });
-        Needs { targets, teacher: false, whole_batch: true, min_batch: 2, ..Needs::default() }
+        Needs { locals: false, targets, teacher: false, whole_batch: true, min_batch: 2, ..Needs::default() }
     }
 
     fn project(&self, params: &Params<'_>, outputs: &ModelOutputs<'_>) -> Result<Tensor> {

@@ -87,7 +87,7 @@ impl Gram {
 impl Loss for Gram {
     fn needs(&self) -> Needs {
         let masks = self.log_parts || self.tokens != Tokens::All;
-        Needs { gram_teacher: true, masks, teacher: false, min_batch: 1, ..Needs::default() }
+        Needs { locals: false, gram_teacher: true, masks, teacher: false, min_batch: 1, ..Needs::default() }
     }
 
     fn compute(&self, _: &Params<'_>, out: &Outputs<'_>, _: &StepContext<'_>) -> Result<LossValue> {

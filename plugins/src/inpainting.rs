@@ -36,7 +36,7 @@ impl InpaintingLoss {
 
 impl Loss for InpaintingLoss {
     fn needs(&self) -> Needs {
-        Needs { teacher: false, masks: true, pixels: true, min_batch: 1, ..Needs::default() }
+        Needs { locals: false, teacher: false, masks: true, pixels: true, min_batch: 1, ..Needs::default() }
     }
 
     fn compute(&self, params: &Params<'_>, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {

@@ -51,7 +51,7 @@ impl KoLeo {
 
 impl Loss for KoLeo {
     fn needs(&self) -> Needs {
-        Needs { teacher: false, min_batch: self.topk + 1, ..Needs::default() }
+        Needs { locals: false, teacher: false, min_batch: self.topk + 1, ..Needs::default() }
     }
 
     fn compute(&self, _: &Params<'_>, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {

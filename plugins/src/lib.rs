@@ -6,7 +6,7 @@
 //! |---|---|
 //! | backbone | [`vit`], [`convnext`] |
 //! | position encoding | [`rope_box`], [`relative_bias_box`], [`learned_absolute`], [`none`] |
-//! | loss | [`dino`], [`ibot`], [`koleo`], [`gram`], [`byol`], [`vicreg`], [`barlow_twins`], [`info_nce`], [`sigreg`], [`inpainting`], [`online_linear`] |
+//! | loss | [`dino`], [`ibot`], [`koleo`], [`gram`], [`byol`], [`vicreg`], [`barlow_twins`], [`info_nce`], [`sigreg`], [`inpainting`], [`rotation`], [`jigsaw`], [`relative_location`], [`cka`], [`online_linear`] |
 //! | scheduler | [`constant`], [`linear_warmup`], [`linear_warmup_cosine`], [`cosine`], [`step`] |
 //! | teacher policy | [`ema`], [`frozen`], [`gram_anchor`] |
 //! | dataset | [`scenes`], [`image_folder`] |
@@ -29,18 +29,24 @@ pub mod rope_box;
 // Losses
 pub mod barlow_twins;
 pub mod byol;
+pub mod cka;
+mod classify;
 pub mod dino;
 pub mod gram;
 pub mod ibot;
 pub mod info_nce;
 pub mod inpainting;
+pub mod jigsaw;
 pub mod koleo;
 pub mod online_linear;
 mod oracle;
 pub mod projection_head;
 pub mod projector;
+pub mod relative_location;
+pub mod rotation;
 pub mod sigreg;
 mod teacher_targets;
+mod thirds;
 pub mod vicreg;
 
 // Schedulers

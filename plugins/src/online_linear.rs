@@ -9,6 +9,8 @@ use dinolab_core::{plugin, Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::classify::classify;
+
 plugin!(Loss, "online_linear", OnlineLinear, OnlineLinearLoss::build);
 
 /// Cross-entropy of a linear classifier on the student's class tokens of the global crops. The tokens are held fixed, so
@@ -35,21 +37,11 @@ impl OnlineLinearLoss {
         let classifier = context.params.scope("classifier", |p| Linear::declare(p, dim, classes, true));
         Ok(Box::new(Self { classifier }))
     }
-
-    /// The share of rows whose own class has the greatest logit. `own` is one-hot, or zero in a row without a label.
-    fn accuracy(&self, logits: &Tensor, own: &Tensor) -> Result<Tensor> {
-        // By how much the other logits are above the row's own.
-        let of_own = logits.mul(own)?.sum_axis(1)?.reshape(&[logits.dim(0), 1])?;
-        let above = logits.sub(&of_own.matmul(&Tensor::full(&[1, logits.dim(1)], logits.dtype(), 1.0)?)?)?.relu()?;
-        let beaten = above.sum_axis(1)?.scale(1e6)?;
-        let right = beaten.neg()?.shift(1.0)?.relu()?.mul(&own.sum_axis(1)?)?;
-        right.mean()
-    }
 }
 
 impl Loss for OnlineLinearLoss {
     fn needs(&self) -> Needs {
-        Needs { teacher: false, classes: Some(self.classifier.to), min_batch: 1, ..Needs::default() }
+        Needs { locals: false, teacher: false, classes: Some(self.classifier.to), min_batch: 1, ..Needs::default() }
     }
 
     fn compute(&self, params: &Params<'_>, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
@@ -60,12 +52,7 @@ impl Loss for OnlineLinearLoss {
         let own = Tensor::from_f64(&one_hot, &[n + 1, n], context.dtype)?;
         let own = own.gather_rows(out.labels.expect("`needs` asks for labels"))?;
         let own = Tensor::cat(&vec![&own; out.globals])?;
-        let rows: Vec<u32> = (0..logits.dim(0) as u32).collect();
-        let rows = Tensor::from_slice(&rows, &[rows.len()])?;
-        let weights = Tensor::full(&[logits.dim(0)], context.dtype, 1.0 / logits.dim(0) as f64)?;
-        let loss = logits.soft_cross_entropy(&own, &rows, &rows, &weights, 1.0)?;
-        let accuracy = self.accuracy(&logits.detach(), &own)?;
-        Ok(LossValue::of(loss).with_parts(vec![("accuracy", accuracy)]))
+        classify(&logits, &own)
     }
 
     fn cost(&self, rows: &LossRows) -> LossCost {

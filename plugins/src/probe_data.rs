@@ -172,7 +172,7 @@ pub(crate) mod testing {
             let class = |i: usize| if i % width < width / 2 { 1 + (index % 3) as u8 } else { 0 };
             let mask: Vec<u8> = (0..width * height).map(class).collect();
             let rgb = mask.iter().flat_map(|&c| [60 * c, 0, 0]).collect();
-            Ok(Sample { width, height, rgb, label: Some((index % 3) as u32), mask: Some(mask) })
+            Ok(Sample { width, height, rgb, label: Some((index % 3) as u32), mask: Some(mask), ..Sample::default() })
         }
         fn classes(&self) -> usize {
             3

@@ -120,7 +120,14 @@ impl Dataset for Scenes {
         let largest = (1..visible.len()).max_by_key(|&id| visible[id]).expect("a scene has at least one object");
         let mask = canvas.ids.iter().map(|&id| classes[usize::from(id)]).collect();
         let label = Some(objects[largest - 1].class as u32);
-        Ok(Sample { width: self.width, height: self.height, rgb: canvas.rgb(), label, mask: Some(mask) })
+        Ok(Sample {
+            width: self.width,
+            height: self.height,
+            rgb: canvas.rgb(),
+            label,
+            mask: Some(mask),
+            ..Sample::default()
+        })
     }
 
     fn classes(&self) -> usize {

@@ -81,7 +81,7 @@ fn spread(z: &Tensor) -> Result<(Tensor, Tensor)> {
 
 impl Loss for VicRegLoss {
     fn needs(&self) -> Needs {
-        Needs { teacher: false, whole_batch: true, min_batch: 2, ..Needs::default() }
+        Needs { locals: false, teacher: false, whole_batch: true, min_batch: 2, ..Needs::default() }
     }
 
     fn compute(&self, params: &Params<'_>, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {

@@ -42,7 +42,7 @@ impl Dataset for Noise {
         let (width, height) = (24 + index % 5, 20 + index % 7);
         let mut rng = Rng::new(0, Stream::Plugin, 0, index as u64);
         let rgb = (0..3 * width * height).map(|_| rng.u32() as u8).collect();
-        Ok(Sample { width, height, rgb, label: None, mask: None })
+        Ok(Sample { width, height, rgb, ..Sample::default() })
     }
 
     fn describe(&self, index: usize) -> String {
@@ -73,7 +73,7 @@ fn bytes(step: &StepBatches) -> Vec<u8> {
         let tensors = [Some(&batch.global), batch.local.as_ref(), batch.gram.as_ref()];
         let masks = [&batch.masks.masks, &batch.masks.indices, &batch.masks.weights];
         tensors.into_iter().flatten().chain(masks).for_each(|t| all.extend(t.as_bytes()));
-        batch.indices.iter().for_each(|i| all.extend(i.to_le_bytes()));
+        batch.indices().for_each(|i| all.extend(i.to_le_bytes()));
     }
     all
 }
@@ -107,7 +107,7 @@ fn a_resumed_run_gets_the_same_batches() {
 fn epochs_follow_each_other_without_a_gap() {
     // 6 steps of 6 images from 10: three whole epochs and a part.
     let loader = Loader::new(Arc::new(Noise::new(10)), spec()).unwrap();
-    let order: Vec<usize> = loader.flat_map(|step| step.unwrap().batches[0].indices.clone()).collect();
+    let order: Vec<usize> = loader.flat_map(|step| step.unwrap().batches[0].indices().collect::<Vec<_>>()).collect();
     for epoch in order.chunks_exact(10) {
         let mut seen = epoch.to_vec();
         seen.sort_unstable();
@@ -120,7 +120,7 @@ fn by_image(batches: &[Batch], crops: usize) -> BTreeMap<usize, Vec<u8>> {
     let mut all = BTreeMap::new();
     for batch in batches {
         let images = batch.images();
-        for (slot, &index) in batch.indices.iter().enumerate() {
+        for (slot, index) in batch.indices().enumerate() {
             let mut own = Vec::new();
             let parts = [(Some(&batch.global), 2), (batch.local.as_ref(), crops), (batch.gram.as_ref(), 2)];
             for (tensor, crops) in parts.into_iter().chain([(Some(&batch.masks.masks), 2)]) {
@@ -201,7 +201,7 @@ proptest! {
             prop_assert_eq!(with.global.as_bytes(), without.global.as_bytes());
             prop_assert_eq!(with.local.as_ref().unwrap().as_bytes(), without.local.as_ref().unwrap().as_bytes());
             prop_assert_eq!(with.masks.masks.as_bytes(), without.masks.masks.as_bytes());
-            prop_assert_eq!(&with.indices, &without.indices);
+            prop_assert_eq!(&with.sources, &without.sources);
             prop_assert!(with.gram.is_some() && without.gram.is_none());
         }
     }
@@ -216,7 +216,7 @@ fn broken_samples_are_named_and_replaced() {
     let broken: Vec<_> = steps.iter().flat_map(|s| &s.broken).collect();
     assert!(broken.len() >= 3, "sample 3 comes once an epoch: {broken:?}");
     assert!(broken.iter().all(|b| b.index == 3 && b.name == "photos/3.jpg" && b.reason.contains("not an image")));
-    assert!(steps.iter().flat_map(|s| &s.batches).all(|b| !b.indices.contains(&3) && b.indices.len() == 6));
+    assert!(steps.iter().flat_map(|s| &s.batches).all(|b| b.indices().all(|i| i != 3) && b.images() == 6));
 }
 
 #[test]
@@ -462,7 +462,7 @@ fn crops_of(config: &CropConfig, gram: Option<usize>, image: &Sample, plan: &Ima
 /// Red grows to the right, green downwards.
 fn ramp(side: usize) -> Sample {
     let rgb = (0..side * side).flat_map(|i| [(i % side) as u8, (i / side) as u8, 128]).collect();
-    Sample { width: side, height: side, rgb, label: None, mask: None }
+    Sample { width: side, height: side, rgb, ..Sample::default() }
 }
 
 #[test]

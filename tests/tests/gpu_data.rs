@@ -27,7 +27,7 @@ impl Dataset for Pictures {
             let smooth = 128.0 + 120.0 * ((x * (c + 1) + index * 17) as f64 / 23.0).sin() * (y as f64 / 17.0).cos();
             (smooth + rng.uniform(-20.0, 20.0)).clamp(0.0, 255.0) as u8
         });
-        Ok(Sample { width, height, rgb: rgb.collect(), label: None, mask: None })
+        Ok(Sample { width, height, rgb: rgb.collect(), ..Sample::default() })
     }
 }
 
@@ -62,7 +62,7 @@ fn difference(spec: LoaderSpec) -> f64 {
         let step = step.unwrap();
         let expected = cpu.step(step.step).unwrap();
         for (batch, expected) in step.batches.iter().zip(&expected.batches) {
-            assert_eq!(batch.indices, expected.indices);
+            assert_eq!(batch.sources, expected.sources);
             for (got, want) in host(batch).iter().zip(expected.tensors()) {
                 assert_eq!((got.shape(), got.dtype()), (want.shape(), want.dtype()));
                 let pairs = got.to_f64_vec().into_iter().zip(want.to_f64_vec());
@@ -111,7 +111,7 @@ gpu_test!(finished_batches_keep_their_place_from_step_to_step, {
         let made = pipeline.step(step).unwrap().batches;
         let there = batches.upload(&made).unwrap();
         for (there, made) in there.iter().zip(&made) {
-            assert_eq!(there.indices, made.indices);
+            assert_eq!(there.sources, made.sources);
             let same = host(there).iter().zip(made.tensors()).all(|(a, b)| a.as_bytes() == b.as_bytes());
             assert!(same, "step {step}");
         }

@@ -17,7 +17,19 @@ use serde_json::Value as Json;
 // The plugins register themselves when they are linked in.
 use dinolab_plugins as _;
 
-const LOSSES: [&str; 7] = ["byol", "vicreg", "barlow_twins", "info_nce", "sigreg", "online_linear", "inpainting"];
+const LOSSES: [&str; 11] = [
+    "byol",
+    "vicreg",
+    "barlow_twins",
+    "info_nce",
+    "sigreg",
+    "online_linear",
+    "inpainting",
+    "rotation",
+    "jigsaw",
+    "relative_location",
+    "cka",
+];
 /// Cases of every loss.
 const CASES: usize = 40;
 /// How far a value or gradient may be, relative to the gradients' length.

@@ -29,7 +29,7 @@ impl Dataset for Poisoned {
 
     fn get(&self, index: usize) -> Result<Sample> {
         let value = if self.white.contains(&index) { 255 } else { 0 };
-        Ok(Sample { width: 16, height: 16, rgb: vec![value; 3 * 256], label: None, mask: None })
+        Ok(Sample { width: 16, height: 16, rgb: vec![value; 3 * 256], ..Sample::default() })
     }
 
     fn describe(&self, index: usize) -> String {

@@ -58,7 +58,7 @@ impl Dataset for MyPlugin {
             colours[(place / width).floor().rem_euclid(2.0) as usize]
         };
         let rgb = (0..side * side).flat_map(pixel).collect();
-        Ok(Sample { width: side, height: side, rgb, label: Some(class as u32), mask: None })
+        Ok(Sample { width: side, height: side, rgb, label: Some(class as u32), ..Sample::default() })
     }
 
     fn classes(&self) -> usize {

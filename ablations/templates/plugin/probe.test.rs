@@ -13,7 +13,7 @@ impl Dataset for Halves {
     }
     fn get(&self, _: usize) -> Result<Sample> {
         let rgb = (0..3 * 8 * 8).map(|i| if i / 3 % 8 < 4 { 0 } else { 255 }).collect();
-        Ok(Sample { width: 8, height: 8, rgb, label: None, mask: None })
+        Ok(Sample { width: 8, height: 8, rgb, ..Sample::default() })
     }
 }
 

@@ -40,7 +40,12 @@ pub struct Draws {
     pub kept: Vec<Vec<[Vec<u32>; 2]>>,
     /// What each loss drew ([`Loss::draw`](super::Loss::draw)), in their order.
     pub losses: Vec<Vec<f64>>,
-    /// All of `position` and `losses`, and all of `kept`, one after the other, where the forward runs.
+    /// What each loss drew for every image ([`Loss::draw_image`](super::Loss::draw_image)), in their order.
+    pub images: Vec<Vec<f64>>,
+    /// For every loss and every one of its [views](super::Loss::views): the plan of
+    /// [`Tensor::tiles`](crate::Tensor::tiles).
+    pub tiles: Vec<Vec<Vec<u32>>>,
+    /// All of `position`, `losses` and `images`, and all of `kept` and `tiles`, one after the other, where the forward runs.
     placed: Option<(Tensor, Tensor)>,
 }
 
@@ -87,19 +92,74 @@ impl Draws {
     /// # Errors
     /// If the device fails.
     pub fn of_loss(&self, index: usize) -> Result<Option<Tensor>> {
-        let Some(numbers) = self.losses.get(index).filter(|n| !n.is_empty()) else { return Ok(None) };
-        let before = self.position.iter().flatten().chain(&self.losses[..index]);
-        let start = before.map(Vec::len).sum();
+        let before = self.position.iter().flatten().chain(&self.losses[..index.min(self.losses.len())]);
+        self.numbers(before.map(Vec::len).sum(), self.losses.get(index))
+    }
+
+    /// What loss `index` drew for the images, one after the other, f64; `None` if that is nothing.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn of_images(&self, index: usize) -> Result<Option<Tensor>> {
+        let before = self.position.iter().flatten().chain(&self.losses);
+        let before = before.chain(&self.images[..index.min(self.images.len())]);
+        self.numbers(before.map(Vec::len).sum(), self.images.get(index))
+    }
+
+    fn numbers(&self, start: usize, numbers: Option<&Vec<f64>>) -> Result<Option<Tensor>> {
+        let Some(numbers) = numbers.filter(|n| !n.is_empty()) else { return Ok(None) };
         match &self.placed {
-            Some((numbers_placed, _)) => Ok(Some(numbers_placed.view(start, &[numbers.len()]))),
+            Some((placed, _)) => Ok(Some(placed.view(start, &[numbers.len()]))),
             None => Tensor::from_slice(numbers, &[numbers.len()]).map(Some),
         }
     }
 
+    /// The plan of view `view` of loss `index`: `[tiles, 4]`, u32.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn tiles(&self, index: usize, view: usize) -> Result<Tensor> {
+        let plan = &self.tiles[index][view];
+        let shape = [plan.len() / 4, 4];
+        let kept = self.kept.iter().flatten().flatten();
+        let before = self.tiles[..index].iter().flatten().chain(&self.tiles[index][..view]);
+        let start = kept.map(Vec::len).sum::<usize>() + before.map(Vec::len).sum::<usize>();
+        match &self.placed {
+            Some((_, placed)) => Ok(placed.view(start, &shape)),
+            None => Tensor::from_slice(plan, &shape),
+        }
+    }
+
+    /// Without those kinds of crops that are not kept.
+    pub(crate) fn keep_kinds(&mut self, kept: &[bool]) {
+        let keep = |k: usize| kept.get(k).copied().unwrap_or(true);
+        fn only<T>(kinds: &mut Vec<T>, keep: impl Fn(usize) -> bool) {
+            let mut k = 0..;
+            kinds.retain(|_| k.next().is_some_and(&keep));
+        }
+        self.position.iter_mut().for_each(|block| only(block, keep));
+        self.kept.iter_mut().for_each(|block| only(block, keep));
+    }
+
+    /// With the draws of a forward over further kinds of crops behind these.
+    pub(crate) fn with_kinds(mut self, more: Self) -> Self {
+        let join = |own: &mut Vec<Vec<Vec<f64>>>, more: Vec<Vec<Vec<f64>>>| match own.is_empty() {
+            true => *own = more,
+            false => own.iter_mut().zip(more).for_each(|(own, more)| own.extend(more)),
+        };
+        join(&mut self.position, more.position);
+        match self.kept.is_empty() {
+            true => self.kept = more.kept,
+            false => self.kept.iter_mut().zip(more.kept).for_each(|(own, more)| own.extend(more)),
+        }
+        self
+    }
+
     /// All numbers in the order of [`place`](Self::place).
     pub(crate) fn flat(&self) -> (Vec<f64>, Vec<u32>) {
-        let kept = self.kept.iter().flatten().flatten().flatten().copied().collect();
-        (self.position.iter().flatten().chain(&self.losses).flatten().copied().collect(), kept)
+        let kept = self.kept.iter().flatten().flatten().chain(self.tiles.iter().flatten());
+        let numbers = self.position.iter().flatten().chain(&self.losses).chain(&self.images);
+        (numbers.flatten().copied().collect(), kept.flatten().copied().collect())
     }
 
     /// Draws whose numbers are in these tensors (f64, u32) when the forward runs.

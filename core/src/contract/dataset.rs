@@ -5,7 +5,7 @@ use std::fmt;
 use crate::Result;
 
 /// One image with what is known about it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Sample {
     /// Width in pixels.
     pub width: usize,
@@ -17,6 +17,17 @@ pub struct Sample {
     pub label: Option<u32>,
     /// Class of every pixel, row-major: `width * height` bytes.
     pub mask: Option<Vec<u8>>,
+    /// What else is known about it: the numbers of each of [`Dataset::fields`], row-major.
+    pub fields: Vec<Vec<f32>>,
+}
+
+/// Numbers that a dataset adds to its samples for losses that ask for them: an embedding of a caption, a pose, metadata.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FieldSpec {
+    /// Its name, by which a loss asks for it.
+    pub name: String,
+    /// Its shape in one sample.
+    pub shape: Vec<usize>,
 }
 
 /// What a dataset holds, to be told before a run starts.
@@ -44,7 +55,7 @@ pub struct Summary {
 ///     }
 ///     fn get(&self, index: usize) -> Result<Sample> {
 ///         let rgb = vec![index as u8; 3 * 32 * 32];
-///         Ok(Sample { width: 32, height: 32, rgb, label: Some(u32::from(index >= 128)), mask: None })
+///         Ok(Sample { width: 32, height: 32, rgb, label: Some(u32::from(index >= 128)), ..Sample::default() })
 ///     }
 ///     fn classes(&self) -> usize {
 ///         2
@@ -77,6 +88,11 @@ pub trait Dataset: fmt::Debug + Send + Sync {
     /// Number of pixel classes (background included); 0 if there are no masks.
     fn mask_classes(&self) -> usize {
         0
+    }
+
+    /// What every sample has beside pixels, label and mask.
+    fn fields(&self) -> Vec<FieldSpec> {
+        Vec::new()
     }
 
     /// Where sample `index` comes from, for messages: a path.

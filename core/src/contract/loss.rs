@@ -2,18 +2,26 @@
 
 use std::fmt;
 
+use super::backbone::Features;
 use super::pos_encoding::Grid;
 use super::scheduler::{At, Schedule};
+use super::view::{ImageContext, ImageDraws, View};
 use crate::comm::Comm;
 use crate::params::Params;
 use crate::rng::Rng;
-use crate::{DType, Result, Tensor};
+use crate::{DType, Error, Result, Tensor};
 
 /// What a loss asks of a step; the step computes nothing that no loss asked for.
 #[derive(Clone, Debug)]
 pub struct Needs {
     /// Targets over the whole batch, made of what the teacher's copy of the loss's layers gives: see [`Loss::targets`].
     pub targets: Option<TargetSpec>,
+    /// The student's features of the global crops, as by default.
+    pub globals: bool,
+    /// The student's features of the local crops, as by default.
+    pub locals: bool,
+    /// Registers, patches of local crops, and tokens before the final norm.
+    pub tokens: bool,
     /// Masked patches in the student's global crops.
     pub masks: bool,
     /// The teacher's features in [`Loss::compute`], as by default. Targets are made of them without.
@@ -24,6 +32,8 @@ pub struct Needs {
     pub pixels: bool,
     /// The images' labels, of so many classes.
     pub classes: Option<usize>,
+    /// Fields that the dataset adds to its samples, by name.
+    pub fields: Vec<String>,
     /// The whole batch at once, because its statistics run over the batch: a recipe that splits it is refused.
     pub whole_batch: bool,
     /// Fewest images of a (micro-)batch on which it is defined.
@@ -34,11 +44,15 @@ impl Default for Needs {
     fn default() -> Self {
         Self {
             targets: None,
+            globals: true,
+            locals: true,
+            tokens: false,
             masks: false,
             teacher: true,
             gram_teacher: false,
             pixels: false,
             classes: None,
+            fields: Vec::new(),
             whole_batch: false,
             min_batch: 0,
         }
@@ -109,6 +123,12 @@ pub struct ModelOutputs<'a> {
     pub patches: &'a Tensor,
     /// CLS of the local crops: `[L*B, D]`; `None` for a teacher, and if L = 0.
     pub local_cls: Option<&'a Tensor>,
+    /// Patches of the local crops: `[L*B, p, D]`; `None` without [`Needs::tokens`], for a teacher, and if L = 0.
+    pub local_patches: Option<&'a Tensor>,
+    /// Register tokens of the global crops: `[G*B, R, D]`; `None` without [`Needs::tokens`].
+    pub registers: Option<&'a Tensor>,
+    /// All tokens of the global crops before the final norm: `[G*B, 1 + R + P, D]`; `None` without [`Needs::tokens`].
+    pub prenorm: Option<&'a Tensor>,
     /// Flat indices of the masked patches in `[G*B*P]`: `[M]`, u32.
     pub mask_indices: &'a Tensor,
 }
@@ -165,6 +185,24 @@ pub struct Outputs<'a> {
     pub labels: Option<&'a Tensor>,
     /// What [`Loss::draw`] drew for this step, f64, where the step runs; `None` if that is nothing.
     pub draws: Option<&'a Tensor>,
+    /// What [`Loss::draw_image`] drew for each image: `[B, numbers]`, f64, where the step runs; `None` if that is nothing.
+    pub image_draws: Option<&'a Tensor>,
+    /// The student's features of this loss's [`views`](Loss::views).
+    pub views: &'a [Features],
+    /// What the dataset adds to its samples: `[B, ..]`, f32, by name. See [`field`](Self::field).
+    pub fields: &'a [(String, Tensor)],
+}
+
+impl Outputs<'_> {
+    /// A field that the dataset adds to its samples, of every image: `[B, ..]`, f32.
+    ///
+    /// # Errors
+    /// If [`Needs::fields`] does not ask for it.
+    pub fn field(&self, name: &str) -> Result<&Tensor> {
+        let found = self.fields.iter().find(|(field, _)| field == name);
+        let missing = || Error::shape("loss", format!("the batch has no field `{name}`: `needs` has to ask for it"));
+        found.map(|(_, tensor)| tensor).ok_or_else(missing)
+    }
 }
 
 /// The rows of a loss's layers in one image.
@@ -282,6 +320,23 @@ pub trait Loss: fmt::Debug + Send + Sync {
     fn draw(&self, rng: &mut Rng) -> Vec<f64> {
         let _ = rng;
         Vec::new()
+    }
+
+    /// Further crops for the student, made of global crops of `global_size` pixels a side; [`draw_image`](Self::draw_image)
+    /// says how. The loss finds what the student gives of them in [`Outputs::views`].
+    ///
+    /// # Errors
+    /// If they cannot be made of crops of that size.
+    fn views(&self, global_size: usize) -> Result<Vec<View>> {
+        let _ = global_size;
+        Ok(Vec::new())
+    }
+
+    /// Draws numbers and the tiles of all views for one image: a pure function of its context, so that they are the same
+    /// however a batch is split.
+    fn draw_image(&self, context: &mut ImageContext<'_>) -> ImageDraws {
+        let _ = context;
+        ImageDraws::default()
     }
 
     /// What the loss's own layers make of a model's tokens: `[rows, K]`. Called on the teacher's, with the teacher's

@@ -20,9 +20,10 @@ mod pos_encoding;
 mod probe;
 mod scheduler;
 mod teacher_policy;
+mod view;
 
 pub use backbone::{Backbone, Cost, Crops, Draws, Features, Mode};
-pub use dataset::{Dataset, Sample, Summary};
+pub use dataset::{Dataset, FieldSpec, Sample, Summary};
 pub use loss::{
     GramTarget, Loss, LossCost, LossRows, LossValue, ModelOutputs, Needs, Outputs, StateSpec, StepContext, TargetSpec,
 };
@@ -30,3 +31,4 @@ pub use pos_encoding::{Grid, PosContext, PosEncoding, PosTables};
 pub use probe::{Probe, ProbeContext, Score};
 pub use scheduler::{At, Schedule, Scheduler};
 pub use teacher_policy::{Follow, Role, TeacherPolicy};
+pub use view::{BatchImage, CropBox, ImageContext, ImageDraws, Tile, View};

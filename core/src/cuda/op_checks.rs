@@ -180,6 +180,10 @@ pub static OP_CHECKS: &[OpCheck] = checks! {
     };
     "patchify", [&[2, 3, 12, 8]], |x| x[0].patchify(4);
     "patchify, wide", [&[2, 3, 19, 24]], |x| x[0].patchify(8);
+    "tiles", [&[3, 3, 12, 19]], |x| {
+        let plan = [[2, 3, 1, 0], [0, 0, 0, 1], [1, 11, 4, 2], [2, 9, 3, 3], [0, 5, 2, 1], [1, 0, 0, 0], [1, 2, 2, 2], [0, 1, 1, 3]];
+        x[0].tiles(&Tensor::from_slice(&plan.concat(), &[8, 4])?, 2, 8)
+    };
     "assemble_tokens", [&[12, 24], &[3, 24], &[24]], |x| {
         x[0].assemble_tokens(&x[1], 2, Some((&x[2], &list(&[0, 1, 0, 0, 1, 1, 0, 0, 0, 1, 0, 1])?)))
     };

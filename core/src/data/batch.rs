@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::augment::Views;
 use super::masks::Masks;
 use super::pipeline::BrokenSample;
+use crate::contract::BatchImage;
 use crate::Tensor;
 
 /// The images of one micro-batch, `B` of them. Crops are crop-major: crop 0 of every image, then crop 1.
@@ -21,21 +22,32 @@ pub struct Batch {
     pub masks: Masks,
     /// Class of each image: `[B]`, u32; the dataset's number of classes where an image has none.
     pub labels: Tensor,
-    /// Index in the dataset of each image: `B`.
-    pub indices: Vec<usize>,
+    /// What the dataset adds to its samples: `[B, ..]`, f32, by name.
+    pub fields: Vec<(String, Tensor)>,
+    /// Which images they are, and where their crops were cut: `B`.
+    pub sources: Vec<BatchImage>,
 }
 
 impl Batch {
     /// The number of images, `B`.
     pub fn images(&self) -> usize {
-        self.indices.len()
+        self.sources.len()
     }
 
-    /// All tensors, in a fixed order: crops, masks, labels.
+    /// Index in the dataset of each image.
+    pub fn indices(&self) -> impl Iterator<Item = usize> + '_ {
+        self.sources.iter().map(|image| image.index)
+    }
+
+    /// All tensors, in a fixed order: crops, masks, labels, fields.
     pub fn tensors(&self) -> impl Iterator<Item = &Tensor> {
         let Masks { masks, indices, unmasked, weights } = &self.masks;
         let crops = [Some(&self.global), self.local.as_ref(), self.gram.as_ref()];
-        crops.into_iter().flatten().chain([masks, indices, unmasked, weights, &self.labels])
+        crops
+            .into_iter()
+            .flatten()
+            .chain([masks, indices, unmasked, weights, &self.labels])
+            .chain(self.fields.iter().map(|(_, field)| field))
     }
 
     /// The same batch with every tensor replaced by `f` of it.
@@ -47,7 +59,8 @@ impl Batch {
             gram: self.gram.as_ref().map(&f),
             masks: Masks { masks: f(masks), indices: f(indices), unmasked: f(unmasked), weights: f(weights) },
             labels: f(&self.labels),
-            indices: self.indices.clone(),
+            fields: self.fields.iter().map(|(name, field)| (name.clone(), f(field))).collect(),
+            sources: self.sources.clone(),
         }
     }
 }

@@ -217,7 +217,7 @@ impl Tally {
 
     fn judge(&mut self, made: &Made) -> Result<()> {
         let (read, broken) = match made {
-            Made::Whole(made) => (made.batches.iter().map(|b| b.indices.len()).sum(), &made.broken),
+            Made::Whole(made) => (made.batches.iter().map(|b| b.images()).sum(), &made.broken),
             Made::Staged(staged) => (staged.images(), &staged.broken),
         };
         self.tried += (read + broken.len()) as u64;

@@ -12,7 +12,7 @@ use super::deal::deal;
 use super::masks::{draw_masks, mask_sizes, Masks};
 use super::order::Order;
 use super::plan::ImagePlan;
-use crate::contract::{Dataset, Grid, Sample};
+use crate::contract::{BatchImage, Dataset, FieldSpec, Grid, Sample};
 use crate::recipe::{BatchConfig, CropConfig, MaskConfig, Resolution};
 use crate::rng::{Rng, Stream};
 use crate::{DType, Device, Error, Result, Tensor};
@@ -65,6 +65,7 @@ pub struct Pipeline {
     spec: LoaderSpec,
     order: Order,
     variants: Vec<Variant>,
+    fields: Vec<FieldSpec>,
 }
 
 /// The crop sizes of some of the steps.
@@ -86,9 +87,18 @@ pub(crate) struct RawStep {
 
 /// An image as it was read.
 pub(super) struct RawImage {
-    pub(super) index: usize,
+    pub(super) source: BatchImage,
     pub(super) sample: Sample,
     pub(super) plan: ImagePlan,
+}
+
+/// What is left of an image when its crops are made.
+#[derive(Default)]
+struct Made {
+    source: BatchImage,
+    label: u32,
+    fields: Vec<Vec<f32>>,
+    broken: Vec<BrokenSample>,
 }
 
 /// A micro-batch: the places of its images in the whole batch, and their masks.
@@ -120,7 +130,8 @@ impl Pipeline {
             Variant { sizes, augmentation, grid: Grid { height: side, width: side } }
         };
         let variants = spec.crops.variants(spec.gram_crop_size).into_iter().map(variant).collect();
-        Ok(Self { order: Order::new(spec.seed, dataset.len()), variants, dataset, spec })
+        let fields = dataset.fields();
+        Ok(Self { order: Order::new(spec.seed, dataset.len()), variants, fields, dataset, spec })
     }
 
     /// The crop sizes of `step`, drawn by their shares.
@@ -174,25 +185,24 @@ impl Pipeline {
         // One image a task: images differ in size, so larger blocks would leave threads idle at the end of a step.
         let make = |(i, mut views): (usize, Views<'_>)| {
             if stop.load(Ordering::Relaxed) {
-                return Ok((0, 0, Vec::new()));
+                return Ok(Made::default());
             }
             self.image(variant, data_step, places[i], &mut views, stop)
         };
-        let read: Vec<Result<(usize, u32, Vec<BrokenSample>)>> =
-            views.into_par_iter().enumerate().with_max_len(1).map(make).collect();
-        let read: Vec<(usize, u32, Vec<BrokenSample>)> = read.into_iter().collect::<Result<_>>()?;
+        let made: Vec<Result<Made>> = views.into_par_iter().enumerate().with_max_len(1).map(make).collect();
+        let made: Vec<Made> = made.into_iter().collect::<Result<_>>()?;
 
-        let made = parts.into_iter().zip(crops).zip(read.chunks(images));
-        let batches = made.map(|((part, crops), read)| Batch {
+        let batches = parts.into_iter().zip(crops).zip(made.chunks(images)).map(|((part, crops), made)| Batch {
             global: crops.global,
             local: crops.local,
             gram: crops.gram,
             masks: part.masks,
-            labels: labels(read.iter().map(|(_, label, _)| *label)),
-            indices: read.iter().map(|(index, ..)| *index).collect(),
+            labels: labels(made.iter().map(|image| image.label)),
+            fields: self.fields(made.iter().map(|image| image.fields.as_slice())),
+            sources: made.iter().map(|image| image.source.clone()).collect(),
         });
         let batches = batches.collect();
-        let broken = read.into_iter().flat_map(|(.., broken)| broken).collect();
+        let broken = made.into_iter().flat_map(|image| image.broken).collect();
         Ok(StepBatches { step, batches, waited: Duration::ZERO, broken })
     }
 
@@ -205,8 +215,7 @@ impl Pipeline {
             if stop.load(Ordering::Relaxed) {
                 return Ok(None);
             }
-            let (index, sample, plan, broken) = self.draw(variant, data_step, place, stop)?;
-            Ok(Some((RawImage { index, sample, plan }, broken)))
+            self.draw(variant, data_step, place, stop).map(Some)
         };
         let places: Vec<usize> = parts.iter().flat_map(|part| part.places.clone()).collect();
         let read: Result<Option<Vec<_>>> =
@@ -255,7 +264,7 @@ impl Pipeline {
         views_of_images(self.images(), crops.global.as_mut_slice(), local, gram)
     }
 
-    /// Makes the crops of the image at `place` of a step's batch; returns the sample used, its class and the broken ones met before it.
+    /// Makes the crops of the image at `place` of a step's batch.
     fn image(
         &self,
         variant: &Variant,
@@ -263,10 +272,10 @@ impl Pipeline {
         place: usize,
         views: &mut Views<'_>,
         stop: &AtomicBool,
-    ) -> Result<(usize, u32, Vec<BrokenSample>)> {
-        let (index, sample, plan, broken) = self.draw(variant, data_step, place, stop)?;
+    ) -> Result<Made> {
+        let (RawImage { source, sample, plan }, broken) = self.draw(variant, data_step, place, stop)?;
         variant.augmentation.apply(&sample, &plan, views);
-        Ok((index, self.label(&sample), broken))
+        Ok(Made { source, label: self.label(&sample), fields: sample.fields, broken })
     }
 
     /// The class of a sample; the number of classes if it has none.
@@ -281,13 +290,23 @@ impl Pipeline {
         data_step: u64,
         place: usize,
         stop: &AtomicBool,
-    ) -> Result<(usize, Sample, ImagePlan, Vec<BrokenSample>)> {
-        let place = place as u64;
-        let first = self.order.sample(data_step * self.spec.batch.size as u64 + place);
+    ) -> Result<(RawImage, Vec<BrokenSample>)> {
+        let first = self.order.sample(data_step * self.spec.batch.size as u64 + place as u64);
         let (index, sample, broken) = self.read(first, stop)?;
-        let rng = |crop: u64| Rng::new(self.spec.seed, Stream::Augment, data_step, place << 16 | crop);
+        let rng = |crop: u64| Rng::new(self.spec.seed, Stream::Augment, data_step, (place as u64) << 16 | crop);
         let plan = variant.augmentation.plan((sample.width, sample.height), rng);
-        Ok((index, sample, plan, broken))
+        let [globals, locals] = plan.boxes(variant.sizes.global_size, variant.sizes.local_size);
+        Ok((RawImage { source: BatchImage { index, place, globals, locals }, sample, plan }, broken))
+    }
+
+    /// The fields of a micro-batch: `[B, ..]`.
+    pub(super) fn fields<'a>(&self, of_images: impl Iterator<Item = &'a [Vec<f32>]> + Clone) -> Vec<(String, Tensor)> {
+        let field = |(i, FieldSpec { name, shape }): (usize, &FieldSpec)| {
+            let numbers: Vec<f32> = of_images.clone().flat_map(|fields| fields[i].iter().copied()).collect();
+            let shape: Vec<usize> = [of_images.clone().count()].into_iter().chain(shape.iter().copied()).collect();
+            (name.clone(), Tensor::from_slice(&numbers, &shape).expect("every sample was held to the shapes"))
+        };
+        self.fields.iter().enumerate().map(field).collect()
     }
 
     /// Sample `first`, or the first readable one of its replacements. No other is tried once `stop` is set.
@@ -317,6 +336,14 @@ impl Pipeline {
         }
         if sample.rgb.len() != 3 * width * height {
             return Err(format!("{} bytes are not {width}x{height} RGB pixels", sample.rgb.len()));
+        }
+        if sample.fields.len() != self.fields.len() {
+            return Err(format!("it has {} fields, and the dataset says {}", sample.fields.len(), self.fields.len()));
+        }
+        for (FieldSpec { name, shape }, numbers) in self.fields.iter().zip(&sample.fields) {
+            if numbers.len() != shape.iter().product::<usize>() {
+                return Err(format!("{} numbers are not the field `{name}` of shape {shape:?}", numbers.len()));
+            }
         }
         Ok(sample)
     }

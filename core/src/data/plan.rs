@@ -3,6 +3,7 @@
 //! A plan is a pure function of its generators and the image's size. The CPU applies it in
 //! [`Augmentation::apply`](super::Augmentation::apply); a device that holds the image can apply the same plan.
 
+use crate::contract::CropBox;
 use crate::recipe::CropConfig;
 use crate::rng::Rng;
 
@@ -91,6 +92,23 @@ pub enum Cut {
     },
 }
 
+impl Rect {
+    fn cropped(self, flip: bool) -> CropBox {
+        let [x, y, width, height] = [self.x, self.y, self.width, self.height].map(|n| n as f64);
+        CropBox { x, y, width, height, flip }
+    }
+}
+
+impl Cut {
+    /// The box of a crop that is cut from the image.
+    fn image_box(&self) -> Option<CropBox> {
+        match *self {
+            Self::Image { area, flip } => Some(area.cropped(flip)),
+            Self::Global { .. } => None,
+        }
+    }
+}
+
 /// Everything drawn for one crop.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct CropPlan {
@@ -153,6 +171,26 @@ impl ImagePlan {
             finish(rng, cut, 2)
         };
         Self { shared_color, globals, locals: (0..config.local_count).map(local).collect() }
+    }
+
+    /// Where the global and the local crops are cut from the image, given their sides in pixels.
+    pub fn boxes(&self, global_size: usize, local_size: usize) -> [Vec<CropBox>; 2] {
+        let of = |plan: &CropPlan| match plan.cut {
+            Cut::Image { area, flip } => area.cropped(flip),
+            Cut::Global { global, x, y } => {
+                let whole = self.globals[global].cut.image_box().expect("global crops are cut from the image");
+                let (across, down) = (whole.width / global_size as f64, whole.height / global_size as f64);
+                let x = if whole.flip { global_size - local_size - x } else { x };
+                CropBox {
+                    x: whole.x + x as f64 * across,
+                    y: whole.y + y as f64 * down,
+                    width: local_size as f64 * across,
+                    height: local_size as f64 * down,
+                    flip: whole.flip,
+                }
+            }
+        };
+        [self.globals.iter().map(of).collect(), self.locals.iter().map(of).collect()]
     }
 }
 

@@ -40,6 +40,7 @@ mod soft_cross_entropy;
 mod softmax;
 mod softmax_centering;
 mod swiglu;
+mod tiles;
 mod tokens;
 mod transpose;
 

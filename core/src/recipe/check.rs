@@ -5,7 +5,7 @@ use super::{sizes, MaskConfig, Recipe};
 use crate::contract::{At, Backbone, Dataset, Loss, TeacherPolicy};
 use crate::data::any_masked;
 use crate::registry::{BackboneContext, Chosen};
-use crate::step::{declare, loss_context, CHANNELS, GLOBALS};
+use crate::step::{check_views, declare, loss_context, CHANNELS, GLOBALS};
 use crate::{params::ParamBuilder, Error};
 
 /// Everything that is wrong with, or odd about, a recipe whose types and ranges are right.
@@ -26,6 +26,9 @@ pub(super) fn check(recipe: &Recipe) -> Vec<Problem> {
             }
         }
         Err(error) => problems.push(refused("backbone", error)),
+    }
+    if problems.iter().all(|p| p.severity == Severity::Warning) {
+        views(recipe, &mut problems);
     }
     for (name, entry) in recipe.probes.0.iter().filter(|(_, e)| e.enabled) {
         problems.extend(entry.probe.build(&mut ()).err().map(|e| refused(format!("probes.{name}"), e)));
@@ -51,7 +54,7 @@ pub(super) fn check_data(recipe: &Recipe, data: &dyn Dataset) -> Vec<Problem> {
         let masks = (masks && data.mask_classes() == 0).then(|| lacks("pixel masks"));
         labels.into_iter().chain(masks)
     });
-    lacking.chain(labels(recipe, data)).chain(too_small(recipe, data)).collect()
+    lacking.chain(labels(recipe, data)).chain(fields(recipe, data)).chain(too_small(recipe, data)).collect()
 }
 
 /// Losses that learn from labels which the dataset does not have, or has of more classes or fewer.
@@ -70,6 +73,20 @@ fn labels(recipe: &Recipe, data: &dyn Dataset) -> Vec<Problem> {
         (asked != there).then(|| Problem::error(key, message).help(help))
     });
     wrong.collect()
+}
+
+/// Losses that read fields which the dataset does not have.
+fn fields(recipe: &Recipe, data: &dyn Dataset) -> Vec<Problem> {
+    let Ok(model) = declare(recipe) else { return Vec::new() };
+    let there: Vec<String> = data.fields().into_iter().map(|field| field.name).collect();
+    let asked = model.losses.iter().flat_map(|l| l.needs.fields.iter().map(move |field| (&l.name, field)));
+    let missing = asked.filter(|(_, field)| !there.contains(field)).map(|(loss, field)| {
+        let has = if there.is_empty() { "none".to_string() } else { there.join(", ") };
+        let message = format!("reads the field `{field}`; of fields the dataset `{}` has {has}", recipe.data.name());
+        let help = format!("set losses.{loss}.enabled = false, or choose data with that field");
+        Problem::error(format!("losses.{loss}"), message).help(help)
+    });
+    missing.collect()
 }
 
 /// Generated images may be too small for a patch; of a folder's only those are, and the loader names them.
@@ -299,6 +316,16 @@ fn losses(recipe: &Recipe, backbone: &dyn Backbone, distils: bool, problems: &mu
     if recipe.gram_teacher.is_some() && !gram_is_used {
         let message = "no loss uses a Gram teacher, so this table does nothing";
         problems.push(Problem::warning("gram_teacher", message).help("add a loss that does, or remove the table"));
+    }
+}
+
+/// Views that cannot be made of global crops of any of the recipe's sizes.
+fn views(recipe: &Recipe, problems: &mut Vec<Problem>) {
+    let Ok(model) = declare(recipe) else { return };
+    let sides = recipe.crops.variants(None).into_iter().map(|r| r.global_size);
+    for (side, declared) in sides.flat_map(|side| model.losses.iter().map(move |l| (side, l))) {
+        let refused = check_views(declared, &model, side).err();
+        problems.extend(refused.map(|e| self::refused(format!("losses.{}", declared.name), e)));
     }
 }
 

@@ -5,7 +5,7 @@
 //! counted.
 
 use super::{Recipe, Resolution};
-use crate::contract::{Cost, Grid, LossCost, LossRows};
+use crate::contract::{Cost, Grid, LossCost, LossRows, View};
 use crate::recipe::DeviceChoice;
 use crate::step::{declare, distilled_model, Declared, CHANNELS, GLOBALS};
 use crate::{cuda, DType, Device, Result};
@@ -72,7 +72,14 @@ fn cost_at(recipe: &Recipe, sizes: &Resolution, model: &Declared, device: Device
     let grid = |side: usize| Grid { height: side / backbone.patch_size(), width: side / backbone.patch_size() };
     let globals = (GLOBALS, grid(sizes.global_size));
     let locals = (recipe.crops.local_count, grid(sizes.local_size));
-    let student = backbone.cost(&[globals, locals]);
+    let [sees_globals, sees_locals] = model.student_sees();
+    let seen = |sees: bool, (count, grid)| if sees { (count, grid) } else { (0, grid) };
+    let views = model.losses.iter().flat_map(|l| l.loss.views(sizes.global_size).unwrap_or_default());
+    let views: Vec<View> = views.collect();
+    let locals = seen(sees_locals, locals);
+    let own = [seen(sees_globals, globals), locals].into_iter().chain(views.iter().map(|v| (v.crops, grid(v.size()))));
+    let own: Vec<(usize, Grid)> = own.filter(|(count, _)| *count > 0).collect();
+    let student = backbone.cost(&own);
     // A model to distil from whose run is not there yet is counted like the student.
     let distilled = distilled_model(recipe);
     let teacher_model = distilled.as_ref().unwrap_or(model);
@@ -112,11 +119,12 @@ fn cost_at(recipe: &Recipe, sizes: &Resolution, model: &Declared, device: Device
     let part = recipe.batch.images() as f64;
     let pixels = |count: usize, side: usize| (count * CHANNELS) as f64 * (side as f64).powi(2);
     let gram_pixels = if has_gram { pixels(GLOBALS, gram_side) } else { 0.0 };
-    let crops = pixels(GLOBALS, sizes.global_size) + pixels(recipe.crops.local_count, sizes.local_size);
+    let crops = pixels(GLOBALS, sizes.global_size) + pixels(locals.0, sizes.local_size);
+    let view_pixels: f64 = views.iter().map(|v| pixels(v.crops, v.size())).sum();
     // The teacher goes over the whole batch before the student begins. While it turns logits into targets there are the
     // logits by part and together, and the targets; while the student's losses go backward, the logits and a gradient.
     let gram_kept = if has_gram { 2.0 * (GLOBALS * globals.1.patches()) as f64 * backbone.dim() as f64 } else { 0.0 };
-    let kept = part * (student.activations + student.features + heads.activations + gram_kept);
+    let kept = part * (student.activations + student.features + heads.activations + gram_kept + view_pixels);
     let backward = part * student.working.max(heads.outputs + most.outputs);
     let teaching = all * 2.0 * most.targets;
     memory.extend([
@@ -128,7 +136,7 @@ fn cost_at(recipe: &Recipe, sizes: &Resolution, model: &Declared, device: Device
         false => vec![("teacher's logits", number * teaching)],
     });
     let patches = |(count, grid): (usize, Grid)| part * count as f64 * grid.patches() as f64;
-    let most_patches = patches(globals).max(patches(locals));
+    let most_patches = own.into_iter().map(patches).fold(patches(globals), f64::max);
     RunCost { modules, flops_per_image: flops, memory, most_patches }
 }
 

@@ -212,7 +212,7 @@ impl Dataset for Greys {
         self.count
     }
     fn get(&self, _: usize) -> Result<Sample> {
-        Ok(Sample { width: 64, height: 64, rgb: vec![0; 3 * 64 * 64], label: None, mask: None })
+        Ok(Sample { width: 64, height: 64, rgb: vec![0; 3 * 64 * 64], ..Sample::default() })
     }
 }
 plugin!(Dataset, "test_greys", Greys);

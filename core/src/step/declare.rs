@@ -25,6 +25,13 @@ pub struct Declared {
 }
 
 impl Declared {
+    /// Whether the student sees the global crops, and whether the local ones: if a loss reads what it makes of them.
+    pub fn student_sees(&self) -> [bool; 2] {
+        let globals = |needs: &Needs| needs.globals || needs.masks || needs.tokens;
+        let locals = |needs: &Needs| needs.locals || needs.tokens;
+        [self.losses.iter().any(|l| globals(&l.needs)), self.losses.iter().any(|l| locals(&l.needs))]
+    }
+
     /// The enabled loss of that name.
     pub fn loss(&self, name: &str) -> Option<&DeclaredLoss> {
         self.losses.iter().find(|l| l.name == name)

@@ -18,6 +18,7 @@ mod scalars;
 mod sources;
 mod spikes;
 mod update;
+mod views;
 mod weights;
 
 pub use declare::{declare, loss_context, Declared, DeclaredLoss, CHANNELS, GLOBALS};
@@ -28,6 +29,7 @@ pub use sources::check_sources;
 pub use weights::Weights;
 
 pub(crate) use scalars::scalar;
+pub(crate) use views::check_views;
 
 use std::collections::BTreeMap;
 
@@ -98,6 +100,9 @@ pub struct Report {
     /// What the total loss jumped above, if it did: then nothing was changed either.
     pub spike: Option<f64>,
 }
+
+/// Added to the indices of what the backbone draws for views: a view more changes nothing that is drawn for other crops.
+const OF_VIEWS: u64 = 1 << 24;
 
 /// Why a step is not taken.
 enum Refusal {
@@ -261,7 +266,8 @@ impl Learner {
     }
 
     fn step_on_cpu(&mut self, at: At, batches: &[Batch], health: bool) -> Result<Report> {
-        let draws: Vec<Draws> = batches.iter().enumerate().map(|(m, b)| self.draw(at.step, b, m)).collect();
+        let draws: Vec<Draws> =
+            batches.iter().enumerate().map(|(m, b)| self.draw(at.step, b, m)).collect::<Result<_>>()?;
         let (limits, reach) = self.limits(at)?;
         let mut grads = self.weights.take_grads();
         let pass = self.forward_backward(at, batches, &draws, &mut grads, health);
@@ -331,19 +337,30 @@ impl Learner {
     }
 
     /// The random numbers of the student's forward on micro-batch `micro`.
-    fn draw(&self, step: u64, batch: &Batch, micro: usize) -> Draws {
-        let images: Vec<usize> =
-            [batch.global.dim(0)].into_iter().chain(batch.local.as_ref().map(|l| l.dim(0))).collect();
+    fn draw(&self, step: u64, batch: &Batch, micro: usize) -> Result<Draws> {
+        let images = batch.images();
+        let sides = [(true, GLOBALS), (self.locals > 0, self.locals)];
+        let kinds: Vec<usize> = sides.iter().filter(|(any, _)| *any).map(|(_, crops)| crops * images).collect();
         // What is drawn for a whole batch is the same in its parts. Dropped paths cannot be: a part keeps a number of
         // images that is known before, so that every step has the same shapes.
         let of_part = |stream| if stream == Stream::DropPath { (micro as u64) << 32 } else { 0 };
         let rng = |stream, index| Rng::new(self.seed, stream, step, of_part(stream) | index);
-        let mut draws = self.model.backbone.draw(&rng, &images);
+        // Of all kinds, those that no loss reads as well: what one sees does not depend on what another loss needs.
+        let mut draws = self.model.backbone.draw(&rng, &kinds);
+        draws.keep_kinds(&self.model.student_sees());
+        let global_size = batch.global.dim(2);
+        let sizes = (global_size, self.model.backbone.patch_size());
+        let mut kinds = Vec::new();
         for declared in &self.model.losses {
             // By name, so that a loss more or less changes no other's draws.
             draws.losses.push(declared.loss.draw(&mut Rng::named(self.seed, Stream::Loss, step, &declared.name)));
+            let (numbers, tiles) = views::draw_images(declared, (self.seed, step), &batch.sources, sizes)?;
+            draws.images.push(numbers);
+            draws.tiles.push(tiles);
+            kinds.extend(declared.loss.views(global_size)?.iter().map(|view| view.crops * images));
         }
-        draws
+        let of_views = |stream, index| rng(stream, index | OF_VIEWS);
+        Ok(if kinds.is_empty() { draws } else { draws.with_kinds(self.model.backbone.draw(&of_views, &kinds)) })
     }
 
     /// What a loss reads about the step.
@@ -405,7 +422,7 @@ impl Learner {
                 });
             }
             if health && micro == 0 {
-                measured = Some(Health::measure(&teacher.of(0), &self.model, &batch.indices)?);
+                measured = Some(Health::measure(&teacher.of(0), &self.model, &batch.indices().collect::<Vec<_>>())?);
             }
             // Before its loss begins, a run may have nothing to learn from.
             let Some(total) = total else { continue };

@@ -4,9 +4,9 @@ use crate::contract::{At, Crops, Draws, Features, GramTarget, Grid, Mode, ModelO
 use crate::data::Batch;
 use crate::params::Params;
 use crate::tensor::scope;
-use crate::{Error, Result, Tensor};
+use crate::{DType, Error, Result, Tensor};
 
-use super::{DeclaredLoss, Learner};
+use super::{views, DeclaredLoss, Learner};
 
 /// The teacher over all micro-batches, and every loss's targets.
 pub(super) struct TeacherPass {
@@ -16,8 +16,8 @@ pub(super) struct TeacherPass {
     targets: Vec<Vec<Option<Tensor>>>,
     /// The losses' state after their targets.
     pub(super) state: Vec<Vec<Tensor>>,
-    /// `[0, D]` and `[0, P, D]`, for losses that do without.
-    nothing: [Tensor; 2],
+    /// For losses that do without.
+    nothing: Features,
 }
 
 /// The teacher on one micro-batch.
@@ -28,9 +28,22 @@ pub(super) struct TeacherOf<'a> {
 }
 
 /// A model's tokens as a loss sees them.
-fn tokens<'a>(global: &'a Features, local: Option<&'a Features>, batch: &'a Batch) -> ModelOutputs<'a> {
-    let local_cls = local.map(|l| &l.cls);
-    ModelOutputs { cls: &global.cls, patches: &global.patches, local_cls, mask_indices: &batch.masks.indices }
+fn tokens<'a>(global: &'a Features, local: Option<&'a Features>, needs: &Needs, batch: &'a Batch) -> ModelOutputs<'a> {
+    ModelOutputs {
+        cls: &global.cls,
+        patches: &global.patches,
+        local_cls: local.map(|l| &l.cls),
+        local_patches: local.filter(|_| needs.tokens).map(|l| &l.patches),
+        registers: needs.tokens.then_some(&global.registers),
+        prenorm: needs.tokens.then_some(&global.prenorm),
+        mask_indices: &batch.masks.indices,
+    }
+}
+
+/// The features of crops that a model was not shown: no rows.
+fn nothing(dim: usize, grid: Grid, dtype: DType) -> Features {
+    let [cls, tokens] = [&[0, dim][..], &[0, 0, dim]].map(|shape| Tensor::zeros(shape, dtype));
+    Features { cls, registers: tokens.clone(), patches: tokens.clone(), prenorm: tokens, grid }
 }
 
 /// The state of a loss after a call that gave `new`; none: it stays as it was.
@@ -83,7 +96,10 @@ impl TeacherPass {
                     "raise masking.probability or masking.ratio: of some crop at least one patch has to be masked";
                 return Err(Error::user(problem, help));
             }
-            let parts = features.iter().zip(batches).map(|(f, b)| taught.loss.project(&params, &tokens(f, None, b)));
+            let parts = features
+                .iter()
+                .zip(batches)
+                .map(|(f, b)| taught.loss.project(&params, &tokens(f, None, &taught.needs, b)));
             let parts: Vec<Tensor> = parts.collect::<Result<_>>()?;
             let all = Tensor::cat(&parts.iter().collect::<Vec<_>>())?;
             let (all, new) = declared.loss.targets(&all, &learner.context(at, old))?;
@@ -102,8 +118,7 @@ impl TeacherPass {
             targets.push(parts.iter().map(part).collect::<Result<_>>()?);
             state.push(next_state(declared, old, new)?);
         }
-        let (dim, dtype) = (learner.model.backbone.dim(), params.dtype());
-        let nothing = [Tensor::zeros(&[0, dim], dtype), Tensor::zeros(&[0, 0, dim], dtype)];
+        let nothing = nothing(learner.model.backbone.dim(), Grid { height: 0, width: 0 }, params.dtype());
         Ok(Self { features, targets, state, nothing })
     }
 
@@ -114,13 +129,8 @@ impl TeacherPass {
 
     /// The teacher on one micro-batch as a loss sees it.
     fn seen_by<'a>(&'a self, needs: &Needs, micro: usize, batch: &'a Batch) -> ModelOutputs<'a> {
-        match self.features.get(micro).filter(|_| needs.teacher) {
-            Some(features) => tokens(features, None, batch),
-            None => {
-                let [cls, patches] = &self.nothing;
-                ModelOutputs { cls, patches, local_cls: None, mask_indices: &batch.masks.indices }
-            }
-        }
+        let features = self.features.get(micro).filter(|_| needs.teacher);
+        tokens(features.unwrap_or(&self.nothing), None, needs, batch)
     }
 }
 
@@ -128,8 +138,10 @@ impl TeacherPass {
 pub(super) struct StudentPass {
     global: Features,
     local: Option<Features>,
-    /// By loss: what it drew.
-    draws: Vec<Option<Tensor>>,
+    /// Of the views of each loss.
+    views: Vec<Vec<Features>>,
+    /// By loss: what it drew, for the step and for each image.
+    draws: Vec<[Option<Tensor>; 2]>,
 }
 
 impl StudentPass {
@@ -137,13 +149,34 @@ impl StudentPass {
         let _scope = scope::enter("student");
         let model = &learner.model;
         let masks = model.losses.iter().any(|l| l.needs.masks).then(|| batch.masks.masks.clone());
-        let mut crops = vec![Crops { pixels: batch.global.clone(), masks, local: false }];
-        crops.extend(batch.local.clone().map(|pixels| Crops { pixels, masks: None, local: true }));
-        let mut features = model.backbone.forward(params, &crops, Mode::Train(draws))?.into_iter();
-        let global = features.next().ok_or_else(|| Error::shape("backbone", "no features for the global crops"))?;
+        let [globals, locals] = model.student_sees();
+        let local = batch.local.clone().filter(|_| locals);
+        let mut crops = Vec::new();
+        crops.extend(globals.then(|| Crops { pixels: batch.global.clone(), masks, local: false }));
+        crops.extend(local.map(|pixels| Crops { pixels, masks: None, local: true }));
+        let own = crops.len();
+        crops.extend(views::crops(model, batch, draws)?);
+        let mut features = match crops.is_empty() {
+            true => Vec::new(),
+            false => model.backbone.forward(params, &crops, Mode::Train(draws))?,
+        };
+        if features.len() != crops.len() {
+            let problem = format!("{} kinds of features for {} kinds of crops", features.len(), crops.len());
+            return Err(Error::shape("backbone", problem));
+        }
+        let mut of_views = features.split_off(own).into_iter();
+        let mut features = features.into_iter();
+        let (patch, dim) = (model.backbone.patch_size(), model.backbone.dim());
+        let grid = Grid { height: batch.global.dim(2) / patch, width: batch.global.dim(3) / patch };
+        let global = if globals { features.next() } else { None };
+        let global = global.unwrap_or_else(|| nothing(dim, grid, params.dtype()));
         let local = features.next();
-        let draws = (0..model.losses.len()).map(|i| draws.of_loss(i)).collect::<Result<_>>()?;
-        Ok(Self { global, local, draws })
+        let views =
+            model.losses.iter().map(|l| Ok(of_views.by_ref().take(l.loss.views(batch.global.dim(2))?.len()).collect()));
+        let views = views.collect::<Result<_>>()?;
+        let drawn = |i| Ok([draws.of_loss(i)?, views::image_draws(draws, i, batch.images())?]);
+        let draws = (0..model.losses.len()).map(drawn).collect::<Result<_>>()?;
+        Ok(Self { global, local, views, draws })
     }
 
     /// The step as loss `i` sees it on micro-batch `micro`.
@@ -161,7 +194,7 @@ impl StudentPass {
             globals: batch.global.dim(0) / batch.images(),
             locals: learner.locals,
             grid: self.global.grid,
-            student: tokens(&self.global, self.local.as_ref(), batch),
+            student: tokens(&self.global, self.local.as_ref(), needs, batch),
             teacher: teacher.seen_by(needs, micro, batch),
             targets: teacher.targets[i][micro].as_ref(),
             unmasked_indices: &batch.masks.unmasked,
@@ -169,7 +202,10 @@ impl StudentPass {
             gram,
             pixels: needs.pixels.then_some(&batch.global),
             labels: needs.classes.map(|_| &batch.labels),
-            draws: self.draws[i].as_ref(),
+            draws: self.draws[i][0].as_ref(),
+            image_draws: self.draws[i][1].as_ref(),
+            views: &self.views[i],
+            fields: if needs.fields.is_empty() { &[] } else { &batch.fields },
         }
     }
 }

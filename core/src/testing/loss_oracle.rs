@@ -49,7 +49,7 @@ pub fn no_options() -> BoxedStrategy<Json> {
 }
 
 /// A case of a loss and what the engine makes of it, as plain data for another implementation to be compared with:
-/// `config` with every default, `images` and other sizes, what was drawn (`draws`), `inputs` by name (`shape`, `values`), the `loss`, and `gradients`
+/// `config` with every default, `images` and other sizes, what was drawn (`draws`, `image_draws`), `inputs` by name (`shape`, `values`), the `loss`, and `gradients`
 /// by the names of those inputs that have one.
 ///
 /// # Errors
@@ -63,8 +63,12 @@ pub fn loss_record(name: &str, case: &Case) -> Result<Json, String> {
     let gradients = case.inputs.iter().zip(&measured.gradients).filter(|(x, _)| x.tracked);
     let mut record = case.options.clone();
     let bound = Bound { case, tensors: tensors(case, None) };
-    let drawn = with_outputs(&bound, &built, |_, out, _| Ok(out.draws.map(Tensor::to_f64_vec))).map_err(text)?;
-    record["draws"] = json!(drawn.unwrap_or_default());
+    let drawn = with_outputs(&bound, &built, |_, out, _| {
+        Ok([out.draws, out.image_draws].map(|drawn| drawn.map(Tensor::to_f64_vec).unwrap_or_default()))
+    });
+    let [drawn, of_images] = drawn.map_err(text)?;
+    record["draws"] = json!(drawn);
+    record["image_draws"] = json!(of_images);
     record["config"] = config(name, case).map_err(text)?;
     record["inputs"] = inputs.collect::<serde_json::Map<_, _>>().into();
     record["loss"] = measured.value[0].into();
@@ -91,7 +95,7 @@ pub(super) fn hold(name: &str, case: &Case, device: Device) -> Result<(), String
         let stated = with_outputs(&bound, &built, |_, out, context| {
             let params = built.params(&bound, PARAMS);
             let (value, gradients) = evaluate(oracle.as_ref(), &params, out, context)?;
-            let names = student(out).into_iter().map(|(name, _)| name.to_string());
+            let names = student(out).into_iter().map(|(name, _)| name);
             let names: Vec<String> = names.chain(params.iter().map(|(name, _)| format!("{PARAMS}{name}"))).collect();
             Ok((value, names.into_iter().zip(gradients).collect::<Vec<_>>()))
         });

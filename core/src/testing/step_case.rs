@@ -8,7 +8,10 @@ use serde_json::{json, Map, Value as Json};
 use super::case::{cases, fixed, tracked, Bound, Case};
 use super::gradient::tensors;
 use crate::comm::Single;
-use crate::contract::{At, GramTarget, Grid, Loss, ModelOutputs, Needs, Outputs, StepContext};
+use crate::contract::{
+    At, BatchImage, CropBox, Features, GramTarget, Grid, ImageContext, Loss, ModelOutputs, Needs, Outputs, StepContext,
+    View,
+};
 use crate::params::{Layout, ParamBuilder, Params};
 use crate::registry::{self, Chosen, LossContext};
 use crate::rng::{Rng, Stream};
@@ -48,7 +51,7 @@ pub fn loss_cases(name: &str, options: BoxedStrategy<Json>) -> Result<BoxedStrat
     Ok(cases(step, move |case| {
         // A config that is refused is reported when the case is held; it needs no inputs.
         let Ok(built) = build(&name, case) else { return Vec::new() };
-        let Needs { targets, gram_teacher, pixels, .. } = built.loss.needs();
+        let Needs { targets, gram_teacher, pixels, tokens, .. } = built.loss.needs();
         let size = Sizes::of(case);
         let (cls, patches) = ([GLOBALS * size.images, size.dim], [GLOBALS * size.images, size.patches, size.dim]);
         let mut slots = vec![
@@ -61,6 +64,17 @@ pub fn loss_cases(name: &str, options: BoxedStrategy<Json>) -> Result<BoxedStrat
         slots.extend(gram_teacher.then(|| fixed("gram_patches", &patches)));
         let (height, width) = (PATCH * case.size("height"), PATCH * case.size("width"));
         slots.extend(pixels.then(|| fixed("pixels", &[GLOBALS * size.images, 3, height, width])));
+        if tokens {
+            slots.push(tracked("student_registers", &[GLOBALS * size.images, REGISTERS, size.dim]));
+            slots.push(tracked("student_prenorm", &[GLOBALS * size.images, 1 + REGISTERS + size.patches, size.dim]));
+            let local = [size.locals * size.images, LOCAL_PATCHES, size.dim];
+            slots.extend((size.locals > 0).then(|| tracked("student_local_patches", &local)));
+        }
+        for (i, view) in built.views().into_iter().enumerate() {
+            let (rows, patches) = (view.crops * size.images, (view.size() / PATCH).pow(2));
+            slots.push(tracked(format!("view_{i}_cls"), &[rows, size.dim]));
+            slots.push(tracked(format!("view_{i}_patches"), &[rows, patches, size.dim]));
+        }
         for spec in built.layout.specs() {
             slots.push(tracked(format!("{PARAMS}{}", spec.name), &spec.shape).small());
             slots.extend(targets.map(|_| fixed(format!("{TEACHER_PARAMS}{}", spec.name), &spec.shape).small()));
@@ -91,17 +105,29 @@ struct Sizes {
     locals: usize,
     dim: usize,
     patches: usize,
+    grid: Grid,
 }
 
 impl Sizes {
     fn of(case: &Case) -> Self {
-        let patches = case.size("height") * case.size("width");
-        Self { images: case.size("images"), locals: case.size("locals"), dim: case.size("dim"), patches }
+        let grid = Grid { height: case.size("height"), width: case.size("width") };
+        Self {
+            images: case.size("images"),
+            locals: case.size("locals"),
+            dim: case.size("dim"),
+            patches: grid.patches(),
+            grid,
+        }
     }
 }
 
 /// Side of a patch of a case's pixels.
 const PATCH: usize = 2;
+/// Register tokens of a crop, and patches of a local one.
+const REGISTERS: usize = 2;
+const LOCAL_PATCHES: usize = 1;
+/// Side in pixels of the global crops that views are cut from: a whole number of thirds of patches, so that all grids fit.
+const VIEWED: usize = 12 * PATCH;
 
 /// Before the name of a parameter of the student's, and of the teacher's, among the inputs of a case.
 pub(super) const PARAMS: &str = "params.";
@@ -125,6 +151,33 @@ impl Built {
         })
     }
 
+    /// The loss's views of a case.
+    fn views(&self) -> Vec<View> {
+        self.loss.views(VIEWED).unwrap_or_default()
+    }
+
+    /// What the loss draws for the images of a case: `[B, numbers]`, f64. Crops were cut anywhere in images of 100 x 100
+    /// pixels.
+    fn image_draws(&self, sizes: &Sizes) -> Result<Option<Tensor>> {
+        let of_image = |place: usize| {
+            let mut rng = Rng::new(0, Stream::Loss, 4, place as u64);
+            let cut = |rng: &mut Rng| {
+                let (width, height) = (rng.uniform(20.0, 100.0), rng.uniform(20.0, 100.0));
+                let (x, y) = (rng.uniform(0.0, 100.0 - width), rng.uniform(0.0, 100.0 - height));
+                CropBox { x, y, width, height, flip: rng.chance(0.5) }
+            };
+            let globals = (0..GLOBALS).map(|_| cut(&mut rng)).collect();
+            let locals = (0..sizes.locals).map(|_| cut(&mut rng)).collect();
+            let image = BatchImage { index: place, place, globals, locals };
+            self.loss
+                .draw_image(&mut ImageContext { image: &image, global_size: VIEWED, grid: sizes.grid, rng: &mut rng })
+                .numbers
+        };
+        let drawn: Vec<f64> = (0..sizes.images).flat_map(of_image).collect();
+        let shape = [sizes.images, drawn.len() / sizes.images];
+        (!drawn.is_empty()).then(|| Tensor::from_slice(&drawn, &shape)).transpose()
+    }
+
     /// The parameters of a case, by the loss's own names.
     pub(super) fn params(&self, bound: &Bound<'_>, prefix: &str) -> Vec<(String, Tensor)> {
         let of = |name: &str| bound.tensor(&format!("{prefix}{name}")).clone();
@@ -141,7 +194,7 @@ pub(super) fn build(name: &str, case: &Case) -> Result<Built> {
         Error::user(format!("loss `{name}` refuses {}: {}", case.options["config"], e.encode()), "mend its defaults")
     };
     let chosen = Chosen::<dyn Loss>::from_value(&table, None).map_err(refused)?;
-    let Sizes { images, locals, dim, patches } = Sizes::of(case);
+    let Sizes { images, locals, dim, patches, .. } = Sizes::of(case);
     let mut params = ParamBuilder::new();
     let loss = chosen.build(&mut LossContext {
         params: &mut params,
@@ -209,7 +262,8 @@ pub(super) fn with_outputs<R>(
     f: impl FnOnce(&Params<'_>, &Outputs<'_>, &StepContext<'_>) -> Result<R>,
 ) -> Result<R> {
     let (case, loss) = (bound.case(), built.loss.as_ref());
-    let Sizes { images, locals, patches, .. } = Sizes::of(case);
+    let sizes = Sizes::of(case);
+    let Sizes { images, locals, patches, .. } = sizes;
     let cls = bound.tensor("student_cls");
     let dtype = cls.dtype().wide();
     let params = |prefix: &str| {
@@ -225,6 +279,9 @@ pub(super) fn with_outputs<R>(
         cls: bound.tensor("teacher_cls"),
         patches: bound.tensor("teacher_patches"),
         local_cls: None,
+        local_patches: None,
+        registers: None,
+        prenorm: None,
         mask_indices,
     };
     let targets = loss.needs().targets.map(|_| {
@@ -239,6 +296,20 @@ pub(super) fn with_outputs<R>(
     let gram = bound.get("gram_patches").map(|patches| GramTarget { patches: patches.clone() });
     let drawn = loss.draw(&mut Rng::new(0, Stream::Loss, at.step, 0));
     let drawn = (!drawn.is_empty()).then(|| Tensor::from_slice(&drawn, &[drawn.len()])).transpose()?;
+    let image_draws = built.image_draws(&sizes)?;
+    let view = |(i, view): (usize, View)| {
+        let (cls, patches) = (bound.tensor(&format!("view_{i}_cls")), bound.tensor(&format!("view_{i}_patches")));
+        let side = view.size() / PATCH;
+        let none = Tensor::zeros(&[cls.dim(0), 0, cls.dim(1)], cls.dtype());
+        Features {
+            cls: cls.clone(),
+            registers: none.clone(),
+            patches: patches.clone(),
+            prenorm: none,
+            grid: Grid { height: side, width: side },
+        }
+    };
+    let views: Vec<Features> = built.views().into_iter().enumerate().map(view).collect();
     // One image, if there are several, has no label.
     let label = |classes: usize| (0..images).map(|i| (i * 7 % (classes + 1)) as u32).collect::<Vec<_>>();
     let labels = loss.needs().classes.map(|n| Tensor::from_slice(&label(n), &[images])).transpose()?;
@@ -246,11 +317,14 @@ pub(super) fn with_outputs<R>(
         images,
         globals: GLOBALS,
         locals,
-        grid: Grid { height: case.size("height"), width: case.size("width") },
+        grid: sizes.grid,
         student: ModelOutputs {
             cls,
             patches: bound.tensor("student_patches"),
             local_cls: bound.get("student_local_cls"),
+            local_patches: bound.get("student_local_patches"),
+            registers: bound.get("student_registers"),
+            prenorm: bound.get("student_prenorm"),
             mask_indices,
         },
         teacher,
@@ -261,6 +335,9 @@ pub(super) fn with_outputs<R>(
         pixels: bound.get("pixels"),
         labels: labels.as_ref(),
         draws: drawn.as_ref(),
+        image_draws: image_draws.as_ref(),
+        views: &views,
+        fields: &[],
     };
     f(&params(PARAMS), &outputs, &context)
 }

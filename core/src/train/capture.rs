@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::checkpoint::{read_tensors, write_tensors, Checkpoint, NamedTensors};
+use crate::contract::{BatchImage, CropBox};
 use crate::data::{Batch, Masks};
 use crate::recipe::{Overrides, RawRecipe, Recipe, Resolved};
 use crate::step::{Learner, Report};
@@ -38,8 +39,19 @@ pub(super) fn write(
         put("unmasked", &batch.masks.unmasked);
         put("weights", &batch.masks.weights);
         put("labels", &batch.labels);
-        let samples: Vec<u32> = batch.indices.iter().map(|&i| i as u32).collect();
-        put("samples", &Tensor::from_slice(&samples, &[samples.len()])?);
+        batch.fields.iter().for_each(|(name, field)| put(&format!("fields.{name}"), field));
+        let mut list = |name: &str, of: &dyn Fn(&BatchImage) -> usize| -> Result<()> {
+            let numbers: Vec<u32> = batch.sources.iter().map(|image| of(image) as u32).collect();
+            put(name, &Tensor::from_slice(&numbers, &[numbers.len()])?);
+            Ok(())
+        };
+        list("samples", &|image| image.index)?;
+        list("places", &|image| image.place)?;
+        for (name, boxes) in [("globals", 0), ("locals", 1)] {
+            let of = |image: &BatchImage| [&image.globals, &image.locals][boxes].clone();
+            let numbers: Vec<f64> = batch.sources.iter().flat_map(of).flat_map(numbers_of).collect();
+            put(&format!("boxes.{name}"), &Tensor::from_slice(&numbers, &[numbers.len() / BOX, BOX])?);
+        }
     }
     // The step that failed was counted as skipped; what is captured is the state before it.
     let skipped = learner.skipped() - 1;
@@ -51,6 +63,13 @@ pub(super) fn write(
     ];
     write_tensors(&path, &tensors, &metadata)?;
     Ok(path)
+}
+
+/// Numbers of a crop's box.
+const BOX: usize = 5;
+
+fn numbers_of(crop: CropBox) -> [f64; BOX] {
+    [crop.x, crop.y, crop.width, crop.height, f64::from(u8::from(crop.flip))]
 }
 
 /// Runs a captured step again, on another device if `overrides` says so, and gives its recipe, its number and its
@@ -78,7 +97,8 @@ pub fn replay(path: &Path, overrides: &Overrides) -> Result<(Recipe, u64, Report
 }
 
 fn read_batch(tensors: &NamedTensors, i: u64, path: &Path) -> Result<Batch> {
-    let optional = |name: &str| tensors.get(&format!("batch.{i}.{name}")).cloned();
+    let prefix = format!("batch.{i}.");
+    let optional = |name: &str| tensors.get(&format!("{prefix}{name}")).cloned();
     let get = |name: &str| {
         optional(name).ok_or_else(|| Error::content(path, format!("no batch.{i}.{name}"), "capture again"))
     };
@@ -93,6 +113,30 @@ fn read_batch(tensors: &NamedTensors, i: u64, path: &Path) -> Result<Batch> {
             weights: get("weights")?,
         },
         labels: get("labels")?,
-        indices: get("samples")?.as_slice::<u32>().iter().map(|&i| i as usize).collect(),
+        fields: tensors.with_prefix(&format!("{prefix}fields.")),
+        sources: read_sources(&get("samples")?, &optional),
     })
+}
+
+/// The images of a captured batch. Captures of versions before 0.2 do not say where crops were cut.
+fn read_sources(samples: &Tensor, optional: &dyn Fn(&str) -> Option<Tensor>) -> Vec<BatchImage> {
+    let samples = samples.as_slice::<u32>();
+    let places = optional("places").map(|places| places.as_slice::<u32>().to_vec());
+    let boxes = |name: &str| {
+        let numbers = optional(name).map(|boxes| boxes.to_f64_vec()).unwrap_or_default();
+        let of_crop = |n: &[f64]| CropBox { x: n[0], y: n[1], width: n[2], height: n[3], flip: n[4] != 0.0 };
+        numbers.chunks_exact(BOX).map(of_crop).collect::<Vec<_>>()
+    };
+    let (globals, locals) = (boxes("boxes.globals"), boxes("boxes.locals"));
+    let of_image = |boxes: &[CropBox], i: usize| {
+        let count = boxes.len() / samples.len();
+        boxes[i * count..(i + 1) * count].to_vec()
+    };
+    let image = |(i, &index): (usize, &u32)| BatchImage {
+        index: index as usize,
+        place: places.as_ref().map_or(i, |places| places[i] as usize),
+        globals: of_image(&globals, i),
+        locals: of_image(&locals, i),
+    };
+    samples.iter().enumerate().map(image).collect()
 }

@@ -44,7 +44,7 @@ use std::time::{Duration, Instant};
 use self::broken::Broken;
 use crate::contract::Dataset;
 use crate::data::{Loader, LoaderSpec};
-use crate::recipe::{self, OnNonFinite, Recipe, Resolved};
+use crate::recipe::{self, CropConfig, OnNonFinite, Recipe, Resolved};
 use crate::registry::DataContext;
 use crate::step::{Learner, Report};
 use crate::{checkpoint, Error, Result};
@@ -124,9 +124,10 @@ pub fn datasets(recipe: &Recipe) -> Result<(Arc<dyn Dataset>, Arc<dyn Dataset>)>
 
 /// What the loader needs to know to make batches for `learner` from step `start`.
 pub fn loader_spec(recipe: &Recipe, learner: &Learner, start: u64) -> LoaderSpec {
+    let [_, locals] = learner.model().student_sees();
     LoaderSpec {
         batch: recipe.batch.clone(),
-        crops: recipe.crops.clone(),
+        crops: CropConfig { local_count: if locals { recipe.crops.local_count } else { 0 }, ..recipe.crops.clone() },
         masking: recipe.masking.clone(),
         patch_size: learner.model().backbone.patch_size(),
         gram_crop_size: learner.gram_crop_size(),
@@ -377,7 +378,7 @@ impl Run<'_> {
             None if stop.load(Ordering::Relaxed) => return Ok(None),
             batches => batches.expect("the loader gives every step of the run")?,
         };
-        self.batch = batches.batches.iter().flat_map(|b| b.indices.iter().copied()).collect();
+        self.batch = batches.batches.iter().flat_map(|b| b.indices()).collect();
         let (waited, broken) = (batches.waited, batches.broken);
         let texts = self.broken.count(broken);
         self.warn_once(step, "data", texts)?;

@@ -120,7 +120,7 @@ impl Dataset for ImageFolder {
         let image = read_again(self.path(index), self.files.background, known)?;
         let (width, height) = (image.width() as usize, image.height() as usize);
         let label = self.files.labelled.labels.get(self.part[index]).copied();
-        Ok(Sample { width, height, rgb: image.into_raw(), label, mask: None })
+        Ok(Sample { width, height, rgb: image.into_raw(), label, ..Sample::default() })
     }
 
     fn classes(&self) -> usize {

@@ -5,3 +5,4 @@ mod koleo;
 mod prototypes;
 mod supervised;
 mod two_crops;
+mod views;

@@ -8,7 +8,8 @@ use std::path::Path;
 use crate::golden::{Comparison, Golden};
 use dinolab_core::checkpoint::write_tensors;
 use dinolab_core::contract::{
-    At, Loss, LossCost, LossRows, LossValue, ModelOutputs, Needs, Outputs, Schedule, Scheduler, StateSpec, StepContext,
+    At, BatchImage, Loss, LossCost, LossRows, LossValue, ModelOutputs, Needs, Outputs, Schedule, Scheduler, StateSpec,
+    StepContext,
 };
 use dinolab_core::data::{Batch, Masks};
 use dinolab_core::params::Params;
@@ -337,7 +338,10 @@ fn batch(g: &Golden, prefix: &str, learner: &Learner) -> Batch {
             &[g.number("/batch", None) as usize],
         )
         .unwrap(),
-        indices: (0..g.number("/batch", None) as usize).collect(),
+        fields: Vec::new(),
+        sources: (0..g.number("/batch", None) as usize)
+            .map(|i| BatchImage { index: i, place: i, ..BatchImage::default() })
+            .collect(),
     }
 }
 

@@ -30,6 +30,7 @@ struct Shapes {
     gram: Option<[usize; 4]>,
     /// Masks and labels.
     lists: [usize; 5],
+    fields: Vec<(String, Vec<usize>)>,
 }
 
 impl Shapes {
@@ -41,6 +42,7 @@ impl Shapes {
             local: batch.local.as_ref().map(crops),
             gram: batch.gram.as_ref().map(crops),
             lists: [masks, indices, unmasked, weights, &batch.labels].map(Tensor::len),
+            fields: batch.fields.iter().map(|(name, field)| (name.clone(), field.shape().to_vec())).collect(),
         }
     }
 
@@ -60,7 +62,8 @@ impl Shapes {
                 weights: Tensor::uninit(&[weights], DType::F32),
             },
             labels: list(labels),
-            indices: Vec::new(),
+            fields: self.fields.iter().map(|(name, shape)| (name.clone(), Tensor::uninit(shape, DType::F32))).collect(),
+            sources: Vec::new(),
         }
     }
 }
@@ -134,7 +137,7 @@ impl DeviceBatches {
         }
         staging.release()?;
         for (batch, source) in self.sets[set].1.iter_mut().zip(batches) {
-            batch.indices.clone_from(&source.indices);
+            batch.sources.clone_from(&source.sources);
         }
         Ok(&self.sets[set].1)
     }
@@ -148,7 +151,8 @@ impl DeviceBatches {
         for (micro, batch) in micros.iter().zip(&self.sets[set].1) {
             self.crops(micro, batch, base, Arg::plain(normal))?;
             let Masks { masks, indices, unmasked, weights } = &batch.masks;
-            for (target, at) in [masks, indices, unmasked, weights, &batch.labels].into_iter().zip(micro.lists) {
+            let lists = [masks, indices, unmasked, weights, &batch.labels].into_iter();
+            for (target, &at) in lists.chain(batch.fields.iter().map(|(_, field)| field)).zip(&micro.lists) {
                 if !target.is_empty() {
                     self.gpu.copy(target.device_address(), base + at, target.len() * 4)?;
                 }
@@ -156,7 +160,7 @@ impl DeviceBatches {
         }
         staging.release()?;
         for (batch, micro) in self.sets[set].1.iter_mut().zip(micros) {
-            batch.indices = micro.indices;
+            batch.sources = micro.sources;
         }
         Ok((&self.sets[set].1, staging))
     }

@@ -4,6 +4,7 @@ use rayon::prelude::*;
 
 use super::jobs::Jobs;
 use super::{Shapes, ALIGN};
+use crate::contract::BatchImage;
 use crate::cuda::Staging;
 use crate::data::pipeline::{labels, BrokenSample, Pipeline, RawImage, RawStep};
 use crate::data::Masks;
@@ -53,7 +54,7 @@ pub(crate) struct Staged {
 impl Staged {
     /// Images in it.
     pub(crate) fn images(&self) -> usize {
-        self.micros.iter().map(|m| m.indices.len()).sum()
+        self.micros.iter().map(|m| m.sources.len()).sum()
     }
 }
 
@@ -66,11 +67,11 @@ pub(super) struct Micro {
     /// Into global, local and the Gram teacher's crops.
     pub(super) finish: [Section; 3],
     pub(super) tables: u64,
-    /// Masks and labels.
-    pub(super) lists: [u64; 5],
+    /// Masks and labels, then fields.
+    pub(super) lists: Vec<u64>,
     /// Bytes of scratch memory.
     pub(super) scratch: usize,
-    pub(super) indices: Vec<usize>,
+    pub(super) sources: Vec<BatchImage>,
 }
 
 /// Jobs of one kind.
@@ -90,6 +91,8 @@ pub(crate) fn pack(pipeline: &Pipeline, raw: RawStep, mut staging: Staging) -> R
     let (augmentation, sizes) = pipeline.of_step(raw.step);
     let of_part = |part: &[RawImage]| labels(part.iter().map(|image| pipeline.label(&image.sample)));
     let labels: Vec<Tensor> = raw.images.chunks(images).map(of_part).collect();
+    let of_part = |part: &[RawImage]| pipeline.fields(part.iter().map(|image| image.sample.fields.as_slice()));
+    let fields: Vec<Vec<(String, Tensor)>> = raw.images.chunks(images).map(of_part).collect();
     let mut pack = Pack::default();
     let places: Vec<u64> = raw.images.iter().map(|image| pack.put(&image.sample.rgb)).collect();
     // Weights of a thousand resizes take a while: one micro-batch's are made in parallel with another's.
@@ -103,24 +106,27 @@ pub(crate) fn pack(pipeline: &Pipeline, raw: RawStep, mut staging: Staging) -> R
     let jobs: Vec<Jobs> = raw.images.par_chunks(images).zip(places.par_chunks(images)).map(of_micro).collect();
     let locals = augmentation.config.local_count;
     let mut micros = Vec::with_capacity(jobs.len());
-    for (((jobs, masks), labels), part) in jobs.iter().zip(&raw.masks).zip(&labels).zip(raw.images.chunks(images)) {
+    for (i, ((jobs, masks), part)) in jobs.iter().zip(&raw.masks).zip(raw.images.chunks(images)).enumerate() {
         let crops = |count: usize, side: usize| [count * images, 3, side, side];
         let Masks { masks, indices, unmasked, weights } = masks;
-        let lists = [masks, indices, unmasked, weights, labels];
+        let fields = &fields[i];
+        let lists = [masks, indices, unmasked, weights, &labels[i]].into_iter();
+        let lists: Vec<&Tensor> = lists.chain(fields.iter().map(|(_, field)| field)).collect();
         micros.push(Micro {
             shapes: Shapes {
                 global: crops(2, sizes.global_size),
                 local: (locals > 0).then(|| crops(locals, sizes.local_size)),
                 gram: sizes.gram_size.map(|side| crops(2, side)),
-                lists: lists.map(|t| t.len()),
+                lists: [masks, indices, unmasked, weights, &labels[i]].map(Tensor::len),
+                fields: fields.iter().map(|(name, field)| (name.clone(), field.shape().to_vec())).collect(),
             },
             repaint: section(&mut pack, &jobs.repaint, |j| j.pixels as usize, |j| 3.0 * j.pixels as f64),
             cut: resizes(&mut pack, &jobs.cut),
             finish: jobs.finish.each_ref().map(|f| section(&mut pack, f, |j| j.out as usize, |_| 0.0)),
             tables: pack.put(bytemuck::cast_slice(&jobs.tables)),
-            lists: lists.map(|t| pack.put(t.as_bytes())),
+            lists: lists.into_iter().map(|t| pack.put(t.as_bytes())).collect(),
             scratch: jobs.scratch,
-            indices: part.iter().map(|image| image.index).collect(),
+            sources: part.iter().map(|image| image.source.clone()).collect(),
         });
     }
     pack.write(&mut staging)?;

@@ -1,0 +1,92 @@
+//! Further views of an image that a loss asks for, and what it may draw for an image.
+
+use super::pos_encoding::Grid;
+use crate::rng::Rng;
+
+/// A set of crops that a loss makes of the global crops: squares of them, each cut anywhere, turned, and put together.
+///
+/// One tile a crop gives windows and turned images, several give permuted ones. The student sees the crops packed with the
+/// others, without a mask.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct View {
+    /// Crops an image.
+    pub crops: usize,
+    /// Tiles along each side of a crop.
+    pub tiles: usize,
+    /// Side of a tile in pixels; that of a crop is `tiles` times as long, and a whole number of patches.
+    pub tile_size: usize,
+}
+
+impl View {
+    /// Side of a crop in pixels.
+    pub fn size(&self) -> usize {
+        self.tiles * self.tile_size
+    }
+
+    /// Tiles of all crops of an image.
+    pub fn tiles_of_image(&self) -> usize {
+        self.crops * self.tiles * self.tiles
+    }
+}
+
+/// A square of a global crop, as large as the [`View`]'s tiles.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tile {
+    /// Which of the image's global crops.
+    pub crop: usize,
+    /// First column.
+    pub x: usize,
+    /// First row.
+    pub y: usize,
+    /// Quarter turns, counter-clockwise.
+    pub turns: usize,
+}
+
+/// Where a crop was cut from its image.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct CropBox {
+    /// First column, in pixels of the image.
+    pub x: f64,
+    /// First row.
+    pub y: f64,
+    /// Columns.
+    pub width: f64,
+    /// Rows.
+    pub height: f64,
+    /// Whether the crop is mirrored: its first column is the last one of the box.
+    pub flip: bool,
+}
+
+/// An image of a batch: which one it is, and where its crops were cut.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct BatchImage {
+    /// Its index in the dataset.
+    pub index: usize,
+    /// Its place in the step's whole batch.
+    pub place: usize,
+    /// Its global crops.
+    pub globals: Vec<CropBox>,
+    /// Its local crops.
+    pub locals: Vec<CropBox>,
+}
+
+/// What a loss draws for an image with.
+pub struct ImageContext<'a> {
+    /// The image.
+    pub image: &'a BatchImage,
+    /// Side of a global crop in this step, in pixels.
+    pub global_size: usize,
+    /// Its patches.
+    pub grid: Grid,
+    /// A function of seed, step, loss and the image's place in the batch.
+    pub rng: &'a mut Rng,
+}
+
+/// What a loss draws for an image.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ImageDraws {
+    /// Numbers for [`Outputs::image_draws`](super::Outputs::image_draws), as many for every image of a run.
+    pub numbers: Vec<f64>,
+    /// For every [view](super::Loss::views): the tiles of all its crops, crop by crop, row by row.
+    pub tiles: Vec<Vec<Tile>>,
+}

@@ -1,0 +1,41 @@
+//! Classification as a loss: of labels, and of what a pretext task did to an image.
+
+use dinolab_core::contract::{LossValue, Outputs};
+use dinolab_core::{DType, Result, Tensor};
+
+/// Mean cross-entropy of logits `[N, K]` and targets `[N, K]`, one-hot rows; with its accuracy as a part. A row of zeros
+/// counts with a loss and an accuracy of zero.
+pub(crate) fn classify(logits: &Tensor, own: &Tensor) -> Result<LossValue> {
+    let n = logits.dim(0);
+    let rows: Vec<u32> = (0..n as u32).collect();
+    let rows = Tensor::from_slice(&rows, &[n])?;
+    let weights = Tensor::full(&[n], logits.dtype(), 1.0 / n as f64)?;
+    let loss = logits.soft_cross_entropy(own, &rows, &rows, &weights, 1.0)?;
+    let accuracy = accuracy(&logits.detach(), own)?;
+    Ok(LossValue::of(loss).with_parts(vec![("accuracy", accuracy)]))
+}
+
+/// The share of rows whose own class has the greatest logit.
+fn accuracy(logits: &Tensor, own: &Tensor) -> Result<Tensor> {
+    // By how much the other logits are above the row's own.
+    let of_own = logits.mul(own)?.sum_axis(1)?.reshape(&[logits.dim(0), 1])?;
+    let above = logits.sub(&of_own.matmul(&Tensor::full(&[1, logits.dim(1)], logits.dtype(), 1.0)?)?)?.relu()?;
+    let beaten = above.sum_axis(1)?.scale(1e6)?;
+    let right = beaten.neg()?.shift(1.0)?.relu()?.mul(&own.sum_axis(1)?)?;
+    right.mean()
+}
+
+/// The classes of the crops of a view, drawn for each image: `[B, crops * K]` one-hot numbers, crop by crop, to
+/// `[crops * B, K]` rows in the order of the view's features.
+pub(crate) fn drawn_classes(out: &Outputs<'_>, classes: usize, dtype: DType) -> Result<Tensor> {
+    let drawn = out.image_draws.expect("the loss draws classes").cast(dtype)?;
+    let crops = drawn.dim(1) / classes;
+    let of_crop = (0..crops).map(|crop| drawn.narrow_axis(1, crop * classes, classes));
+    let of_crop: Vec<Tensor> = of_crop.collect::<Result<_>>()?;
+    Tensor::cat(&of_crop.iter().collect::<Vec<_>>())
+}
+
+/// A one-hot row.
+pub(crate) fn one_hot(class: usize, classes: usize) -> impl Iterator<Item = f64> {
+    (0..classes).map(move |k| f64::from(u8::from(k == class)))
+}
