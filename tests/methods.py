@@ -155,7 +155,7 @@ def cka(case, config):
         for ours, theirs in [(0, 1), (1, 0)]:
             k = kernel(case["student_patches"], image, ours)
             m = kernel(case["teacher_patches"], image, theirs)
-            losses.append(1 - (k * m).sum() / (k.norm() * m.norm()))
+            losses.append(1 - (k * m).sum() / (k.square().sum() + 1e-12).sqrt() / (m.square().sum() + 1e-12).sqrt())
     return sum(losses, 0 * case["student_patches"].sum()) / (2 * case["images"])
 
 

@@ -24,7 +24,7 @@ plugin!(Loss, "cka", Cka, CkaLoss::build);
 ///
 /// (linear CKA: Kornblith et al., arXiv:1905.00414, equation 3; between patches of two views as in PaKA, arXiv:2509.05606). Only
 /// relations between patches are compared, so student and teacher may differ by a rotation and in width. An image whose crops
-/// do not overlap counts with zero.
+/// do not overlap counts with zero; 1e-12 is added to squared lengths.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Cka {

@@ -40,6 +40,9 @@ pub struct ScenesConfig {
     /// How much texture tells: the chance that an object wears the pattern of its class rather than any.
     #[schemars(range(min = 0, max = 1))]
     pub texture_cue: f64,
+    /// Whether there is an up, as in photographs: objects lean by at most 20 degrees, and light comes from above, give
+    /// or take as much. Otherwise both have any direction.
+    pub upright: bool,
 }
 
 /// The size of a scene in pixels.
@@ -54,7 +57,15 @@ pub enum Size {
 
 impl Default for ScenesConfig {
     fn default() -> Self {
-        Self { size: Size::Square(96), count: 8192, held_out: 1024, objects: [2, 5], classes: 8, texture_cue: 0.5 }
+        Self {
+            size: Size::Square(96),
+            count: 8192,
+            held_out: 1024,
+            objects: [2, 5],
+            classes: 8,
+            texture_cue: 0.5,
+            upright: false,
+        }
     }
 }
 
@@ -71,6 +82,7 @@ pub struct Scenes {
     objects: [usize; 2],
     classes: usize,
     texture_cue: f64,
+    upright: bool,
     /// 0: trained on; 1: held out.
     part: u64,
     len: usize,
@@ -84,9 +96,19 @@ impl Scenes {
             Size::Square(side) => [side, side],
             Size::Rectangle(size) => size,
         };
-        let ScenesConfig { count, held_out, objects, classes, texture_cue, .. } = *config;
-        let part =
-            |part, len, held_out| Self { seed, width, height, objects, classes, texture_cue, part, len, held_out };
+        let ScenesConfig { count, held_out, objects, classes, texture_cue, upright, .. } = *config;
+        let part = |part, len, held_out| Self {
+            seed,
+            width,
+            height,
+            objects,
+            classes,
+            texture_cue,
+            upright,
+            part,
+            len,
+            held_out,
+        };
         let held_out = (held_out > 0).then(|| Arc::new(part(1, held_out, None)));
         part(0, count, held_out)
     }
@@ -103,7 +125,7 @@ impl Dataset for Scenes {
         let ground = rng.unit();
         let background = background(&mut rng, ground, scale);
         let objects = self.objects(&mut rng, ground, scale);
-        let light = rng.uniform(0.0, std::f64::consts::TAU);
+        let light = self.direction(&mut rng, -std::f64::consts::FRAC_PI_2);
         let light = [light.cos() as f32, light.sin() as f32];
 
         let mut canvas = Canvas::new(self.width, self.height, &background);
@@ -169,7 +191,18 @@ fn background(rng: &mut Rng, hue: f64, scale: f32) -> Texture {
     Texture::draw(rng, pattern, scale, [near, far])
 }
 
+/// How far objects and light of upright scenes lean from their direction.
+const LEAN: f64 = 20.0 * std::f64::consts::PI / 180.0;
+
 impl Scenes {
+    /// An angle: about `up` in upright scenes, otherwise any.
+    fn direction(&self, rng: &mut Rng, up: f64) -> f64 {
+        match self.upright {
+            true => up + rng.uniform(-LEAN, LEAN),
+            false => rng.uniform(0.0, std::f64::consts::TAU),
+        }
+    }
+
     /// Draws the objects, back to front: one large, the others smaller.
     fn objects(&self, rng: &mut Rng, ground: f64, scale: f32) -> Vec<Object> {
         let [least, most] = self.objects;
@@ -180,7 +213,7 @@ impl Scenes {
             let (radius, margin) =
                 if i == large { (rng.uniform(0.22, 0.34), 0.28) } else { (rng.uniform(0.09, 0.19), 0.08) };
             let centre = [self.width, self.height].map(|side| (side as f64 * rng.uniform(margin, 1.0 - margin)) as f32);
-            let angle = rng.uniform(0.0, std::f64::consts::TAU);
+            let angle = self.direction(rng, 0.0);
             let typical = class % Pattern::ALL.len();
             let pattern = if rng.chance(self.texture_cue) { typical } else { rng.below(Pattern::ALL.len()) };
             // Any hue that stands out from the background.
@@ -369,6 +402,31 @@ mod tests {
             let seen = mask.iter().filter(|&&class| u32::from(class) == label + 1).count();
             assert!(seen > 80, "scene {index}: {seen} pixels of the labelled class");
         }
+    }
+
+    #[test]
+    fn what_lies_below_an_object_is_dark_in_upright_scenes_alone() {
+        // The mean brightness above and below the labelled object, over many scenes.
+        let below_and_above = |upright: bool| {
+            let config = ScenesConfig { objects: [1, 1], upright, ..ScenesConfig::default() };
+            let scenes = Scenes::new(&config, 3);
+            let mut sums = [0.0; 2];
+            for index in 0..200 {
+                let scene = scenes.get(index).unwrap();
+                let mask = scene.mask.unwrap();
+                for x in 0..scene.width {
+                    let column: Vec<usize> = (0..scene.height).filter(|y| mask[y * scene.width + x] > 0).collect();
+                    let (Some(first), Some(last)) = (column.first(), column.last()) else { continue };
+                    let at = |y: usize| f64::from(scene.rgb[3 * (y * scene.width + x)]);
+                    if *first >= 2 && last + 2 < scene.height {
+                        sums = [sums[0] + at(last + 2), sums[1] + at(first - 2)];
+                    }
+                }
+            }
+            sums[0] / sums[1]
+        };
+        let (upright, any) = (below_and_above(true), below_and_above(false));
+        assert!(upright < 0.8 && (0.9..1.1).contains(&any), "{upright} {any}");
     }
 
     #[test]

@@ -67,6 +67,16 @@ projector = { hidden = 16, output = 8, layers = 2 }
 projector = { hidden = 16, output = 8, layers = 2 }
 directions = 8
 [losses.inpainting]
+[losses.rotation]
+turns = 3
+[losses.jigsaw]
+permutations = 6
+hidden = 16
+[losses.relative_location]
+neighbours = 5
+hidden = 16
+[losses.cka]
+points = 3
 [losses.online_linear]
 classes = 4
 [teacher]

@@ -50,6 +50,19 @@ pub fn formula(kind: &str, name: &str) -> Option<&'static str> {
               + \frac{\nu}{D} \sum_{i \neq j} \left[ C_{ij}^2 + C_{ij}'^2 \right]"
         }
         ("loss", "barlow_twins") => r"\mathcal{L} = \sum_{i} (1 - C_{ii})^2 + \lambda \sum_{i \neq j} C_{ij}^2",
+        ("loss", "rotation") => {
+            r"\mathcal{L} = -\frac{1}{B Y} \sum_{i} \sum_{y} \log \operatorname{softmax}\left( W f(R_y x_i) + b \right)_y"
+        }
+        ("loss", "jigsaw") => {
+            r"\mathcal{L} = -\frac{1}{B} \sum_{i} \log \operatorname{softmax}\left( g\left[ f(x_{i,\pi(1)}), \ldots, f(x_{i,\pi(9)}) \right] \right)_{\pi}"
+        }
+        ("loss", "relative_location") => {
+            r"\mathcal{L} = -\frac{1}{B N} \sum_{i} \sum_{n} \log \operatorname{softmax}\left( g\left[ f(x_{i,0}), f(x_{i,n}) \right] \right)_{n}"
+        }
+        ("loss", "cka") => {
+            r"\mathcal{L} = \frac{1}{2B} \sum_{i,c} \left[ 1 - \frac{\langle H K H, H L H \rangle}
+              {\lVert H K H \rVert_F \lVert H L H \rVert_F} \right], \qquad K = X_S X_S^\top, \quad L = X_T X_T^\top"
+        }
         ("loss", "inpainting") => {
             r"\mathcal{L} = \frac{1}{3 p^2 M} \sum_{i=1}^{M} \left\lVert W h_i + b - x_i \right\rVert_1"
         }
