@@ -65,8 +65,9 @@ fn every_kind_of_new_plugin_and_the_tutorial_compile_and_pass_their_tests() {
     assert_eq!(said.matches("test result: ok. 2 passed").count(), 1, "{said}");
     let program = |args: &[&str]| run(&target().join("release/uniformity"), "uniformity", args);
     assert!(program(&["check", "uniformity"]).contains("ok"));
+    assert!(program(&["check", "turned"]).contains("ok"));
     let plan = program(&["ablate", "suite.toml", "--dry-run"]);
-    assert!(["dino", "uniformity", "sincos", "warm_ema"].iter().all(|arm| plan.contains(arm)), "{plan}");
+    assert!(["dino", "uniformity", "turned", "sincos", "warm_ema"].iter().all(|arm| plan.contains(arm)), "{plan}");
     program(&["train", "recipe.toml", "--set", "steps=2", "--set", "probes.knn.enabled=false"]);
 }
 
