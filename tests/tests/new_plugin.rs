@@ -34,7 +34,7 @@ fn follow_the_tutorial(folder: &Folder) {
             }
         }
     }
-    assert_eq!(written, 5, "three plugins, a test and a suite");
+    assert_eq!(written, 6, "four plugins, a test and a suite");
 }
 
 #[test]
