@@ -27,6 +27,7 @@ pub(super) fn check(recipe: &Recipe) -> Vec<Problem> {
         }
         Err(error) => problems.push(refused("backbone", error)),
     }
+    problems.extend(recipe.optimizer.plugin.build(&mut ()).err().map(|e| refused("optimizer", e)));
     for (name, entry) in recipe.probes.0.iter().filter(|(_, e)| e.enabled) {
         problems.extend(entry.probe.build(&mut ()).err().map(|e| refused(format!("probes.{name}"), e)));
     }
