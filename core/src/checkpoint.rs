@@ -3,7 +3,7 @@
 //! ```text
 //! checkpoints/step-00000300/
 //!   model.safetensors      student.<name>, teacher.<name>, gram_teacher.<name>: opens in any tool
-//!   optimizer.safetensors  exp_avg.<name>, exp_avg_sq.<name>, state.<loss>.<name>
+//!   optimizer.safetensors  <moment>.<name>, such as exp_avg.<name>, and state.<loss>.<name>
 //!   recipe.toml            the run's recipe, so that a checkpoint that is copied elsewhere says what model it is of
 //!   state.json             step, and the BLAKE3 hash of each file
 //! ```

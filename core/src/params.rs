@@ -47,17 +47,21 @@ pub struct ParamSpec {
     pub decays: bool,
     /// What else the optimizer knows it as.
     pub role: Option<ParamRole>,
+    /// Matrices of one shape that lie in it one under the other: 3 for the map to queries, keys and values.
+    pub stacked: usize,
     /// Where it begins in the flat buffer.
     pub offset: usize,
 }
 
-/// Parameters to which a recipe's `[optimizer]` has keys of their own.
+/// Parameters that an optimizer treats in a way of their own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ParamRole {
     /// Pixels to the first features: `patch_embed_lr_mult`.
     PatchEmbed,
     /// The map to prototypes: `freeze_last_layer_steps`, `last_layer_lr`.
     LastLayer,
+    /// The map to what is predicted: classes, pixels.
+    Output,
 }
 
 impl ParamSpec {
@@ -210,6 +214,7 @@ pub struct ParamBuilder {
     layer: Option<usize>,
     keeps: bool,
     role: Option<ParamRole>,
+    stacked: Option<usize>,
 }
 
 impl ParamBuilder {
@@ -250,6 +255,14 @@ impl ParamBuilder {
         result
     }
 
+    /// Declares parameters in each of which `n` matrices of one shape lie one under the other.
+    pub fn stacked<R>(&mut self, n: usize, f: impl FnOnce(&mut Self) -> R) -> R {
+        let outer = self.stacked.replace(n);
+        let result = f(self);
+        self.stacked = outer;
+        result
+    }
+
     /// Declares one parameter; weight decay acts on it.
     ///
     /// # Panics
@@ -264,6 +277,7 @@ impl ParamBuilder {
             layer: self.layer,
             decays: !self.keeps,
             role: self.role,
+            stacked: self.stacked.unwrap_or(1),
             offset: self.layout.len,
         };
         let padded = spec.range().len().checked_next_multiple_of(ALIGN).unwrap_or(usize::MAX);

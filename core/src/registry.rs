@@ -40,12 +40,12 @@ use std::fmt;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use crate::contract::{Backbone, Dataset, Loss, PosEncoding, Probe, Scheduler, TeacherPolicy};
+use crate::contract::{Backbone, Dataset, Loss, Optimizer, PosEncoding, Probe, Scheduler, TeacherPolicy};
 use crate::params::ParamBuilder;
 use crate::recipe::Nested;
 use crate::{Error, Result};
 
-/// A kind of plugin: implemented for the seven `dyn Contract`s.
+/// A kind of plugin: implemented for the eight `dyn Contract`s.
 pub trait Kind: 'static {
     /// Its name on the command line and in messages: `loss`.
     const NAME: &'static str;
@@ -122,6 +122,7 @@ kinds! {
     TeacherPolicy, "teacher", ();
     Dataset, "dataset", DataContext;
     Probe, "probe", ();
+    Optimizer, "optimizer", ();
 }
 
 /// One registered plugin. Made by [`plugin!`](crate::plugin).
@@ -261,8 +262,16 @@ impl<K: ?Sized + Kind> Chosen<K> {
 
     /// Builds the plugin.
     pub fn build(&self, context: &mut K::Context<'_>) -> Result<Box<K>> {
-        let entry = find::<K>(&self.name).expect("the name was checked when the table was read");
-        (entry.build)(self.config.clone(), context)
+        // The name was checked when the table was read; a default is none's table.
+        let missing = || Error::user(format!("there is no {} plugin `{}`", K::NAME, self.name), "link its crate");
+        (find::<K>(&self.name).ok_or_else(missing)?.build)(self.config.clone(), context)
+    }
+
+    /// The plugin `name` with its defaults, for a recipe that says nothing.
+    pub(crate) fn by_default(name: &str) -> Self {
+        let nothing = figment::value::Dict::new().into();
+        let empty = || Self { name: name.into(), config: serde_json::json!({}), kind: std::marker::PhantomData };
+        Self::from_value(&nothing, Some(name)).unwrap_or_else(|_| empty())
     }
 
     /// Reads a table whose `plugin` key may be missing when `default` names one.
@@ -359,7 +368,10 @@ pub fn plugin_schema<K: ?Sized + Kind>(
                     properties.insert("plugin".into(), serde_json::json!({ "const": entry.name }));
                     properties.extend(extra.clone());
                 }
-                if default != Some(entry.name) {
+                if default == Some(entry.name) {
+                    // For `recipe::describe`: the one of a table that names none.
+                    object.insert("x-default".into(), true.into());
+                } else {
                     let required = object.entry("required").or_insert_with(|| serde_json::json!([]));
                     if let Some(required) = required.as_array_mut() {
                         required.insert(0, "plugin".into());

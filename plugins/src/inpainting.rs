@@ -2,7 +2,7 @@
 
 use dinolab_core::contract::{Loss, LossCost, LossRows, LossValue, Needs, Outputs, StepContext};
 use dinolab_core::nn::Linear;
-use dinolab_core::params::Params;
+use dinolab_core::params::{ParamRole, Params};
 use dinolab_core::registry::LossContext;
 use dinolab_core::{plugin, Result};
 use schemars::JsonSchema;
@@ -29,7 +29,9 @@ struct InpaintingLoss {
 impl InpaintingLoss {
     fn build(_: Inpainting, context: &mut LossContext<'_>) -> Result<Box<dyn Loss>> {
         let (dim, patch) = (context.dim, context.patch_size);
-        let decoder = context.params.scope("decoder", |p| Linear::declare(p, dim, 3 * patch * patch, true));
+        let decoder = context
+            .params
+            .role(ParamRole::Output, |p| p.scope("decoder", |p| Linear::declare(p, dim, 3 * patch * patch, true)));
         Ok(Box::new(Self { decoder, patch }))
     }
 }

@@ -11,6 +11,7 @@
 //! | teacher policy | [`ema`], [`frozen`], [`gram_anchor`] |
 //! | dataset | [`scenes`], [`image_folder`] |
 //! | probe | [`knn`], [`linear_segmentation`], [`patch_similarity`], [`cls_patch_cosine`] |
+//! | optimizer | [`adamw`], [`muon`], [`sgd`] |
 
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 
@@ -60,6 +61,11 @@ pub mod step;
 pub mod ema;
 pub mod frozen;
 pub mod gram_anchor;
+
+// Optimizers
+pub mod adamw;
+pub mod muon;
+pub mod sgd;
 
 // Datasets
 pub mod image_folder;

@@ -3,7 +3,7 @@
 
 use dinolab_core::contract::{Loss, LossCost, LossRows, LossValue, Needs, Outputs, StepContext};
 use dinolab_core::nn::Linear;
-use dinolab_core::params::Params;
+use dinolab_core::params::{ParamRole, Params};
 use dinolab_core::registry::LossContext;
 use dinolab_core::{plugin, Result, Tensor};
 use schemars::JsonSchema;
@@ -34,7 +34,9 @@ struct OnlineLinearLoss {
 impl OnlineLinearLoss {
     fn build(config: OnlineLinear, context: &mut LossContext<'_>) -> Result<Box<dyn Loss>> {
         let (dim, classes) = (context.dim, config.classes);
-        let classifier = context.params.scope("classifier", |p| Linear::declare(p, dim, classes, true));
+        let classifier = context
+            .params
+            .role(ParamRole::Output, |p| p.scope("classifier", |p| Linear::declare(p, dim, classes, true)));
         Ok(Box::new(Self { classifier }))
     }
 }

@@ -7,6 +7,8 @@ pub mod emulator;
 mod pages {
     #[doc = include_str!("../../book/src/checks.md")]
     mod checks {}
+    #[doc = include_str!("../../book/src/contracts/optimizer.md")]
+    mod optimizer {}
     #[doc = include_str!("../../book/src/plugins.md")]
     mod plugins {}
 }

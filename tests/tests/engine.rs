@@ -377,8 +377,8 @@ gpu_test!(a_recorded_step_keeps_the_numbers_of_the_host_that_it_reads, {
 fn moments_too_large_for_the_rates(device: &str) {
     let resolved = recipe(&format!("device = \"{device}\"\nprecision = \"f32\""), HEADS);
     let (mut learner, pipeline) = start(&resolved);
-    let moments = Device::Cpu.with(|| Tensor::full(learner.weights().exp_avg.shape(), DType::F32, 1e35)).unwrap();
-    learner.weights_mut().exp_avg.copy_from(&moments).unwrap();
+    let moments = Device::Cpu.with(|| Tensor::full(learner.weights().moments[0].shape(), DType::F32, 1e35)).unwrap();
+    learner.weights_mut().moments[0].copy_from(&moments).unwrap();
     let before = held(&learner);
     let said = step(&mut learner, &pipeline, 0).non_finite.expect("1e35 / 1e-8 is not finite");
     assert!(said.contains("the update of the weights"), "{said}");

@@ -45,6 +45,7 @@ fn example(plugin: &PluginInfo) -> String {
         "teacher" => format!("[teacher]\n{plugin_key}"),
         "dataset" => format!("[data]\n{plugin_key}"),
         "backbone" => format!("[backbone]\n{plugin_key}"),
+        "optimizer" => format!("[optimizer]\n{plugin_key}\nlr = 1e-3"),
         _ => format!("[optimizer]\nlr = {{ {plugin_key} }}"),
     }
 }

@@ -42,6 +42,7 @@ pub enum Kind {
     Teacher,
     Dataset,
     Probe,
+    Optimizer,
 }
 
 macro_rules! template {
@@ -72,6 +73,7 @@ const USUAL: &[(&str, &str)] = &[
     ("LOSSES", ""),
     ("TEACHER", "plugin = \"ema\"\nmomentum = 0.99"),
     ("LR", "1e-3"),
+    ("OPTIMIZER", ""),
     ("PROBES", ""),
 ];
 
@@ -140,6 +142,14 @@ impl Kind {
                 question: "What does KoLeo change as my_plugin measures it?",
                 metric: "probe/my_plugin/cosine",
                 arms: [("without_koleo", "\"losses.koleo.enabled\" = false"), ("with_koleo_my_plugin", "")],
+            },
+            Self::Optimizer => Template {
+                source: template!("optimizer.rs"),
+                test: template!("optimizer.test.rs"),
+                recipe: &[("LR", "1e-3"), ("OPTIMIZER", "plugin = \"my_plugin\"\n")],
+                question: "How does the optimizer my_plugin compare with AdamW?",
+                metric: knn,
+                arms: [("adamw", "\"optimizer.plugin\" = \"adamw\""), ("my_plugin", "")],
             },
         }
     }

@@ -9,6 +9,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::Arc;
 
 use dinolab_core::checkpoint::write_file;
+use dinolab_core::recipe::Resolved;
 use dinolab_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 use toml::Value;
@@ -293,7 +294,10 @@ impl Plan {
     /// Fails if a run was started with a recipe that gives other numbers than the suite's.
     fn check_unchanged(&self, run: &PlannedRun) -> Result<()> {
         let dir = self.out.join(&run.dir);
-        let old = std::fs::read_to_string(dir.join("recipe.toml")).ok().and_then(|t| t.parse::<toml::Table>().ok());
+        let file = dir.join("recipe.toml");
+        // Keys that came with a later version of the program have their defaults.
+        let resolved = Resolved::load(&file, &Default::default()).ok().map(|resolved| resolved.to_toml());
+        let old = resolved.or_else(|| std::fs::read_to_string(file).ok()).and_then(|t| t.parse::<toml::Table>().ok());
         let changes = match old {
             Some(old) => {
                 let mut changes = changed_keys(&old, run.prepared.recipe());

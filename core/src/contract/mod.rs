@@ -1,4 +1,4 @@
-//! The contracts: seven traits, one a file, implemented by registered plugins.
+//! The contracts: eight traits, one a file, implemented by registered plugins.
 //!
 //! | kind | trait | in a recipe |
 //! |---|---|---|
@@ -9,6 +9,7 @@
 //! | teacher policy | [`TeacherPolicy`] | `[teacher]`, `[gram_teacher]` |
 //! | dataset | [`Dataset`] | `[data]` |
 //! | probe | [`Probe`] | `[probes.<name>]` |
+//! | optimizer | [`Optimizer`] | `[optimizer]` |
 //!
 //! Shapes use these letters: `B` images, `G` global crops an image, `L` local crops an image, `P` patches, `R`
 //! register tokens, `N = 1 + R + P` tokens, `D` width, `H` heads, `K` prototypes, `M` masked patches.
@@ -16,6 +17,7 @@
 mod backbone;
 mod dataset;
 mod loss;
+mod optimizer;
 mod pos_encoding;
 mod probe;
 mod scheduler;
@@ -27,6 +29,7 @@ pub use dataset::{Dataset, FieldSpec, Sample, Summary};
 pub use loss::{
     GramTarget, Loss, LossCost, LossRows, LossValue, ModelOutputs, Needs, Outputs, StateSpec, StepContext, TargetSpec,
 };
+pub use optimizer::{Direction, Optimizer, ParamUpdate, Reach};
 pub use pos_encoding::{Grid, PosContext, PosEncoding, PosTables};
 pub use probe::{Probe, ProbeContext, Score};
 pub use scheduler::{At, Schedule, Scheduler};

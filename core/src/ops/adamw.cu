@@ -1,4 +1,5 @@
-// The update of all weights in one pass over flat memory: AdamW, the EMA teacher, and the bf16 copies of both.
+// The update of all weights over flat memory: AdamW in one pass, or steps along directions that others computed, with the
+// EMA teacher and the bf16 copies of both.
 
 // Neighbouring parameters that are updated alike. They start at multiples of 64 elements.
 struct Rule {
@@ -12,13 +13,17 @@ struct Rule {
 
 // What changes from step to step.
 struct Numbers {
-    float lr, weight_decay, beta1, rest1, beta2, rest2, eps;
-    float correction1;   // 1 / (1 - beta1^t)
-    float inverse_root;  // 1 / sqrt(1 - beta2^t)
+    float lr, weight_decay;
     float momentum, rest_momentum;
     float last_layer_lr;
     float max_norm;  // 0: no clipping
     float longest_gradient, greatest_loss;  // a step beyond is not taken
+};
+
+struct AdamW {
+    float beta1, rest1, beta2, rest2, eps;
+    float correction1;   // 1 / (1 - beta1^t)
+    float inverse_root;  // 1 / sqrt(1 - beta2^t)
 };
 
 // What a sub-model's gradient of length `norm` is multiplied by.
@@ -47,10 +52,11 @@ constexpr int ELEMENTS_OF_BLOCK = 4096;
 
 // If `taken` is not 0. `ema` and the bf16 copies may be missing.
 extern "C" __global__ void adamw_f32(float* params, const float* grads, float* mean, float* square, float* ema, bf16* narrow,
-                                     bf16* narrow_ema, const Rule* rules, int count, const Numbers* numbers, const float* norms,
-                                     const float* taken, size_t n) {
+                                     bf16* narrow_ema, const Rule* rules, int count, const Numbers* numbers, const AdamW* adamw,
+                                     const float* norms, const float* taken, size_t n) {
     if (*taken == 0.0f) return;
     const Numbers s = *numbers;
+    const AdamW a = *adamw;
     const size_t first = (size_t)blockIdx.x * ELEMENTS_OF_BLOCK;
     int rule = 0;
     for (int low = 0, high = count; low < high;) {
@@ -69,7 +75,7 @@ extern "C" __global__ void adamw_f32(float* params, const float* grads, float* m
         const size_t start = (size_t)r.start * 64, end = start + r.len;
         if (i < start || i >= end) continue;
         const float lr = (r.last_layer ? s.last_layer_lr : s.lr) * r.lr;
-        const float keep = 1.0f - lr * (r.decays * s.weight_decay), size = lr * s.correction1;
+        const float keep = 1.0f - lr * (r.decays * s.weight_decay), size = lr * a.correction1;
         const float clip = clip_of(s.max_norm, norms[r.module]);
         float p[4], e[4];
         *(float4*)p = *(const float4*)(params + i);
@@ -83,9 +89,9 @@ extern "C" __global__ void adamw_f32(float* params, const float* grads, float* m
             // The rest of the last four are padding.
             if (i + k >= end) break;
             const float x = g[k] * clip;
-            m[k] = s.beta1 * m[k] + s.rest1 * x;
-            v[k] = s.beta2 * v[k] + s.rest2 * (x * x);
-            p[k] = p[k] * keep - size * m[k] / (sqrtf(v[k]) * s.inverse_root + s.eps);
+            m[k] = a.beta1 * m[k] + a.rest1 * x;
+            v[k] = a.beta2 * v[k] + a.rest2 * (x * x);
+            p[k] = p[k] * keep - size * m[k] / (sqrtf(v[k]) * a.inverse_root + a.eps);
             if (ema) e[k] = s.momentum * e[k] + s.rest_momentum * p[k];
         }
         *(float4*)(params + i) = *(const float4*)p;
@@ -95,6 +101,32 @@ extern "C" __global__ void adamw_f32(float* params, const float* grads, float* m
         if (ema) {
             *(float4*)(ema + i) = *(const float4*)e;
             if (narrow_ema) *(uint2*)(narrow_ema + i) = make_uint2(pack_bf16(e[0], e[1]), pack_bf16(e[2], e[3]));
+        }
+    }
+}
+
+// clips[m] = what the gradient of sub-model m is multiplied by. One block.
+extern "C" __global__ void clips_f32(float* clips, const float* norms, const Numbers* numbers, int count) {
+    for (int m = threadIdx.x; m < count; m += blockDim.x) clips[m] = clip_of(numbers->max_norm, norms[m]);
+}
+
+// One parameter along its direction, if `taken` is not 0. `ema` and the bf16 copies may be missing.
+extern "C" __global__ void descend_f32(float* params, const float* direction, float* ema, bf16* narrow, bf16* narrow_ema,
+                                       const Rule* rule, const Numbers* numbers, const float* taken) {
+    if (*taken == 0.0f) return;
+    const Numbers s = *numbers;
+    const Rule r = *rule;
+    const size_t start = (size_t)r.start * 64;
+    const float lr = (r.last_layer ? s.last_layer_lr : s.lr) * r.lr, keep = 1.0f - lr * (r.decays * s.weight_decay);
+    for (size_t k = (size_t)blockIdx.x * blockDim.x + threadIdx.x; k < r.len; k += (size_t)gridDim.x * blockDim.x) {
+        const size_t i = start + k;
+        const float p = params[i] * keep - lr * direction[k];
+        params[i] = p;
+        if (narrow) narrow[i] = from_float<bf16>(p);
+        if (ema) {
+            const float e = s.momentum * ema[i] + s.rest_momentum * p;
+            ema[i] = e;
+            if (narrow_ema) narrow_ema[i] = from_float<bf16>(e);
         }
     }
 }

@@ -25,6 +25,16 @@ pub struct AdamW {
     pub eps: f64,
 }
 
+impl AdamW {
+    /// The kernel's `AdamW` at step `step`, from 1.
+    pub(crate) fn on_gpu(self, step: u64) -> [f32; 7] {
+        let Self { beta1, beta2, eps } = self;
+        let correction = |beta: f64| 1.0 - beta.powf(step as f64);
+        let [first, second] = [1.0 / correction(beta1), 1.0 / correction(beta2).sqrt()];
+        [beta1, 1.0 - beta1, beta2, 1.0 - beta2, eps, first, second].map(|x| x as f32)
+    }
+}
+
 /// Neighbouring parameters that are updated alike.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Group {
@@ -204,7 +214,7 @@ pub fn l2_norm(flat: &Tensor, range: Range<usize>) -> Result<f64> {
     Ok(squares.into_iter().sum::<f64>().sqrt())
 }
 
-fn same_layout(op: &'static str, a: &Tensor, b: &Tensor) -> Result<()> {
+pub(super) fn same_layout(op: &'static str, a: &Tensor, b: &Tensor) -> Result<()> {
     if a.dtype() != b.dtype() || a.len() != b.len() {
         let problem = format!("buffers {:?} {:?} and {:?} {:?}", a.shape(), a.dtype(), b.shape(), b.dtype());
         return Err(Error::shape(op, problem));

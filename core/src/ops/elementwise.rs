@@ -64,9 +64,10 @@ pub(crate) fn convert_into(out: &mut Tensor, x: &Tensor) -> Result<()> {
     kernel.over((n * bytes).div_ceil(16)).work(0.0, 6.0 * n as f64).launch(args![out, x, n])
 }
 
-/// `to = from` (f32, on a GPU) if `flag` is not 0.
-pub(crate) fn copy_if(to: &mut Tensor, from: &Tensor, flag: &Tensor) -> Result<()> {
-    let (n, gpu) = (to.len(), to.gpu().expect("called for a tensor on a GPU"));
+/// `to = from` (f32, on a GPU) if `flag` is not 0; `to` is a tensor that is written, or a place in one.
+pub(crate) fn copy_if(to: impl Into<Arg>, from: &Tensor, flag: &Tensor) -> Result<()> {
+    let (n, gpu) = (from.len(), from.gpu().expect("called for a tensor on a GPU"));
+    let to: Arg = to.into();
     gpu.kernel(&ELEMENTWISE, "copy_if", DType::F32)?.over(n).launch(args![to, from, flag, n])
 }
 

@@ -21,6 +21,7 @@ mod attention;
 mod broadcast;
 mod columns;
 mod depthwise_conv;
+mod descend;
 mod elementwise;
 mod gram_loss;
 mod greatest;
@@ -54,6 +55,7 @@ pub use tokens::rows_of_images;
 pub(crate) use adamw::ADAMW;
 pub(crate) use attention::attention_kernels;
 pub(crate) use columns::RowSums;
+pub(crate) use descend::{descend, write_range};
 pub(crate) use elementwise::{accumulate, convert, convert_into, copy_if, fill};
 pub(crate) use greatest::greatest;
 

@@ -27,6 +27,7 @@ pub(super) fn check(recipe: &Recipe) -> Vec<Problem> {
         }
         Err(error) => problems.push(refused("backbone", error)),
     }
+    problems.extend(recipe.optimizer.plugin.build(&mut ()).err().map(|e| refused("optimizer", e)));
     if problems.iter().all(|p| p.severity == Severity::Warning) {
         views(recipe, &mut problems);
     }

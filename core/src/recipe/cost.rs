@@ -156,12 +156,14 @@ fn weights(
 ) -> Vec<(&'static str, f64)> {
     let features = recipe.dtype(device);
     let wide = |n: usize| n as f64 * features.wide().size() as f64;
-    let mut memory = vec![
-        ("student", wide(own)),
-        ("gradients", wide(own)),
-        ("optimizer (2 moments)", 2.0 * wide(own)),
-        ("EMA teacher", wide(own)),
-    ];
+    let mut memory = vec![("student", wide(own)), ("gradients", wide(own)), ("EMA teacher", wide(own))];
+    let moments = recipe.optimizer.plugin.build(&mut ()).map_or(0, |optimizer| optimizer.moments().len());
+    memory.extend(match moments {
+        0 => None,
+        1 => Some(("optimizer (1 moment)", wide(own))),
+        2 => Some(("optimizer (2 moments)", 2.0 * wide(own))),
+        n => Some(("optimizer (moments)", n as f64 * wide(own))),
+    });
     memory.extend(distilled.map(|n| ("teacher to distil from", wide(n))));
     memory.extend(gram.map(|n| ("Gram teacher", wide(n))));
     if features == DType::BF16 {

@@ -175,7 +175,8 @@ pub(super) fn table_schema<'a>(schema: &'a Json, table: Option<&Dict>, name: &st
     let plugin = table.and_then(|t| t.get("plugin")).and_then(Value::as_str).unwrap_or(name);
     let all = alternatives(schema);
     let named = all.iter().find(|s| s.get("x-kind").is_some() && text(s, "title") == Some(plugin));
-    named.or_else(|| all.iter().find(|s| s.get("properties").is_some())).copied().unwrap_or(schema)
+    let default = || all.iter().find(|s| s.get("x-default").is_some());
+    named.or_else(default).or_else(|| all.iter().find(|s| s.get("properties").is_some())).copied().unwrap_or(schema)
 }
 
 /// Which part of the program reads a key that is no plugin's.

@@ -16,6 +16,7 @@ use figment::value::{Dict, Value};
 use figment::Provider;
 
 use super::entries::{BackboneEntry, Entry, LossEntry, ProbeEntry};
+use super::optimizer::OptimizerEntry;
 use super::problem::{nearest, Origin, Problem, SourceFile};
 use super::resolved::Resolved;
 use crate::weights::Source;
@@ -361,6 +362,9 @@ fn own_keys(path: &str) -> &'static [&'static str] {
     if path == "backbone" {
         return BackboneEntry::OWN;
     }
+    if path == "optimizer" {
+        return OptimizerEntry::OWN;
+    }
     match path.split_once('.') {
         Some(("losses", name)) if !name.contains('.') => LossEntry::OWN,
         Some(("probes", name)) if !name.contains('.') => ProbeEntry::OWN,
@@ -370,7 +374,10 @@ fn own_keys(path: &str) -> &'static [&'static str] {
 
 fn switches_plugin(path: &str, lower: &Dict, upper: &Dict) -> bool {
     // The plugin of `[losses.x]` and `[probes.x]` is x unless another is named.
-    let default = path.split_once('.').filter(|_| !own_keys(path).is_empty()).map(|(_, name)| name);
+    let default = match path {
+        "optimizer" => Some(OptimizerEntry::DEFAULT),
+        _ => path.split_once('.').filter(|_| !own_keys(path).is_empty()).map(|(_, name)| name),
+    };
     let below = lower.get("plugin").and_then(Value::as_str).or(if lower.is_empty() { None } else { default });
     matches!((below, upper.get("plugin").and_then(Value::as_str)), (Some(below), Some(above)) if below != above)
 }

@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, Serializer};
 
 use super::entries::{BackboneEntry, Losses, Probes};
+use super::optimizer::OptimizerEntry;
 use crate::contract::{Dataset, Schedule, TeacherPolicy};
 use crate::registry::Chosen;
 use crate::{DType, Device, Error};
@@ -53,9 +54,9 @@ pub struct Recipe {
     /// The Gram teacher: a plugin. Needed when an enabled loss asks for it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gram_teacher: Option<Chosen<dyn TeacherPolicy>>,
-    /// How weights are updated.
+    /// How weights are updated: a plugin, AdamW unless another is named.
     #[serde(default)]
-    pub optimizer: OptimizerConfig,
+    pub optimizer: OptimizerEntry,
     /// What is measured with the weights frozen: `[probes.<name>]`, `plugin` defaults to the name.
     #[serde(default)]
     pub probes: Probes,
@@ -327,7 +328,7 @@ impl Default for MaskConfig {
     }
 }
 
-/// AdamW with the reference's parameter groups.
+/// What every optimizer has: rates, decay and clipping, by the reference's parameter groups.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct OptimizerConfig {
@@ -341,13 +342,6 @@ pub struct OptimizerConfig {
     /// Decoupled weight decay; none on biases, norms and LayerScale.
     #[schemars(extend("minimum" = 0, "maximum" = 1000))]
     pub weight_decay: Schedule,
-    /// Decay of the first and second moment.
-    #[schemars(extend("items" = { "type": "number", "minimum": 0, "exclusiveMaximum": 1 }))]
-    pub betas: [f64; 2],
-    /// Added to the root of the second moment. Less than 1e-20 is lost beside it: the squares of such gradients are zero in
-    /// single precision.
-    #[schemars(range(min = 1e-20, max = 1000))]
-    pub eps: f64,
     /// The gradient of each sub-model (backbone, every head) is scaled down to at most this L2 norm; 0: no clipping.
     #[schemars(range(min = 0, max = 1e9))]
     pub clip_grad: f64,
@@ -367,8 +361,6 @@ impl Default for OptimizerConfig {
             lr: Schedule::constant(1e-3),
             last_layer_lr: None,
             weight_decay: Schedule::constant(0.04),
-            betas: [0.9, 0.999],
-            eps: 1e-8,
             clip_grad: 3.0,
             layerwise_decay: 0.9,
             patch_embed_lr_mult: 0.2,

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::contract::*;
-use crate::params::{Init, Params};
+use crate::params::{Init, ParamSpec, Params};
 use crate::registry::{BackboneContext, Chosen, LossContext};
 use crate::{plugin, Error, Result, Tensor};
 
@@ -233,6 +233,43 @@ impl Probe for Knn {
     }
 }
 plugin!(Probe, "test_knn", Knn);
+
+config! {
+    /// The optimizer of a recipe that names none.
+    Adam {
+        /// Decay of the moments.
+        #[schemars(extend("items" = { "type": "number", "minimum": 0, "exclusiveMaximum": 1 }))]
+        betas: [f64; 2] = [0.9, 0.999],
+        /// Added to the root.
+        #[schemars(range(min = 1e-20, max = 1000))]
+        eps: f64 = 1e-8,
+    }
+}
+config! {
+    /// Goes along the gradient.
+    Plain {
+        /// Share that stays.
+        momentum: f64 = 0.9,
+    }
+}
+macro_rules! optimizer {
+    ($config:ident, $name:literal, $moments:expr) => {
+        impl Optimizer for $config {
+            fn moments(&self) -> &[&'static str] {
+                $moments
+            }
+            fn direction(&self, param: &ParamUpdate<'_>) -> Result<Direction> {
+                Ok(Direction { direction: param.gradient.clone(), moments: param.moments.clone() })
+            }
+            fn reach(&self, _: &ParamSpec, _: At, _: u64) -> Reach {
+                Reach { memory: 1.0, share: 1.0, gain: 1.0, most: 0.0 }
+            }
+        }
+        plugin!(Optimizer, $name, $config);
+    };
+}
+optimizer!(Adam, "adamw", &["mean", "square"]);
+optimizer!(Plain, "test_plain", &["mean"]);
 
 /// A small recipe that is right.
 pub(super) const RECIPE: &str = r#"name = "small"

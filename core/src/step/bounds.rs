@@ -1,11 +1,12 @@
 //! Whether an update stays among the finite numbers, told before it is made and without looking at a single weight.
 //!
-//! AdamW moves every number by little: with clipped gradients of length `g` at most, no mean of gradients exceeds the
-//! greatest seen so far or `g`, no mean of squares the greatest or `g^2`, and no weight grows by more than
-//! `lr / (1 - b1^t) * m / eps`. So from bounds of all numbers and `g` follow bounds of all numbers after the update. The
+//! An optimizer moves every number by little, and says by how much at most: AdamW, with clipped gradients of length `g`,
+//! has a mean of gradients of at most `m' = b1 m + (1 - b1) g`, squares of at most `g^2`, and moves a weight by no more than
+//! `lr / (1 - b1^t) * m' / eps`. So from bounds of all numbers and `g` follow bounds of all numbers after the update. The
 //! type reaches so much farther than training does that these coarse bounds suffice for any run that works; weights are
 //! measured when they come from elsewhere, and when the bounds of a long run have drifted too far.
 
+use crate::contract;
 use crate::ops::greatest;
 use crate::{DType, Error, Result, Tensor};
 
@@ -19,21 +20,34 @@ const SHARE: f64 = 0.25;
 pub(super) struct Bounds {
     /// Student's and teachers' weights.
     weights: f64,
-    /// First moments.
-    mean: f64,
+    /// The first moment.
+    moment: f64,
     /// The greatest number that is let in.
     limit: f64,
 }
 
-/// What an update does to a number, at most.
-#[derive(Clone, Copy, Debug)]
+/// What an update does to a number of the weights, at most: the sum over what all parameters may do.
+#[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Reach {
     /// What a weight is multiplied by: 1 less the decay.
-    pub(super) keep: f64,
-    /// What a mean of gradients is multiplied by.
-    pub(super) step_size: f64,
-    /// What it is divided by, at the least; no more than 1, as the product comes first.
-    pub(super) eps: f64,
+    keep: f64,
+    /// What of the first moment stays, and what of the gradient goes into it.
+    memory: f64,
+    share: f64,
+    /// A weight moves by at most `gain` times the first moment, and `most`.
+    gain: f64,
+    most: f64,
+}
+
+impl Reach {
+    /// Includes a parameter of this learning rate, of which the share `decay` is taken away.
+    pub(super) fn include(&mut self, own: contract::Reach, lr: f64, decay: f64) {
+        self.keep = self.keep.max((1.0 - decay).abs());
+        self.memory = self.memory.max(own.memory);
+        self.share = self.share.max(own.share);
+        self.gain = self.gain.max(lr * own.gain);
+        self.most = self.most.max(lr * own.most);
+    }
 }
 
 impl Bounds {
@@ -57,7 +71,8 @@ impl Bounds {
         if let Some(gram) = &weights.gram {
             most = most.max(of_role("gram_teacher", gram)?);
         }
-        of_role("exp_avg_sq", &weights.exp_avg_sq)?;
+        let moments = weights.moment_names.iter().zip(&weights.moments).map(|(name, flat)| of_role(name, flat));
+        let moment = moments.collect::<Result<Vec<f64>>>()?.first().copied().unwrap_or(0.0);
         for (loss, state) in model.losses.iter().zip(&weights.loss_state) {
             for (spec, value) in loss.loss.state().iter().zip(state) {
                 of_tensor(&format!("state.{}.{}", loss.name, spec.name), value)?;
@@ -67,16 +82,19 @@ impl Bounds {
             DType::F64 => f64::MAX,
             _ => f64::from(f32::MAX),
         };
-        Ok(Self { weights: most, mean: of_role("exp_avg", &weights.exp_avg)?, limit: SHARE * limit })
+        Ok(Self { weights: most, moment, limit: SHARE * limit })
     }
 
     /// The longest clipped gradient of a sub-model with which every number stays finite; negative if there is none.
     pub(super) fn longest_gradient(&self, reach: Reach) -> f64 {
         let room = self.limit - self.weights * reach.keep.max(1.0);
-        let longest = if reach.step_size > 0.0 { room / reach.step_size * reach.eps } else { f64::INFINITY };
-        let fits = room >= 0.0 && self.mean <= longest && reach.keep.max(reach.step_size) <= self.limit;
+        // How large the first moment may become, and how much of it is left for the gradient.
+        let moved = if reach.gain > 0.0 { (room - reach.most) / reach.gain } else { self.limit };
+        let left = moved.min(self.limit) - reach.memory * self.moment;
+        let fits = room >= reach.most && left >= 0.0 && reach.keep.max(reach.gain) <= self.limit;
         if fits {
-            longest.min(self.limit.sqrt())
+            // Squares of gradients are numbers too.
+            (if reach.share > 0.0 { left / reach.share } else { self.limit }).min(self.limit.sqrt())
         } else {
             -1.0
         }
@@ -84,8 +102,9 @@ impl Bounds {
 
     /// After an update with a gradient of this length.
     pub(super) fn after(self, reach: Reach, gradient: f64) -> Self {
-        let mean = self.mean.max(gradient);
-        Self { weights: self.weights * reach.keep.max(1.0) + reach.step_size * (mean / reach.eps), mean, ..self }
+        let moment = reach.memory * self.moment + reach.share * gradient;
+        let weights = self.weights * reach.keep.max(1.0) + reach.gain * moment + reach.most;
+        Self { weights, moment, ..self }
     }
 }
 
@@ -120,17 +139,17 @@ mod tests {
                 [weight, mean, gradient, eps, lr, decay].map(|x: f64| 10f64.powf(x));
             let (mut p, mut m, mut v) = (number(sign(signs[0]) * weight), number(sign(signs[1]) * mean), number(mean * mean));
             let mut ema = number(weight);
-            let bounds = Bounds { weights: weight, mean, limit: SHARE * f64::from(f32::MAX) };
-            let step_size = lr / (1.0 - beta1.powf(step as f64));
-            let reach = Reach { keep: (1.0 - lr * weight_decay).abs(), step_size, eps: f64::from(eps as f32).min(1.0) };
+            let bounds = Bounds { weights: weight, moment: mean, limit: SHARE * f64::from(f32::MAX) };
+            let config = AdamW { beta1, beta2, eps: f64::from(eps as f32) };
+            let mut reach = Reach::default();
+            reach.include(contract::Reach::adamw(config, step), lr, lr * weight_decay);
             prop_assume!(gradient <= bounds.longest_gradient(reach));
             let moments = Moments { mean: &mut m, square: &mut v };
             let groups = [Group { range: 0..1, lr, weight_decay, clip: 1.0 }];
-            let config = AdamW { beta1, beta2, eps };
             let follow = Some(Ema { params: &mut ema, momentum: 0.5 });
             adamw_step(&mut p, &number(gradient), moments, follow, &groups, config, step).unwrap();
             let after = bounds.after(reach, gradient);
-            prop_assert!(p.item().abs() <= after.weights * 1.001 && m.item().abs() <= after.mean * 1.001);
+            prop_assert!(p.item().abs() <= after.weights * 1.001 && m.item().abs() <= after.moment * 1.001);
             prop_assert!([&p, &m, &v, &ema].iter().all(|x| x.item().is_finite()), "{p:?} {m:?} {v:?} {ema:?}");
         }
     }

@@ -257,7 +257,7 @@ impl Learner {
             let values = Tensor::cat(&of_losses.iter().chain([&norms]).chain(&of_states).collect::<Vec<_>>())?;
             let total = losses.keys().position(|name| name == "loss/total");
             let taken = update.verdict(&values, losses.len(), total)?;
-            update.apply(&mut self.weights, &grads, &norms, &taken, follows)?;
+            update.apply(&self.optimizer, &mut self.weights, &grads, &norms, &taken, follows)?;
             for (old, new) in self.weights.loss_state.iter_mut().flatten().zip(state.iter().flatten()) {
                 if old.device_address() != new.device_address() {
                     ops::copy_if(old, new, &taken)?;

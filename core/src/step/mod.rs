@@ -1,10 +1,10 @@
-//! The training step: teacher, student, losses, backward, clipping, AdamW, teachers' policies.
+//! The training step: teacher, student, losses, backward, clipping, the optimizer, teachers' policies.
 //!
 //! ```text
 //! for every micro-batch: EMA teacher on the global crops; what each loss's layers make of its tokens
 //! over the whole batch:  each loss turns that into targets
 //! for every micro-batch: Gram teacher on its larger crops; student on all crops, packed; losses; backward
-//! once:                  gradient norms, AdamW + EMA in one pass over flat memory, Gram teacher's policy
+//! once:                  gradient norms, optimizer + EMA over flat memory, Gram teacher's policy
 //! ```
 
 mod bounds;
@@ -18,6 +18,7 @@ mod scalars;
 mod sources;
 mod spikes;
 mod update;
+mod updates;
 mod views;
 mod weights;
 
@@ -26,6 +27,7 @@ pub(crate) use distillation::distilled_model;
 pub use health::Health;
 pub use optimizer::ParamRule;
 pub use sources::check_sources;
+pub use updates::Updates;
 pub use weights::Weights;
 
 pub(crate) use scalars::scalar;
@@ -46,7 +48,7 @@ use crate::{cuda, DType, Device, Error, Result, Tensor};
 use bounds::Reach;
 use distillation::TeacherModel;
 use gpu::{GpuStep, Kernels};
-use optimizer::AdamW;
+use optimizer::Groups;
 use outputs::{next_state, StudentPass, TeacherPass};
 use spikes::Spikes;
 use update::DeviceUpdate;
@@ -55,7 +57,7 @@ use update::DeviceUpdate;
 pub struct Learner {
     model: Declared,
     weights: Weights,
-    optimizer: AdamW,
+    optimizer: Groups,
     teacher: Box<dyn TeacherPolicy>,
     distilled: Option<TeacherModel>,
     gram: Option<Box<dyn TeacherPolicy>>,
@@ -162,8 +164,9 @@ impl Learner {
         let gram = recipe.gram_teacher.as_ref().filter(|_| wanted).map(|g| g.build(&mut ())).transpose()?;
         let device = recipe.device()?;
         let dtype = recipe.dtype(device);
-        let weights = catch_out_of_memory(|| Ok(device.with(|| Weights::new(&model, gram.is_some(), dtype))))?;
-        let optimizer = AdamW::new(&recipe.optimizer, &model, dtype.wide())?;
+        let optimizer = Groups::new(&recipe.optimizer, &model.layout, model.backbone.depth())?;
+        let new = || Weights::new(&model, optimizer.moments(), gram.is_some(), dtype);
+        let weights = catch_out_of_memory(|| Ok(device.with(new)))?;
         let backbones = [&model].into_iter().chain(distilled.as_ref().map(|d| &d.model)).map(|m| m.backbone.as_ref());
         let kernels = Kernels::of(device, dtype, backbones);
         let gpu_step = device.gpu().map(|gpu| GpuStep::new(gpu, dtype, DeviceUpdate::new(gpu, &optimizer)?));

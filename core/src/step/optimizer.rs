@@ -1,25 +1,32 @@
-//! AdamW over flat memory with the reference's parameter groups, clipping by sub-model, and EMA in the same pass.
+//! The optimizer of a run with the reference's parameter groups, clipping by sub-model, and EMA in the same pass.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
 
-use crate::contract::At;
-use crate::ops::{adamw_step, l2_norm, AdamW as Config, Ema, Group, Moments};
-use crate::params::{ParamRole, ParamSpec};
-use crate::recipe::OptimizerConfig;
+use crate::contract::{At, Direction, Optimizer, ParamUpdate};
+use crate::ops::{adamw_step, descend, l2_norm, write_range, AdamW, Ema, Group, Moments};
+use crate::params::{Layout, ParamRole, ParamSpec};
+use crate::recipe::{OptimizerConfig, OptimizerEntry};
 use crate::{DType, Error, Result, Tensor};
 
 use super::bounds::Reach;
-use super::{Declared, Weights};
+use super::Weights;
 
 /// Added to a gradient's norm before it divides, as in `torch.nn.utils.clip_grad_norm_`.
 const CLIP_EPS: f64 = 1e-6;
 
-/// AdamW and its groups.
-pub(super) struct AdamW {
+/// The optimizer and its groups.
+pub(crate) struct Groups {
     config: OptimizerConfig,
+    optimizer: Box<dyn Optimizer>,
+    layout: Arc<Layout>,
     pub(super) rules: Vec<ParamRule>,
     modules: Vec<(String, Range<usize>)>,
+    /// AdamW's numbers, and the parameters that are left to it, by their places in the layout.
+    pub(super) adamw: Vec<(AdamW, Vec<usize>)>,
+    /// The parameters that the optimizer directs.
+    pub(super) directed: Vec<usize>,
 }
 
 /// How the optimizer treats one parameter.
@@ -45,36 +52,55 @@ fn lr_multiplier(spec: &ParamSpec, depth: usize, config: &OptimizerConfig) -> f6
     decay * embed
 }
 
-impl AdamW {
-    /// For weights of type `dtype`.
+impl Groups {
+    /// The groups of a layout whose backbone has `depth` blocks.
     ///
     /// # Errors
-    /// If `eps` is nothing in that type: where gradients were zero, zero would be divided by zero.
-    pub(super) fn new(config: &OptimizerConfig, model: &Declared, dtype: DType) -> Result<Self> {
-        let least = if dtype == DType::F64 { f64::MIN_POSITIVE } else { f64::from(f32::MIN_POSITIVE) };
-        if config.eps.is_nan() || config.eps < least {
-            let problem =
-                format!("optimizer.eps = {:e} is less than {least:e}, the least {dtype:?} number", config.eps);
-            return Err(Error::user(problem, "1e-8 is usual"));
-        }
-        let layout = &model.layout;
+    /// If the plugin refuses its keys, or leaves parameters to AdamW without its moments.
+    pub(crate) fn new(entry: &OptimizerEntry, layout: &Arc<Layout>, depth: usize) -> Result<Self> {
+        let (config, optimizer) = (entry.config.clone(), entry.plugin.build(&mut ())?);
         let names = layout.modules();
         let modules: Vec<_> = names.iter().map(|m| (m.clone(), layout.range_of(&format!("{m}.")))).collect();
-        let depth = model.backbone.depth();
         let rule = |spec: &ParamSpec| ParamRule {
             name: spec.name.clone(),
-            lr_multiplier: lr_multiplier(spec, depth, config),
+            lr_multiplier: lr_multiplier(spec, depth, &config),
             decays: spec.decays,
             last_layer: spec.role == Some(ParamRole::LastLayer),
             range: spec.range(),
             module: modules.iter().position(|(m, _)| m == spec.module()).expect("a parameter is in a module"),
         };
-        Ok(Self { config: config.clone(), rules: layout.specs().iter().map(rule).collect(), modules })
+        let rules = layout.specs().iter().map(rule).collect();
+        let (mut adamw, mut directed): (Vec<(AdamW, Vec<usize>)>, Vec<usize>) = Default::default();
+        for (i, spec) in layout.specs().iter().enumerate() {
+            match optimizer.adamw(spec) {
+                None => directed.push(i),
+                Some(own) => match adamw.iter_mut().find(|(known, _)| *known == own) {
+                    Some((_, places)) => places.push(i),
+                    None => adamw.push((own, vec![i])),
+                },
+            }
+        }
+        if !adamw.is_empty() && optimizer.moments().len() < 2 {
+            let (name, kept) = (entry.plugin.name(), optimizer.moments());
+            let problem = format!("the optimizer `{name}` leaves parameters to AdamW and keeps the moments {kept:?}");
+            return Err(Error::user(problem, "AdamW needs two: let `moments` name them first"));
+        }
+        Ok(Self { config, optimizer, layout: layout.clone(), rules, modules, adamw, directed })
     }
 
-    /// The recipe's table.
+    /// The keys of every optimizer.
     pub(super) fn config(&self) -> &OptimizerConfig {
         &self.config
+    }
+
+    /// The names of the moments.
+    pub(crate) fn moments(&self) -> &[&'static str] {
+        self.optimizer.moments()
+    }
+
+    /// The optimizer's numbers at update `update`.
+    pub(super) fn numbers(&self, at: At, update: u64) -> Vec<f64> {
+        self.optimizer.numbers(at, update)
     }
 
     /// The names of the sub-models.
@@ -114,15 +140,23 @@ impl AdamW {
     /// What the update at `at` does to a number, at most. Moments begin at zero, so their corrections count `updates`, not
     /// steps.
     pub(super) fn reach(&self, at: At, updates: u64) -> Reach {
-        let of = |last: bool| self.rules.iter().filter(move |r| r.last_layer == last).map(|r| r.lr_multiplier);
-        let [most, most_last] = [false, true].map(|last| of(last).fold(0.0, f64::max));
-        let lr = (self.lr(at) * most).max(self.last_layer_lr(at) * most_last);
-        let [beta1, _] = self.config.betas;
-        Reach {
-            keep: (1.0 - lr * self.weight_decay(at)).abs(),
-            step_size: lr / (1.0 - beta1.powf(updates as f64)),
-            eps: self.config.eps.min(1.0),
+        let (lr, last_layer_lr, weight_decay) = (self.lr(at), self.last_layer_lr(at), self.weight_decay(at));
+        let rate = |i: &usize| {
+            let rule = &self.rules[*i];
+            let lr = if rule.last_layer { last_layer_lr } else { lr } * rule.lr_multiplier;
+            (lr, if rule.decays { weight_decay } else { 0.0 })
+        };
+        let mut all = Reach::default();
+        for (adamw, places) in &self.adamw {
+            let own = crate::contract::Reach::adamw(*adamw, updates);
+            places.iter().map(rate).for_each(|(lr, decay)| all.include(own, lr, lr * decay));
         }
+        for i in &self.directed {
+            let (lr, decay) = rate(i);
+            // A direction is a number itself, before a small rate makes it smaller.
+            all.include(self.optimizer.reach(&self.layout.specs()[*i], at, updates), lr.max(1.0), lr * decay);
+        }
+        all
     }
 
     /// L2 norm of every sub-model's gradient.
@@ -141,19 +175,72 @@ impl AdamW {
     ) -> Result<()> {
         let (lr, last_layer_lr, weight_decay) = (self.lr(at), self.last_layer_lr(at), self.weight_decay(at));
         let clip: Vec<f64> = self.modules.iter().map(|(name, _)| self.clip(norms[name])).collect();
-        let group = |rule: &ParamRule| Group {
-            range: rule.range.clone(),
-            lr: if rule.last_layer { last_layer_lr } else { lr } * rule.lr_multiplier,
-            weight_decay: if rule.decays { weight_decay } else { 0.0 },
-            clip: clip[rule.module],
+        let group = |i: &usize| {
+            let rule = &self.rules[*i];
+            Group {
+                range: rule.range.clone(),
+                lr: if rule.last_layer { last_layer_lr } else { lr } * rule.lr_multiplier,
+                weight_decay: if rule.decays { weight_decay } else { 0.0 },
+                clip: clip[rule.module],
+            }
         };
-        let groups: Vec<Group> = self.rules.iter().map(group).collect();
         let updates = weights.updates(at);
-        let Weights { student, teacher, exp_avg, exp_avg_sq, grads, .. } = weights;
-        let moments = Moments { mean: exp_avg, square: exp_avg_sq };
-        let ema = momentum.map(|momentum| Ema { params: teacher, momentum });
-        let [beta1, beta2] = self.config.betas;
-        let config = Config { beta1, beta2, eps: self.config.eps };
-        adamw_step(student, grads, moments, ema, &groups, config, updates)
+        let Weights { student, teacher, moments, grads, .. } = weights;
+        for (adamw, places) in &self.adamw {
+            let groups: Vec<Group> = places.iter().map(group).collect();
+            let [mean, square, ..] = &mut moments[..] else { unreachable!("checked when the groups were made") };
+            let ema = momentum.map(|momentum| Ema { params: teacher, momentum });
+            adamw_step(student, grads, Moments { mean, square }, ema, &groups, *adamw, updates)?;
+        }
+        let dtype = student.dtype();
+        let numbers: Vec<Tensor> = self.numbers(at, updates).into_iter().map(|x| Tensor::scalar(x, dtype)).collect();
+        for i in &self.directed {
+            let group = group(i);
+            let gradient = self.gradient(*i, grads).scale(group.clip)?;
+            let new = self.direction(*i, gradient, (student, moments), numbers.clone(), dtype)?;
+            let ema = momentum.map(|momentum| Ema { params: teacher, momentum });
+            descend(student, &new.direction, ema, &group)?;
+            for (flat, new) in moments.iter_mut().zip(&new.moments) {
+                write_range(flat, group.range.clone(), new)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The gradient of parameter `i` in its own shape.
+    pub(super) fn gradient(&self, i: usize, grads: &Tensor) -> Tensor {
+        let spec = &self.layout.specs()[i];
+        grads.view(spec.offset, &spec.shape)
+    }
+
+    /// Where the optimizer directs parameter `i`, in tensors of the weights' type that are nobody else's.
+    pub(super) fn direction(
+        &self,
+        i: usize,
+        gradient: Tensor,
+        (student, moments): (&Tensor, &[Tensor]),
+        numbers: Vec<Tensor>,
+        products: DType,
+    ) -> Result<Direction> {
+        let spec = &self.layout.specs()[i];
+        let view = |flat: &Tensor| flat.view(spec.offset, &spec.shape);
+        let moments: Vec<Tensor> = moments.iter().map(view).collect();
+        let count = moments.len();
+        let param = ParamUpdate { spec, weight: view(student), gradient, moments, numbers, products };
+        let Direction { direction, moments } = self.optimizer.direction(&param)?;
+        drop(param);
+        let fits = |tensor: &Tensor| tensor.len() == spec.range().len();
+        if moments.len() > count || !fits(&direction) || !moments.iter().all(fits) {
+            let shapes: Vec<&[usize]> = moments.iter().map(Tensor::shape).collect();
+            let problem = format!(
+                "of {} {:?} it gives a direction {:?} and the moments {shapes:?}, of {count} at most",
+                spec.name,
+                spec.shape,
+                direction.shape()
+            );
+            return Err(Error::shape("optimizer", problem));
+        }
+        let own = |tensor: Tensor| Ok(tensor.detach().cast(student.dtype())?.into_unique());
+        Ok(Direction { direction: own(direction)?, moments: moments.into_iter().map(own).collect::<Result<_>>()? })
     }
 }

@@ -1,13 +1,14 @@
-//! The update on a GPU: clipping, AdamW, EMA and the bf16 copies, all decided by numbers on the device.
+//! The update on a GPU: clipping, the optimizer, EMA and the bf16 copies, all decided by numbers on the device.
 
 use bytemuck::{Pod, Zeroable};
 
 use crate::contract::At;
 use crate::cuda::{args, Gpu};
-use crate::ops::ADAMW;
-use crate::{DType, Device, Result, Tensor};
+use crate::ops::{copy_if, ADAMW};
+use crate::tensor::scope;
+use crate::{DType, Device, Error, Result, Tensor};
 
-use super::optimizer::AdamW;
+use super::optimizer::Groups;
 use super::weights::Narrow;
 use super::{Limits, Weights};
 
@@ -35,13 +36,6 @@ struct Rule {
 struct Numbers {
     lr: f32,
     weight_decay: f32,
-    beta1: f32,
-    rest1: f32,
-    beta2: f32,
-    rest2: f32,
-    eps: f32,
-    correction1: f32,
-    inverse_root: f32,
     momentum: f32,
     rest_momentum: f32,
     last_layer_lr: f32,
@@ -50,81 +44,96 @@ struct Numbers {
     greatest_loss: f32,
 }
 
+/// Numbers of a [`Numbers`], of the kernel's `AdamW` and of a [`Rule`].
+const NUMBERS: usize = size_of::<Numbers>() / 4;
+const OF_ADAMW: usize = 7;
+const OF_RULE: usize = size_of::<Rule>() / 4;
+
 /// The optimizer's tables on a GPU.
-pub(super) struct DeviceUpdate {
+pub(crate) struct DeviceUpdate {
     gpu: &'static Gpu,
+    /// Those of every parameter that the optimizer directs, in their order.
     rules: Tensor,
-    rule_count: usize,
+    /// Those of each pass of AdamW, and how many there are.
+    adamw: Vec<(Tensor, usize)>,
     modules: Tensor,
     module_count: usize,
     norm_blocks: usize,
+    /// What changes from step to step: a [`Numbers`], a kernel's `AdamW` for each pass, and the optimizer's own.
     numbers: Tensor,
 }
 
 impl DeviceUpdate {
-    pub(super) fn new(gpu: &'static Gpu, optimizer: &AdamW) -> Result<Self> {
+    pub(crate) fn new(gpu: &'static Gpu, groups: &Groups) -> Result<Self> {
         let unit = |offset: usize| u32::try_from(offset / UNIT).expect("fewer than 2^38 parameters");
-        let rule = |r: &super::ParamRule| Rule {
-            start: unit(r.range.start),
-            len: u32::try_from(r.range.len()).expect("a parameter has fewer than 2^32 elements"),
-            lr: r.lr_multiplier as f32,
-            decays: f32::from(u8::from(r.decays)),
-            module: r.module as u32,
-            last_layer: u32::from(r.last_layer),
+        let rule = |i: &usize| {
+            let r = &groups.rules[*i];
+            Rule {
+                start: unit(r.range.start),
+                len: u32::try_from(r.range.len()).expect("a parameter has fewer than 2^32 elements"),
+                lr: r.lr_multiplier as f32,
+                decays: f32::from(u8::from(r.decays)),
+                module: r.module as u32,
+                last_layer: u32::from(r.last_layer),
+            }
         };
-        let rules: Vec<Rule> = optimizer.rules.iter().map(rule).collect();
+        let rules_of = |places: &[usize]| places.iter().map(rule).collect::<Vec<Rule>>();
         let mut blocks = 0;
         let mut modules: Vec<[u32; 3]> = Vec::new();
-        for range in optimizer.module_ranges() {
+        for range in groups.module_ranges() {
             let (start, end) = (unit(range.start), unit(range.end.next_multiple_of(UNIT)));
             modules.push([start, end - start, blocks as u32]);
             blocks += ((end - start) as usize).div_ceil(UNITS_OF_BLOCK);
         }
         let table = |bytes: &[u8]| Tensor::from_slice::<u32>(bytemuck::cast_slice(bytes), &[bytes.len() / 4]);
+        let own = groups.numbers(At { step: 0, total: 1 }, 1).len();
         Device::Cuda(gpu.ordinal()).with(|| {
+            let pass =
+                |(_, places): &(_, Vec<usize>)| Ok((table(bytemuck::cast_slice(&rules_of(places)))?, places.len()));
             Ok(Self {
                 gpu,
-                rules: table(bytemuck::cast_slice(&rules))?,
-                rule_count: rules.len(),
+                rules: table(bytemuck::cast_slice(&rules_of(&groups.directed)))?,
+                adamw: groups.adamw.iter().map(pass).collect::<Result<_>>()?,
                 modules: table(bytemuck::cast_slice(&modules))?,
                 module_count: modules.len(),
                 norm_blocks: blocks,
-                numbers: table(bytemuck::bytes_of(&Numbers::default()))?,
+                numbers: Tensor::zeros(&[NUMBERS + OF_ADAMW * groups.adamw.len() + own], DType::F32),
             })
         })
     }
 
-    /// Writes the numbers of the step at `at`, whose moments see update number `updates`; without `momentum` the teacher does not follow in this update.
+    /// Writes the numbers of the step at `at`, whose moments see update number `updates`; without `momentum` the teacher
+    /// does not follow in this update.
+    ///
+    /// # Errors
+    /// If the optimizer has more numbers than at first, or fewer, or the device fails.
     pub(super) fn write(
         &self,
         at: At,
-        optimizer: &AdamW,
+        groups: &Groups,
         updates: u64,
         limits: Limits,
         momentum: Option<f64>,
     ) -> Result<()> {
-        let config = optimizer.config();
-        let [beta1, beta2] = config.betas;
-        let correction = |beta: f64| 1.0 - beta.powf(updates as f64);
         let momentum = momentum.unwrap_or(1.0);
         let numbers = Numbers {
-            lr: optimizer.lr(at) as f32,
-            weight_decay: optimizer.weight_decay(at) as f32,
-            beta1: beta1 as f32,
-            rest1: (1.0 - beta1) as f32,
-            beta2: beta2 as f32,
-            rest2: (1.0 - beta2) as f32,
-            eps: config.eps as f32,
-            correction1: (1.0 / correction(beta1)) as f32,
-            inverse_root: (1.0 / correction(beta2).sqrt()) as f32,
+            lr: groups.lr(at) as f32,
+            weight_decay: groups.weight_decay(at) as f32,
             momentum: momentum as f32,
             rest_momentum: (1.0 - momentum) as f32,
-            last_layer_lr: optimizer.last_layer_lr(at) as f32,
-            max_norm: config.clip_grad.max(0.0) as f32,
+            last_layer_lr: groups.last_layer_lr(at) as f32,
+            max_norm: groups.config().clip_grad.max(0.0) as f32,
             longest_gradient: limits.gradient as f32,
             greatest_loss: limits.loss as f32,
         };
-        self.gpu.upload(self.numbers.device_address(), bytemuck::bytes_of(&numbers))
+        let mut all: Vec<f32> = bytemuck::cast_slice(bytemuck::bytes_of(&numbers)).to_vec();
+        all.extend(groups.adamw.iter().flat_map(|(adamw, _)| adamw.on_gpu(updates)));
+        all.extend(groups.numbers(at, updates).into_iter().map(|x| x as f32));
+        if all.len() != self.numbers.len() {
+            let problem = format!("{} numbers of an update, and {} of the first", all.len(), self.numbers.len());
+            return Err(Error::shape("optimizer", problem));
+        }
+        self.gpu.upload(self.numbers.device_address(), bytemuck::cast_slice(&all))
     }
 
     /// 1 if a step is taken, 0 if not: rank 0. `values` are `losses` losses, the norms of all sub-models, and other numbers
@@ -151,38 +160,74 @@ impl DeviceUpdate {
         Ok(norms)
     }
 
-    /// One update of all weights, if `finite` is not 0; the teacher follows where `follows`.
+    /// One update of all weights, if `taken` is not 0; the teacher follows where `follows`.
     pub(super) fn apply(
         &self,
+        groups: &Groups,
         weights: &mut Weights,
         grads: &Tensor,
         norms: &Tensor,
-        finite: &Tensor,
+        taken: &Tensor,
         follows: bool,
     ) -> Result<()> {
+        let _scope = scope::enter("optimizer");
+        let products = weights.student().dtype();
         let n = weights.student.len();
-        let Weights { student, teacher, exp_avg, exp_avg_sq, narrow, .. } = weights;
+        let Weights { student, teacher, moments, narrow, .. } = weights;
         let (narrow_student, narrow_teacher) = match narrow {
             Some(Narrow { student, teacher, .. }) => (Some(&*student), Some(&*teacher)),
             None => (None, None),
         };
         let ema = follows.then_some(&*teacher);
-        let numbers = if follows { 38.0 } else { 30.0 };
-        let launch = self.gpu.kernel(&ADAMW, "adamw", DType::F32)?.grid(n.div_ceil(ELEMENTS_OF_BLOCK), 256);
-        launch.work(0.0, numbers * n as f64).launch(args![
-            student,
-            grads,
-            exp_avg,
-            exp_avg_sq,
-            ema,
-            narrow_student,
-            narrow_teacher,
-            &self.rules,
-            self.rule_count as i32,
-            &self.numbers,
-            norms,
-            finite,
-            n
-        ])
+        let bytes = if follows { 38.0 } else { 30.0 };
+        let number = |start: usize, len: &[usize]| self.numbers.view(start, len);
+        for (pass, (rules, count)) in self.adamw.iter().enumerate() {
+            let launch = self.gpu.kernel(&ADAMW, "adamw", DType::F32)?.grid(n.div_ceil(ELEMENTS_OF_BLOCK), 256);
+            launch.work(0.0, bytes * n as f64).launch(args![
+                &mut *student,
+                grads,
+                &moments[0],
+                &moments[1],
+                ema,
+                narrow_student,
+                narrow_teacher,
+                rules,
+                *count as i32,
+                &self.numbers,
+                &number(NUMBERS + pass * OF_ADAMW, &[OF_ADAMW]),
+                norms,
+                taken,
+                n
+            ])?;
+        }
+        if groups.directed.is_empty() {
+            return Ok(());
+        }
+        let mut clips = Tensor::uninit(&[self.module_count], DType::F32);
+        let launch = self.gpu.kernel(&ADAMW, "clips", DType::F32)?.grid(1, 256);
+        launch.launch(args![&mut clips, norms, &self.numbers, self.module_count as i32])?;
+        let first = NUMBERS + OF_ADAMW * self.adamw.len();
+        let own: Vec<Tensor> = (first..self.numbers.len()).map(|i| number(i, &[])).collect();
+        for (rule, i) in groups.directed.iter().enumerate() {
+            let spec = &groups.rules[*i];
+            let gradient = groups.gradient(*i, grads).mul(&clips.view(spec.module, &[]))?;
+            let new = groups.direction(*i, gradient, (student, moments), own.clone(), products)?;
+            let len = spec.range.len();
+            let launch = self.gpu.kernel(&ADAMW, "descend", DType::F32)?.over(len);
+            launch.work(0.0, (bytes - 16.0) * len as f64).launch(args![
+                &mut *student,
+                &new.direction,
+                ema,
+                narrow_student,
+                narrow_teacher,
+                &self.rules.view(rule * OF_RULE, &[OF_RULE]),
+                &self.numbers,
+                taken
+            ])?;
+            for (flat, new) in moments.iter().zip(&new.moments) {
+                copy_if(&flat.view(spec.range.start, &[len]), new, taken)?;
+            }
+        }
+        Ok(())
     }
 }

@@ -22,10 +22,10 @@ pub struct Weights {
     pub teacher: Tensor,
     /// The Gram teacher: the backbone's part of the layout, which comes first.
     pub gram: Option<Tensor>,
-    /// AdamW's first moments.
-    pub exp_avg: Tensor,
-    /// AdamW's second moments.
-    pub exp_avg_sq: Tensor,
+    /// The optimizer's moments, in the order of [`Optimizer::moments`](crate::contract::Optimizer::moments).
+    pub moments: Vec<Tensor>,
+    /// Their names.
+    pub(super) moment_names: Vec<&'static str>,
     /// By loss, then in the order of [`Loss::state`](crate::contract::Loss::state).
     pub loss_state: Vec<Vec<Tensor>>,
     /// Steps whose update was skipped.
@@ -52,8 +52,15 @@ fn backbone_len(layout: &Layout) -> usize {
 
 impl Weights {
     /// All zero, for features in `features`; a Gram teacher only if there is one.
-    pub(super) fn new(model: &Declared, gram: bool, features: DType) -> Self {
-        let layout = &model.layout;
+    pub(super) fn new(model: &Declared, moments: &[&'static str], gram: bool, features: DType) -> Self {
+        let dtype = features.wide();
+        let state = |l: &DeclaredLoss| l.loss.state().iter().map(|s| Tensor::zeros(&s.shape, dtype)).collect();
+        let loss_state = model.losses.iter().map(state).collect();
+        Self { loss_state, ..Self::of_layout(&model.layout, moments, gram, features) }
+    }
+
+    /// The same without losses.
+    pub(crate) fn of_layout(layout: &Layout, moments: &[&'static str], gram: bool, features: DType) -> Self {
         let dtype = features.wide();
         let zeros = || Tensor::zeros(&[layout.len()], dtype);
         let narrow = |len| Tensor::zeros(&[len], DType::BF16);
@@ -62,14 +69,13 @@ impl Weights {
             teacher: narrow(layout.len()),
             gram: gram.then(|| narrow(backbone_len(layout))),
         });
-        let state = |l: &DeclaredLoss| l.loss.state().iter().map(|s| Tensor::zeros(&s.shape, dtype)).collect();
         Self {
             student: zeros(),
             teacher: zeros(),
             gram: gram.then(|| Tensor::zeros(&[backbone_len(layout)], dtype)),
-            exp_avg: zeros(),
-            exp_avg_sq: zeros(),
-            loss_state: model.losses.iter().map(state).collect(),
+            moments: moments.iter().map(|_| zeros()).collect(),
+            moment_names: moments.to_vec(),
+            loss_state: Vec::new(),
             skipped: 0,
             grads: zeros(),
             narrow,
@@ -223,8 +229,9 @@ impl Weights {
         if let Some(gram) = &self.gram {
             put(&mut content.model, "gram_teacher", gram);
         }
-        put(&mut content.optimizer, "exp_avg", &self.exp_avg);
-        put(&mut content.optimizer, "exp_avg_sq", &self.exp_avg_sq);
+        for (name, flat) in self.moment_names.iter().zip(&self.moments) {
+            put(&mut content.optimizer, name, flat);
+        }
         for (loss, state) in model.losses.iter().zip(&self.loss_state) {
             for (spec, value) in loss.loss.state().iter().zip(state) {
                 content.optimizer.push((format!("state.{}.{}", loss.name, spec.name), value.to(Device::Cpu)));
@@ -247,8 +254,9 @@ impl Weights {
         if let Some(gram) = &mut self.gram {
             whole(&from.model, "gram_teacher", &layout.part("backbone."), gram)?;
         }
-        whole(&from.optimizer, "exp_avg", layout, &mut self.exp_avg)?;
-        whole(&from.optimizer, "exp_avg_sq", layout, &mut self.exp_avg_sq)?;
+        for (name, flat) in self.moment_names.iter().zip(&mut self.moments) {
+            whole(&from.optimizer, name, layout, flat)?;
+        }
         for (loss, state) in model.losses.iter().zip(&mut self.loss_state) {
             for (spec, value) in loss.loss.state().iter().zip(state) {
                 let name = format!("state.{}.{}", loss.name, spec.name);

@@ -3,15 +3,16 @@
 //! Losses have more of their own: [`check`](super::check()).
 
 use crate::contract::{
-    At, Backbone, Crops, Dataset, Follow, Grid, Mode, PosContext, PosEncoding, Scheduler, TeacherPolicy,
+    At, Backbone, Crops, Dataset, Follow, Grid, Mode, Optimizer, PosContext, PosEncoding, Scheduler, TeacherPolicy,
 };
-use crate::params::{ParamBuilder, Params};
+use crate::params::{Init, Layout, ParamBuilder, ParamRole, Params};
+use crate::recipe::OptimizerEntry;
 use crate::registry::{self, BackboneContext, Chosen, Kind};
 use crate::rng::{Rng, Stream};
-use crate::step::CHANNELS;
+use crate::step::{Updates, CHANNELS};
 use crate::tensor::Tape;
 use crate::testing::normal;
-use crate::{DType, Error, Result, Tensor};
+use crate::{DType, Device, Error, Result, Tensor};
 
 /// What holds, or what does not.
 pub type Held = Result<(), String>;
@@ -151,6 +152,100 @@ pub fn backbone(table: &str) -> Held {
     ensure(grads.iter().all(|g| g.is_finite()), "a gradient is not finite")?;
     let moved = layout.specs().iter().any(|spec| grads[spec.range()].iter().any(|&g| g != 0.0));
     ensure(moved || layout.is_empty(), "no parameter has a gradient")
+}
+
+/// Parameters of every kind that an optimizer meets: of embeddings, a block, a last layer and a map to an output, in two
+/// sub-models; the backbone has a depth of 1.
+pub fn parameters() -> std::sync::Arc<Layout> {
+    let normal = Init::Normal(0.5);
+    let mut p = ParamBuilder::new();
+    p.scope("backbone", |p| {
+        p.layer(0, |p| {
+            p.add("mask_token", &[1, 6], normal);
+            p.role(ParamRole::PatchEmbed, |p| p.add("embed", &[6, 3, 2, 2], normal));
+        });
+        p.layer(1, |p| {
+            p.stacked(3, |p| p.add("qkv", &[18, 6], normal));
+            p.add("wide", &[5, 8], normal);
+            p.add("tall", &[8, 5], normal);
+            p.add_plain("bias", &[7], Init::Zeros);
+        });
+        p.layer(2, |p| p.add_plain("norm", &[6], Init::Ones));
+    });
+    p.scope("head", |p| {
+        p.add("mlp", &[9, 6], normal);
+        p.role(ParamRole::LastLayer, |p| p.add("last", &[10, 9], normal));
+        p.role(ParamRole::Output, |p| p.add("classes", &[4, 6], normal));
+    });
+    p.finish()
+}
+
+/// An optimizer changes nothing when gradients are zero and nothing decays, gives the same the second time, and moves every
+/// number by no more than it says.
+///
+/// # Errors
+/// What does not hold for the optimizer of a recipe's table `[optimizer]`, as TOML.
+pub fn optimizer(table: &str) -> Held {
+    const TOTAL: u64 = 8;
+    let text = |e: Error| e.to_string();
+    let entry: OptimizerEntry = toml::from_str(table).map_err(|e| e.to_string())?;
+    let plugin: Box<dyn Optimizer> = entry.plugin.build(&mut ()).map_err(text)?;
+    let names = plugin.moments();
+    ensure((1..names.len()).all(|i| !names[..i].contains(&names[i])), format!("two moments have one name: {names:?}"))?;
+
+    let layout = parameters();
+    let start = |entry: &OptimizerEntry| Updates::new(entry, &layout, 1, TOTAL, (Device::Cpu, DType::F64));
+    let mut still = entry.clone();
+    still.config.weight_decay = 0.0.into();
+    let mut run = start(&still).map_err(text)?;
+    let before = run.weights().student.to_f64_vec();
+    for step in 0..2 {
+        run.update(step, &vec![0.0; layout.len()], 0.5).map_err(text)?;
+    }
+    ensure(run.weights().student.to_f64_vec() == before, "gradients of zero move a weight, though nothing decays")?;
+
+    let (mut first, mut second) = (start(&entry).map_err(text)?, start(&entry).map_err(text)?);
+    for step in 0..TOTAL {
+        let (at, update) = (At { step, total: TOTAL }, step + 1);
+        let drawn = normal(3, step, &[layout.len()]).to_f64_vec();
+        let mut gradients = vec![0.0; layout.len()];
+        for spec in layout.specs() {
+            gradients[spec.range()].copy_from_slice(&drawn[spec.range()]);
+        }
+        let numbers = |run: &Updates| {
+            let weights = run.weights();
+            let moment = weights.moments.first().map_or(vec![0.0; layout.len()], Tensor::to_f64_vec);
+            (weights.student.to_f64_vec(), moment)
+        };
+        let (old, old_moment) = numbers(&first);
+        first.update(step, &gradients, 0.5).map_err(text)?;
+        second.update(step, &gradients, 0.5).map_err(text)?;
+        let (new, moment) = numbers(&first);
+        ensure(new == numbers(&second).0, "the same gradients move weights elsewhere the second time")?;
+        let greatest = |x: &[f64]| x.iter().fold(0.0, |most: f64, x| most.max(x.abs()));
+        let length = gradients.iter().map(|g| g * g).sum::<f64>().sqrt();
+        for (rule, spec) in first.rules().iter().zip(layout.specs()) {
+            if plugin.adamw(spec).is_some() {
+                continue;
+            }
+            let place = spec.range();
+            let reach = plugin.reach(spec, at, update);
+            let most = reach.memory * greatest(&old_moment[place.clone()]) + reach.share * length;
+            ensure(
+                greatest(&moment[place.clone()]) <= most * 1.000_001,
+                format!("the first moment of {} is greater than `reach` says", spec.name),
+            )?;
+            let lr = entry.lr.at(at) * rule.lr_multiplier;
+            let keep = 1.0 - lr * if rule.decays { entry.weight_decay.at(at) } else { 0.0 };
+            let moved = old[place.clone()].iter().zip(&new[place]).map(|(old, new)| new - old * keep);
+            let moved = greatest(&moved.collect::<Vec<_>>());
+            ensure(
+                moved <= lr * (reach.gain * most + reach.most) * 1.000_001,
+                format!("{} moves by {moved:e}, farther than `reach` says", spec.name),
+            )?;
+        }
+    }
+    Ok(())
 }
 
 /// The plugin is registered under that kind and name, and every key of it is documented.

@@ -108,7 +108,7 @@ impl Block {
         };
         let norm1 = NormParams::declare(p, "norm1", config);
         let (qkv, proj) = p.scope("attn", |p| {
-            let qkv = LinearParams::declare(p, "qkv", dim, 3 * dim, config.qkv_bias);
+            let qkv = p.stacked(3, |p| LinearParams::declare(p, "qkv", dim, 3 * dim, config.qkv_bias));
             (qkv, LinearParams::declare(p, "proj", dim, dim, config.proj_bias))
         });
         let scale1 = scale(p, "ls1");

@@ -116,7 +116,8 @@ impl Cases {
     pub fn new(seed: u64) -> Self {
         let schema = describe::schema();
         let mut choices = vec![Vec::new()];
-        for (kind, key) in [("backbone", "backbone"), ("pos_encoding", "backbone.pos_encoding")] {
+        let chosen = [("backbone", "backbone"), ("pos_encoding", "backbone.pos_encoding"), ("optimizer", "optimizer")];
+        for (kind, key) in chosen {
             let plugins = registry::all().into_iter().filter(|p| p.kind == kind);
             choices.extend(plugins.map(|p| vec![format!("{key}.plugin={}", p.name)]));
         }
@@ -210,7 +211,8 @@ fn table<'a>(schema: &'a Json, value: &Json, path: &str) -> &'a Json {
     let plugin = value["plugin"].as_str().unwrap_or(path.rsplit('.').next().unwrap_or_default());
     let all = alternatives(schema);
     let named = all.iter().find(|s| s.get("x-kind").is_some() && s["title"] == plugin);
-    named.or(all.iter().find(|s| s.get("properties").is_some())).copied().unwrap_or(schema)
+    let default = all.iter().find(|s| s.get("x-default").is_some());
+    named.or(default).or(all.iter().find(|s| s.get("properties").is_some())).copied().unwrap_or(schema)
 }
 
 fn alternatives(schema: &Json) -> Vec<&Json> {

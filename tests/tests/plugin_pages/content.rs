@@ -11,6 +11,7 @@ pub fn title(kind: &str) -> &'static str {
         "teacher" => "Teacher policies",
         "dataset" => "Datasets",
         "probe" => "Probes",
+        "optimizer" => "Optimizers",
         other => panic!("a kind of plugin without a title: {other}"),
     }
 }
@@ -79,6 +80,15 @@ pub fn formula(kind: &str, name: &str) -> Option<&'static str> {
               x \mapsto x \cos\theta + \operatorname{rotate\_half}(x) \sin\theta"
         }
         ("scheduler", "linear_warmup") => r"v(i) = v_0 + (v_p - v_0)\, \min\left(1, \frac{i}{w}\right)",
+        ("optimizer", "adamw") => {
+            r"m_t = \beta_1 m_{t-1} + (1 - \beta_1)\, g_t, \qquad v_t = \beta_2 v_{t-1} + (1 - \beta_2)\, g_t^2, \qquad
+              d_t = \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}"
+        }
+        ("optimizer", "sgd") => r"m_t = \mu\, m_{t-1} + g_t, \qquad d_t = m_t",
+        ("optimizer", "muon") => {
+            r"M_t = \mu M_{t-1} + (1 - \mu)\, G_t, \qquad U \Sigma V^\top = \mu M_t + (1 - \mu)\, G_t, \qquad
+              D_t \approx 0.2 \sqrt{\max(r, c)}\; U V^\top"
+        }
         ("teacher", "ema") => r"\theta_T \leftarrow m\, \theta_T + (1 - m)\, \theta_S",
         _ => return None,
     })
