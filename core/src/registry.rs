@@ -30,7 +30,8 @@
 //!
 //! A plugin that needs something of the run to be built (a width, a parameter builder) names a function instead:
 //! `plugin!(Backbone, "vit", VitConfig, Vit::build)` with `fn build(config: VitConfig, context: &mut
-//! BackboneContext<'_>) -> Result<Box<dyn Backbone>>`.
+//! BackboneContext<'_>) -> Result<Box<dyn Backbone>>`. `plugin!(default Masking, "block", Block)` registers the plugin that a
+//! table of its kind means when it names none.
 //!
 //! Registration happens before `main` (crate `inventory`), for every crate that is linked in. Order is not defined
 //! there, so everything here is sorted by name, and a name used twice is an error of [`check`].
@@ -40,12 +41,12 @@ use std::fmt;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use crate::contract::{Backbone, Dataset, Loss, PosEncoding, Probe, Scheduler, TeacherPolicy};
+use crate::contract::{Backbone, Dataset, Loss, Masking, PosEncoding, Probe, Scheduler, TeacherPolicy};
 use crate::params::ParamBuilder;
 use crate::recipe::Nested;
 use crate::{Error, Result};
 
-/// A kind of plugin: implemented for the seven `dyn Contract`s.
+/// A kind of plugin: implemented for every `dyn Contract`.
 pub trait Kind: 'static {
     /// Its name on the command line and in messages: `loss`.
     const NAME: &'static str;
@@ -121,6 +122,7 @@ kinds! {
     Scheduler, "scheduler", ();
     TeacherPolicy, "teacher", ();
     Dataset, "dataset", DataContext;
+    Masking, "masking", ();
     Probe, "probe", ();
 }
 
@@ -128,6 +130,8 @@ kinds! {
 pub struct Registration<K: ?Sized + Kind> {
     /// Its name in recipes.
     pub name: &'static str,
+    /// Whether a table of its kind that names no plugin means this one.
+    pub default: bool,
     /// The source file that registers it.
     pub file: &'static str,
     /// JSON schema of its config, with docs and defaults.
@@ -186,6 +190,11 @@ pub fn find<K: ?Sized + Kind>(name: &str) -> Option<&'static Registration<K>> {
     K::registrations().find(|r| r.name == name)
 }
 
+/// The plugin that a table of a kind means when it names none; `None` for kinds of which one has to be named.
+pub fn default_of<K: ?Sized + Kind>() -> Option<&'static str> {
+    K::registrations().find(|r| r.default).map(|r| r.name)
+}
+
 /// Fails if two plugins of a kind share a name; called once when a program starts.
 pub fn check() -> Result<()> {
     for pair in all().windows(2) {
@@ -201,18 +210,26 @@ pub fn check() -> Result<()> {
 }
 
 /// Registers a plugin: `plugin!(Contract, "name", Config)` when the config is the plugin itself, or
-/// `plugin!(Contract, "name", Config, build_function)`. See [`registry`](crate::registry).
+/// `plugin!(Contract, "name", Config, build_function)`; with `default` before the contract, the plugin of tables that name
+/// none. See [`registry`](crate::registry).
 #[macro_export]
 macro_rules! plugin {
-    ($contract:ident, $name:literal, $config:ty) => {
-        $crate::plugin!($contract, $name, $config, |config: $config, _: &mut _| {
+    ($contract:ident, $name:literal, $config:ty $(, $build:expr)?) => {
+        $crate::plugin!(@register false, $contract, $name, $config $(, $build)?);
+    };
+    (default $contract:ident, $name:literal, $config:ty $(, $build:expr)?) => {
+        $crate::plugin!(@register true, $contract, $name, $config $(, $build)?);
+    };
+    (@register $default:literal, $contract:ident, $name:literal, $config:ty) => {
+        $crate::plugin!(@register $default, $contract, $name, $config, |config: $config, _: &mut _| {
             Ok(Box::new(config) as Box<dyn $crate::contract::$contract>)
         });
     };
-    ($contract:ident, $name:literal, $config:ty, $build:expr) => {
+    (@register $default:literal, $contract:ident, $name:literal, $config:ty, $build:expr) => {
         $crate::inventory::submit! {
             $crate::registry::Registration::<dyn $crate::contract::$contract> {
                 name: $name,
+                default: $default,
                 file: file!(),
                 schema: <$config as $crate::schemars::JsonSchema>::json_schema,
                 resolve: $crate::registry::resolve_config::<$config>,
@@ -238,7 +255,8 @@ pub fn read_config<C: for<'de> Deserialize<'de>>(name: &str, value: serde_json::
         .map_err(|e| Error::user(format!("plugin `{name}`: {e}"), "this is what was saved; was it edited by hand?"))
 }
 
-/// A plugin chosen in a recipe: a table with `plugin = "name"` and the plugin's own keys.
+/// A plugin chosen in a recipe: a table with `plugin = "name"` (which may be left out where the kind has a default) and the
+/// plugin's own keys.
 ///
 /// Reading it checks the name and every key; [`build`](Self::build) makes the plugin.
 pub struct Chosen<K: ?Sized + Kind> {
@@ -292,6 +310,17 @@ impl<K: ?Sized + Kind> Chosen<K> {
     }
 }
 
+/// The kind's default plugin with the defaults of its keys.
+///
+/// # Panics
+/// If no plugin is registered as the default of its kind, or a key of it has no default.
+impl<K: ?Sized + Kind> Default for Chosen<K> {
+    fn default() -> Self {
+        Self::from_value(&figment::value::Dict::new().into(), default_of::<K>())
+            .unwrap_or_else(|e| panic!("the default {} plugin is linked in and has defaults: {}", K::NAME, e.message))
+    }
+}
+
 impl<K: ?Sized + Kind> Clone for Chosen<K> {
     fn clone(&self) -> Self {
         Self { name: self.name.clone(), config: self.config.clone(), kind: std::marker::PhantomData }
@@ -324,7 +353,7 @@ impl<K: ?Sized + Kind> Serialize for Chosen<K> {
 impl<'de, K: ?Sized + Kind> Deserialize<'de> for Chosen<K> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let value = <figment::value::Value as Deserialize>::deserialize(deserializer)?;
-        Self::from_value(&value, None).map_err(|e| D::Error::custom(e.encode()))
+        Self::from_value(&value, default_of::<K>()).map_err(|e| D::Error::custom(e.encode()))
     }
 }
 
@@ -334,7 +363,7 @@ impl<K: ?Sized + Kind> schemars::JsonSchema for Chosen<K> {
     }
 
     fn json_schema(generator: &mut schemars::SchemaGenerator) -> schemars::Schema {
-        plugin_schema::<K>(generator, &serde_json::Map::new(), None)
+        plugin_schema::<K>(generator, &serde_json::Map::new(), default_of::<K>())
     }
 }
 
@@ -359,7 +388,9 @@ pub fn plugin_schema<K: ?Sized + Kind>(
                     properties.insert("plugin".into(), serde_json::json!({ "const": entry.name }));
                     properties.extend(extra.clone());
                 }
-                if default != Some(entry.name) {
+                if default == Some(entry.name) {
+                    object.insert("x-default".into(), true.into());
+                } else {
                     let required = object.entry("required").or_insert_with(|| serde_json::json!([]));
                     if let Some(required) = required.as_array_mut() {
                         required.insert(0, "plugin".into());

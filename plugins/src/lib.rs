@@ -10,6 +10,7 @@
 //! | scheduler | [`constant`], [`linear_warmup`], [`linear_warmup_cosine`], [`cosine`], [`step`] |
 //! | teacher policy | [`ema`], [`frozen`], [`gram_anchor`] |
 //! | dataset | [`scenes`], [`image_folder`] |
+//! | masking | [`block`], [`random`], [`multi_block`] |
 //! | probe | [`knn`], [`linear_segmentation`], [`patch_similarity`], [`cls_patch_cosine`] |
 
 #![warn(clippy::print_stdout, clippy::print_stderr)]
@@ -58,6 +59,12 @@ pub mod gram_anchor;
 // Datasets
 pub mod image_folder;
 pub mod scenes;
+
+// Masking
+pub mod block;
+pub mod mask_sizes;
+pub mod multi_block;
+pub mod random;
 
 // Probes
 pub mod cls_patch_cosine;

@@ -5,13 +5,17 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use dinolab_core::contract::{Dataset, Grid, Sample};
+use dinolab_core::contract::{Dataset, Sample};
 use dinolab_core::data::plan::{random_box, Cut, ImagePlan};
-use dinolab_core::data::{Augmentation, Batch, BlockMask, Loader, LoaderSpec, Masks, Pipeline, StepBatches, Views};
-use dinolab_core::recipe::{BatchConfig, CropConfig, MaskConfig, Resolution};
+use dinolab_core::data::{Augmentation, Batch, Loader, LoaderSpec, Pipeline, StepBatches, Views};
+use dinolab_core::recipe::{BatchConfig, CropConfig, Resolution};
+use dinolab_core::registry::Chosen;
 use dinolab_core::rng::{Rng, Stream};
 use dinolab_core::{DType, Device, Error, Result};
 use proptest::prelude::*;
+
+// The plugins register themselves when they are linked in.
+use dinolab_plugins as _;
 
 /// Noise images of several sizes; some cannot be read, and reading may take time.
 #[derive(Debug)]
@@ -54,7 +58,7 @@ fn spec() -> LoaderSpec {
     LoaderSpec {
         batch: BatchConfig { size: 6, loader_threads: 2, ..BatchConfig::default() },
         crops: CropConfig { global_size: 16, local_size: 8, local_count: 3, ..CropConfig::default() },
-        masking: MaskConfig::default(),
+        masking: Chosen::default(),
         patch_size: 4,
         gram_crop_size: Some(24),
         seed: 9,
@@ -328,34 +332,6 @@ fn numbers_that_do_not_fit_together_are_errors() {
     };
     assert!(build(&larger).contains("local crops of 24 pixels cannot be cut from global ones of 16"));
     assert!(build(&|s| s.crops.local_scale = [0.5, 0.1]).contains("crops.local_scale"));
-    assert!(build(&|s| s.masking.probability = 1.5).contains("probability 1.5"));
-}
-
-proptest! {
-    #[test]
-    fn masks_have_exactly_the_asked_number_of_cells(height in 1usize..24, width in 1usize..24, share in 0.0..=1.0, seed: u64) {
-        let grid = Grid { height, width };
-        let count = (grid.patches() as f64 * share) as usize;
-        let mut rng = Rng::new(seed, Stream::Mask, 0, 0);
-        let generator = BlockMask::new(grid);
-        let mask = generator.draw(&mut rng, count);
-        prop_assert_eq!(mask.iter().filter(|&&m| m).count(), count);
-        let shifted = generator.circular_shift(&mut rng, &mask);
-        prop_assert_eq!(shifted.iter().filter(|&&m| m).count(), count);
-    }
-
-    #[test]
-    fn mask_tensors_describe_one_another(images in 1usize..8, side in 1usize..12, seed: u64, random_circular_shift: bool) {
-        let config = MaskConfig { random_circular_shift, ..MaskConfig::default() };
-        let (crops, grid) = (2 * images, Grid { height: side, width: side });
-        let masks = Masks::draw(&mut Rng::new(seed, Stream::Mask, 0, 0), crops, grid, &config, DType::F64).unwrap();
-        let flat: Vec<u32> = masks.masks.as_slice().to_vec();
-        let ones: Vec<u32> = (0..flat.len() as u32).filter(|&i| flat[i as usize] == 1).collect();
-        prop_assert_eq!(masks.indices.as_slice::<u32>(), &ones);
-        let masked_crops = flat.chunks(grid.patches()).filter(|row| row.contains(&1)).count();
-        // Weights of a crop sum to 1.
-        prop_assert!((masks.weights.to_f64_vec().iter().sum::<f64>() - masked_crops as f64).abs() < 1e-9);
-    }
 }
 
 /// Largest distance between the empirical distribution of `sample` and the uniform one on [0, 1], times sqrt(n):

@@ -5,10 +5,14 @@ use std::sync::Arc;
 use dinolab_core::contract::{Dataset, Sample};
 use dinolab_core::cuda::Gpu;
 use dinolab_core::data::{Batch, DeviceBatches, Loader, LoaderSpec, Pipeline};
-use dinolab_core::recipe::{BatchConfig, CropConfig, MaskConfig, Resolution};
+use dinolab_core::recipe::{BatchConfig, CropConfig, Resolution};
+use dinolab_core::registry::Chosen;
 use dinolab_core::rng::{Rng, Stream};
 use dinolab_core::{DType, Device, Result, Tensor};
 use dinolab_tests::gpu_test;
+
+// The plugins register themselves when they are linked in.
+use dinolab_plugins as _;
 
 /// Smooth colours with noise, in several sizes.
 #[derive(Debug)]
@@ -35,7 +39,7 @@ fn spec(crops: CropConfig, gram_crop_size: Option<usize>) -> LoaderSpec {
     LoaderSpec {
         batch: BatchConfig { size: 4, micro_batches: 2, loader_threads: 2, ..BatchConfig::default() },
         crops: CropConfig { global_size: 48, local_size: 20, local_count: 3, ..crops },
-        masking: MaskConfig::default(),
+        masking: Chosen::default(),
         patch_size: 4,
         gram_crop_size,
         seed: 5,

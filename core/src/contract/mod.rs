@@ -1,4 +1,4 @@
-//! The contracts: seven traits, one a file, implemented by registered plugins.
+//! The contracts: traits, one a file, implemented by registered plugins.
 //!
 //! | kind | trait | in a recipe |
 //! |---|---|---|
@@ -8,6 +8,7 @@
 //! | scheduler | [`Scheduler`] | wherever a number may change over time |
 //! | teacher policy | [`TeacherPolicy`] | `[teacher]`, `[gram_teacher]` |
 //! | dataset | [`Dataset`] | `[data]` |
+//! | masking | [`Masking`] | `[masking]` |
 //! | probe | [`Probe`] | `[probes.<name>]` |
 //!
 //! Shapes use these letters: `B` images, `G` global crops an image, `L` local crops an image, `P` patches, `R`
@@ -16,6 +17,7 @@
 mod backbone;
 mod dataset;
 mod loss;
+mod masking;
 mod pos_encoding;
 mod probe;
 mod scheduler;
@@ -26,6 +28,7 @@ pub use dataset::{Dataset, Sample, Summary};
 pub use loss::{
     GramTarget, Loss, LossCost, LossRows, LossValue, ModelOutputs, Needs, Outputs, StateSpec, StepContext, TargetSpec,
 };
+pub use masking::{Masking, Unmasked};
 pub use pos_encoding::{Grid, PosContext, PosEncoding, PosTables};
 pub use probe::{Probe, ProbeContext, Score};
 pub use scheduler::{At, Schedule, Scheduler};

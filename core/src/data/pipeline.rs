@@ -9,11 +9,12 @@ use rayon::prelude::*;
 use super::augment::{Augmentation, Views};
 use super::batch::{views_of_images, Batch, StepBatches};
 use super::deal::deal;
-use super::masks::{draw_masks, mask_sizes, Masks};
+use super::masks::{draw_masks, Masks};
 use super::order::Order;
 use super::plan::ImagePlan;
-use crate::contract::{Dataset, Grid, Sample};
-use crate::recipe::{BatchConfig, CropConfig, MaskConfig, Resolution};
+use crate::contract::{Dataset, Grid, Masking, Sample};
+use crate::recipe::{BatchConfig, CropConfig, Resolution};
+use crate::registry::Chosen;
 use crate::rng::{Rng, Stream};
 use crate::{DType, Device, Error, Result, Tensor};
 
@@ -28,7 +29,7 @@ pub struct LoaderSpec {
     /// Views cut from every image.
     pub crops: CropConfig,
     /// Which patches are hidden from the student.
-    pub masking: MaskConfig,
+    pub masking: Chosen<dyn Masking>,
     /// Side of a patch in pixels.
     pub patch_size: usize,
     /// Side of the Gram teacher's crops in pixels; `None`: it gets none of its own.
@@ -64,6 +65,7 @@ pub struct Pipeline {
     dataset: Arc<dyn Dataset>,
     spec: LoaderSpec,
     order: Order,
+    masking: Box<dyn Masking>,
     variants: Vec<Variant>,
 }
 
@@ -120,7 +122,8 @@ impl Pipeline {
             Variant { sizes, augmentation, grid: Grid { height: side, width: side } }
         };
         let variants = spec.crops.variants(spec.gram_crop_size).into_iter().map(variant).collect();
-        Ok(Self { order: Order::new(spec.seed, dataset.len()), variants, dataset, spec })
+        let masking = spec.masking.build(&mut ())?;
+        Ok(Self { order: Order::new(spec.seed, dataset.len()), masking, variants, dataset, spec })
     }
 
     /// The crop sizes of `step`, drawn by their shares.
@@ -142,7 +145,7 @@ impl Pipeline {
     /// How many patches are masked in the micro-batches of `step` together: `M`.
     pub fn masked_patches(&self, step: u64) -> usize {
         let grid = self.variant(self.data_step(step)).grid;
-        mask_sizes(2 * self.spec.batch.size, grid.patches(), &self.spec.masking).iter().sum()
+        self.masking.masked(2 * self.spec.batch.size, grid)
     }
 
     /// The step whose draws `step` gets.
@@ -227,7 +230,8 @@ impl Pipeline {
     fn parts(&self, variant: &Variant, data_step: u64) -> Result<Vec<Part>> {
         let size = self.spec.batch.size;
         let mut rng = Rng::new(self.spec.seed, Stream::Mask, data_step, 0);
-        let rows = draw_masks(&mut rng, 2 * size, variant.grid, &self.spec.masking);
+        let (masking, name) = (self.masking.as_ref(), self.spec.masking.name());
+        let rows = draw_masks(masking, name, &mut rng, 2 * size, variant.grid)?;
         let masked = |row: usize| rows[row].iter().filter(|&&m| m).count();
         let of_images: Vec<usize> = (0..size).map(|i| masked(i) + masked(size + i)).collect();
         let dtype = if self.spec.device == Device::Cpu { self.spec.dtype } else { DType::F32 };
@@ -336,7 +340,7 @@ pub(super) fn list<'a>(broken: impl IntoIterator<Item = &'a BrokenSample>) -> St
 
 /// Fails if the numbers of `spec` do not fit together.
 fn check(spec: &LoaderSpec) -> Result<()> {
-    let LoaderSpec { batch, crops, masking, patch_size, gram_crop_size, .. } = spec;
+    let LoaderSpec { batch, crops, patch_size, gram_crop_size, .. } = spec;
     let user = |problem: String, help: &str| Err(Error::user(problem, help));
     if batch.size == 0 || batch.micro_batches == 0 || batch.size % batch.micro_batches != 0 {
         let (size, parts) = (batch.size, batch.micro_batches);
@@ -365,11 +369,6 @@ fn check(spec: &LoaderSpec) -> Result<()> {
         if !share(&range) || range[1] == 0.0 {
             return user(format!("{name} = {range:?} is no range of shares"), "give [least, most] with 0 < most <= 1");
         }
-    }
-    if !share(&masking.ratio) || !(0.0..=1.0).contains(&masking.probability) {
-        let (probability, ratio) = (masking.probability, masking.ratio);
-        let help = "give masking.probability and [least, most] of masking.ratio in [0, 1]";
-        return user(format!("masking with probability {probability} and ratio {ratio:?} makes no sense"), help);
     }
     Ok(())
 }

@@ -18,6 +18,8 @@ use figment::Provider;
 use super::entries::{BackboneEntry, Entry, LossEntry, ProbeEntry};
 use super::problem::{nearest, Origin, Problem, SourceFile};
 use super::resolved::Resolved;
+use crate::contract::Masking;
+use crate::registry;
 use crate::weights::Source;
 use crate::{Error, Result};
 
@@ -369,8 +371,11 @@ fn own_keys(path: &str) -> &'static [&'static str] {
 }
 
 fn switches_plugin(path: &str, lower: &Dict, upper: &Dict) -> bool {
-    // The plugin of `[losses.x]` and `[probes.x]` is x unless another is named.
-    let default = path.split_once('.').filter(|_| !own_keys(path).is_empty()).map(|(_, name)| name);
+    let default = match path {
+        "masking" => registry::default_of::<dyn Masking>(),
+        // The plugin of `[losses.x]` and `[probes.x]` is x unless another is named.
+        _ => path.split_once('.').filter(|_| !own_keys(path).is_empty()).map(|(_, name)| name),
+    };
     let below = lower.get("plugin").and_then(Value::as_str).or(if lower.is_empty() { None } else { default });
     matches!((below, upper.get("plugin").and_then(Value::as_str)), (Some(below), Some(above)) if below != above)
 }

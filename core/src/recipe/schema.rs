@@ -6,7 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, Serializer};
 
 use super::entries::{BackboneEntry, Losses, Probes};
-use crate::contract::{Dataset, Schedule, TeacherPolicy};
+use crate::contract::{Dataset, Masking, Schedule, TeacherPolicy};
 use crate::registry::Chosen;
 use crate::{DType, Device, Error};
 
@@ -43,9 +43,9 @@ pub struct Recipe {
     /// Views cut from every image.
     #[serde(default)]
     pub crops: CropConfig,
-    /// Which patches are hidden from the student.
+    /// Which patches of the global crops are hidden from the student: a plugin.
     #[serde(default)]
-    pub masking: MaskConfig,
+    pub masking: Chosen<dyn Masking>,
     /// What the student is taught: `[losses.<name>]`, `plugin` defaults to the name.
     pub losses: Losses,
     /// How the teacher of DINO and iBOT follows the student: a plugin.
@@ -305,26 +305,6 @@ impl CropConfig {
 /// Writes f32 as the shortest decimals that mean it: 0.485, not 0.48500001430511475.
 pub(crate) fn as_written<S: Serializer>(values: &[f32; 3], serializer: S) -> Result<S::Ok, S::Error> {
     values.map(|x| x.to_string().parse::<f64>().expect("a printed number is a number")).serialize(serializer)
-}
-
-/// Which patches of the global crops are hidden from the student, by the reference's block-wise sampler.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct MaskConfig {
-    /// Share of the global crops that are masked at all.
-    #[schemars(range(min = 0, max = 1))]
-    pub probability: f64,
-    /// Share of patches masked in those, spread evenly over [least, most].
-    #[schemars(inner(range(min = 0, max = 1)), extend("x-ascending" = true))]
-    pub ratio: [f64; 2],
-    /// Shift every mask around the torus by a random amount.
-    pub random_circular_shift: bool,
-}
-
-impl Default for MaskConfig {
-    fn default() -> Self {
-        Self { probability: 0.5, ratio: [0.1, 0.5], random_circular_shift: false }
-    }
 }
 
 /// AdamW with the reference's parameter groups.

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::contract::*;
 use crate::params::{Init, Params};
 use crate::registry::{BackboneContext, Chosen, LossContext};
+use crate::rng::Rng;
 use crate::{plugin, Error, Result, Tensor};
 
 macro_rules! config {
@@ -177,6 +178,59 @@ pub(super) struct Careless {
     number: f64,
 }
 loss!(Careless, "test_careless", |_: &Careless| Needs::default());
+
+config! {
+    /// Hides the first patches of every crop.
+    First {
+        /// Share of the patches.
+        #[schemars(range(min = 0, max = 1))]
+        share: f64 = 0.5,
+        /// Two shares that mean nothing.
+        #[schemars(inner(range(min = 0, max = 1)), extend("x-ascending" = true))]
+        ratio: [f64; 2] = [0.0, 1.0],
+    }
+}
+impl First {
+    fn of_crop(&self, grid: Grid) -> usize {
+        (grid.patches() as f64 * self.share) as usize
+    }
+}
+impl Masking for First {
+    fn masked(&self, crops: usize, grid: Grid) -> usize {
+        crops * self.of_crop(grid)
+    }
+    fn share(&self, _: Grid) -> f64 {
+        self.share
+    }
+    fn unmasked(&self, _: usize, grid: Grid) -> Option<Unmasked> {
+        let reason = format!("{} of {} patches is less than one", self.share, grid.patches());
+        (self.of_crop(grid) == 0).then(|| Unmasked { key: "share", reason, help: "use at least 0.1".into() })
+    }
+    fn draw(&self, _: &mut Rng, crops: usize, grid: Grid) -> Vec<Vec<bool>> {
+        vec![(0..grid.patches()).map(|patch| patch < self.of_crop(grid)).collect(); crops]
+    }
+}
+plugin!(default Masking, "test_first", First);
+
+config! {
+    /// Hides nothing.
+    Nothing {}
+}
+impl Masking for Nothing {
+    fn masked(&self, _: usize, _: Grid) -> usize {
+        0
+    }
+    fn share(&self, _: Grid) -> f64 {
+        0.0
+    }
+    fn unmasked(&self, _: usize, _: Grid) -> Option<Unmasked> {
+        Some(Unmasked { key: "plugin", reason: "it hides nothing".into(), help: "choose another".into() })
+    }
+    fn draw(&self, _: &mut Rng, crops: usize, grid: Grid) -> Vec<Vec<bool>> {
+        vec![vec![false; grid.patches()]; crops]
+    }
+}
+plugin!(Masking, "test_a_nothing", Nothing);
 
 config! {
     /// Follows slowly, on crops of a size of its own.

@@ -116,7 +116,8 @@ impl Cases {
     pub fn new(seed: u64) -> Self {
         let schema = describe::schema();
         let mut choices = vec![Vec::new()];
-        for (kind, key) in [("backbone", "backbone"), ("pos_encoding", "backbone.pos_encoding")] {
+        let kinds = [("backbone", "backbone"), ("pos_encoding", "backbone.pos_encoding"), ("masking", "masking")];
+        for (kind, key) in kinds {
             let plugins = registry::all().into_iter().filter(|p| p.kind == kind);
             choices.extend(plugins.map(|p| vec![format!("{key}.plugin={}", p.name)]));
         }
