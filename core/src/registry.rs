@@ -41,7 +41,7 @@ use std::fmt;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use crate::contract::{Backbone, Dataset, Loss, Masking, PosEncoding, Probe, Scheduler, TeacherPolicy};
+use crate::contract::{Augmentation, Backbone, Dataset, Loss, Masking, PosEncoding, Probe, Scheduler, TeacherPolicy};
 use crate::params::ParamBuilder;
 use crate::recipe::Nested;
 use crate::{Error, Result};
@@ -91,6 +91,19 @@ pub struct DataContext {
     pub seed: u64,
 }
 
+/// What an augmentation is built with: the crops that its plans are for.
+#[derive(Clone, Copy, Debug)]
+pub struct CropContext {
+    /// Side in pixels of a global crop.
+    pub global_size: usize,
+    /// Side in pixels of a local crop.
+    pub local_size: usize,
+    /// Local crops an image.
+    pub local_count: usize,
+    /// Side of a patch in pixels.
+    pub patch_size: usize,
+}
+
 macro_rules! kinds {
     ($($contract:ident, $name:literal, $context:ty;)*) => {$(
         impl Kind for dyn $contract {
@@ -122,6 +135,7 @@ kinds! {
     Scheduler, "scheduler", ();
     TeacherPolicy, "teacher", ();
     Dataset, "dataset", DataContext;
+    Augmentation, "augmentation", CropContext;
     Masking, "masking", ();
     Probe, "probe", ();
 }

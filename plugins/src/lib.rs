@@ -10,6 +10,7 @@
 //! | scheduler | [`constant`], [`linear_warmup`], [`linear_warmup_cosine`], [`cosine`], [`step`] |
 //! | teacher policy | [`ema`], [`frozen`], [`gram_anchor`] |
 //! | dataset | [`scenes`], [`image_folder`] |
+//! | augmentation | [`multi_crop`], [`resized`] |
 //! | masking | [`block`], [`random`], [`multi_block`] |
 //! | probe | [`knn`], [`linear_segmentation`], [`patch_similarity`], [`cls_patch_cosine`] |
 
@@ -59,6 +60,10 @@ pub mod gram_anchor;
 // Datasets
 pub mod image_folder;
 pub mod scenes;
+
+// Augmentation
+pub mod multi_crop;
+pub mod resized;
 
 // Masking
 pub mod block;

@@ -45,6 +45,7 @@ fn example(plugin: &PluginInfo) -> String {
         "teacher" => format!("[teacher]\n{plugin_key}"),
         "dataset" => format!("[data]\n{plugin_key}"),
         "backbone" => format!("[backbone]\n{plugin_key}"),
+        "augmentation" => format!("[crops]\n{plugin_key}"),
         "masking" => format!("[masking]\n{plugin_key}"),
         _ => format!("[optimizer]\nlr = {{ {plugin_key} }}"),
     }

@@ -8,27 +8,32 @@
 //! | scheduler | [`Scheduler`] | wherever a number may change over time |
 //! | teacher policy | [`TeacherPolicy`] | `[teacher]`, `[gram_teacher]` |
 //! | dataset | [`Dataset`] | `[data]` |
+//! | augmentation | [`Augmentation`] | `[crops]` |
 //! | masking | [`Masking`] | `[masking]` |
 //! | probe | [`Probe`] | `[probes.<name>]` |
 //!
 //! Shapes use these letters: `B` images, `G` global crops an image, `L` local crops an image, `P` patches, `R`
 //! register tokens, `N = 1 + R + P` tokens, `D` width, `H` heads, `K` prototypes, `M` masked patches.
 
+mod augmentation;
 mod backbone;
 mod dataset;
 mod loss;
 mod masking;
+mod plan;
 mod pos_encoding;
 mod probe;
 mod scheduler;
 mod teacher_policy;
 
+pub use augmentation::{Augmentation, WHOLE_IMAGE};
 pub use backbone::{Backbone, Cost, Crops, Draws, Features, Mode};
 pub use dataset::{Dataset, Sample, Summary};
 pub use loss::{
     GramTarget, Loss, LossCost, LossRows, LossValue, ModelOutputs, Needs, Outputs, StateSpec, StepContext, TargetSpec,
 };
 pub use masking::{Masking, Unmasked};
+pub use plan::{ColorPlan, CropPlan, Cut, ImagePlan, Jitter, JitterOp, Rect};
 pub use pos_encoding::{Grid, PosContext, PosEncoding, PosTables};
 pub use probe::{Probe, ProbeContext, Score};
 pub use scheduler::{At, Schedule, Scheduler};

@@ -6,15 +6,14 @@ use std::time::Duration;
 
 use rayon::prelude::*;
 
-use super::augment::{Augmentation, Views};
+use super::augment::{CropMaker, Views};
 use super::batch::{views_of_images, Batch, StepBatches};
 use super::deal::deal;
 use super::masks::{draw_masks, Masks};
 use super::order::Order;
-use super::plan::ImagePlan;
-use crate::contract::{Dataset, Grid, Masking, Sample};
-use crate::recipe::{BatchConfig, CropConfig, Resolution};
-use crate::registry::Chosen;
+use crate::contract::{Augmentation, Dataset, Grid, ImagePlan, Masking, Sample};
+use crate::recipe::{BatchConfig, CropConfig, CropsEntry, Resolution};
+use crate::registry::{Chosen, CropContext};
 use crate::rng::{Rng, Stream};
 use crate::{DType, Device, Error, Result, Tensor};
 
@@ -26,8 +25,8 @@ const REPLACEMENTS: u64 = 100;
 pub struct LoaderSpec {
     /// Images a step and how they are read.
     pub batch: BatchConfig,
-    /// Views cut from every image.
-    pub crops: CropConfig,
+    /// Views cut from every image, and how they are distorted.
+    pub crops: CropsEntry,
     /// Which patches are hidden from the student.
     pub masking: Chosen<dyn Masking>,
     /// Side of a patch in pixels.
@@ -73,7 +72,9 @@ pub struct Pipeline {
 #[derive(Debug)]
 struct Variant {
     sizes: Resolution,
-    augmentation: Augmentation,
+    augmentation: Box<dyn Augmentation>,
+    context: CropContext,
+    maker: CropMaker,
     grid: Grid,
 }
 
@@ -117,11 +118,13 @@ impl Pipeline {
         let variant = |sizes: Resolution| {
             let side = sizes.global_size / spec.patch_size;
             let crops =
-                CropConfig { global_size: sizes.global_size, local_size: sizes.local_size, ..spec.crops.clone() };
-            let augmentation = Augmentation::new(&crops, spec.patch_size, sizes.gram_size);
-            Variant { sizes, augmentation, grid: Grid { height: side, width: side } }
+                CropConfig { global_size: sizes.global_size, local_size: sizes.local_size, ..spec.crops.own.clone() };
+            let maker = CropMaker::new(&crops, sizes.gram_size);
+            let (augmentation, context) = spec.crops.build(&sizes, spec.patch_size)?;
+            Ok(Variant { sizes, augmentation, context, maker, grid: Grid { height: side, width: side } })
         };
-        let variants = spec.crops.variants(spec.gram_crop_size).into_iter().map(variant).collect();
+        let variants: Result<_> = spec.crops.variants(spec.gram_crop_size).into_iter().map(variant).collect();
+        let variants = variants?;
         let masking = spec.masking.build(&mut ())?;
         Ok(Self { order: Order::new(spec.seed, dataset.len()), masking, variants, dataset, spec })
     }
@@ -221,9 +224,9 @@ impl Pipeline {
     }
 
     /// What makes the crops of `step`, and their sizes.
-    pub(super) fn of_step(&self, step: u64) -> (&Augmentation, &Resolution) {
+    pub(super) fn of_step(&self, step: u64) -> (&CropMaker, &Resolution) {
         let variant = self.variant(self.data_step(step));
-        (&variant.augmentation, &variant.sizes)
+        (&variant.maker, &variant.sizes)
     }
 
     /// Deals the images of a step, and the masks that are drawn for its whole batch, to its micro-batches.
@@ -269,7 +272,7 @@ impl Pipeline {
         stop: &AtomicBool,
     ) -> Result<(usize, u32, Vec<BrokenSample>)> {
         let (index, sample, plan, broken) = self.draw(variant, data_step, place, stop)?;
-        variant.augmentation.apply(&sample, &plan, views);
+        variant.maker.apply(&sample, &plan, views);
         Ok((index, self.label(&sample), broken))
     }
 
@@ -290,7 +293,13 @@ impl Pipeline {
         let first = self.order.sample(data_step * self.spec.batch.size as u64 + place);
         let (index, sample, broken) = self.read(first, stop)?;
         let rng = |crop: u64| Rng::new(self.spec.seed, Stream::Augment, data_step, place << 16 | crop);
-        let plan = variant.augmentation.plan((sample.width, sample.height), rng);
+        let size = (sample.width, sample.height);
+        let plan = variant.augmentation.plan(size, &rng);
+        if let Some(fault) = plan.fault(size, &variant.context) {
+            let name = self.spec.crops.augmentation.name();
+            let problem = format!("the augmentation `{name}` {fault}, for an image of {}x{} pixels", size.0, size.1);
+            return Err(Error::user(problem, "correct the plugin's `plan`"));
+        }
         Ok((index, sample, plan, broken))
     }
 
@@ -356,18 +365,6 @@ fn check(spec: &LoaderSpec) -> Result<()> {
         if *patch_size == 0 || size == 0 || size % patch_size != 0 {
             let help = "choose a positive multiple of the patch size";
             return user(format!("{name} = {size} is not a multiple of the patch size {patch_size}"), help);
-        }
-    }
-    let larger = crops.variants(*gram_crop_size).into_iter().find(|sizes| sizes.local_size > sizes.global_size);
-    if let Some(sizes) = larger.filter(|_| crops.local_from_global && crops.local_count > 0) {
-        let (local, global) = (sizes.local_size, sizes.global_size);
-        let help = "make the local size smaller, or set crops.local_from_global = false";
-        return user(format!("local crops of {local} pixels cannot be cut from global ones of {global}"), help);
-    }
-    let share = |range: &[f64; 2]| 0.0 <= range[0] && range[0] <= range[1] && range[1] <= 1.0;
-    for (name, range) in [("crops.global_scale", crops.global_scale), ("crops.local_scale", crops.local_scale)] {
-        if !share(&range) || range[1] == 0.0 {
-            return user(format!("{name} = {range:?} is no range of shares"), "give [least, most] with 0 < most <= 1");
         }
     }
     Ok(())

@@ -212,15 +212,9 @@ fn crops(
         sides.extend(all.into_iter().flatten().map(|side| ("crops.resolutions", side)));
     }
     let before = problems.len();
-    if crops.local_from_global && crops.local_count > 0 {
-        let own = Some(("crops.local_size", crops.local_size, crops.global_size));
-        let drawn = crops.resolutions.iter().map(|r| ("crops.resolutions", r.local_size, r.global_size));
-        for (key, local, global) in own.into_iter().chain(drawn).filter(|(_, local, global)| local > global) {
-            let message = format!("local crops of {local} pixels cannot be cut from global ones of {global}");
-            let help = format!("use at most {global}, or set crops.local_from_global = false");
-            problems.push(Problem::error(key, message).help(help));
-        }
-    }
+    let key = if crops.resolutions.is_empty() { "crops" } else { "crops.resolutions" };
+    let built = crops.variants(None).into_iter().map(|sizes| crops.build(&sizes, patch));
+    problems.extend(built.filter_map(|built| Some(refused(key, built.err()?))));
     for (key, side) in sides {
         let (below, above) = (side / patch * patch, side.div_ceil(patch) * patch);
         let least = backbone.smallest_crop().next_multiple_of(patch);

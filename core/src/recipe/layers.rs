@@ -15,10 +15,10 @@ use figment::providers::{Env, Format, Toml};
 use figment::value::{Dict, Value};
 use figment::Provider;
 
-use super::entries::{BackboneEntry, Entry, LossEntry, ProbeEntry};
+use super::entries::{BackboneEntry, CropsEntry, Entry, LossEntry, ProbeEntry};
 use super::problem::{nearest, Origin, Problem, SourceFile};
 use super::resolved::Resolved;
-use crate::contract::Masking;
+use crate::contract::{Augmentation, Masking};
 use crate::registry;
 use crate::weights::Source;
 use crate::{Error, Result};
@@ -360,8 +360,10 @@ fn merge(
 
 /// Keys of a plugin table that are the recipe's, not the plugin's.
 fn own_keys(path: &str) -> &'static [&'static str] {
-    if path == "backbone" {
-        return BackboneEntry::OWN;
+    match path {
+        "backbone" => return BackboneEntry::OWN,
+        "crops" => return CropsEntry::OWN,
+        _ => {}
     }
     match path.split_once('.') {
         Some(("losses", name)) if !name.contains('.') => LossEntry::OWN,
@@ -372,6 +374,7 @@ fn own_keys(path: &str) -> &'static [&'static str] {
 
 fn switches_plugin(path: &str, lower: &Dict, upper: &Dict) -> bool {
     let default = match path {
+        "crops" => registry::default_of::<dyn Augmentation>(),
         "masking" => registry::default_of::<dyn Masking>(),
         // The plugin of `[losses.x]` and `[probes.x]` is x unless another is named.
         _ => path.split_once('.').filter(|_| !own_keys(path).is_empty()).map(|(_, name)| name),

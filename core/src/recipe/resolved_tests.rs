@@ -263,9 +263,30 @@ fn a_masking_table_that_names_no_plugin_means_the_default_of_its_kind() {
 }
 
 #[test]
-fn local_crops_fit_into_the_global_ones_that_they_are_cut_from() {
-    let crops = |more: &str| with(&format!("[crops]\nlocal_from_global = true\n{more}"));
-    assert!(refused(&crops("local_size = 512")).contains("crops.local_size: local crops of 512 pixels cannot be cut"));
+fn crops_have_keys_of_their_own_beside_those_of_the_augmentation() {
+    let crops = |more: &str| Resolved::from_text(&with(&format!("[crops]\n{more}")));
+    let value = crops("nested = true\nlocal_count = 3\nmean = [0.5, 0.5, 0.5]").unwrap().value["crops"].clone();
+    assert_eq!((&value["plugin"], &value["nested"]), (&"test_whole".into(), &true.into()));
+    assert_eq!((&value["local_count"], &value["global_size"]), (&3.into(), &256.into()));
+    let resolved = Resolved::from_text(&with("")).unwrap();
+    assert_eq!(Resolved::from_text(&resolved.to_toml()).unwrap().value, resolved.value);
+    let misspelt = refused_with("[crops]\nloacl_count = 3");
+    assert!(misspelt.contains("crops.loacl_count: unknown key") && misspelt.contains("`local_count`"), "{misspelt}");
+    let misspelt = refused_with("[crops]\nnestde = true");
+    assert!(misspelt.contains("crops.nestde: unknown key") && misspelt.contains("`nested`"), "{misspelt}");
+    let text = refused_with("[crops]\nglobal_size = \"large\"");
+    assert!(text.contains("recipe.toml:11:15: crops.global_size: expected a whole number, 1 to 16384"), "{text}");
+    let raw = RawRecipe::from_text(&with("[crops]\nnested = true")).unwrap();
+    let reader = |key: &str| Guide::default().key(raw.value(), key).expect("a key").reader;
+    assert_eq!(reader("crops.local_count"), "augmentation");
+    assert_eq!(reader("crops.nested"), "augmentation plugin `test_whole`");
+}
+
+#[test]
+fn an_augmentation_refuses_sizes_that_it_cannot_cut() {
+    let crops = |more: &str| with(&format!("[crops]\nnested = true\n{more}"));
+    let whole = refused(&crops("local_size = 512"));
+    assert!(whole.contains("crops: 512 is more than 256") && whole.contains("set crops.nested = false"), "{whole}");
     let sizes = |a: usize, b: usize| {
         format!(
             "resolutions = [{{ share = 1, global_size = 64, local_size = 64 }}, \
@@ -273,10 +294,7 @@ fn local_crops_fit_into_the_global_ones_that_they_are_cut_from() {
         )
     };
     let message = refused(&crops(&sizes(64, 80)));
-    assert!(
-        message.contains("crops.resolutions: local crops of 80 pixels cannot be cut from global ones of 64"),
-        "{message}"
-    );
+    assert!(message.contains("crops.resolutions: 80 is more than 64"), "{message}");
     Resolved::from_text(&crops(&sizes(80, 64))).unwrap();
     Resolved::from_text(&crops(&format!("{}\nlocal_count = 0", sizes(64, 80)))).unwrap();
 }

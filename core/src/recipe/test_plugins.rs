@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::contract::*;
 use crate::params::{Init, Params};
-use crate::registry::{BackboneContext, Chosen, LossContext};
+use crate::registry::{BackboneContext, Chosen, CropContext, LossContext};
 use crate::rng::Rng;
 use crate::{plugin, Error, Result, Tensor};
 
@@ -211,6 +211,37 @@ impl Masking for First {
     }
 }
 plugin!(default Masking, "test_first", First);
+
+config! {
+    /// The whole image, over and over.
+    Whole {
+        /// A range that means nothing.
+        #[schemars(extend("items" = { "type": "number", "exclusiveMinimum": 0, "maximum": 1 }, "x-ascending" = true))]
+        local_scale: [f64; 2] = [0.5, 1.0],
+        /// Three numbers that mean nothing.
+        #[schemars(inner(range(min = 0, max = 1)))]
+        blur: [f64; 3] = [0.0; 3],
+        /// Whether local crops may not be larger than global ones.
+        nested: bool = false,
+    }
+}
+impl Whole {
+    fn build(self, crops: &mut CropContext) -> Result<Box<dyn Augmentation>> {
+        let CropContext { global_size, local_size, local_count, .. } = *crops;
+        if self.nested && local_count > 0 && local_size > global_size {
+            return Err(Error::user(format!("{local_size} is more than {global_size}"), "set crops.nested = false"));
+        }
+        Ok(Box::new(self))
+    }
+}
+impl Augmentation for Whole {
+    fn plan(&self, (width, height): (usize, usize), _: &dyn Fn(u64) -> Rng) -> ImagePlan {
+        let cut = Cut::Image { area: Rect { x: 0, y: 0, width, height }, flip: false };
+        let crop = CropPlan { cut, color: ColorPlan::default(), blur: None, solarize: None };
+        ImagePlan { shared_color: None, globals: [crop; 2], locals: Vec::new() }
+    }
+}
+plugin!(default Augmentation, "test_whole", Whole, Whole::build);
 
 config! {
     /// Hides nothing.

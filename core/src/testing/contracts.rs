@@ -3,10 +3,11 @@
 //! Losses have more of their own: [`check`](super::check()).
 
 use crate::contract::{
-    At, Backbone, Crops, Dataset, Follow, Grid, Masking, Mode, PosContext, PosEncoding, Scheduler, TeacherPolicy,
+    At, Augmentation, Backbone, Crops, Dataset, Follow, Grid, Masking, Mode, PosContext, PosEncoding, Scheduler,
+    TeacherPolicy,
 };
 use crate::params::{ParamBuilder, Params};
-use crate::registry::{self, BackboneContext, Chosen, Kind};
+use crate::registry::{self, BackboneContext, Chosen, CropContext, Kind};
 use crate::rng::{Rng, Stream};
 use crate::step::CHANNELS;
 use crate::tensor::Tape;
@@ -117,6 +118,29 @@ pub fn dataset(data: &dyn Dataset) -> Held {
         if let Some(mask) = &sample.mask {
             let known = mask.iter().all(|&class| usize::from(class) < data.mask_classes());
             ensure(mask.len() == pixels && known, format!("the mask of sample {index} has not a known class a pixel"))?;
+        }
+    }
+    Ok(())
+}
+
+/// An augmentation draws plans that can be applied to images of every size, and the same from equal generators.
+///
+/// # Errors
+/// What does not hold.
+pub fn augmentation(table: &str) -> Held {
+    for local_count in [0, 1, 6] {
+        let mut context = CropContext { global_size: 64, local_size: 32, local_count, patch_size: 8 };
+        let plugin = plugin::<dyn Augmentation>(table, &mut context).map_err(|e| e.to_string())?;
+        for (i, size) in [(8, 8), (9, 500), (300, 11), (64, 64), (640, 480)].into_iter().enumerate() {
+            for image in 0..100 {
+                let rng = |crop: u64| Rng::new(1, Stream::Augment, i as u64, image << 16 | crop);
+                let plan = plugin.plan(size, &rng);
+                if let Some(fault) = plan.fault(size, &context) {
+                    return Err(format!("a plan for an image of {}x{} pixels {fault}", size.0, size.1));
+                }
+                let same = plan == plugin.plan(size, &rng);
+                ensure(same, "equal generators draw differently: everything random comes from `rng`")?;
+            }
         }
     }
     Ok(())

@@ -116,7 +116,12 @@ impl Cases {
     pub fn new(seed: u64) -> Self {
         let schema = describe::schema();
         let mut choices = vec![Vec::new()];
-        let kinds = [("backbone", "backbone"), ("pos_encoding", "backbone.pos_encoding"), ("masking", "masking")];
+        let kinds = [
+            ("backbone", "backbone"),
+            ("pos_encoding", "backbone.pos_encoding"),
+            ("augmentation", "crops"),
+            ("masking", "masking"),
+        ];
         for (kind, key) in kinds {
             let plugins = registry::all().into_iter().filter(|p| p.kind == kind);
             choices.extend(plugins.map(|p| vec![format!("{key}.plugin={}", p.name)]));

@@ -10,6 +10,7 @@ pub fn title(kind: &str) -> &'static str {
         "scheduler" => "Schedulers",
         "teacher" => "Teacher policies",
         "dataset" => "Datasets",
+        "augmentation" => "Augmentations",
         "masking" => "Masking",
         "probe" => "Probes",
         other => panic!("a kind of plugin without a title: {other}"),
