@@ -5,7 +5,8 @@
 //! [`params`], teacher policies follow, and [`train`] logs and checkpoints.
 //!
 //! This crate knows no plugin by name: backbones, position encodings, losses, schedulers, teacher policies,
-//! datasets, probes and optimizers are implementations of the traits in [`contract`], registered with [`plugin!`].
+//! datasets, augmentations, maskings, probes and optimizers are implementations of the traits in [`contract`], registered with
+//! [`plugin!`].
 
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 

@@ -30,7 +30,8 @@
 //!
 //! A plugin that needs something of the run to be built (a width, a parameter builder) names a function instead:
 //! `plugin!(Backbone, "vit", VitConfig, Vit::build)` with `fn build(config: VitConfig, context: &mut
-//! BackboneContext<'_>) -> Result<Box<dyn Backbone>>`.
+//! BackboneContext<'_>) -> Result<Box<dyn Backbone>>`. `plugin!(default Masking, "block", Block)` registers the plugin that a
+//! table of its kind means when it names none.
 //!
 //! Registration happens before `main` (crate `inventory`), for every crate that is linked in. Order is not defined
 //! there, so everything here is sorted by name, and a name used twice is an error of [`check`].
@@ -40,12 +41,14 @@ use std::fmt;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use crate::contract::{Backbone, Dataset, Loss, Optimizer, PosEncoding, Probe, Scheduler, TeacherPolicy};
+use crate::contract::{
+    Augmentation, Backbone, Dataset, Loss, Masking, Optimizer, PosEncoding, Probe, Scheduler, TeacherPolicy,
+};
 use crate::params::ParamBuilder;
 use crate::recipe::Nested;
 use crate::{Error, Result};
 
-/// A kind of plugin: implemented for the eight `dyn Contract`s.
+/// A kind of plugin: implemented for every `dyn Contract`.
 pub trait Kind: 'static {
     /// Its name on the command line and in messages: `loss`.
     const NAME: &'static str;
@@ -90,6 +93,19 @@ pub struct DataContext {
     pub seed: u64,
 }
 
+/// What an augmentation is built with: the crops that its plans are for.
+#[derive(Clone, Copy, Debug)]
+pub struct CropContext {
+    /// Side in pixels of a global crop.
+    pub global_size: usize,
+    /// Side in pixels of a local crop.
+    pub local_size: usize,
+    /// Local crops an image.
+    pub local_count: usize,
+    /// Side of a patch in pixels.
+    pub patch_size: usize,
+}
+
 macro_rules! kinds {
     ($($contract:ident, $name:literal, $context:ty;)*) => {$(
         impl Kind for dyn $contract {
@@ -121,6 +137,8 @@ kinds! {
     Scheduler, "scheduler", ();
     TeacherPolicy, "teacher", ();
     Dataset, "dataset", DataContext;
+    Augmentation, "augmentation", CropContext;
+    Masking, "masking", ();
     Probe, "probe", ();
     Optimizer, "optimizer", ();
 }
@@ -129,6 +147,8 @@ kinds! {
 pub struct Registration<K: ?Sized + Kind> {
     /// Its name in recipes.
     pub name: &'static str,
+    /// Whether a table of its kind that names no plugin means this one.
+    pub default: bool,
     /// The source file that registers it.
     pub file: &'static str,
     /// JSON schema of its config, with docs and defaults.
@@ -187,6 +207,11 @@ pub fn find<K: ?Sized + Kind>(name: &str) -> Option<&'static Registration<K>> {
     K::registrations().find(|r| r.name == name)
 }
 
+/// The plugin that a table of a kind means when it names none; `None` for kinds of which one has to be named.
+pub fn default_of<K: ?Sized + Kind>() -> Option<&'static str> {
+    K::registrations().find(|r| r.default).map(|r| r.name)
+}
+
 /// Fails if two plugins of a kind share a name; called once when a program starts.
 pub fn check() -> Result<()> {
     for pair in all().windows(2) {
@@ -202,18 +227,26 @@ pub fn check() -> Result<()> {
 }
 
 /// Registers a plugin: `plugin!(Contract, "name", Config)` when the config is the plugin itself, or
-/// `plugin!(Contract, "name", Config, build_function)`. See [`registry`](crate::registry).
+/// `plugin!(Contract, "name", Config, build_function)`; with `default` before the contract, the plugin of tables that name
+/// none. See [`registry`](crate::registry).
 #[macro_export]
 macro_rules! plugin {
-    ($contract:ident, $name:literal, $config:ty) => {
-        $crate::plugin!($contract, $name, $config, |config: $config, _: &mut _| {
+    ($contract:ident, $name:literal, $config:ty $(, $build:expr)?) => {
+        $crate::plugin!(@register false, $contract, $name, $config $(, $build)?);
+    };
+    (default $contract:ident, $name:literal, $config:ty $(, $build:expr)?) => {
+        $crate::plugin!(@register true, $contract, $name, $config $(, $build)?);
+    };
+    (@register $default:literal, $contract:ident, $name:literal, $config:ty) => {
+        $crate::plugin!(@register $default, $contract, $name, $config, |config: $config, _: &mut _| {
             Ok(Box::new(config) as Box<dyn $crate::contract::$contract>)
         });
     };
-    ($contract:ident, $name:literal, $config:ty, $build:expr) => {
+    (@register $default:literal, $contract:ident, $name:literal, $config:ty, $build:expr) => {
         $crate::inventory::submit! {
             $crate::registry::Registration::<dyn $crate::contract::$contract> {
                 name: $name,
+                default: $default,
                 file: file!(),
                 schema: <$config as $crate::schemars::JsonSchema>::json_schema,
                 resolve: $crate::registry::resolve_config::<$config>,
@@ -239,7 +272,8 @@ pub fn read_config<C: for<'de> Deserialize<'de>>(name: &str, value: serde_json::
         .map_err(|e| Error::user(format!("plugin `{name}`: {e}"), "this is what was saved; was it edited by hand?"))
 }
 
-/// A plugin chosen in a recipe: a table with `plugin = "name"` and the plugin's own keys.
+/// A plugin chosen in a recipe: a table with `plugin = "name"` (which may be left out where the kind has a default) and the
+/// plugin's own keys.
 ///
 /// Reading it checks the name and every key; [`build`](Self::build) makes the plugin.
 pub struct Chosen<K: ?Sized + Kind> {
@@ -262,16 +296,8 @@ impl<K: ?Sized + Kind> Chosen<K> {
 
     /// Builds the plugin.
     pub fn build(&self, context: &mut K::Context<'_>) -> Result<Box<K>> {
-        // The name was checked when the table was read; a default is none's table.
-        let missing = || Error::user(format!("there is no {} plugin `{}`", K::NAME, self.name), "link its crate");
-        (find::<K>(&self.name).ok_or_else(missing)?.build)(self.config.clone(), context)
-    }
-
-    /// The plugin `name` with its defaults, for a recipe that says nothing.
-    pub(crate) fn by_default(name: &str) -> Self {
-        let nothing = figment::value::Dict::new().into();
-        let empty = || Self { name: name.into(), config: serde_json::json!({}), kind: std::marker::PhantomData };
-        Self::from_value(&nothing, Some(name)).unwrap_or_else(|_| empty())
+        let entry = find::<K>(&self.name).expect("the name was checked when the table was read");
+        (entry.build)(self.config.clone(), context)
     }
 
     /// Reads a table whose `plugin` key may be missing when `default` names one.
@@ -298,6 +324,17 @@ impl<K: ?Sized + Kind> Chosen<K> {
         let config = (entry.resolve)(&Value::Dict(value.tag(), rest));
         let config = config.map_err(|e| Nested::of(&e).with_known(["plugin"]))?;
         Ok(Self { name, config, kind: std::marker::PhantomData })
+    }
+}
+
+/// The kind's default plugin with the defaults of its keys.
+///
+/// # Panics
+/// If no plugin is registered as the default of its kind, or a key of it has no default.
+impl<K: ?Sized + Kind> Default for Chosen<K> {
+    fn default() -> Self {
+        Self::from_value(&figment::value::Dict::new().into(), default_of::<K>())
+            .unwrap_or_else(|e| panic!("the default {} plugin is linked in and has defaults: {}", K::NAME, e.message))
     }
 }
 
@@ -333,7 +370,7 @@ impl<K: ?Sized + Kind> Serialize for Chosen<K> {
 impl<'de, K: ?Sized + Kind> Deserialize<'de> for Chosen<K> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let value = <figment::value::Value as Deserialize>::deserialize(deserializer)?;
-        Self::from_value(&value, None).map_err(|e| D::Error::custom(e.encode()))
+        Self::from_value(&value, default_of::<K>()).map_err(|e| D::Error::custom(e.encode()))
     }
 }
 
@@ -343,7 +380,7 @@ impl<K: ?Sized + Kind> schemars::JsonSchema for Chosen<K> {
     }
 
     fn json_schema(generator: &mut schemars::SchemaGenerator) -> schemars::Schema {
-        plugin_schema::<K>(generator, &serde_json::Map::new(), None)
+        plugin_schema::<K>(generator, &serde_json::Map::new(), default_of::<K>())
     }
 }
 

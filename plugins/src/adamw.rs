@@ -45,4 +45,4 @@ impl Optimizer for AdamW {
     }
 }
 
-plugin!(Optimizer, "adamw", AdamW);
+plugin!(default Optimizer, "adamw", AdamW);

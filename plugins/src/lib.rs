@@ -10,6 +10,8 @@
 //! | scheduler | [`constant`], [`linear_warmup`], [`linear_warmup_cosine`], [`cosine`], [`step`] |
 //! | teacher policy | [`ema`], [`frozen`], [`gram_anchor`] |
 //! | dataset | [`scenes`], [`image_folder`] |
+//! | augmentation | [`multi_crop`], [`resized`] |
+//! | masking | [`block`], [`random`], [`multi_block`] |
 //! | probe | [`knn`], [`linear_segmentation`], [`patch_similarity`], [`cls_patch_cosine`] |
 //! | optimizer | [`adamw`], [`muon`], [`sgd`] |
 
@@ -70,6 +72,16 @@ pub mod sgd;
 // Datasets
 pub mod image_folder;
 pub mod scenes;
+
+// Augmentation
+pub mod multi_crop;
+pub mod resized;
+
+// Masking
+pub mod block;
+pub mod mask_sizes;
+pub mod multi_block;
+pub mod random;
 
 // Probes
 pub mod cls_patch_cosine;

@@ -5,12 +5,14 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use dinolab_core::contract::{Dataset, Grid, Sample};
-use dinolab_core::data::plan::{random_box, Cut, ImagePlan};
-use dinolab_core::data::{Augmentation, Batch, BlockMask, Loader, LoaderSpec, Masks, Pipeline, StepBatches, Views};
-use dinolab_core::recipe::{BatchConfig, CropConfig, MaskConfig, Resolution};
+use dinolab_core::contract::{Cut, Dataset, ImagePlan, Sample};
+use dinolab_core::data::{Batch, CropMaker, Loader, LoaderSpec, Pipeline, StepBatches, Views};
+use dinolab_core::recipe::{BatchConfig, CropConfig, CropsEntry, Resolution};
+use dinolab_core::registry::Chosen;
 use dinolab_core::rng::{Rng, Stream};
+use dinolab_core::testing::contracts;
 use dinolab_core::{DType, Device, Error, Result};
+use dinolab_plugins::multi_crop::MultiCrop;
 use proptest::prelude::*;
 
 /// Noise images of several sizes; some cannot be read, and reading may take time.
@@ -50,11 +52,16 @@ impl Dataset for Noise {
     }
 }
 
+/// Crops of an augmentation (a table as in a recipe; the default where it names none).
+fn crops(own: CropConfig, augmentation: &str) -> CropsEntry {
+    CropsEntry { own, augmentation: contracts::chosen(augmentation).unwrap() }
+}
+
 fn spec() -> LoaderSpec {
     LoaderSpec {
         batch: BatchConfig { size: 6, loader_threads: 2, ..BatchConfig::default() },
-        crops: CropConfig { global_size: 16, local_size: 8, local_count: 3, ..CropConfig::default() },
-        masking: MaskConfig::default(),
+        crops: crops(CropConfig { global_size: 16, local_size: 8, local_count: 3, ..CropConfig::default() }, ""),
+        masking: Chosen::default(),
         patch_size: 4,
         gram_crop_size: Some(24),
         seed: 9,
@@ -157,7 +164,7 @@ fn parts_of_a_batch_have_the_images_crops_and_masks_of_the_whole() {
 fn the_number_of_masked_patches_of_each_part_is_the_same_in_every_step() {
     let mut spec = spec();
     (spec.batch.size, spec.batch.micro_batches) = (32, 4);
-    (spec.crops.global_size, spec.gram_crop_size, spec.total_steps) = (40, None, 30);
+    (spec.crops.own.global_size, spec.gram_crop_size, spec.total_steps) = (40, None, 30);
     let pipeline = Pipeline::new(Arc::new(Noise::new(60)), spec).unwrap();
     let counts = |step: u64| -> Vec<usize> {
         pipeline.step(step).unwrap().batches.iter().map(|b| b.masks.indices.len()).collect()
@@ -185,13 +192,11 @@ proptest! {
     fn what_the_student_sees_does_not_depend_on_who_else_looks(
         gram in 1usize..12, step in 0u64..1000, flags in any::<[bool; 4]>(), parts in 1usize..4, seed: u64,
     ) {
-        let crops = CropConfig {
-            gram_without_distortion: flags[0],
-            local_from_global: flags[1],
-            share_color_jitter: flags[2],
-            horizontal_flip: flags[3],
-            ..spec().crops
-        };
+        let keys = format!(
+            "local_from_global = {}\nshare_color_jitter = {}\nhorizontal_flip = {}",
+            flags[1], flags[2], flags[3]
+        );
+        let crops = crops(CropConfig { gram_without_distortion: flags[0], ..spec().crops.own }, &keys);
         let of = |gram_crop_size: Option<usize>| {
             let mut spec = LoaderSpec { crops: crops.clone(), gram_crop_size, seed, total_steps: 1001, ..spec() };
             spec.batch.micro_batches = parts;
@@ -240,7 +245,7 @@ fn a_dataset_without_a_readable_sample_stops_at_once() {
 #[test]
 fn an_image_smaller_than_a_patch_is_a_broken_sample() {
     let mut spec = spec();
-    (spec.patch_size, spec.crops.global_size, spec.crops.local_size) = (21, 42, 21);
+    (spec.patch_size, spec.crops.own.global_size, spec.crops.own.local_size) = (21, 42, 21);
     spec.gram_crop_size = None;
     spec.batch.max_broken_share = 1.0;
     let pipeline = Pipeline::new(Arc::new(Noise::new(100)), spec).unwrap();
@@ -317,45 +322,15 @@ fn numbers_that_do_not_fit_together_are_errors() {
         Pipeline::new(Arc::new(Noise::new(10)), spec).map(|_| ()).unwrap_err().to_string()
     };
     assert!(build(&|s| s.batch.micro_batches = 4).contains("6 images cannot be split into 4"));
-    assert!(
-        build(&|s| s.crops.global_size = 18).contains("crops.global_size = 18 is not a multiple of the patch size 4")
-    );
+    assert!(build(&|s| s.crops.own.global_size = 18)
+        .contains("crops.global_size = 18 is not a multiple of the patch size 4"));
     assert!(build(&|s| s.gram_crop_size = Some(30)).contains("Gram teacher's crop size = 30"));
     let larger = |s: &mut LoaderSpec| {
         let sizes = |global_size, local_size| Resolution { share: 1.0, global_size, local_size, gram_size: None };
-        s.crops.local_from_global = true;
-        s.crops.resolutions = vec![sizes(32, 16), sizes(16, 24)];
+        s.crops.augmentation = contracts::chosen("local_from_global = true").unwrap();
+        s.crops.own.resolutions = vec![sizes(32, 16), sizes(16, 24)];
     };
     assert!(build(&larger).contains("local crops of 24 pixels cannot be cut from global ones of 16"));
-    assert!(build(&|s| s.crops.local_scale = [0.5, 0.1]).contains("crops.local_scale"));
-    assert!(build(&|s| s.masking.probability = 1.5).contains("probability 1.5"));
-}
-
-proptest! {
-    #[test]
-    fn masks_have_exactly_the_asked_number_of_cells(height in 1usize..24, width in 1usize..24, share in 0.0..=1.0, seed: u64) {
-        let grid = Grid { height, width };
-        let count = (grid.patches() as f64 * share) as usize;
-        let mut rng = Rng::new(seed, Stream::Mask, 0, 0);
-        let generator = BlockMask::new(grid);
-        let mask = generator.draw(&mut rng, count);
-        prop_assert_eq!(mask.iter().filter(|&&m| m).count(), count);
-        let shifted = generator.circular_shift(&mut rng, &mask);
-        prop_assert_eq!(shifted.iter().filter(|&&m| m).count(), count);
-    }
-
-    #[test]
-    fn mask_tensors_describe_one_another(images in 1usize..8, side in 1usize..12, seed: u64, random_circular_shift: bool) {
-        let config = MaskConfig { random_circular_shift, ..MaskConfig::default() };
-        let (crops, grid) = (2 * images, Grid { height: side, width: side });
-        let masks = Masks::draw(&mut Rng::new(seed, Stream::Mask, 0, 0), crops, grid, &config, DType::F64).unwrap();
-        let flat: Vec<u32> = masks.masks.as_slice().to_vec();
-        let ones: Vec<u32> = (0..flat.len() as u32).filter(|&i| flat[i as usize] == 1).collect();
-        prop_assert_eq!(masks.indices.as_slice::<u32>(), &ones);
-        let masked_crops = flat.chunks(grid.patches()).filter(|row| row.contains(&1)).count();
-        // Weights of a crop sum to 1.
-        prop_assert!((masks.weights.to_f64_vec().iter().sum::<f64>() - masked_crops as f64).abs() < 1e-9);
-    }
 }
 
 /// Largest distance between the empirical distribution of `sample` and the uniform one on [0, 1], times sqrt(n):
@@ -371,7 +346,8 @@ fn distance_to_uniform(mut sample: Vec<f64>) -> f64 {
 fn boxes_have_uniform_area_log_uniform_aspect_and_uniform_place() {
     let (side, scale) = (40_000, [0.05, 0.32]);
     let mut rng = Rng::new(3, Stream::Augment, 0, 0);
-    let boxes: Vec<_> = (0..20_000).map(|_| random_box(&mut rng, side, side, scale)).collect();
+    let config = MultiCrop::default();
+    let boxes: Vec<_> = (0..20_000).map(|_| config.random_box(&mut rng, side, side, scale)).collect();
     let of = |f: &dyn Fn(f64, f64, f64) -> f64| {
         boxes.iter().map(|b| f(b.width as f64, b.height as f64, b.x as f64)).collect::<Vec<_>>()
     };
@@ -385,20 +361,22 @@ fn boxes_have_uniform_area_log_uniform_aspect_and_uniform_place() {
 #[test]
 fn a_box_that_never_fits_becomes_the_central_one() {
     let mut rng = Rng::new(3, Stream::Augment, 0, 0);
-    let whole = random_box(&mut rng, 12, 1000, [1.0, 1.0]);
+    let config = MultiCrop::default();
+    let whole = config.random_box(&mut rng, 12, 1000, [1.0, 1.0]);
     assert_eq!((whole.x, whole.y, whole.width, whole.height), (0, 492, 12, 16));
-    let whole = random_box(&mut rng, 1000, 12, [1.0, 1.0]);
+    let whole = config.random_box(&mut rng, 1000, 12, [1.0, 1.0]);
     assert_eq!((whole.x, whole.y, whole.width, whole.height), (492, 0, 16, 12));
 }
 
-fn plans(config: &CropConfig) -> Vec<ImagePlan> {
+fn plans(crops: &CropsEntry) -> Vec<ImagePlan> {
+    let (augmentation, _) = crops.build(&crops.variants(None)[0], 8).unwrap();
     let rng = |i: u64| move |crop: u64| Rng::new(1, Stream::Augment, 0, i << 16 | crop);
-    (0..4000).map(|i| ImagePlan::draw(config, 8, (64, 64), rng(i))).collect()
+    (0..4000).map(|i| augmentation.plan((64, 64), &rng(i))).collect()
 }
 
 #[test]
 fn distortions_come_with_the_reference_probabilities() {
-    let plans = plans(&CropConfig { local_count: 1, ..CropConfig::default() });
+    let plans = plans(&crops(CropConfig { local_count: 1, ..CropConfig::default() }, ""));
     let share = |f: &dyn Fn(&ImagePlan) -> bool| plans.iter().filter(|p| f(p)).count() as f64 / plans.len() as f64;
     let flipped = |cut: Cut| matches!(cut, Cut::Image { flip: true, .. });
     for (name, p, got) in [
@@ -408,9 +386,9 @@ fn distortions_come_with_the_reference_probabilities() {
         ("blur of the first", 0.0, share(&|p| p.globals[0].blur.is_some())),
         ("blur of the second", 0.9, share(&|p| p.globals[1].blur.is_some())),
         ("blur of a local one", 0.5, share(&|p| p.locals[0].blur.is_some())),
-        ("solarise the first", 0.0, share(&|p| p.globals[0].solarize)),
-        ("solarise the second", 0.2, share(&|p| p.globals[1].solarize)),
-        ("solarise a local one", 0.0, share(&|p| p.locals[0].solarize)),
+        ("solarise the first", 0.0, share(&|p| p.globals[0].solarize == Some(128))),
+        ("solarise the second", 0.2, share(&|p| p.globals[1].solarize == Some(128))),
+        ("solarise a local one", 0.0, share(&|p| p.locals[0].solarize.is_some())),
     ] {
         let error = 5.0 * f64::sqrt(p * (1.0 - p) / 4000.0);
         assert!((got - p).abs() <= error, "{name}: {got}, expected {p}");
@@ -424,10 +402,9 @@ fn distortions_come_with_the_reference_probabilities() {
 #[test]
 fn options_change_what_they_say_and_nothing_else() {
     let base = CropConfig { global_size: 64, local_size: 32, local_count: 4, ..CropConfig::default() };
-    let plain = plans(&base);
-    let flat = plans(&CropConfig { horizontal_flip: false, ..base.clone() });
-    let shared = plans(&CropConfig { share_color_jitter: true, ..base.clone() });
-    let nested = plans(&CropConfig { local_from_global: true, ..base.clone() });
+    let [plain, flat, shared, nested] =
+        ["", "horizontal_flip = false", "share_color_jitter = true", "local_from_global = true"]
+            .map(|keys| plans(&crops(base.clone(), keys)));
     for i in 0..plain.len() {
         let (Cut::Image { area, .. }, Cut::Image { area: same, flip }) =
             (plain[i].globals[0].cut, flat[i].globals[0].cut)
@@ -445,12 +422,12 @@ fn options_change_what_they_say_and_nothing_else() {
 }
 
 /// The crops of `plan`, normalisation undone: [globals, locals, gram], each `[3, side, side]` in 0..=255.
-fn crops_of(config: &CropConfig, gram: Option<usize>, image: &Sample, plan: &ImagePlan) -> [Vec<Vec<f32>>; 3] {
+fn crops_of(config: &CropsEntry, gram: Option<usize>, image: &Sample, plan: &ImagePlan) -> [Vec<Vec<f32>>; 3] {
     let buffers = |count: usize, side: usize| vec![vec![0.0f32; 3 * side * side]; count];
     let (globals, locals) = (buffers(2, config.global_size), buffers(plan.locals.len(), config.local_size));
     let mut all = [globals, locals, gram.map_or(Vec::new(), |side| buffers(2, side))];
     let [globals, locals, teacher] = all.each_mut().map(|b| b.iter_mut().map(Vec::as_mut_slice).collect());
-    Augmentation::new(config, 8, gram).apply(image, plan, &mut Views { globals, locals, gram: teacher });
+    CropMaker::new(config, gram).apply(image, plan, &mut Views { globals, locals, gram: teacher });
     for crop in all.iter_mut().flatten() {
         let n = crop.len() / 3;
         let pixel = |(i, x): (usize, &mut f32)| *x = 255.0 * (*x * config.std[i / n] + config.mean[i / n]);
@@ -467,7 +444,8 @@ fn ramp(side: usize) -> Sample {
 
 #[test]
 fn undistorted_gram_crops_show_the_boxes_of_the_global_ones() {
-    let config = CropConfig { global_size: 32, local_count: 0, gram_without_distortion: true, ..CropConfig::default() };
+    let own = CropConfig { global_size: 32, local_count: 0, gram_without_distortion: true, ..CropConfig::default() };
+    let config = crops(own, "");
     let image = ramp(200);
     for plan in &plans(&config)[..50] {
         let [_, _, gram] = crops_of(&config, Some(64), &image, plan);
@@ -486,13 +464,13 @@ fn undistorted_gram_crops_show_the_boxes_of_the_global_ones() {
 
 #[test]
 fn distorted_gram_crops_are_the_global_ones_in_more_detail() {
-    let config = CropConfig { global_size: 32, local_count: 0, ..CropConfig::default() };
+    let config = crops(CropConfig { global_size: 32, local_count: 0, ..CropConfig::default() }, "");
     let image = ramp(200);
     for plan in &plans(&config)[..50] {
         let [global, _, gram] = crops_of(&config, Some(64), &image, plan);
         for ((small, large), crop) in global.iter().zip(&gram).zip(&plan.globals) {
             // Away from the border and from solarised edges, a smooth image is reduced to the mean of its 2x2 cells.
-            if crop.solarize {
+            if crop.solarize.is_some() {
                 continue;
             }
             for c in 0..3 {
@@ -509,18 +487,13 @@ fn distorted_gram_crops_are_the_global_ones_in_more_detail() {
 
 #[test]
 fn a_local_crop_from_a_global_one_shows_its_window() {
-    let config = CropConfig {
-        global_size: 64,
-        local_size: 32,
-        local_count: 2,
-        local_from_global: true,
-        ..CropConfig::default()
-    };
+    let own = CropConfig { global_size: 64, local_size: 32, local_count: 2, ..CropConfig::default() };
+    let config = crops(own, "local_from_global = true");
     let image = ramp(200);
     for plan in &mut plans(&config)[..20] {
         // Without distortion both are plain cuts.
         for crop in plan.globals.iter_mut().chain(&mut plan.locals) {
-            (crop.color, crop.blur, crop.solarize) = (Default::default(), None, false);
+            (crop.color, crop.blur, crop.solarize) = (Default::default(), None, None);
         }
         let [globals, locals, _] = crops_of(&config, None, &image, plan);
         for (crop, local) in plan.locals.iter().zip(locals) {

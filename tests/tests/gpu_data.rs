@@ -5,10 +5,15 @@ use std::sync::Arc;
 use dinolab_core::contract::{Dataset, Sample};
 use dinolab_core::cuda::Gpu;
 use dinolab_core::data::{Batch, DeviceBatches, Loader, LoaderSpec, Pipeline};
-use dinolab_core::recipe::{BatchConfig, CropConfig, MaskConfig, Resolution};
+use dinolab_core::recipe::{BatchConfig, CropConfig, CropsEntry, Resolution};
+use dinolab_core::registry::Chosen;
 use dinolab_core::rng::{Rng, Stream};
+use dinolab_core::testing::contracts;
 use dinolab_core::{DType, Device, Result, Tensor};
 use dinolab_tests::gpu_test;
+
+// The plugins register themselves when they are linked in.
+use dinolab_plugins as _;
 
 /// Smooth colours with noise, in several sizes.
 #[derive(Debug)]
@@ -31,11 +36,13 @@ impl Dataset for Pictures {
     }
 }
 
-fn spec(crops: CropConfig, gram_crop_size: Option<usize>) -> LoaderSpec {
+/// Small crops of an augmentation (a table as in a recipe; the default where it names none).
+fn spec(own: CropConfig, augmentation: &str, gram_crop_size: Option<usize>) -> LoaderSpec {
+    let own = CropConfig { global_size: 48, local_size: 20, local_count: 3, ..own };
     LoaderSpec {
         batch: BatchConfig { size: 4, micro_batches: 2, loader_threads: 2, ..BatchConfig::default() },
-        crops: CropConfig { global_size: 48, local_size: 20, local_count: 3, ..crops },
-        masking: MaskConfig::default(),
+        crops: CropsEntry { own, augmentation: contracts::chosen(augmentation).unwrap() },
+        masking: Chosen::default(),
         patch_size: 4,
         gram_crop_size,
         seed: 5,
@@ -77,32 +84,47 @@ fn difference(spec: LoaderSpec) -> f64 {
 }
 
 gpu_test!(crops_are_the_same_numbers_as_on_the_cpu, {
-    assert_eq!(difference(spec(CropConfig::default(), None)), 0.0);
+    assert_eq!(difference(spec(CropConfig::default(), "", None)), 0.0);
 });
 
 gpu_test!(shared_colours_and_local_crops_of_global_ones_are_the_same_too, {
-    let crops = CropConfig { share_color_jitter: true, local_from_global: true, ..CropConfig::default() };
-    assert_eq!(difference(spec(crops, None)), 0.0);
+    let keys = "share_color_jitter = true\nlocal_from_global = true";
+    assert_eq!(difference(spec(CropConfig::default(), keys, None)), 0.0);
+});
+
+gpu_test!(every_distortion_at_its_strongest_is_the_same, {
+    let keys = "jitter_probability = 1.0\nbrightness = 1.0\ncontrast = 1.0\nsaturation = 1.0\nhue = 0.5\nblur = [1.0, 1.0, 1.0]\n\
+        blur_sigma = [0.01, 100.0]\nsolarize = [1.0, 1.0, 1.0]\nsolarize_threshold = 77\naspect = [0.1, 10.0]\n\
+        global_scale = [0.01, 1.0]";
+    assert_eq!(difference(spec(CropConfig::default(), keys, Some(96))), 0.0);
+    let thresholds = |threshold: u8| format!("solarize = [1.0, 1.0, 1.0]\nsolarize_threshold = {threshold}");
+    for keys in [thresholds(0), thresholds(255), "grey_probability = 1.0".into()] {
+        assert_eq!(difference(spec(CropConfig::default(), &keys, None)), 0.0, "{keys}");
+    }
+});
+
+gpu_test!(crops_of_another_augmentation_are_the_same, {
+    assert_eq!(difference(spec(CropConfig::default(), "plugin = \"resized\"", Some(96))), 0.0);
 });
 
 gpu_test!(gram_crops_without_distortion_are_the_same, {
-    let crops = CropConfig { gram_without_distortion: true, local_from_global: true, ..CropConfig::default() };
-    assert_eq!(difference(spec(crops, Some(96))), 0.0);
+    let own = CropConfig { gram_without_distortion: true, ..CropConfig::default() };
+    assert_eq!(difference(spec(own, "local_from_global = true", Some(96))), 0.0);
 });
 
 gpu_test!(distorted_gram_crops_are_the_same, {
-    assert_eq!(difference(spec(CropConfig::default(), Some(96))), 0.0);
+    assert_eq!(difference(spec(CropConfig::default(), "", Some(96))), 0.0);
 });
 
 gpu_test!(sizes_may_change_from_step_to_step, {
     let size = |global_size| Resolution { share: 1.0, global_size, local_size: 20, gram_size: None };
     let crops = CropConfig { resolutions: vec![size(40), size(32)], ..CropConfig::default() };
-    assert_eq!(difference(LoaderSpec { total_steps: 6, ..spec(crops, None) }), 0.0);
+    assert_eq!(difference(LoaderSpec { total_steps: 6, ..spec(crops, "", None) }), 0.0);
 });
 
 gpu_test!(finished_batches_keep_their_place_from_step_to_step, {
     // Enough images a part for each to have as many masked patches in every step.
-    let mut spec = spec(CropConfig::default(), None);
+    let mut spec = spec(CropConfig::default(), "", None);
     (spec.batch.size, spec.batch.micro_batches) = (16, 2);
     let pipeline = Pipeline::new(Arc::new(Pictures), spec).unwrap();
     let mut batches = DeviceBatches::new(Gpu::get(0).unwrap(), DType::F32).unwrap();
@@ -121,7 +143,7 @@ gpu_test!(finished_batches_keep_their_place_from_step_to_step, {
 });
 
 gpu_test!(crops_in_bf16_are_those_in_f32_rounded, {
-    let spec = LoaderSpec { device: Device::Cuda(0), dtype: DType::BF16, ..spec(CropConfig::default(), None) };
+    let spec = LoaderSpec { device: Device::Cuda(0), dtype: DType::BF16, ..spec(CropConfig::default(), "", None) };
     Gpu::get(0).unwrap();
     let cpu = Pipeline::new(Arc::new(Pictures), LoaderSpec { device: Device::Cpu, dtype: DType::F32, ..spec.clone() });
     let expected = cpu.unwrap().step(0).unwrap();
@@ -135,7 +157,7 @@ gpu_test!(crops_in_bf16_are_those_in_f32_rounded, {
 
 gpu_test!(a_loader_that_is_dropped_early_ends, {
     Gpu::get(0).unwrap();
-    let spec = LoaderSpec { device: Device::Cuda(0), total_steps: 1000, ..spec(CropConfig::default(), None) };
+    let spec = LoaderSpec { device: Device::Cuda(0), total_steps: 1000, ..spec(CropConfig::default(), "", None) };
     let mut loader = Loader::new(Arc::new(Pictures), spec).unwrap();
     assert_eq!(loader.next().unwrap().unwrap().step, 0);
 });

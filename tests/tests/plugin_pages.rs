@@ -46,6 +46,8 @@ fn example(plugin: &PluginInfo) -> String {
         "dataset" => format!("[data]\n{plugin_key}"),
         "backbone" => format!("[backbone]\n{plugin_key}"),
         "optimizer" => format!("[optimizer]\n{plugin_key}\nlr = 1e-3"),
+        "augmentation" => format!("[crops]\n{plugin_key}"),
+        "masking" => format!("[masking]\n{plugin_key}"),
         _ => format!("[optimizer]\nlr = {{ {plugin_key} }}"),
     }
 }

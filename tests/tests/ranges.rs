@@ -7,9 +7,7 @@ mod program;
 use std::path::PathBuf;
 
 use dinolab_core::contract::{At, Schedule};
-use dinolab_core::data::any_masked;
-use dinolab_core::data::masks::mask_sizes;
-use dinolab_core::recipe::{describe, MaskConfig};
+use dinolab_core::recipe::describe;
 use proptest::prelude::*;
 use serde_json::{json, Value as Json};
 
@@ -57,19 +55,6 @@ proptest! {
         let (low, high) = extremes(&schedule, landmarks.into_iter(), total);
         // A cosine's ends are rounded.
         prop_assert!((low - least).abs() < 1e-9 && (high - most).abs() < 1e-9, "{low}..{high}, not {least}..{most}");
-    }
-
-    #[test]
-    fn check_knows_whether_the_loader_masks_a_patch(
-        crops in 1..60usize, patches in 1..300usize, probability in 0.0..=1.0f64, least in 0.0..=1.0f64, most in 0.0..=1.0f64,
-    ) {
-        // Small shares are where it matters.
-        for scale in [1.0, 0.1, 0.01] {
-            let (least, most) = (least.min(most) * scale, least.max(most) * scale);
-            let config = MaskConfig { probability: probability * scale, ratio: [least, most], ..MaskConfig::default() };
-            let masked: usize = mask_sizes(crops, patches, &config).iter().sum();
-            prop_assert_eq!(any_masked(crops, patches, &config), masked > 0);
-        }
     }
 }
 

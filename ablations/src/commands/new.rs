@@ -41,6 +41,8 @@ pub enum Kind {
     Scheduler,
     Teacher,
     Dataset,
+    Augmentation,
+    Masking,
     Probe,
     Optimizer,
 }
@@ -70,6 +72,8 @@ const USUAL: &[(&str, &str)] = &[
         "[backbone]\nplugin = \"vit\"\npreset = \"vit_tiny_test\"\nlayer_scale = 1.0\npos_encoding = { plugin = \"rope_box\" }",
     ),
     ("DATA", "[data]\nplugin = \"scenes\"\nsize = 96\ncount = 1024\nclasses = 4\ntexture_cue = 1.0"),
+    ("AUGMENTATION", ""),
+    ("MASKING", ""),
     ("LOSSES", ""),
     ("TEACHER", "plugin = \"ema\"\nmomentum = 0.99"),
     ("LR", "1e-3"),
@@ -134,6 +138,25 @@ impl Kind {
                 question: "What does KoLeo change on my_plugin?",
                 metric: knn,
                 arms: [("without_koleo", "\"losses.koleo.enabled\" = false"), ("my_plugin", "")],
+            },
+            Self::Augmentation => Template {
+                source: template!("augmentation.rs"),
+                test: template!("augmentation.test.rs"),
+                recipe: &[("AUGMENTATION", "plugin = \"my_plugin\"\n")],
+                question: "How does the augmentation my_plugin compare with multi-crop?",
+                metric: knn,
+                arms: [("multi_crop", "\"crops.plugin\" = \"multi_crop\""), ("my_plugin", "")],
+            },
+            Self::Masking => Template {
+                source: template!("masking.rs"),
+                test: template!("masking.test.rs"),
+                recipe: &[
+                    ("MASKING", "\n[masking]\nplugin = \"my_plugin\"\n"),
+                    ("LOSSES", "\n[losses.ibot]\nhead = { hidden = 128, bottleneck = 64, prototypes = 128 }\n"),
+                ],
+                question: "How does the masking my_plugin compare with blocks?",
+                metric: knn,
+                arms: [("block", "masking = { plugin = \"block\" }"), ("my_plugin", "")],
             },
             Self::Probe => Template {
                 source: template!("probe.rs"),

@@ -13,7 +13,7 @@ use crate::style;
 /// Arguments of `dinolab plugins`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// backbone, pos_encoding, loss, scheduler, teacher, dataset or probe.
+    /// backbone, pos_encoding, loss, scheduler, teacher, dataset, augmentation, masking or probe.
     kind: Option<String>,
     /// A plugin of that kind: shows its keys.
     name: Option<String>,

@@ -1,4 +1,4 @@
-//! The contracts: eight traits, one a file, implemented by registered plugins.
+//! The contracts: traits, one a file, implemented by registered plugins.
 //!
 //! | kind | trait | in a recipe |
 //! |---|---|---|
@@ -8,28 +8,36 @@
 //! | scheduler | [`Scheduler`] | wherever a number may change over time |
 //! | teacher policy | [`TeacherPolicy`] | `[teacher]`, `[gram_teacher]` |
 //! | dataset | [`Dataset`] | `[data]` |
+//! | augmentation | [`Augmentation`] | `[crops]` |
+//! | masking | [`Masking`] | `[masking]` |
 //! | probe | [`Probe`] | `[probes.<name>]` |
 //! | optimizer | [`Optimizer`] | `[optimizer]` |
 //!
 //! Shapes use these letters: `B` images, `G` global crops an image, `L` local crops an image, `P` patches, `R`
 //! register tokens, `N = 1 + R + P` tokens, `D` width, `H` heads, `K` prototypes, `M` masked patches.
 
+mod augmentation;
 mod backbone;
 mod dataset;
 mod loss;
+mod masking;
 mod optimizer;
+mod plan;
 mod pos_encoding;
 mod probe;
 mod scheduler;
 mod teacher_policy;
 mod view;
 
+pub use augmentation::{Augmentation, WHOLE_IMAGE};
 pub use backbone::{Backbone, Cost, Crops, Draws, Features, Mode};
 pub use dataset::{Dataset, FieldSpec, Sample, Summary};
 pub use loss::{
     GramTarget, Loss, LossCost, LossRows, LossValue, ModelOutputs, Needs, Outputs, StateSpec, StepContext, TargetSpec,
 };
+pub use masking::{Masking, Unmasked};
 pub use optimizer::{Direction, Optimizer, ParamUpdate, Reach};
+pub use plan::{ColorPlan, CropPlan, Cut, ImagePlan, Jitter, JitterOp, Rect};
 pub use pos_encoding::{Grid, PosContext, PosEncoding, PosTables};
 pub use probe::{Probe, ProbeContext, Score};
 pub use scheduler::{At, Schedule, Scheduler};

@@ -1,4 +1,4 @@
-//! Multi-crop augmentation: the reference's two global recipes, its local one, and the Gram teacher's crops.
+//! Crops from images by plans: the student's and the Gram teacher's.
 
 use std::cell::RefCell;
 
@@ -6,11 +6,9 @@ use fast_image_resize::Resizer;
 
 use super::blur::gaussian_blur;
 use super::color::{distort, solarize};
-use super::plan::{ColorPlan, CropPlan, Cut, ImagePlan, Rect};
 use super::resize::cut_rgb;
-use crate::contract::Sample;
+use crate::contract::{ColorPlan, CropPlan, Cut, ImagePlan, Rect, Sample};
 use crate::recipe::CropConfig;
-use crate::rng::Rng;
 
 /// Where one image's crops go: each a `[3, side, side]` slice of a batch.
 #[derive(Debug)]
@@ -23,7 +21,7 @@ pub struct Views<'a> {
     pub gram: Vec<&'a mut [f32]>,
 }
 
-/// The reference's augmentation: draws plans, and applies them to images.
+/// Makes the crops of images by the plans of an augmentation, whichever it is.
 ///
 /// A crop is cut, resized (bicubic, antialiased), mirrored, jittered in colour, made grey, blurred, solarised and
 /// normalised, on 8-bit values until the last step. The Gram teacher's crops are made by the same plans at their own
@@ -31,12 +29,11 @@ pub struct Views<'a> {
 ///
 /// What the student sees never depends on whether a Gram teacher looks too, so that arms of an ablation that differ in
 /// it share their pixels. In this it differs from the reference, which cuts at the larger of both sizes, distorts there
-/// and resizes the result to both: its student gets other pixels when Gram anchoring begins. (With
-/// [`CropConfig::local_from_global`] the reference also takes the windows from the top left corner of the larger crop.)
+/// and resizes the result to both: its student gets other pixels when Gram anchoring begins. (Where
+/// local crops are cut from global ones, the reference also takes the windows from the top left corner of the larger crop.)
 #[derive(Clone, Debug)]
-pub struct Augmentation {
+pub struct CropMaker {
     pub(super) config: CropConfig,
-    patch_size: usize,
     pub(super) gram_size: Option<usize>,
     /// Value `x` of channel `c` becomes `scale[c] * x + shift[c]`.
     pub(super) scale: [f32; 3],
@@ -57,17 +54,12 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
-impl Augmentation {
+impl CropMaker {
     /// With crops of `config`, and the Gram teacher's of `gram_size` pixels if it has any.
-    pub fn new(config: &CropConfig, patch_size: usize, gram_size: Option<usize>) -> Self {
+    pub fn new(config: &CropConfig, gram_size: Option<usize>) -> Self {
         let scale = config.std.map(|std| 1.0 / (255.0 * std));
         let shift = std::array::from_fn(|c| -config.mean[c] / config.std[c]);
-        Self { config: config.clone(), patch_size, gram_size, scale, shift }
-    }
-
-    /// Draws everything random about an image of `width x height`; see [`ImagePlan::draw`].
-    pub fn plan(&self, size: (usize, usize), rng: impl Fn(u64) -> Rng) -> ImagePlan {
-        ImagePlan::draw(&self.config, self.patch_size, size, rng)
+        Self { config: config.clone(), gram_size, scale, shift }
     }
 
     /// Makes the crops of `plan` from `image`, normalised, into `views`.
@@ -124,7 +116,7 @@ impl Augmentation {
     /// The plan of the Gram teacher's crop beside a global one.
     pub(super) fn gram_plan(&self, global: &CropPlan) -> CropPlan {
         match self.config.gram_without_distortion {
-            true => CropPlan { color: ColorPlan::default(), blur: None, solarize: false, ..*global },
+            true => CropPlan { color: ColorPlan::default(), blur: None, solarize: None, ..*global },
             false => *global,
         }
     }
@@ -136,8 +128,8 @@ impl Augmentation {
         if let Some(sigma) = plan.blur {
             gaussian_blur(out, side, sigma, scratch);
         }
-        if plan.solarize {
-            solarize(out);
+        if let Some(threshold) = plan.solarize {
+            solarize(out, threshold);
         }
         self.normalize(out);
     }

@@ -4,7 +4,7 @@
 //! Pixels are planar: red, green and blue, each a whole number held in an f32, so that the loops vectorise. Sums of
 //! products below stay under 2^24, so f32 is exact where Pillow uses integers.
 
-use super::plan::{ColorPlan, Jitter, JitterOp};
+use crate::contract::{ColorPlan, Jitter, JitterOp};
 use crate::simd;
 
 /// Applies `plan` to planar pixels `[3, n]`.
@@ -23,11 +23,12 @@ pub(super) fn distort(pixels: &mut [f32], plan: &ColorPlan) {
     }
 }
 
-/// Inverts values of 128 and more.
-pub(super) fn solarize(pixels: &mut [f32]) {
+/// Inverts values of `threshold` and more.
+pub(super) fn solarize(pixels: &mut [f32], threshold: u8) {
+    let threshold = f32::from(threshold);
     simd!({
         for x in pixels {
-            *x = if *x < 128.0 { *x } else { 255.0 - *x };
+            *x = if *x < threshold { *x } else { 255.0 - *x };
         }
     });
 }

@@ -3,9 +3,9 @@
 //! Everything here is a pure function of (seed, step): the same bits for any number of threads, and after a resume.
 //!
 //! - [`Order`]: which sample is read when.
-//! - [`plan`]: what is drawn for an image (boxes, flips, factors), as plain numbers; [`Augmentation`] draws a plan and
-//!   applies it. A device that has the image can apply the same plan.
-//! - [`masks`]: which patches are hidden from the student.
+//! - [`CropMaker`]: makes the crops of an image by a plan, which an augmentation draws as plain numbers. A device that has
+//!   the image applies the same plan.
+//! - [`Masks`]: which patches are hidden from the student, drawn by a plugin.
 //! - [`Batch`]: what a step gets. [`Pipeline`] makes the batches of any step, [`Loader`] makes them ahead of time.
 
 mod augment;
@@ -15,16 +15,15 @@ mod color;
 mod deal;
 mod gpu;
 mod loader;
-pub mod masks;
+mod masks;
 mod order;
 mod pipeline;
-pub mod plan;
 mod resize;
 
-pub use augment::{Augmentation, Views};
+pub use augment::{CropMaker, Views};
 pub use batch::{views_of_images, Batch, StepBatches};
 pub use gpu::DeviceBatches;
 pub use loader::Loader;
-pub use masks::{any_masked, BlockMask, Masks};
+pub use masks::Masks;
 pub use order::Order;
 pub use pipeline::{BrokenSample, LoaderSpec, Pipeline};

@@ -6,14 +6,14 @@ use std::time::Duration;
 
 use rayon::prelude::*;
 
-use super::augment::{Augmentation, Views};
+use super::augment::{CropMaker, Views};
 use super::batch::{views_of_images, Batch, StepBatches};
 use super::deal::deal;
-use super::masks::{draw_masks, mask_sizes, Masks};
+use super::masks::{draw_masks, Masks};
 use super::order::Order;
-use super::plan::ImagePlan;
-use crate::contract::{BatchImage, Dataset, FieldSpec, Grid, Sample};
-use crate::recipe::{BatchConfig, CropConfig, MaskConfig, Resolution};
+use crate::contract::{Augmentation, BatchImage, Dataset, FieldSpec, Grid, ImagePlan, Masking, Sample};
+use crate::recipe::{BatchConfig, CropConfig, CropsEntry, Resolution};
+use crate::registry::{Chosen, CropContext};
 use crate::rng::{Rng, Stream};
 use crate::{DType, Device, Error, Result, Tensor};
 
@@ -25,10 +25,10 @@ const REPLACEMENTS: u64 = 100;
 pub struct LoaderSpec {
     /// Images a step and how they are read.
     pub batch: BatchConfig,
-    /// Views cut from every image.
-    pub crops: CropConfig,
+    /// Views cut from every image, and how they are distorted.
+    pub crops: CropsEntry,
     /// Which patches are hidden from the student.
-    pub masking: MaskConfig,
+    pub masking: Chosen<dyn Masking>,
     /// Side of a patch in pixels.
     pub patch_size: usize,
     /// Side of the Gram teacher's crops in pixels; `None`: it gets none of its own.
@@ -64,6 +64,7 @@ pub struct Pipeline {
     dataset: Arc<dyn Dataset>,
     spec: LoaderSpec,
     order: Order,
+    masking: Box<dyn Masking>,
     variants: Vec<Variant>,
     fields: Vec<FieldSpec>,
 }
@@ -72,7 +73,9 @@ pub struct Pipeline {
 #[derive(Debug)]
 struct Variant {
     sizes: Resolution,
-    augmentation: Augmentation,
+    augmentation: Box<dyn Augmentation>,
+    context: CropContext,
+    maker: CropMaker,
     grid: Grid,
 }
 
@@ -125,13 +128,16 @@ impl Pipeline {
         let variant = |sizes: Resolution| {
             let side = sizes.global_size / spec.patch_size;
             let crops =
-                CropConfig { global_size: sizes.global_size, local_size: sizes.local_size, ..spec.crops.clone() };
-            let augmentation = Augmentation::new(&crops, spec.patch_size, sizes.gram_size);
-            Variant { sizes, augmentation, grid: Grid { height: side, width: side } }
+                CropConfig { global_size: sizes.global_size, local_size: sizes.local_size, ..spec.crops.own.clone() };
+            let maker = CropMaker::new(&crops, sizes.gram_size);
+            let (augmentation, context) = spec.crops.build(&sizes, spec.patch_size)?;
+            Ok(Variant { sizes, augmentation, context, maker, grid: Grid { height: side, width: side } })
         };
-        let variants = spec.crops.variants(spec.gram_crop_size).into_iter().map(variant).collect();
+        let variants: Result<_> = spec.crops.variants(spec.gram_crop_size).into_iter().map(variant).collect();
+        let variants = variants?;
+        let masking = spec.masking.build(&mut ())?;
         let fields = dataset.fields();
-        Ok(Self { order: Order::new(spec.seed, dataset.len()), variants, fields, dataset, spec })
+        Ok(Self { order: Order::new(spec.seed, dataset.len()), masking, variants, fields, dataset, spec })
     }
 
     /// The crop sizes of `step`, drawn by their shares.
@@ -153,7 +159,7 @@ impl Pipeline {
     /// How many patches are masked in the micro-batches of `step` together: `M`.
     pub fn masked_patches(&self, step: u64) -> usize {
         let grid = self.variant(self.data_step(step)).grid;
-        mask_sizes(2 * self.spec.batch.size, grid.patches(), &self.spec.masking).iter().sum()
+        self.masking.masked(2 * self.spec.batch.size, grid)
     }
 
     /// The step whose draws `step` gets.
@@ -227,16 +233,17 @@ impl Pipeline {
     }
 
     /// What makes the crops of `step`, and their sizes.
-    pub(super) fn of_step(&self, step: u64) -> (&Augmentation, &Resolution) {
+    pub(super) fn of_step(&self, step: u64) -> (&CropMaker, &Resolution) {
         let variant = self.variant(self.data_step(step));
-        (&variant.augmentation, &variant.sizes)
+        (&variant.maker, &variant.sizes)
     }
 
     /// Deals the images of a step, and the masks that are drawn for its whole batch, to its micro-batches.
     fn parts(&self, variant: &Variant, data_step: u64) -> Result<Vec<Part>> {
         let size = self.spec.batch.size;
         let mut rng = Rng::new(self.spec.seed, Stream::Mask, data_step, 0);
-        let rows = draw_masks(&mut rng, 2 * size, variant.grid, &self.spec.masking);
+        let (masking, name) = (self.masking.as_ref(), self.spec.masking.name());
+        let rows = draw_masks(masking, name, &mut rng, 2 * size, variant.grid)?;
         let masked = |row: usize| rows[row].iter().filter(|&&m| m).count();
         let of_images: Vec<usize> = (0..size).map(|i| masked(i) + masked(size + i)).collect();
         let dtype = if self.spec.device == Device::Cpu { self.spec.dtype } else { DType::F32 };
@@ -274,7 +281,7 @@ impl Pipeline {
         stop: &AtomicBool,
     ) -> Result<Made> {
         let (RawImage { source, sample, plan }, broken) = self.draw(variant, data_step, place, stop)?;
-        variant.augmentation.apply(&sample, &plan, views);
+        variant.maker.apply(&sample, &plan, views);
         Ok(Made { source, label: self.label(&sample), fields: sample.fields, broken })
     }
 
@@ -294,7 +301,13 @@ impl Pipeline {
         let first = self.order.sample(data_step * self.spec.batch.size as u64 + place as u64);
         let (index, sample, broken) = self.read(first, stop)?;
         let rng = |crop: u64| Rng::new(self.spec.seed, Stream::Augment, data_step, (place as u64) << 16 | crop);
-        let plan = variant.augmentation.plan((sample.width, sample.height), rng);
+        let size = (sample.width, sample.height);
+        let plan = variant.augmentation.plan(size, &rng);
+        if let Some(fault) = plan.fault(size, &variant.context) {
+            let name = self.spec.crops.augmentation.name();
+            let problem = format!("the augmentation `{name}` {fault}, for an image of {}x{} pixels", size.0, size.1);
+            return Err(Error::user(problem, "correct the plugin's `plan`"));
+        }
         let [globals, locals] = plan.boxes(variant.sizes.global_size, variant.sizes.local_size);
         Ok((RawImage { source: BatchImage { index, place, globals, locals }, sample, plan }, broken))
     }
@@ -363,7 +376,7 @@ pub(super) fn list<'a>(broken: impl IntoIterator<Item = &'a BrokenSample>) -> St
 
 /// Fails if the numbers of `spec` do not fit together.
 fn check(spec: &LoaderSpec) -> Result<()> {
-    let LoaderSpec { batch, crops, masking, patch_size, gram_crop_size, .. } = spec;
+    let LoaderSpec { batch, crops, patch_size, gram_crop_size, .. } = spec;
     let user = |problem: String, help: &str| Err(Error::user(problem, help));
     if batch.size == 0 || batch.micro_batches == 0 || batch.size % batch.micro_batches != 0 {
         let (size, parts) = (batch.size, batch.micro_batches);
@@ -380,23 +393,6 @@ fn check(spec: &LoaderSpec) -> Result<()> {
             let help = "choose a positive multiple of the patch size";
             return user(format!("{name} = {size} is not a multiple of the patch size {patch_size}"), help);
         }
-    }
-    let larger = crops.variants(*gram_crop_size).into_iter().find(|sizes| sizes.local_size > sizes.global_size);
-    if let Some(sizes) = larger.filter(|_| crops.local_from_global && crops.local_count > 0) {
-        let (local, global) = (sizes.local_size, sizes.global_size);
-        let help = "make the local size smaller, or set crops.local_from_global = false";
-        return user(format!("local crops of {local} pixels cannot be cut from global ones of {global}"), help);
-    }
-    let share = |range: &[f64; 2]| 0.0 <= range[0] && range[0] <= range[1] && range[1] <= 1.0;
-    for (name, range) in [("crops.global_scale", crops.global_scale), ("crops.local_scale", crops.local_scale)] {
-        if !share(&range) || range[1] == 0.0 {
-            return user(format!("{name} = {range:?} is no range of shares"), "give [least, most] with 0 < most <= 1");
-        }
-    }
-    if !share(&masking.ratio) || !(0.0..=1.0).contains(&masking.probability) {
-        let (probability, ratio) = (masking.probability, masking.ratio);
-        let help = "give masking.probability and [least, most] of masking.ratio in [0, 1]";
-        return user(format!("masking with probability {probability} and ratio {ratio:?} makes no sense"), help);
     }
     Ok(())
 }

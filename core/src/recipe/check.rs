@@ -1,9 +1,8 @@
 //! Combinations that make no sense, found before anything is allocated or read.
 
 use super::problem::{Problem, Severity};
-use super::{sizes, MaskConfig, Recipe};
-use crate::contract::{At, Backbone, Dataset, Loss, TeacherPolicy};
-use crate::data::any_masked;
+use super::{sizes, Recipe};
+use crate::contract::{At, Backbone, Dataset, Grid, Loss, Masking, TeacherPolicy};
 use crate::registry::{BackboneContext, Chosen};
 use crate::step::{check_views, declare, loss_context, CHANNELS, GLOBALS};
 use crate::{params::ParamBuilder, Error};
@@ -15,6 +14,7 @@ pub(super) fn check(recipe: &Recipe) -> Vec<Problem> {
     together(recipe, &mut problems);
     let (teacher, gram) = teachers(recipe, &mut problems);
     let distils = teacher.is_some_and(|t| t.distils().is_some());
+    let masking = recipe.masking.build(&mut ()).map_err(|e| problems.push(refused("masking", e))).ok();
     let mut params = ParamBuilder::new();
     let mut context =
         BackboneContext { params: &mut params, global_size: recipe.crops.global_size, channels: CHANNELS };
@@ -22,7 +22,7 @@ pub(super) fn check(recipe: &Recipe) -> Vec<Problem> {
         Ok(backbone) => {
             let fits = crops(recipe, backbone.as_ref(), gram.as_deref(), &mut problems);
             if fits {
-                losses(recipe, backbone.as_ref(), distils, &mut problems);
+                losses(recipe, backbone.as_ref(), masking.as_deref(), distils, &mut problems);
             }
         }
         Err(error) => problems.push(refused("backbone", error)),
@@ -230,15 +230,9 @@ fn crops(
         sides.extend(all.into_iter().flatten().map(|side| ("crops.resolutions", side)));
     }
     let before = problems.len();
-    if crops.local_from_global && crops.local_count > 0 {
-        let own = Some(("crops.local_size", crops.local_size, crops.global_size));
-        let drawn = crops.resolutions.iter().map(|r| ("crops.resolutions", r.local_size, r.global_size));
-        for (key, local, global) in own.into_iter().chain(drawn).filter(|(_, local, global)| local > global) {
-            let message = format!("local crops of {local} pixels cannot be cut from global ones of {global}");
-            let help = format!("use at most {global}, or set crops.local_from_global = false");
-            problems.push(Problem::error(key, message).help(help));
-        }
-    }
+    let key = if crops.resolutions.is_empty() { "crops" } else { "crops.resolutions" };
+    let built = crops.variants(None).into_iter().map(|sizes| crops.build(&sizes, patch));
+    problems.extend(built.filter_map(|built| Some(refused(key, built.err()?))));
     for (key, side) in sides {
         let (below, above) = (side / patch * patch, side.div_ceil(patch) * patch);
         let least = backbone.smallest_crop().next_multiple_of(patch);
@@ -257,7 +251,13 @@ fn crops(
     problems.len() == before
 }
 
-fn losses(recipe: &Recipe, backbone: &dyn Backbone, distils: bool, problems: &mut Vec<Problem>) {
+fn losses(
+    recipe: &Recipe,
+    backbone: &dyn Backbone,
+    masking: Option<&dyn Masking>,
+    distils: bool,
+    problems: &mut Vec<Problem>,
+) {
     let images = recipe.batch.images();
     let build = |loss: &Chosen<dyn Loss>| loss.build(&mut loss_context(recipe, backbone, &mut ParamBuilder::new()));
     let mut gram_is_used = false;
@@ -296,8 +296,8 @@ fn losses(recipe: &Recipe, backbone: &dyn Backbone, distils: bool, problems: &mu
                 format!("its statistics run over the whole batch, which batch.micro_batches splits into {parts}");
             problems.push(Problem::error(&key, message).help(format!("set batch.micro_batches = 1, or {off}")));
         }
-        if needs.masks {
-            problems.extend(masked(recipe, backbone.patch_size(), name));
+        if let (true, Some(masking)) = (needs.masks, masking) {
+            problems.extend(masked(recipe, masking, backbone.patch_size(), name));
         }
         // With a teacher of its own to learn from, patches in plain sight teach something.
         if needs.masks && !backbone.hides_masked_patches() && !distils {
@@ -331,52 +331,20 @@ fn views(recipe: &Recipe, problems: &mut Vec<Problem>) {
 }
 
 /// What keeps the loss `name` from ever seeing a masked patch: the masks of every crop size, as the loader makes them.
-fn masked(recipe: &Recipe, patch: usize, name: &str) -> Option<Problem> {
-    let off = format!("set losses.{name}.enabled = false");
+fn masked(recipe: &Recipe, masking: &dyn Masking, patch: usize, name: &str) -> Option<Problem> {
     // Masks are drawn for the whole batch, and dealt to its parts.
     let crops = GLOBALS * recipe.batch.size;
-    let sides = recipe.crops.variants(None).into_iter().map(|r| r.global_size);
-    let patches = sides.map(|side| (side / patch).pow(2)).min()?;
-    let MaskConfig { probability, ratio: [_, most], .. } = recipe.masking;
-    let problem = |key: &str, what: String, least: f64| {
-        let message = format!("no patch is masked, but the loss `{name}` is computed on masked patches: {what}");
-        Some(Problem::error(key, message).help(format!("use at least {least}, or {off}")))
-    };
-    if any_masked(crops, patches, &recipe.masking) {
-        return None;
-    }
-    if !any_masked(crops, patches, &MaskConfig { ratio: [1.0; 2], ..recipe.masking.clone() }) {
-        let least = least_share(crops);
-        let what = format!("{probability} of the {crops} global crops of a batch is less than one crop");
-        return problem("masking.probability", what, least);
-    }
-    let what = format!("{most} of the {patches} patches of a global crop is less than one patch");
-    problem("masking.ratio", what, least_share(patches))
-}
-
-/// The least share, in few digits, of which `n` things give one.
-fn least_share(n: usize) -> f64 {
-    let digits = 10f64.powi((n as f64).log10().ceil() as i32 + 2);
-    let up = (digits / n as f64).ceil();
-    if (up - 1.0) / digits * n as f64 >= 1.0 {
-        (up - 1.0) / digits
-    } else {
-        up / digits
-    }
+    let mut sides: Vec<usize> = recipe.crops.variants(None).into_iter().map(|r| r.global_size / patch).collect();
+    sides.sort_unstable();
+    let none = sides.into_iter().find_map(|side| masking.unmasked(crops, Grid { height: side, width: side }))?;
+    let message = format!("no patch is masked, but the loss `{name}` is computed on masked patches: {}", none.reason);
+    let help = format!("{}, or set losses.{name}.enabled = false", none.help);
+    Some(Problem::error(format!("masking.{}", none.key), message).help(help))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_least_share_gives_one_and_has_few_digits() {
-        for n in (1..3000).chain([123_457, 99_999_999]) {
-            let share = least_share(n);
-            assert!((n as f64 * share) as usize == 1 && (n as f32 * share as f32) as usize >= 1, "{n}: {share}");
-        }
-        assert_eq!([1, 8, 6, 300].map(least_share), [1.0, 0.125, 0.167, 0.00334]);
-    }
 
     #[test]
     fn divisors_near_a_number_are_found_without_listing_all() {

@@ -185,8 +185,8 @@ fn own_gram_side(recipe: &Recipe) -> Option<usize> {
     recipe.gram_teacher.as_ref().and_then(|t| t.build(&mut ()).ok())?.crop_size()
 }
 
-/// Masked patches an image, on average.
+/// Masked patches an image, on average; 0 if the plugin refuses its configuration.
 fn masked_patches(recipe: &Recipe, grid: Grid) -> f64 {
-    let ratio = recipe.masking.ratio.iter().sum::<f64>() / 2.0;
-    (GLOBALS * grid.patches()) as f64 * recipe.masking.probability * ratio
+    let share = recipe.masking.build(&mut ()).map_or(0.0, |masking| masking.share(grid));
+    (GLOBALS * grid.patches()) as f64 * share
 }

@@ -170,7 +170,8 @@ pub(super) fn schedule_of(schema: &Json) -> Option<&Json> {
     Some(schema).filter(is).or_else(inside)
 }
 
-/// Of several alternatives the one for the plugin that the table names; `[losses.x]` names x if it says nothing.
+/// Of several alternatives the one for the plugin that the table names; `[losses.x]` names x if it says nothing, other
+/// tables the default of their kind.
 pub(super) fn table_schema<'a>(schema: &'a Json, table: Option<&Dict>, name: &str) -> &'a Json {
     let plugin = table.and_then(|t| t.get("plugin")).and_then(Value::as_str).unwrap_or(name);
     let all = alternatives(schema);
@@ -185,7 +186,6 @@ fn trainer_part(key: &str) -> &'static str {
         "name" | "seed" | "steps" | "device" | "precision" | "init_from" | "on_non_finite" => "trainer",
         "crops" => "augmentation",
         "batch" => "data loader",
-        "masking" => "mask sampler",
         "optimizer" => "optimizer",
         "log" => "logger",
         "checkpoint" => "checkpoints",

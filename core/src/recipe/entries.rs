@@ -1,4 +1,4 @@
-//! Losses and probes of a recipe: named plugin tables with keys of the recipe's own beside the plugin's.
+//! Backbone, crops, losses and probes of a recipe: named plugin tables with keys of the recipe's own beside the plugin's.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -9,9 +9,10 @@ use schemars::{JsonSchema, SchemaGenerator};
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use super::schema::{CropConfig, Resolution};
 use super::Nested;
-use crate::contract::{Backbone, Loss, Probe, Schedule};
-use crate::registry::{plugin_schema, plugins, Chosen, Kind};
+use crate::contract::{Augmentation, Backbone, Loss, Probe, Schedule};
+use crate::registry::{default_of, plugin_schema, plugins, Chosen, CropContext, Kind};
 
 /// The backbone in a recipe: the plugin's own keys and these.
 #[derive(Clone, Debug, PartialEq)]
@@ -20,6 +21,15 @@ pub struct BackboneEntry {
     pub weights: Option<PathBuf>,
     /// The plugin.
     pub plugin: Chosen<dyn Backbone>,
+}
+
+/// The crops in a recipe: an augmentation's own keys and those of [`CropConfig`].
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct CropsEntry {
+    /// What is cut, whatever the augmentation.
+    pub own: CropConfig,
+    /// The plugin.
+    pub augmentation: Chosen<dyn Augmentation>,
 }
 
 /// A loss in a recipe: the plugin's own keys and these.
@@ -141,6 +151,66 @@ impl JsonSchema for BackboneEntry {
         weights.insert("format".into(), "path".into());
         let own = [("weights".to_string(), weights.to_value())].into_iter().collect();
         plugin_schema::<dyn Backbone>(generator, &own, None)
+    }
+}
+
+impl CropsEntry {
+    /// The recipe's own keys.
+    pub const OWN: &'static [&'static str] =
+        &["global_size", "local_count", "local_size", "resolutions", "gram_without_distortion", "mean", "std"];
+
+    /// Builds the augmentation for crops of these sizes.
+    ///
+    /// # Errors
+    /// If the plugin refuses its configuration, or does not go with the sizes.
+    pub fn build(&self, sizes: &Resolution, patch_size: usize) -> crate::Result<(Box<dyn Augmentation>, CropContext)> {
+        let Resolution { global_size, local_size, .. } = *sizes;
+        let mut context = CropContext { global_size, local_size, local_count: self.local_count, patch_size };
+        Ok((self.augmentation.build(&mut context)?, context))
+    }
+}
+
+/// What core reads of the crops is what the recipe says itself.
+impl Deref for CropsEntry {
+    type Target = CropConfig;
+
+    fn deref(&self) -> &Self::Target {
+        &self.own
+    }
+}
+
+impl Serialize for CropsEntry {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let own = serde_json::to_value(&self.own).map_err(serde::ser::Error::custom)?;
+        let plugin = serde_json::to_value(&self.augmentation).map_err(serde::ser::Error::custom)?;
+        let tables = [plugin, own].into_iter().filter_map(|table| table.as_object().cloned());
+        tables.flatten().collect::<serde_json::Map<_, _>>().serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for CropsEntry {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        use figment::value::{Dict, Value};
+        let read = |value: Value| -> Result<Self, Nested> {
+            let Value::Dict(tag, table) = value else { return Err(Nested::wrong_type(&value, "a table")) };
+            let (own, rest): (Dict, Dict) = table.into_iter().partition(|(k, _)| Self::OWN.contains(&k.as_str()));
+            let own = Value::Dict(tag, own).deserialize().map_err(|e| Nested::of(&e))?;
+            let augmentation = Chosen::from_value(&Value::Dict(tag, rest), default_of::<dyn Augmentation>());
+            Ok(Self { own, augmentation: augmentation.map_err(|e| e.with_known(Self::OWN.iter().copied()))? })
+        };
+        read(<Value as Deserialize>::deserialize(deserializer)?).map_err(|e| D::Error::custom(e.encode()))
+    }
+}
+
+impl JsonSchema for CropsEntry {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "crops".into()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> schemars::Schema {
+        let own = CropConfig::json_schema(generator).to_value();
+        let own = own.get("properties").and_then(|p| p.as_object()).cloned().unwrap_or_default();
+        plugin_schema::<dyn Augmentation>(generator, &own, default_of::<dyn Augmentation>())
     }
 }
 

@@ -15,10 +15,12 @@ use figment::providers::{Env, Format, Toml};
 use figment::value::{Dict, Value};
 use figment::Provider;
 
-use super::entries::{BackboneEntry, Entry, LossEntry, ProbeEntry};
+use super::entries::{BackboneEntry, CropsEntry, Entry, LossEntry, ProbeEntry};
 use super::optimizer::OptimizerEntry;
 use super::problem::{nearest, Origin, Problem, SourceFile};
 use super::resolved::Resolved;
+use crate::contract::{Augmentation, Masking, Optimizer};
+use crate::registry;
 use crate::weights::Source;
 use crate::{Error, Result};
 
@@ -359,11 +361,11 @@ fn merge(
 
 /// Keys of a plugin table that are the recipe's, not the plugin's.
 fn own_keys(path: &str) -> &'static [&'static str] {
-    if path == "backbone" {
-        return BackboneEntry::OWN;
-    }
-    if path == "optimizer" {
-        return OptimizerEntry::OWN;
+    match path {
+        "backbone" => return BackboneEntry::OWN,
+        "crops" => return CropsEntry::OWN,
+        "optimizer" => return OptimizerEntry::OWN,
+        _ => {}
     }
     match path.split_once('.') {
         Some(("losses", name)) if !name.contains('.') => LossEntry::OWN,
@@ -373,9 +375,11 @@ fn own_keys(path: &str) -> &'static [&'static str] {
 }
 
 fn switches_plugin(path: &str, lower: &Dict, upper: &Dict) -> bool {
-    // The plugin of `[losses.x]` and `[probes.x]` is x unless another is named.
     let default = match path {
-        "optimizer" => Some(OptimizerEntry::DEFAULT),
+        "crops" => registry::default_of::<dyn Augmentation>(),
+        "masking" => registry::default_of::<dyn Masking>(),
+        "optimizer" => registry::default_of::<dyn Optimizer>(),
+        // The plugin of `[losses.x]` and `[probes.x]` is x unless another is named.
         _ => path.split_once('.').filter(|_| !own_keys(path).is_empty()).map(|(_, name)| name),
     };
     let below = lower.get("plugin").and_then(Value::as_str).or(if lower.is_empty() { None } else { default });

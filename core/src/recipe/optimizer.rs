@@ -8,10 +8,10 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::{Nested, OptimizerConfig};
 use crate::contract::Optimizer;
-use crate::registry::{plugin_schema, Chosen};
+use crate::registry::{default_of, plugin_schema, Chosen};
 
 /// The optimizer in a recipe: the plugin's own keys and those of every optimizer.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct OptimizerEntry {
     /// Rates, decay and clipping.
     pub config: OptimizerConfig,
@@ -30,15 +30,6 @@ impl OptimizerEntry {
         "patch_embed_lr_mult",
         "freeze_last_layer_steps",
     ];
-
-    /// The plugin of a recipe that names none.
-    pub const DEFAULT: &'static str = "adamw";
-}
-
-impl Default for OptimizerEntry {
-    fn default() -> Self {
-        Self { config: OptimizerConfig::default(), plugin: Chosen::by_default(Self::DEFAULT) }
-    }
 }
 
 impl Deref for OptimizerEntry {
@@ -67,7 +58,7 @@ impl<'de> Deserialize<'de> for OptimizerEntry {
         let read = |value: Value| -> Result<Self, Nested> {
             let Value::Dict(tag, table) = value else { return Err(Nested::wrong_type(&value, "a table")) };
             let (own, rest): (Dict, Dict) = table.into_iter().partition(|(k, _)| Self::OWN.contains(&k.as_str()));
-            let plugin = Chosen::from_value(&Value::Dict(tag, rest), Some(Self::DEFAULT));
+            let plugin = Chosen::from_value(&Value::Dict(tag, rest), default_of::<dyn Optimizer>());
             let plugin = plugin.map_err(|e| e.with_known(Self::OWN.iter().copied()))?;
             Ok(Self { config: Value::Dict(tag, own).deserialize().map_err(|e| Nested::of(&e))?, plugin })
         };
@@ -83,7 +74,7 @@ impl JsonSchema for OptimizerEntry {
     fn json_schema(generator: &mut SchemaGenerator) -> schemars::Schema {
         let own = OptimizerConfig::json_schema(generator).to_value();
         let own = own.get("properties").and_then(|p| p.as_object()).cloned().unwrap_or_default();
-        plugin_schema::<dyn Optimizer>(generator, &own, Some(Self::DEFAULT))
+        plugin_schema::<dyn Optimizer>(generator, &own, default_of::<dyn Optimizer>())
     }
 }
 

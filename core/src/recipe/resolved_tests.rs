@@ -174,8 +174,9 @@ fn impossible_combinations_name_key_and_remedy() {
         ("[batch]\nsize = 6\nmicro_batches = 4", "recipe.toml:12:17: batch.micro_batches: 6 images cannot be split into 4 equal parts", "use 3 or 6"),
         ("[losses.test_gram]", "recipe.toml:10:9: losses.test_gram: this loss compares with a Gram teacher, and the recipe has none", "[gram_teacher]"),
         ("[batch]\nsize = 2\nmicro_batches = 2\n[losses.test_spread]", "recipe.toml:13:9: losses.test_spread: needs at least 2 images of a micro-batch; there is 1", "raise batch.size"),
-        ("[losses.test_masked]\n[masking]\nprobability = 0", "recipe.toml:12:15: masking.probability: no patch is masked", "losses.test_masked.enabled = false"),
-        ("[masking]\nprobability = 1.5", "recipe.toml:11:15: masking.probability: has to be 0 to 1, not 1.5", ""),
+        ("[losses.test_masked]\n[masking]\nshare = 0", "recipe.toml:12:9: masking.share: no patch is masked", "use at least 0.1, or set losses.test_masked.enabled = false"),
+        ("[masking]\nshare = 1.5", "recipe.toml:11:9: masking.share: has to be 0 to 1, not 1.5", ""),
+        ("[masking]\nshrae = 1.5", "recipe.toml:11:1: masking.shrae: unknown key", "did you mean `share`"),
         ("[masking]\nratio = [0.5, 0.1]", "recipe.toml:11:9: masking.ratio: has to be [least, most]", ""),
         ("[crops]\nlocal_scale = [0.0, 0.1]", "recipe.toml:11:15: crops.local_scale: number 1 has to be above 0, at most 1, not 0", ""),
         ("enabled = false", "recipe.toml:9:2: losses: no loss is enabled", "losses.test_cls.enabled = true"),
@@ -246,26 +247,46 @@ fn a_precision_that_the_named_device_does_not_have_is_refused() {
 }
 
 #[test]
-fn masks_that_hide_nothing_name_the_least_number() {
-    // 2 global crops of 4 images; 16 x 16 patches.
-    let masked =
-        |more: &str| with(&format!("[losses.test_masked]\n[batch]\nsize = 4\nmicro_batches = 2\n[masking]\n{more}"));
-    let share = refused(&masked("probability = 0.12"));
-    assert!(
-        share.contains("masking.probability: no patch is masked") && share.contains("use at least 0.125"),
-        "{share}"
-    );
-    let ratio = refused(&masked("ratio = [0, 0.003]"));
-    assert!(ratio.contains("masking.ratio: no patch is masked") && ratio.contains("use at least 0.00391"), "{ratio}");
-    Resolved::from_text(&masked("probability = 0.125\nratio = [0, 0.00391]")).unwrap();
-    let small = "ratio = [0.1, 0.5]\n[crops]\nresolutions = [{ share = 1, global_size = 16, local_size = 16 }]";
-    assert!(refused(&masked(small)).contains("0.5 of the 1 patches"));
+fn a_masking_table_that_names_no_plugin_means_the_default_of_its_kind() {
+    let value = |more: &str| Resolved::from_text(&with(more)).unwrap().value["masking"].clone();
+    assert_eq!(value("")["plugin"], "test_first");
+    assert_eq!(value("[masking]\nshare = 0.25")["share"], 0.25);
+    // Another plugin drops the keys of the one that was not named.
+    let other = set("masking.plugin=test_a_nothing").unwrap();
+    assert_eq!(other.value["masking"], serde_json::json!({ "plugin": "test_a_nothing" }));
+    let base = RawRecipe::from_text(&with("[masking]\nshare = 0.25")).unwrap();
+    let overrides = Overrides { sets: vec!["masking.plugin=test_a_nothing".into()], env: false };
+    assert_eq!(base.with(&overrides).unwrap().resolve().unwrap().value["masking"], other.value["masking"]);
+    let raw = RawRecipe::from_text(&with("[masking]\nshare = 0.25")).unwrap();
+    let key = Guide::default().key(raw.value(), "masking.share").expect("a key of the default");
+    assert_eq!((key.reader.as_str(), key.kind.as_str()), ("masking plugin `test_first`", "number, 0 to 1"));
 }
 
 #[test]
-fn local_crops_fit_into_the_global_ones_that_they_are_cut_from() {
-    let crops = |more: &str| with(&format!("[crops]\nlocal_from_global = true\n{more}"));
-    assert!(refused(&crops("local_size = 512")).contains("crops.local_size: local crops of 512 pixels cannot be cut"));
+fn crops_have_keys_of_their_own_beside_those_of_the_augmentation() {
+    let crops = |more: &str| Resolved::from_text(&with(&format!("[crops]\n{more}")));
+    let value = crops("nested = true\nlocal_count = 3\nmean = [0.5, 0.5, 0.5]").unwrap().value["crops"].clone();
+    assert_eq!((&value["plugin"], &value["nested"]), (&"test_whole".into(), &true.into()));
+    assert_eq!((&value["local_count"], &value["global_size"]), (&3.into(), &256.into()));
+    let resolved = Resolved::from_text(&with("")).unwrap();
+    assert_eq!(Resolved::from_text(&resolved.to_toml()).unwrap().value, resolved.value);
+    let misspelt = refused_with("[crops]\nloacl_count = 3");
+    assert!(misspelt.contains("crops.loacl_count: unknown key") && misspelt.contains("`local_count`"), "{misspelt}");
+    let misspelt = refused_with("[crops]\nnestde = true");
+    assert!(misspelt.contains("crops.nestde: unknown key") && misspelt.contains("`nested`"), "{misspelt}");
+    let text = refused_with("[crops]\nglobal_size = \"large\"");
+    assert!(text.contains("recipe.toml:11:15: crops.global_size: expected a whole number, 1 to 16384"), "{text}");
+    let raw = RawRecipe::from_text(&with("[crops]\nnested = true")).unwrap();
+    let reader = |key: &str| Guide::default().key(raw.value(), key).expect("a key").reader;
+    assert_eq!(reader("crops.local_count"), "augmentation");
+    assert_eq!(reader("crops.nested"), "augmentation plugin `test_whole`");
+}
+
+#[test]
+fn an_augmentation_refuses_sizes_that_it_cannot_cut() {
+    let crops = |more: &str| with(&format!("[crops]\nnested = true\n{more}"));
+    let whole = refused(&crops("local_size = 512"));
+    assert!(whole.contains("crops: 512 is more than 256") && whole.contains("set crops.nested = false"), "{whole}");
     let sizes = |a: usize, b: usize| {
         format!(
             "resolutions = [{{ share = 1, global_size = 64, local_size = 64 }}, \
@@ -273,10 +294,7 @@ fn local_crops_fit_into_the_global_ones_that_they_are_cut_from() {
         )
     };
     let message = refused(&crops(&sizes(64, 80)));
-    assert!(
-        message.contains("crops.resolutions: local crops of 80 pixels cannot be cut from global ones of 64"),
-        "{message}"
-    );
+    assert!(message.contains("crops.resolutions: 80 is more than 64"), "{message}");
     Resolved::from_text(&crops(&sizes(80, 64))).unwrap();
     Resolved::from_text(&crops(&format!("{}\nlocal_count = 0", sizes(64, 80)))).unwrap();
 }

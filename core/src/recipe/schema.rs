@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, Serializer};
 
-use super::entries::{BackboneEntry, Losses, Probes};
+use super::entries::{BackboneEntry, CropsEntry, Losses, Probes};
 use super::optimizer::OptimizerEntry;
-use crate::contract::{Dataset, Schedule, TeacherPolicy};
+use crate::contract::{Dataset, Masking, Schedule, TeacherPolicy};
 use crate::registry::Chosen;
 use crate::{DType, Device, Error};
 
@@ -41,12 +41,12 @@ pub struct Recipe {
     /// Images a step and how they are read.
     #[serde(default)]
     pub batch: BatchConfig,
-    /// Views cut from every image.
+    /// Views cut from every image, and how they are distorted: sizes and numbers, and a plugin.
     #[serde(default)]
-    pub crops: CropConfig,
-    /// Which patches are hidden from the student.
+    pub crops: CropsEntry,
+    /// Which patches of the global crops are hidden from the student: a plugin.
     #[serde(default)]
-    pub masking: MaskConfig,
+    pub masking: Chosen<dyn Masking>,
     /// What the student is taught: `[losses.<name>]`, `plugin` defaults to the name.
     pub losses: Losses,
     /// How the teacher of DINO and iBOT follows the student: a plugin.
@@ -202,42 +202,25 @@ impl BatchConfig {
 /// The usual mistake about the pixels' mean and standard deviation.
 const BY_255: &str = "pixels are in [0, 1] here: divide numbers that are meant for 0 to 255 by 255";
 
-/// Views cut from every image: two global crops, some local ones, with the reference's augmentation.
+/// What is cut from every image whatever the augmentation: two global crops, some local ones, and the Gram teacher's.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CropConfig {
     /// Side of a global crop in pixels.
     #[schemars(range(min = 1, max = 16384))]
     pub global_size: usize,
-    /// Area of a global crop as a share of the image's: [least, most].
-    #[schemars(extend("items" = { "type": "number", "exclusiveMinimum": 0, "maximum": 1 }, "x-ascending" = true))]
-    pub global_scale: [f64; 2],
     /// Local crops an image.
     #[schemars(range(max = 1000))]
     pub local_count: usize,
     /// Side of a local crop in pixels.
     #[schemars(range(min = 1, max = 16384))]
     pub local_size: usize,
-    /// Area of a local crop as a share of the image's: [least, most].
-    #[schemars(extend("items" = { "type": "number", "exclusiveMinimum": 0, "maximum": 1 }, "x-ascending" = true))]
-    pub local_scale: [f64; 2],
     /// Other sizes, one drawn every step by its share, in place of `global_size`, `local_size` and the Gram teacher's
     /// `crop_size`; empty: always those. High-resolution adaptation trains on several sizes at once.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub resolutions: Vec<Resolution>,
-    /// Whether crops are mirrored half of the time.
-    pub horizontal_flip: bool,
-    /// One colour distortion for all crops of an image instead of one each.
-    pub share_color_jitter: bool,
-    /// Local crops are cut from the global ones instead of from the image.
-    pub local_from_global: bool,
     /// Whether the Gram teacher's crops are spared the colour distortion of the student's.
     pub gram_without_distortion: bool,
-    /// Probability that a crop is blurred: [first global, second global, local]. The default is what the reference
-    /// really does; its source asks for [1.0, 0.1, 0.5] (BYOL's values) but applies each with probability 1 - p
-    /// (facebookresearch/dinov3 issue 286).
-    #[schemars(inner(range(min = 0, max = 1)))]
-    pub blur: [f64; 3],
     /// Mean of the pixels per channel, in [0, 1].
     #[serde(serialize_with = "as_written")]
     #[schemars(inner(range(min = 0, max = 1)), extend("x-help" = BY_255))]
@@ -252,16 +235,10 @@ impl Default for CropConfig {
     fn default() -> Self {
         Self {
             global_size: 256,
-            global_scale: [0.32, 1.0],
             local_count: 8,
             local_size: 112,
-            local_scale: [0.05, 0.32],
             resolutions: Vec::new(),
-            horizontal_flip: true,
-            share_color_jitter: false,
-            local_from_global: false,
             gram_without_distortion: false,
-            blur: [0.0, 0.9, 0.5],
             mean: [0.485, 0.456, 0.406],
             std: [0.229, 0.224, 0.225],
         }
@@ -306,26 +283,6 @@ impl CropConfig {
 /// Writes f32 as the shortest decimals that mean it: 0.485, not 0.48500001430511475.
 pub(crate) fn as_written<S: Serializer>(values: &[f32; 3], serializer: S) -> Result<S::Ok, S::Error> {
     values.map(|x| x.to_string().parse::<f64>().expect("a printed number is a number")).serialize(serializer)
-}
-
-/// Which patches of the global crops are hidden from the student, by the reference's block-wise sampler.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct MaskConfig {
-    /// Share of the global crops that are masked at all.
-    #[schemars(range(min = 0, max = 1))]
-    pub probability: f64,
-    /// Share of patches masked in those, spread evenly over [least, most].
-    #[schemars(inner(range(min = 0, max = 1)), extend("x-ascending" = true))]
-    pub ratio: [f64; 2],
-    /// Shift every mask around the torus by a random amount.
-    pub random_circular_shift: bool,
-}
-
-impl Default for MaskConfig {
-    fn default() -> Self {
-        Self { probability: 0.5, ratio: [0.1, 0.5], random_circular_shift: false }
-    }
 }
 
 /// What every optimizer has: rates, decay and clipping, by the reference's parameter groups.

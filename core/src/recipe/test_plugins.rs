@@ -4,7 +4,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::contract::*;
 use crate::params::{Init, ParamSpec, Params};
-use crate::registry::{BackboneContext, Chosen, LossContext};
+use crate::registry::{BackboneContext, Chosen, CropContext, LossContext};
+use crate::rng::Rng;
 use crate::{plugin, Error, Result, Tensor};
 
 macro_rules! config {
@@ -179,6 +180,90 @@ pub(super) struct Careless {
 loss!(Careless, "test_careless", |_: &Careless| Needs::default());
 
 config! {
+    /// Hides the first patches of every crop.
+    First {
+        /// Share of the patches.
+        #[schemars(range(min = 0, max = 1))]
+        share: f64 = 0.5,
+        /// Two shares that mean nothing.
+        #[schemars(inner(range(min = 0, max = 1)), extend("x-ascending" = true))]
+        ratio: [f64; 2] = [0.0, 1.0],
+    }
+}
+impl First {
+    fn of_crop(&self, grid: Grid) -> usize {
+        (grid.patches() as f64 * self.share) as usize
+    }
+}
+impl Masking for First {
+    fn masked(&self, crops: usize, grid: Grid) -> usize {
+        crops * self.of_crop(grid)
+    }
+    fn share(&self, _: Grid) -> f64 {
+        self.share
+    }
+    fn unmasked(&self, _: usize, grid: Grid) -> Option<Unmasked> {
+        let reason = format!("{} of {} patches is less than one", self.share, grid.patches());
+        (self.of_crop(grid) == 0).then(|| Unmasked { key: "share", reason, help: "use at least 0.1".into() })
+    }
+    fn draw(&self, _: &mut Rng, crops: usize, grid: Grid) -> Vec<Vec<bool>> {
+        vec![(0..grid.patches()).map(|patch| patch < self.of_crop(grid)).collect(); crops]
+    }
+}
+plugin!(default Masking, "test_first", First);
+
+config! {
+    /// The whole image, over and over.
+    Whole {
+        /// A range that means nothing.
+        #[schemars(extend("items" = { "type": "number", "exclusiveMinimum": 0, "maximum": 1 }, "x-ascending" = true))]
+        local_scale: [f64; 2] = [0.5, 1.0],
+        /// Three numbers that mean nothing.
+        #[schemars(inner(range(min = 0, max = 1)))]
+        blur: [f64; 3] = [0.0; 3],
+        /// Whether local crops may not be larger than global ones.
+        nested: bool = false,
+    }
+}
+impl Whole {
+    fn build(self, crops: &mut CropContext) -> Result<Box<dyn Augmentation>> {
+        let CropContext { global_size, local_size, local_count, .. } = *crops;
+        if self.nested && local_count > 0 && local_size > global_size {
+            return Err(Error::user(format!("{local_size} is more than {global_size}"), "set crops.nested = false"));
+        }
+        Ok(Box::new(self))
+    }
+}
+impl Augmentation for Whole {
+    fn plan(&self, (width, height): (usize, usize), _: &dyn Fn(u64) -> Rng) -> ImagePlan {
+        let cut = Cut::Image { area: Rect { x: 0, y: 0, width, height }, flip: false };
+        let crop = CropPlan { cut, color: ColorPlan::default(), blur: None, solarize: None };
+        ImagePlan { shared_color: None, globals: [crop; 2], locals: Vec::new() }
+    }
+}
+plugin!(default Augmentation, "test_whole", Whole, Whole::build);
+
+config! {
+    /// Hides nothing.
+    Nothing {}
+}
+impl Masking for Nothing {
+    fn masked(&self, _: usize, _: Grid) -> usize {
+        0
+    }
+    fn share(&self, _: Grid) -> f64 {
+        0.0
+    }
+    fn unmasked(&self, _: usize, _: Grid) -> Option<Unmasked> {
+        Some(Unmasked { key: "plugin", reason: "it hides nothing".into(), help: "choose another".into() })
+    }
+    fn draw(&self, _: &mut Rng, crops: usize, grid: Grid) -> Vec<Vec<bool>> {
+        vec![vec![false; grid.patches()]; crops]
+    }
+}
+plugin!(Masking, "test_a_nothing", Nothing);
+
+config! {
     /// Follows slowly, on crops of a size of its own.
     Slow {
         /// Share that stays.
@@ -253,7 +338,7 @@ config! {
     }
 }
 macro_rules! optimizer {
-    ($config:ident, $name:literal, $moments:expr) => {
+    ([$($kind:tt)*] $config:ident, $name:literal, $moments:expr) => {
         impl Optimizer for $config {
             fn moments(&self) -> &[&'static str] {
                 $moments
@@ -265,11 +350,11 @@ macro_rules! optimizer {
                 Reach { memory: 1.0, share: 1.0, gain: 1.0, most: 0.0 }
             }
         }
-        plugin!(Optimizer, $name, $config);
+        plugin!($($kind)*, $name, $config);
     };
 }
-optimizer!(Adam, "adamw", &["mean", "square"]);
-optimizer!(Plain, "test_plain", &["mean"]);
+optimizer!([default Optimizer] Adam, "adamw", &["mean", "square"]);
+optimizer!([Optimizer] Plain, "test_plain", &["mean"]);
 
 /// A small recipe that is right.
 pub(super) const RECIPE: &str = r#"name = "small"

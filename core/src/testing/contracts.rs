@@ -3,11 +3,12 @@
 //! Losses have more of their own: [`check`](super::check()).
 
 use crate::contract::{
-    At, Backbone, Crops, Dataset, Follow, Grid, Mode, Optimizer, PosContext, PosEncoding, Scheduler, TeacherPolicy,
+    At, Augmentation, Backbone, Crops, Dataset, Follow, Grid, Masking, Mode, Optimizer, PosContext, PosEncoding,
+    Scheduler, TeacherPolicy,
 };
 use crate::params::{Init, Layout, ParamBuilder, ParamRole, Params};
 use crate::recipe::OptimizerEntry;
-use crate::registry::{self, BackboneContext, Chosen, Kind};
+use crate::registry::{self, BackboneContext, Chosen, CropContext, Kind};
 use crate::rng::{Rng, Stream};
 use crate::step::{Updates, CHANNELS};
 use crate::tensor::Tape;
@@ -30,11 +31,19 @@ fn ensure(holds: bool, otherwise: impl Into<String>) -> Held {
 /// # Errors
 /// As a recipe: an unknown name, a wrong key, a config that is refused.
 pub fn plugin<K: ?Sized + Kind>(table: &str, context: &mut K::Context<'_>) -> Result<Box<K>> {
+    chosen::<K>(table)?.build(context)
+}
+
+/// The choice of such a table, which is not built yet.
+///
+/// # Errors
+/// As a recipe: an unknown name or a wrong key.
+pub fn chosen<K: ?Sized + Kind>(table: &str) -> Result<Chosen<K>> {
     let table: toml::Table =
         toml::from_str(table).map_err(|e| Error::user(e.to_string(), "write it as in a recipe"))?;
     let table = figment::value::Value::serialize(table).expect("a table is plain data");
     let refused = |e: crate::recipe::Nested| Error::user(e.encode(), "see `dinolab plugins`");
-    Chosen::<K>::from_value(&table, None).map_err(refused)?.build(context)
+    Chosen::<K>::from_value(&table, registry::default_of::<K>()).map_err(refused)
 }
 
 /// A scheduler is finite at every step of a run, and pure.
@@ -113,6 +122,52 @@ pub fn dataset(data: &dyn Dataset) -> Held {
         }
     }
     Ok(())
+}
+
+/// An augmentation draws plans that can be applied to images of every size, and the same from equal generators.
+///
+/// # Errors
+/// What does not hold.
+pub fn augmentation(table: &str) -> Held {
+    for local_count in [0, 1, 6] {
+        let mut context = CropContext { global_size: 64, local_size: 32, local_count, patch_size: 8 };
+        let plugin = plugin::<dyn Augmentation>(table, &mut context).map_err(|e| e.to_string())?;
+        for (i, size) in [(8, 8), (9, 500), (300, 11), (64, 64), (640, 480)].into_iter().enumerate() {
+            for image in 0..100 {
+                let rng = |crop: u64| Rng::new(1, Stream::Augment, i as u64, image << 16 | crop);
+                let plan = plugin.plan(size, &rng);
+                if let Some(fault) = plan.fault(size, &context) {
+                    return Err(format!("a plan for an image of {}x{} pixels {fault}", size.0, size.1));
+                }
+                let same = plan == plugin.plan(size, &rng);
+                ensure(same, "equal generators draw differently: everything random comes from `rng`")?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A masking masks as many patches as it says, whatever it draws, and draws the same from equal generators; its average
+/// share is what it masks of many crops, and it says why it masks none.
+pub fn masking(masking: &dyn Masking) -> Held {
+    for (crops, height, width) in [(1, 1, 1), (2, 4, 4), (6, 7, 5), (16, 14, 14), (8, 3, 20)] {
+        let grid = Grid { height, width };
+        let (masked, of) = (masking.masked(crops, grid), format!("{crops} crops of {height}x{width} patches"));
+        for step in 0..20 {
+            let draw = || masking.draw(&mut Rng::new(1, Stream::Mask, step, 0), crops, grid);
+            let rows = draw();
+            let whole = rows.len() == crops && rows.iter().all(|row| row.len() == grid.patches());
+            ensure(whole, format!("it does not draw a cell for every patch of {of}"))?;
+            let hidden = rows.iter().flatten().filter(|&&hidden| hidden).count();
+            ensure(hidden == masked, format!("it masks {hidden} patches of {of} and says {masked}"))?;
+            ensure(rows == draw(), "equal generators draw differently: everything random comes from `rng`")?;
+        }
+        let refused = masking.unmasked(crops, grid).is_some();
+        ensure(refused == (masked == 0), format!("of {of} it masks {masked}, and `unmasked` says otherwise"))?;
+    }
+    let (crops, grid) = (1000, Grid { height: 32, width: 32 });
+    let (share, found) = (masking.share(grid), masking.masked(crops, grid) as f64 / (crops * grid.patches()) as f64);
+    ensure((share - found).abs() < 0.02, format!("it masks {found} of many patches and says {share}"))
 }
 
 /// A backbone gives features of the shapes that its contract promises, the same in every call, and every parameter has

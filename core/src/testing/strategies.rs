@@ -6,7 +6,6 @@ use proptest::prelude::*;
 
 use super::case::normal;
 use crate::contract::Grid;
-use crate::data::BlockMask;
 use crate::rng::{Rng, Stream};
 use crate::Tensor;
 
@@ -69,11 +68,14 @@ pub fn grids(side: Range<usize>) -> impl Strategy<Value = Grid> {
     (side.clone(), side).prop_map(|(height, width)| Grid { height, width })
 }
 
-/// Block-wise masks as training draws them, with their grid: some patches hidden, row-major.
+/// Masks with their grid: a share of the patches hidden, drawn uniformly, row-major.
 pub fn masks(side: Range<usize>) -> impl Strategy<Value = (Grid, Vec<bool>)> {
     (grids(side), 0.0..1.0, any::<u64>()).prop_map(|(grid, share, seed)| {
         let mut rng = Rng::new(seed, Stream::Plugin, 0, 0);
-        (grid, BlockMask::new(grid).draw(&mut rng, (grid.patches() as f64 * share) as usize))
+        let hidden = (grid.patches() as f64 * share) as usize;
+        let mut mask: Vec<bool> = (0..grid.patches()).map(|patch| patch < hidden).collect();
+        rng.shuffle(&mut mask);
+        (grid, mask)
     })
 }
 

@@ -44,7 +44,7 @@ use std::time::{Duration, Instant};
 use self::broken::Broken;
 use crate::contract::Dataset;
 use crate::data::{Loader, LoaderSpec};
-use crate::recipe::{self, CropConfig, OnNonFinite, Recipe, Resolved};
+use crate::recipe::{self, OnNonFinite, Recipe, Resolved};
 use crate::registry::DataContext;
 use crate::step::{Learner, Report};
 use crate::{checkpoint, Error, Result};
@@ -125,9 +125,13 @@ pub fn datasets(recipe: &Recipe) -> Result<(Arc<dyn Dataset>, Arc<dyn Dataset>)>
 /// What the loader needs to know to make batches for `learner` from step `start`.
 pub fn loader_spec(recipe: &Recipe, learner: &Learner, start: u64) -> LoaderSpec {
     let [_, locals] = learner.model().student_sees();
+    let mut crops = recipe.crops.clone();
+    if !locals {
+        crops.own.local_count = 0;
+    }
     LoaderSpec {
         batch: recipe.batch.clone(),
-        crops: CropConfig { local_count: if locals { recipe.crops.local_count } else { 0 }, ..recipe.crops.clone() },
+        crops,
         masking: recipe.masking.clone(),
         patch_size: learner.model().backbone.patch_size(),
         gram_crop_size: learner.gram_crop_size(),

@@ -116,8 +116,14 @@ impl Cases {
     pub fn new(seed: u64) -> Self {
         let schema = describe::schema();
         let mut choices = vec![Vec::new()];
-        let chosen = [("backbone", "backbone"), ("pos_encoding", "backbone.pos_encoding"), ("optimizer", "optimizer")];
-        for (kind, key) in chosen {
+        let kinds = [
+            ("backbone", "backbone"),
+            ("pos_encoding", "backbone.pos_encoding"),
+            ("augmentation", "crops"),
+            ("masking", "masking"),
+            ("optimizer", "optimizer"),
+        ];
+        for (kind, key) in kinds {
             let plugins = registry::all().into_iter().filter(|p| p.kind == kind);
             choices.extend(plugins.map(|p| vec![format!("{key}.plugin={}", p.name)]));
         }

@@ -2,11 +2,11 @@
 
 use crate::golden::{Comparison, Golden};
 use dinolab_core::contract::Grid;
-use dinolab_core::data::masks::{mask_sizes, mask_sizes_at};
-use dinolab_core::data::{views_of_images, BlockMask, Masks};
-use dinolab_core::recipe::MaskConfig;
+use dinolab_core::data::{views_of_images, Masks};
 use dinolab_core::rng::{Rng, Stream};
 use dinolab_core::{DType, Tensor};
+use dinolab_plugins::block::Block;
+use dinolab_plugins::mask_sizes::{mask_sizes, mask_sizes_at};
 
 /// Our draws; the reference's statistics are of `draws` in the file's options.
 const DRAWS: usize = 20_000;
@@ -52,7 +52,7 @@ pub fn mask_statistics(golden: &Golden, _: DType, c: &mut Comparison<'_>) {
         let (grid, count) = (Grid { height: number("H"), width: number("W") }, number("num_masked"));
         let name = |what: &str| format!("{}x{}_n{count}.{what}", grid.height, grid.width);
         let mut rng = Rng::new(17, Stream::Mask, k as u64, 0);
-        let masks: Vec<Vec<bool>> = (0..DRAWS).map(|_| BlockMask::new(grid).draw(&mut rng, count)).collect();
+        let masks: Vec<Vec<bool>> = (0..DRAWS).map(|_| Block::default().draw_one(&mut rng, grid, count)).collect();
 
         let counts = masks.iter().map(|mask| mask.iter().filter(|&&m| m).count() as f64);
         let (least, most) = counts.fold((f64::MAX, 0.0f64), |(a, b), c| (a.min(c), b.max(c)));
@@ -85,13 +85,11 @@ pub fn mask_statistics(golden: &Golden, _: DType, c: &mut Comparison<'_>) {
     }
 }
 
-fn config(options: &serde_json::Value) -> MaskConfig {
+/// How many patches of each of so many crops are masked, by the options of a case.
+fn sizes(crops: usize, patches: usize, options: &serde_json::Value) -> Vec<usize> {
     let number = |v: &serde_json::Value| v.as_f64().unwrap();
-    MaskConfig {
-        probability: number(&options["mask_probability"]),
-        ratio: [number(&options["mask_ratio"][0]), number(&options["mask_ratio"][1])],
-        random_circular_shift: false,
-    }
+    let ratio = [0, 1].map(|end| number(&options["mask_ratio"][end]));
+    mask_sizes(crops, patches, number(&options["mask_probability"]), ratio)
 }
 
 /// A per-sample tensor `[B, crops, ...]` through the batch's crop-major slots.
@@ -117,9 +115,9 @@ pub fn collate(golden: &Golden, _: DType, c: &mut Comparison<'_>) {
 
     let grid = golden.number("/grid", None) as usize;
     let crops = 2 * golden.number("/B", None) as usize;
-    let sizes = mask_sizes(crops, grid * grid, &config(&golden.options));
-    c.check_values("requested_sizes", &sizes.iter().map(|&n| n as f64).collect::<Vec<_>>());
-    c.check_values("upperbound", &[sizes.iter().sum::<usize>() as f64]);
+    let requested = sizes(crops, grid * grid, &golden.options);
+    c.check_values("requested_sizes", &requested.iter().map(|&n| n as f64).collect::<Vec<_>>());
+    c.check_values("upperbound", &[requested.iter().sum::<usize>() as f64]);
 
     let rows = |name: &str| -> Vec<Vec<bool>> {
         golden.values(name).chunks(grid * grid).map(|row| row.iter().map(|&m| m != 0.0).collect()).collect()
@@ -138,10 +136,10 @@ pub fn collate(golden: &Golden, _: DType, c: &mut Comparison<'_>) {
         let number = |key: &str| table[key].as_u64().unwrap() as usize;
         let (crops, patches) = (2 * number("B"), number("N"));
         let ratios: Vec<f32> = golden.values(&format!("ratios{i}")).iter().map(|&r| r as f32).collect();
-        let sizes = mask_sizes_at(crops, patches, &ratios);
-        c.check_values(&format!("sizes{i}"), &sizes.iter().map(|&n| n as f64).collect::<Vec<_>>());
+        let given = mask_sizes_at(crops, patches, &ratios);
+        c.check_values(&format!("sizes{i}"), &given.iter().map(|&n| n as f64).collect::<Vec<_>>());
         // The last bit of the reference's own ratios depends on its machine.
-        let ours = mask_sizes(crops, patches, &config(table));
-        assert!(ours.iter().zip(&sizes).all(|(a, b)| a.abs_diff(*b) <= 1), "{ours:?} against {sizes:?}");
+        let ours = sizes(crops, patches, table);
+        assert!(ours.iter().zip(&given).all(|(a, b)| a.abs_diff(*b) <= 1), "{ours:?} against {given:?}");
     }
 }

@@ -10,6 +10,8 @@ pub fn title(kind: &str) -> &'static str {
         "scheduler" => "Schedulers",
         "teacher" => "Teacher policies",
         "dataset" => "Datasets",
+        "augmentation" => "Augmentations",
+        "masking" => "Masking",
         "probe" => "Probes",
         "optimizer" => "Optimizers",
         other => panic!("a kind of plugin without a title: {other}"),

@@ -163,7 +163,8 @@ struct Finish {
     Paint paint;
     // In elements of the result.
     u64 target;
-    // The crop is the window of `out` pixels at (x, y) of the square at `paint.source`.
+    // The crop is the window of `out` pixels at (x, y) of the square at `paint.source`. Values from `solarize` on are
+    // inverted.
     int side, flip, x, y, out, solarize, blur;
     // Weights of the blur: centre, then distance 1 to 4.
     float taps[5];
@@ -220,7 +221,7 @@ template <class T> __device__ void finish(T* out, const Finish* jobs, const u8* 
         const int c = i / (TILE * TILE), v = i / TILE % TILE, u = i % TILE;
         if (top + v >= job.out || left + u >= job.out) continue;
         float x = job.blur ? rintf(blurred(job.taps, &rows[c][v + HALO][u], TILE)) : in[c][v + HALO][u + HALO];
-        if (job.solarize && x >= 128.0f) x = 255.0f - x;
+        if (x >= (float)job.solarize) x = 255.0f - x;
         x = __fadd_rn(__fmul_rn(x, normal.scale[c]), normal.shift[c]);
         out[job.target + ((size_t)c * job.out + top + v) * job.out + left + u] = from_float<T>(x);
     }

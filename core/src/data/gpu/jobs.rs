@@ -2,9 +2,9 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::data::augment::{image_box, Augmentation};
+use crate::contract::{ColorPlan, CropPlan, Cut, ImagePlan, JitterOp, Rect};
+use crate::data::augment::{image_box, CropMaker};
 use crate::data::blur;
-use crate::data::plan::{ColorPlan, CropPlan, Cut, ImagePlan, JitterOp, Rect};
 use crate::data::resize::Weights;
 
 #[repr(C)]
@@ -56,10 +56,14 @@ pub(super) struct Finish {
     x: i32,
     y: i32,
     pub(super) out: i32,
+    /// The least value that is inverted: [`NEVER`] is above all.
     solarize: i32,
     blur: i32,
     taps: [f32; 5],
 }
+
+/// Above every value of 8 bits.
+const NEVER: i32 = 256;
 
 impl Color {
     fn of(plan: &ColorPlan) -> Self {
@@ -111,7 +115,7 @@ impl Jobs {
     /// Adds image `i` of `images`, of `width` pixels a row at `at`.
     pub(super) fn add(
         &mut self,
-        a: &Augmentation,
+        a: &CropMaker,
         plan: &ImagePlan,
         at: u64,
         size: (usize, usize),
@@ -206,7 +210,7 @@ impl Jobs {
             x: x as i32,
             y: y as i32,
             out: out as i32,
-            solarize: i32::from(plan.solarize),
+            solarize: plan.solarize.map_or(NEVER, i32::from),
             blur: i32::from(plan.blur.is_some()),
             taps: plan.blur.map_or([0.0; 5], blur::taps),
         });

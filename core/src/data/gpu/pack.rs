@@ -88,7 +88,7 @@ pub(super) struct Section {
 /// Packs a step for the device and starts its upload.
 pub(crate) fn pack(pipeline: &Pipeline, raw: RawStep, mut staging: Staging) -> Result<Staged> {
     let images = raw.images.len() / raw.masks.len();
-    let (augmentation, sizes) = pipeline.of_step(raw.step);
+    let (maker, sizes) = pipeline.of_step(raw.step);
     let of_part = |part: &[RawImage]| labels(part.iter().map(|image| pipeline.label(&image.sample)));
     let labels: Vec<Tensor> = raw.images.chunks(images).map(of_part).collect();
     let of_part = |part: &[RawImage]| pipeline.fields(part.iter().map(|image| image.sample.fields.as_slice()));
@@ -99,12 +99,12 @@ pub(crate) fn pack(pipeline: &Pipeline, raw: RawStep, mut staging: Staging) -> R
     let of_micro = |(part, at): (&[RawImage], &[u64])| {
         let mut jobs = Jobs::default();
         for (i, (image, &at)) in part.iter().zip(at).enumerate() {
-            jobs.add(augmentation, &image.plan, at, (image.sample.width, image.sample.height), i, images);
+            jobs.add(maker, &image.plan, at, (image.sample.width, image.sample.height), i, images);
         }
         jobs
     };
     let jobs: Vec<Jobs> = raw.images.par_chunks(images).zip(places.par_chunks(images)).map(of_micro).collect();
-    let locals = augmentation.config.local_count;
+    let locals = maker.config.local_count;
     let mut micros = Vec::with_capacity(jobs.len());
     for (i, ((jobs, masks), part)) in jobs.iter().zip(&raw.masks).zip(raw.images.chunks(images)).enumerate() {
         let crops = |count: usize, side: usize| [count * images, 3, side, side];
@@ -131,8 +131,8 @@ pub(crate) fn pack(pipeline: &Pipeline, raw: RawStep, mut staging: Staging) -> R
     }
     pack.write(&mut staging)?;
     staging.send()?;
-    let [a, b, c] = augmentation.scale;
-    let [d, e, f] = augmentation.shift;
+    let [a, b, c] = maker.scale;
+    let [d, e, f] = maker.shift;
     Ok(Staged { staging, micros, normal: [a, b, c, d, e, f], step: raw.step, broken: raw.broken })
 }
 

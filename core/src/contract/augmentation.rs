@@ -1,0 +1,46 @@
+//! Which crops of an image are seen, and how their colours are changed.
+
+use std::fmt;
+
+use super::plan::ImagePlan;
+use crate::rng::Rng;
+
+/// Which crops of an image are seen and how they are distorted, as a plan: boxes, flips, colour factors, blur, in plain
+/// numbers. Crops are made of the image by the plan elsewhere, in the same way for every augmentation, on the CPU or on the
+/// GPU.
+///
+/// An augmentation is built for crops of given sizes ([`CropContext`](crate::registry::CropContext)); a recipe with several
+/// resolutions has one for each.
+///
+/// ```
+/// use dinolab_core::contract::{Augmentation, ColorPlan, CropPlan, Cut, ImagePlan, Rect};
+/// use dinolab_core::rng::{Rng, Stream};
+///
+/// /// The image as it is, mirrored half of the time; there are no local crops.
+/// #[derive(Debug)]
+/// struct Mirror;
+///
+/// impl Augmentation for Mirror {
+///     fn plan(&self, (width, height): (usize, usize), rng: &dyn Fn(u64) -> Rng) -> ImagePlan {
+///         let crop = |k: u64| CropPlan {
+///             cut: Cut::Image { area: Rect { x: 0, y: 0, width, height }, flip: rng(k).chance(0.5) },
+///             color: ColorPlan::default(),
+///             blur: None,
+///             solarize: None,
+///         };
+///         ImagePlan { shared_color: None, globals: [0, 1].map(crop), locals: Vec::new() }
+///     }
+/// }
+///
+/// let rng = |crop: u64| Rng::new(0, Stream::Augment, 0, crop);
+/// assert_eq!(Mirror.plan((64, 48), &rng), Mirror.plan((64, 48), &rng));
+/// ```
+pub trait Augmentation: fmt::Debug + Send + Sync {
+    /// The plan for an image of `(width, height)` pixels, a pure function of the size and its generators. `rng(k)` is the
+    /// generator of crop `k`, global crops first, [`WHOLE_IMAGE`] that of what crops share, so that one crop's draws never
+    /// shift another's.
+    fn plan(&self, size: (usize, usize), rng: &dyn Fn(u64) -> Rng) -> ImagePlan;
+}
+
+/// The generator of what is drawn for a whole image; no crop has so high a number.
+pub const WHOLE_IMAGE: u64 = u16::MAX as u64;
