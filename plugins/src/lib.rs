@@ -8,7 +8,7 @@
 //! | position encoding | [`rope_box`], [`relative_bias_box`], [`learned_absolute`], [`none`] |
 //! | loss | [`dino`], [`ibot`], [`koleo`], [`gram`], [`byol`], [`vicreg`], [`barlow_twins`], [`info_nce`], [`sigreg`], [`inpainting`], [`rotation`], [`jigsaw`], [`relative_location`], [`cka`], [`online_linear`] |
 //! | scheduler | [`constant`], [`linear_warmup`], [`linear_warmup_cosine`], [`cosine`], [`step`] |
-//! | teacher policy | [`ema`], [`frozen`], [`gram_anchor`] |
+//! | teacher policy | [`ema`], [`frozen`], [`gram_anchor`], [`no_teacher`] |
 //! | dataset | [`scenes`], [`image_folder`] |
 //! | augmentation | [`multi_crop`], [`resized`] |
 //! | masking | [`block`], [`random`], [`multi_block`] |
@@ -63,6 +63,7 @@ pub mod step;
 pub mod ema;
 pub mod frozen;
 pub mod gram_anchor;
+pub mod no_teacher;
 
 // Optimizers
 pub mod adamw;

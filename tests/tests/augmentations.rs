@@ -217,7 +217,7 @@ impl Dataset for Grey {
     }
 
     fn get(&self, _: usize) -> Result<Sample> {
-        Ok(Sample { width: 40, height: 32, rgb: vec![9; 3 * 40 * 32], label: None, mask: None })
+        Ok(Sample { width: 40, height: 32, rgb: vec![9; 3 * 40 * 32], ..Sample::default() })
     }
 }
 

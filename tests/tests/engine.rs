@@ -402,7 +402,7 @@ fn weights_that_are_not_finite_are_named_before_they_are_used() {
     let at = learner.model().layout.find(name).expect("a parameter").offset;
     for (bad, role) in [(f32::NAN, "student"), (f32::INFINITY, "teacher")] {
         let weights = learner.weights_mut();
-        let flat = if role == "student" { &mut weights.student } else { &mut weights.teacher };
+        let flat = if role == "student" { &mut weights.student } else { weights.teacher.as_mut().unwrap() };
         let good = std::mem::replace(&mut flat.as_mut_slice::<f32>()[at + 3], bad);
         let folder = tempfile::tempdir().unwrap();
         checkpoint::save(folder.path(), &learner.content(1).unwrap(), 1).unwrap();
@@ -412,7 +412,7 @@ fn weights_that_are_not_finite_are_named_before_they_are_used() {
         let error = Learner::from_checkpoint(&resolved.recipe, &checkpoint).err().expect("a NaN in it").to_string();
         assert!(error.contains(&format!("{role}.{name}")), "{error}");
         let weights = learner.weights_mut();
-        let flat = if role == "student" { &mut weights.student } else { &mut weights.teacher };
+        let flat = if role == "student" { &mut weights.student } else { weights.teacher.as_mut().unwrap() };
         flat.as_mut_slice::<f32>()[at + 3] = good;
     }
 }
@@ -465,7 +465,7 @@ fn parts_of_a_batch_train_as_the_whole_batch_does() {
                 let report = step(&mut learner, &pipeline, i);
                 losses.push(["loss/dino", "loss/ibot"].map(|name| report.losses[name]));
             }
-            (learner.weights().student.clone(), learner.weights().teacher.clone(), losses)
+            (learner.weights().student.clone(), learner.weights().teacher.clone().unwrap(), losses)
         };
         let (student, teacher, losses) = train(1);
         for parts in [2, 4, 8] {
@@ -631,3 +631,39 @@ fn turning_gram_on_changes_nothing_that_the_student_sees_or_learns_first() {
         assert!(of("true") == of("false"), "{first}");
     }
 }
+
+fn without_a_teacher_none_is_kept(device: &str, precisions: [&str; 2]) {
+    let bare = BASE.replace("[teacher]\nplugin = \"ema\"\nmomentum = 0.9\n", "");
+    let alone = "[losses.koleo]\n[losses.vicreg]\nprojector = { hidden = 8, output = 4, layers = 1 }\n";
+    for precision in precisions {
+        let sets = &format!("device = \"{device}\"\nprecision = \"{precision}\"");
+        let resolved = resolve(&format!("{bare}\n{alone}"), sets).unwrap_or_else(|e| panic!("{e}"));
+        let (mut learner, pipeline) = start(&resolved);
+        (0..3).for_each(|i| drop(step(&mut learner, &pipeline, i)));
+        assert!(learner.weights().teacher.is_none());
+        assert!(learner.content(3).unwrap().model.iter().all(|(name, _)| name.starts_with("student.")));
+        // With a teacher that keeps nothing of itself it would be the same.
+        let with = resolve(&format!("{bare}\n[teacher]\nplugin = \"ema\"\nmomentum = 0.0\n{alone}"), sets).unwrap();
+        let (mut follows, pipeline) = start(&with);
+        (0..3).for_each(|i| drop(step(&mut follows, &pipeline, i)));
+        let pixels = pipeline.step(3).unwrap().batches[0].global.cast(learner.features_dtype()).unwrap();
+        let [own, taught] = [&learner, &follows].map(|l| l.teacher_features(&pixels).unwrap().cls.to_f64_vec());
+        assert_eq!(own, taught);
+        let resumed = resumed(&resolved, &learner, 3);
+        assert_eq!(held(&resumed), held(&learner));
+    }
+}
+
+#[test]
+fn without_a_teacher_the_student_is_evaluated() {
+    without_a_teacher_none_is_kept("cpu", ["f32", "f64"]);
+    let bare = BASE.replace("[teacher]\nplugin = \"ema\"\nmomentum = 0.9\n", "");
+    let error = resolve(&format!("{bare}\n{HEADS}"), "device = \"cpu\"").expect_err("refused").to_string();
+    for part in ["losses.dino", "losses.ibot", "learns from a teacher", "plugin = \"ema\""] {
+        assert!(error.contains(part), "{part}: {error}");
+    }
+}
+
+gpu_test!(without_a_teacher_the_student_is_evaluated_on_the_gpu, {
+    without_a_teacher_none_is_kept("cuda", ["f32", "bf16"]);
+});

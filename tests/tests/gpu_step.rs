@@ -117,7 +117,7 @@ fn run_of(device: &str, precision: &str, recipe: &str) -> Run {
     let reports = reports.collect();
     let host = |x: &Tensor| x.to(dinolab_core::Device::Cpu);
     let weights = learner.weights();
-    let (student, teacher) = (host(&weights.student), host(&weights.teacher));
+    let (student, teacher) = (host(&weights.student), host(weights.teacher.as_ref().unwrap()));
     Run { reports, student, teacher, eager: learner.eager_reason().map(String::from), nodes: learner.recorded_nodes() }
 }
 

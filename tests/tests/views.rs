@@ -209,7 +209,7 @@ fn boxes_and_flips_say_where_crops_were_cut() {
     let learner = Learner::new(&resolved.recipe).unwrap();
     // The Gram teacher's crops have the boxes of the global ones, and no distortion if asked.
     let mut spec = LoaderSpec { gram_crop_size: Some(24), ..train::loader_spec(&resolved.recipe, &learner, 0) };
-    spec.crops.gram_without_distortion = true;
+    spec.crops.own.gram_without_distortion = true;
     let (mean, std) = (spec.crops.mean, spec.crops.std);
     let pipeline = Pipeline::new(Arc::new(Rulers {}), spec).unwrap();
     let mut flips = [0; 2];

@@ -42,7 +42,7 @@ enum Format {
 /// A model of a run.
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
 enum Role {
-    /// The EMA teacher, which is what is evaluated
+    /// The EMA teacher, which is what is evaluated; of a run without one, the student
     Teacher,
     /// The model that is trained
     Student,
@@ -52,12 +52,13 @@ enum Role {
 pub fn run(args: &Args) -> Result<ExitCode> {
     let source = Source::at(&args.run)?;
     let model = source.known_model()?;
+    let files = TensorFiles::open(&source.model_file()?)?;
     let prefix = match (source.has_roles(), args.role) {
         (false, _) => "",
-        (true, Role::Teacher) => "teacher.",
+        (true, Role::Teacher) if files.names().any(|name| name.starts_with("teacher.")) => "teacher.",
+        (true, Role::Teacher) => "student.",
         (true, Role::Student) => "student.",
     };
-    let files = TensorFiles::open(&source.model_file()?)?;
     write_folder(&args.out, |folder| match args.format {
         Format::Hf => write_hf(folder, &files, prefix, &model),
         Format::Safetensors => {

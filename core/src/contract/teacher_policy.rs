@@ -56,6 +56,12 @@ pub enum Follow {
 /// assert_eq!(policy.after_step(At { step: 1, total: 10 }), Follow::Copy(Role::Student));
 /// ```
 pub trait TeacherPolicy: fmt::Debug + Send + Sync {
+    /// Whether there is a teacher at all. Without one no weights are kept for it, losses that learn from it are refused, and
+    /// what is evaluated is the student.
+    fn exists(&self) -> bool {
+        true
+    }
+
     /// Where the weights come from at the start of a run.
     fn start(&self) -> Role;
 

@@ -13,7 +13,6 @@ pub(super) fn check(recipe: &Recipe) -> Vec<Problem> {
     names(recipe, &mut problems);
     together(recipe, &mut problems);
     let (teacher, gram) = teachers(recipe, &mut problems);
-    let distils = teacher.is_some_and(|t| t.distils().is_some());
     let masking = recipe.masking.build(&mut ()).map_err(|e| problems.push(refused("masking", e))).ok();
     let mut params = ParamBuilder::new();
     let mut context =
@@ -22,7 +21,7 @@ pub(super) fn check(recipe: &Recipe) -> Vec<Problem> {
         Ok(backbone) => {
             let fits = crops(recipe, backbone.as_ref(), gram.as_deref(), &mut problems);
             if fits {
-                losses(recipe, backbone.as_ref(), masking.as_deref(), distils, &mut problems);
+                losses(recipe, backbone.as_ref(), masking.as_deref(), teacher.as_deref(), &mut problems);
             }
         }
         Err(error) => problems.push(refused("backbone", error)),
@@ -206,6 +205,10 @@ fn teachers(recipe: &Recipe, problems: &mut Vec<Problem>) -> (Policy, Policy) {
         let message = "this policy distils from another model, which a Gram teacher cannot";
         problems.push(Problem::error("gram_teacher", message).help(help));
     }
+    if gram.as_ref().is_some_and(|g| !g.exists()) {
+        let message = "this policy means that there is no teacher: remove the table, or name another";
+        problems.push(Problem::error("gram_teacher", message).help("`plugin = \"gram_anchor\"` is DINOv3's"));
+    }
     (teacher, gram)
 }
 
@@ -255,9 +258,11 @@ fn losses(
     recipe: &Recipe,
     backbone: &dyn Backbone,
     masking: Option<&dyn Masking>,
-    distils: bool,
+    teacher: Option<&dyn TeacherPolicy>,
     problems: &mut Vec<Problem>,
 ) {
+    let taught = teacher.is_none_or(|t| t.exists());
+    let distils = teacher.is_some_and(|t| t.distils().is_some());
     let images = recipe.batch.images();
     let build = |loss: &Chosen<dyn Loss>| loss.build(&mut loss_context(recipe, backbone, &mut ParamBuilder::new()));
     let mut gram_is_used = false;
@@ -282,6 +287,11 @@ fn losses(
         if needs.gram_teacher && recipe.gram_teacher.is_none() {
             let message = "this loss compares with a Gram teacher, and the recipe has none";
             let help = format!("add a table [gram_teacher] with `plugin = \"gram_anchor\"`, or {off}");
+            problems.push(Problem::error(&key, message).help(help));
+        }
+        if needs.runs_teacher() && !taught {
+            let message = "this loss learns from a teacher, and the recipe has none";
+            let help = format!("add a table [teacher] with `plugin = \"ema\"`, or {off}");
             problems.push(Problem::error(&key, message).help(help));
         }
         if needs.min_batch > images {

@@ -112,7 +112,9 @@ fn cost_at(recipe: &Recipe, sizes: &Resolution, model: &Declared, device: Device
     let modules: Vec<(String, usize)> =
         model.layout.modules().into_iter().map(|m| (m.clone(), count(&format!("{m}.")))).collect();
     let gram = has_gram.then(|| model.layout.range_of("backbone.").len());
-    let mut memory = weights(recipe, device, model.layout.len(), gram, distilled.as_ref().map(|m| m.layout.len()));
+    let has_teacher = recipe.teacher.build(&mut ()).is_ok_and(|t| t.exists());
+    let distilled_len = distilled.as_ref().map(|m| m.layout.len());
+    let mut memory = weights(recipe, device, model.layout.len(), has_teacher, gram, distilled_len);
 
     let number = recipe.dtype(device).size() as f64;
     let all = recipe.batch.size as f64;
@@ -146,17 +148,19 @@ fn count_in(model: &Declared, prefix: &str) -> usize {
     inside.fold(0, |all: usize, s| all.saturating_add(s.range().len()))
 }
 
-/// What lasts from step to step, in bytes: for so many parameters, those of a Gram teacher and of a model to distil from.
+/// What lasts from step to step, in bytes: for so many parameters, a teacher with as many if there is one, those of a Gram teacher and of a model to distil from.
 fn weights(
     recipe: &Recipe,
     device: Device,
     own: usize,
+    teacher: bool,
     gram: Option<usize>,
     distilled: Option<usize>,
 ) -> Vec<(&'static str, f64)> {
     let features = recipe.dtype(device);
     let wide = |n: usize| n as f64 * features.wide().size() as f64;
-    let mut memory = vec![("student", wide(own)), ("gradients", wide(own)), ("EMA teacher", wide(own))];
+    let mut memory = vec![("student", wide(own)), ("gradients", wide(own))];
+    memory.extend(teacher.then(|| ("EMA teacher", wide(own))));
     let moments = recipe.optimizer.plugin.build(&mut ()).map_or(0, |optimizer| optimizer.moments().len());
     memory.extend(match moments {
         0 => None,
@@ -167,7 +171,9 @@ fn weights(
     memory.extend(distilled.map(|n| ("teacher to distil from", wide(n))));
     memory.extend(gram.map(|n| ("Gram teacher", wide(n))));
     if features == DType::BF16 {
-        let copied = own as f64 + distilled.unwrap_or(own) as f64 + gram.unwrap_or(0) as f64;
+        // A model to distil from computes in place of the teacher.
+        let taught = distilled.unwrap_or(if teacher { own } else { 0 });
+        let copied = own as f64 + taught as f64 + gram.unwrap_or(0) as f64;
         memory.push(("copies of weights in bf16", 2.0 * copied));
     }
     if device != Device::Cpu {

@@ -147,7 +147,6 @@ fn several_problems_come_together_in_the_order_of_the_file() {
         starts,
         [
             "name: missing in recipe.toml",
-            "teacher: missing in recipe.toml",
             "recipe.toml:1:9: steps: expected a whole number, 1 to 1000000000000000, found the text \"many\"",
             "recipe.toml:2:1: batchsize: unknown key",
             "recipe.toml:4:10: backbone.plugin: there is no backbone plugin `test_matrx`",

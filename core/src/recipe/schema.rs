@@ -49,7 +49,8 @@ pub struct Recipe {
     pub masking: Chosen<dyn Masking>,
     /// What the student is taught: `[losses.<name>]`, `plugin` defaults to the name.
     pub losses: Losses,
-    /// How the teacher of DINO and iBOT follows the student: a plugin.
+    /// How the teacher follows the student: a plugin. Without the table there is none.
+    #[serde(default)]
     pub teacher: Chosen<dyn TeacherPolicy>,
     /// The Gram teacher: a plugin. Needed when an enabled loss asks for it.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -244,6 +244,23 @@ impl Augmentation for Whole {
 plugin!(default Augmentation, "test_whole", Whole, Whole::build);
 
 config! {
+    /// There is no teacher.
+    NoTeacher {}
+}
+impl TeacherPolicy for NoTeacher {
+    fn exists(&self) -> bool {
+        false
+    }
+    fn start(&self) -> Role {
+        Role::Student
+    }
+    fn after_step(&self, _: At) -> Follow {
+        Follow::Keep
+    }
+}
+plugin!(default TeacherPolicy, "test_no_teacher", NoTeacher);
+
+config! {
     /// Hides nothing.
     Nothing {}
 }

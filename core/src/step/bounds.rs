@@ -67,9 +67,11 @@ impl Bounds {
                 .map(|spec| of_tensor(&format!("{role}.{}", spec.name), &flat.view(spec.offset, &spec.shape)))
                 .try_fold(0.0, |most: f64, of| Ok(most.max(of?)))
         };
-        let mut most = of_role("student", &weights.student)?.max(of_role("teacher", &weights.teacher)?);
-        if let Some(gram) = &weights.gram {
-            most = most.max(of_role("gram_teacher", gram)?);
+        let mut most = of_role("student", &weights.student)?;
+        for (role, teacher) in [("teacher", &weights.teacher), ("gram_teacher", &weights.gram)] {
+            if let Some(teacher) = teacher {
+                most = most.max(of_role(role, teacher)?);
+            }
         }
         let moments = weights.moment_names.iter().zip(&weights.moments).map(|(name, flat)| of_role(name, flat));
         let moment = moments.collect::<Result<Vec<f64>>>()?.first().copied().unwrap_or(0.0);

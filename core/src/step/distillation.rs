@@ -50,7 +50,8 @@ impl TeacherModel {
         let device = recipe.device()?;
         let dtype = recipe.dtype(device);
         let mut flat = Device::Cpu.with(|| Tensor::zeros(&[model.layout.len()], dtype.wide()));
-        load_named(&model.layout, &mut flat, |name| source.get(&format!("teacher.{name}")).cloned(), path)?;
+        let role = if source.has("teacher.") { "teacher" } else { "student" };
+        load_named(&model.layout, &mut flat, |name| source.get(&format!("{role}.{name}")).cloned(), path)?;
         let flat = flat.cast(dtype)?.to(device);
         Ok(Some(Self { model, flat }))
     }

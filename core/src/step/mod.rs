@@ -165,7 +165,7 @@ impl Learner {
         let device = recipe.device()?;
         let dtype = recipe.dtype(device);
         let optimizer = Groups::new(&recipe.optimizer, &model.layout, model.backbone.depth())?;
-        let new = || Weights::new(&model, optimizer.moments(), gram.is_some(), dtype);
+        let new = || Weights::new(&model, optimizer.moments(), (teacher.exists(), gram.is_some()), dtype);
         let weights = catch_out_of_memory(|| Ok(device.with(new)))?;
         let backbones = [&model].into_iter().chain(distilled.as_ref().map(|d| &d.model)).map(|m| m.backbone.as_ref());
         let kernels = Kernels::of(device, dtype, backbones);
@@ -530,7 +530,7 @@ impl Learner {
         }
     }
 
-    /// The EMA teacher's features of normalised pixels `[B, 3, h, w]`, in evaluation, in host memory: what probes and
+    /// What the teacher, or without one the student, gives of normalised pixels `[B, 3, h, w]`, in evaluation, in host memory: what probes and
     /// pictures see.
     pub fn teacher_features(&self, pixels: &Tensor) -> Result<Features> {
         let _products = cuda::with_tf32(self.tf32);
@@ -538,7 +538,7 @@ impl Learner {
             catch_out_of_memory(|| {
                 // Between steps their memory is free.
                 let _step = cuda::step_scope();
-                let params = Params::frozen(&self.model.layout, self.weights.teacher());
+                let params = Params::frozen(&self.model.layout, self.weights.evaluated());
                 let crops = Crops::global(pixels.to(self.device));
                 let mut features = self.model.backbone.forward(&params, &[crops], Mode::Eval)?;
                 features.pop().ok_or_else(|| Error::shape("backbone", "no features"))?.to_host()

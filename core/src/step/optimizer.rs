@@ -189,7 +189,7 @@ impl Groups {
         for (adamw, places) in &self.adamw {
             let groups: Vec<Group> = places.iter().map(group).collect();
             let [mean, square, ..] = &mut moments[..] else { unreachable!("checked when the groups were made") };
-            let ema = momentum.map(|momentum| Ema { params: teacher, momentum });
+            let ema = momentum.zip(teacher.as_mut()).map(|(momentum, params)| Ema { params, momentum });
             adamw_step(student, grads, Moments { mean, square }, ema, &groups, *adamw, updates)?;
         }
         let dtype = student.dtype();
@@ -198,7 +198,7 @@ impl Groups {
             let group = group(i);
             let gradient = self.gradient(*i, grads).scale(group.clip)?;
             let new = self.direction(*i, gradient, (student, moments), numbers.clone(), dtype)?;
-            let ema = momentum.map(|momentum| Ema { params: teacher, momentum });
+            let ema = momentum.zip(teacher.as_mut()).map(|(momentum, params)| Ema { params, momentum });
             descend(student, &new.direction, ema, &group)?;
             for (flat, new) in moments.iter_mut().zip(&new.moments) {
                 write_range(flat, group.range.clone(), new)?;

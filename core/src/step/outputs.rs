@@ -72,7 +72,7 @@ impl TeacherPass {
         // A frozen model of its own, or the student's EMA.
         let (model, flat) = match &learner.distilled {
             Some(teacher) => (&teacher.model, &teacher.flat),
-            None => (&learner.model, learner.weights.teacher()),
+            None => (&learner.model, learner.weights.evaluated()),
         };
         let params = Params::frozen(&model.layout, flat);
         let needed = features || learner.model.losses.iter().any(|l| l.needs.runs_teacher());

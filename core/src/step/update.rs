@@ -175,10 +175,10 @@ impl DeviceUpdate {
         let n = weights.student.len();
         let Weights { student, teacher, moments, narrow, .. } = weights;
         let (narrow_student, narrow_teacher) = match narrow {
-            Some(Narrow { student, teacher, .. }) => (Some(&*student), Some(&*teacher)),
+            Some(Narrow { student, teacher, .. }) => (Some(&*student), teacher.as_ref()),
             None => (None, None),
         };
-        let ema = follows.then_some(&*teacher);
+        let ema = teacher.as_ref().filter(|_| follows);
         let bytes = if follows { 38.0 } else { 30.0 };
         let number = |start: usize, len: &[usize]| self.numbers.view(start, len);
         for (pass, (rules, count)) in self.adamw.iter().enumerate() {

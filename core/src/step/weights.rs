@@ -18,8 +18,8 @@ use super::{Declared, DeclaredLoss};
 pub struct Weights {
     /// The trained model.
     pub student: Tensor,
-    /// The model that gives targets; the student's layout.
-    pub teacher: Tensor,
+    /// The model that gives targets, if there is one; the student's layout.
+    pub teacher: Option<Tensor>,
     /// The Gram teacher: the backbone's part of the layout, which comes first.
     pub gram: Option<Tensor>,
     /// The optimizer's moments, in the order of [`Optimizer::moments`](crate::contract::Optimizer::moments).
@@ -41,7 +41,7 @@ pub struct Weights {
 /// Student, teacher and Gram teacher in bf16, at fixed addresses.
 pub(super) struct Narrow {
     pub(super) student: Tensor,
-    pub(super) teacher: Tensor,
+    pub(super) teacher: Option<Tensor>,
     pub(super) gram: Option<Tensor>,
 }
 
@@ -51,27 +51,32 @@ fn backbone_len(layout: &Layout) -> usize {
 }
 
 impl Weights {
-    /// All zero, for features in `features`; a Gram teacher only if there is one.
-    pub(super) fn new(model: &Declared, moments: &[&'static str], gram: bool, features: DType) -> Self {
+    /// All zero, for features in `features`; a teacher and a Gram teacher only if there is one.
+    pub(super) fn new(model: &Declared, moments: &[&'static str], teachers: (bool, bool), features: DType) -> Self {
         let dtype = features.wide();
         let state = |l: &DeclaredLoss| l.loss.state().iter().map(|s| Tensor::zeros(&s.shape, dtype)).collect();
         let loss_state = model.losses.iter().map(state).collect();
-        Self { loss_state, ..Self::of_layout(&model.layout, moments, gram, features) }
+        Self { loss_state, ..Self::of_layout(&model.layout, moments, teachers, features) }
     }
 
     /// The same without losses.
-    pub(crate) fn of_layout(layout: &Layout, moments: &[&'static str], gram: bool, features: DType) -> Self {
+    pub(crate) fn of_layout(
+        layout: &Layout,
+        moments: &[&'static str],
+        (teacher, gram): (bool, bool),
+        features: DType,
+    ) -> Self {
         let dtype = features.wide();
         let zeros = || Tensor::zeros(&[layout.len()], dtype);
         let narrow = |len| Tensor::zeros(&[len], DType::BF16);
         let narrow = (features == DType::BF16).then(|| Narrow {
             student: narrow(layout.len()),
-            teacher: narrow(layout.len()),
+            teacher: teacher.then(|| narrow(layout.len())),
             gram: gram.then(|| narrow(backbone_len(layout))),
         });
         Self {
             student: zeros(),
-            teacher: zeros(),
+            teacher: teacher.then(zeros),
             gram: gram.then(|| Tensor::zeros(&[backbone_len(layout)], dtype)),
             moments: moments.iter().map(|_| zeros()).collect(),
             moment_names: moments.to_vec(),
@@ -114,9 +119,10 @@ impl Weights {
         self.narrow.as_ref().map_or(&self.student, |n| &n.student)
     }
 
-    /// What the teacher computes with.
-    pub(super) fn teacher(&self) -> &Tensor {
-        self.narrow.as_ref().map_or(&self.teacher, |n| &n.teacher)
+    /// What the teacher computes with; without one, the student: what is evaluated.
+    pub(super) fn evaluated(&self) -> &Tensor {
+        let teacher = self.narrow.as_ref().map_or(self.teacher.as_ref(), |n| n.teacher.as_ref());
+        teacher.unwrap_or_else(|| self.student())
     }
 
     /// What the Gram teacher computes with.
@@ -128,7 +134,9 @@ impl Weights {
     fn narrow(&mut self) -> Result<()> {
         let Some(narrow) = &mut self.narrow else { return Ok(()) };
         convert_into(&mut narrow.student, &self.student)?;
-        convert_into(&mut narrow.teacher, &self.teacher)?;
+        if let (Some(narrow), Some(teacher)) = (&mut narrow.teacher, &self.teacher) {
+            convert_into(narrow, teacher)?;
+        }
         match (&mut narrow.gram, &self.gram) {
             (Some(narrow), Some(gram)) => convert_into(narrow, gram),
             _ => Ok(()),
@@ -150,11 +158,13 @@ impl Weights {
             let source = read_model(path, model)?;
             load_role(&layout.part("backbone."), &mut self.student, &source, &["teacher.", "student.", ""], path)?;
         }
-        self.teacher.copy_from(&self.student)?;
+        self.follow_student()?;
         if let Some(path) = &recipe.init_from {
             let source = read_model(path, model)?;
             load_role(layout, &mut self.student, &source, &["student.", "teacher.", ""], path)?;
-            load_role(layout, &mut self.teacher, &source, &["teacher.", "student.", ""], path)?;
+            if let Some(teacher) = &mut self.teacher {
+                load_role(layout, teacher, &source, &["teacher.", "student.", ""], path)?;
+            }
         }
         if let role @ Role::Checkpoint(_) = teacher.start() {
             self.copy_to_teacher(&role, model)?;
@@ -175,14 +185,22 @@ impl Weights {
         std::mem::replace(&mut self.grads, Device::Cpu.with(|| Tensor::zeros(&[0], DType::F32)))
     }
 
+    /// The teacher becomes the student.
+    fn follow_student(&mut self) -> Result<()> {
+        match &mut self.teacher {
+            Some(teacher) => teacher.copy_from(&self.student),
+            None => Ok(()),
+        }
+    }
+
     pub(super) fn copy_to_teacher(&mut self, role: &Role, model: &Declared) -> Result<()> {
-        match role {
-            Role::Teacher => return Ok(()),
-            Role::Student => self.teacher.copy_from(&self.student)?,
-            Role::Checkpoint(path) => {
+        match (role, &mut self.teacher) {
+            (Role::Teacher, _) | (_, None) => return Ok(()),
+            (Role::Student, _) => self.follow_student()?,
+            (Role::Checkpoint(path), Some(teacher)) => {
                 self.bounds = None;
                 let source = read_model(path, model)?;
-                load_role(&model.layout, &mut self.teacher, &source, &["teacher.", "student.", ""], path)?;
+                load_role(&model.layout, teacher, &source, &["teacher.", "student.", ""], path)?;
             }
         }
         self.narrow()
@@ -193,7 +211,7 @@ impl Weights {
         let n = gram.len();
         match role {
             Role::Student => gram.copy_from(&self.student.view(0, &[n]))?,
-            Role::Teacher => gram.copy_from(&self.teacher.view(0, &[n]))?,
+            Role::Teacher => gram.copy_from(&self.teacher.as_ref().unwrap_or(&self.student).view(0, &[n]))?,
             Role::Checkpoint(path) => {
                 self.bounds = None;
                 let source = read_model(path, model)?;
@@ -205,14 +223,16 @@ impl Weights {
     }
 
     pub(super) fn ema(&mut self, momentum: f64) -> Result<()> {
-        crate::ops::ema_update(&mut self.teacher, &self.student, momentum)?;
+        if let Some(teacher) = &mut self.teacher {
+            crate::ops::ema_update(teacher, &self.student, momentum)?;
+        }
         self.narrow()
     }
 
     pub(super) fn ema_gram(&mut self, momentum: f64) -> Result<()> {
         let gram = self.gram.as_mut().expect("a Gram teacher has weights");
         let n = gram.len();
-        crate::ops::ema_update(gram, &self.teacher.view(0, &[n]), momentum)?;
+        crate::ops::ema_update(gram, &self.teacher.as_ref().unwrap_or(&self.student).view(0, &[n]), momentum)?;
         self.narrow()
     }
 
@@ -225,7 +245,9 @@ impl Weights {
             list.extend(inside.map(|s| (format!("{role}.{}", s.name), flat.view(s.offset, &s.shape))));
         };
         put(&mut content.model, "student", &self.student);
-        put(&mut content.model, "teacher", &self.teacher);
+        if let Some(teacher) = &self.teacher {
+            put(&mut content.model, "teacher", teacher);
+        }
         if let Some(gram) = &self.gram {
             put(&mut content.model, "gram_teacher", gram);
         }
@@ -250,7 +272,9 @@ impl Weights {
             load(layout, flat, |name| source.get(&format!("{role}.{name}")).cloned(), &from.path)
         };
         whole(&from.model, "student", layout, &mut self.student)?;
-        whole(&from.model, "teacher", layout, &mut self.teacher)?;
+        if let Some(teacher) = &mut self.teacher {
+            whole(&from.model, "teacher", layout, teacher)?;
+        }
         if let Some(gram) = &mut self.gram {
             whole(&from.model, "gram_teacher", &layout.part("backbone."), gram)?;
         }

@@ -36,8 +36,13 @@ impl Trained {
         let mut params = ParamBuilder::new();
         let backbone = model.build(&mut params)?;
         let layout = params.finish();
-        let role = if source.has_roles() { "teacher." } else { "" };
         let tensors = source.tensors()?;
+        let role = match source.has_roles() {
+            false => "",
+            // A run without a teacher is evaluated by its student.
+            true if tensors.has("teacher.") => "teacher.",
+            true => "student.",
+        };
         let get = |name: &str| tensors.get(&format!("{role}{name}"));
         let is_f64 = layout.specs().first().and_then(|spec| get(&spec.name)).is_some_and(|t| t.dtype() == DType::F64);
         let (device, dtype) = if is_f64 { (Device::Cpu, DType::F64) } else { ("auto".parse()?, DType::F32) };
