@@ -91,6 +91,7 @@ pub fn formula(kind: &str, name: &str) -> Option<&'static str> {
             r"M_t = \mu M_{t-1} + (1 - \mu)\, G_t, \qquad U \Sigma V^\top = \mu M_t + (1 - \mu)\, G_t, \qquad
               D_t \approx 0.2 \sqrt{\max(r, c)}\; U V^\top"
         }
+        ("masking", "multi_block") => r"n = \left\lfloor P \left( 1 - (1 - s)^b \right) \right\rfloor",
         ("teacher", "ema") => r"\theta_T \leftarrow m\, \theta_T + (1 - m)\, \theta_S",
         _ => return None,
     })
@@ -120,6 +121,9 @@ pub fn example(kind: &str, name: &str) -> Option<&'static str> {
         ("teacher", "gram_anchor") => {
             "[losses.gram]\nenabled = true\n\n[gram_teacher]\nplugin = \"gram_anchor\"\nfirst_step = 150\nrefresh = { every = 50 }\ncrop_size = 96"
         }
+        ("augmentation", "multi_crop") => "[crops]\nglobal_size = 64\nlocal_size = 32\nsolarize = [0.0, 0.0, 0.0]",
+        ("masking", "block") => "[masking]\nprobability = 0.5\nratio = [0.1, 0.5]",
+        ("masking", "random") => "[masking]\nplugin = \"random\"\nprobability = 1.0\nratio = [0.75, 0.75]",
         ("dataset", "scenes") => "[data]\nplugin = \"scenes\"\ncount = 2048\nclasses = 4",
         ("dataset", "image_folder") => {
             "extends = \"tiny_photos.toml\"\n\n[data]\nplugin = \"image_folder\"\npath = \"/path/to/images\""

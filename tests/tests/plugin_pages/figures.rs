@@ -2,9 +2,10 @@
 
 use std::fmt::Write as _;
 
-use dinolab_core::contract::{At, Dataset, Grid, PosContext, PosEncoding, Scheduler};
+use dinolab_core::contract::{At, Dataset, Grid, Masking, PosContext, PosEncoding, Scheduler};
 use dinolab_core::params::{ParamBuilder, Params};
 use dinolab_core::registry::DataContext;
+use dinolab_core::rng::{Rng, Stream};
 use dinolab_core::testing::contracts;
 use dinolab_core::DType;
 use plotters::prelude::*;
@@ -49,8 +50,31 @@ pub fn of(kind: &str, name: &str) -> Option<Figure> {
         ("dataset", "scenes") => {
             Some(Figure { caption: "Eight images, and the classes of their pixels.", svg: scenes() })
         }
+        ("masking", _) => Some(Figure {
+            caption: "Eight masked crops of 16 x 16 patches with the default keys. Blue patches are hidden.",
+            svg: masks(name),
+        }),
         _ => None,
     }
+}
+
+/// Masked crops side by side, with a gap of a patch.
+fn masks(plugin: &str) -> String {
+    let (grid, shown) = (Grid { height: 16, width: 16 }, 8);
+    let masking =
+        contracts::plugin::<dyn Masking>(&format!("plugin = \"{plugin}\""), &mut ()).expect("it has defaults");
+    let drawn = masking.draw(&mut Rng::new(0, Stream::Mask, 0, 0), 64, grid);
+    let masked: Vec<&Vec<bool>> = drawn.iter().filter(|mask| mask.contains(&true)).take(shown).collect();
+    let columns = shown * (grid.width + 1) - 1;
+    let colour = |place: usize| {
+        let (row, column) = (place / columns, place % columns);
+        match (column / (grid.width + 1), column % (grid.width + 1)) {
+            (_, 16) => [0xff; 3],
+            (crop, x) if masked[crop][row * grid.width + x] => [0x00, 0x72, 0xb2],
+            _ => [0xdd; 3],
+        }
+    };
+    squares(5, columns, &(0..grid.height * columns).map(colour).collect::<Vec<_>>())
 }
 
 /// One curve with axes.
