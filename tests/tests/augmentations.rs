@@ -123,12 +123,12 @@ fn strengths_and_ranges_are_kept_and_used_to_their_ends() {
 #[test]
 fn without_tries_to_spare_more_boxes_are_central() {
     let central = |tries: usize| {
-        let plans = plans(&format!("global_scale = [0.9, 1.0]\ntries = {tries}"));
+        let plans = plans(&format!("global_scale = [0.6, 1.0]\ntries = {tries}"));
         let whole = |p: &&ImagePlan| area(&p.globals[0]).0 == Rect { x: 6, y: 0, width: 107, height: 80 };
         plans.iter().filter(whole).count()
     };
     let (one, many) = (central(1), central(200));
-    assert!(one > 300 && many < one / 2, "{one} {many}");
+    assert!(one > 300 && many < 10, "{one} {many}");
 }
 
 #[test]
