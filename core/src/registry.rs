@@ -127,6 +127,16 @@ macro_rules! kinds {
             $(all.extend(plugins::<dyn $contract>().into_iter().map(Registration::info));)*
             all
         }
+
+        /// Fails if two plugins of a kind share a name, or both are what a table without a name means; called once when a
+        /// program starts.
+        ///
+        /// # Errors
+        /// Which two.
+        pub fn check() -> Result<()> {
+            $(check_kind::<dyn $contract>()?;)*
+            Ok(())
+        }
     };
 }
 
@@ -212,16 +222,16 @@ pub fn default_of<K: ?Sized + Kind>() -> Option<&'static str> {
     K::registrations().find(|r| r.default).map(|r| r.name)
 }
 
-/// Fails if two plugins of a kind share a name; called once when a program starts.
-pub fn check() -> Result<()> {
-    for pair in all().windows(2) {
-        if (pair[0].kind, pair[0].name) == (pair[1].kind, pair[1].name) {
-            let (a, b) = (pair[0].file, pair[1].file);
-            return Err(Error::user(
-                format!("two {} plugins are named `{}`: {a} and {b}", pair[0].kind, pair[0].name),
-                "rename one of them in its plugin! line",
-            ));
-        }
+fn check_kind<K: ?Sized + Kind>() -> Result<()> {
+    let all = plugins::<K>();
+    if let Some([one, other, ..]) = all.windows(2).find(|pair| pair[0].name == pair[1].name) {
+        let problem = format!("two {} plugins are named `{}`: {} and {}", K::NAME, one.name, one.file, other.file);
+        return Err(Error::user(problem, "rename one of them in its plugin! line"));
+    }
+    let defaults: Vec<_> = all.iter().filter(|r| r.default).collect();
+    if let [one, other, ..] = defaults[..] {
+        let problem = format!("two {} plugins are the default: {} and {}", K::NAME, one.file, other.file);
+        return Err(Error::user(problem, "take `default` out of one's plugin! line"));
     }
     Ok(())
 }

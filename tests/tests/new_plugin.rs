@@ -86,7 +86,7 @@ fn names_that_cannot_be_are_refused() {
     for (name, problem) in [
         ("Patch-Contrast", "cannot be the name of a plugin"),
         ("match", "a crate cannot be named `match`"),
-        ("koleo", "there is a loss plugin `koleo` already"),
+        ("koleo", "there is a plugin `koleo` of kind loss already"),
     ] {
         let ended = folder.run(&["new", "plugin", name, "--kind", "loss"]);
         assert_eq!(ended.code, 2);

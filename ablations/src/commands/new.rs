@@ -229,7 +229,7 @@ pub fn run(command: &Command) -> Result<ExitCode> {
     }
     add_workspace(&folder)?;
     let shown = printable(&folder);
-    style::say(&format!("made {shown}: a {} that works, to be changed\n", kind.name()));
+    style::say(&format!("made {shown}: a plugin of kind {} that works, to be changed\n", kind.name()));
     style::say(&format!("    cd {shown}\n    cargo test --release\n    cargo run --release -- train recipe.toml"));
     Ok(ExitCode::SUCCESS)
 }
@@ -248,7 +248,7 @@ fn check_name(name: &str, kind: Kind) -> Result<()> {
     }
     if registry::all().iter().any(|p| (p.kind, p.name) == (kind.name().as_str(), name)) {
         let help = "choose another name: recipes could not tell the two apart";
-        return Err(Error::user(format!("there is a {} plugin `{name}` already", kind.name()), help));
+        return Err(Error::user(format!("there is a plugin `{name}` of kind {} already", kind.name()), help));
     }
     Ok(())
 }

@@ -5,7 +5,6 @@ use bytemuck::{Pod, Zeroable};
 use crate::contract::At;
 use crate::cuda::{args, Gpu};
 use crate::ops::{copy_if, ADAMW};
-use crate::tensor::scope;
 use crate::{DType, Device, Error, Result, Tensor};
 
 use super::optimizer::Groups;
@@ -170,7 +169,6 @@ impl DeviceUpdate {
         taken: &Tensor,
         follows: bool,
     ) -> Result<()> {
-        let _scope = scope::enter("optimizer");
         let products = weights.student().dtype();
         let n = weights.student.len();
         let Weights { student, teacher, moments, narrow, .. } = weights;

@@ -1,0 +1,208 @@
+//! Optimizers at work: updates alone, by gradients that are given, and runs of a small recipe.
+
+use std::sync::Arc;
+
+use dinolab_core::contract::{At, Direction, Optimizer, ParamUpdate, Reach};
+use dinolab_core::data::Pipeline;
+use dinolab_core::params::{Layout, ParamSpec};
+use dinolab_core::recipe::{OptimizerEntry, Resolved};
+use dinolab_core::step::{Learner, Updates};
+use dinolab_core::testing::{contracts, normal};
+use dinolab_core::{checkpoint, ops, plugin, train, DType, Device, Result, Tensor};
+use dinolab_plugins as _;
+
+/// Gives back the tensors that it was handed: the weight as its direction, the last gradients as its moments.
+#[derive(Debug, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct Echo {}
+
+impl Optimizer for Echo {
+    fn moments(&self) -> &[&'static str] {
+        &["last", "before"]
+    }
+    fn direction(&self, param: &ParamUpdate<'_>) -> Result<Direction> {
+        let moments = vec![param.gradient.clone(), param.moments[0].clone()];
+        Ok(Direction { direction: param.weight.clone(), moments })
+    }
+    fn reach(&self, _: &ParamSpec, _: At, _: u64) -> Reach {
+        Reach { memory: 0.0, share: 1.0, gain: 0.0, most: 1e3 }
+    }
+}
+
+plugin!(Optimizer, "echo", Echo);
+
+/// What is wrong with [`Faulty`].
+#[derive(Debug, PartialEq, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "snake_case")]
+enum Fault {
+    OneMoment,
+    Shape,
+    NoReach,
+    TooFar,
+    Restless,
+}
+
+/// An optimizer that breaks its contract.
+#[derive(Debug, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct Faulty {
+    /// How.
+    fault: Fault,
+}
+
+impl Optimizer for Faulty {
+    fn moments(&self) -> &[&'static str] {
+        &["one"]
+    }
+    fn adamw(&self, _: &ParamSpec) -> Option<ops::AdamW> {
+        (self.fault == Fault::OneMoment).then_some(ops::AdamW { beta1: 0.9, beta2: 0.9, eps: 1e-8 })
+    }
+    fn direction(&self, param: &ParamUpdate<'_>) -> Result<Direction> {
+        let direction = match self.fault {
+            Fault::Shape => param.gradient.sum()?,
+            Fault::TooFar => param.gradient.scale(1e3)?,
+            Fault::Restless => param.gradient.shift(0.1)?,
+            _ => param.gradient.clone(),
+        };
+        Ok(Direction { direction, moments: vec![param.gradient.clone()] })
+    }
+    fn reach(&self, _: &ParamSpec, _: At, _: u64) -> Reach {
+        let most = if self.fault == Fault::NoReach { f64::INFINITY } else { 0.1 };
+        Reach { memory: 0.0, share: 1.0, gain: 1.0, most }
+    }
+}
+
+plugin!(Optimizer, "faulty", Faulty);
+
+/// Each optimizer with its own keys.
+pub const TABLES: [&str; 6] = [
+    "plugin = \"adamw\"\nbetas = [0.8, 0.95]\neps = 1e-3",
+    "plugin = \"sgd\"",
+    "plugin = \"sgd\"\nmomentum = 0.7\nnesterov = true",
+    "plugin = \"sgd\"\nmomentum = 0.0",
+    "plugin = \"muon\"",
+    "plugin = \"muon\"\nmomentum = 0.8\nnesterov = false\nns_steps = 3\nbetas = [0.8, 0.95]\neps = 1e-3",
+];
+/// [`Echo`] without anything else that changes a number.
+pub const ECHO: &str = "plugin = \"echo\"\nlr = 0.1\nweight_decay = 0.0\nclip_grad = 0.0\npatch_embed_lr_mult = 1.0\nlayerwise_decay = 1.0";
+/// Rates that differ from layer to layer, decay and clipping.
+pub const COMMON: &str = "lr = 0.05\nweight_decay = 0.3\nclip_grad = 2.5\nlayerwise_decay = 0.7\n";
+pub const STEPS: u64 = 6;
+pub const DEPTH: usize = 1;
+
+pub fn entry(table: &str) -> OptimizerEntry {
+    let common = if table == ECHO { "" } else { COMMON };
+    toml::from_str(&format!("{common}{table}")).unwrap_or_else(|e| panic!("{table}: {e}"))
+}
+
+pub fn updates(table: &str, layout: &Arc<Layout>, device: Device, dtype: DType) -> Updates {
+    Updates::new(&entry(table), layout, DEPTH, STEPS, (device, dtype)).unwrap_or_else(|e| panic!("{table}: {e}"))
+}
+
+/// The gradients of a step: zero between parameters.
+pub fn gradients(layout: &Layout, step: u64) -> Vec<f64> {
+    let drawn = normal(11, step, &[layout.len()]).to_f64_vec();
+    let mut gradients = vec![0.0; layout.len()];
+    layout.specs().iter().for_each(|s| gradients[s.range()].copy_from_slice(&drawn[s.range()]));
+    gradients
+}
+
+/// Student, teacher and moments after all steps.
+pub fn run(table: &str, device: Device, dtype: DType) -> Vec<Vec<f64>> {
+    let layout = contracts::parameters();
+    let mut run = updates(table, &layout, device, dtype);
+    (0..STEPS).for_each(|step| run.update(step, &gradients(&layout, step), 0.6).unwrap_or_else(|e| panic!("{e}")));
+    let weights = run.weights();
+    [&weights.student, weights.teacher.as_ref().unwrap()]
+        .into_iter()
+        .chain(&weights.moments)
+        .map(Tensor::to_f64_vec)
+        .collect()
+}
+
+/// ||a - b|| / ||b||.
+pub fn distance(a: &[f64], b: &[f64]) -> f64 {
+    let length = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
+    length(&mut a.iter().zip(b).map(|(a, b)| a - b)) / length(&mut b.iter().copied()).max(1e-9)
+}
+
+pub const RECIPE: &str = r#"
+name = "small"
+steps = 40
+[backbone]
+plugin = "vit"
+dim = 24
+depth = 2
+heads = 2
+patch_size = 4
+registers = 1
+layer_scale = 0.5
+pos_encoding = { plugin = "rope_box" }
+[data]
+plugin = "scenes"
+size = 24
+count = 32
+[batch]
+size = 8
+[crops]
+global_size = 16
+local_size = 8
+local_count = 2
+[losses.dino]
+head = { hidden = 24, bottleneck = 16, prototypes = 40, prototype_std = 0.1 }
+[losses.ibot]
+head = { hidden = 24, bottleneck = 16, prototypes = 32, prototype_std = 0.1 }
+[teacher]
+plugin = "ema"
+momentum = 0.9
+[optimizer]
+freeze_last_layer_steps = 1
+"#;
+
+pub fn recipe(device: &str, precision: &str, table: &str) -> Resolved {
+    let text = format!("device = \"{device}\"\nprecision = \"{precision}\"\n{RECIPE}{table}\n");
+    Resolved::from_text(&text).unwrap_or_else(|e| panic!("{e}"))
+}
+
+pub fn start(resolved: &Resolved) -> (Learner, Pipeline) {
+    let learner = Learner::new(&resolved.recipe).unwrap_or_else(|e| panic!("{e}"));
+    let (data, _) = train::datasets(&resolved.recipe).unwrap();
+    let spec = train::loader_spec(&resolved.recipe, &learner, 0);
+    let spec = dinolab_core::data::LoaderSpec { device: Device::Cpu, dtype: DType::F32, ..spec };
+    (learner, Pipeline::new(data, spec).unwrap())
+}
+
+pub fn steps(learner: &mut Learner, pipeline: &Pipeline, range: std::ops::Range<u64>) -> Vec<f64> {
+    let step = |i| {
+        let report = learner.step(i, &pipeline.step(i).unwrap().batches, false).unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(report.non_finite, None, "step {i}");
+        report.losses["loss/total"]
+    };
+    range.map(step).collect()
+}
+
+/// Everything that a checkpoint would hold, as bytes by name.
+pub fn held(learner: &Learner) -> Vec<(String, Vec<u8>)> {
+    let content = learner.content(0).unwrap();
+    content.model.into_iter().chain(content.optimizer).map(|(name, t)| (name, t.as_bytes().to_vec())).collect()
+}
+
+pub fn a_resumed_run_has_the_bits_of_one_that_was_not_stopped(device: &str, tables: &[&str]) {
+    for table in tables {
+        let resolved = recipe(device, "auto", table);
+        let (mut whole, pipeline) = start(&resolved);
+        steps(&mut whole, &pipeline, 0..5);
+        let (mut first, _) = start(&resolved);
+        steps(&mut first, &pipeline, 0..3);
+        let folder = tempfile::tempdir().unwrap();
+        checkpoint::save(folder.path(), &first.content(3).unwrap(), 1).unwrap();
+        let (checkpoint, _) = checkpoint::load_newest(folder.path()).unwrap().expect("one was saved");
+        let names: Vec<&str> = checkpoint.optimizer.names().filter(|n| !n.starts_with("state.")).collect();
+        let moments = resolved.recipe.optimizer.plugin.build(&mut ()).unwrap();
+        let parameters = first.model().layout.specs().len();
+        assert_eq!(names.len(), moments.moments().len() * parameters, "{table}: {names:?}");
+        let mut second = Learner::from_checkpoint(&resolved.recipe, &checkpoint).unwrap_or_else(|e| panic!("{e}"));
+        steps(&mut second, &pipeline, 3..5);
+        assert!(held(&second) == held(&whole), "{table}");
+    }
+}
