@@ -91,12 +91,18 @@ impl BatchNorm {
     /// # Errors
     /// If the width of `x` is not that of the layer, or the device fails.
     pub fn forward(&self, params: &Params<'_>, x: &Tensor) -> Result<Tensor> {
-        let centred = x.add_row(&x.mean_axis(0)?.neg()?)?;
+        // Statistics of bf16 rows are f32, and so is what they are applied to.
+        let wide = x.cast(x.dtype().wide())?;
+        let centred = wide.add_row(&wide.mean_axis(0)?.neg()?)?;
         let scale = centred.square()?.mean_axis(0)?.shift(self.eps)?.sqrt()?.recip()?;
-        match self.affine {
-            None => centred.mul_row(&scale),
-            Some((weight, bias)) => centred.mul_row(&scale.mul(&params.get(weight))?)?.add_row(&params.get(bias)),
-        }
+        let normed = match self.affine {
+            None => centred.mul_row(&scale)?,
+            Some((weight, bias)) => {
+                let [weight, bias] = [weight, bias].map(|p| params.get(p).cast(wide.dtype()));
+                centred.mul_row(&scale.mul(&weight?)?)?.add_row(&bias?)?
+            }
+        };
+        normed.cast(x.dtype())
     }
 }
 

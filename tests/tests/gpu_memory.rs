@@ -86,7 +86,7 @@ gpu_test!(the_predicted_peak_is_within_a_twentieth_of_what_is_taken, {
     let projector = "projector = { hidden = 512, output = 256, layers = 3 }";
     for loss in [
         "rotation]".to_string(),
-        "jigsaw]".to_string(),
+        "jigsaw]\nhidden = 128".to_string(),
         "relative_location]".to_string(),
         "inpainting]".to_string(),
         format!("sigreg]\n{projector}"),

@@ -163,6 +163,15 @@ gpu_test!(steps_of_every_other_loss_equal_the_cpu_and_are_recorded, {
     assert!(gpu.nodes.len() == 1 && gpu.nodes[0] > 100, "{:?}", gpu.nodes);
 });
 
+gpu_test!(steps_of_every_other_loss_in_bf16_stay_near_f32_and_are_recorded, {
+    let (gpu, cpu) = (run_of("cuda", "bf16", &methods()), run_of("cpu", "f32", &methods()));
+    for (name, b) in &cpu.reports[0].losses {
+        let a = gpu.reports[0].losses[name];
+        assert!((a - b).abs() <= 0.1 * b.abs().max(0.5), "{name}: {a} in bf16, {b} in f32");
+    }
+    assert_eq!(gpu.eager, None);
+});
+
 gpu_test!(six_steps_in_bf16_stay_near_f32_and_repeat_to_the_bit, {
     let gpu = run("cuda", "bf16");
     compare(&gpu, &run("cpu", "f32"), 0.1, 2e-2);

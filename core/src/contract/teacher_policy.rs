@@ -9,7 +9,7 @@ use super::scheduler::At;
 pub enum Role {
     /// The trained model.
     Student,
-    /// The model that gives DINO and iBOT targets.
+    /// The model that gives targets.
     Teacher,
     /// Weights in a file: a checkpoint folder, a run folder or a safetensors file.
     Checkpoint(std::path::PathBuf),

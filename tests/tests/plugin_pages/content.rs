@@ -107,6 +107,9 @@ pub fn example(kind: &str, name: &str) -> Option<&'static str> {
         ("loss", "koleo") => "[losses.koleo]\nweight = 0.1",
         ("loss", "online_linear") => "[losses.online_linear]\nclasses = 4",
         ("loss", "gram") => "[losses.gram]\nenabled = true\nweight = 2.0",
+        ("teacher", "none") => {
+            "[teacher]\nplugin = \"none\"\n\n[losses]\ndino = { enabled = false }\nibot = { enabled = false }\nsigreg = {}"
+        }
         ("scheduler", "constant") => "[optimizer]\nlr = { plugin = \"constant\", value = 1e-3 }\nweight_decay = 0.04",
         ("scheduler", "linear_warmup") => {
             "[optimizer]\nlr = { plugin = \"linear_warmup\", peak = 1e-3, warmup_steps = 40 }"
