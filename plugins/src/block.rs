@@ -6,7 +6,7 @@ use dinolab_core::rng::Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::mask_sizes::{mask_sizes, unmasked};
+use crate::mask_sizes::Shares;
 
 plugin!(default Masking, "block", Block);
 
@@ -53,6 +53,10 @@ impl Default for Block {
 }
 
 impl Block {
+    fn shares(&self) -> Shares {
+        Shares { probability: self.probability, ratio: self.ratio }
+    }
+
     /// A mask of exactly `count` cells, row-major.
     ///
     /// # Panics
@@ -118,28 +122,24 @@ pub fn circular_shift(rng: &mut Rng, grid: Grid, mask: &[bool]) -> Vec<bool> {
 
 impl Masking for Block {
     fn masked(&self, crops: usize, grid: Grid) -> usize {
-        mask_sizes(crops, grid.patches(), self.probability, self.ratio).iter().sum()
+        self.shares().masked(crops, grid)
     }
 
     fn share(&self, _: Grid) -> f64 {
-        self.probability * self.ratio.iter().sum::<f64>() / 2.0
+        self.shares().share()
     }
 
     fn unmasked(&self, crops: usize, grid: Grid) -> Option<Unmasked> {
-        unmasked(crops, grid.patches(), self.probability, self.ratio)
+        self.shares().unmasked(crops, grid)
     }
 
     fn draw(&self, rng: &mut Rng, crops: usize, grid: Grid) -> Vec<Vec<bool>> {
-        let draw = |size: usize, rng: &mut Rng| {
+        self.shares().draw(rng, crops, grid, |rng, size| {
             let mask = self.draw_one(rng, grid, size);
             match self.random_circular_shift && size > 0 {
                 true => circular_shift(rng, grid, &mask),
                 false => mask,
             }
-        };
-        let sizes = mask_sizes(crops, grid.patches(), self.probability, self.ratio);
-        let mut rows: Vec<Vec<bool>> = sizes.into_iter().map(|size| draw(size, rng)).collect();
-        rng.shuffle(&mut rows);
-        rows
+        })
     }
 }

@@ -1,7 +1,49 @@
 //! How many patches of which crop are masked, where a share of the crops is masked and their sizes are spread evenly over a
 //! range: what several maskings share.
 
-use dinolab_core::contract::Unmasked;
+use dinolab_core::contract::{Grid, Unmasked};
+use dinolab_core::rng::Rng;
+
+/// A share of the crops is masked, and the shares of patches masked in those are spread evenly over [least, most].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Shares {
+    pub(crate) probability: f64,
+    pub(crate) ratio: [f64; 2],
+}
+
+impl Shares {
+    fn sizes(&self, crops: usize, grid: Grid) -> Vec<usize> {
+        mask_sizes(crops, grid.patches(), self.probability, self.ratio)
+    }
+
+    /// [`Masking::masked`](dinolab_core::contract::Masking::masked).
+    pub(crate) fn masked(&self, crops: usize, grid: Grid) -> usize {
+        self.sizes(crops, grid).iter().sum()
+    }
+
+    /// [`Masking::share`](dinolab_core::contract::Masking::share).
+    pub(crate) fn share(&self) -> f64 {
+        self.probability * self.ratio.iter().sum::<f64>() / 2.0
+    }
+
+    /// [`Masking::unmasked`](dinolab_core::contract::Masking::unmasked).
+    pub(crate) fn unmasked(&self, crops: usize, grid: Grid) -> Option<Unmasked> {
+        unmasked(crops, grid.patches(), self.probability, self.ratio)
+    }
+
+    /// The masks of all crops in a random order, each of so many patches made by `one`.
+    pub(crate) fn draw(
+        &self,
+        rng: &mut Rng,
+        crops: usize,
+        grid: Grid,
+        one: impl Fn(&mut Rng, usize) -> Vec<bool>,
+    ) -> Vec<Vec<bool>> {
+        let mut rows: Vec<Vec<bool>> = self.sizes(crops, grid).into_iter().map(|size| one(rng, size)).collect();
+        rng.shuffle(&mut rows);
+        rows
+    }
+}
 
 /// The ratios between which sizes are spread: `n + 1` numbers from `ratio[0]` to `ratio[1]` in f32, as
 /// `torch.linspace` computes them (from both ends towards the middle). The first is not used.

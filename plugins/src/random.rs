@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::block::fill;
-use crate::mask_sizes::{mask_sizes, unmasked};
+use crate::mask_sizes::Shares;
 
 plugin!(Masking, "random", Random);
 
@@ -33,28 +33,30 @@ impl Default for Random {
     }
 }
 
+impl Random {
+    fn shares(&self) -> Shares {
+        Shares { probability: self.probability, ratio: self.ratio }
+    }
+}
+
 impl Masking for Random {
     fn masked(&self, crops: usize, grid: Grid) -> usize {
-        mask_sizes(crops, grid.patches(), self.probability, self.ratio).iter().sum()
+        self.shares().masked(crops, grid)
     }
 
     fn share(&self, _: Grid) -> f64 {
-        self.probability * self.ratio.iter().sum::<f64>() / 2.0
+        self.shares().share()
     }
 
     fn unmasked(&self, crops: usize, grid: Grid) -> Option<Unmasked> {
-        unmasked(crops, grid.patches(), self.probability, self.ratio)
+        self.shares().unmasked(crops, grid)
     }
 
     fn draw(&self, rng: &mut Rng, crops: usize, grid: Grid) -> Vec<Vec<bool>> {
-        let draw = |size: usize| {
+        self.shares().draw(rng, crops, grid, |rng, size| {
             let mut mask = vec![false; grid.patches()];
             fill(rng, &mut mask, size);
             mask
-        };
-        let sizes = mask_sizes(crops, grid.patches(), self.probability, self.ratio);
-        let mut rows: Vec<Vec<bool>> = sizes.into_iter().map(draw).collect();
-        rng.shuffle(&mut rows);
-        rows
+        })
     }
 }

@@ -191,7 +191,8 @@ impl Pipeline {
         // One image a task: images differ in size, so larger blocks would leave threads idle at the end of a step.
         let make = |(i, mut views): (usize, Views<'_>)| {
             if stop.load(Ordering::Relaxed) {
-                return Ok(Made::default());
+                let blank = |field: &FieldSpec| vec![0.0; field.shape.iter().product()];
+                return Ok(Made { fields: self.fields.iter().map(blank).collect(), ..Made::default() });
             }
             self.image(variant, data_step, places[i], &mut views, stop)
         };

@@ -171,9 +171,7 @@ impl StudentPass {
         let global = if globals { features.next() } else { None };
         let global = global.unwrap_or_else(|| nothing(dim, grid, params.dtype()));
         let local = features.next();
-        let views =
-            model.losses.iter().map(|l| Ok(of_views.by_ref().take(l.loss.views(batch.global.dim(2))?.len()).collect()));
-        let views = views.collect::<Result<_>>()?;
+        let views = draws.tiles.iter().map(|of_loss| of_views.by_ref().take(of_loss.len()).collect()).collect();
         let drawn = |i| Ok([draws.of_loss(i)?, views::image_draws(draws, i, batch.images())?]);
         let draws = (0..model.losses.len()).map(drawn).collect::<Result<_>>()?;
         Ok(Self { global, local, views, draws })

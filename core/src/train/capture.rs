@@ -118,7 +118,7 @@ fn read_batch(tensors: &NamedTensors, i: u64, path: &Path) -> Result<Batch> {
     })
 }
 
-/// The images of a captured batch. Captures of versions before 0.2 do not say where crops were cut.
+/// The images of a captured batch; older captures do not say where crops were cut.
 fn read_sources(samples: &Tensor, optional: &dyn Fn(&str) -> Option<Tensor>) -> Vec<BatchImage> {
     let samples = samples.as_slice::<u32>();
     let places = optional("places").map(|places| places.as_slice::<u32>().to_vec());
