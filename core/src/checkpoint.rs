@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! checkpoints/step-00000300/
-//!   model.safetensors      student.<name>, teacher.<name>, gram_teacher.<name>: opens in any tool
+//!   model.safetensors      student.<name>, teacher.<name>, <teacher>_teacher.<name>: opens in any tool
 //!   optimizer.safetensors  <moment>.<name>, such as exp_avg.<name>, and state.<loss>.<name>
 //!   recipe.toml            the run's recipe, so that a checkpoint that is copied elsewhere says what model it is of
 //!   state.json             step, and the BLAKE3 hash of each file

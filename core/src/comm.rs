@@ -1,6 +1,6 @@
 //! What a loss needs of other devices: sums and gathers over the batch.
 //!
-//! Everything inside a loss that looks across the batch (Sinkhorn-Knopp, KoLeo neighbours, centring) goes through
+//! Everything inside a loss that looks across the batch (Sinkhorn-Knopp, nearest neighbours, centring) goes through
 //! [`Comm`], so that the same plugin runs on one device and on many.
 
 use crate::{Result, Tensor};

@@ -30,7 +30,7 @@ use dfdx::prelude::{
 };
 use dfdx::tensor::AsArray as _;
 
-use crate::contract::{Features, Loss, LossValue, Needs, Outputs, StepContext};
+use crate::contract::{Features, Loss, LossValue, ModelOutputs, Needs, Outputs, StepContext};
 use crate::params::{ParamId, Params};
 use crate::registry::LossContext;
 use crate::tensor::{Grads, Op};
@@ -107,11 +107,10 @@ pub struct DfdxOutputs<'a> {
     pub teacher_patches: Matrix,
     /// `[rows, K]`.
     pub targets: Option<Matrix>,
-    /// `[G*B*P, D]`.
-    pub gram_patches: Option<Matrix>,
     /// What else the student gives, by name: `view_<i>_cls` `[crops*B, D]` and `view_<i>_patches` `[crops*B*P, D]` of every
     /// view; with [`Needs::tokens`] `student_registers` `[G*B*R, D]`, `student_local_patches` `[L*B*P, D]` and
-    /// `student_prenorm` `[G*B*(1+R+P), D]`.
+    /// `student_prenorm` `[G*B*(1+R+P), D]`; `student_layer_<i>` `[G*B*(1+R+P), D]` of [`Needs::layers`]. And what teachers
+    /// give: `teachers.<name>.cls` and `.patches`, `teacher_layer_<i>`, `teacher_view_<i>_cls` and `_patches`.
     pub more: BTreeMap<String, Matrix>,
 }
 
@@ -185,10 +184,25 @@ pub(crate) fn student<'a>(out: &Outputs<'a>) -> Vec<(String, &'a Tensor)> {
         ("student_prenorm", out.student.prenorm),
     ];
     let own = all.into_iter().filter_map(|(name, x)| Some((name.to_string(), x?)));
-    let view = |(i, view): (usize, &'a Features)| {
-        [(format!("view_{i}_cls"), &view.cls), (format!("view_{i}_patches"), &view.patches)]
-    };
-    own.chain(out.views.iter().enumerate().flat_map(view)).collect()
+    let views = out.views.iter().enumerate().flat_map(|(i, view)| of_view(format!("view_{i}"), view));
+    own.chain(layers("student", &out.student)).chain(views).collect()
+}
+
+/// What teachers give for a loss that asks for it, by name.
+fn teachers<'a>(out: &Outputs<'a>) -> Vec<(String, &'a Tensor)> {
+    let named = out.teachers.iter().flat_map(|(name, given)| {
+        [(format!("teachers.{name}.cls"), &given.cls), (format!("teachers.{name}.patches"), &given.patches)]
+    });
+    let views = out.teacher_views.iter().enumerate().flat_map(|(i, view)| of_view(format!("teacher_view_{i}"), view));
+    named.chain(layers("teacher", &out.teacher)).chain(views).collect()
+}
+
+fn layers<'a>(model: &'static str, out: &ModelOutputs<'a>) -> impl Iterator<Item = (String, &'a Tensor)> {
+    out.layers.iter().enumerate().map(move |(i, layer)| (format!("{model}_layer_{i}"), layer))
+}
+
+fn of_view(name: String, view: &Features) -> [(String, &Tensor); 2] {
+    [(format!("{name}_cls"), &view.cls), (format!("{name}_patches"), &view.patches)]
 }
 
 /// The value, and the gradients of the [`student`]'s tensors and of the loss's own parameters.
@@ -209,8 +223,7 @@ pub(crate) fn evaluate(
         teacher_cls: matrix(out.teacher.cls),
         teacher_patches: matrix(out.teacher.patches),
         targets: out.targets.map(matrix),
-        gram_patches: out.gram.map(|g| matrix(&g.patches)),
-        more: student(out).into_iter().map(|(name, x)| (name, matrix(x))).collect(),
+        more: student(out).into_iter().chain(teachers(out)).map(|(name, x)| (name, matrix(x))).collect(),
     };
     let value = loss.loss(&outputs, context)?;
     let number = value.array();

@@ -111,7 +111,7 @@ impl BatchNorm {
 pub enum Activation {
     /// GELU, computed with the layer behind it.
     Gelu,
-    /// Batch normalisation, then ReLU: the projectors of BYOL, VICReg and Barlow Twins.
+    /// Batch normalisation, then ReLU: the usual layers of projectors.
     BatchNormRelu,
 }
 

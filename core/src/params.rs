@@ -1,7 +1,7 @@
 //! Parameters in flat buffers.
 //!
 //! A [`Layout`] names and places every parameter of a model once; a [`Params`] looks named tensors up in one flat
-//! buffer of that layout. Student, EMA teacher, Gram teacher, gradients and optimizer moments are each one buffer, so
+//! buffer of that layout. Student, teachers, gradients and optimizer moments are each one buffer, so
 //! the optimizer, EMA, clipping and checkpoints walk flat memory and know no layer.
 
 use std::collections::HashSet;

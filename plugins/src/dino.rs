@@ -1,7 +1,7 @@
 //! The image-level loss of DINO: every student crop predicts what the teacher says of another crop of the same image.
 
 use dinolab_core::contract::{
-    Loss, LossCost, LossRows, LossValue, ModelOutputs, Needs, Outputs, Schedule, StateSpec, StepContext, TargetSpec,
+    Loss, LossCost, LossRows, LossValue, ModelOutputs, Needs, Outputs, Schedule, StateSpec, StepContext, TargetSpec, Targets,
 };
 use dinolab_core::params::Params;
 use dinolab_core::registry::LossContext;
@@ -10,7 +10,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::projection_head::{Head, HeadConfig};
-use crate::teacher_targets::{Centering, Targets};
+use crate::teacher_targets::{Centered, Centering};
 
 plugin!(Loss, "dino", Dino, DinoLoss::build);
 
@@ -80,8 +80,8 @@ impl DinoLoss {
         Ok(Box::new(Self { config, head }))
     }
 
-    fn targets(&self) -> Targets<'_> {
-        Targets {
+    fn centered(&self) -> Centered<'_> {
+        Centered {
             centering: self.config.centering,
             iterations: self.config.sinkhorn_iterations,
             center_momentum: self.config.center_momentum,
@@ -114,15 +114,15 @@ impl Loss for DinoLoss {
     }
 
     fn state(&self) -> Vec<StateSpec> {
-        self.targets().state(self.config.head.prototypes)
+        self.centered().state(self.config.head.prototypes)
     }
 
     fn project(&self, params: &Params<'_>, outputs: &ModelOutputs<'_>) -> Result<Tensor> {
         self.head.forward(params, &outputs.all_cls()?)
     }
 
-    fn targets(&self, logits: &Tensor, context: &StepContext<'_>) -> Result<(Tensor, Vec<Tensor>)> {
-        self.targets().compute(logits, context)
+    fn targets(&self, logits: &Tensor, context: &StepContext<'_>) -> Result<Targets> {
+        self.centered().compute(logits, context)
     }
 
     fn compute(&self, params: &Params<'_>, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {

@@ -1,7 +1,7 @@
 //! Gram anchoring: the similarities between a crop's patches stay those of an earlier teacher.
 
 use dinolab_core::contract::{Loss, LossValue, Needs, Outputs, StepContext};
-use dinolab_core::ops::{GramOptions, NegativeRemoval};
+use dinolab_core::ops::{SimilarityOptions, NegativeRemoval};
 use dinolab_core::params::Params;
 use dinolab_core::{plugin, Result, Tensor};
 use schemars::JsonSchema;
@@ -53,6 +53,8 @@ pub struct Gram {
     pub tokens: Tokens,
     /// Log the loss on masked and on unmasked patches beside it.
     pub log_parts: bool,
+    /// The teacher with which the student is compared: the name of its table, `[teachers.<name>]`.
+    pub teacher: String,
 }
 
 impl Default for Gram {
@@ -63,6 +65,7 @@ impl Default for Gram {
             remove_negative: RemoveNegative::None,
             tokens: Tokens::All,
             log_parts: false,
+            teacher: "gram".into(),
         }
     }
 }
@@ -71,30 +74,31 @@ impl Gram {
     /// The loss over the patches with these flat indices in `[G*B*P]`, batch level.
     fn over(&self, student: &Tensor, teacher: &Tensor, rows: &Tensor) -> Result<Tensor> {
         let flat = |x: &Tensor| x.reshape(&[x.dim(0) * x.dim(1), x.dim(2)])?.gather_rows(rows);
-        flat(student)?.gram_loss(&flat(teacher)?, self.options(false))
+        flat(student)?.similarity_distance(&flat(teacher)?, self.options(false))
     }
 
-    fn options(&self, image_level: bool) -> GramOptions {
+    fn options(&self, image_level: bool) -> SimilarityOptions {
         let remove = match self.remove_negative {
             RemoveNegative::None => NegativeRemoval::None,
             RemoveNegative::Both => NegativeRemoval::Both,
             RemoveNegative::Teacher => NegativeRemoval::Teacher,
         };
-        GramOptions { normalize: self.normalize, image_level, remove }
+        SimilarityOptions { normalize: self.normalize, image_level, remove }
     }
 }
 
 impl Loss for Gram {
     fn needs(&self) -> Needs {
         let masks = self.log_parts || self.tokens != Tokens::All;
-        Needs { locals: false, gram_teacher: true, masks, teacher: false, min_batch: 1, ..Needs::default() }
+        let teachers = vec![self.teacher.clone()];
+        Needs { locals: false, teachers, masks, teacher: false, min_batch: 1, ..Needs::default() }
     }
 
     fn compute(&self, _: &Params<'_>, out: &Outputs<'_>, _: &StepContext<'_>) -> Result<LossValue> {
         let student = out.student.patches;
-        let teacher = &out.gram.expect("`needs` asks for a Gram teacher").patches;
+        let teacher = &out.teacher(&self.teacher)?.patches;
         let loss = match self.tokens {
-            Tokens::All => student.gram_loss(teacher, self.options(self.image_level))?,
+            Tokens::All => student.similarity_distance(teacher, self.options(self.image_level))?,
             Tokens::Masked => self.over(student, teacher, out.student.mask_indices)?,
             Tokens::Unmasked => self.over(student, teacher, out.unmasked_indices)?,
         };

@@ -1,7 +1,7 @@
 //! The patch-level loss of iBOT: the student predicts, for the patches hidden from it, what the teacher sees there.
 
 use dinolab_core::contract::{
-    Loss, LossCost, LossRows, LossValue, ModelOutputs, Needs, Outputs, Schedule, StateSpec, StepContext, TargetSpec,
+    Loss, LossCost, LossRows, LossValue, ModelOutputs, Needs, Outputs, Schedule, StateSpec, StepContext, TargetSpec, Targets,
 };
 use dinolab_core::params::Params;
 use dinolab_core::registry::LossContext;
@@ -10,7 +10,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::projection_head::{Head, HeadConfig};
-use crate::teacher_targets::{Centering, Targets};
+use crate::teacher_targets::{Centered, Centering};
 
 plugin!(Loss, "ibot", Ibot, IbotLoss::build);
 
@@ -65,8 +65,8 @@ impl IbotLoss {
         Ok(Box::new(Self { config, head }))
     }
 
-    fn targets(&self) -> Targets<'_> {
-        Targets {
+    fn centered(&self) -> Centered<'_> {
+        Centered {
             centering: self.config.centering,
             iterations: self.config.sinkhorn_iterations,
             center_momentum: self.config.center_momentum,
@@ -82,15 +82,15 @@ impl Loss for IbotLoss {
     }
 
     fn state(&self) -> Vec<StateSpec> {
-        self.targets().state(self.config.head.prototypes)
+        self.centered().state(self.config.head.prototypes)
     }
 
     fn project(&self, params: &Params<'_>, outputs: &ModelOutputs<'_>) -> Result<Tensor> {
         self.head.forward(params, &outputs.masked_patches()?)
     }
 
-    fn targets(&self, logits: &Tensor, context: &StepContext<'_>) -> Result<(Tensor, Vec<Tensor>)> {
-        self.targets().compute(logits, context)
+    fn targets(&self, logits: &Tensor, context: &StepContext<'_>) -> Result<Targets> {
+        self.centered().compute(logits, context)
     }
 
     fn compute(&self, params: &Params<'_>, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {

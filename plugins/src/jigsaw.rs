@@ -90,7 +90,7 @@ impl Loss for JigsawLoss {
 
     fn views(&self, global_size: usize) -> Result<Vec<View>> {
         let tile_size = Thirds::of(global_size, self.patch_size)?.tile_size;
-        Ok(vec![View { crops: CELLS, tiles: 1, tile_size }])
+        Ok(vec![View::new(CELLS, 1, tile_size)])
     }
 
     fn draw_image(&self, context: &mut ImageContext<'_>) -> ImageDraws {

@@ -1,7 +1,7 @@
 //! The KoLeo regulariser: class tokens keep their distance from their nearest neighbour.
 
 use dinolab_core::contract::{Loss, LossValue, Needs, Outputs, StepContext};
-use dinolab_core::ops::koleo_group;
+use dinolab_core::ops::neighbour_group;
 use dinolab_core::params::Params;
 use dinolab_core::registry::LossContext;
 use dinolab_core::{plugin, Error, Result, Tensor};
@@ -35,7 +35,7 @@ impl KoLeo {
     fn build(self, context: &mut LossContext<'_>) -> Result<Box<dyn Loss>> {
         // Too few images are what `needs` says.
         if context.images > self.topk {
-            koleo_group(context.images, self.topk, self.group()).map_err(|problem| {
+            neighbour_group(context.images, self.topk, self.group()).map_err(|problem| {
                 let help =
                     "rows are the images of a micro-batch: change batch.size, batch.micro_batches, topk or group_size";
                 Error::user(format!("loss `koleo`: {problem}"), help)
@@ -57,7 +57,7 @@ impl Loss for KoLeo {
     fn compute(&self, _: &Params<'_>, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
         let of_crop = |crop: usize| -> Result<Tensor> {
             let own = out.student.cls.narrow(crop * out.images, out.images)?;
-            let rows = context.comm.all_gather(&own)?.koleo(self.topk, self.group())?;
+            let rows = context.comm.all_gather(&own)?.neighbour_distance(self.topk, self.group())?;
             rows.narrow(context.comm.rank() * out.images, out.images)?.mean()
         };
         let mut loss = of_crop(0)?;

@@ -208,7 +208,7 @@ pub(crate) mod testing {
                 (0..n * 16).flat_map(|i| token(class_at(i / 16, i % 16 / 4 * 8 + 4, i % 4 * 8 + 4))).collect();
             let (cls, patches) = (Tensor::from_slice(&cls, &[n, dim])?, Tensor::from_slice(&patches, &[n, 16, dim])?);
             let registers = Tensor::zeros(&[n, 0, dim], DType::F32);
-            Ok(ModelFeatures { cls, registers, prenorm: patches.clone(), patches, grid })
+            Ok(ModelFeatures { cls, registers, prenorm: patches.clone(), patches, layers: Vec::new(), grid })
         };
         let normalization = ([0.0; 3], [1.0; 3]);
         let context = ProbeContext {

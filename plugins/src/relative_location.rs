@@ -65,7 +65,7 @@ impl Loss for RelativeLocationLoss {
 
     fn views(&self, global_size: usize) -> Result<Vec<View>> {
         let tile_size = Thirds::of(global_size, self.patch_size)?.tile_size;
-        Ok(vec![View { crops: 1 + self.neighbours, tiles: 1, tile_size }])
+        Ok(vec![View::new(1 + self.neighbours, 1, tile_size)])
     }
 
     fn draw_image(&self, context: &mut ImageContext<'_>) -> ImageDraws {

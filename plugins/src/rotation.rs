@@ -57,7 +57,7 @@ impl Loss for RotationLoss {
     }
 
     fn views(&self, global_size: usize) -> Result<Vec<View>> {
-        Ok(vec![View { crops: self.turns, tiles: 1, tile_size: global_size }])
+        Ok(vec![View::new(self.turns, 1, global_size)])
     }
 
     fn draw_image(&self, context: &mut ImageContext<'_>) -> ImageDraws {

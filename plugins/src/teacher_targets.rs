@@ -1,6 +1,6 @@
 //! How teacher logits become targets: Sinkhorn-Knopp, or softmax after centring. Shared by the losses on prototypes.
 
-use dinolab_core::contract::{Schedule, StateSpec, StepContext};
+use dinolab_core::contract::{Schedule, StateSpec, StepContext, Targets};
 use dinolab_core::{Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -17,44 +17,48 @@ pub enum Centering {
     Softmax,
 }
 
+/// The centre that is used next, and the mean that waits to be folded into it.
+const CENTER: &str = "center";
+const PENDING_MEAN: &str = "pending_mean";
+
 /// The keys that the losses on prototypes share.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Targets<'a> {
+pub(crate) struct Centered<'a> {
     pub(crate) centering: Centering,
     pub(crate) iterations: usize,
     pub(crate) center_momentum: f64,
     pub(crate) temperature: &'a Schedule,
 }
 
-impl Targets<'_> {
+impl Centered<'_> {
     /// Softmax centring carries the centre that is used next, and the mean that waits to be folded into it: the
     /// reference defers the update to the next step.
     pub(crate) fn state(&self, prototypes: usize) -> Vec<StateSpec> {
         match self.centering {
             Centering::SinkhornKnopp => Vec::new(),
             Centering::Softmax => vec![
-                StateSpec { name: "center", shape: vec![prototypes] },
-                StateSpec { name: "pending_mean", shape: vec![prototypes] },
+                StateSpec { name: CENTER, shape: vec![prototypes] },
+                StateSpec { name: PENDING_MEAN, shape: vec![prototypes] },
             ],
         }
     }
 
-    pub(crate) fn compute(&self, logits: &Tensor, context: &StepContext<'_>) -> Result<(Tensor, Vec<Tensor>)> {
+    pub(crate) fn compute(&self, logits: &Tensor, context: &StepContext<'_>) -> Result<Targets> {
         let temperature = context.scalar(self.temperature);
         match self.centering {
             Centering::SinkhornKnopp => {
-                let targets = logits.sinkhorn_knopp(&temperature, self.iterations, context.comm)?;
-                Ok((targets, Vec::new()))
+                logits.sinkhorn_knopp(&temperature, self.iterations, context.comm).map(Targets::of)
             }
             Centering::Softmax => {
-                let [center, pending] = context.state else { unreachable!("declared in `state`") };
+                let (center, pending) = (context.state(CENTER)?, context.state(PENDING_MEAN)?);
                 let m = self.center_momentum;
                 // Both start at zero, so the first step folds nothing in.
                 let center = center.scale(m)?.add(&pending.scale(1.0 - m)?)?;
-                let targets = logits.centered_softmax(&center, &temperature)?;
-                let rows = context.comm.all_reduce_sum(&logits.sum_axis(0)?)?;
+                let rows = logits.centered_softmax(&center, &temperature)?;
+                let sum = context.comm.all_reduce_sum(&logits.sum_axis(0)?)?;
                 let count = logits.dim(0) * context.comm.world();
-                Ok((targets, vec![center, rows.scale(1.0 / count as f64)?]))
+                let mean = sum.scale(1.0 / count as f64)?;
+                Ok(Targets { rows, state: vec![(CENTER, center), (PENDING_MEAN, mean)] })
             }
         }
     }

@@ -228,7 +228,7 @@ fn a_plan_that_cannot_be_applied_names_the_plugin() {
         crops: recipe(&["crops.plugin=test_too_wide"]).unwrap().recipe.crops,
         masking: Chosen::default(),
         patch_size: 4,
-        gram_crop_size: None,
+        teacher_crop_size: None,
         seed: 0,
         device: Device::Cpu,
         dtype: DType::F32,

@@ -41,7 +41,7 @@ held_out = 32
 size = 4
 [crops]
 local_count = 2
-[gram_teacher]
+[teachers.gram]
 first_step = 2
 refresh = { every = 2 }
 [optimizer]

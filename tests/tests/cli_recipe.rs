@@ -108,13 +108,13 @@ fn show_says_what_a_recipe_changes_of_its_base() {
 #[test]
 fn the_timeline_draws_schedules_and_lists_events() {
     let (folder, path) = with_toy(
-        "[optimizer]\nlr = { plugin = \"linear_warmup\", peak = 1e-3, warmup_steps = 10 }\n[gram_teacher]\nplugin = \"gram_anchor\"\nrefresh = { every = 20 }\n",
+        "[optimizer]\nlr = { plugin = \"linear_warmup\", peak = 1e-3, warmup_steps = 10 }\n[teachers.gram]\nplugin = \"gram_anchor\"\nrefresh = { every = 20 }\n",
     );
     let Ended { code, out, err } = folder.run(&["recipe", "show", &path, "--timeline"]);
     assert_eq!(code, 0, "{err}");
     assert!(out.contains("optimizer.weight_decay  0.04 throughout"), "{out}");
     assert!(out.contains("optimizer.lr  "), "{out}");
-    assert!(out.contains("gram_teacher (gram_anchor)\n  step "), "{out}");
+    assert!(out.contains("teachers.gram (gram_anchor)\n  step "), "{out}");
 }
 
 #[test]
@@ -233,7 +233,7 @@ fn ranges_are_shown_where_keys_are() {
 #[test]
 fn a_run_of_a_million_million_steps_is_checked_and_drawn_at_once() {
     let begin = std::time::Instant::now();
-    let (folder, path) = with_toy("[gram_teacher]\nplugin = \"gram_anchor\"\nrefresh = { every = 1 }\n");
+    let (folder, path) = with_toy("[teachers.gram]\nplugin = \"gram_anchor\"\nrefresh = { every = 1 }\n");
     let lr = "optimizer.lr={ plugin = 'linear_warmup', peak = 1e-3, warmup_steps = 10 }";
     let sets = ["--set", "steps=1000000000000", "--set", lr];
     assert_eq!(folder.run(&[&["recipe", "check", &path], &sets[..]].concat()).code, 0);
@@ -247,7 +247,7 @@ fn a_run_of_a_million_million_steps_is_checked_and_drawn_at_once() {
 fn keys_that_nothing_reads_now_are_told_by_check() {
     let folder = Folder::with_micro();
     let ended = folder.succeed(&["recipe", "check", "micro.toml"]);
-    assert!(ended.err.contains("note: ") && ended.err.contains("gram_teacher.crop_size"), "{}", ended.err);
+    assert!(ended.err.contains("note: ") && ended.err.contains("teachers.gram.crop_size"), "{}", ended.err);
     let sets = ["losses.koleo.enabled=false", "losses.koleo.topk=3", "losses.dino.center_momentum=0.5"];
     let sets = sets.iter().flat_map(|set| ["--set", set]);
     let args: Vec<&str> = ["recipe", "check", "micro.toml"].into_iter().chain(sets).collect();

@@ -63,7 +63,7 @@ fn spec() -> LoaderSpec {
         crops: crops(CropConfig { global_size: 16, local_size: 8, local_count: 3, ..CropConfig::default() }, ""),
         masking: Chosen::default(),
         patch_size: 4,
-        gram_crop_size: Some(24),
+        teacher_crop_size: Some(24),
         seed: 9,
         device: Device::Cpu,
         dtype: DType::F32,
@@ -77,7 +77,7 @@ fn spec() -> LoaderSpec {
 fn bytes(step: &StepBatches) -> Vec<u8> {
     let mut all = step.step.to_le_bytes().to_vec();
     for batch in &step.batches {
-        let tensors = [Some(&batch.global), batch.local.as_ref(), batch.gram.as_ref()];
+        let tensors = [Some(&batch.global), batch.local.as_ref(), batch.teacher.as_ref()];
         let masks = [&batch.masks.masks, &batch.masks.indices, &batch.masks.weights];
         tensors.into_iter().flatten().chain(masks).for_each(|t| all.extend(t.as_bytes()));
         batch.indices().for_each(|i| all.extend(i.to_le_bytes()));
@@ -129,7 +129,7 @@ fn by_image(batches: &[Batch], crops: usize) -> BTreeMap<usize, Vec<u8>> {
         let images = batch.images();
         for (slot, index) in batch.indices().enumerate() {
             let mut own = Vec::new();
-            let parts = [(Some(&batch.global), 2), (batch.local.as_ref(), crops), (batch.gram.as_ref(), 2)];
+            let parts = [(Some(&batch.global), 2), (batch.local.as_ref(), crops), (batch.teacher.as_ref(), 2)];
             for (tensor, crops) in parts.into_iter().chain([(Some(&batch.masks.masks), 2)]) {
                 let bytes = tensor.expect("crops of every kind").as_bytes();
                 let size = bytes.len() / (crops * images);
@@ -164,7 +164,7 @@ fn parts_of_a_batch_have_the_images_crops_and_masks_of_the_whole() {
 fn the_number_of_masked_patches_of_each_part_is_the_same_in_every_step() {
     let mut spec = spec();
     (spec.batch.size, spec.batch.micro_batches) = (32, 4);
-    (spec.crops.own.global_size, spec.gram_crop_size, spec.total_steps) = (40, None, 30);
+    (spec.crops.own.global_size, spec.teacher_crop_size, spec.total_steps) = (40, None, 30);
     let pipeline = Pipeline::new(Arc::new(Noise::new(60)), spec).unwrap();
     let counts = |step: u64| -> Vec<usize> {
         pipeline.step(step).unwrap().batches.iter().map(|b| b.masks.indices.len()).collect()
@@ -196,9 +196,9 @@ proptest! {
             "local_from_global = {}\nshare_color_jitter = {}\nhorizontal_flip = {}",
             flags[1], flags[2], flags[3]
         );
-        let crops = crops(CropConfig { gram_without_distortion: flags[0], ..spec().crops.own }, &keys);
-        let of = |gram_crop_size: Option<usize>| {
-            let mut spec = LoaderSpec { crops: crops.clone(), gram_crop_size, seed, total_steps: 1001, ..spec() };
+        let crops = crops(CropConfig { teacher_without_distortion: flags[0], ..spec().crops.own }, &keys);
+        let of = |teacher_crop_size: Option<usize>| {
+            let mut spec = LoaderSpec { crops: crops.clone(), teacher_crop_size, seed, total_steps: 1001, ..spec() };
             spec.batch.micro_batches = parts;
             Pipeline::new(Arc::new(Noise::new(60)), spec).unwrap().step(step).unwrap().batches
         };
@@ -207,7 +207,7 @@ proptest! {
             prop_assert_eq!(with.local.as_ref().unwrap().as_bytes(), without.local.as_ref().unwrap().as_bytes());
             prop_assert_eq!(with.masks.masks.as_bytes(), without.masks.masks.as_bytes());
             prop_assert_eq!(&with.sources, &without.sources);
-            prop_assert!(with.gram.is_some() && without.gram.is_none());
+            prop_assert!(with.teacher.is_some() && without.teacher.is_none());
         }
     }
 }
@@ -246,7 +246,7 @@ fn a_dataset_without_a_readable_sample_stops_at_once() {
 fn an_image_smaller_than_a_patch_is_a_broken_sample() {
     let mut spec = spec();
     (spec.patch_size, spec.crops.own.global_size, spec.crops.own.local_size) = (21, 42, 21);
-    spec.gram_crop_size = None;
+    spec.teacher_crop_size = None;
     spec.batch.max_broken_share = 1.0;
     let pipeline = Pipeline::new(Arc::new(Noise::new(100)), spec).unwrap();
     let broken = pipeline.step(0).unwrap().broken;
@@ -324,9 +324,9 @@ fn numbers_that_do_not_fit_together_are_errors() {
     assert!(build(&|s| s.batch.micro_batches = 4).contains("6 images cannot be split into 4"));
     assert!(build(&|s| s.crops.own.global_size = 18)
         .contains("crops.global_size = 18 is not a multiple of the patch size 4"));
-    assert!(build(&|s| s.gram_crop_size = Some(30)).contains("Gram teacher's crop size = 30"));
+    assert!(build(&|s| s.teacher_crop_size = Some(30)).contains("Gram teacher's crop size = 30"));
     let larger = |s: &mut LoaderSpec| {
-        let sizes = |global_size, local_size| Resolution { share: 1.0, global_size, local_size, gram_size: None };
+        let sizes = |global_size, local_size| Resolution { share: 1.0, global_size, local_size, teacher_size: None };
         s.crops.augmentation = contracts::chosen("local_from_global = true").unwrap();
         s.crops.own.resolutions = vec![sizes(32, 16), sizes(16, 24)];
     };
@@ -427,7 +427,7 @@ fn crops_of(config: &CropsEntry, gram: Option<usize>, image: &Sample, plan: &Ima
     let (globals, locals) = (buffers(2, config.global_size), buffers(plan.locals.len(), config.local_size));
     let mut all = [globals, locals, gram.map_or(Vec::new(), |side| buffers(2, side))];
     let [globals, locals, teacher] = all.each_mut().map(|b| b.iter_mut().map(Vec::as_mut_slice).collect());
-    CropMaker::new(config, gram).apply(image, plan, &mut Views { globals, locals, gram: teacher });
+    CropMaker::new(config, gram).apply(image, plan, &mut Views { globals, locals, teacher });
     for crop in all.iter_mut().flatten() {
         let n = crop.len() / 3;
         let pixel = |(i, x): (usize, &mut f32)| *x = 255.0 * (*x * config.std[i / n] + config.mean[i / n]);
@@ -444,7 +444,7 @@ fn ramp(side: usize) -> Sample {
 
 #[test]
 fn undistorted_gram_crops_show_the_boxes_of_the_global_ones() {
-    let own = CropConfig { global_size: 32, local_count: 0, gram_without_distortion: true, ..CropConfig::default() };
+    let own = CropConfig { global_size: 32, local_count: 0, teacher_without_distortion: true, ..CropConfig::default() };
     let config = crops(own, "");
     let image = ramp(200);
     for plan in &plans(&config)[..50] {

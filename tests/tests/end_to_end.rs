@@ -89,7 +89,7 @@ fn peak_rss(child: &Child) -> Option<u64> {
 fn memory_is_flat_from_step_50_to_step_1000() {
     let folder = Folder::with_micro();
     let args = ["train", "micro.toml", "--set", "steps=1000", "--set", "checkpoint.every=0", "--out", "run"];
-    let gram = ["--set", "losses.gram.enabled=true", "--set", "gram_teacher.first_step=2"];
+    let gram = ["--set", "losses.gram.enabled=true", "--set", "teachers.gram.first_step=2"];
     let mut child = folder.start(&[&args[..], &gram].concat());
     let metrics = folder.path("run/metrics.jsonl");
     let logged = || fs::read_to_string(&metrics).map_or(0, |text| text.lines().count());
@@ -110,7 +110,7 @@ fn memory_is_flat_from_step_50_to_step_1000() {
 fn a_second_stage_starts_from_the_first() {
     let folder = Folder::with_micro();
     folder.succeed(&["train", "micro.toml", "--out", "first"]);
-    let gram = ["--set", "losses.gram.enabled=true", "--set", "gram_teacher.source={ checkpoint = 'first' }"];
+    let gram = ["--set", "losses.gram.enabled=true", "--set", "teachers.gram.source={ checkpoint = 'first' }"];
     folder.succeed(&[&["train", "micro.toml", "--out", "second", "--set", "init_from='first'"][..], &gram].concat());
     let line = folder.read("second/metrics.jsonl").lines().next().expect("a step was logged").to_string();
     assert!(line.contains("\"step\":1"), "schedules start anew: {line}");
@@ -358,8 +358,8 @@ const SHRINK: [&str; 14] = [
     "backbone.heads=2",
     "batch.size=4",
     "crops.local_count=2",
-    "gram_teacher.first_step=2",
-    "gram_teacher.refresh.every=2",
+    "teachers.gram.first_step=2",
+    "teachers.gram.refresh.every=2",
     "optimizer.freeze_last_layer_steps=0",
     "log.every=1",
     "data.held_out=32",

@@ -33,12 +33,12 @@ impl Loss for RunningMean {
     }
 
     fn compute(&self, _: &Params<'_>, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
-        let [mean, calls] = context.state else { panic!("a state of two tensors, not of {}", context.state.len()) };
+        let (mean, calls) = (context.state("mean")?, context.state("calls")?);
         let own = out.student.cls.detach().mean_axis(0)?;
         let mean = mean.scale(0.5)?.add(&own.cast(mean.dtype())?.scale(0.5)?)?;
         let far = out.student.cls.add_row(&mean.scale(-1.0)?.cast(out.student.cls.dtype())?)?;
         let loss = far.square()?.mean()?;
-        Ok(LossValue { state: vec![mean, calls.shift(1.0)?], ..LossValue::of(loss) })
+        Ok(LossValue::of(loss).with_state(vec![("calls", calls.shift(1.0)?), ("mean", mean)]))
     }
 }
 
@@ -111,8 +111,8 @@ impl Loss for SickState {
 
     fn compute(&self, _: &Params<'_>, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
         let growth = context.scalar(&self.growth);
-        let memory = context.state[0].shift(1.0)?.mul(&growth)?.mul(&growth)?.mul(&growth)?;
-        Ok(LossValue { state: vec![memory], ..LossValue::of(out.student.cls.square()?.mean()?) })
+        let memory = context.state("memory")?.shift(1.0)?.mul(&growth)?.mul(&growth)?.mul(&growth)?;
+        Ok(LossValue::of(out.student.cls.square()?.mean()?).with_state(vec![("memory", memory)]))
     }
 }
 
@@ -179,7 +179,7 @@ impl Backbone for WatchedModel {
             let rows = c.pixels.patchify(4)?.cast(params.dtype())?;
             let patches = rows.linear(&params.get(self.0), None)?.reshape(&[b, h * w, 8])?;
             let (cls, registers) = (patches.mean_axis(1)?, Tensor::zeros(&[b, 0, 8], params.dtype()));
-            Ok(Features { cls, registers, prenorm: patches.clone(), patches, grid: Grid { height: h, width: w } })
+            Ok(Features { cls, registers, prenorm: patches.clone(), patches, layers: vec![], grid: Grid { height: h, width: w } })
         };
         crops.iter().map(of).collect()
     }
@@ -534,7 +534,7 @@ fn the_teacher_runs_only_when_something_asks_for_it() {
     assert_eq!(looks("[losses.koleo]", false), 0, "KoLeo looks at the student alone");
     assert_eq!(looks("[losses.koleo]", true), 1, "health is measured on the teacher");
     assert_eq!(looks("[losses.koleo]\n[losses.dino]\nhead = { hidden = 4, bottleneck = 4, prototypes = 8 }", false), 1);
-    let gram = "[losses.gram]\n[gram_teacher]\nplugin = \"gram_anchor\"";
+    let gram = "[losses.gram]\n[teachers.gram]\nplugin = \"gram_anchor\"";
     assert_eq!(looks(gram, false), 1, "the Gram teacher, and no other");
 }
 
@@ -614,8 +614,8 @@ fn a_head_may_have_no_bias_and_the_last_layers_a_rate_of_their_own() {
 
 #[test]
 fn turning_gram_on_changes_nothing_that_the_student_sees_or_learns_first() {
-    let gram = "[losses.gram]\nenabled = ENABLED\n[gram_teacher]\nplugin = \"gram_anchor\"\ncrop_size = 24";
-    for first in ["", "crops.gram_without_distortion = true\n", "crops.local_from_global = true\n"] {
+    let gram = "[losses.gram]\nenabled = ENABLED\n[teachers.gram]\nplugin = \"gram_anchor\"\ncrop_size = 24";
+    for first in ["", "crops.teacher_without_distortion = true\n", "crops.local_from_global = true\n"] {
         let of = |enabled: &str| {
             let resolved = recipe(
                 &format!("device = \"cpu\"\n{first}"),
@@ -623,7 +623,7 @@ fn turning_gram_on_changes_nothing_that_the_student_sees_or_learns_first() {
             );
             let (mut learner, pipeline) = start(&resolved);
             let batch = pipeline.step(0).unwrap().batches.remove(0);
-            assert_eq!(batch.gram.is_some(), enabled == "true");
+            assert_eq!(batch.teacher.is_some(), enabled == "true");
             let report = learner.step(0, std::slice::from_ref(&batch), false).unwrap();
             let pixels = [Some(&batch.global), batch.local.as_ref()].map(|t| t.expect("crops").as_bytes().to_vec());
             (pixels, report.losses["loss/dino"].to_bits(), report.losses["loss/ibot"].to_bits())

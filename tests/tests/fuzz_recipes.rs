@@ -161,7 +161,7 @@ fn is_for_here(resolved: &Resolved) -> bool {
     resolved.recipe.device().is_ok_and(|device| device == Device::Cpu)
         && resolved.value.pointer("/data/path").is_none()
         && resolved.value.pointer("/teacher/checkpoint").is_none()
-        && resolved.value.pointer("/gram_teacher/source/checkpoint").is_none()
+        && resolved.value.pointer("/teachers/gram/source/checkpoint").is_none()
 }
 
 #[test]

@@ -37,14 +37,14 @@ impl Dataset for Pictures {
 }
 
 /// Small crops of an augmentation (a table as in a recipe; the default where it names none).
-fn spec(own: CropConfig, augmentation: &str, gram_crop_size: Option<usize>) -> LoaderSpec {
+fn spec(own: CropConfig, augmentation: &str, teacher_crop_size: Option<usize>) -> LoaderSpec {
     let own = CropConfig { global_size: 48, local_size: 20, local_count: 3, ..own };
     LoaderSpec {
         batch: BatchConfig { size: 4, micro_batches: 2, loader_threads: 2, ..BatchConfig::default() },
         crops: CropsEntry { own, augmentation: contracts::chosen(augmentation).unwrap() },
         masking: Chosen::default(),
         patch_size: 4,
-        gram_crop_size,
+        teacher_crop_size,
         seed: 5,
         device: Device::Cpu,
         dtype: DType::F32,
@@ -108,7 +108,7 @@ gpu_test!(crops_of_another_augmentation_are_the_same, {
 });
 
 gpu_test!(gram_crops_without_distortion_are_the_same, {
-    let own = CropConfig { gram_without_distortion: true, ..CropConfig::default() };
+    let own = CropConfig { teacher_without_distortion: true, ..CropConfig::default() };
     assert_eq!(difference(spec(own, "local_from_global = true", Some(96))), 0.0);
 });
 
@@ -117,7 +117,7 @@ gpu_test!(distorted_gram_crops_are_the_same, {
 });
 
 gpu_test!(sizes_may_change_from_step_to_step, {
-    let size = |global_size| Resolution { share: 1.0, global_size, local_size: 20, gram_size: None };
+    let size = |global_size| Resolution { share: 1.0, global_size, local_size: 20, teacher_size: None };
     let crops = CropConfig { resolutions: vec![size(40), size(32)], ..CropConfig::default() };
     assert_eq!(difference(LoaderSpec { total_steps: 6, ..spec(crops, "", None) }), 0.0);
 });

@@ -2,7 +2,7 @@
 //! numbers. f32 to 1e-5, bf16 to 1e-2.
 
 use dinolab_core::comm::Single;
-use dinolab_core::ops::{GramOptions, NegativeRemoval};
+use dinolab_core::ops::{SimilarityOptions, NegativeRemoval};
 use dinolab_core::rng::{Rng, Stream};
 use dinolab_core::tensor::Tape;
 use dinolab_core::{DType, Device, Result, Tensor};
@@ -244,8 +244,8 @@ gpu_test!(koleo_equals_the_cpu, {
     shapes([3, 40, 3, 300], |[groups, size, topk, d], seed| {
         let (size, d) = (size + topk, d + 1);
         let x = normal(seed, 0, &[groups * size, d]);
-        equals_the_oracle(&x, |x, _| x.koleo(topk, Some(size)));
-        value_equals_the_oracle(&x, |x, _| x.koleo_neighbours(topk, Some(size)));
+        equals_the_oracle(&x, |x, _| x.neighbour_distance(topk, Some(size)));
+        value_equals_the_oracle(&x, |x, _| x.nearest_neighbours(topk, Some(size)));
     });
 });
 
@@ -254,13 +254,13 @@ gpu_test!(koleo_of_equal_rows_takes_the_first_and_is_finite, {
     let x = rounded(&Tensor::from_slice(&[x.clone(), x].concat(), &[4, 20]).unwrap());
     let place = Place::gpu(DType::F32);
     let on_gpu = place.features(&x);
-    assert_eq!(on_gpu.koleo_neighbours(1, None).unwrap().to_f64_vec(), [2.0, 3.0, 0.0, 1.0]);
+    assert_eq!(on_gpu.nearest_neighbours(1, None).unwrap().to_f64_vec(), [2.0, 3.0, 0.0, 1.0]);
     let zeros = place.features(&Tensor::full(&[40, 3], DType::F64, 1.0).unwrap());
     let firsts: Vec<f64> =
         (0..40).flat_map(|i| if i == 0 { [1.0, 2.0] } else { [0.0, if i == 1 { 2.0 } else { 1.0 }] }).collect();
-    assert_eq!(zeros.koleo_neighbours(2, None).unwrap().to_f64_vec(), firsts);
-    let [value, grad] = place.run(&x, &|x: &Tensor, _| x.koleo(1, None));
-    close("value", &value, &Place::ORACLE.run(&x, &|x: &Tensor, _| x.koleo(1, None))[0], 1e-5);
+    assert_eq!(zeros.nearest_neighbours(2, None).unwrap().to_f64_vec(), firsts);
+    let [value, grad] = place.run(&x, &|x: &Tensor, _| x.neighbour_distance(1, None));
+    close("value", &value, &Place::ORACLE.run(&x, &|x: &Tensor, _| x.neighbour_distance(1, None))[0], 1e-5);
     assert!(grad.iter().all(|g| g.is_finite()), "{grad:?}");
 });
 
@@ -273,8 +273,8 @@ gpu_test!(gram_loss_equals_the_cpu_in_all_variants, {
         let (x, teacher) = (normal(seed, 0, &[images, n, d]), rounded(&normal(seed, 1, &[images, n, d])));
         for variant in 0..12 {
             let (normalize, image_level, remove) = (variant % 2 == 0, variant % 4 < 2, REMOVALS[variant / 4]);
-            let options = GramOptions { normalize, image_level, remove };
-            let loss = |x: &Tensor, place: Place| x.gram_loss(&place.features(&teacher), options);
+            let options = SimilarityOptions { normalize, image_level, remove };
+            let loss = |x: &Tensor, place: Place| x.similarity_distance(&place.features(&teacher), options);
             if normalize && remove == NegativeRemoval::Both {
                 // Normalised features are rounded once more in bf16; an entry that thereby changes its sign changes the
                 // gradient by a jump.
@@ -288,14 +288,14 @@ gpu_test!(gram_loss_equals_the_cpu_in_all_variants, {
 
 gpu_test!(gram_loss_of_chosen_patches_is_over_all_of_them, {
     let (x, teacher) = (normal(0, 0, &[37, 10]), rounded(&normal(0, 1, &[37, 10])));
-    equals_the_oracle(&x, |x, place| x.gram_loss(&place.features(&teacher), GramOptions::default()));
+    equals_the_oracle(&x, |x, place| x.similarity_distance(&place.features(&teacher), SimilarityOptions::default()));
 });
 
 gpu_test!(gram_loss_at_batch_level_is_made_in_tiles, {
     // More similarities than a tile has.
     let (n, place) = (4200, Place::gpu(DType::F32));
     let (x, teacher) = (rounded(&normal(0, 0, &[n, 2])), rounded(&normal(0, 1, &[n, 2])));
-    let loss = |x: &Tensor, place: Place| x.gram_loss(&place.features(&teacher), GramOptions::default());
+    let loss = |x: &Tensor, place: Place| x.similarity_distance(&place.features(&teacher), SimilarityOptions::default());
     let ([value, grad], [ours, ours_grad]) = (Place::ORACLE.run(&x, &loss), place.run(&x, &loss));
     close("value", &ours, &value, 1e-5);
     close("gradient", &ours_grad, &grad, 1e-5);

@@ -37,7 +37,7 @@ head = { hidden = 256, bottleneck = 64, prototypes = 512 }
 enabled = false
 [teacher]
 plugin = "ema"
-[gram_teacher]
+[teachers.gram]
 plugin = "gram_anchor"
 first_step = 0
 refresh = { every = 50 }

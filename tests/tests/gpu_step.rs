@@ -42,7 +42,7 @@ weight = { plugin = "linear_warmup", peak = 2.0, warmup_steps = 3 }
 [teacher]
 plugin = "ema"
 momentum = 0.9
-[gram_teacher]
+[teachers.gram]
 plugin = "gram_anchor"
 first_step = 1
 refresh = { every = 2 }

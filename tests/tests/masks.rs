@@ -177,7 +177,7 @@ fn spec() -> LoaderSpec {
         crops: recipe(&[]).unwrap().recipe.crops,
         masking: Chosen::default(),
         patch_size: 4,
-        gram_crop_size: None,
+        teacher_crop_size: None,
         seed: 9,
         device: Device::Cpu,
         dtype: DType::F32,

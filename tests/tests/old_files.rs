@@ -62,7 +62,7 @@ fn recipes_of_schema_1_check_and_train_from_their_weights() {
     let start = |key: &'static str| ["train", "recipe.toml", "--set", "steps=2", "--set", key, "--out"];
     folder.succeed(&[&start("backbone.weights=weights")[..], &["a"]].concat());
     folder.succeed(&[&start("init_from=run")[..], &["b"]].concat());
-    folder.succeed(&[&start("gram_teacher.source.checkpoint=run/checkpoints/step-00000002")[..], &["c"]].concat());
+    folder.succeed(&[&start("teachers.gram.source.checkpoint=run/checkpoints/step-00000002")[..], &["c"]].concat());
 }
 
 #[test]

@@ -3,7 +3,7 @@
 
 use dinolab_core::comm::Single;
 use dinolab_core::contract::{At, Scheduler as _};
-use dinolab_core::ops::{ema_update, GramOptions, NegativeRemoval};
+use dinolab_core::ops::{ema_update, SimilarityOptions, NegativeRemoval};
 use dinolab_core::rng::{Rng, Stream};
 use dinolab_core::testing::loss_oracle::{loss_cases, loss_value, no_options};
 use dinolab_core::testing::strategies::features;
@@ -16,8 +16,8 @@ use serde_json::json;
 const REMOVALS: [NegativeRemoval; 3] = [NegativeRemoval::None, NegativeRemoval::Both, NegativeRemoval::Teacher];
 
 /// All ways to compare Gram matrices.
-fn gram_options() -> impl Strategy<Value = GramOptions> {
-    (any::<bool>(), any::<bool>(), 0..3usize).prop_map(|(normalize, image_level, removal)| GramOptions {
+fn gram_options() -> impl Strategy<Value = SimilarityOptions> {
+    (any::<bool>(), any::<bool>(), 0..3usize).prop_map(|(normalize, image_level, removal)| SimilarityOptions {
         normalize,
         image_level,
         remove: REMOVALS[removal],
@@ -102,7 +102,7 @@ proptest! {
 
     #[test]
     fn koleo_is_invariant_to_rotation_length_and_order(x in features(3..30, 2..20), seed: u64) {
-        let koleo = |x: &Tensor| x.koleo(1, None)?.mean();
+        let koleo = |x: &Tensor| x.neighbour_distance(1, None)?.mean();
         // The eps in the difference, 1e-8 along one direction, is not rotated.
         laws::invariant_to_rotation(&x, seed, 1e-5, koleo)?;
         laws::invariant_to_scale(&x, seed, 1e-5, koleo)?;
@@ -111,8 +111,8 @@ proptest! {
 
     #[test]
     fn koleo_is_finite_on_sick_features_and_shows_a_nan(rows in 3usize..20, d in 2usize..9, seed: u64) {
-        laws::finite_on_degenerate_input(seed, rows, d, |x| x.koleo(1, None)?.mean())?;
-        laws::shows_non_finite_input(seed, rows, d, |x| x.koleo(1, None)?.mean())?;
+        laws::finite_on_degenerate_input(seed, rows, d, |x| x.neighbour_distance(1, None)?.mean())?;
+        laws::shows_non_finite_input(seed, rows, d, |x| x.neighbour_distance(1, None)?.mean())?;
     }
 
     #[test]
@@ -120,8 +120,8 @@ proptest! {
         b in 1usize..4, n in 1usize..20, d in 1usize..12, options in gram_options(), seed: u64,
     ) {
         let (s, t) = (normal(seed, 0, &[b, n, d]), normal(seed, 1, &[b, n, d]));
-        laws::invariant_to_rotation(&s, seed, 1e-9, |s| s.gram_loss(&t, options))?;
-        laws::invariant_to_rotation(&t, seed, 1e-9, |t| s.gram_loss(t, options))?;
+        laws::invariant_to_rotation(&s, seed, 1e-9, |s| s.similarity_distance(&t, options))?;
+        laws::invariant_to_rotation(&t, seed, 1e-9, |t| s.similarity_distance(t, options))?;
     }
 
     #[test]
@@ -129,21 +129,21 @@ proptest! {
         b in 1usize..4, n in 1usize..20, d in 1usize..12, image_level: bool, both: bool, seed: u64,
     ) {
         let remove = if both { NegativeRemoval::Both } else { NegativeRemoval::None };
-        let options = GramOptions { remove, image_level, ..GramOptions::default() };
-        laws::zero_at_the_target(&normal(seed, 0, &[b, n, d]), |s, t| s.gram_loss(t, options))?;
+        let options = SimilarityOptions { remove, image_level, ..SimilarityOptions::default() };
+        laws::zero_at_the_target(&normal(seed, 0, &[b, n, d]), |s, t| s.similarity_distance(t, options))?;
     }
 
     #[test]
     fn gram_loss_at_image_level_is_a_mean_over_images_and_survives_sick_features(seed: u64, options in gram_options()) {
         let teacher = normal(seed, 1, &[3, 5, 4]);
-        let options = GramOptions { image_level: true, ..options };
+        let options = SimilarityOptions { image_level: true, ..options };
         let of = |x: &Tensor| {
             let copies = vec![&teacher; x.dim(0) / 3];
-            x.gram_loss(&Tensor::cat(&copies)?, options)
+            x.similarity_distance(&Tensor::cat(&copies)?, options)
         };
         laws::indifferent_to_batch_size(&normal(seed, 0, &[3, 5, 4]), 1e-11, of)?;
-        laws::finite_on_degenerate_input(seed, 15, 4, |x| images(x, 3)?.gram_loss(&teacher, options))?;
-        laws::shows_non_finite_input(seed, 15, 4, |x| images(x, 3)?.gram_loss(&teacher, options))?;
+        laws::finite_on_degenerate_input(seed, 15, 4, |x| images(x, 3)?.similarity_distance(&teacher, options))?;
+        laws::shows_non_finite_input(seed, 15, 4, |x| images(x, 3)?.similarity_distance(&teacher, options))?;
     }
 
     #[test]
@@ -151,15 +151,15 @@ proptest! {
         b in 1usize..4, n in 1usize..20, d in 1usize..12, options in gram_options(), factor in 0.01..100.0f64, seed: u64,
     ) {
         let (s, t) = (normal(seed, 0, &[b, n, d]), normal(seed, 1, &[b, n, d]));
-        prop_assert!(s.gram_loss(&t, options).unwrap().item() >= 0.0);
-        let options = GramOptions { normalize: true, ..options };
-        laws::invariant_to_scale(&s, seed, 1e-9, |s| s.gram_loss(&t, options))?;
-        laws::invariant_to_scale(&t, seed, 1e-9, |t| s.gram_loss(t, options))?;
+        prop_assert!(s.similarity_distance(&t, options).unwrap().item() >= 0.0);
+        let options = SimilarityOptions { normalize: true, ..options };
+        laws::invariant_to_scale(&s, seed, 1e-9, |s| s.similarity_distance(&t, options))?;
+        laws::invariant_to_scale(&t, seed, 1e-9, |t| s.similarity_distance(t, options))?;
         // Without normalisation similarities grow by the square of both lengths, and the loss by its square.
-        let plain = GramOptions { normalize: false, ..options };
+        let plain = SimilarityOptions { normalize: false, ..options };
         let loss = |factor: f64| {
             let [s, t] = [&s, &t].map(|x| x.scale(factor).unwrap());
-            s.gram_loss(&t, plain).unwrap().item()
+            s.similarity_distance(&t, plain).unwrap().item()
         };
         let (one, grown) = (loss(1.0), loss(factor));
         prop_assert!((grown - factor.powi(4) * one).abs() <= 1e-9 * grown.abs().max(1e-12), "{one}, {grown}");
@@ -244,7 +244,7 @@ fn kernels_hold_across_the_bounds_of_their_tiles() {
     hold("op", "soft_cross_entropy", &cross_entropy).unwrap();
     let options = json!({ "b": 1, "n": 150, "d": 5, "normalize": true, "image_level": true, "remove": "both" });
     let gram = large(options, &[("student", &[1, 150, 5], true), ("teacher", &[1, 150, 5], false)]);
-    hold("op", "gram_loss", &gram).unwrap();
+    hold("op", "similarity_distance", &gram).unwrap();
     let koleo = large(json!({ "groups": 1, "size": 150, "topk": 3, "d": 6 }), &[("x", &[150, 6], true)]);
     hold("op", "koleo", &koleo).unwrap();
     let logits = large(json!({ "b": 40, "k": 60, "iterations": 3 }), &[("logits", &[40, 60], false)]);

@@ -90,7 +90,7 @@ impl Loss for BadView {
     }
 
     fn views(&self, _: usize) -> Result<Vec<View>> {
-        Ok(vec![View { crops: 1, tiles: 1, tile_size: if self.fault == Fault::Size { 9 } else { 8 } }])
+        Ok(vec![View::new(1, 1, if self.fault == Fault::Size { 9 } else { 8 })])
     }
 
     fn draw_image(&self, context: &mut ImageContext<'_>) -> ImageDraws {
@@ -208,14 +208,14 @@ fn boxes_and_flips_say_where_crops_were_cut() {
     let resolved = resolved(&[("plugin = \"scenes\"\nsize = 32\ncount = 16", "plugin = \"rulers\"")], "[losses.dino]");
     let learner = Learner::new(&resolved.recipe).unwrap();
     // The Gram teacher's crops have the boxes of the global ones, and no distortion if asked.
-    let mut spec = LoaderSpec { gram_crop_size: Some(24), ..train::loader_spec(&resolved.recipe, &learner, 0) };
-    spec.crops.own.gram_without_distortion = true;
+    let mut spec = LoaderSpec { teacher_crop_size: Some(24), ..train::loader_spec(&resolved.recipe, &learner, 0) };
+    spec.crops.own.teacher_without_distortion = true;
     let (mean, std) = (spec.crops.mean, spec.crops.std);
     let pipeline = Pipeline::new(Arc::new(Rulers {}), spec).unwrap();
     let mut flips = [0; 2];
     for step in 0..4 {
         let batch = pipeline.step(step).unwrap().batches.remove(0);
-        let crops = batch.gram.as_ref().unwrap().to_f64_vec();
+        let crops = batch.teacher.as_ref().unwrap().to_f64_vec();
         for (i, image) in batch.sources.iter().enumerate() {
             for (k, &CropBox { x, y, width, height, flip }) in image.globals.iter().enumerate() {
                 let pixels = &crops[(k * batch.images() + i) * 3 * 576..][..3 * 576];

@@ -46,7 +46,7 @@ fn sets<'a>(sets: &'a [&'a str]) -> Vec<&'a str> {
 fn the_shipped_recipe_continues_from_imported_weights() {
     let folder = imported("hf_gated");
     let recipe = root().join("recipes/continue_from_hf.toml");
-    let from = ["backbone.weights=weights", "gram_teacher.source.checkpoint=weights", "optimizer.lr=0"];
+    let from = ["backbone.weights=weights", "teachers.gram.source.checkpoint=weights", "optimizer.lr=0"];
     let args = [&["train", recipe.to_str().unwrap(), "--out", "run"][..], &sets(&SHRINK), &sets(&from)].concat();
     folder.succeed(&args);
     // At a learning rate of zero the student is what it began as.
@@ -61,7 +61,7 @@ fn the_shipped_recipe_continues_from_imported_weights() {
     fs::remove_dir_all(folder.path("weights")).unwrap();
     folder.succeed(&["recipe", "check", "run"]);
     let next = ["steps=2", "backbone.drop_path=0.3"];
-    let from = ["backbone.weights=back", "gram_teacher.source.checkpoint=run"];
+    let from = ["backbone.weights=back", "teachers.gram.source.checkpoint=run"];
     folder.succeed(
         &[&["train", recipe.to_str().unwrap(), "--out", "next"][..], &sets(&SHRINK), &sets(&from), &sets(&next)]
             .concat(),
@@ -93,7 +93,7 @@ fn a_recipe_without_a_plugin_says_only_what_the_weights_know() {
     let folder = imported("hf_mlp");
     let recipe = root().join("recipes/continue_from_hf.toml");
     let check = |set: &[&str]| folder.run(&[&["recipe", "check", recipe.to_str().unwrap()][..], &sets(set)].concat());
-    let from = ["backbone.weights=weights", "gram_teacher.source.checkpoint=weights"];
+    let from = ["backbone.weights=weights", "teachers.gram.source.checkpoint=weights"];
     assert_eq!(check(&from).code, 0);
     let ended = check(&[from[0], "backbone.preset=vit_l16"]);
     assert!(ended.code == 2 && ended.err.contains("the model of weights has no such key"), "{}", ended.err);

@@ -135,7 +135,7 @@ fn every_place_takes_a_copied_checkpoint_and_says_how_to_import_what_is_publishe
             "--set",
             "losses.gram.enabled=true",
             "--set",
-            "gram_teacher.source.checkpoint=PATH",
+            "teachers.gram.source.checkpoint=PATH",
             "--out",
             "OUT",
         ],

@@ -17,7 +17,7 @@ const SMALL: [&str; 6] = [
     "batch.size=4",
     "crops.local_count=2",
     "losses.gram.enabled=true",
-    "gram_teacher.first_step=0",
+    "teachers.gram.first_step=0",
     "optimizer.freeze_last_layer_steps=1",
     "batch.loader_threads=1",
 ];

@@ -325,7 +325,7 @@ fn warnings(plan: &Plan, records: &[RunRecord]) -> Vec<String> {
 fn changes_batches(key: &str) -> bool {
     const KEYS: [&str; 5] = ["seed", "data", "masking", "batch.size", "backbone.patch_size"];
     let within = |table: &str| key == table || key.starts_with(&format!("{table}."));
-    KEYS.into_iter().any(within) || within("crops") && key != "crops.gram_without_distortion"
+    KEYS.into_iter().any(within) || within("crops") && key != "crops.teacher_without_distortion"
 }
 
 /// Warnings of one kind as one: the text of the first, and who else gave one.

@@ -76,7 +76,7 @@ impl Backbone for MyPlugin {
             let rows = rows.linear(&w1, Some(&b1))?.gelu()?.linear(&w2, Some(&b2))?;
             let patches = rows.reshape(&[b, grid.patches(), dim])?;
             let registers = Tensor::zeros(&[b, 0, dim], params.dtype());
-            Ok(Features { cls: patches.mean_axis(1)?, registers, prenorm: patches.clone(), patches, grid })
+            Ok(Features { cls: patches.mean_axis(1)?, registers, prenorm: patches.clone(), patches, layers: Vec::new(), grid })
         };
         crops.iter().map(of_kind).collect()
     }

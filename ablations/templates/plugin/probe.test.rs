@@ -23,7 +23,7 @@ fn features(pixels: &Tensor, columns: std::ops::Range<usize>) -> Features {
     let row = pixels.reshape(&[b, pixels.len() / b]).and_then(|x| x.narrow_axis(1, columns.start, columns.len()));
     let empty = |n: usize| Tensor::zeros(&[b, n, columns.len()], DType::F32);
     let grid = Grid { height: side, width: side };
-    Features { cls: row.unwrap(), registers: empty(0), patches: empty(1), prenorm: empty(1), grid }
+    Features { cls: row.unwrap(), registers: empty(0), patches: empty(1), prenorm: empty(1), layers: Vec::new(), grid }
 }
 
 fn score(see: std::ops::Range<usize>) -> f64 {

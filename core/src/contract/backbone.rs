@@ -7,7 +7,7 @@ use crate::params::Params;
 use crate::rng::Rng;
 use crate::{Result, Tensor};
 
-/// Crops of one size: the global ones, the local ones, or the Gram teacher's.
+/// Crops of one size: the global ones, the local ones, or a teacher's own.
 #[derive(Clone, Debug)]
 pub struct Crops {
     /// `[B, C, height, width]`, normalised; crop-major: crop 0 of every image, then crop 1.
@@ -16,12 +16,19 @@ pub struct Crops {
     pub masks: Option<Tensor>,
     /// Whether these are local crops (which may have a norm of their own for the CLS token).
     pub local: bool,
+    /// After how many blocks their tokens are wanted as well: see [`Features::layers`].
+    pub layers: Vec<usize>,
 }
 
 impl Crops {
     /// Unmasked global crops.
     pub fn global(pixels: Tensor) -> Self {
-        Self { pixels, masks: None, local: false }
+        Self { pixels, masks: None, local: false, layers: Vec::new() }
+    }
+
+    /// The same, their tokens after so many blocks wanted as well.
+    pub fn with_layers(self, layers: Vec<usize>) -> Self {
+        Self { layers, ..self }
     }
 }
 
@@ -188,6 +195,8 @@ pub struct Features {
     pub patches: Tensor,
     /// All tokens before the final norm: `[B, 1 + R + P, D]`.
     pub prenorm: Tensor,
+    /// All tokens after each of [`Crops::layers`], before any norm: `[B, 1 + R + P, D]`, in their order.
+    pub layers: Vec<Tensor>,
     /// The patch grid.
     pub grid: Grid,
 }
@@ -204,6 +213,7 @@ impl Features {
             registers: host(&self.registers)?,
             patches: host(&self.patches)?,
             prenorm: host(&self.prenorm)?,
+            layers: self.layers.iter().map(host).collect::<Result<_>>()?,
             grid: self.grid,
         })
     }
@@ -227,7 +237,7 @@ pub struct Cost {
 ///
 /// A backbone owns no weights. It declares parameters when it is built (see
 /// [`BackboneContext`](crate::registry::BackboneContext)) and is given a flat buffer at every call, so that one object
-/// serves student, EMA teacher and Gram teacher.
+/// serves student and teachers.
 ///
 /// All kinds of crops go through one call, so that an implementation can pack their tokens for its linear layers.
 ///
@@ -266,7 +276,7 @@ pub struct Cost {
 ///             let cls = patches.mean_axis(1)?;
 ///             let registers = Tensor::zeros(&[b, 0, self.dim], params.dtype());
 ///             let prenorm = patches.clone();
-///             Ok(Features { cls, registers, patches, prenorm, grid: Grid { height: h, width: w } })
+///             Ok(Features { cls, registers, patches, prenorm, layers: vec![], grid: Grid { height: h, width: w } })
 ///         }).collect()
 ///     }
 ///     fn cost(&self, _: &[(usize, Grid)]) -> Cost {
@@ -298,6 +308,11 @@ pub trait Backbone: fmt::Debug + Send + Sync {
     /// Blocks, for learning-rate decay over depth: block `i` declares its parameters in layer `i + 1`.
     fn depth(&self) -> usize {
         0
+    }
+
+    /// Whether it gives its tokens after a number of blocks, 0 to [`depth`](Self::depth): [`Crops::layers`].
+    fn gives_layers(&self) -> bool {
+        false
     }
 
     /// What, beside names and shapes of parameters, decides what the model computes in evaluation: a table by the keys of

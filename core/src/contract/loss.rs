@@ -26,8 +26,11 @@ pub struct Needs {
     pub masks: bool,
     /// The teacher's features in [`Loss::compute`], as by default. Targets are made of them without.
     pub teacher: bool,
-    /// A Gram teacher.
-    pub gram_teacher: bool,
+    /// Further teachers, by their names in `[teachers.<name>]`: see [`Outputs::teacher`]. In steps in which one of them is
+    /// not [active](super::TeacherPolicy::active) the loss is left out.
+    pub teachers: Vec<String>,
+    /// Tokens after so many blocks of the backbone, student's and teacher's: see [`ModelOutputs::layers`].
+    pub layers: Vec<usize>,
     /// The pixels of the global crops.
     pub pixels: bool,
     /// The images' labels, of so many classes.
@@ -49,7 +52,8 @@ impl Default for Needs {
             tokens: false,
             masks: false,
             teacher: true,
-            gram_teacher: false,
+            teachers: Vec::new(),
+            layers: Vec::new(),
             pixels: false,
             classes: None,
             fields: Vec::new(),
@@ -95,11 +99,21 @@ pub struct StepContext<'a> {
     pub comm: &'a dyn Comm,
     /// The type of scalars, losses and factors: that of the features, or f32 beside bf16 features.
     pub dtype: DType,
-    /// The loss's own state, in the order of [`Loss::state`], as the last call that gave one left it.
-    pub state: &'a [Tensor],
+    /// The loss's own state: see [`state`](Self::state).
+    pub state: &'a [(&'static str, Tensor)],
 }
 
 impl StepContext<'_> {
+    /// A buffer that the loss carries from step to step, as the last call that gave it left it.
+    ///
+    /// # Errors
+    /// If [`Loss::state`] does not declare it.
+    pub fn state(&self, name: &str) -> Result<&Tensor> {
+        let found = self.state.iter().find(|(declared, _)| *declared == name);
+        let missing = || Error::shape("loss", format!("there is no state `{name}`: `Loss::state` has to declare it"));
+        found.map(|(_, tensor)| tensor).ok_or_else(missing)
+    }
+
     /// A schedule's value now, as a rank-0 tensor: operations take numbers that change over time as tensors, so that a
     /// recorded step can be replayed with other values.
     pub fn scalar(&self, schedule: &Schedule) -> Tensor {
@@ -107,10 +121,12 @@ impl StepContext<'_> {
     }
 }
 
-/// What the Gram teacher gave.
+/// What a teacher of `[teachers.<name>]` gives of the global crops, after the final norm.
 #[derive(Clone, Debug)]
-pub struct GramTarget {
-    /// Its normalised patches on the student's grid: `[G*B, P, D]`.
+pub struct NamedTeacher {
+    /// CLS: `[G*B, D]`.
+    pub cls: Tensor,
+    /// Patches: `[G*B, P, D]`. Those of larger crops of its own were resized to the student's grid.
     pub patches: Tensor,
 }
 
@@ -129,6 +145,9 @@ pub struct ModelOutputs<'a> {
     pub registers: Option<&'a Tensor>,
     /// All tokens of the global crops before the final norm: `[G*B, 1 + R + P, D]`; `None` without [`Needs::tokens`].
     pub prenorm: Option<&'a Tensor>,
+    /// All tokens of the global crops after each of [`Needs::layers`], before any norm: `[G*B, 1 + R + P, D]`, in their
+    /// order.
+    pub layers: &'a [Tensor],
     /// Flat indices of the masked patches in `[G*B*P]`: `[M]`, u32.
     pub mask_indices: &'a Tensor,
 }
@@ -176,8 +195,8 @@ pub struct Outputs<'a> {
     pub unmasked_indices: &'a Tensor,
     /// 1 / (masked patches of that crop) for every masked patch: `[M]`.
     pub mask_weights: &'a Tensor,
-    /// The Gram teacher's patches, where a loss asked for them.
-    pub gram: Option<&'a GramTarget>,
+    /// What the teachers of [`Needs::teachers`] give, by name: see [`teacher`](Self::teacher).
+    pub teachers: &'a [(String, NamedTeacher)],
     /// Pixels of the global crops, normalised: `[G*B, 3, height, width]`; `None` without [`Needs::pixels`].
     pub pixels: Option<&'a Tensor>,
     /// Class of each image: `[B]`, u32; the number of classes where an image has none. `None` without
@@ -187,13 +206,25 @@ pub struct Outputs<'a> {
     pub draws: Option<&'a Tensor>,
     /// What [`Loss::draw_image`] drew for each image: `[B, numbers]`, f64, where the step runs; `None` if that is nothing.
     pub image_draws: Option<&'a Tensor>,
-    /// The student's features of this loss's [`views`](Loss::views).
+    /// The student's features of those of this loss's [`views`](Loss::views) that it sees.
     pub views: &'a [Features],
+    /// The teacher's features of those that it sees.
+    pub teacher_views: &'a [Features],
     /// What the dataset adds to its samples: `[B, ..]`, f32, by name. See [`field`](Self::field).
     pub fields: &'a [(String, Tensor)],
 }
 
 impl Outputs<'_> {
+    /// What the teacher `[teachers.<name>]` gives.
+    ///
+    /// # Errors
+    /// If [`Needs::teachers`] does not ask for it.
+    pub fn teacher(&self, name: &str) -> Result<&NamedTeacher> {
+        let found = self.teachers.iter().find(|(teacher, _)| teacher == name);
+        let missing = || Error::shape("loss", format!("there is no teacher `{name}`: `needs` has to ask for it"));
+        found.map(|(_, given)| given).ok_or_else(missing)
+    }
+
     /// A field that the dataset adds to its samples, of every image: `[B, ..]`, f32.
     ///
     /// # Errors
@@ -239,9 +270,8 @@ pub struct LossValue {
     pub loss: Tensor,
     /// Parts for the log, `loss/<name>/<part>`: rank-0 tensors, detached.
     pub parts: Vec<(&'static str, Tensor)>,
-    /// The loss's new state, in the order of [`Loss::state`]; empty: it stays as it is. The next part of the batch and
-    /// the next step see it.
-    pub state: Vec<Tensor>,
+    /// New state by name; what is not given stays as it is. The next part of the batch and the next step see it.
+    pub state: Vec<(&'static str, Tensor)>,
 }
 
 impl LossValue {
@@ -253,6 +283,26 @@ impl LossValue {
     /// With parts for the log.
     pub fn with_parts(self, parts: Vec<(&'static str, Tensor)>) -> Self {
         Self { parts, ..self }
+    }
+
+    /// With new state by name.
+    pub fn with_state(self, state: Vec<(&'static str, Tensor)>) -> Self {
+        Self { state, ..self }
+    }
+}
+
+/// What a loss is to learn from the teacher.
+pub struct Targets {
+    /// `[rows, K]`: a row for every row of [`Loss::project`].
+    pub rows: Tensor,
+    /// New state by name, as in [`LossValue::state`].
+    pub state: Vec<(&'static str, Tensor)>,
+}
+
+impl Targets {
+    /// Targets that leave the state as it is.
+    pub fn of(rows: Tensor) -> Self {
+        Self { rows, state: Vec::new() }
     }
 }
 
@@ -322,8 +372,8 @@ pub trait Loss: fmt::Debug + Send + Sync {
         Vec::new()
     }
 
-    /// Further crops for the student, made of global crops of `global_size` pixels a side; [`draw_image`](Self::draw_image)
-    /// says how. The loss finds what the student gives of them in [`Outputs::views`].
+    /// Further crops for student or teacher, made of global crops of `global_size` pixels a side; [`draw_image`](Self::draw_image)
+    /// says how. The loss finds what they give of them in [`Outputs::views`] and [`Outputs::teacher_views`].
     ///
     /// # Errors
     /// If they cannot be made of crops of that size.
@@ -348,11 +398,11 @@ pub trait Loss: fmt::Debug + Send + Sync {
     }
 
     /// Turns what [`project`](Self::project) gave of the teacher over the whole effective batch (all micro-batches) into
-    /// targets, row for row, without a tape; also gives the new state (in the order of [`state`](Self::state); empty: it
-    /// stays as it is). Called when [`Needs::targets`] asks for targets; the default gives the rows as they are.
-    fn targets(&self, projected: &Tensor, context: &StepContext<'_>) -> Result<(Tensor, Vec<Tensor>)> {
+    /// targets, row for row, without a tape. Called when [`Needs::targets`] asks for targets; the default gives the rows as
+    /// they are.
+    fn targets(&self, projected: &Tensor, context: &StepContext<'_>) -> Result<Targets> {
         let _ = context;
-        Ok((projected.clone(), Vec::new()))
+        Ok(Targets::of(projected.clone()))
     }
 
     /// The loss of one (micro-)batch, with the student's parameters.

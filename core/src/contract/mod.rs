@@ -6,7 +6,7 @@
 //! | position encoding | [`PosEncoding`] | `[backbone.pos_encoding]` |
 //! | loss | [`Loss`] | `[losses.<name>]` |
 //! | scheduler | [`Scheduler`] | wherever a number may change over time |
-//! | teacher policy | [`TeacherPolicy`] | `[teacher]`, `[gram_teacher]` |
+//! | teacher policy | [`TeacherPolicy`] | `[teacher]`, `[teachers.<name>]` |
 //! | dataset | [`Dataset`] | `[data]` |
 //! | augmentation | [`Augmentation`] | `[crops]` |
 //! | masking | [`Masking`] | `[masking]` |
@@ -33,7 +33,8 @@ pub use augmentation::{Augmentation, WHOLE_IMAGE};
 pub use backbone::{Backbone, Cost, Crops, Draws, Features, Mode};
 pub use dataset::{Dataset, FieldSpec, Sample, Summary};
 pub use loss::{
-    GramTarget, Loss, LossCost, LossRows, LossValue, ModelOutputs, Needs, Outputs, StateSpec, StepContext, TargetSpec,
+    Loss, LossCost, LossRows, LossValue, ModelOutputs, NamedTeacher, Needs, Outputs, StateSpec, StepContext, TargetSpec,
+    Targets,
 };
 pub use masking::{Masking, Unmasked};
 pub use optimizer::{Direction, Optimizer, ParamUpdate, Reach};
@@ -42,4 +43,4 @@ pub use pos_encoding::{Grid, PosContext, PosEncoding, PosTables};
 pub use probe::{Probe, ProbeContext, Score};
 pub use scheduler::{At, Schedule, Scheduler};
 pub use teacher_policy::{Follow, Role, TeacherPolicy};
-pub use view::{BatchImage, CropBox, ImageContext, ImageDraws, Tile, View};
+pub use view::{BatchImage, CropBox, ImageContext, ImageDraws, SeenBy, Tile, View};

@@ -90,7 +90,7 @@ pub struct CropPlan {
     pub cut: Cut,
     /// Distortion of its colours.
     pub color: ColorPlan,
-    /// Standard deviation of the Gaussian blur, in pixels of the crop (of the Gram teacher's larger one too).
+    /// Standard deviation of the Gaussian blur, in pixels of the crop (of a teacher's larger one too).
     pub blur: Option<f32>,
     /// Values of at least this many are inverted: `x` becomes `255 - x`.
     pub solarize: Option<u8>,
@@ -101,7 +101,7 @@ pub struct CropPlan {
 pub struct ImagePlan {
     /// Distortion of the whole image, where crops share one.
     pub shared_color: Option<ColorPlan>,
-    /// The global crops, cut from the image; the Gram teacher's have the same plans.
+    /// The global crops, cut from the image; teachers' larger ones have the same plans.
     pub globals: [CropPlan; 2],
     /// The local crops.
     pub locals: Vec<CropPlan>,

@@ -71,10 +71,10 @@ pub trait TeacherPolicy: fmt::Debug + Send + Sync {
         Follow::Keep
     }
 
-    /// What happens after the step's optimizer update. The EMA teacher acts first, then the Gram teacher.
+    /// What happens after the step's optimizer update. `[teacher]` acts first, then those of `[teachers]`.
     fn after_step(&self, at: At) -> Follow;
 
-    /// Whether the step needs this teacher's outputs: a Gram teacher whose loss has not begun yet costs nothing.
+    /// Whether the step needs this teacher's outputs: one whose loss has not begun yet costs nothing.
     fn active(&self, at: At) -> bool {
         let _ = at;
         true

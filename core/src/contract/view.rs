@@ -5,8 +5,8 @@ use crate::rng::Rng;
 
 /// A set of crops that a loss makes of the global crops: squares of them, each cut anywhere, turned, and put together.
 ///
-/// One tile a crop gives windows and turned images, several give permuted ones. The student sees the crops packed with the
-/// others, without a mask.
+/// One tile a crop gives windows and turned images, several give permuted ones. A model sees the crops beside the others,
+/// without a mask; the student packed with them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct View {
     /// Crops an image.
@@ -15,9 +15,43 @@ pub struct View {
     pub tiles: usize,
     /// Side of a tile in pixels; that of a crop is `tiles` times as long, and a whole number of patches.
     pub tile_size: usize,
+    /// Which models see it.
+    pub seen_by: SeenBy,
+}
+
+/// Which models see a [`View`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SeenBy {
+    /// The student.
+    #[default]
+    Student,
+    /// The teacher, as what it gives is a target.
+    Teacher,
+    /// Both.
+    Both,
 }
 
 impl View {
+    /// Crops for the student.
+    pub fn new(crops: usize, tiles: usize, tile_size: usize) -> Self {
+        Self { crops, tiles, tile_size, seen_by: SeenBy::Student }
+    }
+
+    /// The same for these models.
+    pub fn seen_by(self, seen_by: SeenBy) -> Self {
+        Self { seen_by, ..self }
+    }
+
+    /// Whether the student sees it.
+    pub fn for_student(&self) -> bool {
+        self.seen_by != SeenBy::Teacher
+    }
+
+    /// Whether the teacher sees it.
+    pub fn for_teacher(&self) -> bool {
+        self.seen_by != SeenBy::Student
+    }
+
     /// Side of a crop in pixels.
     pub fn size(&self) -> usize {
         self.tiles * self.tile_size

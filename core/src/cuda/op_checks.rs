@@ -2,7 +2,7 @@
 //! through this table.
 
 use crate::comm::Single;
-use crate::ops::{GramOptions, Linear, NegativeRemoval, Segment};
+use crate::ops::{SimilarityOptions, Linear, NegativeRemoval, Segment};
 use crate::rng::{Rng, Stream};
 use crate::tensor::Tape;
 use crate::{DType, Device, Result, Tensor};
@@ -107,8 +107,8 @@ fn attention(qkv: &Tensor, rotary: bool, bias: Option<&Tensor>) -> Result<Tensor
     qkv.clone().attention(2, &[segment(2, 6)?, segment(1, 3)?])
 }
 
-fn gram(x: &[Tensor], image_level: bool, remove: NegativeRemoval) -> Result<Tensor> {
-    x[0].gram_loss(&x[1], GramOptions { normalize: true, image_level, remove })
+fn similarity(x: &[Tensor], image_level: bool, remove: NegativeRemoval) -> Result<Tensor> {
+    x[0].similarity_distance(&x[1], SimilarityOptions { normalize: true, image_level, remove })
 }
 
 macro_rules! checks {
@@ -213,10 +213,10 @@ pub static OP_CHECKS: &[OpCheck] = checks! {
         x[0].detach().centered_softmax(&beside(&x[0], &centre, &[65])?, &beside(&x[0], &[0.5], &[])?)
     };
     "mean_row", [&[9, 65]], |x| x[0].detach().mean_row(&Single);
-    "koleo", [&[12, 40]], |x| x[0].koleo(1, None);
-    "koleo in groups", [&[12, 40]], |x| x[0].koleo(2, Some(6));
-    "gram_loss", [&[2, 20, 24], &[2, 20, 24]], |x| gram(x, true, NegativeRemoval::None);
-    "gram_loss, batch level", [&[2, 20, 24], &[2, 20, 24]], |x| gram(x, false, NegativeRemoval::Teacher);
+    "neighbour_distance", [&[12, 40]], |x| x[0].neighbour_distance(1, None);
+    "neighbour_distance in groups", [&[12, 40]], |x| x[0].neighbour_distance(2, Some(6));
+    "similarity_distance", [&[2, 20, 24], &[2, 20, 24]], |x| similarity(x, true, NegativeRemoval::None);
+    "similarity_distance, batch level", [&[2, 20, 24], &[2, 20, 24]], |x| similarity(x, false, NegativeRemoval::Teacher);
 };
 
 #[cfg(test)]

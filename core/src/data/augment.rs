@@ -1,4 +1,4 @@
-//! Crops from images by plans: the student's and the Gram teacher's.
+//! Crops from images by plans: the student's and the teachers'.
 
 use std::cell::RefCell;
 
@@ -17,24 +17,24 @@ pub struct Views<'a> {
     pub globals: Vec<&'a mut [f32]>,
     /// The local crops.
     pub locals: Vec<&'a mut [f32]>,
-    /// The Gram teacher's crops: none, or one for each global crop.
-    pub gram: Vec<&'a mut [f32]>,
+    /// The teachers' crops: none, or one for each global crop.
+    pub teacher: Vec<&'a mut [f32]>,
 }
 
 /// Makes the crops of images by the plans of an augmentation, whichever it is.
 ///
 /// A crop is cut, resized (bicubic, antialiased), mirrored, jittered in colour, made grey, blurred, solarised and
-/// normalised, on 8-bit values until the last step. The Gram teacher's crops are made by the same plans at their own
-/// size, without the distortion where [`CropConfig::gram_without_distortion`] says so.
+/// normalised, on 8-bit values until the last step. Teachers' own crops are made by the same plans at their
+/// size, without the distortion where [`CropConfig::teacher_without_distortion`] says so.
 ///
-/// What the student sees never depends on whether a Gram teacher looks too, so that arms of an ablation that differ in
+/// What the student sees never depends on whether a teacher looks too, so that arms of an ablation that differ in
 /// it share their pixels. In this it differs from the reference, which cuts at the larger of both sizes, distorts there
-/// and resizes the result to both: its student gets other pixels when Gram anchoring begins. (Where
+/// and resizes the result to both: its student gets other pixels when another teacher begins to look. (Where
 /// local crops are cut from global ones, the reference also takes the windows from the top left corner of the larger crop.)
 #[derive(Clone, Debug)]
 pub struct CropMaker {
     pub(super) config: CropConfig,
-    pub(super) gram_size: Option<usize>,
+    pub(super) teacher_size: Option<usize>,
     /// Value `x` of channel `c` becomes `scale[c] * x + shift[c]`.
     pub(super) scale: [f32; 3],
     pub(super) shift: [f32; 3],
@@ -55,11 +55,11 @@ thread_local! {
 }
 
 impl CropMaker {
-    /// With crops of `config`, and the Gram teacher's of `gram_size` pixels if it has any.
-    pub fn new(config: &CropConfig, gram_size: Option<usize>) -> Self {
+    /// With crops of `config`, and teachers' own of `teacher_size` pixels if they have any.
+    pub fn new(config: &CropConfig, teacher_size: Option<usize>) -> Self {
         let scale = config.std.map(|std| 1.0 / (255.0 * std));
         let shift = std::array::from_fn(|c| -config.mean[c] / config.std[c]);
-        Self { config: config.clone(), gram_size, scale, shift }
+        Self { config: config.clone(), teacher_size, scale, shift }
     }
 
     /// Makes the crops of `plan` from `image`, normalised, into `views`.
@@ -86,9 +86,9 @@ impl CropMaker {
             let (area, flip) = image_box(crop);
             cut_rgb(resizer, rgb, size, area, side, base);
             self.finish(base, flip, crop, views.globals[k], side, blur);
-            if let Some(gram) = self.gram_size {
-                cut_rgb(resizer, rgb, size, area, gram, base);
-                self.finish(base, flip, &self.gram_plan(crop), views.gram[k], gram, blur);
+            if let Some(teacher) = self.teacher_size {
+                cut_rgb(resizer, rgb, size, area, teacher, base);
+                self.finish(base, flip, &self.teacher_plan(crop), views.teacher[k], teacher, blur);
             }
         }
         let local = self.config.local_size;
@@ -113,9 +113,9 @@ impl CropMaker {
         }
     }
 
-    /// The plan of the Gram teacher's crop beside a global one.
-    pub(super) fn gram_plan(&self, global: &CropPlan) -> CropPlan {
-        match self.config.gram_without_distortion {
+    /// The plan of the teachers' crop beside a global one.
+    pub(super) fn teacher_plan(&self, global: &CropPlan) -> CropPlan {
+        match self.config.teacher_without_distortion {
             true => CropPlan { color: ColorPlan::default(), blur: None, solarize: None, ..*global },
             false => *global,
         }

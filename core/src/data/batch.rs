@@ -15,8 +15,8 @@ pub struct Batch {
     pub global: Tensor,
     /// Local crops: `[L*B, 3, l, l]`; `None` if there are none.
     pub local: Option<Tensor>,
-    /// The Gram teacher's crops, of the same boxes as `global`: `[2B, 3, T, T]`; `None` if it has no size of its own.
-    pub gram: Option<Tensor>,
+    /// Teachers' own crops, of the same boxes as `global`: `[2B, 3, T, T]`; `None` if no teacher has a size of its own.
+    pub teacher: Option<Tensor>,
     /// Which patches of the global crops are hidden from the student. How many there are, `M`, is the same from step to
     /// step, in a whole batch and (nearly always) in each of its parts.
     pub masks: Masks,
@@ -42,7 +42,7 @@ impl Batch {
     /// All tensors, in a fixed order: crops, masks, labels, fields.
     pub fn tensors(&self) -> impl Iterator<Item = &Tensor> {
         let Masks { masks, indices, unmasked, weights } = &self.masks;
-        let crops = [Some(&self.global), self.local.as_ref(), self.gram.as_ref()];
+        let crops = [Some(&self.global), self.local.as_ref(), self.teacher.as_ref()];
         crops
             .into_iter()
             .flatten()
@@ -56,7 +56,7 @@ impl Batch {
         Self {
             global: f(&self.global),
             local: self.local.as_ref().map(&f),
-            gram: self.gram.as_ref().map(&f),
+            teacher: self.teacher.as_ref().map(&f),
             masks: Masks { masks: f(masks), indices: f(indices), unmasked: f(unmasked), weights: f(weights) },
             labels: f(&self.labels),
             fields: self.fields.iter().map(|(name, field)| (name.clone(), f(field))).collect(),
@@ -83,7 +83,7 @@ pub fn views_of_images<'a>(
     images: usize,
     global: &'a mut [f32],
     local: Option<(&'a mut [f32], usize)>,
-    gram: Option<&'a mut [f32]>,
+    teacher: Option<&'a mut [f32]>,
 ) -> Vec<Views<'a>> {
     let split = |buffer: &'a mut [f32], crops: usize| -> Vec<Vec<&'a mut [f32]>> {
         let mut of_image: Vec<Vec<_>> = (0..images).map(|_| Vec::with_capacity(crops)).collect();
@@ -96,7 +96,7 @@ pub fn views_of_images<'a>(
     let none = || (0..images).map(|_| Vec::new()).collect::<Vec<_>>();
     let globals = split(global, 2);
     let locals = local.map_or_else(none, |(buffer, crops)| split(buffer, crops));
-    let gram = gram.map_or_else(none, |buffer| split(buffer, 2));
-    let views = globals.into_iter().zip(locals).zip(gram);
-    views.map(|((globals, locals), gram)| Views { globals, locals, gram }).collect()
+    let teacher = teacher.map_or_else(none, |buffer| split(buffer, 2));
+    let views = globals.into_iter().zip(locals).zip(teacher);
+    views.map(|((globals, locals), teacher)| Views { globals, locals, teacher }).collect()
 }

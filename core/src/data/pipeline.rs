@@ -31,8 +31,8 @@ pub struct LoaderSpec {
     pub masking: Chosen<dyn Masking>,
     /// Side of a patch in pixels.
     pub patch_size: usize,
-    /// Side of the Gram teacher's crops in pixels; `None`: it gets none of its own.
-    pub gram_crop_size: Option<usize>,
+    /// Side in pixels of teachers' own crops; `None`: they get none.
+    pub teacher_crop_size: Option<usize>,
     /// The run's seed.
     pub seed: u64,
     /// Where the crops are made.
@@ -114,7 +114,7 @@ struct Part {
 struct Crops {
     global: Tensor,
     local: Option<Tensor>,
-    gram: Option<Tensor>,
+    teacher: Option<Tensor>,
 }
 
 impl Pipeline {
@@ -129,11 +129,11 @@ impl Pipeline {
             let side = sizes.global_size / spec.patch_size;
             let crops =
                 CropConfig { global_size: sizes.global_size, local_size: sizes.local_size, ..spec.crops.own.clone() };
-            let maker = CropMaker::new(&crops, sizes.gram_size);
+            let maker = CropMaker::new(&crops, sizes.teacher_size);
             let (augmentation, context) = spec.crops.build(&sizes, spec.patch_size)?;
             Ok(Variant { sizes, augmentation, context, maker, grid: Grid { height: side, width: side } })
         };
-        let variants: Result<_> = spec.crops.variants(spec.gram_crop_size).into_iter().map(variant).collect();
+        let variants: Result<_> = spec.crops.variants(spec.teacher_crop_size).into_iter().map(variant).collect();
         let variants = variants?;
         let masking = spec.masking.build(&mut ())?;
         let fields = dataset.fields();
@@ -202,7 +202,7 @@ impl Pipeline {
         let batches = parts.into_iter().zip(crops).zip(made.chunks(images)).map(|((part, crops), made)| Batch {
             global: crops.global,
             local: crops.local,
-            gram: crops.gram,
+            teacher: crops.teacher,
             masks: part.masks,
             labels: labels(made.iter().map(|image| image.label)),
             fields: self.fields(made.iter().map(|image| image.fields.as_slice())),
@@ -262,14 +262,14 @@ impl Pipeline {
         Crops {
             global: tensor(2, sizes.global_size),
             local: (locals > 0).then(|| tensor(locals, sizes.local_size)),
-            gram: sizes.gram_size.map(|side| tensor(2, side)),
+            teacher: sizes.teacher_size.map(|side| tensor(2, side)),
         }
     }
 
     fn views<'a>(&self, crops: &'a mut Crops) -> Vec<Views<'a>> {
         let local = crops.local.as_mut().map(|t| (t.as_mut_slice(), self.spec.crops.local_count));
-        let gram = crops.gram.as_mut().map(Tensor::as_mut_slice);
-        views_of_images(self.images(), crops.global.as_mut_slice(), local, gram)
+        let teacher = crops.teacher.as_mut().map(Tensor::as_mut_slice);
+        views_of_images(self.images(), crops.global.as_mut_slice(), local, teacher)
     }
 
     /// Makes the crops of the image at `place` of a step's batch.
@@ -377,17 +377,17 @@ pub(super) fn list<'a>(broken: impl IntoIterator<Item = &'a BrokenSample>) -> St
 
 /// Fails if the numbers of `spec` do not fit together.
 fn check(spec: &LoaderSpec) -> Result<()> {
-    let LoaderSpec { batch, crops, patch_size, gram_crop_size, .. } = spec;
+    let LoaderSpec { batch, crops, patch_size, teacher_crop_size, .. } = spec;
     let user = |problem: String, help: &str| Err(Error::user(problem, help));
     if batch.size == 0 || batch.micro_batches == 0 || batch.size % batch.micro_batches != 0 {
         let (size, parts) = (batch.size, batch.micro_batches);
         let help = "let batch.size be a positive multiple of batch.micro_batches";
         return user(format!("a batch of {size} images cannot be split into {parts} equal parts"), help);
     }
-    let sides = crops.variants(*gram_crop_size).into_iter().flat_map(|sizes| {
+    let sides = crops.variants(*teacher_crop_size).into_iter().flat_map(|sizes| {
         let local = (crops.local_count > 0).then_some(("crops.local_size", sizes.local_size));
-        let gram = sizes.gram_size.map(|size| ("the Gram teacher's crop size", size));
-        [Some(("crops.global_size", sizes.global_size)), local, gram].into_iter().flatten()
+        let teacher = sizes.teacher_size.map(|size| ("crop_size of a teacher", size));
+        [Some(("crops.global_size", sizes.global_size)), local, teacher].into_iter().flatten()
     });
     for (name, size) in sides {
         if *patch_size == 0 || size == 0 || size % patch_size != 0 {

@@ -23,10 +23,10 @@ mod columns;
 mod depthwise_conv;
 mod descend;
 mod elementwise;
-mod gram_loss;
+mod similarity;
 mod greatest;
 mod index_add;
-mod koleo;
+mod neighbours;
 mod l2_normalize;
 mod layer_norm;
 mod linear;
@@ -47,8 +47,8 @@ mod transpose;
 
 pub use adamw::{adamw_step, ema_update, l2_norm, AdamW, Ema, Group, Moments};
 pub use attention::Segment;
-pub use gram_loss::{GramOptions, NegativeRemoval};
-pub use koleo::koleo_group;
+pub use similarity::{SimilarityOptions, NegativeRemoval};
+pub use neighbours::neighbour_group;
 pub use linear::Linear;
 pub use tokens::rows_of_images;
 

@@ -1,4 +1,4 @@
-//! Resize of patch features: bicubic for the Gram teacher's larger grid, bilinear for backbones with another stride.
+//! Resize of patch features: bicubic for the larger grid of a teacher's crops, bilinear for backbones with another stride.
 //!
 //! Cubic convolution: Keys, "Cubic convolution interpolation for digital image processing" (1981).
 

@@ -1,5 +1,7 @@
 //! Combinations that make no sense, found before anything is allocated or read.
 
+use std::collections::BTreeSet;
+
 use super::problem::{Problem, Severity};
 use super::{sizes, Recipe};
 use crate::contract::{At, Backbone, Dataset, Grid, Loss, Masking, TeacherPolicy};
@@ -12,14 +14,14 @@ pub(super) fn check(recipe: &Recipe) -> Vec<Problem> {
     let mut problems = Vec::new();
     names(recipe, &mut problems);
     together(recipe, &mut problems);
-    let (teacher, gram) = teachers(recipe, &mut problems);
+    let (teacher, named) = teachers(recipe, &mut problems);
     let masking = recipe.masking.build(&mut ()).map_err(|e| problems.push(refused("masking", e))).ok();
     let mut params = ParamBuilder::new();
     let mut context =
         BackboneContext { params: &mut params, global_size: recipe.crops.global_size, channels: CHANNELS };
     match recipe.backbone.build(&mut context) {
         Ok(backbone) => {
-            let fits = crops(recipe, backbone.as_ref(), gram.as_deref(), &mut problems);
+            let fits = crops(recipe, backbone.as_ref(), &named, &mut problems);
             if fits {
                 losses(recipe, backbone.as_ref(), masking.as_deref(), teacher.as_deref(), &mut problems);
             }
@@ -134,6 +136,7 @@ fn names(recipe: &Recipe, problems: &mut Vec<Problem>) {
     look("name".into(), &recipe.name, "run");
     recipe.losses.0.keys().for_each(|name| look(format!("losses.{name}"), name, "loss"));
     recipe.probes.0.keys().for_each(|name| look(format!("probes.{name}"), name, "probe"));
+    recipe.teachers.0.keys().for_each(|name| look(format!("teachers.{name}"), name, "teacher"));
 }
 
 /// Numbers that are each in range but do not go together.
@@ -193,44 +196,55 @@ fn near_divisors(n: usize, near: usize) -> Vec<usize> {
 /// A teacher's policy, if it could be built.
 type Policy = Option<Box<dyn TeacherPolicy>>;
 
-/// Builds both teacher policies: the teacher's, and the Gram teacher's.
-fn teachers(recipe: &Recipe, problems: &mut Vec<Problem>) -> (Policy, Policy) {
+/// The policies of `[teachers]` by their keys.
+type Named = Vec<(String, Box<dyn TeacherPolicy>)>;
+
+/// Builds the policies of all teachers.
+fn teachers(recipe: &Recipe, problems: &mut Vec<Problem>) -> (Policy, Named) {
     let mut build = |key: &str, chosen: &Chosen<dyn TeacherPolicy>| {
         chosen.build(&mut ()).map_err(|e| problems.push(refused(key, e))).ok()
     };
     let teacher = build("teacher", &recipe.teacher);
-    let gram = recipe.gram_teacher.as_ref().and_then(|chosen| build("gram_teacher", chosen));
-    if gram.as_ref().is_some_and(|g| g.distils().is_some()) {
-        let help = "for fixed weights use `plugin = \"gram_anchor\"` with `source = { checkpoint = \"..\" }`";
-        let message = "this policy distils from another model, which a Gram teacher cannot";
-        problems.push(Problem::error("gram_teacher", message).help(help));
+    let named = recipe.teachers.0.iter().map(|(name, entry)| (format!("teachers.{name}"), &entry.policy));
+    let named: Named = named.filter_map(|(key, chosen)| Some((key.clone(), build(&key, chosen)?))).collect();
+    for (key, policy) in &named {
+        if policy.distils().is_some() {
+            let message = "this policy distils from another model, which only [teacher] can";
+            let help = "choose a policy that copies weights";
+            problems.push(Problem::error(key, message).help(help));
+        }
+        if !policy.exists() {
+            let message = "this policy means that there is no teacher";
+            problems.push(Problem::error(key, message).help("remove the table, or name another plugin"));
+        }
     }
-    if gram.as_ref().is_some_and(|g| !g.exists()) {
-        let message = "this policy means that there is no teacher: remove the table, or name another";
-        problems.push(Problem::error("gram_teacher", message).help("`plugin = \"gram_anchor\"` is DINOv3's"));
+    let sizes = named.iter().filter_map(|(key, policy)| Some((key, policy.crop_size()?)));
+    let sizes: Vec<(&String, usize)> = sizes.collect();
+    if let Some((first, other)) = sizes.first().zip(sizes.iter().find(|(_, size)| *size != sizes[0].1)) {
+        let message = format!("crops of {} pixels, and {} has crops of {}: there is one size for all", other.1, first.0, first.1);
+        let help = format!("set {}.crop_size = {}, or leave one out", other.0, first.1);
+        problems.push(Problem::error(format!("{}.crop_size", other.0), message).help(help));
     }
-    (teacher, gram)
+    (teacher, named)
 }
 
 /// Whether all crops are whole numbers of patches.
 fn crops(
     recipe: &Recipe,
     backbone: &dyn Backbone,
-    gram: Option<&dyn TeacherPolicy>,
+    named: &Named,
     problems: &mut Vec<Problem>,
 ) -> bool {
     let patch = backbone.patch_size();
     let crops = &recipe.crops;
-    let mut sides = vec![("crops.global_size", crops.global_size)];
+    let mut sides = vec![("crops.global_size".to_string(), crops.global_size)];
     if crops.local_count > 0 {
-        sides.push(("crops.local_size", crops.local_size));
+        sides.push(("crops.local_size".into(), crops.local_size));
     }
-    if let Some(side) = gram.and_then(|g| g.crop_size()) {
-        sides.push(("gram_teacher.crop_size", side));
-    }
+    sides.extend(named.iter().filter_map(|(key, policy)| Some((format!("{key}.crop_size"), policy.crop_size()?))));
     for sizes in &crops.resolutions {
-        let all = [Some(sizes.global_size), (crops.local_count > 0).then_some(sizes.local_size), sizes.gram_size];
-        sides.extend(all.into_iter().flatten().map(|side| ("crops.resolutions", side)));
+        let all = [Some(sizes.global_size), (crops.local_count > 0).then_some(sizes.local_size), sizes.teacher_size];
+        sides.extend(all.into_iter().flatten().map(|side| ("crops.resolutions".to_string(), side)));
     }
     let before = problems.len();
     let key = if crops.resolutions.is_empty() { "crops" } else { "crops.resolutions" };
@@ -265,12 +279,12 @@ fn losses(
     let distils = teacher.is_some_and(|t| t.distils().is_some());
     let images = recipe.batch.images();
     let build = |loss: &Chosen<dyn Loss>| loss.build(&mut loss_context(recipe, backbone, &mut ParamBuilder::new()));
-    let mut gram_is_used = false;
+    let mut used = BTreeSet::new();
     let mut enabled = 0;
     for (name, entry) in &recipe.losses.0 {
         if !entry.enabled {
-            // A recipe may keep a Gram teacher ready for a loss that an arm of a suite turns on.
-            gram_is_used |= build(&entry.loss).is_ok_and(|loss| loss.needs().gram_teacher);
+            // A recipe may keep a teacher ready for a loss that an arm of a suite turns on.
+            used.extend(build(&entry.loss).map(|loss| loss.needs().teachers).unwrap_or_default());
             continue;
         }
         enabled += 1;
@@ -283,11 +297,22 @@ fn losses(
                 continue;
             }
         };
-        gram_is_used |= needs.gram_teacher;
-        if needs.gram_teacher && recipe.gram_teacher.is_none() {
-            let message = "this loss compares with a Gram teacher, and the recipe has none";
-            let help = format!("add a table [gram_teacher] with `plugin = \"gram_anchor\"`, or {off}");
+        for teacher in needs.teachers.iter().filter(|name| !recipe.teachers.0.contains_key(*name)) {
+            let message = format!("this loss learns from the teacher `{teacher}`, and the recipe has none of that name");
+            let there = recipe.teachers.0.keys().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
+            let has = if there.is_empty() { String::new() } else { format!(" (there is {there})") };
+            let help = format!("add a table [teachers.{teacher}]{has}, or {off}");
             problems.push(Problem::error(&key, message).help(help));
+        }
+        used.extend(needs.teachers.iter().cloned());
+        let deepest = needs.layers.iter().max().copied();
+        if let Some(layer) = deepest.filter(|layer| !backbone.gives_layers() || *layer > backbone.depth()) {
+            let name = recipe.backbone.name();
+            let message = match backbone.gives_layers() {
+                true => format!("reads tokens after {layer} blocks, and the backbone `{name}` has {}", backbone.depth()),
+                false => format!("reads tokens of inner layers, and the backbone `{name}` gives none"),
+            };
+            problems.push(Problem::error(&key, message).help(format!("name an earlier layer, another backbone, or {off}")));
         }
         if needs.runs_teacher() && !taught {
             let message = "this loss learns from a teacher, and the recipe has none";
@@ -321,12 +346,13 @@ fn losses(
     }
     if enabled == 0 {
         let names: Vec<_> = recipe.losses.0.keys().map(|n| format!("losses.{n}.enabled = true")).collect();
-        let help = if names.is_empty() { "add a table, for example [losses.dino]".into() } else { names.join(" or ") };
+        let help = if names.is_empty() { "add a table [losses.<name>]: `dinolab plugins loss` lists them".into() } else { names.join(" or ") };
         problems.push(Problem::error("losses", "no loss is enabled, so nothing would be learned").help(help));
     }
-    if recipe.gram_teacher.is_some() && !gram_is_used {
-        let message = "no loss uses a Gram teacher, so this table does nothing";
-        problems.push(Problem::warning("gram_teacher", message).help("add a loss that does, or remove the table"));
+    for name in recipe.teachers.0.keys().filter(|name| !used.contains(*name)) {
+        let message = "no loss learns from this teacher, so the table does nothing";
+        let help = "add a loss that does, or remove the table";
+        problems.push(Problem::warning(format!("teachers.{name}"), message).help(help));
     }
 }
 

@@ -7,7 +7,7 @@
 use super::{Recipe, Resolution};
 use crate::contract::{Cost, Grid, LossCost, LossRows, View};
 use crate::recipe::DeviceChoice;
-use crate::step::{declare, distilled_model, Declared, CHANNELS, GLOBALS};
+use crate::step::{declare, distilled_model, named_teachers, Declared, Teacher, CHANNELS, GLOBALS};
 use crate::{cuda, DType, Device, Result};
 
 /// What a recipe costs.
@@ -55,9 +55,11 @@ pub fn cost_on(recipe: &Recipe, device: Device) -> Result<RunCost> {
 /// What `recipe` costs on a device, its model declared already: operations on average over its crop sizes, memory for the
 /// sizes that take most.
 fn cost_of(recipe: &Recipe, model: &Declared, device: Device) -> RunCost {
-    let variants = recipe.crops.variants(own_gram_side(recipe));
+    let named = named_teachers(recipe, model).unwrap_or_default();
+    let own_side = named.iter().find_map(|teacher| teacher.policy.crop_size());
+    let variants = recipe.crops.variants(own_side);
     let shares: f64 = variants.iter().map(|sizes| sizes.share).sum();
-    let costs = variants.iter().map(|sizes| (sizes.share / shares, cost_at(recipe, sizes, model, device)));
+    let costs = variants.iter().map(|sizes| (sizes.share / shares, cost_at(recipe, sizes, (model, &named), device)));
     let costs: Vec<(f64, RunCost)> = costs.collect();
     let flops_per_image = costs.iter().map(|(share, cost)| share * cost.flops_per_image).sum();
     let most_patches = costs.iter().map(|(_, cost)| cost.most_patches).fold(0.0, f64::max);
@@ -66,18 +68,21 @@ fn cost_of(recipe: &Recipe, model: &Declared, device: Device) -> RunCost {
 }
 
 /// What a step of these crop sizes costs.
-fn cost_at(recipe: &Recipe, sizes: &Resolution, model: &Declared, device: Device) -> RunCost {
+fn cost_at(recipe: &Recipe, sizes: &Resolution, (model, named): (&Declared, &[Teacher]), device: Device) -> RunCost {
     let backbone = model.backbone.as_ref();
-    let gram_side = sizes.gram_size.unwrap_or(sizes.global_size);
     let grid = |side: usize| Grid { height: side / backbone.patch_size(), width: side / backbone.patch_size() };
     let globals = (GLOBALS, grid(sizes.global_size));
     let locals = (recipe.crops.local_count, grid(sizes.local_size));
     let [sees_globals, sees_locals] = model.student_sees();
     let seen = |sees: bool, (count, grid)| if sees { (count, grid) } else { (0, grid) };
     let views = model.losses.iter().flat_map(|l| l.loss.views(sizes.global_size).unwrap_or_default());
-    let views: Vec<View> = views.collect();
+    let (for_student, for_teacher): (Vec<View>, Vec<View>) = {
+        let all: Vec<View> = views.collect();
+        let of = |sees: fn(&View) -> bool| all.iter().copied().filter(sees).collect();
+        (of(View::for_student), of(View::for_teacher))
+    };
     let locals = seen(sees_locals, locals);
-    let own = [seen(sees_globals, globals), locals].into_iter().chain(views.iter().map(|v| (v.crops, grid(v.size()))));
+    let own = [seen(sees_globals, globals), locals].into_iter().chain(for_student.iter().map(|v| (v.crops, grid(v.size()))));
     let own: Vec<(usize, Grid)> = own.filter(|(count, _)| *count > 0).collect();
     let student = backbone.cost(&own);
     // A model to distil from whose run is not there yet is counted like the student.
@@ -85,11 +90,13 @@ fn cost_at(recipe: &Recipe, sizes: &Resolution, model: &Declared, device: Device
     let teacher_model = distilled.as_ref().unwrap_or(model);
     // It runs only if something is learned from it.
     let taught = model.losses.iter().any(|l| l.needs.runs_teacher());
-    let teacher = if taught { teacher_model.backbone.cost(&[globals]) } else { Cost::default() };
+    let shown: Vec<(usize, Grid)> =
+        [globals].into_iter().chain(for_teacher.iter().map(|v| (v.crops, grid(v.size())))).collect();
+    let teacher = if taught { teacher_model.backbone.cost(&shown) } else { Cost::default() };
     let mut flops = 3.0 * student.forward_flops + teacher.forward_flops;
-    let has_gram = gram_is_used(recipe, model);
-    if has_gram {
-        flops += backbone.cost(&[(GLOBALS, grid(gram_side))]).forward_flops;
+    for teacher in named {
+        let side = teacher.policy.crop_size().and(sizes.teacher_size).unwrap_or(sizes.global_size);
+        flops += backbone.cost(&[(GLOBALS, grid(side))]).forward_flops;
     }
     let count = |prefix: &str| count_in(model, prefix);
     let rows = LossRows {
@@ -111,26 +118,26 @@ fn cost_at(recipe: &Recipe, sizes: &Resolution, model: &Declared, device: Device
     }
     let modules: Vec<(String, usize)> =
         model.layout.modules().into_iter().map(|m| (m.clone(), count(&format!("{m}.")))).collect();
-    let gram = has_gram.then(|| model.layout.range_of("backbone.").len());
+    let further = named.len() * model.layout.range_of("backbone.").len();
     let has_teacher = recipe.teacher.build(&mut ()).is_ok_and(|t| t.exists());
     let distilled_len = distilled.as_ref().map(|m| m.layout.len());
-    let mut memory = weights(recipe, device, model.layout.len(), has_teacher, gram, distilled_len);
+    let mut memory = weights(recipe, device, model.layout.len(), has_teacher, further, distilled_len);
 
     let number = recipe.dtype(device).size() as f64;
     let all = recipe.batch.size as f64;
     let part = recipe.batch.images() as f64;
     let pixels = |count: usize, side: usize| (count * CHANNELS) as f64 * (side as f64).powi(2);
-    let gram_pixels = if has_gram { pixels(GLOBALS, gram_side) } else { 0.0 };
+    let teacher_pixels = sizes.teacher_size.map_or(0.0, |side| pixels(GLOBALS, side));
     let crops = pixels(GLOBALS, sizes.global_size) + pixels(locals.0, sizes.local_size);
-    let view_pixels: f64 = views.iter().map(|v| pixels(v.crops, v.size())).sum();
+    let view_pixels: f64 = for_student.iter().map(|v| pixels(v.crops, v.size())).sum();
     // The teacher goes over the whole batch before the student begins. While it turns logits into targets there are the
     // logits by part and together, and the targets; while the student's losses go backward, the logits and a gradient.
-    let gram_kept = if has_gram { 2.0 * (GLOBALS * globals.1.patches()) as f64 * backbone.dim() as f64 } else { 0.0 };
-    let kept = part * (student.activations + student.features + heads.activations + gram_kept + view_pixels);
+    let named_kept = named.len() as f64 * 2.0 * (GLOBALS * globals.1.patches()) as f64 * backbone.dim() as f64;
+    let kept = part * (student.activations + student.features + heads.activations + named_kept + view_pixels);
     let backward = part * student.working.max(heads.outputs + most.outputs);
     let teaching = all * 2.0 * most.targets;
     memory.extend([
-        ("crops", number * all * (crops + gram_pixels)),
+        ("crops", number * all * (crops + teacher_pixels)),
         ("teacher's features and targets", number * all * (teacher.features + heads.targets)),
     ]);
     memory.extend(match kept + backward >= teaching {
@@ -148,13 +155,14 @@ fn count_in(model: &Declared, prefix: &str) -> usize {
     inside.fold(0, |all: usize, s| all.saturating_add(s.range().len()))
 }
 
-/// What lasts from step to step, in bytes: for so many parameters, a teacher with as many if there is one, those of a Gram teacher and of a model to distil from.
+/// What lasts from step to step, in bytes: for so many parameters, a teacher with as many if there is one, and those of
+/// further teachers and of a model to distil from.
 fn weights(
     recipe: &Recipe,
     device: Device,
     own: usize,
     teacher: bool,
-    gram: Option<usize>,
+    further: usize,
     distilled: Option<usize>,
 ) -> Vec<(&'static str, f64)> {
     let features = recipe.dtype(device);
@@ -169,26 +177,17 @@ fn weights(
         n => Some(("optimizer (moments)", n as f64 * wide(own))),
     });
     memory.extend(distilled.map(|n| ("teacher to distil from", wide(n))));
-    memory.extend(gram.map(|n| ("Gram teacher", wide(n))));
+    memory.extend((further > 0).then(|| ("further teachers", wide(further))));
     if features == DType::BF16 {
         // A model to distil from computes in place of the teacher.
         let taught = distilled.unwrap_or(if teacher { own } else { 0 });
-        let copied = own as f64 + taught as f64 + gram.unwrap_or(0) as f64;
+        let copied = own as f64 + taught as f64 + further as f64;
         memory.push(("copies of weights in bf16", 2.0 * copied));
     }
     if device != Device::Cpu {
         memory.push(("workspace of matrix products", cuda::WORKSPACE as f64));
     }
     memory
-}
-
-fn gram_is_used(recipe: &Recipe, model: &Declared) -> bool {
-    recipe.gram_teacher.is_some() && model.losses.iter().any(|l| l.needs.gram_teacher)
-}
-
-/// Side of the Gram teacher's own crops.
-fn own_gram_side(recipe: &Recipe) -> Option<usize> {
-    recipe.gram_teacher.as_ref().and_then(|t| t.build(&mut ()).ok())?.crop_size()
 }
 
 /// Masked patches an image, on average; 0 if the plugin refuses its configuration.

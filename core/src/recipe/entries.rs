@@ -1,4 +1,4 @@
-//! Backbone, crops, losses and probes of a recipe: named plugin tables with keys of the recipe's own beside the plugin's.
+//! Backbone, crops, losses, teachers and probes of a recipe: named plugin tables with keys of the recipe's own beside the plugin's.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -11,7 +11,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::schema::{CropConfig, Resolution};
 use super::Nested;
-use crate::contract::{Augmentation, Backbone, Loss, Probe, Schedule};
+use crate::contract::{Augmentation, Backbone, Loss, Probe, Schedule, TeacherPolicy};
 use crate::registry::{default_of, plugin_schema, plugins, Chosen, CropContext, Kind};
 
 /// The backbone in a recipe: the plugin's own keys and these.
@@ -54,14 +54,30 @@ pub struct ProbeEntry {
     pub probe: Chosen<dyn Probe>,
 }
 
-/// Named tables of plugins: `[losses.<name>]`, `[probes.<name>]`.
+/// A teacher in a recipe: the plugin's own keys.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TeacherEntry {
+    /// How its weights follow.
+    pub policy: Chosen<dyn TeacherPolicy>,
+}
+
+/// Named tables of plugins: `[losses.<name>]`, `[teachers.<name>]`, `[probes.<name>]`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Table<E>(pub BTreeMap<String, E>);
 
 /// `[losses.<name>]`.
 pub type Losses = Table<LossEntry>;
+/// `[teachers.<name>]`.
+pub type Teachers = Table<TeacherEntry>;
 /// `[probes.<name>]`.
 pub type Probes = Table<ProbeEntry>;
+
+impl<E> Table<E> {
+    /// Whether there is no table.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
 
 impl<E> Default for Table<E> {
     fn default() -> Self {
@@ -157,7 +173,7 @@ impl JsonSchema for BackboneEntry {
 impl CropsEntry {
     /// The recipe's own keys.
     pub const OWN: &'static [&'static str] =
-        &["global_size", "local_count", "local_size", "resolutions", "gram_without_distortion", "mean", "std"];
+        &["global_size", "local_count", "local_size", "resolutions", "teacher_without_distortion", "mean", "std"];
 
     /// Builds the augmentation for crops of these sizes.
     ///
@@ -236,6 +252,24 @@ impl Entry for LossEntry {
     fn parts(&self) -> (Vec<(&'static str, serde_json::Value)>, &Chosen<dyn Loss>) {
         let weight = serde_json::to_value(&self.weight).expect("a schedule is plain data");
         (vec![("enabled", self.enabled.into()), ("weight", weight)], &self.loss)
+    }
+}
+
+impl Entry for TeacherEntry {
+    type Plugin = dyn TeacherPolicy;
+
+    const OWN: &'static [&'static str] = &[];
+
+    fn schemas(_: &mut SchemaGenerator) -> serde_json::Map<String, serde_json::Value> {
+        serde_json::Map::new()
+    }
+
+    fn read(_: figment::value::Dict, policy: Chosen<dyn TeacherPolicy>) -> Result<Self, Nested> {
+        Ok(Self { policy })
+    }
+
+    fn parts(&self) -> (Vec<(&'static str, serde_json::Value)>, &Chosen<dyn TeacherPolicy>) {
+        (Vec::new(), &self.policy)
     }
 }
 

@@ -16,6 +16,7 @@ use figment::value::{Dict, Value};
 use figment::Provider;
 
 use super::entries::{BackboneEntry, CropsEntry, Entry, LossEntry, ProbeEntry};
+use super::old_names;
 use super::optimizer::OptimizerEntry;
 use super::problem::{nearest, Origin, Problem, SourceFile};
 use super::resolved::Resolved;
@@ -24,7 +25,7 @@ use crate::registry;
 use crate::weights::Source;
 use crate::{Error, Result};
 
-/// Variables of this prefix set keys: `DINOLAB_LOSSES__GRAM__WEIGHT=2`.
+/// Variables of this prefix set keys: `DINOLAB_OPTIMIZER__LR=1e-3`.
 pub const ENV_PREFIX: &str = "DINOLAB_";
 
 /// Variables of this prefix that are no keys: where compiled kernels are kept, waiting after every launch, and what tests
@@ -99,6 +100,11 @@ impl RawRecipe {
         let mut value: Dict = profiles.into_values().next().unwrap_or_default();
         let schema = value.remove("schema").map(|v| toml::Value::try_from(v).unwrap_or(toml::Value::Boolean(false)));
         check_schema(schema.as_ref()).map_err(|m| Problem::error("schema", m).at(origin("schema")))?;
+        let at = |problem: Problem| {
+            let origin = origin(&problem.key);
+            Problem { at_value: false, ..problem.at(origin) }
+        };
+        let renamed = old_names::rename(&mut value).map_err(at)?;
         let base = match value.remove("extends") {
             None => None,
             Some(Value::String(_, base)) => {
@@ -136,6 +142,7 @@ impl RawRecipe {
                 Problem::warning(&key, message).help("remove it, so that it follows the base").at(origin(&key))
             }));
         }
+        raw.warnings.extend(renamed.into_iter().map(at));
         raw.base = base.map(Box::new);
         Ok(raw)
     }
@@ -177,7 +184,7 @@ impl RawRecipe {
         Ok(self)
     }
 
-    /// With these (dotted key, value) pairs on top: an arm of a suite. `by` names it in messages: "arm `gram_off`".
+    /// With these (dotted key, value) pairs on top: an arm of a suite. `by` names it in messages: "arm `off`".
     ///
     /// # Errors
     /// If a key is empty.
@@ -197,10 +204,14 @@ impl RawRecipe {
     pub(super) fn set(&mut self, key: &str, value: Value, origin: Origin) -> Result<()> {
         if key.is_empty() || key.split('.').any(str::is_empty) {
             let wrong = Problem::error("", format!("`{key}` is not a dotted key")).at(origin);
-            return Err(wrong.help("for example losses.gram.weight").into());
+            return Err(wrong.help("for example optimizer.lr").into());
+        }
+        let new = old_names::new_name(key);
+        if new != key {
+            self.warnings.push(old_names::note(key, &new).at(origin.clone()));
         }
         let nest = |value, part: &str| Value::from(Dict::from([(part.to_string(), value)]));
-        let Value::Dict(_, layer) = key.rsplit('.').fold(value, nest) else {
+        let Value::Dict(_, layer) = new.rsplit('.').fold(value, nest) else {
             unreachable!("a dotted key has at least one part")
         };
         let repeated = self.merge(layer, &|_| origin.clone());
@@ -359,6 +370,9 @@ fn merge(
     }
 }
 
+/// Tables of plugin tables whose names are those of their plugins unless they say another.
+const NAMED: [&str; 3] = ["losses", "teachers", "probes"];
+
 /// Keys of a plugin table that are the recipe's, not the plugin's.
 fn own_keys(path: &str) -> &'static [&'static str] {
     match path {
@@ -379,8 +393,8 @@ fn switches_plugin(path: &str, lower: &Dict, upper: &Dict) -> bool {
         "crops" => registry::default_of::<dyn Augmentation>(),
         "masking" => registry::default_of::<dyn Masking>(),
         "optimizer" => registry::default_of::<dyn Optimizer>(),
-        // The plugin of `[losses.x]` and `[probes.x]` is x unless another is named.
-        _ => path.split_once('.').filter(|_| !own_keys(path).is_empty()).map(|(_, name)| name),
+        // The plugin of `[losses.x]` is x unless another is named.
+        _ => path.split_once('.').filter(|(table, _)| NAMED.contains(table)).map(|(_, name)| name),
     };
     let below = lower.get("plugin").and_then(Value::as_str).or(if lower.is_empty() { None } else { default });
     matches!((below, upper.get("plugin").and_then(Value::as_str)), (Some(below), Some(above)) if below != above)
@@ -440,7 +454,7 @@ fn spans(source: &Arc<SourceFile>) -> Result<BTreeMap<String, Origin>> {
             if let Some(table) = item.as_table_like() {
                 tables.push((path.clone(), table));
             }
-            found.insert(path, origin);
+            found.insert(old_names::new_name(&path), origin);
         }
     }
     Ok(found)

@@ -10,6 +10,7 @@ pub mod describe;
 mod entries;
 mod layers;
 mod nested;
+mod old_names;
 mod optimizer;
 mod problem;
 mod ranges;

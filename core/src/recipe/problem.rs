@@ -34,7 +34,7 @@ pub enum Origin {
     Env(String),
     /// A `--set`, as it was typed.
     Set(String),
-    /// Something that starts runs, in its own words: "arm `gram_off`".
+    /// Something that starts runs, in its own words: "arm `off`".
     Override(String),
 }
 

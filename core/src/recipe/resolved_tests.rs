@@ -29,7 +29,7 @@ fn every_default_is_filled_in() {
 fn saved_toml_loads_to_the_same_recipe() {
     let text = with(
         "weight = { plugin = \"test_ramp\", to = 2 }\nhead = { prototypes = 16 }\n\
-         [losses.gram_a]\nplugin = \"test_gram\"\nenabled = false\n\
+         [losses.compared_a]\nplugin = \"test_compared\"\nenabled = false\n\
          [on_non_finite]\nskip = 3\n[optimizer]\neps = 1e-12\n[probes.test_knn]\nevery = 10\n",
     );
     let first = Resolved::from_text(&format!("init_from = \"runs/a \\\"b\\\"\"\n{text}")).unwrap();
@@ -171,7 +171,7 @@ fn impossible_combinations_name_key_and_remedy() {
         ("[crops]\nglobal_size = 100", "recipe.toml:11:15: crops.global_size: 100 pixels are not a whole number of patches of 16", "use 96 or 112"),
         ("[crops]\nlocal_size = 8", "recipe.toml:11:14: crops.local_size: a crop of 8 pixels is smaller than a patch of 16", "use at least 16"),
         ("[batch]\nsize = 6\nmicro_batches = 4", "recipe.toml:12:17: batch.micro_batches: 6 images cannot be split into 4 equal parts", "use 3 or 6"),
-        ("[losses.test_gram]", "recipe.toml:10:9: losses.test_gram: this loss compares with a Gram teacher, and the recipe has none", "[gram_teacher]"),
+        ("[losses.test_compared]", "recipe.toml:10:9: losses.test_compared: this loss learns from the teacher `slow`, and the recipe has none of that name", "[teachers.slow]"),
         ("[batch]\nsize = 2\nmicro_batches = 2\n[losses.test_spread]", "recipe.toml:13:9: losses.test_spread: needs at least 2 images of a micro-batch; there is 1", "raise batch.size"),
         ("[losses.test_masked]\n[masking]\nshare = 0", "recipe.toml:12:9: masking.share: no patch is masked", "use at least 0.1, or set losses.test_masked.enabled = false"),
         ("[masking]\nshare = 1.5", "recipe.toml:11:9: masking.share: has to be 0 to 1, not 1.5", ""),
@@ -179,7 +179,7 @@ fn impossible_combinations_name_key_and_remedy() {
         ("[masking]\nratio = [0.5, 0.1]", "recipe.toml:11:9: masking.ratio: has to be [least, most]", ""),
         ("[crops]\nlocal_scale = [0.0, 0.1]", "recipe.toml:11:15: crops.local_scale: number 1 has to be above 0, at most 1, not 0", ""),
         ("enabled = false", "recipe.toml:9:2: losses: no loss is enabled", "losses.test_cls.enabled = true"),
-        ("[backbone.pos_encoding]\nplugin = \"test_box\"\n[gram_teacher]\nplugin = \"test_slow\"\ncrop_size = 40\n[losses.test_gram]", "recipe.toml:14:13: gram_teacher.crop_size: 40 pixels", "use 32 or 48"),
+        ("[backbone.pos_encoding]\nplugin = \"test_box\"\n[teachers.slow]\nplugin = \"test_slow\"\ncrop_size = 40\n[losses.test_compared]", "recipe.toml:14:13: teachers.slow.crop_size: 40 pixels", "use 32 or 48"),
         ("weight = { plugin = \"test_ramp\", to = nan }", "recipe.toml:10:39: losses.test_cls.weight.to: expected a finite number", ""),
         ("head = { prototypes = 1 }", "recipe.toml:10:23: losses.test_cls.head.prototypes: has to be 2 to 2147483647, not 1", ""),
         ("[optimizer]\nlr = { plugin = \"test_ramp\", to = -1 }", "recipe.toml:11:1: optimizer.lr: is -0.01 at step 1, and has to be 0 to 100", ""),
@@ -195,12 +195,12 @@ fn impossible_combinations_name_key_and_remedy() {
 }
 
 #[test]
-fn an_unused_gram_teacher_is_a_warning() {
-    let resolved = Resolved::from_text(&with("[gram_teacher]\nplugin = \"test_slow\"")).unwrap();
+fn an_unused_teacher_is_a_warning() {
+    let resolved = Resolved::from_text(&with("[teachers.slow]\nplugin = \"test_slow\"")).unwrap();
     let warning = resolved.warnings[0].to_string();
-    assert!(warning.starts_with("recipe.toml:10:2: gram_teacher: no loss uses a Gram teacher"), "{warning}");
+    assert!(warning.starts_with("recipe.toml:10:2: teachers.slow: no loss learns from this teacher"), "{warning}");
     let kept =
-        Resolved::from_text(&with("[gram_teacher]\nplugin = \"test_slow\"\n[losses.test_gram]\nenabled = false"));
+        Resolved::from_text(&with("[teachers.slow]\nplugin = \"test_slow\"\n[losses.test_compared]\nenabled = false"));
     assert_eq!(kept.unwrap().warnings, [], "ready for an arm that enables the loss");
 }
 
@@ -339,9 +339,9 @@ fn keys_of_what_is_off_are_told() {
     assert!(kept.notes[0]
         .to_string()
         .contains("losses.test_spread: is off, so nothing reads losses.test_spread.top_k"));
-    let gram = with("[losses.test_gram]\nenabled = false\n[gram_teacher]\nplugin = \"test_slow\"\ncrop_size = 64");
-    let notes = typed(&gram, &[]).notes;
-    assert!(notes[0].to_string().contains("so nothing reads gram_teacher.crop_size"), "{notes:?}");
-    assert_eq!(typed(&gram, &["losses.test_gram.enabled=true"]).notes, []);
+    let slow = with("[losses.test_compared]\nenabled = false\n[teachers.slow]\nplugin = \"test_slow\"\ncrop_size = 64");
+    let notes = typed(&slow, &[]).notes;
+    assert!(notes[0].to_string().contains("so nothing reads teachers.slow.crop_size"), "{notes:?}");
+    assert_eq!(typed(&slow, &["losses.test_compared.enabled=true"]).notes, []);
     assert_eq!(typed(RECIPE, &[]).notes, []);
 }

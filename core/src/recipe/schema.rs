@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, Serializer};
 
-use super::entries::{BackboneEntry, CropsEntry, Losses, Probes};
+use super::entries::{BackboneEntry, CropsEntry, Losses, Probes, Teachers};
 use super::optimizer::OptimizerEntry;
 use crate::contract::{Dataset, Masking, Schedule, TeacherPolicy};
 use crate::registry::Chosen;
@@ -52,9 +52,9 @@ pub struct Recipe {
     /// How the teacher follows the student: a plugin. Without the table there is none.
     #[serde(default)]
     pub teacher: Chosen<dyn TeacherPolicy>,
-    /// The Gram teacher: a plugin. Needed when an enabled loss asks for it.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub gram_teacher: Option<Chosen<dyn TeacherPolicy>>,
+    /// Further teachers, `[teachers.<name>]`, for losses that ask for them by name; `plugin` defaults to the name.
+    #[serde(default, skip_serializing_if = "Teachers::is_empty")]
+    pub teachers: Teachers,
     /// How weights are updated: a plugin, AdamW unless another is named.
     #[serde(default)]
     pub optimizer: OptimizerEntry,
@@ -147,6 +147,12 @@ impl Recipe {
         Err(Error::user(format!("precision = {precision}: {problem}"), help))
     }
 
+    /// All teachers by their keys: `teacher`, `teachers.<name>`.
+    pub fn all_teachers(&self) -> Vec<(String, &Chosen<dyn TeacherPolicy>)> {
+        let named = self.teachers.0.iter().map(|(name, entry)| (format!("teachers.{name}"), &entry.policy));
+        [("teacher".to_string(), &self.teacher)].into_iter().chain(named).collect()
+    }
+
     /// Why the precision cannot be had on the device that the recipe names; `None` too if it leaves the device open.
     pub(super) fn wrong_precision(&self) -> Option<&'static str> {
         match self.device.0.as_str() {
@@ -173,7 +179,7 @@ pub struct BatchConfig {
     #[schemars(range(min = 1, max = 1_000_000_000))]
     pub size: usize,
     /// Parts into which a step's images are split to save memory. Teacher targets (Sinkhorn-Knopp, centring) are
-    /// computed over all parts; KoLeo looks for neighbours inside a part.
+    /// computed over all parts; losses that compare images compare those of a part.
     #[schemars(range(min = 1, max = 1_000_000_000))]
     pub micro_batches: usize,
     /// Threads that read and augment; 0: one a core.
@@ -203,7 +209,8 @@ impl BatchConfig {
 /// The usual mistake about the pixels' mean and standard deviation.
 const BY_255: &str = "pixels are in [0, 1] here: divide numbers that are meant for 0 to 255 by 255";
 
-/// What is cut from every image whatever the augmentation: two global crops, some local ones, and the Gram teacher's.
+/// What is cut from every image whatever the augmentation: two global crops, some local ones, and those of teachers with a
+/// size of their own.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CropConfig {
@@ -216,12 +223,12 @@ pub struct CropConfig {
     /// Side of a local crop in pixels.
     #[schemars(range(min = 1, max = 16384))]
     pub local_size: usize,
-    /// Other sizes, one drawn every step by its share, in place of `global_size`, `local_size` and the Gram teacher's
+    /// Other sizes, one drawn every step by its share, in place of `global_size`, `local_size` and a teacher's
     /// `crop_size`; empty: always those. High-resolution adaptation trains on several sizes at once.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub resolutions: Vec<Resolution>,
-    /// Whether the Gram teacher's crops are spared the colour distortion of the student's.
-    pub gram_without_distortion: bool,
+    /// Whether teachers' own crops are spared the colour distortion of the student's.
+    pub teacher_without_distortion: bool,
     /// Mean of the pixels per channel, in [0, 1].
     #[serde(serialize_with = "as_written")]
     #[schemars(inner(range(min = 0, max = 1)), extend("x-help" = BY_255))]
@@ -239,7 +246,7 @@ impl Default for CropConfig {
             local_count: 8,
             local_size: 112,
             resolutions: Vec::new(),
-            gram_without_distortion: false,
+            teacher_without_distortion: false,
             mean: [0.485, 0.456, 0.406],
             std: [0.229, 0.224, 0.225],
         }
@@ -259,22 +266,22 @@ pub struct Resolution {
     /// Side of a local crop in pixels.
     #[schemars(range(min = 1, max = 16384))]
     pub local_size: usize,
-    /// Side of the Gram teacher's crops in pixels, where it has crops of its own.
+    /// Side of teachers' own crops in pixels, where they have any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 16384))]
-    pub gram_size: Option<usize>,
+    pub teacher_size: Option<usize>,
 }
 
 impl CropConfig {
-    /// Every set of sizes with its share; `gram` is the Gram teacher's own crop size.
-    pub fn variants(&self, gram: Option<usize>) -> Vec<Resolution> {
+    /// Every set of sizes with its share; `teacher` is the size of teachers' own crops.
+    pub fn variants(&self, teacher: Option<usize>) -> Vec<Resolution> {
         let (global_size, local_size) = (self.global_size, self.local_size);
         match self.resolutions.is_empty() {
-            true => vec![Resolution { share: 1.0, global_size, local_size, gram_size: gram }],
-            // A run without a Gram teacher cuts no crops for it.
+            true => vec![Resolution { share: 1.0, global_size, local_size, teacher_size: teacher }],
+            // A run whose teachers have no crops of their own cuts none.
             false => {
                 let own =
-                    |r: &Resolution| Resolution { gram_size: gram.map(|g| r.gram_size.unwrap_or(g)), ..r.clone() };
+                    |r: &Resolution| Resolution { teacher_size: teacher.map(|own| r.teacher_size.unwrap_or(own)), ..r.clone() };
                 self.resolutions.iter().map(own).collect()
             }
         }

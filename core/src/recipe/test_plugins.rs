@@ -162,13 +162,13 @@ config! {
 loss!(Spread, "test_spread", |s: &Spread| Needs { min_batch: s.top_k + 1, ..Needs::default() });
 
 config! {
-    /// Compares with a Gram teacher.
-    Gram {
+    /// Compares with a teacher of its own.
+    Compared {
         /// Whether negative similarities count.
         negatives: bool = true,
     }
 }
-loss!(Gram, "test_gram", |_: &Gram| Needs { gram_teacher: true, ..Needs::default() });
+loss!(Compared, "test_compared", |_: &Compared| Needs { teachers: vec!["slow".into()], ..Needs::default() });
 
 /// Reads its keys carelessly: unknown ones pass.
 #[derive(Debug, Serialize, Deserialize, schemars::JsonSchema)]

@@ -1,5 +1,7 @@
 //! Keys that are given and not read: of a loss or probe that is off, or beside a key that makes them idle.
 
+use std::collections::BTreeSet;
+
 use figment::value::Value;
 
 use super::layers::RawRecipe;
@@ -29,10 +31,11 @@ pub(super) fn check(recipe: &Recipe, raw: &RawRecipe, idle: Vec<(String, String)
         let message = |keys: &str| format!("is off, so nothing reads {keys}");
         tell(table.clone(), given(raw, &table), &message, format!("set {table}.enabled = true, or remove the keys"));
     }
-    if gram_waits(recipe) {
-        let message = |keys: &str| format!("no loss that is on uses a Gram teacher, so nothing reads {keys}");
-        let help = "turn on a loss that does, such as losses.gram, or remove the keys".to_string();
-        tell("gram_teacher".into(), given(raw, "gram_teacher"), &message, help);
+    for teacher in waiting(recipe) {
+        let table = format!("teachers.{teacher}");
+        let message = |keys: &str| format!("no loss that is on learns from this teacher, so nothing reads {keys}");
+        let help = "turn on a loss that does, or remove the keys".to_string();
+        tell(table.clone(), given(raw, &table), &message, help);
     }
     for (key, needed) in idle {
         let message = |key: &str| format!("nothing reads {key}: it is read with {needed} only");
@@ -41,16 +44,18 @@ pub(super) fn check(recipe: &Recipe, raw: &RawRecipe, idle: Vec<(String, String)
     found
 }
 
-/// Whether a loss that is off would use the Gram teacher, and none that is on does.
-fn gram_waits(recipe: &Recipe) -> bool {
-    let Ok(model) = declare(recipe) else { return false };
+/// The teachers from which only losses that are off would learn.
+fn waiting(recipe: &Recipe) -> Vec<String> {
+    let Ok(model) = declare(recipe) else { return Vec::new() };
     let off = recipe.losses.0.values().filter(|entry| !entry.enabled);
-    let mut uses = off.map(|entry| {
+    let asked = off.flat_map(|entry| {
         let mut params = ParamBuilder::new();
         let built = entry.loss.build(&mut loss_context(recipe, model.backbone.as_ref(), &mut params));
-        built.is_ok_and(|loss| loss.needs().gram_teacher)
+        built.map(|loss| loss.needs().teachers).unwrap_or_default()
     });
-    recipe.gram_teacher.is_some() && !model.losses.iter().any(|l| l.needs.gram_teacher) && uses.any(|uses| uses)
+    let asked: BTreeSet<String> = asked.collect();
+    let there = |name: &String| recipe.teachers.0.contains_key(name) && !model.teachers().contains(name.as_str());
+    asked.into_iter().filter(there).collect()
 }
 
 /// The keys that were given in a table, but for those that say which plugin it is and whether it is on.

@@ -10,6 +10,7 @@ use crate::contract;
 use crate::ops::greatest;
 use crate::{DType, Error, Result, Tensor};
 
+use super::weights::role_of;
 use super::{Declared, Weights};
 
 /// Numbers stay below this share of the type's greatest, so that no rounding of theirs (to bf16 too) overflows.
@@ -68,16 +69,15 @@ impl Bounds {
                 .try_fold(0.0, |most: f64, of| Ok(most.max(of?)))
         };
         let mut most = of_role("student", &weights.student)?;
-        for (role, teacher) in [("teacher", &weights.teacher), ("gram_teacher", &weights.gram)] {
-            if let Some(teacher) = teacher {
-                most = most.max(of_role(role, teacher)?);
-            }
+        let named = weights.named.iter().map(|(name, flat)| (role_of(name), flat));
+        for (role, flat) in weights.teacher.iter().map(|flat| ("teacher".to_string(), flat)).chain(named) {
+            most = most.max(of_role(&role, flat)?);
         }
         let moments = weights.moment_names.iter().zip(&weights.moments).map(|(name, flat)| of_role(name, flat));
         let moment = moments.collect::<Result<Vec<f64>>>()?.first().copied().unwrap_or(0.0);
         for (loss, state) in model.losses.iter().zip(&weights.loss_state) {
-            for (spec, value) in loss.loss.state().iter().zip(state) {
-                of_tensor(&format!("state.{}.{}", loss.name, spec.name), value)?;
+            for (name, value) in state {
+                of_tensor(&format!("state.{}.{name}", loss.name), value)?;
             }
         }
         let limit = match weights.student.dtype() {

@@ -1,5 +1,6 @@
 //! The model of a recipe: backbone, losses, and the layout of all parameters. Nothing is allocated.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use crate::contract::{Backbone, Loss, Needs, Schedule};
@@ -27,9 +28,20 @@ pub struct Declared {
 impl Declared {
     /// Whether the student sees the global crops, and whether the local ones: if a loss reads what it makes of them.
     pub fn student_sees(&self) -> [bool; 2] {
-        let globals = |needs: &Needs| needs.globals || needs.masks || needs.tokens;
+        let globals = |needs: &Needs| needs.globals || needs.masks || needs.tokens || !needs.layers.is_empty();
         let locals = |needs: &Needs| needs.locals || needs.tokens;
         [self.losses.iter().any(|l| globals(&l.needs)), self.losses.iter().any(|l| locals(&l.needs))]
+    }
+
+    /// After how many blocks losses ask for tokens, in order.
+    pub fn layers(&self) -> Vec<usize> {
+        let asked = self.losses.iter().flat_map(|l| l.needs.layers.iter().copied());
+        asked.collect::<BTreeSet<_>>().into_iter().collect()
+    }
+
+    /// Names of the teachers of `[teachers]` that losses ask for.
+    pub fn teachers(&self) -> BTreeSet<&str> {
+        self.losses.iter().flat_map(|l| &l.needs.teachers).map(String::as_str).collect()
     }
 
     /// The enabled loss of that name.

@@ -39,7 +39,8 @@ struct Kind {
     /// Where the batches are: a recorded step knows them by their addresses.
     places: Vec<u64>,
     draws: Vec<(usize, usize)>,
-    gram: bool,
+    /// Which teachers of `[teachers]` are active.
+    active: Vec<bool>,
     follows: bool,
 }
 
@@ -184,7 +185,7 @@ impl Learner {
             shapes: batches.iter().flat_map(Batch::tensors).map(|t| t.shape().to_vec()).collect(),
             places: batches.iter().flat_map(Batch::tensors).map(Tensor::device_address).collect(),
             draws: draws.iter().map(|d| (d.flat().0.len(), d.flat().1.len())).collect(),
-            gram: self.gram.as_ref().is_some_and(|g| g.active(at)),
+            active: self.named.iter().map(|teacher| teacher.policy.active(at)).collect(),
             follows: momentum.is_some(),
         };
         let eager = health || own.eager;
@@ -258,7 +259,7 @@ impl Learner {
             let total = losses.keys().position(|name| name == "loss/total");
             let taken = update.verdict(&values, losses.len(), total)?;
             update.apply(&self.optimizer, &mut self.weights, &grads, &norms, &taken, follows)?;
-            for (old, new) in self.weights.loss_state.iter_mut().flatten().zip(state.iter().flatten()) {
+            for ((_, old), (_, new)) in self.weights.loss_state.iter_mut().flatten().zip(state.iter().flatten()) {
                 if old.device_address() != new.device_address() {
                     ops::copy_if(old, new, &taken)?;
                 }

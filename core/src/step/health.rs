@@ -40,7 +40,7 @@ impl Health {
         let rows = Tensor::from_f64(&centred, &[n, d], cls.dtype())?;
         let products = rows.matmul_t(&rows)?;
         let coinciding = coinciding(&products.to_f64_vec(), n, samples, COINCIDE * 2.0 * trace / n as f64);
-        let gram = products.square()?.sum()?.item();
+        let squares = products.square()?.sum()?.item();
         let patches = features.patches.detach().l2_normalize(1e-12)?.mean_axis(1)?;
         let cosine = patches.mul(&cls)?.sum()?.item() / n as f64;
         let mut targets = Vec::new();
@@ -56,7 +56,7 @@ impl Health {
         }
         Ok(Self {
             feature_std: (trace / n as f64).sqrt(),
-            effective_rank: if gram > 0.0 { trace * trace / gram } else { 0.0 },
+            effective_rank: if squares > 0.0 { trace * trace / squares } else { 0.0 },
             cls_patch_cosine: cosine,
             targets,
             coinciding,

@@ -1,10 +1,10 @@
 //! The training step: teacher, student, losses, backward, clipping, the optimizer, teachers' policies.
 //!
 //! ```text
-//! for every micro-batch: EMA teacher on the global crops; what each loss's layers make of its tokens
+//! for every micro-batch: the teacher on the global crops; what each loss's layers make of its tokens
 //! over the whole batch:  each loss turns that into targets
-//! for every micro-batch: Gram teacher on its larger crops; student on all crops, packed; losses; backward
-//! once:                  gradient norms, optimizer + EMA over flat memory, Gram teacher's policy
+//! for every micro-batch: further teachers, on crops of their own size; student on all crops, packed; losses; backward
+//! once:                  gradient norms, optimizer + EMA over flat memory, the further teachers' policies
 //! ```
 
 mod bounds;
@@ -40,7 +40,7 @@ use crate::comm::{Comm, Single};
 use crate::contract::{At, Crops, Draws, Features, Follow, Mode, StepContext, TeacherPolicy};
 use crate::data::Batch;
 use crate::params::Params;
-use crate::recipe::{Precision, Recipe};
+use crate::recipe::{Precision, Recipe, TeacherEntry};
 use crate::rng::{Rng, Stream};
 use crate::tensor::{catch_out_of_memory, scope, Tape};
 use crate::{cuda, DType, Device, Error, Result, Tensor};
@@ -52,6 +52,7 @@ use optimizer::Groups;
 use outputs::{next_state, StudentPass, TeacherPass};
 use spikes::Spikes;
 use update::DeviceUpdate;
+use weights::Of;
 
 /// A model in training: weights, optimizer, losses and the teachers' policies.
 pub struct Learner {
@@ -60,7 +61,8 @@ pub struct Learner {
     optimizer: Groups,
     teacher: Box<dyn TeacherPolicy>,
     distilled: Option<TeacherModel>,
-    gram: Option<Box<dyn TeacherPolicy>>,
+    /// Those of `[teachers]` that a loss asks for.
+    named: Vec<Teacher>,
     comm: Box<dyn Comm>,
     seed: u64,
     total: u64,
@@ -73,13 +75,22 @@ pub struct Learner {
     gpu_step: Option<GpuStep>,
 }
 
+/// A teacher of `[teachers.<name>]`.
+pub(crate) struct Teacher {
+    pub(crate) name: String,
+    pub(crate) policy: Box<dyn TeacherPolicy>,
+}
+
+/// A loss's buffers by name.
+type State = Vec<(&'static str, Tensor)>;
+
 /// What a forward and backward pass gave, where it ran.
 struct Pass {
     /// As in [`Report`], rank 0.
     losses: BTreeMap<String, Tensor>,
     health: Option<Health>,
     /// The losses' next state.
-    state: Vec<Vec<Tensor>>,
+    state: Vec<State>,
     /// Of every loss with a state: 0, or not finite where that state is not.
     marks: Vec<(String, Tensor)>,
 }
@@ -130,12 +141,12 @@ impl Learner {
     /// If a plugin refuses to be built, or weights to start from cannot be read.
     pub fn new(recipe: &Recipe) -> Result<Self> {
         let mut learner = Self::unstarted(recipe)?;
-        let Self { model, weights, teacher, gram, kernels, .. } = &mut learner;
+        let Self { model, weights, teacher, named, kernels, .. } = &mut learner;
         let dtype = weights.student.dtype();
         // Each has parts that only one core can do; together they fill them all.
         let (compiled, drawn) = rayon::join(|| kernels.load(), || model.layout.init(recipe.seed, dtype));
         compiled?;
-        weights.start(&drawn?, recipe, model, teacher.as_ref(), gram.as_deref())?;
+        weights.start(&drawn?, recipe, model, teacher.as_ref(), named)?;
         weights.bounds(model)?;
         Ok(learner)
     }
@@ -160,12 +171,12 @@ impl Learner {
         let model = declare(recipe)?;
         let teacher = recipe.teacher.build(&mut ())?;
         let distilled = TeacherModel::of(teacher.as_ref(), &model, recipe)?;
-        let wanted = model.losses.iter().any(|l| l.needs.gram_teacher);
-        let gram = recipe.gram_teacher.as_ref().filter(|_| wanted).map(|g| g.build(&mut ())).transpose()?;
+        let named = named_teachers(recipe, &model)?;
         let device = recipe.device()?;
         let dtype = recipe.dtype(device);
         let optimizer = Groups::new(&recipe.optimizer, &model.layout, model.backbone.depth())?;
-        let new = || Weights::new(&model, optimizer.moments(), (teacher.exists(), gram.is_some()), dtype);
+        let names = named.iter().map(|teacher| teacher.name.as_str());
+        let new = || Weights::new(&model, optimizer.moments(), teacher.exists(), names, dtype);
         let weights = catch_out_of_memory(|| Ok(device.with(new)))?;
         let backbones = [&model].into_iter().chain(distilled.as_ref().map(|d| &d.model)).map(|m| m.backbone.as_ref());
         let kernels = Kernels::of(device, dtype, backbones);
@@ -176,7 +187,7 @@ impl Learner {
             optimizer,
             teacher,
             distilled,
-            gram,
+            named,
             comm: Box::new(Single),
             seed: recipe.seed,
             total: recipe.steps,
@@ -210,9 +221,9 @@ impl Learner {
         &self.optimizer.rules
     }
 
-    /// Side of the Gram teacher's own crops, if it has any.
-    pub fn gram_crop_size(&self) -> Option<usize> {
-        self.gram.as_ref().and_then(|g| g.crop_size())
+    /// Side of the crops that teachers of `[teachers]` have of their own, if one has: all that have are of one size.
+    pub fn teacher_crop_size(&self) -> Option<usize> {
+        self.named.iter().find_map(|teacher| teacher.policy.crop_size())
     }
 
     /// The type of weights and losses; features may be narrower.
@@ -360,14 +371,15 @@ impl Learner {
             let (numbers, tiles) = views::draw_images(declared, (self.seed, step), &batch.sources, sizes)?;
             draws.images.push(numbers);
             draws.tiles.push(tiles);
-            kinds.extend(declared.loss.views(global_size)?.iter().map(|view| view.crops * images));
+            let views = declared.loss.views(global_size)?;
+            kinds.extend(views.iter().filter(|view| view.for_student()).map(|view| view.crops * images));
         }
         let of_views = |stream, index| rng(stream, index | OF_VIEWS);
         Ok(if kinds.is_empty() { draws } else { draws.with_kinds(self.model.backbone.draw(&of_views, &kinds)) })
     }
 
     /// What a loss reads about the step.
-    fn context<'a>(&'a self, at: At, state: &'a [Tensor]) -> StepContext<'a> {
+    fn context<'a>(&'a self, at: At, state: &'a State) -> StepContext<'a> {
         StepContext { at, seed: self.seed, comm: self.comm.as_ref(), dtype: self.dtype(), state }
     }
 
@@ -382,9 +394,8 @@ impl Learner {
     ) -> Result<Pass> {
         grads.fill_zero();
         let dtype = self.dtype();
-        let teacher = TeacherPass::run(self, batches, at, health)?;
+        let teacher = TeacherPass::run(self, batches, draws, at, health)?;
         let mut states = teacher.state.clone();
-        let gram_active = self.gram.as_ref().is_some_and(|g| g.active(at));
         let mut sums: BTreeMap<String, Tensor> = BTreeMap::new();
         let mut add = |name: String, value: &Tensor| -> Result<()> {
             let value = match sums.get(&name) {
@@ -398,15 +409,16 @@ impl Learner {
         for (micro, batch) in batches.iter().enumerate() {
             let tape = Tape::new();
             let params = Params::tracked(&self.model.layout, self.weights.student(), &tape);
-            let gram = if gram_active { Some(self.gram_target(batch)?) } else { None };
+            let named = self.named_teachers(batch, at)?;
             let student = StudentPass::run(self, &params, batch, &draws[micro])?;
             let mut total: Option<Tensor> = None;
             for (i, declared) in self.model.losses.iter().enumerate() {
-                if declared.needs.gram_teacher && !gram_active {
+                let active = |name: &String| named.iter().any(|(active, _)| active == name);
+                if !declared.needs.teachers.iter().all(active) {
                     continue;
                 }
                 let _scope = scope::enter(format!("losses.{}", declared.name));
-                let outputs = student.outputs(self, batch, (i, micro), &teacher, gram.as_ref());
+                let outputs = student.outputs(self, batch, (i, micro), &teacher, &named);
                 let context = self.context(at, &states[i]);
                 let value = declared.loss.compute(&params, &outputs, &context)?;
                 if value.loss.len() != 1 {
@@ -438,9 +450,9 @@ impl Learner {
         let losses = sums.into_iter().map(mean).collect::<Result<_>>()?;
         let mut marks = Vec::new();
         for (declared, state) in self.model.losses.iter().zip(&states) {
-            for tensor in state {
+            for (name, tensor) in state {
                 // Nothing times what is not finite is not finite.
-                marks.push((format!("the state of {}", declared.name), tensor.scale(0.0)?.sum()?));
+                marks.push((format!("the state {name} of {}", declared.name), tensor.scale(0.0)?.sum()?));
             }
         }
         Ok(Pass { losses, health: measured, state: states, marks })
@@ -505,29 +517,23 @@ impl Learner {
 
     /// What the teachers' policies do before a step.
     fn before_step(&mut self, at: At) -> Result<()> {
-        match follow(self.teacher.before_step(at), at)? {
-            Follow::Keep => {}
-            Follow::Copy(role) => self.weights.copy_to_teacher(&role, &self.model)?,
-            Follow::Ema { momentum } => self.weights.ema(momentum)?,
-        }
-        self.follow_gram(at, |g| g.before_step(at))
+        self.weights.follow(Of::Teacher, follow(self.teacher.before_step(at), at)?, &self.model)?;
+        self.follow_named(at, |policy| policy.before_step(at))
     }
 
     /// What the policies do after the update, which the EMA was part of.
     fn follow_after(&mut self, at: At, follow: Follow) -> Result<()> {
-        if let Follow::Copy(role) = follow {
-            self.weights.copy_to_teacher(&role, &self.model)?;
+        if let Follow::Copy(_) = follow {
+            self.weights.follow(Of::Teacher, follow, &self.model)?;
         }
-        self.follow_gram(at, |g| g.after_step(at))
+        self.follow_named(at, |policy| policy.after_step(at))
     }
 
-    fn follow_gram(&mut self, at: At, what: impl Fn(&dyn TeacherPolicy) -> Follow) -> Result<()> {
-        let Some(gram) = &self.gram else { return Ok(()) };
-        match follow(what(gram.as_ref()), at)? {
-            Follow::Keep => Ok(()),
-            Follow::Copy(role) => self.weights.copy_to_gram(&role, &self.model),
-            Follow::Ema { momentum } => self.weights.ema_gram(momentum),
+    fn follow_named(&mut self, at: At, what: impl Fn(&dyn TeacherPolicy) -> Follow) -> Result<()> {
+        for (i, teacher) in self.named.iter().enumerate() {
+            self.weights.follow(Of::Named(i), follow(what(teacher.policy.as_ref()), at)?, &self.model)?;
         }
+        Ok(())
     }
 
     /// What the teacher, or without one the student, gives of normalised pixels `[B, 3, h, w]`, in evaluation, in host memory: what probes and
@@ -546,6 +552,16 @@ impl Learner {
         })?;
         Ok(features)
     }
+}
+
+/// The teachers of `[teachers]` that losses ask for, in the order of their names.
+pub(crate) fn named_teachers(recipe: &Recipe, model: &Declared) -> Result<Vec<Teacher>> {
+    let wanted = model.teachers();
+    let entries = recipe.teachers.0.iter().filter(|(name, _)| wanted.contains(name.as_str()));
+    let built = |(name, entry): (&String, &TeacherEntry)| {
+        Ok(Teacher { name: name.clone(), policy: entry.policy.build(&mut ())? })
+    };
+    entries.map(built).collect()
 }
 
 /// What a policy wants at `at`.

@@ -1,21 +1,27 @@
 //! What teacher and student compute in a step, and how a loss gets to see it.
 
-use crate::contract::{At, Crops, Draws, Features, GramTarget, Grid, Mode, ModelOutputs, Needs, Outputs};
+use crate::contract::{
+    At, Crops, Draws, Features, Grid, Mode, ModelOutputs, NamedTeacher, Needs, Outputs, Targets, View,
+};
 use crate::data::Batch;
 use crate::params::Params;
 use crate::tensor::scope;
 use crate::{DType, Error, Result, Tensor};
 
-use super::{views, DeclaredLoss, Learner};
+use super::{views, Declared, DeclaredLoss, Learner, State, Teacher};
 
 /// The teacher over all micro-batches, and every loss's targets.
 pub(super) struct TeacherPass {
     /// None if nothing asks for them.
     features: Vec<Features>,
+    /// `[loss][micro-batch]`: tokens after the blocks that the loss asks for.
+    layers: Vec<Vec<Vec<Tensor>>>,
+    /// `[loss][micro-batch]`: features of the views that the teacher sees.
+    views: Vec<Vec<Vec<Features>>>,
     /// `[loss][micro-batch]`.
     targets: Vec<Vec<Option<Tensor>>>,
     /// The losses' state after their targets.
-    pub(super) state: Vec<Vec<Tensor>>,
+    pub(super) state: Vec<State>,
     /// For losses that do without.
     nothing: Features,
 }
@@ -27,8 +33,14 @@ pub(super) struct TeacherOf<'a> {
     pub(super) targets: Vec<Option<&'a Tensor>>,
 }
 
-/// A model's tokens as a loss sees them.
-fn tokens<'a>(global: &'a Features, local: Option<&'a Features>, needs: &Needs, batch: &'a Batch) -> ModelOutputs<'a> {
+/// A model's tokens as a loss sees them; `layers` are those of the loss.
+fn tokens<'a>(
+    global: &'a Features,
+    local: Option<&'a Features>,
+    layers: &'a [Tensor],
+    needs: &Needs,
+    batch: &'a Batch,
+) -> ModelOutputs<'a> {
     ModelOutputs {
         cls: &global.cls,
         patches: &global.patches,
@@ -36,6 +48,7 @@ fn tokens<'a>(global: &'a Features, local: Option<&'a Features>, needs: &Needs, 
         local_patches: local.filter(|_| needs.tokens).map(|l| &l.patches),
         registers: needs.tokens.then_some(&global.registers),
         prenorm: needs.tokens.then_some(&global.prenorm),
+        layers,
         mask_indices: &batch.masks.indices,
     }
 }
@@ -43,31 +56,40 @@ fn tokens<'a>(global: &'a Features, local: Option<&'a Features>, needs: &Needs, 
 /// The features of crops that a model was not shown: no rows.
 fn nothing(dim: usize, grid: Grid, dtype: DType) -> Features {
     let [cls, tokens] = [&[0, dim][..], &[0, 0, dim]].map(|shape| Tensor::zeros(shape, dtype));
-    Features { cls, registers: tokens.clone(), patches: tokens.clone(), prenorm: tokens, grid }
+    Features { cls, registers: tokens.clone(), patches: tokens.clone(), prenorm: tokens, layers: Vec::new(), grid }
 }
 
-/// The state of a loss after a call that gave `new`; none: it stays as it was.
+/// The layers that a loss asks for, of features with those that all losses ask for.
+fn layers_of(model: &Declared, needs: &Needs, features: &Features) -> Vec<Tensor> {
+    let all = model.layers();
+    let place = |layer: &usize| all.iter().position(|l| l == layer);
+    needs.layers.iter().filter_map(place).filter_map(|place| features.layers.get(place).cloned()).collect()
+}
+
+/// The state of a loss after a call that gave `new`; what it did not give stays as it was.
 ///
 /// # Errors
-/// If the shapes are not those that the loss declares.
-pub(super) fn next_state(declared: &DeclaredLoss, old: &[Tensor], new: Vec<Tensor>) -> Result<Vec<Tensor>> {
-    if new.is_empty() {
-        return Ok(old.to_vec());
+/// If the loss does not declare one, or declares another shape.
+pub(super) fn next_state(declared: &DeclaredLoss, old: &State, new: State) -> Result<State> {
+    let mut next = old.clone();
+    for (name, new) in new {
+        let Some((_, own)) = next.iter_mut().find(|(known, _)| *known == name) else {
+            let problem = format!("`{}` gave the state `{name}`, which it does not declare", declared.name);
+            return Err(Error::shape("loss", problem));
+        };
+        if own.shape() != new.shape() {
+            let (loss, has, gives) = (&declared.name, own.shape(), new.shape());
+            let problem = format!("the state `{name}` of `{loss}` has shape {has:?}, but {gives:?} was given");
+            return Err(Error::shape("loss", problem));
+        }
+        *own = new.detach().cast(own.dtype())?;
     }
-    let shapes = |state: &[Tensor]| state.iter().map(|t| t.shape().to_vec()).collect::<Vec<_>>();
-    if shapes(old) != shapes(&new) {
-        let (name, has, gives) = (&declared.name, shapes(old), shapes(&new));
-        return Err(Error::shape(
-            "loss",
-            format!("the state of `{name}` has shapes {has:?}, but {gives:?} were given"),
-        ));
-    }
-    new.iter().zip(old).map(|(new, old)| new.detach().cast(old.dtype())).collect()
+    Ok(next)
 }
 
 impl TeacherPass {
     /// `features`: whether they are needed although no loss asks for them.
-    pub(super) fn run(learner: &Learner, batches: &[Batch], at: At, features: bool) -> Result<Self> {
+    pub(super) fn run(learner: &Learner, batches: &[Batch], draws: &[Draws], at: At, features: bool) -> Result<Self> {
         let _scope = scope::enter("teacher");
         // A frozen model of its own, or the student's EMA.
         let (model, flat) = match &learner.distilled {
@@ -76,10 +98,19 @@ impl TeacherPass {
         };
         let params = Params::frozen(&model.layout, flat);
         let needed = features || learner.model.losses.iter().any(|l| l.needs.runs_teacher());
-        let mut features = Vec::new();
-        for batch in batches.iter().filter(|_| needed) {
-            let crops = Crops::global(batch.global.clone());
-            features.extend(model.backbone.forward(&params, &[crops], Mode::Eval)?);
+        let losses = &learner.model.losses;
+        let (mut features, mut layers, mut views) = (Vec::new(), vec![Vec::new(); losses.len()], vec![Vec::new(); losses.len()]);
+        for (batch, draws) in batches.iter().zip(draws).filter(|_| needed) {
+            let of_views = views::crops(&learner.model, batch, draws, View::for_teacher)?;
+            let mut crops = vec![Crops::global(batch.global.clone()).with_layers(learner.model.layers())];
+            crops.extend(of_views.iter().flatten().cloned());
+            let mut given = model.backbone.forward(&params, &crops, Mode::Eval)?.into_iter();
+            let global = given.next().ok_or_else(|| Error::shape("backbone", "no features of the global crops"))?;
+            for (i, (declared, of_views)) in losses.iter().zip(&of_views).enumerate() {
+                layers[i].push(layers_of(&learner.model, &declared.needs, &global));
+                views[i].push(given.by_ref().take(of_views.len()).collect());
+            }
+            features.push(global);
         }
         let (mut targets, mut state) = (Vec::new(), Vec::new());
         for (declared, old) in learner.model.losses.iter().zip(&learner.weights.loss_state) {
@@ -96,13 +127,13 @@ impl TeacherPass {
                     "raise masking.probability or masking.ratio: of some crop at least one patch has to be masked";
                 return Err(Error::user(problem, help));
             }
-            let parts = features
-                .iter()
-                .zip(batches)
-                .map(|(f, b)| taught.loss.project(&params, &tokens(f, None, &taught.needs, b)));
+            let project = |((features, layers), batch): ((&Features, &Vec<Tensor>), &Batch)| {
+                taught.loss.project(&params, &tokens(features, None, layers, &taught.needs, batch))
+            };
+            let parts = features.iter().zip(&layers[targets.len()]).zip(batches).map(project);
             let parts: Vec<Tensor> = parts.collect::<Result<_>>()?;
             let all = Tensor::cat(&parts.iter().collect::<Vec<_>>())?;
-            let (all, new) = declared.loss.targets(&all, &learner.context(at, old))?;
+            let Targets { rows: all, state: new } = declared.loss.targets(&all, &learner.context(at, old))?;
             let rows = parts.iter().map(|part| part.dim(0)).sum::<usize>();
             if all.shape() != [rows, spec.width] {
                 let (name, gives, asks) = (&declared.name, all.shape(), [rows, spec.width]);
@@ -119,7 +150,7 @@ impl TeacherPass {
             state.push(next_state(declared, old, new)?);
         }
         let nothing = nothing(learner.model.backbone.dim(), Grid { height: 0, width: 0 }, params.dtype());
-        Ok(Self { features, targets, state, nothing })
+        Ok(Self { features, layers, views, targets, state, nothing })
     }
 
     pub(super) fn of(&self, micro: usize) -> TeacherOf<'_> {
@@ -127,10 +158,11 @@ impl TeacherPass {
         TeacherOf { features: self.features.get(micro), targets }
     }
 
-    /// The teacher on one micro-batch as a loss sees it.
-    fn seen_by<'a>(&'a self, needs: &Needs, micro: usize, batch: &'a Batch) -> ModelOutputs<'a> {
+    /// The teacher on one micro-batch as loss `i` sees it.
+    fn seen_by<'a>(&'a self, needs: &Needs, (i, micro): (usize, usize), batch: &'a Batch) -> ModelOutputs<'a> {
         let features = self.features.get(micro).filter(|_| needs.teacher);
-        tokens(features.unwrap_or(&self.nothing), None, needs, batch)
+        let layers = self.layers[i].get(micro).filter(|_| needs.teacher).map_or(&[][..], Vec::as_slice);
+        tokens(features.unwrap_or(&self.nothing), None, layers, needs, batch)
     }
 }
 
@@ -138,7 +170,9 @@ impl TeacherPass {
 pub(super) struct StudentPass {
     global: Features,
     local: Option<Features>,
-    /// Of the views of each loss.
+    /// By loss: tokens after the blocks that it asks for.
+    layers: Vec<Vec<Tensor>>,
+    /// By loss: of the views that the student sees.
     views: Vec<Vec<Features>>,
     /// By loss: what it drew, for the step and for each image.
     draws: Vec<[Option<Tensor>; 2]>,
@@ -152,10 +186,12 @@ impl StudentPass {
         let [globals, locals] = model.student_sees();
         let local = batch.local.clone().filter(|_| locals);
         let mut crops = Vec::new();
-        crops.extend(globals.then(|| Crops { pixels: batch.global.clone(), masks, local: false }));
-        crops.extend(local.map(|pixels| Crops { pixels, masks: None, local: true }));
+        let layers = model.layers();
+        crops.extend(globals.then(|| Crops { pixels: batch.global.clone(), masks, local: false, layers }));
+        crops.extend(local.map(|pixels| Crops { local: true, ..Crops::global(pixels) }));
         let own = crops.len();
-        crops.extend(views::crops(model, batch, draws)?);
+        let of_losses = views::crops(model, batch, draws, View::for_student)?;
+        crops.extend(of_losses.iter().flatten().cloned());
         let mut features = match crops.is_empty() {
             true => Vec::new(),
             false => model.backbone.forward(params, &crops, Mode::Train(draws))?,
@@ -171,10 +207,11 @@ impl StudentPass {
         let global = if globals { features.next() } else { None };
         let global = global.unwrap_or_else(|| nothing(dim, grid, params.dtype()));
         let local = features.next();
-        let views = draws.tiles.iter().map(|of_loss| of_views.by_ref().take(of_loss.len()).collect()).collect();
+        let views = of_losses.iter().map(|of_loss| of_views.by_ref().take(of_loss.len()).collect()).collect();
+        let layers = model.losses.iter().map(|l| layers_of(model, &l.needs, &global)).collect();
         let drawn = |i| Ok([draws.of_loss(i)?, views::image_draws(draws, i, batch.images())?]);
         let draws = (0..model.losses.len()).map(drawn).collect::<Result<_>>()?;
-        Ok(Self { global, local, views, draws })
+        Ok(Self { global, local, layers, views, draws })
     }
 
     /// The step as loss `i` sees it on micro-batch `micro`.
@@ -184,7 +221,7 @@ impl StudentPass {
         batch: &'a Batch,
         (i, micro): (usize, usize),
         teacher: &'a TeacherPass,
-        gram: Option<&'a GramTarget>,
+        teachers: &'a [(String, NamedTeacher)],
     ) -> Outputs<'a> {
         let needs = &learner.model.losses[i].needs;
         Outputs {
@@ -192,42 +229,48 @@ impl StudentPass {
             globals: batch.global.dim(0) / batch.images(),
             locals: learner.locals,
             grid: self.global.grid,
-            student: tokens(&self.global, self.local.as_ref(), needs, batch),
-            teacher: teacher.seen_by(needs, micro, batch),
+            student: tokens(&self.global, self.local.as_ref(), &self.layers[i], needs, batch),
+            teacher: teacher.seen_by(needs, (i, micro), batch),
             targets: teacher.targets[i][micro].as_ref(),
             unmasked_indices: &batch.masks.unmasked,
             mask_weights: &batch.masks.weights,
-            gram,
+            teachers: if needs.teachers.is_empty() { &[] } else { teachers },
             pixels: needs.pixels.then_some(&batch.global),
             labels: needs.classes.map(|_| &batch.labels),
             draws: self.draws[i][0].as_ref(),
             image_draws: self.draws[i][1].as_ref(),
             views: &self.views[i],
+            teacher_views: teacher.views[i].get(micro).map_or(&[], Vec::as_slice),
             fields: if needs.fields.is_empty() { &[] } else { &batch.fields },
         }
     }
 }
 
 impl Learner {
-    /// The Gram teacher's patches of one micro-batch, on the student's grid.
-    pub(super) fn gram_target(&self, batch: &Batch) -> Result<GramTarget> {
-        let _scope = scope::enter("gram_teacher");
-        let (model, weights) = (&self.model, &self.weights);
-        let flat = weights.gram().expect("a Gram teacher has weights");
-        let pixels = batch.gram.as_ref().unwrap_or(&batch.global);
-        let crops = Crops::global(pixels.clone());
-        let mut features = model.backbone.forward(&Params::frozen(&model.layout, flat), &[crops], Mode::Eval)?;
-        let features = features.pop().ok_or_else(|| Error::shape("backbone", "no features for the Gram crops"))?;
-        let (from, patch) = (features.grid, model.backbone.patch_size());
+    /// What the teachers of `[teachers]` that are active give of one micro-batch, on the student's grid.
+    pub(super) fn named_teachers(&self, batch: &Batch, at: At) -> Result<Vec<(String, NamedTeacher)>> {
+        let active = self.named.iter().enumerate().filter(|(_, teacher)| teacher.policy.active(at));
+        active.map(|(i, teacher)| Ok((teacher.name.clone(), self.named_teacher(i, teacher, batch)?))).collect()
+    }
+
+    fn named_teacher(&self, i: usize, teacher: &Teacher, batch: &Batch) -> Result<NamedTeacher> {
+        let _scope = scope::enter(format!("teachers.{}", teacher.name));
+        let model = &self.model;
+        let own = batch.teacher.as_ref().filter(|_| teacher.policy.crop_size().is_some());
+        let crops = Crops::global(own.unwrap_or(&batch.global).clone());
+        let params = Params::frozen(&model.layout, self.weights.named(i));
+        let mut features = model.backbone.forward(&params, &[crops], Mode::Eval)?;
+        let Features { cls, patches, grid: from, .. } =
+            features.pop().ok_or_else(|| Error::shape("backbone", "no features for a teacher's crops"))?;
+        let patch = model.backbone.patch_size();
         let to = Grid { height: batch.global.dim(2) / patch, width: batch.global.dim(3) / patch };
-        let antialias = self.gram.as_ref().is_some_and(|g| g.antialias());
         let patches = match from == to {
-            true => features.patches,
+            true => patches,
             false => {
                 let (from, to) = ((from.height, from.width), (to.height, to.width));
-                features.patches.resize_bicubic(from, to, antialias)?
+                patches.resize_bicubic(from, to, teacher.policy.antialias())?
             }
         };
-        Ok(GramTarget { patches })
+        Ok(NamedTeacher { cls, patches })
     }
 }

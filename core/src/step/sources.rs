@@ -32,28 +32,28 @@ pub fn check_sources(recipe: &Recipe) -> Result<Vec<Problem>> {
     let mut problems = Vec::new();
     for (key, path, how) in sources(recipe)? {
         if path.symlink_metadata().is_err() {
-            problems.push(Problem::warning(key, format!("{} is not there (yet)", path.display())));
+            problems.push(Problem::warning(&key, format!("{} is not there (yet)", path.display())));
             continue;
         }
         problems.extend(fits(&path, how).err().map(|error| match error {
             Error::Content { path, problem, help } => {
-                Problem::error(key, format!("{}: {problem}", path.display())).help(help)
+                Problem::error(&key, format!("{}: {problem}", path.display())).help(help)
             }
-            other => Problem::error(key, other.to_string()),
+            other => Problem::error(&key, other.to_string()),
         }));
     }
     Ok(problems)
 }
 
 /// Keys that name weights, the paths, and how they are used.
-fn sources(recipe: &Recipe) -> Result<Vec<(&'static str, PathBuf, Use)>> {
+fn sources(recipe: &Recipe) -> Result<Vec<(String, PathBuf, Use)>> {
     let mut found = Vec::new();
-    found.extend(recipe.backbone.weights.clone().map(|path| ("backbone.weights", path, Use::Start)));
-    found.extend(recipe.init_from.clone().map(|path| ("init_from", path, Use::Start)));
-    for (key, policy) in [("teacher", Some(&recipe.teacher)), ("gram_teacher", recipe.gram_teacher.as_ref())] {
-        let Some(policy) = policy.map(|chosen| chosen.build(&mut ())).transpose()? else { continue };
+    found.extend(recipe.backbone.weights.clone().map(|path| ("backbone.weights".into(), path, Use::Start)));
+    found.extend(recipe.init_from.clone().map(|path| ("init_from".into(), path, Use::Start)));
+    for (key, chosen) in recipe.all_teachers() {
+        let policy = chosen.build(&mut ())?;
         if let Role::Checkpoint(path) = policy.start() {
-            found.push((key, path, Use::Start));
+            found.push((key.clone(), path, Use::Start));
         }
         found.extend(policy.distils().map(|path| (key, path.to_path_buf(), Use::Distil)));
     }

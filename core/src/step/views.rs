@@ -97,16 +97,15 @@ pub(crate) fn check_views(declared: &DeclaredLoss, model: &Declared, global_size
     draw_images(declared, (0, 0), &[0, 1, 2, 3].map(image), (global_size, patch)).map(drop)
 }
 
-/// The crops of the views of all losses, in order.
-pub(super) fn crops(model: &Declared, batch: &Batch, draws: &Draws) -> Result<Vec<Crops>> {
-    let mut crops = Vec::new();
-    for (i, declared) in model.losses.iter().enumerate() {
-        for (v, view) in declared.loss.views(batch.global.dim(2))?.iter().enumerate() {
-            let pixels = batch.global.tiles(&draws.tiles(i, v)?, view.tiles, view.tile_size)?;
-            crops.push(Crops { pixels, masks: None, local: false });
-        }
-    }
-    Ok(crops)
+/// The crops of those views of every loss that a model sees.
+pub(super) fn crops(model: &Declared, batch: &Batch, draws: &Draws, sees: fn(&View) -> bool) -> Result<Vec<Vec<Crops>>> {
+    let of_loss = |(i, declared): (usize, &DeclaredLoss)| {
+        let views = declared.loss.views(batch.global.dim(2))?;
+        let seen = views.iter().enumerate().filter(|(_, view)| sees(view));
+        let cut = |(v, view): (usize, &View)| batch.global.tiles(&draws.tiles(i, v)?, view.tiles, view.tile_size);
+        seen.map(|view| cut(view).map(Crops::global)).collect()
+    };
+    model.losses.iter().enumerate().map(of_loss).collect()
 }
 
 /// What loss `i` drew for the images: `[B, numbers]`; `None` if that is nothing.

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::checkpoint::{Checkpoint, Content, NamedTensors};
-use crate::contract::{At, Role, TeacherPolicy};
+use crate::contract::{At, Follow, Role, TeacherPolicy};
 use crate::ops::convert_into;
 use crate::params::{load_named, Layout};
 use crate::recipe::Recipe;
@@ -12,7 +12,7 @@ use crate::weights::Source;
 use crate::{DType, Device, Error, Result, Tensor};
 
 use super::bounds::{Bounds, Reach};
-use super::{Declared, DeclaredLoss};
+use super::{Declared, DeclaredLoss, State, Teacher};
 
 /// Student, teachers, moments and the losses' state.
 pub struct Weights {
@@ -20,14 +20,14 @@ pub struct Weights {
     pub student: Tensor,
     /// The model that gives targets, if there is one; the student's layout.
     pub teacher: Option<Tensor>,
-    /// The Gram teacher: the backbone's part of the layout, which comes first.
-    pub gram: Option<Tensor>,
+    /// The teachers of `[teachers]` that losses ask for, by name: the backbone's part of the layout, which comes first.
+    pub named: Vec<(String, Tensor)>,
     /// The optimizer's moments, in the order of [`Optimizer::moments`](crate::contract::Optimizer::moments).
     pub moments: Vec<Tensor>,
     /// Their names.
     pub(super) moment_names: Vec<&'static str>,
-    /// By loss, then in the order of [`Loss::state`](crate::contract::Loss::state).
-    pub loss_state: Vec<Vec<Tensor>>,
+    /// By loss: its state by name.
+    pub loss_state: Vec<State>,
     /// Steps whose update was skipped.
     pub skipped: u64,
     /// Gradients of the last step.
@@ -38,11 +38,25 @@ pub struct Weights {
     bounds: Option<Bounds>,
 }
 
-/// Student, teacher and Gram teacher in bf16, at fixed addresses.
+/// Student and teachers in bf16, at fixed addresses.
 pub(super) struct Narrow {
     pub(super) student: Tensor,
     pub(super) teacher: Option<Tensor>,
-    pub(super) gram: Option<Tensor>,
+    pub(super) named: Vec<Tensor>,
+}
+
+/// Whose weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Of {
+    /// Those of `[teacher]`.
+    Teacher,
+    /// Those of a teacher of `[teachers]`, by its place.
+    Named(usize),
+}
+
+/// What the names of a teacher's parameters begin with in files: `<name>_teacher.`.
+pub(super) fn role_of(name: &str) -> String {
+    format!("{name}_teacher")
 }
 
 /// The end of the backbone's part of a layout.
@@ -51,33 +65,42 @@ fn backbone_len(layout: &Layout) -> usize {
 }
 
 impl Weights {
-    /// All zero, for features in `features`; a teacher and a Gram teacher only if there is one.
-    pub(super) fn new(model: &Declared, moments: &[&'static str], teachers: (bool, bool), features: DType) -> Self {
-        let dtype = features.wide();
-        let state = |l: &DeclaredLoss| l.loss.state().iter().map(|s| Tensor::zeros(&s.shape, dtype)).collect();
-        let loss_state = model.losses.iter().map(state).collect();
-        Self { loss_state, ..Self::of_layout(&model.layout, moments, teachers, features) }
-    }
-
-    /// The same without losses.
-    pub(crate) fn of_layout(
-        layout: &Layout,
+    /// All zero, for features in `features`; a teacher only if there is one, and those of these names.
+    pub(super) fn new<'a>(
+        model: &Declared,
         moments: &[&'static str],
-        (teacher, gram): (bool, bool),
+        teacher: bool,
+        named: impl IntoIterator<Item = &'a str>,
         features: DType,
     ) -> Self {
         let dtype = features.wide();
+        let state = |l: &DeclaredLoss| l.loss.state().iter().map(|s| (s.name, Tensor::zeros(&s.shape, dtype))).collect();
+        let loss_state = model.losses.iter().map(state).collect();
+        Self { loss_state, ..Self::of_layout(&model.layout, moments, teacher, named, features) }
+    }
+
+    /// The same without losses.
+    pub(crate) fn of_layout<'a>(
+        layout: &Layout,
+        moments: &[&'static str],
+        teacher: bool,
+        named: impl IntoIterator<Item = &'a str>,
+        features: DType,
+    ) -> Self {
+        let dtype = features.wide();
+        let backbone = || Tensor::zeros(&[backbone_len(layout)], dtype);
+        let named: Vec<(String, Tensor)> = named.into_iter().map(|name| (name.to_string(), backbone())).collect();
         let zeros = || Tensor::zeros(&[layout.len()], dtype);
         let narrow = |len| Tensor::zeros(&[len], DType::BF16);
         let narrow = (features == DType::BF16).then(|| Narrow {
             student: narrow(layout.len()),
             teacher: teacher.then(|| narrow(layout.len())),
-            gram: gram.then(|| narrow(backbone_len(layout))),
+            named: named.iter().map(|(_, flat)| narrow(flat.len())).collect(),
         });
         Self {
             student: zeros(),
             teacher: teacher.then(zeros),
-            gram: gram.then(|| Tensor::zeros(&[backbone_len(layout)], dtype)),
+            named,
             moments: moments.iter().map(|_| zeros()).collect(),
             moment_names: moments.to_vec(),
             loss_state: Vec::new(),
@@ -125,9 +148,9 @@ impl Weights {
         teacher.unwrap_or_else(|| self.student())
     }
 
-    /// What the Gram teacher computes with.
-    pub(super) fn gram(&self) -> Option<&Tensor> {
-        self.narrow.as_ref().map_or(self.gram.as_ref(), |n| n.gram.as_ref())
+    /// What a teacher of `[teachers]` computes with.
+    pub(super) fn named(&self, i: usize) -> &Tensor {
+        self.narrow.as_ref().map_or(&self.named[i].1, |n| &n.named[i])
     }
 
     /// Brings the bf16 copies up to date after weights were replaced outside the update.
@@ -137,10 +160,7 @@ impl Weights {
         if let (Some(narrow), Some(teacher)) = (&mut narrow.teacher, &self.teacher) {
             convert_into(narrow, teacher)?;
         }
-        match (&mut narrow.gram, &self.gram) {
-            (Some(narrow), Some(gram)) => convert_into(narrow, gram),
-            _ => Ok(()),
-        }
+        narrow.named.iter_mut().zip(&self.named).try_for_each(|(narrow, (_, wide))| convert_into(narrow, wide))
     }
 
     /// The start of a run: as `drawn` from the seed, or read where the recipe says.
@@ -150,7 +170,7 @@ impl Weights {
         recipe: &Recipe,
         model: &Declared,
         teacher: &dyn TeacherPolicy,
-        gram: Option<&dyn TeacherPolicy>,
+        named: &[Teacher],
     ) -> Result<()> {
         let layout = &model.layout;
         self.student.copy_from(drawn)?;
@@ -167,10 +187,10 @@ impl Weights {
             }
         }
         if let role @ Role::Checkpoint(_) = teacher.start() {
-            self.copy_to_teacher(&role, model)?;
+            self.copy(Of::Teacher, &role, model)?;
         }
-        if let Some(gram) = gram {
-            self.copy_to_gram(&gram.start(), model)?;
+        for (i, teacher) in named.iter().enumerate() {
+            self.copy(Of::Named(i), &teacher.policy.start(), model)?;
         }
         self.narrow()
     }
@@ -193,47 +213,56 @@ impl Weights {
         }
     }
 
-    pub(super) fn copy_to_teacher(&mut self, role: &Role, model: &Declared) -> Result<()> {
-        match (role, &mut self.teacher) {
-            (Role::Teacher, _) | (_, None) => return Ok(()),
-            (Role::Student, _) => self.follow_student()?,
-            (Role::Checkpoint(path), Some(teacher)) => {
-                self.bounds = None;
-                let source = read_model(path, model)?;
-                load_role(&model.layout, teacher, &source, &["teacher.", "student.", ""], path)?;
-            }
+    /// A teacher's weights follow, as its policy says; without weights there is nothing to do.
+    pub(super) fn follow(&mut self, of: Of, how: Follow, model: &Declared) -> Result<()> {
+        match how {
+            Follow::Keep => return Ok(()),
+            Follow::Copy(role) => self.copy(of, &role, model)?,
+            Follow::Ema { momentum } => self.ema(of, momentum)?,
         }
         self.narrow()
     }
 
-    pub(super) fn copy_to_gram(&mut self, role: &Role, model: &Declared) -> Result<()> {
-        let gram = self.gram.as_mut().expect("a Gram teacher has weights");
-        let n = gram.len();
+    /// All weights of a teacher are replaced.
+    fn copy(&mut self, of: Of, role: &Role, model: &Declared) -> Result<()> {
+        let Self { student, teacher, named, bounds, .. } = self;
+        let backbone = model.layout.part("backbone.");
+        let (flat, layout, own, taught) = match (of, teacher) {
+            (Of::Teacher, None) => return Ok(()),
+            (Of::Teacher, Some(_)) if *role == Role::Teacher => return Ok(()),
+            (Of::Teacher, Some(flat)) => (flat, model.layout.as_ref(), "teacher".to_string(), None),
+            (Of::Named(i), teacher) => {
+                let (name, flat) = &mut named[i];
+                (flat, &backbone, role_of(name), teacher.as_ref())
+            }
+        };
+        // The backbone, which is all that a further teacher has, comes first.
+        let n = flat.len();
         match role {
-            Role::Student => gram.copy_from(&self.student.view(0, &[n]))?,
-            Role::Teacher => gram.copy_from(&self.teacher.as_ref().unwrap_or(&self.student).view(0, &[n]))?,
+            Role::Teacher => flat.copy_from(&taught.unwrap_or(student).view(0, &[n])),
+            Role::Student => flat.copy_from(&student.view(0, &[n])),
             Role::Checkpoint(path) => {
-                self.bounds = None;
+                *bounds = None;
                 let source = read_model(path, model)?;
-                let prefixes = ["teacher.", "gram_teacher.", "student.", ""];
-                load_role(&model.layout.part("backbone."), gram, &source, &prefixes, path)?;
+                load_role(layout, flat, &source, &["teacher.", &format!("{own}."), "student.", ""], path)
             }
         }
-        self.narrow()
     }
 
-    pub(super) fn ema(&mut self, momentum: f64) -> Result<()> {
-        if let Some(teacher) = &mut self.teacher {
-            crate::ops::ema_update(teacher, &self.student, momentum)?;
+    /// `[teacher]` is averaged with the student; a teacher of `[teachers]` with `[teacher]`, or without one with the student.
+    fn ema(&mut self, of: Of, momentum: f64) -> Result<()> {
+        match of {
+            Of::Teacher => match &mut self.teacher {
+                Some(teacher) => crate::ops::ema_update(teacher, &self.student, momentum),
+                None => Ok(()),
+            },
+            Of::Named(i) => {
+                let flat = &mut self.named[i].1;
+                let source = self.teacher.as_ref().unwrap_or(&self.student);
+                let n = flat.len();
+                crate::ops::ema_update(flat, &source.view(0, &[n]), momentum)
+            }
         }
-        self.narrow()
-    }
-
-    pub(super) fn ema_gram(&mut self, momentum: f64) -> Result<()> {
-        let gram = self.gram.as_mut().expect("a Gram teacher has weights");
-        let n = gram.len();
-        crate::ops::ema_update(gram, &self.teacher.as_ref().unwrap_or(&self.student).view(0, &[n]), momentum)?;
-        self.narrow()
     }
 
     /// Everything a run needs to go on after `step` steps, by name, in host memory.
@@ -248,15 +277,15 @@ impl Weights {
         if let Some(teacher) = &self.teacher {
             put(&mut content.model, "teacher", teacher);
         }
-        if let Some(gram) = &self.gram {
-            put(&mut content.model, "gram_teacher", gram);
+        for (name, flat) in &self.named {
+            put(&mut content.model, &role_of(name), flat);
         }
         for (name, flat) in self.moment_names.iter().zip(&self.moments) {
             put(&mut content.optimizer, name, flat);
         }
         for (loss, state) in model.losses.iter().zip(&self.loss_state) {
-            for (spec, value) in loss.loss.state().iter().zip(state) {
-                content.optimizer.push((format!("state.{}.{}", loss.name, spec.name), value.to(Device::Cpu)));
+            for (name, value) in state {
+                content.optimizer.push((format!("state.{}.{name}", loss.name), value.to(Device::Cpu)));
             }
         }
         content
@@ -275,18 +304,18 @@ impl Weights {
         if let Some(teacher) = &mut self.teacher {
             whole(&from.model, "teacher", layout, teacher)?;
         }
-        if let Some(gram) = &mut self.gram {
-            whole(&from.model, "gram_teacher", &layout.part("backbone."), gram)?;
+        for (name, flat) in &mut self.named {
+            whole(&from.model, &role_of(name), &layout.part("backbone."), flat)?;
         }
         for (name, flat) in self.moment_names.iter().zip(&mut self.moments) {
             whole(&from.optimizer, name, layout, flat)?;
         }
         for (loss, state) in model.losses.iter().zip(&mut self.loss_state) {
-            for (spec, value) in loss.loss.state().iter().zip(state) {
-                let name = format!("state.{}.{}", loss.name, spec.name);
-                let found = from.optimizer.get(&name).filter(|t| t.shape() == spec.shape);
+            for (name, value) in state {
+                let name = format!("state.{}.{name}", loss.name);
+                let found = from.optimizer.get(&name).filter(|t| t.shape() == value.shape());
                 let missing =
-                    || Error::content(&from.path, format!("no {name} {:?}", spec.shape), "start the run anew");
+                    || Error::content(&from.path, format!("no {name} {:?}", value.shape()), "start the run anew");
                 value.copy_from(&found.ok_or_else(missing)?.cast(value.dtype())?)?;
             }
         }

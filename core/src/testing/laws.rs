@@ -6,12 +6,12 @@
 //!
 //! proptest! {
 //!     # #[allow(unused)]
-//!     fn koleo_is_invariant_to_rotation(x in features(3..9, 2..6), seed: u64) {
+//!     fn distances_are_invariant_to_rotation(x in features(3..9, 2..6), seed: u64) {
 //!         // The eps in the difference, 1e-8 along one direction, is not rotated.
-//!         laws::invariant_to_rotation(&x, seed, 1e-5, |x| x.koleo(1, None)?.mean())?;
+//!         laws::invariant_to_rotation(&x, seed, 1e-5, |x| x.neighbour_distance(1, None)?.mean())?;
 //!     }
 //! }
-//! # koleo_is_invariant_to_rotation();
+//! # distances_are_invariant_to_rotation();
 //! ```
 
 use proptest::test_runner::TestCaseError;

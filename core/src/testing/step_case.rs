@@ -9,8 +9,8 @@ use super::case::{cases, fixed, tracked, Bound, Case};
 use super::gradient::tensors;
 use crate::comm::Single;
 use crate::contract::{
-    At, BatchImage, CropBox, Features, GramTarget, Grid, ImageContext, Loss, ModelOutputs, Needs, Outputs, StepContext,
-    View,
+    At, BatchImage, CropBox, Features, Grid, ImageContext, Loss, ModelOutputs, NamedTeacher, Needs, Outputs,
+    StepContext, Targets, View,
 };
 use crate::params::{Layout, ParamBuilder, Params};
 use crate::registry::{self, Chosen, LossContext};
@@ -51,7 +51,7 @@ pub fn loss_cases(name: &str, options: BoxedStrategy<Json>) -> Result<BoxedStrat
     Ok(cases(step, move |case| {
         // A config that is refused is reported when the case is held; it needs no inputs.
         let Ok(built) = build(&name, case) else { return Vec::new() };
-        let Needs { targets, gram_teacher, pixels, tokens, .. } = built.loss.needs();
+        let Needs { targets, teachers, layers, pixels, tokens, .. } = built.loss.needs();
         let size = Sizes::of(case);
         let (cls, patches) = ([GLOBALS * size.images, size.dim], [GLOBALS * size.images, size.patches, size.dim]);
         let mut slots = vec![
@@ -61,19 +61,31 @@ pub fn loss_cases(name: &str, options: BoxedStrategy<Json>) -> Result<BoxedStrat
             fixed("teacher_patches", &patches),
         ];
         slots.extend((size.locals > 0).then(|| tracked("student_local_cls", &[size.locals * size.images, size.dim])));
-        slots.extend(gram_teacher.then(|| fixed("gram_patches", &patches)));
+        for name in teachers {
+            slots.extend([fixed(format!("{name}_cls"), &cls), fixed(format!("{name}_patches"), &patches)]);
+        }
+        let all = [GLOBALS * size.images, 1 + REGISTERS + size.patches, size.dim];
+        for i in 0..layers.len() {
+            slots.extend([tracked(format!("student_layer_{i}"), &all), fixed(format!("teacher_layer_{i}"), &all)]);
+        }
         let (height, width) = (PATCH * case.size("height"), PATCH * case.size("width"));
         slots.extend(pixels.then(|| fixed("pixels", &[GLOBALS * size.images, 3, height, width])));
         if tokens {
             slots.push(tracked("student_registers", &[GLOBALS * size.images, REGISTERS, size.dim]));
-            slots.push(tracked("student_prenorm", &[GLOBALS * size.images, 1 + REGISTERS + size.patches, size.dim]));
+            slots.push(tracked("student_prenorm", &all));
             let local = [size.locals * size.images, LOCAL_PATCHES, size.dim];
             slots.extend((size.locals > 0).then(|| tracked("student_local_patches", &local)));
         }
-        for (i, view) in built.views().into_iter().enumerate() {
+        let shapes = |view: &View| {
             let (rows, patches) = (view.crops * size.images, (view.size() / PATCH).pow(2));
-            slots.push(tracked(format!("view_{i}_cls"), &[rows, size.dim]));
-            slots.push(tracked(format!("view_{i}_patches"), &[rows, patches, size.dim]));
+            (vec![rows, size.dim], vec![rows, patches, size.dim])
+        };
+        for (i, (cls, patches)) in built.views(View::for_student).iter().map(shapes).enumerate() {
+            slots.extend([tracked(format!("view_{i}_cls"), &cls), tracked(format!("view_{i}_patches"), &patches)]);
+        }
+        for (i, (cls, patches)) in built.views(View::for_teacher).iter().map(shapes).enumerate() {
+            let name = format!("teacher_view_{i}");
+            slots.extend([fixed(format!("{name}_cls"), &cls), fixed(format!("{name}_patches"), &patches)]);
         }
         for spec in built.layout.specs() {
             slots.push(tracked(format!("{PARAMS}{}", spec.name), &spec.shape).small());
@@ -151,9 +163,9 @@ impl Built {
         })
     }
 
-    /// The loss's views of a case.
-    fn views(&self) -> Vec<View> {
-        self.loss.views(VIEWED).unwrap_or_default()
+    /// Those of the loss's views of a case that a model sees.
+    fn views(&self, sees: fn(&View) -> bool) -> Vec<View> {
+        self.loss.views(VIEWED).unwrap_or_default().into_iter().filter(sees).collect()
     }
 
     /// What the loss draws for the images of a case: `[B, numbers]`, f64. Crops were cut anywhere in images of 100 x 100
@@ -270,11 +282,15 @@ pub(super) fn with_outputs<R>(
         let tensors = built.params(bound, prefix).into_iter().map(|(_, tensor)| tensor).collect();
         Params::given(&built.layout, cls, tensors)
     };
-    let state: Vec<Tensor> = loss.state().iter().map(|s| Tensor::zeros(&s.shape, dtype)).collect();
+    let state: Vec<_> = loss.state().iter().map(|s| (s.name, Tensor::zeros(&s.shape, dtype))).collect();
     let at = At { step: 3, total: 10 };
     let context = StepContext { at, seed: 0, comm: &Single, dtype, state: &state };
     let masked = case.indices("masked");
     let mask_indices = &case.rows("masked");
+    let needs = loss.needs();
+    let layers = |model: &str| -> Vec<Tensor> {
+        (0..needs.layers.len()).map(|i| bound.tensor(&format!("{model}_layer_{i}")).clone()).collect()
+    };
     let teacher = ModelOutputs {
         cls: bound.tensor("teacher_cls"),
         patches: bound.tensor("teacher_patches"),
@@ -282,23 +298,28 @@ pub(super) fn with_outputs<R>(
         local_patches: None,
         registers: None,
         prenorm: None,
+        layers: &layers("teacher"),
         mask_indices,
     };
-    let targets = loss.needs().targets.map(|_| {
-        let (targets, _) = loss.targets(&loss.project(&params(TEACHER_PARAMS), &teacher)?, &context)?;
-        Ok::<_, Error>(targets)
+    let targets = needs.targets.map(|_| {
+        let Targets { rows, .. } = loss.targets(&loss.project(&params(TEACHER_PARAMS), &teacher)?, &context)?;
+        Ok::<_, Error>(rows)
     });
     let targets = targets.transpose()?;
     let all = GLOBALS * images * patches;
     let unmasked: Vec<u32> = (0..all).filter(|i| !masked.contains(i)).map(|i| i as u32).collect();
     let of_crop = |crop: usize| masked.iter().filter(|&&i| i / patches == crop).count();
     let weights: Vec<f64> = masked.iter().map(|i| 1.0 / of_crop(i / patches) as f64).collect();
-    let gram = bound.get("gram_patches").map(|patches| GramTarget { patches: patches.clone() });
+    let named = |name: &String| {
+        let of = |what: &str| bound.tensor(&format!("{name}_{what}")).clone();
+        (name.clone(), NamedTeacher { cls: of("cls"), patches: of("patches") })
+    };
+    let teachers: Vec<(String, NamedTeacher)> = needs.teachers.iter().map(named).collect();
     let drawn = loss.draw(&mut Rng::new(0, Stream::Loss, at.step, 0));
     let drawn = (!drawn.is_empty()).then(|| Tensor::from_slice(&drawn, &[drawn.len()])).transpose()?;
     let image_draws = built.image_draws(&sizes)?;
-    let view = |(i, view): (usize, View)| {
-        let (cls, patches) = (bound.tensor(&format!("view_{i}_cls")), bound.tensor(&format!("view_{i}_patches")));
+    let view = |name: String, view: View| {
+        let (cls, patches) = (bound.tensor(&format!("{name}_cls")), bound.tensor(&format!("{name}_patches")));
         let side = view.size() / PATCH;
         let none = Tensor::zeros(&[cls.dim(0), 0, cls.dim(1)], cls.dtype());
         Features {
@@ -306,13 +327,17 @@ pub(super) fn with_outputs<R>(
             registers: none.clone(),
             patches: patches.clone(),
             prenorm: none,
+            layers: Vec::new(),
             grid: Grid { height: side, width: side },
         }
     };
-    let views: Vec<Features> = built.views().into_iter().enumerate().map(view).collect();
+    let views = |prefix: &str, sees: fn(&View) -> bool| -> Vec<Features> {
+        let seen = built.views(sees).into_iter().enumerate();
+        seen.map(|(i, of_loss)| view(format!("{prefix}view_{i}"), of_loss)).collect()
+    };
     // One image, if there are several, has no label.
     let label = |classes: usize| (0..images).map(|i| (i * 7 % (classes + 1)) as u32).collect::<Vec<_>>();
-    let labels = loss.needs().classes.map(|n| Tensor::from_slice(&label(n), &[images])).transpose()?;
+    let labels = needs.classes.map(|n| Tensor::from_slice(&label(n), &[images])).transpose()?;
     let outputs = Outputs {
         images,
         globals: GLOBALS,
@@ -325,18 +350,20 @@ pub(super) fn with_outputs<R>(
             local_patches: bound.get("student_local_patches"),
             registers: bound.get("student_registers"),
             prenorm: bound.get("student_prenorm"),
+            layers: &layers("student"),
             mask_indices,
         },
         teacher,
         targets: targets.as_ref(),
         unmasked_indices: &Tensor::from_slice(&unmasked, &[unmasked.len()])?,
         mask_weights: &Tensor::from_f64(&weights, &[weights.len()], dtype)?,
-        gram: gram.as_ref(),
+        teachers: &teachers,
         pixels: bound.get("pixels"),
         labels: labels.as_ref(),
         draws: drawn.as_ref(),
         image_draws: image_draws.as_ref(),
-        views: &views,
+        views: &views("", View::for_student),
+        teacher_views: &views("teacher_", View::for_teacher),
         fields: &[],
     };
     f(&params(PARAMS), &outputs, &context)

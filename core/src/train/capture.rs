@@ -33,7 +33,7 @@ pub(super) fn write(
         };
         put("global", &batch.global);
         batch.local.iter().for_each(|t| put("local", t));
-        batch.gram.iter().for_each(|t| put("gram", t));
+        batch.teacher.iter().for_each(|t| put("teacher", t));
         put("masks", &batch.masks.masks);
         put("indices", &batch.masks.indices);
         put("unmasked", &batch.masks.unmasked);
@@ -105,7 +105,8 @@ fn read_batch(tensors: &NamedTensors, i: u64, path: &Path) -> Result<Batch> {
     Ok(Batch {
         global: get("global")?,
         local: optional("local"),
-        gram: optional("gram"),
+        // Earlier versions captured them as `gram`.
+        teacher: optional("teacher").or_else(|| optional("gram")),
         masks: Masks {
             masks: get("masks")?,
             indices: get("indices")?,

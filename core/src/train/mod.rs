@@ -134,7 +134,7 @@ pub fn loader_spec(recipe: &Recipe, learner: &Learner, start: u64) -> LoaderSpec
         crops,
         masking: recipe.masking.clone(),
         patch_size: learner.model().backbone.patch_size(),
-        gram_crop_size: learner.gram_crop_size(),
+        teacher_crop_size: learner.teacher_crop_size(),
         seed: recipe.seed,
         device: learner.device(),
         dtype: learner.features_dtype(),

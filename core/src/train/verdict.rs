@@ -49,7 +49,7 @@ impl Verdict {
             if health.feature_std < CONSTANT {
                 let text = format!(
                     "the CLS feature is nearly constant (standard deviation {:.4}): one-hot collapse; try \
-                    KoLeo, a higher teacher temperature or more EMA momentum",
+                    a loss that spreads features, a higher teacher temperature or more EMA momentum",
                     health.feature_std
                 );
                 found.push(("constant", text));
@@ -65,7 +65,7 @@ impl Verdict {
             if health.effective_rank < 0.25 * self.best_rank {
                 let text = format!(
                     "the effective rank of the CLS features fell from {:.1} to {:.1}: dimensional \
-                    collapse; try more KoLeo or a lower learning rate",
+                    collapse; try more of a loss that spreads features, or a lower learning rate",
                     self.best_rank, health.effective_rank
                 );
                 found.push(("rank", text));
@@ -74,7 +74,8 @@ impl Verdict {
             if health.cls_patch_cosine > 0.5 && health.cls_patch_cosine > first + 0.25 {
                 let text = format!(
                     "the cosine between CLS and patches crept up from {first:.2} to {:.2}: dense features \
-                    are losing locality; Gram anchoring is meant for this",
+                    are losing locality; a loss that holds the similarities of patches to those of an earlier teacher is \
+                    meant for this",
                     health.cls_patch_cosine
                 );
                 found.push(("locality", text));
@@ -83,7 +84,7 @@ impl Verdict {
         // In a constant output everything coincides; that has its own name.
         if let (Some(&(a, b)), true) = (health.coinciding.first(), health.feature_std >= CONSTANT) {
             let text = format!(
-                "{} and {} have the same CLS feature: copies of each other, or pictures without content; KoLeo pushes \
+                "{} and {} have the same CLS feature: copies of each other, or pictures without content; losses push \
                 them apart in vain, so remove one",
                 data.describe(a),
                 data.describe(b)

@@ -87,9 +87,8 @@ impl Source {
             return Err(Error::content(path, "a PyTorch file is read by running it, which dinolab does not do", help));
         }
         let files = TensorFiles::open(path)?;
-        if files.names().any(|n| {
-            ["", "student.", "teacher.", "gram_teacher."].iter().any(|p| n.starts_with(&format!("{p}backbone.")))
-        }) {
+        // `student.backbone..`, `teacher.backbone..`, `<name>_teacher.backbone..`, or one model without a role.
+        if files.names().any(|n| n.starts_with("backbone.") || n.split_once('.').is_some_and(|(_, n)| n.starts_with("backbone."))) {
             return Ok(Self::File(path.into()));
         }
         let first = files.names().next().unwrap_or("none");

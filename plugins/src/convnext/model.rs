@@ -126,6 +126,7 @@ impl ConvNext {
             cls: cls.reshape(&[images, dim])?,
             registers: Tensor::zeros(&[images, 0, dim], params.dtype()),
             prenorm: prenorm.reshape(&[images, 1 + grid.patches(), dim])?,
+            layers: Vec::new(),
             patches,
             grid,
         })

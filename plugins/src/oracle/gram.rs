@@ -20,7 +20,7 @@ impl DfdxLoss for Gram {
             (Tokens::Masked, _) => vec![rows(out.step.student.mask_indices)],
             (Tokens::Unmasked, _) => vec![rows(out.step.unmasked_indices)],
         };
-        let teacher = out.gram_patches.as_ref().expect("a Gram loss needs a Gram teacher");
+        let teacher = &out.more[&format!("teachers.{}.patches", self.teacher)];
         let entries: usize = groups.iter().map(|g| g.len() * g.len()).sum();
         let mut loss: Option<Scalar> = None;
         for group in groups.iter().filter(|g| !g.is_empty()) {

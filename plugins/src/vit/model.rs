@@ -1,5 +1,7 @@
 //! The forward pass: tokens, blocks, final norms.
 
+use std::collections::BTreeMap;
+
 use dinolab_core::contract::{Backbone, Cost, Crops, Draws, Features, Grid, Mode, PosContext, PosEncoding, PosTables};
 use dinolab_core::params::{Init, ParamBuilder, ParamId, ParamRole, Params};
 use dinolab_core::registry::BackboneContext;
@@ -187,6 +189,7 @@ impl Vit {
                 registers: head.narrow_axis(1, 1, prefix - 1)?,
                 patches: all.narrow_axis(1, prefix, kind.tokens - prefix)?,
                 prenorm,
+                layers: Vec::new(),
                 grid: kind.grid,
             });
             start += rows;
@@ -194,7 +197,7 @@ impl Vit {
         Ok(features)
     }
 
-    /// All blocks; `visit(i, tokens)` sees the tokens after block `i`.
+    /// All blocks; `visit(n, tokens)` sees the tokens after `n` blocks.
     fn run(
         &self,
         params: &Params<'_>,
@@ -207,6 +210,7 @@ impl Vit {
             Mode::Eval => None,
             Mode::Train(draws) => Some(draws),
         };
+        visit(0, &x, &kinds)?;
         let mut shared = Vec::new();
         for (i, block) in self.blocks.iter().enumerate() {
             let _scope = scope::enter(format!("blocks.{i}"));
@@ -226,7 +230,7 @@ impl Vit {
                 Checkpointing::Full => block.recomputed(params, &x, layers, kept, &self.config)?,
                 _ => block.forward(params, &x, &layers, kept.as_ref(), &self.config)?,
             };
-            visit(i, &x, &kinds)?;
+            visit(i + 1, &x, &kinds)?;
         }
         Ok(())
     }
@@ -255,6 +259,10 @@ impl Backbone for Vit {
 
     fn depth(&self) -> usize {
         self.config.depth
+    }
+
+    fn gives_layers(&self) -> bool {
+        true
     }
 
     fn head_dim(&self) -> Option<usize> {
@@ -304,20 +312,32 @@ impl Backbone for Vit {
 
     fn forward(&self, params: &Params<'_>, crops: &[Crops], mode: Mode<'_>) -> Result<Vec<Features>> {
         let mut features = Vec::new();
-        let last = self.config.depth - 1;
-        self.run(params, crops, mode, |i, x, kinds| {
-            if i == last {
+        let mut layers = vec![BTreeMap::new(); crops.len()];
+        self.run(params, crops, mode, |n, x, kinds| {
+            let mut start = 0;
+            for ((kind, crops), layers) in kinds.iter().zip(crops).zip(&mut layers) {
+                let rows = kind.images * kind.tokens;
+                if crops.layers.contains(&n) {
+                    let tokens = x.narrow(start, rows)?.reshape(&[kind.images, kind.tokens, self.config.dim])?;
+                    layers.insert(n, tokens);
+                }
+                start += rows;
+            }
+            if n == self.config.depth {
                 features = self.finish(params, x, kinds, matches!(mode, Mode::Train(_)))?;
             }
             Ok(())
         })?;
+        for ((features, crops), layers) in features.iter_mut().zip(crops).zip(layers) {
+            features.layers = crops.layers.iter().filter_map(|n| layers.get(n).cloned()).collect();
+        }
         Ok(features)
     }
 
     fn intermediate(&self, params: &Params<'_>, crops: &Crops, n: usize) -> Result<Vec<Features>> {
         let mut features = Vec::new();
-        self.run(params, std::slice::from_ref(crops), Mode::Eval, |i, x, kinds| {
-            if i + n >= self.config.depth {
+        self.run(params, std::slice::from_ref(crops), Mode::Eval, |blocks, x, kinds| {
+            if blocks > 0 && blocks + n > self.config.depth {
                 features.extend(self.finish(params, x, kinds, false)?);
             }
             Ok(())

@@ -39,7 +39,7 @@ weight = 0.1
 weight = 2.0
 [teacher]
 plugin = "ema"
-[gram_teacher]
+[teachers.gram]
 plugin = "gram_anchor"
 refresh = { every = 2 }
 crop_size = 48

@@ -80,7 +80,7 @@ fn crops(g: &Golden, images: &str, masks: Option<&str>, local: bool, dtype: DTyp
         let masks: Vec<u32> = g.values(name).iter().map(|&m| m as u32).collect();
         Tensor::from_slice(&masks, &[masks.len()]).unwrap()
     });
-    Crops { pixels: g.tensor(images, dtype), masks, local }
+    Crops { masks, local, ..Crops::global(g.tensor(images, dtype)) }
 }
 
 /// A model's outputs under the reference's names.

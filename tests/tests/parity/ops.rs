@@ -2,7 +2,7 @@
 
 use crate::golden::{Comparison, Golden};
 use dinolab_core::comm::Single;
-use dinolab_core::ops::{adamw_step, ema_update, l2_norm, AdamW, GramOptions, Group, Moments, NegativeRemoval};
+use dinolab_core::ops::{adamw_step, ema_update, l2_norm, AdamW, SimilarityOptions, Group, Moments, NegativeRemoval};
 use dinolab_core::params::{Init, ParamBuilder};
 use dinolab_core::tensor::Tape;
 use dinolab_core::{DType, Tensor};
@@ -140,7 +140,7 @@ pub fn koleo(g: &Golden, dtype: DType, c: &mut Comparison<'_>) {
         for form in g.names().filter_map(|n| n.strip_prefix(&format!("{case}.loss_"))) {
             let tape = Tape::new();
             let leaf = tape.leaf(&x);
-            let loss = leaf.koleo(topk_of(form), None).unwrap().mean().unwrap();
+            let loss = leaf.neighbour_distance(topk_of(form), None).unwrap().mean().unwrap();
             c.check(&format!("{case}.loss_{form}"), &loss);
             let grads = tape.backward(&loss, 1.0, None).unwrap();
             if g.has(&format!("{case}.grad_{form}")) {
@@ -149,7 +149,7 @@ pub fn koleo(g: &Golden, dtype: DType, c: &mut Comparison<'_>) {
             assert!(grads.of(&leaf).unwrap().to_f64_vec().iter().all(|g| g.is_finite()), "{case} {form}");
         }
         for k in g.names().filter_map(|n| n.strip_prefix(&format!("{case}.nn"))) {
-            let found = x.koleo_neighbours(k.parse().unwrap_or(1), None).unwrap();
+            let found = x.nearest_neighbours(k.parse().unwrap_or(1), None).unwrap();
             c.check(&format!("{case}.nn{k}"), &found);
         }
     }
@@ -162,7 +162,7 @@ pub fn koleo_over_ranks(g: &Golden, dtype: DType, c: &mut Comparison<'_>) {
         let x = tape.leaf(&g.tensor("x", dtype));
         let gathered = x.reshape(&[ranks * b, g.shape("x")[2]]).unwrap();
         let group = options["loss_group_size"].as_u64().map(|n| n as usize);
-        let values = gathered.koleo(options["topk"].as_u64().unwrap() as usize, group).unwrap();
+        let values = gathered.neighbour_distance(options["topk"].as_u64().unwrap() as usize, group).unwrap();
         let losses = values.reshape(&[ranks, b]).unwrap().mean_axis(1).unwrap();
         c.check(&format!("{case}.loss"), &losses);
         let grads = tape.backward(&losses.sum().unwrap(), 1.0, None).unwrap();
@@ -170,10 +170,10 @@ pub fn koleo_over_ranks(g: &Golden, dtype: DType, c: &mut Comparison<'_>) {
     }
 }
 
-pub fn gram_loss(g: &Golden, dtype: DType, c: &mut Comparison<'_>) {
+pub fn similarity_distance(g: &Golden, dtype: DType, c: &mut Comparison<'_>) {
     for case in g.prefixes(".loss") {
         let (inputs, options) = match case {
-            "flat" => ("flat.", GramOptions { image_level: false, ..Default::default() }),
+            "flat" => ("flat.", SimilarityOptions { image_level: false, ..Default::default() }),
             _ => {
                 let remove = match case.rsplit('_').next() {
                     Some("none") => NegativeRemoval::None,
@@ -182,12 +182,12 @@ pub fn gram_loss(g: &Golden, dtype: DType, c: &mut Comparison<'_>) {
                     other => panic!("removal {other:?} of {case}"),
                 };
                 let (image_level, normalize) = (case.contains("img1"), case.contains("norm1"));
-                ("", GramOptions { normalize, image_level, remove })
+                ("", SimilarityOptions { normalize, image_level, remove })
             }
         };
         let tape = Tape::new();
         let student = tape.leaf(&g.tensor(&format!("{inputs}student"), dtype));
-        let loss = student.gram_loss(&g.tensor(&format!("{inputs}teacher"), dtype), options).unwrap();
+        let loss = student.similarity_distance(&g.tensor(&format!("{inputs}teacher"), dtype), options).unwrap();
         c.check(&format!("{case}.loss"), &loss);
         c.check(&format!("{case}.grad"), tape.backward(&loss, 1.0, None).unwrap().of(&student).unwrap());
     }

@@ -8,7 +8,7 @@ use std::path::Path;
 use crate::golden::{Comparison, Golden};
 use dinolab_core::checkpoint::write_tensors;
 use dinolab_core::contract::{
-    At, BatchImage, Loss, LossCost, LossRows, LossValue, ModelOutputs, Needs, Outputs, Schedule, Scheduler, StateSpec,
+    At, BatchImage, Loss, LossCost, LossRows, LossValue, ModelOutputs, Needs, Outputs, Schedule, Scheduler, StateSpec, Targets,
     StepContext,
 };
 use dinolab_core::data::{Batch, Masks};
@@ -80,11 +80,11 @@ impl Loss for Spy {
         self.loss.project(params, outputs)
     }
 
-    fn targets(&self, projected: &Tensor, context: &StepContext<'_>) -> Result<(Tensor, Vec<Tensor>)> {
-        let (targets, state) = self.loss.targets(projected, context)?;
+    fn targets(&self, projected: &Tensor, context: &StepContext<'_>) -> Result<Targets> {
+        let targets = self.loss.targets(projected, context)?;
         self.record("teacher_logits", projected);
-        self.record("targets", &targets);
-        Ok((targets, state))
+        self.record("targets", &targets.rows);
+        Ok(targets)
     }
 
     fn compute(&self, params: &Params<'_>, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
@@ -94,7 +94,7 @@ impl Loss for Spy {
             ("student_cls", Some(out.student.cls)),
             ("student_local_cls", out.student.local_cls),
             ("student_patches", Some(out.student.patches)),
-            ("gram_patches", out.gram.map(|g| &g.patches)),
+            ("gram_patches", out.teachers.first().map(|(_, given)| &given.patches)),
         ];
         seen.into_iter().filter_map(|(what, tensor)| Some((what, tensor?))).for_each(|(what, t)| self.record(what, t));
         self.loss.compute(params, out, context)
@@ -297,7 +297,7 @@ fn recipe(g: &Golden, dtype: DType, folder: &Path) -> Value {
         },
     });
     if let Some(table) = gram_teacher {
-        recipe["gram_teacher"] = table;
+        recipe["teachers"] = json!({ "gram": table });
     }
     recipe
 }
@@ -331,7 +331,7 @@ fn batch(g: &Golden, prefix: &str, learner: &Learner) -> Batch {
     Batch {
         global: tensor("collated_global_crops").expect("global crops"),
         local: tensor("collated_local_crops"),
-        gram: learner.gram_crop_size().and_then(|_| tensor("collated_gram_teacher_crops")),
+        teacher: learner.teacher_crop_size().and_then(|_| tensor("collated_gram_teacher_crops")),
         masks,
         labels: Tensor::from_slice(
             &vec![0u32; g.number("/batch", None) as usize],
@@ -365,7 +365,7 @@ const LOSSES: [(&str, &str); 8] = [
     ("dino_local_crops_loss", "loss/dino/local"),
     ("koleo_loss", "loss/koleo/per_crop"),
     ("ibot_loss", "loss/ibot"),
-    ("gram_loss", "loss/gram"),
+    ("similarity_distance", "loss/gram"),
     ("stats_masked_gram_loss", "loss/gram/masked"),
     ("stats_unmasked_gram_loss", "loss/gram/unmasked"),
 ];
@@ -490,7 +490,7 @@ pub fn trajectory(g: &Golden, dtype: DType, c: &mut Comparison<'_>) {
     let mut series: BTreeMap<String, Vec<f64>> = BTreeMap::new();
     let mut refreshed = Vec::new();
     for step in steps {
-        let gram = learner.weights().gram.as_ref().map(Tensor::to_f64_vec);
+        let gram = learner.weights().named.first().map(|(_, flat)| flat.to_f64_vec());
         let batch = &batches[step as usize % batches.len()];
         let report = learner.step(step, std::slice::from_ref(batch), false).unwrap();
         assert_eq!(report.non_finite, None);
@@ -498,7 +498,7 @@ pub fn trajectory(g: &Golden, dtype: DType, c: &mut Comparison<'_>) {
         for (name, number) in numbers(g, "step.", &learner, &recipe, at, &report) {
             series.entry(name).or_default().push(number);
         }
-        if gram != learner.weights().gram.as_ref().map(Tensor::to_f64_vec) {
+        if gram != learner.weights().named.first().map(|(_, flat)| flat.to_f64_vec()) {
             refreshed.push(step);
         }
     }

@@ -122,7 +122,7 @@ pub fn example(kind: &str, name: &str) -> Option<&'static str> {
         ("teacher", "ema") => "[teacher]\nplugin = \"ema\"\nmomentum = 0.99",
         ("teacher", "frozen") => "[teacher]\nplugin = \"frozen\"\ncheckpoint = \"runs/earlier\"",
         ("teacher", "gram_anchor") => {
-            "[losses.gram]\nenabled = true\n\n[gram_teacher]\nplugin = \"gram_anchor\"\nfirst_step = 150\nrefresh = { every = 50 }\ncrop_size = 96"
+            "[losses.gram]\nenabled = true\n\n[teachers.gram]\nplugin = \"gram_anchor\"\nfirst_step = 150\nrefresh = { every = 50 }\ncrop_size = 96"
         }
         ("augmentation", "multi_crop") => "[crops]\nglobal_size = 64\nlocal_size = 32\nsolarize = [0.0, 0.0, 0.0]",
         ("masking", "block") => "[masking]\nprobability = 0.5\nratio = [0.1, 0.5]",

@@ -28,7 +28,7 @@ local_count = 2
 head = { hidden = 32, bottleneck = 16, prototypes = 32 }
 [losses.ibot]
 head = { hidden = 32, bottleneck = 16, prototypes = 32 }
-[gram_teacher]
+[teachers.gram]
 first_step = 4
 refresh = { every = 4 }
 crop_size = 48

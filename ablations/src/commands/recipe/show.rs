@@ -70,13 +70,10 @@ fn timeline(resolved: &Resolved) -> Result<String> {
         drawn.figures();
         writeln!(text, "{}", drawn.to_string().trim_end_matches('\n')).expect("writing to a string");
     }
-    let recipe = &resolved.recipe;
-    let teachers = [("teacher", Some(&recipe.teacher)), ("gram_teacher", recipe.gram_teacher.as_ref())];
-    for (name, chosen) in teachers {
-        let Some(chosen) = chosen else { continue };
+    for (key, chosen) in resolved.recipe.all_teachers() {
         let events = chosen.build(&mut ())?.events(total);
         if !events.is_empty() {
-            writeln!(text, "\n{} ({})", style.bold(name), chosen.name()).expect("writing to a string");
+            writeln!(text, "\n{} ({})", style.bold(&key), chosen.name()).expect("writing to a string");
             text += &style::table(events.into_iter().map(|(step, what)| vec![format!("  step {step}"), what]));
         }
     }

@@ -96,7 +96,7 @@ pub(super) struct Jobs {
     pub(super) repaint: Vec<Paint>,
     /// From the images.
     pub(super) cut: Vec<Resize>,
-    /// Into global, local and the Gram teacher's crops.
+    /// Into global, local and the teachers' crops.
     pub(super) finish: [Vec<Finish>; 3],
     /// Weights of resizes.
     pub(super) tables: Vec<i16>,
@@ -135,9 +135,9 @@ impl Jobs {
             let student = self.cut(at, width, area, side);
             students.push((student, flip));
             self.finish(0, student, flip, crop, (0, 0), side, place(k, side));
-            if let Some(gram) = a.gram_size {
-                let teacher = self.cut(at, width, area, gram);
-                self.finish(2, teacher, flip, &a.gram_plan(crop), (0, 0), gram, place(k, gram));
+            if let Some(teacher) = a.teacher_size {
+                let larger = self.cut(at, width, area, teacher);
+                self.finish(2, larger, flip, &a.teacher_plan(crop), (0, 0), teacher, place(k, teacher));
             }
         }
         let local = a.config.local_size;

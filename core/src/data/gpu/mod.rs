@@ -27,7 +27,7 @@ const ALIGN: usize = 256;
 struct Shapes {
     global: [usize; 4],
     local: Option<[usize; 4]>,
-    gram: Option<[usize; 4]>,
+    teacher: Option<[usize; 4]>,
     /// Masks and labels.
     lists: [usize; 5],
     fields: Vec<(String, Vec<usize>)>,
@@ -40,7 +40,7 @@ impl Shapes {
         Self {
             global: crops(&batch.global),
             local: batch.local.as_ref().map(crops),
-            gram: batch.gram.as_ref().map(crops),
+            teacher: batch.teacher.as_ref().map(crops),
             lists: [masks, indices, unmasked, weights, &batch.labels].map(Tensor::len),
             fields: batch.fields.iter().map(|(name, field)| (name.clone(), field.shape().to_vec())).collect(),
         }
@@ -54,7 +54,7 @@ impl Shapes {
         Batch {
             global: crops(&self.global),
             local: self.local.as_ref().map(crops),
-            gram: self.gram.as_ref().map(crops),
+            teacher: self.teacher.as_ref().map(crops),
             masks: Masks {
                 masks: list(masks),
                 indices: list(indices),
@@ -199,9 +199,9 @@ impl DeviceBatches {
             let launch = launch.work(0.0, (out.len() * (1 + out.dtype().size())) as f64);
             launch.launch(&mut [out.into(), jobs(section).into(), (&scratch).into(), (&means).into(), normal])
         };
-        let [global, local, gram] = &micro.finish;
+        let [global, local, teacher] = &micro.finish;
         finish(global, &batch.global)?;
-        batch.gram.iter().try_for_each(|out| finish(gram, out))?;
+        batch.teacher.iter().try_for_each(|out| finish(teacher, out))?;
         batch.local.iter().try_for_each(|out| finish(local, out))
     }
 

@@ -64,7 +64,7 @@ pub(super) struct Micro {
     pub(super) shapes: Shapes,
     pub(super) repaint: Section,
     pub(super) cut: Section,
-    /// Into global, local and the Gram teacher's crops.
+    /// Into global, local and the teachers' crops.
     pub(super) finish: [Section; 3],
     pub(super) tables: u64,
     /// Masks and labels, then fields.
@@ -116,7 +116,7 @@ pub(crate) fn pack(pipeline: &Pipeline, raw: RawStep, mut staging: Staging) -> R
             shapes: Shapes {
                 global: crops(2, sizes.global_size),
                 local: (locals > 0).then(|| crops(locals, sizes.local_size)),
-                gram: sizes.gram_size.map(|side| crops(2, side)),
+                teacher: sizes.teacher_size.map(|side| crops(2, side)),
                 lists: [masks, indices, unmasked, weights, &labels[i]].map(Tensor::len),
                 fields: fields.iter().map(|(name, field)| (name.clone(), field.shape().to_vec())).collect(),
             },

@@ -9,7 +9,7 @@ use serde_json::json;
 
 use crate::comm::Single;
 use crate::dfdx_loss::{constant, picking, unit_rows, Matrix, Taped};
-use crate::ops::{GramOptions, NegativeRemoval};
+use crate::ops::{SimilarityOptions, NegativeRemoval};
 use crate::testing::{cases, fixed, tracked, OpOracle};
 use crate::Tensor;
 
@@ -66,7 +66,7 @@ inventory::submit! {
 
 inventory::submit! {
     OpOracle {
-        name: "gram_loss",
+        name: "similarity_distance",
         cases: || {
             let options = (1usize..4, 1usize..5, 1usize..5, any::<bool>(), any::<bool>(), 0..3usize);
             let options = options.prop_map(|(b, n, d, normalize, image_level, remove)| {
@@ -81,7 +81,7 @@ inventory::submit! {
         engine: |c| {
             let remove = serde_json::from_value(c.case().options["remove"].clone()).expect("one of its names");
             let (normalize, image_level) = (c.case().flag("normalize"), c.case().flag("image_level"));
-            c.tensor("student").gram_loss(c.tensor("teacher"), GramOptions { normalize, image_level, remove })
+            c.tensor("student").similarity_distance(c.tensor("teacher"), SimilarityOptions { normalize, image_level, remove })
         },
         dfdx: |mut s| {
             let (all, d) = (s.size("b") * s.size("n"), s.size("d"));
@@ -116,7 +116,7 @@ inventory::submit! {
 
 inventory::submit! {
     OpOracle {
-        name: "koleo",
+        name: "neighbour_distance",
         cases: || {
             let options = (1usize..3, 1usize..4, 1usize..4, 2usize..6);
             let options = options.prop_map(|(groups, topk, more, d)| {
@@ -124,7 +124,7 @@ inventory::submit! {
             });
             cases(options, |c| vec![tracked("x", &[c.size("groups") * c.size("size"), c.size("d")])])
         },
-        engine: |c| c.tensor("x").koleo(c.case().size("topk"), Some(c.case().size("size"))),
+        engine: |c| c.tensor("x").neighbour_distance(c.case().size("topk"), Some(c.case().size("size"))),
         dfdx: |mut s| {
             let (groups, size, topk, d) = (s.size("groups"), s.size("size"), s.size("topk"), s.size("d"));
             let n = groups * size;

@@ -1,4 +1,4 @@
-//! Gram anchoring: the similarities between patches, held to those of a teacher.
+//! The difference between the similarity matrices of two sets of features: `X X^T` of a student's and of a teacher's.
 //!
 //! DINOv3 (arXiv:2508.10104), eq. 3: `|X_S X_S^T - X_G X_G^T|_F^2` of normalised patch features, here divided by the
 //! number of entries as in the reference.
@@ -12,7 +12,7 @@ use crate::ops::same_dtype;
 use crate::tensor::{Grads, Op, Real};
 use crate::{cuda_source, dispatch_real, simd, DType, Error, Result, Tensor};
 
-cuda_source! { static GRAM = "gram_loss" { include_str!("gram_loss.cu") } }
+cuda_source! { static SIMILARITY = "similarity_distance" { include_str!("similarity.cu") } }
 
 /// Which negative similarities are set to 0 before the comparison.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
@@ -28,9 +28,9 @@ pub enum NegativeRemoval {
     Teacher,
 }
 
-/// How [`Tensor::gram_loss`] compares.
+/// How [`Tensor::similarity_distance`] compares.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct GramOptions {
+pub struct SimilarityOptions {
     /// Divide features by their length first, `x / max(|x|, 1e-12)`.
     pub normalize: bool,
     /// Compare patches within an image; otherwise all patches of the batch with each other.
@@ -39,7 +39,7 @@ pub struct GramOptions {
     pub remove: NegativeRemoval,
 }
 
-impl Default for GramOptions {
+impl Default for SimilarityOptions {
     /// DINOv3's: normalised, within images, nothing removed.
     fn default() -> Self {
         Self { normalize: true, image_level: true, remove: NegativeRemoval::None }
@@ -55,22 +55,22 @@ impl Tensor {
     ///
     /// # Errors
     /// If the shapes differ or have another rank.
-    pub fn gram_loss(&self, teacher: &Tensor, options: GramOptions) -> Result<Tensor> {
-        same_dtype("gram_loss", &[self, teacher])?;
+    pub fn similarity_distance(&self, teacher: &Tensor, options: SimilarityOptions) -> Result<Tensor> {
+        same_dtype("similarity_distance", &[self, teacher])?;
         if self.shape() != teacher.shape() || !(2..=3).contains(&self.rank()) || self.is_empty() {
             let problem =
                 format!("student {:?}, teacher {:?}: expected [B, N, D] or [M, D]", self.shape(), teacher.shape());
-            return Err(Error::shape("gram_loss", problem));
+            return Err(Error::shape("similarity_distance", problem));
         }
         let normalized = |x: &Tensor| if options.normalize { x.l2_normalize(1e-12) } else { Ok(x.clone()) };
         let teacher = normalized(&teacher.detach())?;
-        GramLoss { teacher, options, gradient: None }.apply(&[&normalized(self)?])
+        SimilarityDistance { teacher, options, gradient: None }.apply(&[&normalized(self)?])
     }
 }
 
-struct GramLoss {
+struct SimilarityDistance {
     teacher: Tensor,
-    options: GramOptions,
+    options: SimilarityOptions,
     /// The gradient for dy = 1: its tiles are at hand in forward.
     gradient: Option<Tensor>,
 }
@@ -139,9 +139,9 @@ fn subtract<T: Real>(s: &mut [T], t: &[T], keep_student: bool) -> T {
     squares
 }
 
-impl Op for GramLoss {
+impl Op for SimilarityDistance {
     fn name(&self) -> &'static str {
-        "gram_loss"
+        "similarity_distance"
     }
 
     fn cuda(&self) -> bool {
@@ -160,7 +160,7 @@ impl Op for GramLoss {
             self.gradient = gradient;
             return loss;
         }
-        let squares = dispatch_real!("gram_loss", student.dtype(), T => {
+        let squares = dispatch_real!("similarity_distance", student.dtype(), T => {
             let (s, t) = (student.as_slice::<T>(), self.teacher.as_slice::<T>());
             let blocks = n.div_ceil(ROWS);
             // Where the gradient of every block of rows goes.
@@ -192,7 +192,7 @@ impl Op for GramLoss {
         if gradient.gpu().is_some() {
             return grads.add(0, gradient.mul(&dy)?);
         }
-        dispatch_real!("gram_loss", dy.dtype(), T => {
+        dispatch_real!("similarity_distance", dy.dtype(), T => {
             let dy = dy.as_slice::<T>()[0];
             gradient.as_mut_slice::<T>().par_chunks_mut(BLOCK).for_each(|g| simd!(g.iter_mut().for_each(|g| *g *= dy)));
             grads.add(0, gradient)
@@ -203,7 +203,7 @@ impl Op for GramLoss {
 /// Entries of a tile on a GPU. There are two in f32, because a difference of similarities has few digits in bf16, and
 /// one of the difference, in the type of the features.
 const ENTRIES_OF_TILE: usize = 1 << 24;
-/// Entries that a block of `gram_loss.cu` compares.
+/// Entries that a block of `similarity.cu` compares.
 const ENTRIES_OF_BLOCK: usize = 4096;
 
 /// Similarities that are compared at once: whole images, or some rows of one.
@@ -229,7 +229,7 @@ fn tiles(rows: usize, n: usize, entries: usize) -> Vec<Tile> {
     starts.flat_map(of_images).collect()
 }
 
-impl GramLoss {
+impl SimilarityDistance {
     /// Writes `gradient` tile by tile, if it is given.
     fn forward_on(&self, gpu: &'static Gpu, student: &Tensor, n: usize, gradient: Option<&Tensor>) -> Result<Tensor> {
         let (dtype, d) = (student.dtype(), student.last_dim());
@@ -260,7 +260,7 @@ impl GramLoss {
             let mut e = gradient.map(|_| Tensor::uninit(&shape, dtype));
             let at = e.as_mut().map_or(Arg::from(0u64), Arg::from);
             let bytes = (s.len() * (8 + if e.is_some() { dtype.size() } else { 0 })) as f64;
-            let launch = gpu.kernel(&GRAM, "gram_difference", dtype)?.grid(blocks, 256).work(0.0, bytes);
+            let launch = gpu.kernel(&SIMILARITY, "similarity_difference", dtype)?.grid(blocks, 256).work(0.0, bytes);
             launch.launch(args![&at, &mut partial, &s, &t, remove, s.len()])?;
             if let (Some(e), Some(gradient)) = (&e, gradient) {
                 let (e, x) = (Matrix::of(e, height, n), features(student, image, n));
@@ -295,11 +295,11 @@ mod tests {
         // More rows and columns than a tile has.
         let (x, t) = (features(0, &[2, 300, 5]), features(1, &[2, 300, 5]));
         for image_level in [true, false] {
-            let options = GramOptions { normalize: false, image_level, remove: NegativeRemoval::None };
+            let options = SimilarityOptions { normalize: false, image_level, remove: NegativeRemoval::None };
             let shape = if image_level { [2, 300, 5] } else { [1, 600, 5] };
             let tape = Tape::new();
             let (a, b) = (tape.leaf(&x), tape.leaf(&x));
-            let fused = a.gram_loss(&t, options).unwrap();
+            let fused = a.similarity_distance(&t, options).unwrap();
             let (s, t) = (b.reshape(&shape).unwrap(), t.reshape(&shape).unwrap());
             let e = s.matmul_t(&s).unwrap().sub(&t.matmul_t(&t).unwrap()).unwrap();
             let plain = e.square().unwrap().mean().unwrap();
@@ -328,7 +328,7 @@ mod tests {
     fn a_student_equal_to_its_teacher_has_no_loss() {
         let x = features(0, &[2, 9, 4]);
         for remove in [NegativeRemoval::None, NegativeRemoval::Both] {
-            assert_eq!(x.gram_loss(&x, GramOptions { remove, ..Default::default() }).unwrap().item(), 0.0);
+            assert_eq!(x.similarity_distance(&x, SimilarityOptions { remove, ..Default::default() }).unwrap().item(), 0.0);
         }
     }
 
@@ -336,8 +336,8 @@ mod tests {
     fn without_a_tape_the_value_is_the_same() {
         let (x, t) = (features(0, &[200, 6]), features(1, &[200, 6]));
         let tape = Tape::new();
-        let tracked = tape.leaf(&x).gram_loss(&t, GramOptions::default()).unwrap();
-        assert_eq!(tracked.item(), x.gram_loss(&t, GramOptions::default()).unwrap().item());
+        let tracked = tape.leaf(&x).similarity_distance(&t, SimilarityOptions::default()).unwrap();
+        assert_eq!(tracked.item(), x.similarity_distance(&t, SimilarityOptions::default()).unwrap().item());
         assert_eq!(tracked.dtype(), DType::F64);
     }
 }

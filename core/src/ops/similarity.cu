@@ -6,7 +6,7 @@ constexpr int ELEMENTS_OF_BLOCK = 4096;
 // the gradient: a removed entry of the student has a loss but no slope. `remove`: 0 nothing, 1 negative entries of
 // both, 2 those of the teacher.
 template <class T>
-__device__ void gram_difference(T* e, float* partial, const float* student, const float* teacher, int remove, size_t n) {
+__device__ void similarity_difference(T* e, float* partial, const float* student, const float* teacher, int remove, size_t n) {
     const size_t first = (size_t)blockIdx.x * ELEMENTS_OF_BLOCK;
     const int count = n - first < ELEMENTS_OF_BLOCK ? (int)(n - first) : ELEMENTS_OF_BLOCK;
     float squares = 0.0f;
@@ -21,5 +21,5 @@ __device__ void gram_difference(T* e, float* partial, const float* student, cons
     squares = block_sum(squares);
     if (threadIdx.x == 0) partial[blockIdx.x] = squares;
 }
-KERNEL(gram_difference, (T* e, float* partial, const float* student, const float* teacher, int remove, size_t n),
+KERNEL(similarity_difference, (T* e, float* partial, const float* student, const float* teacher, int remove, size_t n),
        (e, partial, student, teacher, remove, n))

@@ -1,4 +1,4 @@
-//! KoLeo: the entropy of features, estimated from nearest neighbours.
+//! Distances to nearest neighbours, from which the entropy of features is estimated.
 //!
 //! Kozachenko-Leonenko estimator as a regulariser: Sablayrolles et al., arXiv:1806.03198, eq. 3; used on CLS tokens by
 //! DINOv2 (arXiv:2304.07193) and DINOv3 (arXiv:2508.10104).
@@ -11,7 +11,7 @@ use crate::ops::parallel::lane_sum;
 use crate::tensor::{Grads, Op, Real};
 use crate::{cuda_source, dispatch_real, simd, DType, Error, Result, Tensor};
 
-cuda_source! { static KOLEO = "koleo" { include_str!("koleo.cu") } }
+cuda_source! { static NEIGHBOURS = "neighbour_distance" { include_str!("neighbours.cu") } }
 
 impl Tensor {
     /// Per row, the mean over its `topk` nearest neighbours of `-ln(d + eps)`: `[rows, D]` to `[rows]`.
@@ -25,24 +25,24 @@ impl Tensor {
     ///
     /// # Errors
     /// If the shape is not `[rows, D]`, groups do not divide the rows, or a group has fewer than `topk + 1` rows.
-    pub fn koleo(&self, topk: usize, group: Option<usize>) -> Result<Tensor> {
+    pub fn neighbour_distance(&self, topk: usize, group: Option<usize>) -> Result<Tensor> {
         let group = group_size(self, topk, group)?;
-        Koleo { topk, group, saved: None }.apply(&[&unit_rows(self)?])
+        NeighbourDistance { topk, group, saved: None }.apply(&[&unit_rows(self)?])
     }
 
-    /// The nearest neighbours that [`koleo`](Self::koleo) uses, nearest first (of equals, the first row first):
+    /// The nearest neighbours that [`neighbour_distance`](Self::neighbour_distance) uses, nearest first (of equals, the first row first):
     /// `[rows, D]` to `[rows, topk]`, u32.
     ///
     /// # Errors
-    /// As [`koleo`](Self::koleo).
-    pub fn koleo_neighbours(&self, topk: usize, group: Option<usize>) -> Result<Tensor> {
+    /// As [`neighbour_distance`](Self::neighbour_distance).
+    pub fn nearest_neighbours(&self, topk: usize, group: Option<usize>) -> Result<Tensor> {
         let group = group_size(self, topk, group)?;
         let unit = unit_rows(&self.detach())?;
         if let Some(gpu) = unit.gpu() {
             let _on = unit.device().enter();
             return Ok(Found::on(gpu, &unit, topk, group)?.neighbours);
         }
-        let found = dispatch_real!("koleo", unit.dtype(), T => Ok(neighbours::<T>(&unit, topk, group)))?;
+        let found = dispatch_real!("neighbour_distance", unit.dtype(), T => Ok(neighbours::<T>(&unit, topk, group)))?;
         Tensor::from_slice(&found, &[self.dim(0), topk])
     }
 }
@@ -58,7 +58,7 @@ fn unit_rows(x: &Tensor) -> Result<Tensor> {
     x.cast(x.dtype().wide())?.l2_normalize(EPS)
 }
 
-struct Koleo {
+struct NeighbourDistance {
     topk: usize,
     group: usize,
     saved: Option<Saved>,
@@ -73,8 +73,8 @@ struct Saved {
     slopes: Tensor,
 }
 
-/// The rows of a group in which [`Tensor::koleo`] looks for `topk` neighbours, of `rows` in all; or why there are none.
-pub fn koleo_group(rows: usize, topk: usize, group: Option<usize>) -> Result<usize, String> {
+/// The rows of a group in which [`Tensor::neighbour_distance`] looks for `topk` neighbours, of `rows` in all; or why there are none.
+pub fn neighbour_group(rows: usize, topk: usize, group: Option<usize>) -> Result<usize, String> {
     let group = group.unwrap_or(rows);
     if topk == 0 || group <= topk {
         return Err(format!(
@@ -90,9 +90,9 @@ pub fn koleo_group(rows: usize, topk: usize, group: Option<usize>) -> Result<usi
 
 fn group_size(x: &Tensor, topk: usize, group: Option<usize>) -> Result<usize> {
     let &[rows, _] = x.shape() else {
-        return Err(Error::shape("koleo", format!("features {:?}, expected [rows, D]", x.shape())));
+        return Err(Error::shape("neighbour_distance", format!("features {:?}, expected [rows, D]", x.shape())));
     };
-    koleo_group(rows, topk, group).map_err(|problem| Error::shape("koleo", problem))
+    neighbour_group(rows, topk, group).map_err(|problem| Error::shape("neighbour_distance", problem))
 }
 
 /// For every row the `topk` other rows of its group with the greatest dot product.
@@ -134,9 +134,9 @@ fn insert<T: Real>(best: &mut [T], found: &mut [u32], dot: T, row: u32) {
     (best[at], found[at]) = (dot, row);
 }
 
-impl Op for Koleo {
+impl Op for NeighbourDistance {
     fn name(&self) -> &'static str {
-        "koleo"
+        "neighbour_distance"
     }
 
     fn cuda(&self) -> bool {
@@ -155,7 +155,7 @@ impl Op for Koleo {
         }
         let mut out = Tensor::uninit(&[rows], unit.dtype());
         let mut slopes = Tensor::uninit(&[rows, topk], unit.dtype());
-        let neighbours = dispatch_real!("koleo", unit.dtype(), T => {
+        let neighbours = dispatch_real!("neighbour_distance", unit.dtype(), T => {
             let (eps, share) = (T::of(EPS), T::of(1.0 / topk as f64));
             let neighbours = neighbours::<T>(unit, topk, self.group);
             let x = unit.as_slice::<T>();
@@ -190,7 +190,7 @@ impl Op for Koleo {
         let (rows, d, topk) = (unit.dim(0), unit.dim(1), self.topk);
         if let Some(gpu) = unit.gpu() {
             let mut dx = Tensor::uninit(unit.shape(), DType::F32);
-            let launch = gpu.kernel(&KOLEO, "koleo_backward", DType::F32)?.grid((rows, d.div_ceil(256)), 256);
+            let launch = gpu.kernel(&NEIGHBOURS, "neighbour_distance_backward", DType::F32)?.grid((rows, d.div_ceil(256)), 256);
             let (group, topk, d) = (self.group as i32, topk as i32, d as i32);
             launch.launch(args![&mut dx, &dy, &unit, &neighbours, &slopes, group, topk, d])?;
             return grads.add(0, dx);
@@ -206,7 +206,7 @@ impl Op for Koleo {
             next[n as usize] += 1;
         }
         let mut dx = Tensor::zeros(unit.shape(), unit.dtype());
-        dispatch_real!("koleo", unit.dtype(), T => {
+        dispatch_real!("neighbour_distance", unit.dtype(), T => {
             let (x, dy, slopes, eps) = (unit.as_slice::<T>(), dy.as_slice::<T>(), slopes.as_slice::<T>(), T::of(EPS));
             let row = |i: usize| &x[i * d..][..d];
             dx.as_mut_slice::<T>().par_chunks_mut(d.max(1)).enumerate().with_min_len(16).for_each(|(i, dx)| simd!({
@@ -249,7 +249,7 @@ impl Found {
         };
         let Self { values, neighbours, slopes } = &mut found;
         let [group, topk, rows_, d] = [group, topk, rows, d].map(|n| n as i32);
-        let launch = gpu.kernel(&KOLEO, "koleo", DType::F32)?.rows(rows);
+        let launch = gpu.kernel(&NEIGHBOURS, "neighbour_distance", DType::F32)?.rows(rows);
         launch.launch(args![values, neighbours, slopes, &dots, unit, group, topk, rows_, d])?;
         Ok(found)
     }
@@ -264,7 +264,7 @@ mod tests {
     #[test]
     fn neighbours_stay_in_their_group_and_equals_come_in_order() {
         let x = Tensor::from_slice(&[1.0f32, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 0.1, 1.0, 1.0, 1.0], &[6, 2]).unwrap();
-        let found = |topk, group| x.koleo_neighbours(topk, group).unwrap().as_slice::<u32>().to_vec();
+        let found = |topk, group| x.nearest_neighbours(topk, group).unwrap().as_slice::<u32>().to_vec();
         assert_eq!(found(1, Some(3)), [1, 0, 0, 4, 3, 4]);
         assert_eq!(found(2, None), [1, 2, 0, 2, 0, 1, 4, 5, 3, 5, 4, 0]);
     }
@@ -275,7 +275,7 @@ mod tests {
         let n = 1100;
         let angles = (0..n).map(|i| f64::from(i) * 1e-3 + f64::from(i * i) * 1e-9);
         let x: Vec<f64> = angles.flat_map(|a| [a.cos(), a.sin()]).collect();
-        let found = Tensor::from_slice(&x, &[n as usize, 2]).unwrap().koleo_neighbours(1, None).unwrap();
+        let found = Tensor::from_slice(&x, &[n as usize, 2]).unwrap().nearest_neighbours(1, None).unwrap();
         let expected: Vec<u32> = (0..n as u32).map(|i| i.checked_sub(1).unwrap_or(1)).collect();
         assert_eq!(found.as_slice::<u32>(), expected);
     }
@@ -284,7 +284,7 @@ mod tests {
     fn exact_duplicates_give_a_finite_value_and_gradient() {
         let tape = Tape::new();
         let x = tape.leaf(&Tensor::from_slice(&[1.0f32, 2.0, 1.0, 2.0, -3.0, 1.0, -3.0, 1.0], &[4, 2]).unwrap());
-        let loss = x.koleo(1, None).unwrap().mean().unwrap();
+        let loss = x.neighbour_distance(1, None).unwrap().mean().unwrap();
         // d = sqrt(2) 1e-8.
         assert!((loss.item() + (2.0f64.sqrt() * 1e-8 + 1e-8).ln()).abs() < 1e-5, "{}", loss.item());
         let grads = tape.backward(&loss, 1.0, None).unwrap();
@@ -294,6 +294,6 @@ mod tests {
     #[test]
     fn a_group_without_enough_rows_is_an_error() {
         let x = Tensor::zeros(&[6, 2], DType::F32);
-        assert!(x.koleo(3, Some(3)).is_err() && x.koleo(1, Some(4)).is_err() && x.koleo(2, Some(3)).is_ok());
+        assert!(x.neighbour_distance(3, Some(3)).is_err() && x.neighbour_distance(1, Some(4)).is_err() && x.neighbour_distance(2, Some(3)).is_ok());
     }
 }
