@@ -148,13 +148,17 @@ def cka(case, config):
         h = torch.eye(n * n, dtype=torch.float64) - 1 / (n * n)
         return h @ points @ points.T @ h
 
+    def patches(model):
+        inner = case.get(f"{model}_layer_0")
+        return case[f"{model}_patches"] if inner is None else inner[:, -height * width:]
+
     losses = []
     for image in range(case["images"]):
         if drawn(case)[image, -1] == 0:
             continue
         for ours, theirs in [(0, 1), (1, 0)]:
-            k = kernel(case["student_patches"], image, ours)
-            m = kernel(case["teacher_patches"], image, theirs)
+            k = kernel(patches("student"), image, ours)
+            m = kernel(patches("teacher"), image, theirs)
             losses.append(1 - (k * m).sum() / (k.square().sum() + 1e-12).sqrt() / (m.square().sum() + 1e-12).sqrt())
     return sum(losses, 0 * case["student_patches"].sum()) / (2 * case["images"])
 

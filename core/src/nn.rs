@@ -58,14 +58,105 @@ impl Linear {
         self.with(params, |layer| layer.after_gelu().of(x))
     }
 
-    fn with<R>(&self, params: &Params<'_>, f: impl FnOnce(ops::Linear<'_>) -> R) -> R {
-        let (weight, bias) = (params.get(self.weight), self.bias.map(|bias| params.get(bias)));
+    /// The operation, to be fused with what is before and behind it.
+    pub fn with<R>(&self, params: &Params<'_>, f: impl FnOnce(ops::Linear<'_>) -> R) -> R {
+        let (weight, bias) = self.parts(params);
         f(ops::Linear::new(&weight, bias.as_ref()))
+    }
+
+    /// Weight and bias.
+    pub fn parts(&self, params: &Params<'_>) -> (Tensor, Option<Tensor>) {
+        (params.get(self.weight), self.bias.map(|bias| params.get(bias)))
     }
 
     /// Its parameters, each of which is multiplied and added once a row.
     pub fn parameters(&self) -> f64 {
         self.from as f64 * self.to as f64 + if self.bias.is_some() { self.to as f64 } else { 0.0 }
+    }
+}
+
+/// A convolution whose stride is its kernel, so that every number is read once: a patch embedding or a downsampling.
+/// Declares `weight` `[O, C, K, K]` and `bias` `[O]`.
+#[derive(Clone, Copy, Debug)]
+pub struct PatchEmbed {
+    linear: Linear,
+    side: usize,
+}
+
+impl PatchEmbed {
+    /// From `channels` channels of squares of `side` numbers to width `to`; weight and bias start as they are told.
+    pub fn declare(
+        params: &mut ParamBuilder,
+        channels: usize,
+        side: usize,
+        to: usize,
+        [weight, bias]: [Init; 2],
+    ) -> Self {
+        let weight = params.add("weight", &[to, channels, side, side], weight);
+        let bias = Some(params.add_plain("bias", &[to], bias));
+        Self { linear: Linear { weight, bias, from: channels * side * side, to }, side }
+    }
+
+    /// `[B, C, height, width]` to `[B * (height / K) * (width / K), O]`, row-major over the squares.
+    ///
+    /// # Errors
+    /// If the channels are not those of the layer, or the device fails.
+    pub fn forward(&self, params: &Params<'_>, pixels: &Tensor) -> Result<Tensor> {
+        let Linear { from, to, .. } = self.linear;
+        let (weight, bias) = self.linear.parts(params);
+        pixels.patchify(self.side)?.cast(params.dtype())?.linear(&weight.reshape(&[to, from])?, bias.as_ref())
+    }
+}
+
+/// Normalisation of every row by its own numbers: LayerNorm, `w (x - mean) / sqrt(var + eps) + b`, or RMSNorm,
+/// `w x / sqrt(mean x^2 + eps)`. Declares `weight` `[D]` and, for LayerNorm, `bias` `[D]`.
+#[derive(Clone, Copy, Debug)]
+pub struct Norm {
+    weight: ParamId,
+    bias: Option<ParamId>,
+    eps: f64,
+}
+
+impl Norm {
+    /// LayerNorm (Ba et al., arXiv:1607.06450).
+    pub fn layer(params: &mut ParamBuilder, dim: usize, eps: f64) -> Self {
+        let weight = params.add_plain("weight", &[dim], Init::Ones);
+        Self { weight, bias: Some(params.add_plain("bias", &[dim], Init::Zeros)), eps }
+    }
+
+    /// LayerNorm with weight decay on its weight.
+    pub fn decayed_layer(params: &mut ParamBuilder, dim: usize, eps: f64) -> Self {
+        let weight = params.add("weight", &[dim], Init::Ones);
+        Self { weight, bias: Some(params.add_plain("bias", &[dim], Init::Zeros)), eps }
+    }
+
+    /// RMSNorm (Zhang and Sennrich, arXiv:1910.07467).
+    pub fn rms(params: &mut ParamBuilder, dim: usize, eps: f64) -> Self {
+        Self { weight: params.add_plain("weight", &[dim], Init::Ones), bias: None, eps }
+    }
+
+    /// `[.., D]` to `[.., D]`.
+    ///
+    /// # Errors
+    /// If the width of `x` is not that of the layer, or the device fails.
+    pub fn forward(&self, params: &Params<'_>, x: &Tensor) -> Result<Tensor> {
+        let weight = params.get(self.weight);
+        match self.bias {
+            Some(bias) => x.layer_norm(&weight, &params.get(bias), self.eps),
+            None => x.rms_norm(&weight, self.eps),
+        }
+    }
+
+    /// A linear layer of the normalised rows, in one pass.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn then(&self, params: &Params<'_>, layer: ops::Linear<'_>, x: &Tensor) -> Result<Tensor> {
+        let weight = params.get(self.weight);
+        match self.bias {
+            Some(bias) => layer.after_layer_norm(&weight, &params.get(bias), self.eps).of(x),
+            None => layer.after_rms_norm(&weight, self.eps).of(x),
+        }
     }
 }
 

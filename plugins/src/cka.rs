@@ -1,8 +1,8 @@
 //! Patch-level kernel alignment: patches of two views of one image are to be alike in the same pairs.
 
 use dinolab_core::contract::{
-    BatchImage, CropBox, Grid, ImageContext, ImageDraws, Loss, LossCost, LossRows, LossValue, Needs, Outputs,
-    StepContext,
+    BatchImage, CropBox, Grid, ImageContext, ImageDraws, Loss, LossCost, LossRows, LossValue, ModelOutputs, Needs,
+    Outputs, StepContext,
 };
 use dinolab_core::params::Params;
 use dinolab_core::registry::LossContext;
@@ -31,17 +31,21 @@ pub struct Cka {
     /// Points along a side of the common part.
     #[schemars(range(min = 2, max = 64))]
     pub points: usize,
+    /// Compare tokens after so many blocks of the backbone, before any norm; by default those of the last, after it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layer: Option<usize>,
 }
 
 impl Default for Cka {
     fn default() -> Self {
-        Self { points: 7 }
+        Self { points: 7, layer: None }
     }
 }
 
 #[derive(Debug)]
 struct CkaLoss {
     points: usize,
+    layer: Option<usize>,
 }
 
 /// Added to squared lengths before their root.
@@ -66,7 +70,7 @@ fn common(a: &CropBox, b: &CropBox) -> Option<[f64; 4]> {
 
 impl CkaLoss {
     fn build(config: Cka, _: &mut LossContext<'_>) -> Result<Box<dyn Loss>> {
-        Ok(Box::new(Self { points: config.points }))
+        Ok(Box::new(Self { points: config.points, layer: config.layer }))
     }
 
     /// Weights of the patch rows of a crop at the points, then those of its columns (once for every row of points).
@@ -92,6 +96,14 @@ impl CkaLoss {
         columns.matmul(&down)?.reshape(&[b, n * n, d])
     }
 
+    /// The patches that are compared: `[G*B, P, D]`.
+    fn patches(&self, model: &ModelOutputs<'_>, grid: Grid) -> Result<Tensor> {
+        match model.layers {
+            [tokens, ..] => tokens.narrow_axis(1, tokens.dim(1) - grid.patches(), grid.patches()),
+            [] => Ok(model.patches.clone()),
+        }
+    }
+
     /// Numbers of a crop's [`weights`](Self::weights).
     fn count(&self, grid: Grid) -> usize {
         self.points * (grid.height + self.points * grid.width)
@@ -110,7 +122,7 @@ impl CkaLoss {
 
 impl Loss for CkaLoss {
     fn needs(&self) -> Needs {
-        Needs { locals: false, min_batch: 1, ..Needs::default() }
+        Needs { locals: false, layers: self.layer.into_iter().collect(), min_batch: 1, ..Needs::default() }
     }
 
     /// For each global crop its [`weights`](CkaLoss::weights), then whether the crops overlap.
@@ -134,9 +146,11 @@ impl Loss for CkaLoss {
             let patches = patches.narrow(crop * b, b)?.cast(dtype)?;
             self.kernel(&self.at_points(&patches, &drawn.narrow_axis(1, crop * count, count)?, out.grid)?)
         };
+        let [student, teacher] = [&out.student, &out.teacher].map(|model| self.patches(model, out.grid));
+        let (student, teacher) = (student?, teacher?);
         let mut aligned = Vec::new();
         for (ours, theirs) in [(0, 1), (1, 0)] {
-            let (ours, theirs) = (at_points(out.student.patches, ours)?, at_points(out.teacher.patches, theirs)?);
+            let (ours, theirs) = (at_points(&student, ours)?, at_points(&teacher, theirs)?);
             aligned.push(ours.mul(&theirs)?.sum_axis(1)?.mul(&overlaps)?);
         }
         let both = aligned[0].add(&aligned[1])?.scale(0.5)?;
@@ -165,7 +179,7 @@ mod tests {
 
     #[test]
     fn a_crop_and_its_mirror_image_give_the_same_points() {
-        let loss = CkaLoss { points: 3 };
+        let loss = CkaLoss { points: 3, layer: None };
         let crop = CropBox { x: 10.0, y: 20.0, width: 40.0, height: 60.0, flip: false };
         let (part, grid) = ([15.0, 40.0, 30.0, 70.0], Grid { height: 4, width: 4 });
         let ramp = |mirrored: bool| {

@@ -1,7 +1,7 @@
 //! Gram anchoring: the similarities between a crop's patches stay those of an earlier teacher.
 
 use dinolab_core::contract::{Loss, LossValue, Needs, Outputs, StepContext};
-use dinolab_core::ops::{SimilarityOptions, NegativeRemoval};
+use dinolab_core::ops::{NegativeRemoval, SimilarityOptions};
 use dinolab_core::params::Params;
 use dinolab_core::{plugin, Result, Tensor};
 use schemars::JsonSchema;

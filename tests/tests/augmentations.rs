@@ -228,6 +228,7 @@ fn a_plan_that_cannot_be_applied_names_the_plugin() {
         crops: recipe(&["crops.plugin=test_too_wide"]).unwrap().recipe.crops,
         masking: Chosen::default(),
         patch_size: 4,
+        augmentations: Vec::new(),
         teacher_crop_size: None,
         seed: 0,
         device: Device::Cpu,

@@ -133,7 +133,7 @@ fn combinations_that_make_no_sense_are_refused() {
     let alone = "name = 'alone'\nsteps = 2\nbackbone = { plugin = 'vit', preset = 'vit_tiny_test' }\n\
         data = { plugin = 'scenes' }\nteacher = { plugin = 'ema' }\nlosses = { gram = {} }\n";
     folder.write("micro.toml", alone);
-    refused(&folder, 2, &[], &["gram", "gram_teacher"]);
+    refused(&folder, 2, &[], &["gram", "[teachers.gram]"]);
     folder.write("micro.toml", &text);
     refused(&folder, 2, &["backbone.plugin=vti"], &["vti", "`vit`"]);
     refused(&folder, 2, &["losses.gramm.weight=1"], &["gramm", "`gram`"]);

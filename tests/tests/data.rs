@@ -63,6 +63,7 @@ fn spec() -> LoaderSpec {
         crops: crops(CropConfig { global_size: 16, local_size: 8, local_count: 3, ..CropConfig::default() }, ""),
         masking: Chosen::default(),
         patch_size: 4,
+        augmentations: Vec::new(),
         teacher_crop_size: Some(24),
         seed: 9,
         device: Device::Cpu,
@@ -324,7 +325,7 @@ fn numbers_that_do_not_fit_together_are_errors() {
     assert!(build(&|s| s.batch.micro_batches = 4).contains("6 images cannot be split into 4"));
     assert!(build(&|s| s.crops.own.global_size = 18)
         .contains("crops.global_size = 18 is not a multiple of the patch size 4"));
-    assert!(build(&|s| s.teacher_crop_size = Some(30)).contains("Gram teacher's crop size = 30"));
+    assert!(build(&|s| s.teacher_crop_size = Some(30)).contains("crop_size of a teacher = 30"));
     let larger = |s: &mut LoaderSpec| {
         let sizes = |global_size, local_size| Resolution { share: 1.0, global_size, local_size, teacher_size: None };
         s.crops.augmentation = contracts::chosen("local_from_global = true").unwrap();
@@ -427,7 +428,7 @@ fn crops_of(config: &CropsEntry, gram: Option<usize>, image: &Sample, plan: &Ima
     let (globals, locals) = (buffers(2, config.global_size), buffers(plan.locals.len(), config.local_size));
     let mut all = [globals, locals, gram.map_or(Vec::new(), |side| buffers(2, side))];
     let [globals, locals, teacher] = all.each_mut().map(|b| b.iter_mut().map(Vec::as_mut_slice).collect());
-    CropMaker::new(config, gram).apply(image, plan, &mut Views { globals, locals, teacher });
+    CropMaker::new(config, gram).apply(image, plan, &mut Views { globals, locals, teacher, further: vec![] });
     for crop in all.iter_mut().flatten() {
         let n = crop.len() / 3;
         let pixel = |(i, x): (usize, &mut f32)| *x = 255.0 * (*x * config.std[i / n] + config.mean[i / n]);

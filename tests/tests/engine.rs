@@ -179,7 +179,14 @@ impl Backbone for WatchedModel {
             let rows = c.pixels.patchify(4)?.cast(params.dtype())?;
             let patches = rows.linear(&params.get(self.0), None)?.reshape(&[b, h * w, 8])?;
             let (cls, registers) = (patches.mean_axis(1)?, Tensor::zeros(&[b, 0, 8], params.dtype()));
-            Ok(Features { cls, registers, prenorm: patches.clone(), patches, layers: vec![], grid: Grid { height: h, width: w } })
+            Ok(Features {
+                cls,
+                registers,
+                prenorm: patches.clone(),
+                patches,
+                layers: vec![],
+                grid: Grid { height: h, width: w },
+            })
         };
         crops.iter().map(of).collect()
     }

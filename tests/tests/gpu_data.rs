@@ -44,6 +44,7 @@ fn spec(own: CropConfig, augmentation: &str, teacher_crop_size: Option<usize>) -
         crops: CropsEntry { own, augmentation: contracts::chosen(augmentation).unwrap() },
         masking: Chosen::default(),
         patch_size: 4,
+        augmentations: Vec::new(),
         teacher_crop_size,
         seed: 5,
         device: Device::Cpu,
@@ -105,6 +106,16 @@ gpu_test!(every_distortion_at_its_strongest_is_the_same, {
 
 gpu_test!(crops_of_another_augmentation_are_the_same, {
     assert_eq!(difference(spec(CropConfig::default(), "plugin = \"resized\"", Some(96))), 0.0);
+});
+
+gpu_test!(crops_of_further_augmentations_are_the_same, {
+    // Colours of a whole image are changed where it lies, and only for that augmentation.
+    for (main, further) in [("", ""), ("share_color_jitter = true", ""), ("", "share_color_jitter = true")] {
+        let further = [further, "plugin = \"resized\""].map(|keys| contracts::chosen(keys).unwrap());
+        let augmentations = ["strong", "weak"].map(String::from).into_iter().zip(further).collect();
+        let spec = LoaderSpec { augmentations, ..spec(CropConfig::default(), main, Some(96)) };
+        assert_eq!(difference(spec), 0.0, "{main}");
+    }
 });
 
 gpu_test!(gram_crops_without_distortion_are_the_same, {

@@ -2,7 +2,7 @@
 //! numbers. f32 to 1e-5, bf16 to 1e-2.
 
 use dinolab_core::comm::Single;
-use dinolab_core::ops::{SimilarityOptions, NegativeRemoval};
+use dinolab_core::ops::{NegativeRemoval, SimilarityOptions};
 use dinolab_core::rng::{Rng, Stream};
 use dinolab_core::tensor::Tape;
 use dinolab_core::{DType, Device, Result, Tensor};
@@ -295,7 +295,8 @@ gpu_test!(gram_loss_at_batch_level_is_made_in_tiles, {
     // More similarities than a tile has.
     let (n, place) = (4200, Place::gpu(DType::F32));
     let (x, teacher) = (rounded(&normal(0, 0, &[n, 2])), rounded(&normal(0, 1, &[n, 2])));
-    let loss = |x: &Tensor, place: Place| x.similarity_distance(&place.features(&teacher), SimilarityOptions::default());
+    let loss =
+        |x: &Tensor, place: Place| x.similarity_distance(&place.features(&teacher), SimilarityOptions::default());
     let ([value, grad], [ours, ours_grad]) = (Place::ORACLE.run(&x, &loss), place.run(&x, &loss));
     close("value", &ours, &value, 1e-5);
     close("gradient", &ours_grad, &grad, 1e-5);

@@ -177,6 +177,7 @@ fn spec() -> LoaderSpec {
         crops: recipe(&[]).unwrap().recipe.crops,
         masking: Chosen::default(),
         patch_size: 4,
+        augmentations: Vec::new(),
         teacher_crop_size: None,
         seed: 9,
         device: Device::Cpu,

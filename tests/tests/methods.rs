@@ -9,10 +9,11 @@ mod program;
 
 use std::collections::BTreeMap;
 
+use dinolab_core::proptest::sample;
 use dinolab_core::proptest::strategy::{Strategy, ValueTree};
 use dinolab_core::proptest::test_runner::TestRunner;
 use dinolab_core::testing::loss_oracle::{loss_cases, loss_record, no_options};
-use serde_json::Value as Json;
+use serde_json::{json, Value as Json};
 
 // The plugins register themselves when they are linked in.
 use dinolab_plugins as _;
@@ -45,7 +46,11 @@ fn values_and_gradients_are_those_of_the_authors_statements() {
     let mut runner = TestRunner::deterministic();
     let mut records: BTreeMap<&str, Vec<Json>> = BTreeMap::new();
     for name in LOSSES {
-        let cases = loss_cases(name, no_options()).expect("the loss is registered");
+        let options = match name {
+            "cka" => sample::select(vec![json!({}), json!({ "layer": 1 })]).boxed(),
+            _ => no_options(),
+        };
+        let cases = loss_cases(name, options).expect("the loss is registered");
         let mut draw = || cases.new_tree(&mut runner).expect("a case can be drawn").current();
         records.insert(name, (0..CASES).map(|_| loss_record(name, &draw()).expect("it is accepted")).collect());
     }

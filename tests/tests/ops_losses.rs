@@ -3,7 +3,7 @@
 
 use dinolab_core::comm::Single;
 use dinolab_core::contract::{At, Scheduler as _};
-use dinolab_core::ops::{ema_update, SimilarityOptions, NegativeRemoval};
+use dinolab_core::ops::{ema_update, NegativeRemoval, SimilarityOptions};
 use dinolab_core::rng::{Rng, Stream};
 use dinolab_core::testing::loss_oracle::{loss_cases, loss_value, no_options};
 use dinolab_core::testing::strategies::features;

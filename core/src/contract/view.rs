@@ -3,11 +3,11 @@
 use super::pos_encoding::Grid;
 use crate::rng::Rng;
 
-/// A set of crops that a loss makes of the global crops: squares of them, each cut anywhere, turned, and put together.
+/// A set of crops that a loss makes of the global crops, or of those of a further augmentation: squares of them, each cut anywhere, turned, and put together.
 ///
 /// One tile a crop gives windows and turned images, several give permuted ones. A model sees the crops beside the others,
 /// without a mask; the student packed with them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct View {
     /// Crops an image.
     pub crops: usize,
@@ -17,6 +17,8 @@ pub struct View {
     pub tile_size: usize,
     /// Which models see it.
     pub seen_by: SeenBy,
+    /// The name of the augmentation whose two crops it is cut from, `[augmentations.<name>]`; `None`: the global crops.
+    pub augmentation: Option<String>,
 }
 
 /// Which models see a [`View`].
@@ -34,12 +36,17 @@ pub enum SeenBy {
 impl View {
     /// Crops for the student.
     pub fn new(crops: usize, tiles: usize, tile_size: usize) -> Self {
-        Self { crops, tiles, tile_size, seen_by: SeenBy::Student }
+        Self { crops, tiles, tile_size, seen_by: SeenBy::Student, augmentation: None }
     }
 
     /// The same for these models.
     pub fn seen_by(self, seen_by: SeenBy) -> Self {
         Self { seen_by, ..self }
+    }
+
+    /// The same of crops of another augmentation.
+    pub fn of(self, augmentation: impl Into<String>) -> Self {
+        Self { augmentation: Some(augmentation.into()), ..self }
     }
 
     /// Whether the student sees it.
@@ -63,10 +70,10 @@ impl View {
     }
 }
 
-/// A square of a global crop, as large as the [`View`]'s tiles.
+/// A square of a crop, as large as the [`View`]'s tiles.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Tile {
-    /// Which of the image's global crops.
+    /// Which of the image's two crops.
     pub crop: usize,
     /// First column.
     pub x: usize,

@@ -2,7 +2,7 @@
 //! through this table.
 
 use crate::comm::Single;
-use crate::ops::{SimilarityOptions, Linear, NegativeRemoval, Segment};
+use crate::ops::{Linear, NegativeRemoval, Segment, SimilarityOptions};
 use crate::rng::{Rng, Stream};
 use crate::tensor::Tape;
 use crate::{DType, Device, Result, Tensor};

@@ -19,6 +19,15 @@ pub struct Views<'a> {
     pub locals: Vec<&'a mut [f32]>,
     /// The teachers' crops: none, or one for each global crop.
     pub teacher: Vec<&'a mut [f32]>,
+    /// The crops of every further augmentation.
+    pub further: Vec<Vec<&'a mut [f32]>>,
+}
+
+impl<'a> Views<'a> {
+    /// Two global crops.
+    pub fn of_globals(globals: Vec<&'a mut [f32]>) -> Self {
+        Self { globals, locals: Vec::new(), teacher: Vec::new(), further: Vec::new() }
+    }
 }
 
 /// Makes the crops of images by the plans of an augmentation, whichever it is.
@@ -62,7 +71,8 @@ impl CropMaker {
         Self { config: config.clone(), teacher_size, scale, shift }
     }
 
-    /// Makes the crops of `plan` from `image`, normalised, into `views`.
+    /// Makes the crops of `plan` from `image`, normalised, into `views`: all but those of further augmentations, which have
+    /// plans of their own.
     ///
     /// # Panics
     /// If the plan was drawn for another image size, or the slices in `views` have other sizes than the crops.
@@ -86,9 +96,9 @@ impl CropMaker {
             let (area, flip) = image_box(crop);
             cut_rgb(resizer, rgb, size, area, side, base);
             self.finish(base, flip, crop, views.globals[k], side, blur);
-            if let Some(teacher) = self.teacher_size {
+            if let (Some(teacher), Some(out)) = (self.teacher_size, views.teacher.get_mut(k)) {
                 cut_rgb(resizer, rgb, size, area, teacher, base);
-                self.finish(base, flip, &self.teacher_plan(crop), views.teacher[k], teacher, blur);
+                self.finish(base, flip, &self.teacher_plan(crop), out, teacher, blur);
             }
         }
         let local = self.config.local_size;

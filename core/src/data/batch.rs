@@ -17,6 +17,8 @@ pub struct Batch {
     pub local: Option<Tensor>,
     /// Teachers' own crops, of the same boxes as `global`: `[2B, 3, T, T]`; `None` if no teacher has a size of its own.
     pub teacher: Option<Tensor>,
+    /// Crops of further augmentations by name, as `global`: `[2B, 3, S, S]`.
+    pub further: Vec<(String, Tensor)>,
     /// Which patches of the global crops are hidden from the student. How many there are, `M`, is the same from step to
     /// step, in a whole batch and (nearly always) in each of its parts.
     pub masks: Masks,
@@ -46,6 +48,7 @@ impl Batch {
         crops
             .into_iter()
             .flatten()
+            .chain(self.further.iter().map(|(_, crops)| crops))
             .chain([masks, indices, unmasked, weights, &self.labels])
             .chain(self.fields.iter().map(|(_, field)| field))
     }
@@ -57,6 +60,7 @@ impl Batch {
             global: f(&self.global),
             local: self.local.as_ref().map(&f),
             teacher: self.teacher.as_ref().map(&f),
+            further: self.further.iter().map(|(name, crops)| (name.clone(), f(crops))).collect(),
             masks: Masks { masks: f(masks), indices: f(indices), unmasked: f(unmasked), weights: f(weights) },
             labels: f(&self.labels),
             fields: self.fields.iter().map(|(name, field)| (name.clone(), f(field))).collect(),
@@ -84,6 +88,7 @@ pub fn views_of_images<'a>(
     global: &'a mut [f32],
     local: Option<(&'a mut [f32], usize)>,
     teacher: Option<&'a mut [f32]>,
+    further: Vec<&'a mut [f32]>,
 ) -> Vec<Views<'a>> {
     let split = |buffer: &'a mut [f32], crops: usize| -> Vec<Vec<&'a mut [f32]>> {
         let mut of_image: Vec<Vec<_>> = (0..images).map(|_| Vec::with_capacity(crops)).collect();
@@ -98,5 +103,10 @@ pub fn views_of_images<'a>(
     let locals = local.map_or_else(none, |(buffer, crops)| split(buffer, crops));
     let teacher = teacher.map_or_else(none, |buffer| split(buffer, 2));
     let views = globals.into_iter().zip(locals).zip(teacher);
-    views.map(|((globals, locals), teacher)| Views { globals, locals, teacher }).collect()
+    let views = views.map(|((globals, locals), teacher)| Views { globals, locals, teacher, further: Vec::new() });
+    let mut views: Vec<Views<'a>> = views.collect();
+    for buffer in further {
+        views.iter_mut().zip(split(buffer, 2)).for_each(|(views, crops)| views.further.push(crops));
+    }
+    views
 }

@@ -27,6 +27,8 @@ pub struct LoaderSpec {
     pub batch: BatchConfig,
     /// Views cut from every image, and how they are distorted.
     pub crops: CropsEntry,
+    /// Further augmentations whose crops are read, by name.
+    pub augmentations: Vec<(String, Chosen<dyn Augmentation>)>,
     /// Which patches are hidden from the student.
     pub masking: Chosen<dyn Masking>,
     /// Side of a patch in pixels.
@@ -75,6 +77,8 @@ struct Variant {
     sizes: Resolution,
     augmentation: Box<dyn Augmentation>,
     context: CropContext,
+    /// Further ones, by name.
+    further: Vec<(String, Box<dyn Augmentation>)>,
     maker: CropMaker,
     grid: Grid,
 }
@@ -93,6 +97,8 @@ pub(super) struct RawImage {
     pub(super) source: BatchImage,
     pub(super) sample: Sample,
     pub(super) plan: ImagePlan,
+    /// Those of further augmentations.
+    pub(super) further: Vec<ImagePlan>,
 }
 
 /// What is left of an image when its crops are made.
@@ -115,6 +121,7 @@ struct Crops {
     global: Tensor,
     local: Option<Tensor>,
     teacher: Option<Tensor>,
+    further: Vec<Tensor>,
 }
 
 impl Pipeline {
@@ -131,7 +138,12 @@ impl Pipeline {
                 CropConfig { global_size: sizes.global_size, local_size: sizes.local_size, ..spec.crops.own.clone() };
             let maker = CropMaker::new(&crops, sizes.teacher_size);
             let (augmentation, context) = spec.crops.build(&sizes, spec.patch_size)?;
-            Ok(Variant { sizes, augmentation, context, maker, grid: Grid { height: side, width: side } })
+            let mut without_locals = CropContext { local_count: 0, ..context };
+            let build = |(name, chosen): &(String, Chosen<dyn Augmentation>)| {
+                Ok((name.clone(), chosen.build(&mut without_locals)?))
+            };
+            let further = spec.augmentations.iter().map(build).collect::<Result<_>>()?;
+            Ok(Variant { sizes, augmentation, context, further, maker, grid: Grid { height: side, width: side } })
         };
         let variants: Result<_> = spec.crops.variants(spec.teacher_crop_size).into_iter().map(variant).collect();
         let variants = variants?;
@@ -203,6 +215,7 @@ impl Pipeline {
             global: crops.global,
             local: crops.local,
             teacher: crops.teacher,
+            further: self.names().zip(crops.further).collect(),
             masks: part.masks,
             labels: labels(made.iter().map(|image| image.label)),
             fields: self.fields(made.iter().map(|image| image.fields.as_slice())),
@@ -263,13 +276,20 @@ impl Pipeline {
             global: tensor(2, sizes.global_size),
             local: (locals > 0).then(|| tensor(locals, sizes.local_size)),
             teacher: sizes.teacher_size.map(|side| tensor(2, side)),
+            further: self.names().map(|_| tensor(2, sizes.global_size)).collect(),
         }
+    }
+
+    /// Names of further augmentations.
+    pub(super) fn names(&self) -> impl Iterator<Item = String> + '_ {
+        self.spec.augmentations.iter().map(|(name, _)| name.clone())
     }
 
     fn views<'a>(&self, crops: &'a mut Crops) -> Vec<Views<'a>> {
         let local = crops.local.as_mut().map(|t| (t.as_mut_slice(), self.spec.crops.local_count));
         let teacher = crops.teacher.as_mut().map(Tensor::as_mut_slice);
-        views_of_images(self.images(), crops.global.as_mut_slice(), local, teacher)
+        let further = crops.further.iter_mut().map(Tensor::as_mut_slice).collect();
+        views_of_images(self.images(), crops.global.as_mut_slice(), local, teacher, further)
     }
 
     /// Makes the crops of the image at `place` of a step's batch.
@@ -281,8 +301,11 @@ impl Pipeline {
         views: &mut Views<'_>,
         stop: &AtomicBool,
     ) -> Result<Made> {
-        let (RawImage { source, sample, plan }, broken) = self.draw(variant, data_step, place, stop)?;
+        let (RawImage { source, sample, plan, further }, broken) = self.draw(variant, data_step, place, stop)?;
         variant.maker.apply(&sample, &plan, views);
+        for (plan, globals) in further.iter().zip(std::mem::take(&mut views.further)) {
+            variant.maker.apply(&sample, plan, &mut Views::of_globals(globals));
+        }
         Ok(Made { source, label: self.label(&sample), fields: sample.fields, broken })
     }
 
@@ -303,14 +326,23 @@ impl Pipeline {
         let (index, sample, broken) = self.read(first, stop)?;
         let rng = |crop: u64| Rng::new(self.spec.seed, Stream::Augment, data_step, (place as u64) << 16 | crop);
         let size = (sample.width, sample.height);
-        let plan = variant.augmentation.plan(size, &rng);
-        if let Some(fault) = plan.fault(size, &variant.context) {
-            let name = self.spec.crops.augmentation.name();
+        let drawn = |name: &str, augmentation: &dyn Augmentation, context: &CropContext, rng: &dyn Fn(u64) -> Rng| {
+            let plan = augmentation.plan(size, rng);
+            let Some(fault) = plan.fault(size, context) else { return Ok(plan) };
             let problem = format!("the augmentation `{name}` {fault}, for an image of {}x{} pixels", size.0, size.1);
-            return Err(Error::user(problem, "correct the plugin's `plan`"));
-        }
+            Err(Error::user(problem, "correct the plugin's `plan`"))
+        };
+        let name = self.spec.crops.augmentation.name();
+        let plan = drawn(name, variant.augmentation.as_ref(), &variant.context, &rng)?;
+        let further = variant.further.iter().map(|(name, augmentation)| {
+            let own =
+                |crop: u64| Rng::named(self.spec.seed, Stream::Augment, data_step, &format!("{name}/{place}/{crop}"));
+            let context = CropContext { local_count: 0, ..variant.context };
+            drawn(name, augmentation.as_ref(), &context, &own)
+        });
+        let further = further.collect::<Result<_>>()?;
         let [globals, locals] = plan.boxes(variant.sizes.global_size, variant.sizes.local_size);
-        Ok((RawImage { source: BatchImage { index, place, globals, locals }, sample, plan }, broken))
+        Ok((RawImage { source: BatchImage { index, place, globals, locals }, sample, plan, further }, broken))
     }
 
     /// The fields of a micro-batch: `[B, ..]`.

@@ -190,7 +190,8 @@ impl Op for NeighbourDistance {
         let (rows, d, topk) = (unit.dim(0), unit.dim(1), self.topk);
         if let Some(gpu) = unit.gpu() {
             let mut dx = Tensor::uninit(unit.shape(), DType::F32);
-            let launch = gpu.kernel(&NEIGHBOURS, "neighbour_distance_backward", DType::F32)?.grid((rows, d.div_ceil(256)), 256);
+            let launch =
+                gpu.kernel(&NEIGHBOURS, "neighbour_distance_backward", DType::F32)?.grid((rows, d.div_ceil(256)), 256);
             let (group, topk, d) = (self.group as i32, topk as i32, d as i32);
             launch.launch(args![&mut dx, &dy, &unit, &neighbours, &slopes, group, topk, d])?;
             return grads.add(0, dx);
@@ -294,6 +295,10 @@ mod tests {
     #[test]
     fn a_group_without_enough_rows_is_an_error() {
         let x = Tensor::zeros(&[6, 2], DType::F32);
-        assert!(x.neighbour_distance(3, Some(3)).is_err() && x.neighbour_distance(1, Some(4)).is_err() && x.neighbour_distance(2, Some(3)).is_ok());
+        assert!(
+            x.neighbour_distance(3, Some(3)).is_err()
+                && x.neighbour_distance(1, Some(4)).is_err()
+                && x.neighbour_distance(2, Some(3)).is_ok()
+        );
     }
 }

@@ -328,7 +328,10 @@ mod tests {
     fn a_student_equal_to_its_teacher_has_no_loss() {
         let x = features(0, &[2, 9, 4]);
         for remove in [NegativeRemoval::None, NegativeRemoval::Both] {
-            assert_eq!(x.similarity_distance(&x, SimilarityOptions { remove, ..Default::default() }).unwrap().item(), 0.0);
+            assert_eq!(
+                x.similarity_distance(&x, SimilarityOptions { remove, ..Default::default() }).unwrap().item(),
+                0.0
+            );
         }
     }
 

@@ -3,10 +3,10 @@
 use std::collections::BTreeSet;
 
 use super::problem::{Problem, Severity};
-use super::{sizes, Recipe};
+use super::{sizes, Recipe, Resolution};
 use crate::contract::{At, Backbone, Dataset, Grid, Loss, Masking, TeacherPolicy};
-use crate::registry::{BackboneContext, Chosen};
-use crate::step::{check_views, declare, loss_context, CHANNELS, GLOBALS};
+use crate::registry::{BackboneContext, Chosen, CropContext};
+use crate::step::{check_views, declare, loss_context, Declared, CHANNELS, GLOBALS};
 use crate::{params::ParamBuilder, Error};
 
 /// Everything that is wrong with, or odd about, a recipe whose types and ranges are right.
@@ -136,6 +136,7 @@ fn names(recipe: &Recipe, problems: &mut Vec<Problem>) {
     look("name".into(), &recipe.name, "run");
     recipe.losses.0.keys().for_each(|name| look(format!("losses.{name}"), name, "loss"));
     recipe.probes.0.keys().for_each(|name| look(format!("probes.{name}"), name, "probe"));
+    recipe.augmentations.0.keys().for_each(|name| look(format!("augmentations.{name}"), name, "augmentation"));
     recipe.teachers.0.keys().for_each(|name| look(format!("teachers.{name}"), name, "teacher"));
 }
 
@@ -205,7 +206,7 @@ fn teachers(recipe: &Recipe, problems: &mut Vec<Problem>) -> (Policy, Named) {
         chosen.build(&mut ()).map_err(|e| problems.push(refused(key, e))).ok()
     };
     let teacher = build("teacher", &recipe.teacher);
-    let named = recipe.teachers.0.iter().map(|(name, entry)| (format!("teachers.{name}"), &entry.policy));
+    let named = recipe.teachers.0.iter().map(|(name, entry)| (format!("teachers.{name}"), entry));
     let named: Named = named.filter_map(|(key, chosen)| Some((key.clone(), build(&key, chosen)?))).collect();
     for (key, policy) in &named {
         if policy.distils().is_some() {
@@ -221,7 +222,8 @@ fn teachers(recipe: &Recipe, problems: &mut Vec<Problem>) -> (Policy, Named) {
     let sizes = named.iter().filter_map(|(key, policy)| Some((key, policy.crop_size()?)));
     let sizes: Vec<(&String, usize)> = sizes.collect();
     if let Some((first, other)) = sizes.first().zip(sizes.iter().find(|(_, size)| *size != sizes[0].1)) {
-        let message = format!("crops of {} pixels, and {} has crops of {}: there is one size for all", other.1, first.0, first.1);
+        let message =
+            format!("crops of {} pixels, and {} has crops of {}: there is one size for all", other.1, first.0, first.1);
         let help = format!("set {}.crop_size = {}, or leave one out", other.0, first.1);
         problems.push(Problem::error(format!("{}.crop_size", other.0), message).help(help));
     }
@@ -229,12 +231,7 @@ fn teachers(recipe: &Recipe, problems: &mut Vec<Problem>) -> (Policy, Named) {
 }
 
 /// Whether all crops are whole numbers of patches.
-fn crops(
-    recipe: &Recipe,
-    backbone: &dyn Backbone,
-    named: &Named,
-    problems: &mut Vec<Problem>,
-) -> bool {
+fn crops(recipe: &Recipe, backbone: &dyn Backbone, named: &Named, problems: &mut Vec<Problem>) -> bool {
     let patch = backbone.patch_size();
     let crops = &recipe.crops;
     let mut sides = vec![("crops.global_size".to_string(), crops.global_size)];
@@ -298,7 +295,8 @@ fn losses(
             }
         };
         for teacher in needs.teachers.iter().filter(|name| !recipe.teachers.0.contains_key(*name)) {
-            let message = format!("this loss learns from the teacher `{teacher}`, and the recipe has none of that name");
+            let message =
+                format!("this loss learns from the teacher `{teacher}`, and the recipe has none of that name");
             let there = recipe.teachers.0.keys().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
             let has = if there.is_empty() { String::new() } else { format!(" (there is {there})") };
             let help = format!("add a table [teachers.{teacher}]{has}, or {off}");
@@ -309,10 +307,13 @@ fn losses(
         if let Some(layer) = deepest.filter(|layer| !backbone.gives_layers() || *layer > backbone.depth()) {
             let name = recipe.backbone.name();
             let message = match backbone.gives_layers() {
-                true => format!("reads tokens after {layer} blocks, and the backbone `{name}` has {}", backbone.depth()),
+                true => {
+                    format!("reads tokens after {layer} blocks, and the backbone `{name}` has {}", backbone.depth())
+                }
                 false => format!("reads tokens of inner layers, and the backbone `{name}` gives none"),
             };
-            problems.push(Problem::error(&key, message).help(format!("name an earlier layer, another backbone, or {off}")));
+            problems
+                .push(Problem::error(&key, message).help(format!("name an earlier layer, another backbone, or {off}")));
         }
         if needs.runs_teacher() && !taught {
             let message = "this loss learns from a teacher, and the recipe has none";
@@ -346,7 +347,11 @@ fn losses(
     }
     if enabled == 0 {
         let names: Vec<_> = recipe.losses.0.keys().map(|n| format!("losses.{n}.enabled = true")).collect();
-        let help = if names.is_empty() { "add a table [losses.<name>]: `dinolab plugins loss` lists them".into() } else { names.join(" or ") };
+        let help = if names.is_empty() {
+            "add a table [losses.<name>]: `dinolab plugins loss` lists them".into()
+        } else {
+            names.join(" or ")
+        };
         problems.push(Problem::error("losses", "no loss is enabled, so nothing would be learned").help(help));
     }
     for name in recipe.teachers.0.keys().filter(|name| !used.contains(*name)) {
@@ -359,10 +364,44 @@ fn losses(
 /// Views that cannot be made of global crops of any of the recipe's sizes.
 fn views(recipe: &Recipe, problems: &mut Vec<Problem>) {
     let Ok(model) = declare(recipe) else { return };
+    augmentations(recipe, &model, problems);
     let sides = recipe.crops.variants(None).into_iter().map(|r| r.global_size);
     for (side, declared) in sides.flat_map(|side| model.losses.iter().map(move |l| (side, l))) {
         let refused = check_views(declared, &model, side).err();
         problems.extend(refused.map(|e| self::refused(format!("losses.{}", declared.name), e)));
+    }
+}
+
+/// Augmentations that views are of and that are not there, cannot be built, or are there for nothing.
+fn augmentations(recipe: &Recipe, model: &Declared, problems: &mut Vec<Problem>) {
+    let patch_size = model.backbone.patch_size();
+    for sizes in recipe.crops.variants(None) {
+        let Resolution { global_size, local_size, .. } = sizes;
+        for (name, entry) in &recipe.augmentations.0 {
+            let built = entry.build(&mut CropContext { global_size, local_size, local_count: 0, patch_size });
+            problems.extend(built.err().map(|e| refused(format!("augmentations.{name}"), e)));
+        }
+    }
+    let mut build = ParamBuilder::new();
+    let mut used = BTreeSet::new();
+    for (name, entry) in &recipe.losses.0 {
+        let Ok(loss) = entry.loss.build(&mut loss_context(recipe, model.backbone.as_ref(), &mut build)) else {
+            continue;
+        };
+        let views = loss.views(recipe.crops.global_size).unwrap_or_default();
+        let asked: BTreeSet<String> = views.into_iter().filter_map(|view| view.augmentation).collect();
+        for missing in asked.iter().filter(|asked| entry.enabled && !recipe.augmentations.0.contains_key(*asked)) {
+            let message =
+                format!("a view of this loss is of the augmentation `{missing}`, and the recipe has none of that name");
+            let help = format!("add a table [augmentations.{missing}], or set losses.{name}.enabled = false");
+            problems.push(Problem::error(format!("losses.{name}"), message).help(help));
+        }
+        used.extend(asked);
+    }
+    for name in recipe.augmentations.0.keys().filter(|name| !used.contains(*name)) {
+        let message = "no view of a loss is of this augmentation, so the table does nothing";
+        let help = "add a loss that has one, or remove the table";
+        problems.push(Problem::warning(format!("augmentations.{name}"), message).help(help));
     }
 }
 

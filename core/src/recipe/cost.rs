@@ -78,11 +78,12 @@ fn cost_at(recipe: &Recipe, sizes: &Resolution, (model, named): (&Declared, &[Te
     let views = model.losses.iter().flat_map(|l| l.loss.views(sizes.global_size).unwrap_or_default());
     let (for_student, for_teacher): (Vec<View>, Vec<View>) = {
         let all: Vec<View> = views.collect();
-        let of = |sees: fn(&View) -> bool| all.iter().copied().filter(sees).collect();
+        let of = |sees: fn(&View) -> bool| all.iter().filter(|view| sees(view)).cloned().collect();
         (of(View::for_student), of(View::for_teacher))
     };
     let locals = seen(sees_locals, locals);
-    let own = [seen(sees_globals, globals), locals].into_iter().chain(for_student.iter().map(|v| (v.crops, grid(v.size()))));
+    let own =
+        [seen(sees_globals, globals), locals].into_iter().chain(for_student.iter().map(|v| (v.crops, grid(v.size()))));
     let own: Vec<(usize, Grid)> = own.filter(|(count, _)| *count > 0).collect();
     let student = backbone.cost(&own);
     // A model to distil from whose run is not there yet is counted like the student.
@@ -118,17 +119,18 @@ fn cost_at(recipe: &Recipe, sizes: &Resolution, (model, named): (&Declared, &[Te
     }
     let modules: Vec<(String, usize)> =
         model.layout.modules().into_iter().map(|m| (m.clone(), count(&format!("{m}.")))).collect();
-    let further = named.len() * model.layout.range_of("backbone.").len();
+    let named_len = named.len() * model.layout.range_of("backbone.").len();
     let has_teacher = recipe.teacher.build(&mut ()).is_ok_and(|t| t.exists());
     let distilled_len = distilled.as_ref().map(|m| m.layout.len());
-    let mut memory = weights(recipe, device, model.layout.len(), has_teacher, further, distilled_len);
+    let mut memory = weights(recipe, device, model.layout.len(), has_teacher, named_len, distilled_len);
 
     let number = recipe.dtype(device).size() as f64;
     let all = recipe.batch.size as f64;
     let part = recipe.batch.images() as f64;
     let pixels = |count: usize, side: usize| (count * CHANNELS) as f64 * (side as f64).powi(2);
     let teacher_pixels = sizes.teacher_size.map_or(0.0, |side| pixels(GLOBALS, side));
-    let crops = pixels(GLOBALS, sizes.global_size) + pixels(locals.0, sizes.local_size);
+    let further = model.augmentations(recipe).len() as f64 * pixels(GLOBALS, sizes.global_size);
+    let crops = pixels(GLOBALS, sizes.global_size) + pixels(locals.0, sizes.local_size) + further;
     let view_pixels: f64 = for_student.iter().map(|v| pixels(v.crops, v.size())).sum();
     // The teacher goes over the whole batch before the student begins. While it turns logits into targets there are the
     // logits by part and together, and the targets; while the student's losses go backward, the logits and a gradient.

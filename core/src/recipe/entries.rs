@@ -1,4 +1,4 @@
-//! Backbone, crops, losses, teachers and probes of a recipe: named plugin tables with keys of the recipe's own beside the plugin's.
+//! Backbone, crops, losses, teachers, augmentations and probes of a recipe: named plugin tables with keys of the recipe's own beside the plugin's.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -54,21 +54,16 @@ pub struct ProbeEntry {
     pub probe: Chosen<dyn Probe>,
 }
 
-/// A teacher in a recipe: the plugin's own keys.
-#[derive(Clone, Debug, PartialEq)]
-pub struct TeacherEntry {
-    /// How its weights follow.
-    pub policy: Chosen<dyn TeacherPolicy>,
-}
-
-/// Named tables of plugins: `[losses.<name>]`, `[teachers.<name>]`, `[probes.<name>]`.
+/// Named tables of plugins: `[losses.<name>]`, `[teachers.<name>]`, `[augmentations.<name>]`, `[probes.<name>]`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Table<E>(pub BTreeMap<String, E>);
 
 /// `[losses.<name>]`.
 pub type Losses = Table<LossEntry>;
 /// `[teachers.<name>]`.
-pub type Teachers = Table<TeacherEntry>;
+pub type Teachers = Table<Chosen<dyn TeacherPolicy>>;
+/// `[augmentations.<name>]`.
+pub type Augmentations = Table<Chosen<dyn Augmentation>>;
 /// `[probes.<name>]`.
 pub type Probes = Table<ProbeEntry>;
 
@@ -255,8 +250,9 @@ impl Entry for LossEntry {
     }
 }
 
-impl Entry for TeacherEntry {
-    type Plugin = dyn TeacherPolicy;
+/// A table without keys beside the plugin's.
+impl<K: ?Sized + Kind> Entry for Chosen<K> {
+    type Plugin = K;
 
     const OWN: &'static [&'static str] = &[];
 
@@ -264,12 +260,12 @@ impl Entry for TeacherEntry {
         serde_json::Map::new()
     }
 
-    fn read(_: figment::value::Dict, policy: Chosen<dyn TeacherPolicy>) -> Result<Self, Nested> {
-        Ok(Self { policy })
+    fn read(_: figment::value::Dict, plugin: Chosen<K>) -> Result<Self, Nested> {
+        Ok(plugin)
     }
 
-    fn parts(&self) -> (Vec<(&'static str, serde_json::Value)>, &Chosen<dyn TeacherPolicy>) {
-        (Vec::new(), &self.policy)
+    fn parts(&self) -> (Vec<(&'static str, serde_json::Value)>, &Chosen<K>) {
+        (Vec::new(), self)
     }
 }
 

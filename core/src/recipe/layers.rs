@@ -371,7 +371,7 @@ fn merge(
 }
 
 /// Tables of plugin tables whose names are those of their plugins unless they say another.
-const NAMED: [&str; 3] = ["losses", "teachers", "probes"];
+const NAMED: [&str; 4] = ["losses", "teachers", "augmentations", "probes"];
 
 /// Keys of a plugin table that are the recipe's, not the plugin's.
 fn own_keys(path: &str) -> &'static [&'static str] {

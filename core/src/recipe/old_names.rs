@@ -5,10 +5,8 @@ use figment::value::{Dict, Value};
 use super::problem::{Problem, Severity};
 
 /// Tables and keys: the old dotted name and the new one.
-const RENAMED: [(&str, &str); 2] = [
-    ("gram_teacher", "teachers.gram"),
-    ("crops.gram_without_distortion", "crops.teacher_without_distortion"),
-];
+const RENAMED: [(&str, &str); 2] =
+    [("gram_teacher", "teachers.gram"), ("crops.gram_without_distortion", "crops.teacher_without_distortion")];
 
 /// A key of the tables in the list `crops.resolutions`.
 const OF_RESOLUTIONS: (&str, &str) = ("gram_size", "teacher_size");
@@ -97,7 +95,8 @@ mod tests {
 
     #[test]
     fn a_key_by_both_names_is_refused() {
-        let error = RawRecipe::from_text("[gram_teacher]\nplugin = \"a\"\n[teachers.gram]\nplugin = \"b\"").unwrap_err();
+        let error =
+            RawRecipe::from_text("[gram_teacher]\nplugin = \"a\"\n[teachers.gram]\nplugin = \"b\"").unwrap_err();
         assert!(error.to_string().contains("is there twice: `gram_teacher` is its old name"), "{error}");
     }
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, Serializer};
 
-use super::entries::{BackboneEntry, CropsEntry, Losses, Probes, Teachers};
+use super::entries::{Augmentations, BackboneEntry, CropsEntry, Losses, Probes, Teachers};
 use super::optimizer::OptimizerEntry;
 use crate::contract::{Dataset, Masking, Schedule, TeacherPolicy};
 use crate::registry::Chosen;
@@ -44,6 +44,10 @@ pub struct Recipe {
     /// Views cut from every image, and how they are distorted: sizes and numbers, and a plugin.
     #[serde(default)]
     pub crops: CropsEntry,
+    /// Further ways to crop and distort every image, `[augmentations.<name>]`, for losses whose views are of them; `plugin`
+    /// defaults to the name. Each gives two crops of `crops.global_size`.
+    #[serde(default, skip_serializing_if = "Augmentations::is_empty")]
+    pub augmentations: Augmentations,
     /// Which patches of the global crops are hidden from the student: a plugin.
     #[serde(default)]
     pub masking: Chosen<dyn Masking>,
@@ -149,7 +153,7 @@ impl Recipe {
 
     /// All teachers by their keys: `teacher`, `teachers.<name>`.
     pub fn all_teachers(&self) -> Vec<(String, &Chosen<dyn TeacherPolicy>)> {
-        let named = self.teachers.0.iter().map(|(name, entry)| (format!("teachers.{name}"), &entry.policy));
+        let named = self.teachers.0.iter().map(|(name, entry)| (format!("teachers.{name}"), entry));
         [("teacher".to_string(), &self.teacher)].into_iter().chain(named).collect()
     }
 
@@ -280,8 +284,10 @@ impl CropConfig {
             true => vec![Resolution { share: 1.0, global_size, local_size, teacher_size: teacher }],
             // A run whose teachers have no crops of their own cuts none.
             false => {
-                let own =
-                    |r: &Resolution| Resolution { teacher_size: teacher.map(|own| r.teacher_size.unwrap_or(own)), ..r.clone() };
+                let own = |r: &Resolution| Resolution {
+                    teacher_size: teacher.map(|own| r.teacher_size.unwrap_or(own)),
+                    ..r.clone()
+                };
                 self.resolutions.iter().map(own).collect()
             }
         }

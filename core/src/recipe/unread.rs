@@ -37,6 +37,12 @@ pub(super) fn check(recipe: &Recipe, raw: &RawRecipe, idle: Vec<(String, String)
         let help = "turn on a loss that does, or remove the keys".to_string();
         tell(table.clone(), given(raw, &table), &message, help);
     }
+    let locals = ["crops.local_count", "crops.local_size"].map(String::from).into_iter();
+    let locals: Vec<String> = locals.filter(|key| raw.get(key).is_some()).collect();
+    if declare(recipe).is_ok_and(|model| !model.student_sees()[1]) {
+        let message = |keys: &str| format!("no loss that is on reads local crops, so nothing reads {keys}");
+        tell("crops".into(), locals, &message, "remove the keys, or turn on a loss that does".into());
+    }
     for (key, needed) in idle {
         let message = |key: &str| format!("nothing reads {key}: it is read with {needed} only");
         tell(key.clone(), vec![key.clone()], &message, "remove it".into());

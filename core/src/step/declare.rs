@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use crate::contract::{Backbone, Loss, Needs, Schedule};
+use crate::contract::{Augmentation, Backbone, Loss, Needs, Schedule};
 use crate::params::{Layout, ParamBuilder};
 use crate::recipe::Recipe;
 use crate::registry::{BackboneContext, Chosen, LossContext};
@@ -37,6 +37,14 @@ impl Declared {
     pub fn layers(&self) -> Vec<usize> {
         let asked = self.losses.iter().flat_map(|l| l.needs.layers.iter().copied());
         asked.collect::<BTreeSet<_>>().into_iter().collect()
+    }
+
+    /// The augmentations of `[augmentations]` that views of losses are cut from, by name.
+    pub fn augmentations(&self, recipe: &Recipe) -> Vec<(String, Chosen<dyn Augmentation>)> {
+        let views = self.losses.iter().flat_map(|l| l.loss.views(recipe.crops.global_size).unwrap_or_default());
+        let asked: BTreeSet<String> = views.filter_map(|view| view.augmentation).collect();
+        let there = recipe.augmentations.0.iter().filter(|(name, _)| asked.contains(*name));
+        there.map(|(name, entry)| (name.clone(), entry.clone())).collect()
     }
 
     /// Names of the teachers of `[teachers]` that losses ask for.

@@ -40,7 +40,8 @@ use crate::comm::{Comm, Single};
 use crate::contract::{At, Crops, Draws, Features, Follow, Mode, StepContext, TeacherPolicy};
 use crate::data::Batch;
 use crate::params::Params;
-use crate::recipe::{Precision, Recipe, TeacherEntry};
+use crate::recipe::{Precision, Recipe};
+use crate::registry::Chosen;
 use crate::rng::{Rng, Stream};
 use crate::tensor::{catch_out_of_memory, scope, Tape};
 use crate::{cuda, DType, Device, Error, Result, Tensor};
@@ -558,8 +559,8 @@ impl Learner {
 pub(crate) fn named_teachers(recipe: &Recipe, model: &Declared) -> Result<Vec<Teacher>> {
     let wanted = model.teachers();
     let entries = recipe.teachers.0.iter().filter(|(name, _)| wanted.contains(name.as_str()));
-    let built = |(name, entry): (&String, &TeacherEntry)| {
-        Ok(Teacher { name: name.clone(), policy: entry.policy.build(&mut ())? })
+    let built = |(name, entry): (&String, &Chosen<dyn TeacherPolicy>)| {
+        Ok(Teacher { name: name.clone(), policy: entry.build(&mut ())? })
     };
     entries.map(built).collect()
 }

@@ -99,7 +99,8 @@ impl TeacherPass {
         let params = Params::frozen(&model.layout, flat);
         let needed = features || learner.model.losses.iter().any(|l| l.needs.runs_teacher());
         let losses = &learner.model.losses;
-        let (mut features, mut layers, mut views) = (Vec::new(), vec![Vec::new(); losses.len()], vec![Vec::new(); losses.len()]);
+        let (mut features, mut layers, mut views) =
+            (Vec::new(), vec![Vec::new(); losses.len()], vec![Vec::new(); losses.len()]);
         for (batch, draws) in batches.iter().zip(draws).filter(|_| needed) {
             let of_views = views::crops(&learner.model, batch, draws, View::for_teacher)?;
             let mut crops = vec![Crops::global(batch.global.clone()).with_layers(learner.model.layers())];

@@ -98,14 +98,34 @@ pub(crate) fn check_views(declared: &DeclaredLoss, model: &Declared, global_size
 }
 
 /// The crops of those views of every loss that a model sees.
-pub(super) fn crops(model: &Declared, batch: &Batch, draws: &Draws, sees: fn(&View) -> bool) -> Result<Vec<Vec<Crops>>> {
+pub(super) fn crops(
+    model: &Declared,
+    batch: &Batch,
+    draws: &Draws,
+    sees: fn(&View) -> bool,
+) -> Result<Vec<Vec<Crops>>> {
     let of_loss = |(i, declared): (usize, &DeclaredLoss)| {
         let views = declared.loss.views(batch.global.dim(2))?;
         let seen = views.iter().enumerate().filter(|(_, view)| sees(view));
-        let cut = |(v, view): (usize, &View)| batch.global.tiles(&draws.tiles(i, v)?, view.tiles, view.tile_size);
+        let cut = |(v, view): (usize, &View)| {
+            crops_of(view, declared, batch)?.tiles(&draws.tiles(i, v)?, view.tiles, view.tile_size)
+        };
         seen.map(|view| cut(view).map(Crops::global)).collect()
     };
     model.losses.iter().enumerate().map(of_loss).collect()
+}
+
+/// The crops that a view is cut from.
+fn crops_of<'a>(view: &View, declared: &DeclaredLoss, batch: &'a Batch) -> Result<&'a Tensor> {
+    let Some(name) = &view.augmentation else { return Ok(&batch.global) };
+    let found = batch.further.iter().find(|(further, _)| further == name);
+    found.map(|(_, crops)| crops).ok_or_else(|| {
+        let problem = format!(
+            "the loss `{}` has a view of the augmentation `{name}`, of which there are no crops",
+            declared.name
+        );
+        Error::user(problem, format!("add a table [augmentations.{name}]"))
+    })
 }
 
 /// What loss `i` drew for the images: `[B, numbers]`; `None` if that is nothing.

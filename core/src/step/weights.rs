@@ -74,7 +74,8 @@ impl Weights {
         features: DType,
     ) -> Self {
         let dtype = features.wide();
-        let state = |l: &DeclaredLoss| l.loss.state().iter().map(|s| (s.name, Tensor::zeros(&s.shape, dtype))).collect();
+        let state =
+            |l: &DeclaredLoss| l.loss.state().iter().map(|s| (s.name, Tensor::zeros(&s.shape, dtype))).collect();
         let loss_state = model.losses.iter().map(state).collect();
         Self { loss_state, ..Self::of_layout(&model.layout, moments, teacher, named, features) }
     }

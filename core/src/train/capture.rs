@@ -34,6 +34,7 @@ pub(super) fn write(
         put("global", &batch.global);
         batch.local.iter().for_each(|t| put("local", t));
         batch.teacher.iter().for_each(|t| put("teacher", t));
+        batch.further.iter().for_each(|(name, t)| put(&format!("further.{name}"), t));
         put("masks", &batch.masks.masks);
         put("indices", &batch.masks.indices);
         put("unmasked", &batch.masks.unmasked);
@@ -107,6 +108,7 @@ fn read_batch(tensors: &NamedTensors, i: u64, path: &Path) -> Result<Batch> {
         local: optional("local"),
         // Earlier versions captured them as `gram`.
         teacher: optional("teacher").or_else(|| optional("gram")),
+        further: tensors.with_prefix(&format!("{prefix}further.")),
         masks: Masks {
             masks: get("masks")?,
             indices: get("indices")?,

@@ -132,6 +132,7 @@ pub fn loader_spec(recipe: &Recipe, learner: &Learner, start: u64) -> LoaderSpec
     LoaderSpec {
         batch: recipe.batch.clone(),
         crops,
+        augmentations: learner.model().augmentations(recipe),
         masking: recipe.masking.clone(),
         patch_size: learner.model().backbone.patch_size(),
         teacher_crop_size: learner.teacher_crop_size(),

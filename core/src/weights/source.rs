@@ -88,7 +88,10 @@ impl Source {
         }
         let files = TensorFiles::open(path)?;
         // `student.backbone..`, `teacher.backbone..`, `<name>_teacher.backbone..`, or one model without a role.
-        if files.names().any(|n| n.starts_with("backbone.") || n.split_once('.').is_some_and(|(_, n)| n.starts_with("backbone."))) {
+        if files
+            .names()
+            .any(|n| n.starts_with("backbone.") || n.split_once('.').is_some_and(|(_, n)| n.starts_with("backbone.")))
+        {
             return Ok(Self::File(path.into()));
         }
         let first = files.names().next().unwrap_or("none");

@@ -1,13 +1,14 @@
 //! The forward pass: four stages, each a downsampling and its blocks; then mean, resize and final norm.
 
 use dinolab_core::contract::{Backbone, Cost, Crops, Draws, Features, Grid, Mode};
+use dinolab_core::nn::{Norm, PatchEmbed};
 use dinolab_core::params::{ParamBuilder, Params};
 use dinolab_core::registry::BackboneContext;
 use dinolab_core::rng::{Rng, Stream};
 use dinolab_core::tensor::scope;
 use dinolab_core::{Error, Result, Tensor};
 
-use super::block::{Affine, Block, KERNEL};
+use super::block::{Block, INIT, KERNEL};
 use super::{ConvNextConfig, STAGES, STRIDE};
 
 /// A ConvNeXt: which parameter is where, and how crops become features.
@@ -16,14 +17,14 @@ pub(crate) struct ConvNext {
     config: ConvNextConfig,
     channels: usize,
     stages: Vec<Stage>,
-    norm: Affine,
+    norm: Norm,
 }
 
 /// A downsampling (the stem: 4x4 convolution, then norm; later: norm, then 2x2 convolution) and its blocks.
 #[derive(Debug)]
 struct Stage {
-    conv: Affine,
-    norm: Affine,
+    conv: PatchEmbed,
+    norm: Norm,
     blocks: Vec<Block>,
 }
 
@@ -44,14 +45,15 @@ impl ConvNext {
         let mut first = 0;
         let stages = (0..STAGES).map(|i| {
             let from = if i == 0 { channels } else { dims[i - 1] };
-            let shape = [dims[i], from, squares(i), squares(i)];
+            let conv = |p: &mut ParamBuilder| PatchEmbed::declare(p, from, squares(i), dims[i], INIT);
+            let norm = |p: &mut ParamBuilder, dim| Norm::decayed_layer(p, dim, config.norm_eps);
             let (conv, norm) = p.layer(if i == 0 { 0 } else { first + 1 }, |p| {
                 // These norms decay in the reference, whose rule goes by names.
                 p.scope(format!("downsample_layers.{i}"), |p| match i {
-                    0 => (Affine::declare(p, "0", &shape), Affine::norm(p, "1", dims[0], true)),
+                    0 => (p.scope("0", conv), p.scope("1", |p| norm(p, dims[0]))),
                     _ => {
-                        let norm = Affine::norm(p, "0", from, true);
-                        (Affine::declare(p, "1", &shape), norm)
+                        let norm = p.scope("0", |p| norm(p, from));
+                        (p.scope("1", conv), norm)
                     }
                 })
             });
@@ -63,7 +65,7 @@ impl ConvNext {
             Stage { conv, norm, blocks }
         });
         let stages = stages.collect();
-        let norm = p.layer(first + 1, |p| Affine::norm(p, "norm", dims[STAGES - 1], false));
+        let norm = p.layer(first + 1, |p| p.scope("norm", |p| Norm::layer(p, dims[STAGES - 1], config.norm_eps)));
         Ok(Box::new(Self { config, channels, stages, norm }))
     }
 
@@ -77,29 +79,27 @@ impl ConvNext {
             let problem = format!("{channels} channels of {height}x{width} pixels: it needs 3 of at least {STRIDE}");
             return Err(Error::shape("convnext", problem));
         }
-        let eps = self.config.norm_eps;
         let mut x = pixels.cast(params.dtype())?;
         let mut grid = (height, width);
         let mut kept = kept.iter();
         for (i, stage) in self.stages.iter().enumerate() {
             let _scope = scope::enter(format!("stages.{i}"));
-            let squares_of = |x: &Tensor| {
-                let rows = x.patchify(squares(i))?;
+            let convolved = |planes: &Tensor| {
+                let rows = stage.conv.forward(params, planes)?;
                 rows.reshape(&[images, rows.dim(0) / images, rows.dim(1)])
             };
             x = match i {
-                0 => stage.norm.layer_norm(params, &stage.conv.linear(params, &squares_of(&x)?)?, eps)?,
+                0 => stage.norm.forward(params, &convolved(&x)?)?,
                 _ => {
                     let dim = x.last_dim();
-                    let planes = stage.norm.layer_norm(params, &x, eps)?.transpose()?;
-                    let planes = planes.reshape(&[images, dim, grid.0, grid.1])?;
-                    stage.conv.linear(params, &squares_of(&planes)?)?
+                    let planes = stage.norm.forward(params, &x)?.transpose()?;
+                    convolved(&planes.reshape(&[images, dim, grid.0, grid.1])?)?
                 }
             };
             grid = (grid.0 / squares(i), grid.1 / squares(i));
             for (j, block) in stage.blocks.iter().enumerate() {
                 let _scope = scope::enter(j.to_string());
-                x = block.forward(params, &x, grid, kept.next(), eps)?;
+                x = block.forward(params, &x, grid, kept.next())?;
             }
         }
         Ok((x, grid))
@@ -120,7 +120,7 @@ impl ConvNext {
         };
         let order: Vec<u32> = (0..images * (1 + patches)).map(row).collect();
         let prenorm = rows.gather_rows(&Tensor::from_slice(&order, &[order.len()])?)?;
-        let normed = self.norm.layer_norm(params, &prenorm, self.config.norm_eps)?;
+        let normed = self.norm.forward(params, &prenorm)?;
         let (cls, patches) = normed.split_tokens(images, 1)?;
         Ok(Features {
             cls: cls.reshape(&[images, dim])?,

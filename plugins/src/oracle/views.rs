@@ -83,8 +83,10 @@ impl Cka {
         let (grid, n) = (out.step.grid, self.points);
         let count = n * (grid.height + n * grid.width);
         let numbers = drawn(out, image)[crop * count..(crop + 1) * count].to_vec();
-        let first = (crop * out.step.images + image) * grid.patches();
         let rows = patches.shape().0;
+        // Tokens of inner layers have others before the patches.
+        let of_crop = rows / (out.step.globals * out.step.images);
+        let first = (crop * out.step.images + image) * of_crop + of_crop - grid.patches();
         let points = || {
             let weights = constant(n * n, rows, |point, row| {
                 if !(first..first + grid.patches()).contains(&row) {
@@ -102,11 +104,15 @@ impl Cka {
 
 impl DfdxLoss for Cka {
     fn loss(&self, out: &DfdxOutputs<'_>, _: &StepContext<'_>) -> Result<Scalar> {
+        let (student, teacher) = match self.layer {
+            Some(_) => (&out.more["student_layer_0"], &out.more["teacher_layer_0"]),
+            None => (&out.student_patches, &out.teacher_patches),
+        };
         let mut all = constant(1, 1, |_, _| 0.0).sum::<(), _>();
         for image in (0..out.step.images).filter(|&image| drawn(out, image).last() == Some(&1.0)) {
             for (ours, theirs) in [(0, 1), (1, 0)] {
-                let ours = || self.kernel(out, &out.student_patches, image, ours);
-                let theirs = || self.kernel(out, &out.teacher_patches, image, theirs);
+                let ours = || self.kernel(out, student, image, ours);
+                let theirs = || self.kernel(out, teacher, image, theirs);
                 let length = |k: Taped| (k.square().sum::<(), _>() + 1e-12).sqrt();
                 all = all + (-((ours() * theirs()).sum::<(), _>() / (length(ours()) * length(theirs()))) + 1.0);
             }

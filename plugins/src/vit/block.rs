@@ -1,6 +1,7 @@
 //! One pre-norm transformer block: `x + g1 attn(norm1(x))`, then `x + g2 ffn(norm2(x))`.
 
 use dinolab_core::contract::PosTables;
+use dinolab_core::nn;
 use dinolab_core::ops::{rows_of_images, Linear, Segment};
 use dinolab_core::params::{Init, ParamBuilder, ParamId, Params};
 use dinolab_core::tensor::scope;
@@ -8,71 +9,18 @@ use dinolab_core::{Result, Tensor};
 
 use super::{Checkpointing, Ffn, Norm, VitConfig};
 
-/// Linear layers start normal with this deviation, cut at two units, and without bias.
-const INIT: Init = Init::TruncatedNormal(0.02);
-
-/// A LayerNorm's or RMSNorm's parameters.
-#[derive(Clone, Debug)]
-pub(super) struct NormParams {
-    weight: ParamId,
-    bias: Option<ParamId>,
-}
-
-impl NormParams {
-    pub(super) fn declare(p: &mut ParamBuilder, name: &str, config: &VitConfig) -> Self {
-        p.scope(name, |p| Self {
-            weight: p.add_plain("weight", &[config.dim], Init::Ones),
-            bias: (config.norm == Norm::LayerNorm).then(|| p.add_plain("bias", &[config.dim], Init::Zeros)),
-        })
-    }
-
-    pub(super) fn apply(&self, params: &Params<'_>, x: &Tensor, config: &VitConfig) -> Result<Tensor> {
-        let weight = params.get(self.weight);
-        match self.bias {
-            Some(bias) => x.layer_norm(&weight, &params.get(bias), config.norm_eps),
-            None => x.rms_norm(&weight, config.norm_eps),
-        }
-    }
-
-    /// A linear layer (weight and bias) of x normalised.
-    fn then(
-        &self,
-        (weight, bias): (Tensor, Option<Tensor>),
-        params: &Params<'_>,
-        x: &Tensor,
-        config: &VitConfig,
-    ) -> Result<Tensor> {
-        let (layer, norm) = (Linear::new(&weight, bias.as_ref()), params.get(self.weight));
-        match self.bias {
-            Some(bias) => layer.after_layer_norm(&norm, &params.get(bias), config.norm_eps).of(x),
-            None => layer.after_rms_norm(&norm, config.norm_eps).of(x),
-        }
-    }
+/// A norm of the kind that the recipe names.
+pub(super) fn declare_norm(p: &mut ParamBuilder, name: &str, config: &VitConfig) -> nn::Norm {
+    p.scope(name, |p| match config.norm {
+        Norm::LayerNorm => nn::Norm::layer(p, config.dim, config.norm_eps),
+        Norm::RmsNorm => nn::Norm::rms(p, config.dim, config.norm_eps),
+    })
 }
 
 #[derive(Clone, Debug)]
-struct LinearParams {
-    weight: ParamId,
-    bias: Option<ParamId>,
-}
-
-impl LinearParams {
-    fn declare(p: &mut ParamBuilder, name: &str, from: usize, to: usize, bias: bool) -> Self {
-        p.scope(name, |p| Self {
-            weight: p.add("weight", &[to, from], INIT),
-            bias: bias.then(|| p.add_plain("bias", &[to], Init::Zeros)),
-        })
-    }
-
-    fn get(&self, params: &Params<'_>) -> (Tensor, Option<Tensor>) {
-        (params.get(self.weight), self.bias.map(|b| params.get(b)))
-    }
-}
-
-#[derive(Clone, Debug)]
-enum FfnParams {
-    Mlp { fc1: LinearParams, fc2: LinearParams },
-    Swiglu { w1: LinearParams, w2: LinearParams, w3: LinearParams },
+enum FeedForward {
+    Mlp { fc1: nn::Linear, fc2: nn::Linear },
+    Swiglu { w1: nn::Linear, w2: nn::Linear, w3: nn::Linear },
 }
 
 /// One kind of crop inside the packed tokens, with its position tables.
@@ -89,12 +37,12 @@ pub struct Layer {
 /// A block's parameters.
 #[derive(Clone, Debug)]
 pub struct Block {
-    norm1: NormParams,
-    qkv: LinearParams,
-    proj: LinearParams,
+    norm1: nn::Norm,
+    qkv: nn::Linear,
+    proj: nn::Linear,
     scale1: Option<ParamId>,
-    norm2: NormParams,
-    ffn: FfnParams,
+    norm2: nn::Norm,
+    ffn: FeedForward,
     scale2: Option<ParamId>,
 }
 
@@ -102,24 +50,27 @@ impl Block {
     /// Declares the parameters of one block under the reference's names.
     pub fn declare(p: &mut ParamBuilder, config: &VitConfig) -> Self {
         let (dim, hidden) = (config.dim, config.hidden());
+        let linear = |p: &mut ParamBuilder, name: &str, from, to, bias| {
+            p.scope(name, |p| nn::Linear::declare(p, from, to, bias))
+        };
         let scale = |p: &mut ParamBuilder, name: &str| {
             let init = Init::Constant(config.layer_scale);
             (config.layer_scale != 0.0).then(|| p.scope(name, |p| p.add_plain("gamma", &[dim], init)))
         };
-        let norm1 = NormParams::declare(p, "norm1", config);
+        let norm1 = declare_norm(p, "norm1", config);
         let (qkv, proj) = p.scope("attn", |p| {
-            let qkv = p.stacked(3, |p| LinearParams::declare(p, "qkv", dim, 3 * dim, config.qkv_bias));
-            (qkv, LinearParams::declare(p, "proj", dim, dim, config.proj_bias))
+            let qkv = p.stacked(3, |p| linear(p, "qkv", dim, 3 * dim, config.qkv_bias));
+            (qkv, linear(p, "proj", dim, dim, config.proj_bias))
         });
         let scale1 = scale(p, "ls1");
-        let norm2 = NormParams::declare(p, "norm2", config);
-        let linear = |p: &mut ParamBuilder, name, from, to| LinearParams::declare(p, name, from, to, config.ffn_bias);
+        let norm2 = declare_norm(p, "norm2", config);
+        let layer = |p: &mut ParamBuilder, name, from, to| linear(p, name, from, to, config.ffn_bias);
         let ffn = p.scope("mlp", |p| match config.ffn {
-            Ffn::Mlp => FfnParams::Mlp { fc1: linear(p, "fc1", dim, hidden), fc2: linear(p, "fc2", hidden, dim) },
-            Ffn::Swiglu => FfnParams::Swiglu {
-                w1: linear(p, "w1", dim, hidden),
-                w2: linear(p, "w2", dim, hidden),
-                w3: linear(p, "w3", hidden, dim),
+            Ffn::Mlp => FeedForward::Mlp { fc1: layer(p, "fc1", dim, hidden), fc2: layer(p, "fc2", hidden, dim) },
+            Ffn::Swiglu => FeedForward::Swiglu {
+                w1: layer(p, "w1", dim, hidden),
+                w2: layer(p, "w2", dim, hidden),
+                w3: layer(p, "w3", hidden, dim),
             },
         });
         Self { norm1, qkv, proj, scale1, norm2, ffn, scale2: scale(p, "ls2") }
@@ -143,37 +94,29 @@ impl Block {
             let _scope = scope::enter("mlp");
             match config.checkpointing {
                 Checkpointing::Selective => {
-                    let (block, config, all) = (self.clone(), config.clone(), onto.is_some());
+                    let (block, all) = (self.clone(), onto.is_some());
                     params.recomputed(&[x], move |params, inputs| {
                         let x = &inputs[0];
-                        block.feed_forward(params, x, all.then_some(x), &config)
+                        block.feed_forward(params, x, all.then_some(x))
                     })
                 }
-                _ => self.feed_forward(params, x, onto, config),
+                _ => self.feed_forward(params, x, onto),
             }
         })
     }
 
     /// `[onto +] gamma2 ffn(norm2(x))`.
-    fn feed_forward(
-        &self,
-        params: &Params<'_>,
-        x: &Tensor,
-        onto: Option<&Tensor>,
-        config: &VitConfig,
-    ) -> Result<Tensor> {
-        let normed = |layer: &LinearParams| self.norm2.then(layer.get(params), params, x, config);
+    fn feed_forward(&self, params: &Params<'_>, x: &Tensor, onto: Option<&Tensor>) -> Result<Tensor> {
+        let normed = |layer: &nn::Linear| layer.with(params, |layer| self.norm2.then(params, layer, x));
         let gamma = self.scale2.map(|id| params.get(id));
         match &self.ffn {
-            FfnParams::Mlp { fc1, fc2 } => {
-                let (weight, bias) = fc2.get(params);
-                let last = Linear::new(&weight, bias.as_ref()).scale(gamma.as_ref()).onto(onto);
-                last.after_gelu().of(&normed(fc1)?)
+            FeedForward::Mlp { fc1, fc2 } => {
+                let hidden = normed(fc1)?;
+                fc2.with(params, |last| last.scale(gamma.as_ref()).onto(onto).after_gelu().of(&hidden))
             }
-            FfnParams::Swiglu { w1, w2, w3 } => {
-                let ((weight, bias), up) = (w3.get(params), normed(w2)?);
-                let last = Linear::new(&weight, bias.as_ref()).scale(gamma.as_ref()).onto(onto);
-                last.after_swiglu(&up).of(&normed(w1)?)
+            FeedForward::Swiglu { w1, w2, w3 } => {
+                let (up, gate) = (normed(w2)?, normed(w1)?);
+                w3.with(params, |last| last.scale(gamma.as_ref()).onto(onto).after_swiglu(&up).of(&gate))
             }
         }
     }
@@ -209,11 +152,11 @@ impl Block {
         onto: Option<&Tensor>,
         config: &VitConfig,
     ) -> Result<Tensor> {
-        let (weight, mut bias) = self.qkv.get(params);
+        let (weight, mut bias) = self.qkv.parts(params);
         if config.mask_k_bias {
             bias = bias.map(|b| b.mul(&key_bias_mask(config.dim, params)?)).transpose()?;
         }
-        let qkv = self.norm1.then((weight, bias), params, x, config)?;
+        let qkv = self.norm1.then(params, Linear::new(&weight, bias.as_ref()), x)?;
         let segments: Vec<Segment> = layers
             .iter()
             .zip(images)
@@ -224,9 +167,8 @@ impl Block {
                 bias: layer.tables.bias.clone(),
             })
             .collect();
-        let ((weight, bias), gamma) = (self.proj.get(params), self.scale1.map(|id| params.get(id)));
-        let last = Linear::new(&weight, bias.as_ref()).scale(gamma.as_ref()).onto(onto);
-        last.of(&qkv.attention(config.heads, &segments)?)
+        let (attended, gamma) = (qkv.attention(config.heads, &segments)?, self.scale1.map(|id| params.get(id)));
+        self.proj.with(params, |last| last.scale(gamma.as_ref()).onto(onto).of(&attended))
     }
 }
 

@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 
 use dinolab_core::contract::{Backbone, Cost, Crops, Draws, Features, Grid, Mode, PosContext, PosEncoding, PosTables};
+use dinolab_core::nn;
 use dinolab_core::params::{Init, ParamBuilder, ParamId, ParamRole, Params};
 use dinolab_core::registry::BackboneContext;
 use dinolab_core::rng::{Rng, Stream};
 use dinolab_core::tensor::scope;
 use dinolab_core::{Error, Result, Tensor};
 
-use super::block::{Block, Layer, NormParams};
+use super::block::{declare_norm, Block, Layer};
 use super::{Checkpointing, Ffn, VitConfig};
 
 /// A vision transformer: which parameter is where, and how crops become features.
@@ -20,13 +21,12 @@ pub(crate) struct Vit {
     cls_token: ParamId,
     register_tokens: Option<ParamId>,
     mask_token: ParamId,
-    patch_weight: ParamId,
-    patch_bias: ParamId,
+    patch_embed: nn::PatchEmbed,
     position: Box<dyn PosEncoding>,
     blocks: Vec<Block>,
-    norm: NormParams,
-    cls_norm: Option<NormParams>,
-    local_cls_norm: Option<NormParams>,
+    norm: nn::Norm,
+    cls_norm: Option<nn::Norm>,
+    local_cls_norm: Option<nn::Norm>,
 }
 
 /// One kind of crop inside the packed tokens.
@@ -46,7 +46,7 @@ impl Vit {
         let grid = Grid { height: side, width: side };
         let mut position = config.pos_encoding.build(&mut ())?;
         let p: &mut ParamBuilder = context.params;
-        let (cls_token, register_tokens, mask_token, patch_weight, patch_bias, declared) = p.layer(0, |p| {
+        let (cls_token, register_tokens, mask_token, patch_embed, declared) = p.layer(0, |p| {
             let cls = p.add("cls_token", &[1, 1, dim], Init::Normal(0.02));
             let registers = (config.registers > 0)
                 .then(|| p.add("storage_tokens", &[1, config.registers, dim], Init::Normal(0.02)));
@@ -54,25 +54,23 @@ impl Vit {
             // PyTorch's default for a convolution: uniform within 1 / sqrt(fan in).
             let fan_in = channels * config.patch_size * config.patch_size;
             let init = Init::Uniform(1.0 / (fan_in as f64).sqrt());
-            let (weight, bias) = p.role(ParamRole::PatchEmbed, |p| {
+            let embed = p.role(ParamRole::PatchEmbed, |p| {
                 p.scope("patch_embed.proj", |p| {
-                    let shape = [dim, channels, config.patch_size, config.patch_size];
-                    (p.add("weight", &shape, init), p.add_plain("bias", &[dim], init))
+                    nn::PatchEmbed::declare(p, channels, config.patch_size, dim, [init, init])
                 })
             });
             let context = PosContext { dim, heads: config.heads, grid };
             let declared = p.scope("pos_encoding", |p| position.declare(p, context));
-            (cls, registers, mask, weight, bias, declared)
+            (cls, registers, mask, embed, declared)
         });
         declared?;
         let blocks = (0..config.depth)
             .map(|i| p.layer(i + 1, |p| p.scope(format!("blocks.{i}"), |p| Block::declare(p, &config))))
             .collect();
         let (norm, cls_norm, local_cls_norm) = p.layer(config.depth + 1, |p| {
-            let norm = NormParams::declare(p, "norm", &config);
-            let cls = config.untie_cls_and_patch_norms.then(|| NormParams::declare(p, "cls_norm", &config));
-            let local =
-                config.untie_global_and_local_cls_norm.then(|| NormParams::declare(p, "local_cls_norm", &config));
+            let norm = declare_norm(p, "norm", &config);
+            let cls = config.untie_cls_and_patch_norms.then(|| declare_norm(p, "cls_norm", &config));
+            let local = config.untie_global_and_local_cls_norm.then(|| declare_norm(p, "local_cls_norm", &config));
             (norm, cls, local)
         });
         Ok(Box::new(Self {
@@ -81,8 +79,7 @@ impl Vit {
             cls_token,
             register_tokens,
             mask_token,
-            patch_weight,
-            patch_bias,
+            patch_embed,
             position,
             blocks,
             norm,
@@ -100,8 +97,6 @@ impl Vit {
     fn embed(&self, params: &Params<'_>, crops: &[Crops]) -> Result<(Tensor, Vec<Kind>)> {
         let _scope = scope::enter("patch_embed");
         let (dim, patch) = (self.config.dim, self.config.patch_size);
-        let weight = params.get(self.patch_weight).reshape(&[dim, self.channels * patch * patch])?;
-        let bias = params.get(self.patch_bias);
         let cls = params.get(self.cls_token).reshape(&[1, dim])?;
         let prefix = match self.register_tokens {
             Some(id) => Tensor::cat(&[&cls, &params.get(id).reshape(&[self.config.registers, dim])?])?,
@@ -118,8 +113,7 @@ impl Vit {
                 let problem = format!("{channels} channels of {height}x{width} pixels, patches of {patch} pixels");
                 return Err(Error::shape("vit", problem));
             }
-            let rows = crop.pixels.patchify(patch)?.cast(params.dtype())?;
-            let mut patches = rows.linear(&weight, Some(&bias))?;
+            let mut patches = self.patch_embed.forward(params, &crop.pixels)?;
             let mask_token = params.get(self.mask_token);
             let mask = crop.masks.as_ref().map(|masks| (&mask_token, masks));
             let absolute = self.position.absolute(params, grid)?;
@@ -168,7 +162,7 @@ impl Vit {
     fn finish(&self, params: &Params<'_>, x: &Tensor, kinds: &[Kind], train: bool) -> Result<Vec<Features>> {
         let _scope = scope::enter("norm");
         let (dim, prefix) = (self.config.dim, self.prefix());
-        let normed = self.norm.apply(params, x, &self.config)?;
+        let normed = self.norm.forward(params, x)?;
         let mut start = 0;
         let mut features = Vec::new();
         for kind in kinds {
@@ -181,7 +175,7 @@ impl Vit {
                 (_, cls) => cls.as_ref(),
             };
             let head = match own {
-                Some(norm) => norm.apply(params, &prenorm.narrow_axis(1, 0, prefix)?, &self.config)?,
+                Some(norm) => norm.forward(params, &prenorm.narrow_axis(1, 0, prefix)?)?,
                 None => all.narrow_axis(1, 0, prefix)?,
             };
             features.push(Features {

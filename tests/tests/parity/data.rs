@@ -98,7 +98,7 @@ fn collated(golden: &Golden, name: &str) -> Vec<f64> {
     let (images, crops, side) = (shape[0], shape[1], values.len() / shape[0] / shape[1]);
     let mut globals = vec![0.0f32; 2 * images];
     let mut buffer = vec![0.0f32; values.len()];
-    let views = views_of_images(images, &mut globals, Some((&mut buffer, crops)), None);
+    let views = views_of_images(images, &mut globals, Some((&mut buffer, crops)), None, Vec::new());
     for (image, view) in views.into_iter().enumerate() {
         for (crop, slot) in view.locals.into_iter().enumerate() {
             let from = (image * crops + crop) * side;

@@ -2,7 +2,7 @@
 
 use crate::golden::{Comparison, Golden};
 use dinolab_core::comm::Single;
-use dinolab_core::ops::{adamw_step, ema_update, l2_norm, AdamW, SimilarityOptions, Group, Moments, NegativeRemoval};
+use dinolab_core::ops::{adamw_step, ema_update, l2_norm, AdamW, Group, Moments, NegativeRemoval, SimilarityOptions};
 use dinolab_core::params::{Init, ParamBuilder};
 use dinolab_core::tensor::Tape;
 use dinolab_core::{DType, Tensor};

@@ -8,8 +8,8 @@ use std::path::Path;
 use crate::golden::{Comparison, Golden};
 use dinolab_core::checkpoint::write_tensors;
 use dinolab_core::contract::{
-    At, BatchImage, Loss, LossCost, LossRows, LossValue, ModelOutputs, Needs, Outputs, Schedule, Scheduler, StateSpec, Targets,
-    StepContext,
+    At, BatchImage, Loss, LossCost, LossRows, LossValue, ModelOutputs, Needs, Outputs, Schedule, Scheduler, StateSpec,
+    StepContext, Targets,
 };
 use dinolab_core::data::{Batch, Masks};
 use dinolab_core::params::Params;
@@ -339,6 +339,7 @@ fn batch(g: &Golden, prefix: &str, learner: &Learner) -> Batch {
         )
         .unwrap(),
         fields: Vec::new(),
+        further: Vec::new(),
         sources: (0..g.number("/batch", None) as usize)
             .map(|i| BatchImage { index: i, place: i, ..BatchImage::default() })
             .collect(),

@@ -96,8 +96,8 @@ pub(super) struct Jobs {
     pub(super) repaint: Vec<Paint>,
     /// From the images.
     pub(super) cut: Vec<Resize>,
-    /// Into global, local and the teachers' crops.
-    pub(super) finish: [Vec<Finish>; 3],
+    /// Into global, local and the teachers' crops, and into those of each further augmentation.
+    pub(super) finish: Vec<Vec<Finish>>,
     /// Weights of resizes.
     pub(super) tables: Vec<i16>,
     /// Bytes of scratch memory.
@@ -122,11 +122,8 @@ impl Jobs {
         i: usize,
         images: usize,
     ) {
-        let (width, height) = size;
-        if let Some(color) = &plan.shared_color {
-            let pixels = (width * height) as u64;
-            self.repaint.push(Paint { source: at, pixels, color: Color::of(color), pad: 0 });
-        }
+        let width = size.0;
+        self.repaint(plan, at, size);
         let side = a.config.global_size;
         let place = |crop: usize, side: usize| ((crop * images + i) * 3 * side * side) as u64;
         let mut students = Vec::new();
@@ -147,6 +144,31 @@ impl Jobs {
                 Cut::Global { global, x, y } => (students[global].0, students[global].1, (x, y)),
             };
             self.finish(1, source, flip, crop, window, local, place(k, local));
+        }
+    }
+
+    /// Adds the crops of a plan of further augmentation `k`; as [`add`](Self::add).
+    pub(super) fn add_further(
+        &mut self,
+        k: usize,
+        plan: &ImagePlan,
+        (at, side): (u64, usize),
+        size: (usize, usize),
+        (i, images): (usize, usize),
+    ) {
+        self.repaint(plan, at, size);
+        for (crop, plan) in plan.globals.iter().enumerate() {
+            let (area, flip) = image_box(plan);
+            let cut = self.cut(at, size.0, area, side);
+            self.finish(3 + k, cut, flip, plan, (0, 0), side, ((crop * images + i) * 3 * side * side) as u64);
+        }
+    }
+
+    /// The colours of a whole image, which are changed where it lies.
+    fn repaint(&mut self, plan: &ImagePlan, at: u64, (width, height): (usize, usize)) {
+        if let Some(color) = &plan.shared_color {
+            let pixels = (width * height) as u64;
+            self.repaint.push(Paint { source: at, pixels, color: Color::of(color), pad: 0 });
         }
     }
 

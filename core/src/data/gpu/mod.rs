@@ -28,6 +28,7 @@ struct Shapes {
     global: [usize; 4],
     local: Option<[usize; 4]>,
     teacher: Option<[usize; 4]>,
+    further: Vec<(String, [usize; 4])>,
     /// Masks and labels.
     lists: [usize; 5],
     fields: Vec<(String, Vec<usize>)>,
@@ -41,6 +42,7 @@ impl Shapes {
             global: crops(&batch.global),
             local: batch.local.as_ref().map(crops),
             teacher: batch.teacher.as_ref().map(crops),
+            further: batch.further.iter().map(|(name, t)| (name.clone(), crops(t))).collect(),
             lists: [masks, indices, unmasked, weights, &batch.labels].map(Tensor::len),
             fields: batch.fields.iter().map(|(name, field)| (name.clone(), field.shape().to_vec())).collect(),
         }
@@ -55,6 +57,7 @@ impl Shapes {
             global: crops(&self.global),
             local: self.local.as_ref().map(crops),
             teacher: self.teacher.as_ref().map(crops),
+            further: self.further.iter().map(|(name, shape)| (name.clone(), crops(shape))).collect(),
             masks: Masks {
                 masks: list(masks),
                 indices: list(indices),
@@ -199,8 +202,9 @@ impl DeviceBatches {
             let launch = launch.work(0.0, (out.len() * (1 + out.dtype().size())) as f64);
             launch.launch(&mut [out.into(), jobs(section).into(), (&scratch).into(), (&means).into(), normal])
         };
-        let [global, local, teacher] = &micro.finish;
+        let [global, local, teacher, further @ ..] = &micro.finish[..] else { unreachable!("it has three kinds") };
         finish(global, &batch.global)?;
+        further.iter().zip(&batch.further).try_for_each(|(section, (_, out))| finish(section, out))?;
         batch.teacher.iter().try_for_each(|out| finish(teacher, out))?;
         batch.local.iter().try_for_each(|out| finish(local, out))
     }

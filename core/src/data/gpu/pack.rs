@@ -64,8 +64,8 @@ pub(super) struct Micro {
     pub(super) shapes: Shapes,
     pub(super) repaint: Section,
     pub(super) cut: Section,
-    /// Into global, local and the teachers' crops.
-    pub(super) finish: [Section; 3],
+    /// Into global, local and the teachers' crops, and into those of each further augmentation.
+    pub(super) finish: Vec<Section>,
     pub(super) tables: u64,
     /// Masks and labels, then fields.
     pub(super) lists: Vec<u64>,
@@ -94,12 +94,16 @@ pub(crate) fn pack(pipeline: &Pipeline, raw: RawStep, mut staging: Staging) -> R
     let of_part = |part: &[RawImage]| pipeline.fields(part.iter().map(|image| image.sample.fields.as_slice()));
     let fields: Vec<Vec<(String, Tensor)>> = raw.images.chunks(images).map(of_part).collect();
     let mut pack = Pack::default();
-    let places: Vec<u64> = raw.images.iter().map(|image| pack.put(&image.sample.rgb)).collect();
+    let places: Vec<Vec<u64>> = raw.images.iter().map(|image| put_image(&mut pack, image)).collect();
     // Weights of a thousand resizes take a while: one micro-batch's are made in parallel with another's.
-    let of_micro = |(part, at): (&[RawImage], &[u64])| {
-        let mut jobs = Jobs::default();
-        for (i, (image, &at)) in part.iter().zip(at).enumerate() {
-            jobs.add(maker, &image.plan, at, (image.sample.width, image.sample.height), i, images);
+    let of_micro = |(part, at): (&[RawImage], &[Vec<u64>])| {
+        let mut jobs = Jobs { finish: vec![Vec::new(); 3 + pipeline.names().count()], ..Jobs::default() };
+        for (i, (image, at)) in part.iter().zip(at).enumerate() {
+            let size = (image.sample.width, image.sample.height);
+            jobs.add(maker, &image.plan, at[0], size, i, images);
+            for (k, (plan, &at)) in image.further.iter().zip(&at[1..]).enumerate() {
+                jobs.add_further(k, plan, (at, sizes.global_size), size, (i, images));
+            }
         }
         jobs
     };
@@ -117,12 +121,13 @@ pub(crate) fn pack(pipeline: &Pipeline, raw: RawStep, mut staging: Staging) -> R
                 global: crops(2, sizes.global_size),
                 local: (locals > 0).then(|| crops(locals, sizes.local_size)),
                 teacher: sizes.teacher_size.map(|side| crops(2, side)),
+                further: pipeline.names().map(|name| (name, crops(2, sizes.global_size))).collect(),
                 lists: [masks, indices, unmasked, weights, &labels[i]].map(Tensor::len),
                 fields: fields.iter().map(|(name, field)| (name.clone(), field.shape().to_vec())).collect(),
             },
             repaint: section(&mut pack, &jobs.repaint, |j| j.pixels as usize, |j| 3.0 * j.pixels as f64),
             cut: resizes(&mut pack, &jobs.cut),
-            finish: jobs.finish.each_ref().map(|f| section(&mut pack, f, |j| j.out as usize, |_| 0.0)),
+            finish: jobs.finish.iter().map(|f| section(&mut pack, f, |j| j.out as usize, |_| 0.0)).collect(),
             tables: pack.put(bytemuck::cast_slice(&jobs.tables)),
             lists: lists.into_iter().map(|t| pack.put(t.as_bytes())).collect(),
             scratch: jobs.scratch,
@@ -134,6 +139,19 @@ pub(crate) fn pack(pipeline: &Pipeline, raw: RawStep, mut staging: Staging) -> R
     let [a, b, c] = maker.scale;
     let [d, e, f] = maker.shift;
     Ok(Staged { staging, micros, normal: [a, b, c, d, e, f], step: raw.step, broken: raw.broken })
+}
+
+/// Where an image lies for each of its plans. Colours of a whole image are changed in place, so that such a plan, and the
+/// others beside it, have the image for themselves.
+fn put_image<'a>(pack: &mut Pack<'a>, image: &'a RawImage) -> Vec<u64> {
+    let own = pack.put(&image.sample.rgb);
+    let mut shared = image.plan.shared_color.is_none().then_some(own);
+    let further = image.further.iter().map(|plan| match plan.shared_color {
+        Some(_) => pack.put(&image.sample.rgb),
+        None => *shared.get_or_insert_with(|| pack.put(&image.sample.rgb)),
+    });
+    let further: Vec<u64> = further.collect();
+    [own].into_iter().chain(further).collect()
 }
 
 fn section<'a, J: bytemuck::NoUninit>(

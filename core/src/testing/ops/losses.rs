@@ -9,7 +9,7 @@ use serde_json::json;
 
 use crate::comm::Single;
 use crate::dfdx_loss::{constant, picking, unit_rows, Matrix, Taped};
-use crate::ops::{SimilarityOptions, NegativeRemoval};
+use crate::ops::{NegativeRemoval, SimilarityOptions};
 use crate::testing::{cases, fixed, tracked, OpOracle};
 use crate::Tensor;
 
