@@ -401,34 +401,39 @@ pub fn plugin_schema<K: ?Sized + Kind>(
     extra: &serde_json::Map<String, serde_json::Value>,
     default: Option<&str>,
 ) -> schemars::Schema {
-    let alternatives: Vec<serde_json::Value> = plugins::<K>()
-        .into_iter()
-        .map(|entry| {
-            let mut schema = (entry.schema)(generator).to_value();
-            if let Some(object) = schema.as_object_mut() {
-                object.insert("title".into(), entry.name.into());
-                // For `recipe::describe`: who reads which keys.
-                object.insert("x-kind".into(), K::NAME.into());
-                object.insert("x-own".into(), extra.keys().cloned().collect::<Vec<_>>().into());
-                let properties = object.entry("properties").or_insert_with(|| serde_json::json!({}));
-                if let Some(properties) = properties.as_object_mut() {
-                    properties.insert("plugin".into(), serde_json::json!({ "const": entry.name }));
-                    properties.extend(extra.clone());
-                }
-                if default == Some(entry.name) {
-                    // For `recipe::describe`: the one of a table that names none.
-                    object.insert("x-default".into(), true.into());
-                } else {
-                    let required = object.entry("required").or_insert_with(|| serde_json::json!([]));
-                    if let Some(required) = required.as_array_mut() {
-                        required.insert(0, "plugin".into());
-                    }
-                }
-            }
-            schema
-        })
-        .collect();
+    let of = |entry| entry_schema::<K>(generator, entry, extra, default == Some(entry.name));
+    let alternatives: Vec<serde_json::Value> = plugins::<K>().into_iter().map(of).collect();
     schemars::json_schema!({ "anyOf": alternatives })
+}
+
+/// The schema of a table of that plugin, which it has to name unless it is the `default`.
+pub(crate) fn entry_schema<K: ?Sized + Kind>(
+    generator: &mut schemars::SchemaGenerator,
+    entry: &Registration<K>,
+    extra: &serde_json::Map<String, serde_json::Value>,
+    default: bool,
+) -> serde_json::Value {
+    let mut schema = (entry.schema)(generator).to_value();
+    let Some(object) = schema.as_object_mut() else { return schema };
+    object.insert("title".into(), entry.name.into());
+    // For `recipe::describe`: who reads which keys.
+    object.insert("x-kind".into(), K::NAME.into());
+    object.insert("x-own".into(), extra.keys().cloned().collect::<Vec<_>>().into());
+    let properties = object.entry("properties").or_insert_with(|| serde_json::json!({}));
+    if let Some(properties) = properties.as_object_mut() {
+        properties.insert("plugin".into(), serde_json::json!({ "const": entry.name }));
+        properties.extend(extra.clone());
+    }
+    if default {
+        // For `recipe::describe`: the one of a table that names none.
+        object.insert("x-default".into(), true.into());
+    } else {
+        let required = object.entry("required").or_insert_with(|| serde_json::json!([]));
+        if let Some(required) = required.as_array_mut() {
+            required.insert(0, "plugin".into());
+        }
+    }
+    schema
 }
 
 /// For [`Schedule`](crate::contract::Schedule): the scheduler of a table, and the table with defaults.

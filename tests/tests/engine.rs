@@ -352,7 +352,7 @@ fn refusals(device: &str) {
     // The gradient is a number, and its square is none.
     the_second_step_is_refused(&recipe(&first, &jump(3e12)), "update of the weights by a gradient of length");
     let state = format!("[losses.sick_state]\ngrowth = {}", once(1e20));
-    the_second_step_is_refused(&recipe(&first, &state), "the state of sick_state");
+    the_second_step_is_refused(&recipe(&first, &state), "the state memory of sick_state");
 }
 
 #[test]

@@ -75,6 +75,11 @@ gpu_test!(the_predicted_peak_is_within_a_twentieth_of_what_is_taken, {
         ("stochastic depth", "dim = 128", "dim = 128\ndrop_path = 0.4"),
         ("both", "dim = 128", "dim = 128\ncheckpointing = \"full\"\ndrop_path = 0.4"),
         ("a Gram teacher", "enabled = false", "enabled = true"),
+        (
+            "two Gram teachers",
+            "enabled = false",
+            "[losses.early]\nplugin = \"gram\"\nteacher = \"early\"\n[teachers.early]\nplugin = \"gram_anchor\"",
+        ),
         ("parts of a batch", "size = 4\n[crops]", "size = 4\nmicro_batches = 2\n[crops]"),
         ("many prototypes", "prototypes = 512", "prototypes = 8192"),
         ("f32", "device = \"cuda\"", "device = \"cuda\"\nprecision = \"f32\""),
@@ -95,6 +100,9 @@ gpu_test!(the_predicted_peak_is_within_a_twentieth_of_what_is_taken, {
         let recipe = format!("{before}[losses.{loss}\n[losses.gram]{after}");
         // None of them learns from a teacher.
         hold(&loss, &recipe.replace("plugin = \"ema\"", "plugin = \"none\""), gpu);
+    }
+    for loss in ["byol]".to_string(), "cka]".to_string(), format!("barlow_twins]\n{projector}"), "info_nce]".to_string()] {
+        hold(&loss, &format!("{before}[losses.{loss}\n[losses.gram]{after}"), gpu);
     }
 });
 

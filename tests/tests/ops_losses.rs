@@ -246,7 +246,7 @@ fn kernels_hold_across_the_bounds_of_their_tiles() {
     let gram = large(options, &[("student", &[1, 150, 5], true), ("teacher", &[1, 150, 5], false)]);
     hold("op", "similarity_distance", &gram).unwrap();
     let koleo = large(json!({ "groups": 1, "size": 150, "topk": 3, "d": 6 }), &[("x", &[150, 6], true)]);
-    hold("op", "koleo", &koleo).unwrap();
+    hold("op", "neighbour_distance", &koleo).unwrap();
     let logits = large(json!({ "b": 40, "k": 60, "iterations": 3 }), &[("logits", &[40, 60], false)]);
     hold("op", "sinkhorn_knopp", &logits).unwrap();
 }

@@ -118,6 +118,8 @@ dim = 16
 depth = 3
 heads = 2
 registers = 1
+layer_scale = 1.0
+pos_encoding = { plugin = "none" }
 patch_size = 4
 [data]
 plugin = "scenes"
@@ -225,11 +227,11 @@ fn the_teacher_sees_the_views_that_are_for_it() {
     for sets in [&[][..], &["batch.micro_batches=2"]] {
         let (_, reports) = trained(&resolve("[losses.turned_over]", sets).unwrap(), 2);
         for losses in reports.iter().map(|r| &r.losses) {
-            assert!(losses["loss/turned_over/as_it_is"] < 1e-20, "{losses:?}");
-            assert!(losses["loss/turned_over/same"] < 1e-20 && losses["loss/turned_over/turned"] > 1e-4, "{losses:?}");
+            assert!(losses["loss/turned_over/as_it_is"] < 1e-12, "{losses:?}");
+            assert!(losses["loss/turned_over/same"] < 1e-12 && losses["loss/turned_over/turned"] > 1e-6, "{losses:?}");
         }
         // Student and teacher begin alike.
-        assert!(reports[0].losses["loss/turned_over"] < 1e-20 && reports[1].losses["loss/turned_over"] > 1e-20);
+        assert!(reports[0].losses["loss/turned_over"] < 1e-12 && reports[1].losses["loss/turned_over"] > 1e-9);
     }
 }
 
@@ -237,14 +239,14 @@ fn the_teacher_sees_the_views_that_are_for_it() {
 fn a_view_of_another_augmentation_is_of_the_same_images() {
     let weak = "[losses.weakly]\n[augmentations.weak]\nplugin = \"resized\"\n[losses.koleo]\n";
     let whole = trained(&resolve(weak, &[]).unwrap(), 3).1;
-    assert!(whole[0].losses["loss/weakly/apart"] == 0.0 && whole[0].losses["loss/weakly"] > 1e-3);
+    assert!(whole[0].losses["loss/weakly/apart"] == 0.0 && whole[0].losses["loss/weakly"] > 1e-6);
     let parts = trained(&resolve(weak, &["batch.micro_batches=2", "losses.koleo.enabled=false"]).unwrap(), 1).1;
     assert!((parts[0].losses["loss/weakly"] - whole[0].losses["loss/weakly"]).abs() < 1e-9);
     // What others see stays as it is, and crops that no view is of are not made.
     let alone = trained(&resolve(weak, &["losses.weakly.enabled=false"]).unwrap(), 1).1;
     assert!((alone[0].losses["loss/koleo"] - whole[0].losses["loss/koleo"]).abs() < 1e-12);
     let distorted = resolve(weak, &["augmentations.weak={ plugin = \"multi_crop\" }"]).unwrap();
-    assert!(trained(&distorted, 1).1[0].losses["loss/weakly/apart"] > 1e-6);
+    assert!(trained(&distorted, 1).1[0].losses["loss/weakly/apart"] > 1e-8);
     let model = dinolab_core::step::declare(&distorted.recipe).unwrap();
     assert_eq!(model.augmentations(&distorted.recipe).len(), 1);
     let unread = resolve(weak, &["losses.weakly.enabled=false"]).unwrap();

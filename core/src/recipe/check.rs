@@ -382,12 +382,11 @@ fn augmentations(recipe: &Recipe, model: &Declared, problems: &mut Vec<Problem>)
             problems.extend(built.err().map(|e| refused(format!("augmentations.{name}"), e)));
         }
     }
-    let mut build = ParamBuilder::new();
     let mut used = BTreeSet::new();
     for (name, entry) in &recipe.losses.0 {
-        let Ok(loss) = entry.loss.build(&mut loss_context(recipe, model.backbone.as_ref(), &mut build)) else {
-            continue;
-        };
+        let mut params = ParamBuilder::new();
+        let mut context = loss_context(recipe, model.backbone.as_ref(), &mut params);
+        let Ok(loss) = entry.loss.build(&mut context) else { continue };
         let views = loss.views(recipe.crops.global_size).unwrap_or_default();
         let asked: BTreeSet<String> = views.into_iter().filter_map(|view| view.augmentation).collect();
         for missing in asked.iter().filter(|asked| entry.enabled && !recipe.augmentations.0.contains_key(*asked)) {

@@ -8,6 +8,9 @@ use serde_json::Value as Json;
 use super::{ranges, Recipe};
 use crate::contract::Schedule;
 
+/// Where a schema has what it says once and refers to.
+pub(super) const DEFINITIONS: &str = "#/definitions/";
+
 /// JSON schema (draft 07) of recipes, all registered plugins included. An editor completes and checks recipes with it.
 pub fn schema() -> Json {
     let mut schema = schema_of::<Recipe>();
@@ -155,8 +158,16 @@ pub(super) fn types(schema: &Json) -> impl Iterator<Item = &str> {
     one.into_iter().chain(several).filter_map(Json::as_str)
 }
 
+/// What a part of the schema of recipes is, which may be said elsewhere in it.
+fn resolved(schema: &Json) -> &Json {
+    let name = text(schema, "$ref").and_then(|reference| reference.strip_prefix(DEFINITIONS));
+    let found = name.and_then(|name| Guide::default().root().get("definitions")?.get(name));
+    found.unwrap_or(schema)
+}
+
 /// The schemas one of which a value has to fit: itself, if it says nothing of others.
-pub(super) fn alternatives(schema: &Json) -> Vec<&Json> {
+pub fn alternatives(schema: &Json) -> Vec<&Json> {
+    let schema = resolved(schema);
     match ["anyOf", "oneOf"].iter().find_map(|k| schema.get(k)).and_then(Json::as_array) {
         Some(list) => list.iter().flat_map(alternatives).collect(),
         None => vec![schema],

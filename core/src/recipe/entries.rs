@@ -10,9 +10,10 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::schema::{CropConfig, Resolution};
+use super::describe::DEFINITIONS;
 use super::Nested;
 use crate::contract::{Augmentation, Backbone, Loss, Probe, Schedule, TeacherPolicy};
-use crate::registry::{default_of, plugin_schema, plugins, Chosen, CropContext, Kind};
+use crate::registry::{default_of, plugin_schema, plugins, entry_schema, Chosen, CropContext, Kind};
 
 /// The backbone in a recipe: the plugin's own keys and these.
 #[derive(Clone, Debug, PartialEq)]
@@ -327,12 +328,16 @@ impl<E: Entry> JsonSchema for Table<E> {
 
     fn json_schema(generator: &mut schemars::SchemaGenerator) -> schemars::Schema {
         let own = E::schemas(generator);
-        let other = plugin_schema::<E::Plugin>(generator, &own, None);
+        let any = plugin_schema::<E::Plugin>(generator, &own, None).to_value();
+        // A table with the name of a plugin may leave out which it is; it may be another all the same, said once for all.
+        let name = format!("table_of_{}", E::Plugin::NAME);
+        let reference = serde_json::json!({ "$ref": format!("{DEFINITIONS}{name}") });
         let named = plugins::<E::Plugin>().into_iter().map(|plugin| {
-            let table = plugin_schema::<E::Plugin>(generator, &own, Some(plugin.name));
-            (plugin.name.to_string(), table.to_value())
+            let own = entry_schema(generator, plugin, &own, true);
+            (plugin.name.to_string(), serde_json::json!({ "anyOf": [own, reference] }))
         });
         let named: serde_json::Map<_, _> = named.collect();
-        schemars::json_schema!({ "type": "object", "properties": named, "additionalProperties": other })
+        generator.definitions_mut().insert(name, any);
+        schemars::json_schema!({ "type": "object", "properties": named, "additionalProperties": reference })
     }
 }

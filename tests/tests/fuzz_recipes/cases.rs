@@ -215,17 +215,10 @@ fn list(schema: &Json, value: &Json, path: &str, keys: &mut Vec<Key>) {
 /// Of several alternatives the one for this table.
 fn table<'a>(schema: &'a Json, value: &Json, path: &str) -> &'a Json {
     let plugin = value["plugin"].as_str().unwrap_or(path.rsplit('.').next().unwrap_or_default());
-    let all = alternatives(schema);
+    let all = describe::alternatives(schema);
     let named = all.iter().find(|s| s.get("x-kind").is_some() && s["title"] == plugin);
     let default = all.iter().find(|s| s.get("x-default").is_some());
     named.or(default).or(all.iter().find(|s| s.get("properties").is_some())).copied().unwrap_or(schema)
-}
-
-fn alternatives(schema: &Json) -> Vec<&Json> {
-    match ["anyOf", "oneOf"].iter().find_map(|k| schema[k].as_array()) {
-        Some(list) => list.iter().flat_map(alternatives).collect(),
-        None => vec![schema],
-    }
 }
 
 /// Types of TOML, and what is no number to most programs.
@@ -259,7 +252,7 @@ fn value(rng: &mut Rng, schema: &Json, mood: Mood, depth: usize) -> String {
     if mood == Mood::Wild && rng.chance(0.35) {
         return ABSURD[rng.below(ABSURD.len())].into();
     }
-    let all = alternatives(schema);
+    let all = describe::alternatives(schema);
     let one = if schema.get("x-schedule").is_some() && rng.chance(0.6) { all[0] } else { all[rng.below(all.len())] };
     if let Some(only) = one.get("const") {
         return only.to_string();

@@ -78,7 +78,7 @@ families! {
     dino_head: BOTH, model::head;
     dino_loss: BOTH, ops::dino_loss;
     dino_sinkhorn: BOTH, ops::sinkhorn_and_centring;
-    similarity_distance: BOTH, ops::similarity_distance;
+    gram_loss: BOTH, ops::gram_loss;
     hf: BOTH, hf::published_layout;
     ibot_loss: BOTH, ops::ibot_loss;
     koleo: BOTH, ops::koleo;

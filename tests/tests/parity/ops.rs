@@ -170,7 +170,7 @@ pub fn koleo_over_ranks(g: &Golden, dtype: DType, c: &mut Comparison<'_>) {
     }
 }
 
-pub fn similarity_distance(g: &Golden, dtype: DType, c: &mut Comparison<'_>) {
+pub fn gram_loss(g: &Golden, dtype: DType, c: &mut Comparison<'_>) {
     for case in g.prefixes(".loss") {
         let (inputs, options) = match case {
             "flat" => ("flat.", SimilarityOptions { image_level: false, ..Default::default() }),

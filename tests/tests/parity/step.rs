@@ -366,7 +366,7 @@ const LOSSES: [(&str, &str); 8] = [
     ("dino_local_crops_loss", "loss/dino/local"),
     ("koleo_loss", "loss/koleo/per_crop"),
     ("ibot_loss", "loss/ibot"),
-    ("similarity_distance", "loss/gram"),
+    ("gram_loss", "loss/gram"),
     ("stats_masked_gram_loss", "loss/gram/masked"),
     ("stats_unmasked_gram_loss", "loss/gram/unmasked"),
 ];
