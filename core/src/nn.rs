@@ -79,7 +79,8 @@ impl Linear {
 /// Declares `weight` `[O, C, K, K]` and `bias` `[O]`.
 #[derive(Clone, Copy, Debug)]
 pub struct PatchEmbed {
-    linear: Linear,
+    weight: ParamId,
+    bias: ParamId,
     side: usize,
 }
 
@@ -93,8 +94,7 @@ impl PatchEmbed {
         [weight, bias]: [Init; 2],
     ) -> Self {
         let weight = params.add("weight", &[to, channels, side, side], weight);
-        let bias = Some(params.add_plain("bias", &[to], bias));
-        Self { linear: Linear { weight, bias, from: channels * side * side, to }, side }
+        Self { weight, bias: params.add_plain("bias", &[to], bias), side }
     }
 
     /// `[B, C, height, width]` to `[B * (height / K) * (width / K), O]`, row-major over the squares.
@@ -102,9 +102,25 @@ impl PatchEmbed {
     /// # Errors
     /// If the channels are not those of the layer, or the device fails.
     pub fn forward(&self, params: &Params<'_>, pixels: &Tensor) -> Result<Tensor> {
-        let Linear { from, to, .. } = self.linear;
-        let (weight, bias) = self.linear.parts(params);
-        pixels.patchify(self.side)?.cast(params.dtype())?.linear(&weight.reshape(&[to, from])?, bias.as_ref())
+        self.apply(&self.matrix(params)?, pixels)
+    }
+
+    /// The weight as a matrix `[O, C * K * K]`, and the bias: taken once for crops of several sizes.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn matrix(&self, params: &Params<'_>) -> Result<[Tensor; 2]> {
+        let weight = params.get(self.weight);
+        let (to, from) = (weight.dim(0), weight.len() / weight.dim(0));
+        Ok([weight.reshape(&[to, from])?, params.get(self.bias)])
+    }
+
+    /// [`forward`](Self::forward) with what [`matrix`](Self::matrix) gave.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn apply(&self, [weight, bias]: &[Tensor; 2], pixels: &Tensor) -> Result<Tensor> {
+        pixels.patchify(self.side)?.cast(weight.dtype())?.linear(weight, Some(bias))
     }
 }
 

@@ -101,7 +101,9 @@ gpu_test!(the_predicted_peak_is_within_a_twentieth_of_what_is_taken, {
         // None of them learns from a teacher.
         hold(&loss, &recipe.replace("plugin = \"ema\"", "plugin = \"none\""), gpu);
     }
-    for loss in ["byol]".to_string(), "cka]".to_string(), format!("barlow_twins]\n{projector}"), "info_nce]".to_string()] {
+    for loss in
+        ["byol]".to_string(), "cka]".to_string(), format!("barlow_twins]\n{projector}"), "info_nce]".to_string()]
+    {
         hold(&loss, &format!("{before}[losses.{loss}\n[losses.gram]{after}"), gpu);
     }
 });

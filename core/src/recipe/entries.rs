@@ -9,11 +9,11 @@ use schemars::{JsonSchema, SchemaGenerator};
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::schema::{CropConfig, Resolution};
 use super::describe::DEFINITIONS;
+use super::schema::{CropConfig, Resolution};
 use super::Nested;
 use crate::contract::{Augmentation, Backbone, Loss, Probe, Schedule, TeacherPolicy};
-use crate::registry::{default_of, plugin_schema, plugins, entry_schema, Chosen, CropContext, Kind};
+use crate::registry::{default_of, entry_schema, plugin_schema, plugins, Chosen, CropContext, Kind};
 
 /// The backbone in a recipe: the plugin's own keys and these.
 #[derive(Clone, Debug, PartialEq)]

@@ -97,6 +97,7 @@ impl Vit {
     fn embed(&self, params: &Params<'_>, crops: &[Crops]) -> Result<(Tensor, Vec<Kind>)> {
         let _scope = scope::enter("patch_embed");
         let (dim, patch) = (self.config.dim, self.config.patch_size);
+        let matrix = self.patch_embed.matrix(params)?;
         let cls = params.get(self.cls_token).reshape(&[1, dim])?;
         let prefix = match self.register_tokens {
             Some(id) => Tensor::cat(&[&cls, &params.get(id).reshape(&[self.config.registers, dim])?])?,
@@ -113,7 +114,7 @@ impl Vit {
                 let problem = format!("{channels} channels of {height}x{width} pixels, patches of {patch} pixels");
                 return Err(Error::shape("vit", problem));
             }
-            let mut patches = self.patch_embed.forward(params, &crop.pixels)?;
+            let mut patches = self.patch_embed.apply(&matrix, &crop.pixels)?;
             let mask_token = params.get(self.mask_token);
             let mask = crop.masks.as_ref().map(|masks| (&mask_token, masks));
             let absolute = self.position.absolute(params, grid)?;
