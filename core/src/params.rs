@@ -210,6 +210,8 @@ impl Init {
 pub struct ParamBuilder {
     layout: Layout,
     names: HashSet<String>,
+    /// The first name that was declared twice.
+    twice: Option<String>,
     prefix: Vec<String>,
     layer: Option<usize>,
     keeps: bool,
@@ -263,13 +265,12 @@ impl ParamBuilder {
         result
     }
 
-    /// Declares one parameter; weight decay acts on it.
-    ///
-    /// # Panics
-    /// If the name was declared before: names are written by models, not by users.
+    /// Declares one parameter; weight decay acts on it. A name that was declared before is what [`check`](Self::check) says.
     pub fn add(&mut self, name: &str, shape: &[usize], init: Init) -> ParamId {
         let name = self.prefix.iter().map(String::as_str).chain([name]).collect::<Vec<_>>().join(".");
-        assert!(self.names.insert(name.clone()), "parameter {name} is declared twice");
+        if !self.names.insert(name.clone()) {
+            self.twice.get_or_insert_with(|| name.clone());
+        }
         let spec = ParamSpec {
             name,
             shape: shape.to_vec(),
@@ -289,6 +290,16 @@ impl ParamBuilder {
     /// Declares a bias, the weight of a norm, or a LayerScale: [`add`](Self::add) [`without_decay`](Self::without_decay).
     pub fn add_plain(&mut self, name: &str, shape: &[usize], init: Init) -> ParamId {
         self.without_decay(|params| params.add(name, shape, init))
+    }
+
+    /// Fails if a parameter was declared twice.
+    ///
+    /// # Errors
+    /// Which: the plugin that declares it is wrong.
+    pub fn check(&self) -> Result<()> {
+        let help = "this is a fault of the plugin that declares it: give each layer a `scope` of its own";
+        let wrong = |name: &String| Err(Error::user(format!("the parameter `{name}` is declared twice"), help));
+        self.twice.as_ref().map_or(Ok(()), wrong)
     }
 
     /// The finished layout.

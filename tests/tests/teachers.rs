@@ -4,11 +4,14 @@ use dinolab_core::checkpoint;
 use dinolab_core::contract::{
     At, ImageContext, ImageDraws, Loss, LossValue, Needs, Outputs, SeenBy, StepContext, Tile, View,
 };
+use dinolab_core::nn::Linear;
 use dinolab_core::params::Params;
 use dinolab_core::recipe::{Overrides, RawRecipe, Resolved};
+use dinolab_core::registry::LossContext;
 use dinolab_core::step::{Learner, Report};
 use dinolab_core::{plugin, train, Result, Tensor};
 use dinolab_plugins as _;
+use dinolab_tests::gpu_test;
 use serde::{Deserialize, Serialize};
 
 /// The mean square of tokens after some blocks. Those after the last are what the backbone norms.
@@ -105,6 +108,22 @@ impl Loss for Weakly {
 }
 
 plugin!(Loss, "weakly", Weakly);
+
+/// Declares a layer twice.
+#[derive(Debug, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct Twice {}
+
+impl Twice {
+    fn build(self, context: &mut LossContext<'_>) -> Result<Box<dyn Loss>> {
+        for to in [4, 8] {
+            Linear::declare(context.params, context.dim, to, true);
+        }
+        Ok(Box::new(Inner { layers: Vec::new() }))
+    }
+}
+
+plugin!(Loss, "twice", Twice, Twice::build);
 
 const DEPTH: usize = 3;
 const BASE: &str = r#"
@@ -253,6 +272,26 @@ fn a_view_of_another_augmentation_is_of_the_same_images() {
     assert!(dinolab_core::step::declare(&unread.recipe).unwrap().augmentations(&unread.recipe).is_empty());
 }
 
+gpu_test!(named_teachers_inner_layers_and_views_are_recorded_and_give_the_numbers_of_the_cpu, {
+    let tables = format!(
+        "{TWO}\n[losses.cka]\nlayer = 2\n[losses.turned_over]\n[losses.weakly]\n[augmentations.weak]\nplugin = \"resized\"\n"
+    );
+    let of = |device: &str| {
+        let device = format!("device=\"{device}\"");
+        trained(&resolve(&tables, &[&device, "precision=\"f32\"", "optimizer.lr=1e-4"]).unwrap(), 6)
+    };
+    let ((cpu, on_cpu), (gpu, on_gpu)) = (of("cpu"), of("cuda"));
+    assert_eq!((gpu.eager_reason(), gpu.recorded_nodes().len()), (None, 1));
+    for (step, (a, b)) in on_cpu.iter().zip(&on_gpu).enumerate() {
+        assert_eq!(a.losses.keys().collect::<Vec<_>>(), b.losses.keys().collect::<Vec<_>>());
+        for (name, a) in &a.losses {
+            let b = b.losses[name];
+            assert!((a - b).abs() < 2e-3 * a.abs().max(1e-3), "step {step}: {name} is {a} on the CPU, {b} on the GPU");
+        }
+    }
+    drop(cpu);
+});
+
 #[test]
 fn what_no_teacher_or_backbone_gives_is_refused_with_a_remedy() {
     let refused = |tables: &str, sets: &[&str], message: &str, help: &str| {
@@ -273,6 +312,7 @@ fn what_no_teacher_or_backbone_gives_is_refused_with_a_remedy() {
         "teachers.gram: this policy means that there is no teacher",
         "remove",
     );
+    refused("[losses.twice]", &[], "losses.twice: the parameter `weight` is declared twice", "fault of the plugin");
     let weakly = "losses.weakly: a view of this loss is of the augmentation `weak`";
     refused("[losses.weakly]", &[], weakly, "add a table [augmentations.weak]");
     refused(

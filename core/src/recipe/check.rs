@@ -19,7 +19,8 @@ pub(super) fn check(recipe: &Recipe) -> Vec<Problem> {
     let mut params = ParamBuilder::new();
     let mut context =
         BackboneContext { params: &mut params, global_size: recipe.crops.global_size, channels: CHANNELS };
-    match recipe.backbone.build(&mut context) {
+    let built = recipe.backbone.build(&mut context);
+    match built.and_then(|backbone| params.check().map(|()| backbone)) {
         Ok(backbone) => {
             let fits = crops(recipe, backbone.as_ref(), &named, &mut problems);
             if fits {
@@ -275,7 +276,11 @@ fn losses(
     let taught = teacher.is_none_or(|t| t.exists());
     let distils = teacher.is_some_and(|t| t.distils().is_some());
     let images = recipe.batch.images();
-    let build = |loss: &Chosen<dyn Loss>| loss.build(&mut loss_context(recipe, backbone, &mut ParamBuilder::new()));
+    let build = |loss: &Chosen<dyn Loss>| {
+        let mut params = ParamBuilder::new();
+        let built = loss.build(&mut loss_context(recipe, backbone, &mut params))?;
+        params.check().map(|()| built)
+    };
     let mut used = BTreeSet::new();
     let mut enabled = 0;
     for (name, entry) in &recipe.losses.0 {

@@ -198,7 +198,7 @@ fn impossible_combinations_name_key_and_remedy() {
 fn an_unused_teacher_is_a_warning() {
     let resolved = Resolved::from_text(&with("[teachers.slow]\nplugin = \"test_slow\"")).unwrap();
     let warning = resolved.warnings[0].to_string();
-    assert!(warning.starts_with("recipe.toml:10:2: teachers.slow: no loss learns from this teacher"), "{warning}");
+    assert!(warning.starts_with("recipe.toml:10:11: teachers.slow: no loss learns from this teacher"), "{warning}");
     let kept =
         Resolved::from_text(&with("[teachers.slow]\nplugin = \"test_slow\"\n[losses.test_compared]\nenabled = false"));
     assert_eq!(kept.unwrap().warnings, [], "ready for an arm that enables the loss");

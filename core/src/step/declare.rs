@@ -81,12 +81,14 @@ pub fn declare(recipe: &Recipe) -> Result<Declared> {
     let mut params = ParamBuilder::new();
     let global_size = recipe.crops.global_size;
     let backbone = params.scope("backbone", |params| {
-        recipe.backbone.build(&mut BackboneContext { params, global_size, channels: CHANNELS })
+        let built = recipe.backbone.build(&mut BackboneContext { params, global_size, channels: CHANNELS })?;
+        params.check().map(|()| built)
     })?;
     let losses = recipe.losses.0.iter().filter(|(_, entry)| entry.enabled);
     let losses = losses.map(|(name, entry)| {
         let loss = params.scope(format!("{name}_head"), |params| {
-            entry.loss.build(&mut loss_context(recipe, backbone.as_ref(), params))
+            let built = entry.loss.build(&mut loss_context(recipe, backbone.as_ref(), params))?;
+            params.check().map(|()| built)
         })?;
         let (needs, chosen) = (loss.needs(), entry.loss.clone());
         Ok(DeclaredLoss { name: name.clone(), weight: entry.weight.clone(), chosen, loss, needs })

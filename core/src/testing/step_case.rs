@@ -217,6 +217,7 @@ pub(super) fn build(name: &str, case: &Case) -> Result<Built> {
         patches,
         patch_size: PATCH,
     })?;
+    params.check()?;
     Ok(Built { loss, layout: params.finish() })
 }
 
