@@ -54,7 +54,7 @@ impl Dataset for Noise {
 
 /// Crops of an augmentation (a table as in a recipe; the default where it names none).
 fn crops(own: CropConfig, augmentation: &str) -> CropsEntry {
-    CropsEntry { own, augmentation: contracts::chosen(augmentation).unwrap() }
+    CropsEntry { own, plugin: contracts::chosen(augmentation).unwrap() }
 }
 
 fn spec() -> LoaderSpec {
@@ -328,7 +328,7 @@ fn numbers_that_do_not_fit_together_are_errors() {
     assert!(build(&|s| s.teacher_crop_size = Some(30)).contains("crop_size of a teacher = 30"));
     let larger = |s: &mut LoaderSpec| {
         let sizes = |global_size, local_size| Resolution { share: 1.0, global_size, local_size, teacher_size: None };
-        s.crops.augmentation = contracts::chosen("local_from_global = true").unwrap();
+        s.crops.plugin = contracts::chosen("local_from_global = true").unwrap();
         s.crops.own.resolutions = vec![sizes(32, 16), sizes(16, 24)];
     };
     assert!(build(&larger).contains("local crops of 24 pixels cannot be cut from global ones of 16"));

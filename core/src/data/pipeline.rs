@@ -332,7 +332,7 @@ impl Pipeline {
             let problem = format!("the augmentation `{name}` {fault}, for an image of {}x{} pixels", size.0, size.1);
             Err(Error::user(problem, "correct the plugin's `plan`"))
         };
-        let name = self.spec.crops.augmentation.name();
+        let name = self.spec.crops.plugin.name();
         let plan = drawn(name, variant.augmentation.as_ref(), &variant.context, &rng)?;
         let further = variant.further.iter().map(|(name, augmentation)| {
             let own =

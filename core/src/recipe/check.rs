@@ -19,7 +19,7 @@ pub(super) fn check(recipe: &Recipe) -> Vec<Problem> {
     let mut params = ParamBuilder::new();
     let mut context =
         BackboneContext { params: &mut params, global_size: recipe.crops.global_size, channels: CHANNELS };
-    let built = recipe.backbone.build(&mut context);
+    let built = recipe.backbone.plugin.build(&mut context);
     match built.and_then(|backbone| params.check().map(|()| backbone)) {
         Ok(backbone) => {
             let fits = crops(recipe, backbone.as_ref(), &named, &mut problems);
@@ -100,7 +100,7 @@ fn too_small(recipe: &Recipe, data: &dyn Dataset) -> Option<Problem> {
     let mut params = ParamBuilder::new();
     let mut context =
         BackboneContext { params: &mut params, global_size: recipe.crops.global_size, channels: CHANNELS };
-    let patch = recipe.backbone.build(&mut context).ok()?.patch_size();
+    let patch = recipe.backbone.plugin.build(&mut context).ok()?.patch_size();
     let sample = data.get(0).ok()?;
     let message = format!("images of {}x{} pixels are smaller than a patch of {patch}", sample.width, sample.height);
     (sample.width.min(sample.height) < patch).then(|| Problem::error("data", message).help("make larger images"))
@@ -255,7 +255,7 @@ fn crops(recipe: &Recipe, backbone: &dyn Backbone, named: &Named, problems: &mut
             let message = format!("a crop of {side} pixels is smaller than a patch of {patch}");
             problems.push(Problem::error(key, message).help(format!("use at least {least}")));
         } else if side < least {
-            let name = recipe.backbone.name();
+            let name = recipe.backbone.plugin.name();
             let message = format!("a crop of {side} pixels is too small for the backbone `{name}`");
             problems.push(Problem::error(key, message).help(format!("use at least {least}")));
         } else if side != below {
@@ -310,7 +310,7 @@ fn losses(
         used.extend(needs.teachers.iter().cloned());
         let deepest = needs.layers.iter().max().copied();
         if let Some(layer) = deepest.filter(|layer| !backbone.gives_layers() || *layer > backbone.depth()) {
-            let name = recipe.backbone.name();
+            let name = recipe.backbone.plugin.name();
             let message = match backbone.gives_layers() {
                 true => {
                     format!("reads tokens after {layer} blocks, and the backbone `{name}` has {}", backbone.depth())
@@ -345,7 +345,7 @@ fn losses(
             let message = format!(
                 "the backbone `{}` has no mask token, so it sees the patches that this loss \
                 hides from others: student and teacher get the same image",
-                recipe.backbone.name()
+                recipe.backbone.plugin.name()
             );
             problems.push(Problem::warning(&key, message).help(off.clone()));
         }

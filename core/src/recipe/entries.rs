@@ -1,37 +1,17 @@
-//! Backbone, crops, losses, teachers, augmentations and probes of a recipe: named plugin tables with keys of the recipe's own beside the plugin's.
+//! Losses, teachers, augmentations and probes of a recipe: named plugin tables, some with keys of the recipe's own beside the
+//! plugin's.
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::ops::Deref;
-use std::path::PathBuf;
 
 use schemars::{JsonSchema, SchemaGenerator};
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::describe::DEFINITIONS;
-use super::schema::{CropConfig, Resolution};
 use super::Nested;
-use crate::contract::{Augmentation, Backbone, Loss, Probe, Schedule, TeacherPolicy};
-use crate::registry::{default_of, entry_schema, plugin_schema, plugins, Chosen, CropContext, Kind};
-
-/// The backbone in a recipe: the plugin's own keys and these.
-#[derive(Clone, Debug, PartialEq)]
-pub struct BackboneEntry {
-    /// Where the backbone's weights come from; drawn from the seed if not given.
-    pub weights: Option<PathBuf>,
-    /// The plugin.
-    pub plugin: Chosen<dyn Backbone>,
-}
-
-/// The crops in a recipe: an augmentation's own keys and those of [`CropConfig`].
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct CropsEntry {
-    /// What is cut, whatever the augmentation.
-    pub own: CropConfig,
-    /// The plugin.
-    pub augmentation: Chosen<dyn Augmentation>,
-}
+use crate::contract::{Augmentation, Loss, Probe, Schedule, TeacherPolicy};
+use crate::registry::{entry_schema, plugin_schema, plugins, Chosen, Kind};
 
 /// A loss in a recipe: the plugin's own keys and these.
 #[derive(Clone, Debug, PartialEq)]
@@ -109,121 +89,6 @@ fn own_schema<T: JsonSchema>(
     schema.insert("description".into(), doc.into());
     schema.insert("default".into(), default.into());
     schema
-}
-
-impl BackboneEntry {
-    /// The recipe's own keys.
-    pub const OWN: &'static [&'static str] = &["weights"];
-}
-
-/// What a recipe says of its backbone is the plugin, but for one key.
-impl Deref for BackboneEntry {
-    type Target = Chosen<dyn Backbone>;
-
-    fn deref(&self) -> &Self::Target {
-        &self.plugin
-    }
-}
-
-impl Serialize for BackboneEntry {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut table = serde_json::to_value(&self.plugin).map_err(serde::ser::Error::custom)?;
-        if let (Some(weights), Some(table)) = (&self.weights, table.as_object_mut()) {
-            table.insert("weights".into(), weights.to_string_lossy().into());
-        }
-        table.serialize(serializer)
-    }
-}
-
-impl<'de> Deserialize<'de> for BackboneEntry {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        use figment::value::Value;
-        let read = |value: Value| -> Result<Self, Nested> {
-            let Value::Dict(tag, mut table) = value else { return Err(Nested::wrong_type(&value, "a table")) };
-            let weights = table.remove("weights").map(|path| path.deserialize());
-            let weights = weights.transpose().map_err(|e| Nested::of(&e).under("weights"))?;
-            let plugin = Chosen::from_value(&Value::Dict(tag, table), None);
-            Ok(Self { weights, plugin: plugin.map_err(|e| e.with_known(Self::OWN.iter().copied()))? })
-        };
-        read(<Value as Deserialize>::deserialize(deserializer)?).map_err(|e| D::Error::custom(e.encode()))
-    }
-}
-
-impl JsonSchema for BackboneEntry {
-    fn schema_name() -> std::borrow::Cow<'static, str> {
-        "backbone".into()
-    }
-
-    fn json_schema(generator: &mut SchemaGenerator) -> schemars::Schema {
-        let doc = "Start from these weights of a backbone (what `dinolab import` or `dinolab export` wrote, a run, a \
-            checkpoint or a safetensors file): student and teacher, heads new. If `plugin` is left out the model is \
-            theirs too, and so is every key that is not written.";
-        let mut weights = String::json_schema(generator);
-        weights.insert("description".into(), doc.into());
-        weights.insert("format".into(), "path".into());
-        let own = [("weights".to_string(), weights.to_value())].into_iter().collect();
-        plugin_schema::<dyn Backbone>(generator, &own, None)
-    }
-}
-
-impl CropsEntry {
-    /// The recipe's own keys.
-    pub const OWN: &'static [&'static str] =
-        &["global_size", "local_count", "local_size", "resolutions", "teacher_without_distortion", "mean", "std"];
-
-    /// Builds the augmentation for crops of these sizes.
-    ///
-    /// # Errors
-    /// If the plugin refuses its configuration, or does not go with the sizes.
-    pub fn build(&self, sizes: &Resolution, patch_size: usize) -> crate::Result<(Box<dyn Augmentation>, CropContext)> {
-        let Resolution { global_size, local_size, .. } = *sizes;
-        let mut context = CropContext { global_size, local_size, local_count: self.local_count, patch_size };
-        Ok((self.augmentation.build(&mut context)?, context))
-    }
-}
-
-/// What core reads of the crops is what the recipe says itself.
-impl Deref for CropsEntry {
-    type Target = CropConfig;
-
-    fn deref(&self) -> &Self::Target {
-        &self.own
-    }
-}
-
-impl Serialize for CropsEntry {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let own = serde_json::to_value(&self.own).map_err(serde::ser::Error::custom)?;
-        let plugin = serde_json::to_value(&self.augmentation).map_err(serde::ser::Error::custom)?;
-        let tables = [plugin, own].into_iter().filter_map(|table| table.as_object().cloned());
-        tables.flatten().collect::<serde_json::Map<_, _>>().serialize(serializer)
-    }
-}
-
-impl<'de> Deserialize<'de> for CropsEntry {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        use figment::value::{Dict, Value};
-        let read = |value: Value| -> Result<Self, Nested> {
-            let Value::Dict(tag, table) = value else { return Err(Nested::wrong_type(&value, "a table")) };
-            let (own, rest): (Dict, Dict) = table.into_iter().partition(|(k, _)| Self::OWN.contains(&k.as_str()));
-            let own = Value::Dict(tag, own).deserialize().map_err(|e| Nested::of(&e))?;
-            let augmentation = Chosen::from_value(&Value::Dict(tag, rest), default_of::<dyn Augmentation>());
-            Ok(Self { own, augmentation: augmentation.map_err(|e| e.with_known(Self::OWN.iter().copied()))? })
-        };
-        read(<Value as Deserialize>::deserialize(deserializer)?).map_err(|e| D::Error::custom(e.encode()))
-    }
-}
-
-impl JsonSchema for CropsEntry {
-    fn schema_name() -> std::borrow::Cow<'static, str> {
-        "crops".into()
-    }
-
-    fn json_schema(generator: &mut SchemaGenerator) -> schemars::Schema {
-        let own = CropConfig::json_schema(generator).to_value();
-        let own = own.get("properties").and_then(|p| p.as_object()).cloned().unwrap_or_default();
-        plugin_schema::<dyn Augmentation>(generator, &own, default_of::<dyn Augmentation>())
-    }
 }
 
 impl Entry for LossEntry {

@@ -15,11 +15,12 @@ use figment::providers::{Env, Format, Toml};
 use figment::value::{Dict, Value};
 use figment::Provider;
 
-use super::entries::{BackboneEntry, CropsEntry, Entry, LossEntry, ProbeEntry};
+use super::beside::{BackboneConfig, OwnKeys};
+use super::entries::{Entry, LossEntry, ProbeEntry};
 use super::old_names;
-use super::optimizer::OptimizerEntry;
 use super::problem::{nearest, Origin, Problem, SourceFile};
 use super::resolved::Resolved;
+use super::schema::{CropConfig, OptimizerConfig};
 use crate::contract::{Augmentation, Masking, Optimizer};
 use crate::registry;
 use crate::weights::Source;
@@ -246,7 +247,7 @@ impl RawRecipe {
         let Ok(Value::Dict(_, model)) = Value::serialize(info.to_table()) else { unreachable!("a struct is a table") };
         let known = model.get("backbone").and_then(Value::as_dict).cloned().unwrap_or_default();
         for key in self.get("backbone").and_then(Value::as_dict).into_iter().flat_map(Dict::keys) {
-            if !known.contains_key(key) && !BackboneEntry::OWN.contains(&key.as_str()) {
+            if !known.contains_key(key) && !BackboneConfig::KEYS.contains(&key.as_str()) {
                 let key = format!("backbone.{key}");
                 let m = format!("the model of {} has no such key", path.display());
                 let help = "set backbone.plugin too, to describe the whole model, or remove this key";
@@ -376,9 +377,9 @@ const NAMED: [&str; 4] = ["losses", "teachers", "augmentations", "probes"];
 /// Keys of a plugin table that are the recipe's, not the plugin's.
 fn own_keys(path: &str) -> &'static [&'static str] {
     match path {
-        "backbone" => return BackboneEntry::OWN,
-        "crops" => return CropsEntry::OWN,
-        "optimizer" => return OptimizerEntry::OWN,
+        "backbone" => return BackboneConfig::KEYS,
+        "crops" => return CropConfig::KEYS,
+        "optimizer" => return OptimizerConfig::KEYS,
         _ => {}
     }
     match path.split_once('.') {

@@ -3,6 +3,7 @@
 //! A [`RawRecipe`] is what files, environment and command line say together; a [`Resolved`] recipe is that, checked,
 //! typed, with every default filled in. Nothing is allocated on the way, so a 7B recipe resolves in milliseconds.
 
+mod beside;
 mod changes;
 mod check;
 pub mod cost;
@@ -11,7 +12,6 @@ mod entries;
 mod layers;
 mod nested;
 mod old_names;
-mod optimizer;
 mod problem;
 mod ranges;
 mod resolved;
@@ -21,12 +21,12 @@ mod sizes;
 mod test_plugins;
 mod unread;
 
+pub use beside::*;
 pub use changes::{changes, Change};
 pub use entries::*;
 pub(crate) use layers::check_schema;
 pub use layers::{parse_set, Overrides, RawRecipe, ENV_PREFIX, SCHEMA};
 pub use nested::{Fault, Nested};
-pub use optimizer::OptimizerEntry;
 pub use problem::{nearest, Origin, Problem, RecipeError, Severity, SourceFile};
 pub use resolved::{toml_value, Resolved};
 pub use schema::*;

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, Serializer};
 
-use super::entries::{Augmentations, BackboneEntry, CropsEntry, Losses, Probes, Teachers};
-use super::optimizer::OptimizerEntry;
+use super::beside::{BackboneEntry, CropsEntry, OptimizerEntry};
+use super::entries::{Augmentations, Losses, Probes, Teachers};
 use crate::contract::{Dataset, Masking, Schedule, TeacherPolicy};
 use crate::registry::Chosen;
 use crate::{DType, Device, Error};

@@ -81,7 +81,7 @@ pub fn declare(recipe: &Recipe) -> Result<Declared> {
     let mut params = ParamBuilder::new();
     let global_size = recipe.crops.global_size;
     let backbone = params.scope("backbone", |params| {
-        let built = recipe.backbone.build(&mut BackboneContext { params, global_size, channels: CHANNELS })?;
+        let built = recipe.backbone.plugin.build(&mut BackboneContext { params, global_size, channels: CHANNELS })?;
         params.check().map(|()| built)
     })?;
     let losses = recipe.losses.0.iter().filter(|(_, entry)| entry.enabled);

@@ -58,7 +58,7 @@ impl Groups {
     /// # Errors
     /// If the plugin refuses its keys, or leaves parameters to AdamW without its moments.
     pub(crate) fn new(entry: &OptimizerEntry, layout: &Arc<Layout>, depth: usize) -> Result<Self> {
-        let (config, optimizer) = (entry.config.clone(), entry.plugin.build(&mut ())?);
+        let (config, optimizer) = (entry.own.clone(), entry.plugin.build(&mut ())?);
         let names = layout.modules();
         let modules: Vec<_> = names.iter().map(|m| (m.clone(), layout.range_of(&format!("{m}.")))).collect();
         let rule = |spec: &ParamSpec| ParamRule {

@@ -251,7 +251,7 @@ pub fn optimizer(table: &str) -> Held {
     let layout = parameters();
     let start = |entry: &OptimizerEntry| Updates::new(entry, &layout, 1, TOTAL, (Device::Cpu, DType::F64));
     let mut still = entry.clone();
-    still.config.weight_decay = 0.0.into();
+    still.own.weight_decay = 0.0.into();
     let mut run = start(&still).map_err(text)?;
     let before = run.weights().student.to_f64_vec();
     for step in 0..2 {
