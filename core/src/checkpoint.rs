@@ -420,6 +420,14 @@ pub fn list(run: &Path) -> Result<Vec<PathBuf>> {
     Ok(found.into_iter().map(|(_, path)| path).collect())
 }
 
+/// The steps of the newest checkpoint of a run, by its name.
+///
+/// # Errors
+/// If the folder cannot be listed.
+pub fn newest_step(run: &Path) -> Result<Option<u64>> {
+    Ok(list(run)?.last().and_then(|path| step_of(path)).map(|(step, _)| step))
+}
+
 /// Reads one checkpoint folder.
 ///
 /// # Errors

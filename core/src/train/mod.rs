@@ -169,7 +169,7 @@ fn run_on(resolved: &Resolved, options: &RunOptions, observer: &mut dyn Observer
         return Err(fit.into_error());
     }
     let folder = RunFolder::open(resolved, options)?;
-    if let Some(result) = folder.result()? {
+    if let Some(result) = folder.result(recipe.steps)? {
         return Ok(Some(Outcome::Finished(result)));
     }
     checkpoint::clear(folder.path())?;

@@ -74,7 +74,7 @@ impl Source {
         match checkpoint::list(path)?.pop() {
             Some(newest) => Ok(Some(Self::Run { folder: path.into(), newest })),
             None => {
-                let help = format!("train it first: `dinolab train {0} --out {0} --resume`", printable(path));
+                let help = format!("train it first: `dinolab train {} --resume`", printable(path));
                 Err(Error::content(path, "this run has no checkpoint yet", help))
             }
         }
