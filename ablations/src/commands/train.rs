@@ -48,6 +48,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             for (name, value) in result.metrics.iter().filter(|(n, _)| n.starts_with("probe/") || *n == "loss/total") {
                 style::say(&format!("{name:<40} {value:.4}"));
             }
+            if let Some(why) = &result.stopped {
+                style::say(&format!("ended before its {} steps: {why}", resolved.recipe.steps));
+            }
             let (steps, seconds) = (result.steps, result.seconds);
             style::say(&format!("finished {steps} steps in {seconds:.0} s; everything is in {}", printable(&out)));
             Ok(ExitCode::SUCCESS)

@@ -53,13 +53,16 @@ impl Resolved {
         self.moving().filter_map(seam).collect()
     }
 
-    /// Every schedule that is no bare number and is read: not those of losses that are off.
-    fn moving(&self) -> impl Iterator<Item = (String, Schedule)> + '_ {
-        let off = |key: &str| {
-            self.recipe.losses.0.iter().any(|(name, e)| !e.enabled && key.starts_with(&format!("losses.{name}.")))
-        };
+    /// Whether what stands under `key` is read: it is not of a loss that is off.
+    fn is_read(&self, key: &str) -> bool {
+        let mut off = self.recipe.losses.0.iter().filter(|(_, entry)| !entry.enabled);
+        !off.any(|(name, _)| key.starts_with(&format!("losses.{name}.")))
+    }
+
+    /// Every schedule that is no bare number and is read.
+    pub(crate) fn moving(&self) -> impl Iterator<Item = (String, Schedule)> + '_ {
         let all = describe::schedules(&self.value).into_iter();
-        all.filter(move |(key, schedule)| schedule.as_constant().is_none() && !off(key))
+        all.filter(|(key, schedule)| schedule.as_constant().is_none() && self.is_read(key))
     }
 }
 

@@ -5,6 +5,7 @@
 
 mod changes;
 mod check;
+mod continue_from;
 pub mod cost;
 pub mod describe;
 mod entries;
@@ -22,6 +23,7 @@ mod test_plugins;
 mod unread;
 
 pub use changes::{changes, Change};
+pub use continue_from::ContinueFrom;
 pub use entries::*;
 pub(crate) use layers::check_schema;
 pub use layers::{parse_set, Overrides, RawRecipe, ENV_PREFIX, SCHEMA};

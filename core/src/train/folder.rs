@@ -28,6 +28,9 @@ pub struct RunResult {
     pub skipped: u64,
     /// Losses of the last step and final probe scores, by name.
     pub metrics: BTreeMap<String, f64>,
+    /// Why it ended before its steps were done, if it did: the recipe's `stop`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stopped: Option<String>,
 }
 
 /// What a run was made of, beside its recipe: `run.json`, of the last time that it was started or continued.
@@ -50,8 +53,9 @@ pub struct RunInfo {
 }
 
 /// The way out where a run cannot go on.
-const ANEW: &str = "start a new run in another folder (--out), from the weights of this one if you like \
-    (--set init_from=...)";
+const ANEW: &str =
+    "start a new run in another folder (--out) that goes on from this one (--set continue_from=...), or from \
+    its weights alone (--set init_from=...)";
 
 /// The key that a run may change although it changes numbers: a run may become longer.
 const STEPS: &str = "steps";
@@ -117,7 +121,7 @@ impl RunFolder {
     }
 
     /// Writes what is known before the first step: the resolved recipe, and who runs it on what. Gives in what a
-    /// run that goes on after `start` steps differs from what it was.
+    /// run that is `resumed` after `start` steps differs from what it was.
     ///
     /// # Errors
     /// If the run's data, or the kind of its device, are others than it was started with; or if the folder cannot be
@@ -127,7 +131,7 @@ impl RunFolder {
         resolved: &Resolved,
         options: &RunOptions,
         data: &dyn Dataset,
-        start: u64,
+        (start, resumed): (u64, bool),
     ) -> Result<Vec<String>> {
         let recipe_device = match resolved.recipe.device()? {
             Device::Cpu => "cpu".to_string(),
@@ -143,7 +147,7 @@ impl RunFolder {
             threads: rayon::current_num_threads(),
             started_unix: since.map_or(0, |d| d.as_secs()),
         };
-        let mut notes = if start > 0 { self.compare(&info)? } else { Vec::new() };
+        let mut notes = if resumed { self.compare(&info)? } else { Vec::new() };
         let told = self.changes.iter().filter(|change| change.key != "name");
         notes.extend(told.map(|change| format!("the run goes on with another {change}")));
         let seams = self.old_steps.map_or(Vec::new(), |old| resolved.seams(old, start));
@@ -199,14 +203,22 @@ impl RunFolder {
         Ok(other.into_iter().collect())
     }
 
+    /// Its new number of steps with the old one, if it has another.
+    pub(super) fn longer(&self) -> Option<String> {
+        let change = self.changes.iter().find(|change| change.key == STEPS)?;
+        Some(change.to_string())
+    }
+
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The result, if the run has done the recipe's steps.
+    /// The result, if the run has done the recipe's steps, or ended before by a rule that is still the recipe's.
     pub(super) fn result(&self, steps: u64) -> Result<Option<RunResult>> {
-        Ok(RunResult::read(&self.path)?.filter(|result| result.steps >= steps))
+        let same_rule = || !self.changes.iter().any(|change| change.key.starts_with("stop."));
+        let ended = |result: &RunResult| result.steps >= steps || (result.stopped.is_some() && same_rule());
+        Ok(RunResult::read(&self.path)?.filter(ended))
     }
 
     pub(super) fn finish(&self, result: &RunResult) -> Result<()> {
