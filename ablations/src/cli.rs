@@ -124,7 +124,8 @@ impl DeviceArgs {
 #[derive(Debug, clap::Args)]
 pub struct RecipeArgs {
     /// A recipe, or the folder of a run.
-    recipe: std::path::PathBuf,
+    #[arg(value_name = "RECIPE")]
+    pub path: std::path::PathBuf,
     #[command(flatten)]
     set: SetArgs,
     #[command(flatten)]
@@ -139,7 +140,7 @@ impl RecipeArgs {
     pub fn resolve(&self) -> Result<Resolved> {
         let mut overrides = self.set.overrides();
         overrides.sets.extend(self.device.sets());
-        let resolved = Resolved::load(&self.recipe, &overrides)?;
+        let resolved = Resolved::load(&self.path, &overrides)?;
         resolved.warnings.iter().for_each(style::warn);
         Ok(resolved)
     }

@@ -14,6 +14,7 @@
 pub mod cli;
 pub mod commands;
 pub mod features;
+pub mod filmstrip;
 pub mod pictures;
 pub mod pulse;
 pub mod report;

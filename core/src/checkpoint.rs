@@ -225,12 +225,28 @@ fn step_of(path: &Path) -> Option<(u64, bool)> {
     Some((number.parse().ok()?, in_place))
 }
 
-/// Writes a checkpoint into `run`; gives its folder. Then removes the oldest beyond `keep`, and those of later steps: the
-/// run will do these steps again.
+/// Which checkpoints of a run are kept.
+#[derive(Clone, Copy, Debug)]
+pub struct Keep {
+    /// So many of the newest, at least one.
+    pub newest: usize,
+    /// And those of steps that are multiples of this; 0: no others.
+    pub every: u64,
+}
+
+impl Keep {
+    /// The newest alone.
+    pub fn newest(newest: usize) -> Self {
+        Self { newest, every: 0 }
+    }
+}
+
+/// Writes a checkpoint into `run`; gives its folder. Then removes earlier ones that are not to be kept, and those of later
+/// steps: the run will do these steps again.
 ///
 /// # Errors
 /// If it cannot be written; earlier checkpoints stay as they are.
-pub fn save(run: &Path, content: &Content, keep: usize) -> Result<PathBuf> {
+pub fn save(run: &Path, content: &Content, keep: Keep) -> Result<PathBuf> {
     let folder = run.join(FOLDER);
     fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
     let target = folder.join(folder_name(content.step));
@@ -272,16 +288,19 @@ pub fn save(run: &Path, content: &Content, keep: usize) -> Result<PathBuf> {
     Ok(target)
 }
 
-/// Removes the checkpoints of `run` beside that of `step`, which is whole: the oldest beyond `keep`, and those of later steps.
+/// Removes the checkpoints of `run` beside that of `step`, which is whole: those that are not to be kept, and those of later
+/// steps.
 ///
 /// # Errors
 /// If one cannot be removed.
-pub fn prune(run: &Path, step: u64, keep: usize) -> Result<()> {
+pub fn prune(run: &Path, step: u64, keep: Keep) -> Result<()> {
     let target = run.join(FOLDER).join(folder_name(step));
     let (earlier, other): (Vec<_>, Vec<_>) =
         list(run)?.into_iter().partition(|path| step_of(path).is_some_and(|(earlier, _)| earlier < step));
     let stale = other.into_iter().filter(|path| *path != target);
-    for old in stale.chain(earlier.into_iter().rev().skip(keep.max(1) - 1)) {
+    let forever = |path: &PathBuf| step_of(path).is_some_and(|(s, _)| keep.every > 0 && s.is_multiple_of(keep.every));
+    let old = earlier.into_iter().rev().skip(keep.newest.max(1) - 1).filter(|path| !forever(path));
+    for old in stale.chain(old) {
         remove(&old)?;
     }
     Ok(())
@@ -393,7 +412,7 @@ pub(crate) fn sync_dir(path: &Path) -> Result<()> {
     fs::File::open(path).and_then(|d| d.sync_all()).map_err(Error::io("flush", path))
 }
 
-fn hash_file(path: &Path) -> Result<String> {
+pub(crate) fn hash_file(path: &Path) -> Result<String> {
     let mut hasher = blake3::Hasher::new();
     let mut file = fs::File::open(path).map_err(Error::io("read", path))?;
     std::io::copy(&mut file, &mut hasher).map_err(Error::io("read", path))?;
@@ -418,6 +437,30 @@ pub fn list(run: &Path) -> Result<Vec<PathBuf>> {
     }
     found.sort();
     Ok(found.into_iter().map(|(_, path)| path).collect())
+}
+
+/// The steps of the checkpoints of a run by their names, oldest first.
+///
+/// # Errors
+/// If the folder cannot be listed.
+pub fn steps(run: &Path) -> Result<Vec<u64>> {
+    Ok(list(run)?.iter().filter_map(|path| step_of(path)).map(|(step, _)| step).collect())
+}
+
+/// The steps of the newest checkpoint of a run, by its name.
+///
+/// # Errors
+/// If the folder cannot be listed.
+pub fn newest_step(run: &Path) -> Result<Option<u64>> {
+    Ok(steps(run)?.pop())
+}
+
+/// The run that a checkpoint lies in, if it lies in one.
+pub(crate) fn run_of(checkpoint: &Path) -> Option<PathBuf> {
+    // A link to a checkpoint leads to its run.
+    let real = checkpoint.canonicalize().ok()?;
+    let folder = real.parent().filter(|folder| folder.ends_with(FOLDER))?;
+    folder.parent().filter(|run| run.join(RECIPE_FILE).exists()).map(Path::to_path_buf)
 }
 
 /// Reads one checkpoint folder.
@@ -566,7 +609,7 @@ mod tests {
     fn the_newest_are_kept_and_read_back_to_the_bit() {
         let run = tempfile::tempdir().unwrap();
         for step in [10, 20, 30] {
-            save(run.path(), &content(step), 2).unwrap();
+            save(run.path(), &content(step), Keep::newest(2)).unwrap();
         }
         let names: Vec<_> = list(run.path()).unwrap().iter().map(|p| p.file_name().unwrap().to_owned()).collect();
         assert_eq!(names, ["step-00000020", "step-00000030"]);
@@ -577,10 +620,20 @@ mod tests {
     }
 
     #[test]
+    fn one_in_so_many_steps_is_kept_beside_the_newest() {
+        let run = tempfile::tempdir().unwrap();
+        for step in [10, 20, 30, 40, 50, 60, 65] {
+            save(run.path(), &content(step), Keep { newest: 2, every: 20 }).unwrap();
+        }
+        let steps: Vec<u64> = list(run.path()).unwrap().iter().filter_map(|p| step_of(p)).map(|(s, _)| s).collect();
+        assert_eq!(steps, [20, 40, 60, 65]);
+    }
+
+    #[test]
     fn a_cut_or_changed_file_is_named_and_the_one_before_is_used() {
         let run = tempfile::tempdir().unwrap();
-        save(run.path(), &content(1), 3).unwrap();
-        let second = save(run.path(), &content(2), 3).unwrap();
+        save(run.path(), &content(1), Keep::newest(3)).unwrap();
+        let second = save(run.path(), &content(2), Keep::newest(3)).unwrap();
         let file = second.join("model.safetensors");
         let mut bytes = fs::read(&file).unwrap();
         *bytes.last_mut().unwrap() ^= 1;
@@ -589,7 +642,7 @@ mod tests {
         assert_eq!(checkpoint.step, 1);
         assert!(passed[0].to_string().contains("model.safetensors"), "{}", passed[0]);
 
-        let third = save(run.path(), &content(3), 3).unwrap();
+        let third = save(run.path(), &content(3), Keep::newest(3)).unwrap();
         let file = third.join("optimizer.safetensors");
         let bytes = fs::read(&file).unwrap();
         fs::write(&file, &bytes[..bytes.len() / 2]).unwrap();
@@ -600,11 +653,11 @@ mod tests {
     fn a_checkpoint_just_written_stays_whatever_broken_ones_of_later_steps_are_there() {
         let run = tempfile::tempdir().unwrap();
         for step in [10, 20, 30] {
-            save(run.path(), &content(step), 3).unwrap();
+            save(run.path(), &content(step), Keep::newest(3)).unwrap();
         }
         fs::write(run.path().join("checkpoints/step-00000030/model.safetensors"), b"damaged").unwrap();
         assert_eq!(load_newest(run.path()).unwrap().unwrap().0.step, 20);
-        save(run.path(), &content(24), 1).unwrap();
+        save(run.path(), &content(24), Keep::newest(1)).unwrap();
         assert_eq!(load_newest(run.path()).unwrap().unwrap().0.step, 24);
         assert_eq!(list(run.path()).unwrap().len(), 1);
     }
@@ -613,8 +666,8 @@ mod tests {
     fn a_kill_while_one_is_removed_or_replaced_leaves_nothing_behind_and_loses_nothing() {
         let run = tempfile::tempdir().unwrap();
         let folder = run.path().join(FOLDER);
-        save(run.path(), &content(1), 3).unwrap();
-        save(run.path(), &content(2), 3).unwrap();
+        save(run.path(), &content(1), Keep::newest(3)).unwrap();
+        save(run.path(), &content(2), Keep::newest(3)).unwrap();
         // Killed between the two renames of a replacement, and in the middle of removals of this and earlier versions.
         fs::rename(folder.join("step-00000002"), folder.join("step-00000002.replaced")).unwrap();
         for half in [".removing-step-00000000", ".building-x", "step-00000000"] {
@@ -624,7 +677,7 @@ mod tests {
         assert_eq!(load_newest(run.path()).unwrap().unwrap().0.step, 2);
         clear(run.path()).unwrap();
         assert_eq!(load_newest(run.path()).unwrap().unwrap().0.step, 2);
-        save(run.path(), &content(2), 3).unwrap();
+        save(run.path(), &content(2), Keep::newest(3)).unwrap();
         let mut names: Vec<_> = fs::read_dir(&folder).unwrap().map(|e| e.unwrap().file_name()).collect();
         names.sort();
         assert_eq!(names, ["step-00000001", "step-00000002"]);
@@ -634,7 +687,7 @@ mod tests {
     fn the_newest_is_told_by_its_number_however_many_digits_it_has() {
         let run = tempfile::tempdir().unwrap();
         for step in [99_999_999, 100_000_000] {
-            save(run.path(), &content(step), 2).unwrap();
+            save(run.path(), &content(step), Keep::newest(2)).unwrap();
         }
         assert_eq!(load_newest(run.path()).unwrap().unwrap().0.step, 100_000_000);
         assert_eq!(load_newest_before(run.path(), 100_000_000).unwrap().unwrap().0.step, 99_999_999);
@@ -643,7 +696,7 @@ mod tests {
     #[test]
     fn what_a_killed_writer_leaves_is_not_a_checkpoint() {
         let run = tempfile::tempdir().unwrap();
-        save(run.path(), &content(1), 3).unwrap();
+        save(run.path(), &content(1), Keep::newest(3)).unwrap();
         let half = run.path().join(FOLDER).join(".building-x");
         fs::create_dir(&half).unwrap();
         fs::write(half.join("model.safetensors"), b"half").unwrap();

@@ -196,9 +196,9 @@ fn a_run_goes_on_under_other_keys_that_change_no_number_and_is_told_of_those_tha
     assert_same_weights(&folder, "whole", "run", 12);
     fs::copy(folder.path("first.toml"), folder.path("run/recipe.toml")).expect("it is a file");
 
-    let ended = again(&["optimizer.eps=1e-7", "steps=20", "log.every=3"]);
+    let ended = again(&["optimizer.eps=1e-7", "seed=4", "log.every=3"]);
     assert_eq!(ended.code, 2, "{}", ended.err);
-    for part in ["steps: was 12, is 20", "optimizer.eps: was 1e-8, is 1e-7", "init_from"] {
+    for part in ["seed: was 0, is 4", "optimizer.eps: was 1e-8, is 1e-7", "init_from"] {
         assert!(ended.err.contains(part), "no `{part}` in {}", ended.err);
     }
     assert!(!ended.err.contains("log.every"), "it changes no number: {}", ended.err);

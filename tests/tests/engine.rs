@@ -270,7 +270,7 @@ fn held(learner: &Learner) -> Vec<(String, Vec<u8>)> {
 /// The learner of the checkpoint that one would write after `step` steps.
 fn resumed(resolved: &Resolved, learner: &Learner, step: u64) -> Learner {
     let folder = tempfile::tempdir().unwrap();
-    checkpoint::save(folder.path(), &learner.content(step).unwrap(), 1).unwrap();
+    checkpoint::save(folder.path(), &learner.content(step).unwrap(), checkpoint::Keep::newest(1)).unwrap();
     let (checkpoint, _) = checkpoint::load_newest(folder.path()).unwrap().expect("one was saved");
     Learner::from_checkpoint(&resolved.recipe, &checkpoint).unwrap_or_else(|e| panic!("{e}"))
 }
@@ -412,7 +412,7 @@ fn weights_that_are_not_finite_are_named_before_they_are_used() {
         let flat = if role == "student" { &mut weights.student } else { weights.teacher.as_mut().unwrap() };
         let good = std::mem::replace(&mut flat.as_mut_slice::<f32>()[at + 3], bad);
         let folder = tempfile::tempdir().unwrap();
-        checkpoint::save(folder.path(), &learner.content(1).unwrap(), 1).unwrap();
+        checkpoint::save(folder.path(), &learner.content(1).unwrap(), checkpoint::Keep::newest(1)).unwrap();
         let error = learner.step(0, &pipeline.step(0).unwrap().batches, false).unwrap_err().to_string();
         assert!(error.contains(&format!("{role}.{name}")), "{error}");
         let (checkpoint, _) = checkpoint::load_newest(folder.path()).unwrap().expect("one was saved");

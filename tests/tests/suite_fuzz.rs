@@ -203,7 +203,8 @@ proptest! {
             fs::write(folder.path().join(name), bytes).unwrap();
         }
         let prepared = Box::new(Anything(toml::Table::new()));
-        let run = PlannedRun { arm: "a".into(), seed: 0, dir: ".".into(), overrides: Overrides::new(), prepared };
+        let (arm, dir, base, [overrides, trial]) = ("a".into(), ".".into(), "r.toml".into(), Default::default());
+        let run = PlannedRun { arm, seed: 0, dir, base, overrides, trial, prepared };
         let name = files[which].0;
         match RunRecord::read(&run, folder.path()) {
             Err(error) => prop_assert!(error.to_string().contains(name), "{error}"),

@@ -13,7 +13,8 @@ use dinolab_core::Result;
 use crate::cli::DeviceArgs;
 use crate::report::{self, duration, Provenance};
 use crate::suite::{
-    execute, Event, ExecuteOptions, Job, Outcome, Overrides, Plan, Prepared, Progress, Status, Suite, Tally,
+    execute, Event, ExecuteOptions, Job, Outcome, Overrides, Plan, PlannedRun, Prepared, Progress, Status, Suite,
+    Tally, TRUNK,
 };
 use crate::{signals, style};
 
@@ -88,10 +89,10 @@ pub fn run(args: Args) -> Result<ExitCode> {
         retry_failed: args.retry_failed,
         stop: signals::stop_flag(),
     };
-    let progress = Progress::new(&plan.suite.name, plan.runs.len(), finished(&plan)?.len());
+    let progress = Progress::new(&plan.suite.name, plan.all_runs().count(), finished(&plan)?.len());
     let tally = execute(&plan, &options, &prepare, &progress)?;
     if let Some((run, step)) = &tally.interrupted {
-        let (done, runs) = (finished(&plan)?.len(), plan.runs.len());
+        let (done, runs) = (finished(&plan)?.len(), plan.all_runs().count());
         style::say(&format!(
             "stopped at {run}, step {step}, saved; {done} of {runs} runs are finished; go on with the same command"
         ));
@@ -114,6 +115,9 @@ fn conclude(plan: &Plan, tally: &Tally) -> Result<ExitCode> {
     }
     for run in &tally.elsewhere {
         style::say(&format!("{run} is being run by another process, which will write the report again"));
+    }
+    for run in &tally.waiting {
+        style::say(&format!("{run} was not begun: its trunk is not done"));
     }
     for (run, error) in &tally.failed {
         style::line(&format!("failed: {run}: {error}"));
@@ -186,45 +190,66 @@ impl Observer for Watcher<'_> {
     }
 }
 
-/// Seconds of every finished run of the plan.
-fn finished(plan: &Plan) -> Result<Vec<f64>> {
-    let status = |run: &crate::suite::PlannedRun| Status::of(&plan.out.join(&run.dir));
-    let all: Vec<Status> = plan.runs.iter().map(status).collect::<Result<_>>()?;
-    Ok(all.iter().filter_map(|s| if let Status::Finished(r) = s { Some(r.seconds) } else { None }).collect())
+/// Every finished run of the plan: the steps that it did itself, and the seconds that they took.
+fn finished(plan: &Plan) -> Result<Vec<(u64, f64)>> {
+    let mut found = Vec::new();
+    for run in plan.all_runs() {
+        if let Status::Finished(result) = Status::of(&plan.out.join(&run.dir))? {
+            found.push((result.steps.saturating_sub(start(plan, run)), result.seconds));
+        }
+    }
+    Ok(found)
+}
+
+/// The step that a run begins at: the fork, for an arm of a suite with a trunk.
+fn start(plan: &Plan, run: &PlannedRun) -> u64 {
+    plan.suite.trunk.as_ref().filter(|_| run.arm != TRUNK).map_or(0, |trunk| trunk.fork)
 }
 
 /// The expansion of the suite: arms, seeds, state and cost.
 fn dry_run(plan: &Plan) -> Result<()> {
     let mut table = Table::new();
     table.load_style(UTF8_FULL_CONDENSED).set_header(["arm", "changes", "steps", "TFLOP a run", "runs"]);
-    for run in plan.first_of_each_arm() {
-        let recipe = resolve(&plan.suite.base, &run.overrides)?.recipe;
-        let flops = cost::cost(&recipe)?.flops_per_image * recipe.batch.size as f64 * recipe.steps as f64;
-        let arm = plan.suite.arm(&run.arm).expect("arms of a plan are arms of its suite");
-        let mut changes: Vec<String> = arm.set.iter().map(|(k, v)| format!("{k} = {v}")).collect();
-        let follows = plan.differences(&arm.name).into_iter().filter(|(key, ..)| !arm.set.contains_key(key));
-        let follows = follows.filter(|(key, ..)| plan.suite.follows.iter().any(|f| key.starts_with(f.as_str())));
-        changes.extend(follows.map(|(key, _, is)| format!("follows: {key} = {}", is.unwrap_or_else(|| "none".into()))));
+    let mut total = (0, 0.0);
+    for run in plan.trunks.iter().take(1).chain(plan.first_of_each_arm()) {
+        let recipe = resolve(&run.base, &run.overrides)?.recipe;
+        let steps = recipe.steps - start(plan, run);
+        let tera = cost::cost(&recipe)?.flops_per_image * recipe.batch.size as f64 * steps as f64 / 1e12;
         let mut states = Vec::new();
-        for other in plan.runs.iter().filter(|r| r.arm == run.arm) {
+        for other in plan.all_runs().filter(|r| r.arm == run.arm) {
             states.push(format!("seed {} {}", other.seed, Status::of(&plan.out.join(&other.dir))?.word()));
         }
-        table.add_row([
-            run.arm.clone(),
-            changes.join("\n"),
-            recipe.steps.to_string(),
-            format!("{:.3}", flops / 1e12),
-            states.join("\n"),
-        ]);
+        total = (total.0 + steps * states.len() as u64, total.1 + tera * states.len() as f64);
+        let shown =
+            if start(plan, run) > 0 { format!("{} to {}", start(plan, run), recipe.steps) } else { steps.to_string() };
+        table.add_row([run.arm.clone(), changes(plan, run), shown, format!("{tera:.3}"), states.join("\n")]);
     }
     style::print(&format!("{table}\n"));
-    let done = finished(plan)?;
-    let left = plan.runs.len() - done.len();
-    style::print(&format!("{} runs in {}, {left} of them to do\n", plan.runs.len(), printable(&plan.out)));
-    if !done.is_empty() {
-        let each = done.iter().sum::<f64>() / done.len() as f64;
-        let (each, all) = (duration(each), duration(each * left as f64));
-        style::print(&format!("a run took {each} so far, so about {all} are left\n"));
+    let (runs, done) = (plan.all_runs().count(), finished(plan)?);
+    let left = runs - done.len();
+    style::print(&format!(
+        "{runs} runs in {}, {left} of them to do: {:.3} TFLOP in all\n",
+        printable(&plan.out),
+        total.1
+    ));
+    let (steps, seconds) = done.iter().fold((0, 0.0), |sum, run| (sum.0 + run.0, sum.1 + run.1));
+    if steps > 0 {
+        let each = seconds / steps as f64;
+        let all = duration(each * total.0.saturating_sub(steps) as f64);
+        style::print(&format!("{steps} steps took {} so far, so about {all} are left\n", duration(seconds)));
     }
     Ok(())
+}
+
+/// What a run changes in its recipe, beside what all share.
+fn changes(plan: &Plan, run: &PlannedRun) -> String {
+    let shown = |set: &Overrides| set.iter().map(|(k, v)| format!("{k} = {v}")).collect::<Vec<_>>();
+    let Some(arm) = plan.suite.arm(&run.arm) else {
+        return plan.suite.trunk.as_ref().map_or(Vec::new(), |trunk| shown(&trunk.set)).join("\n");
+    };
+    let mut changes = shown(&arm.set);
+    let follows = plan.differences(&arm.name).into_iter().filter(|(key, ..)| !arm.set.contains_key(key));
+    let follows = follows.filter(|(key, ..)| plan.suite.follows.iter().any(|f| key.starts_with(f.as_str())));
+    changes.extend(follows.map(|(key, _, is)| format!("follows: {key} = {}", is.unwrap_or_else(|| "none".into()))));
+    changes.join("\n")
 }

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::sync_channel;
 use std::time::Instant;
 
+use dinolab_core::checkpoint::write_file;
 use dinolab_core::text::printable;
 use dinolab_core::train::Trained;
 use dinolab_core::{Error, Result};
@@ -18,6 +19,7 @@ use crate::features::{
     self, fit, read_back, see, sides, write_features, write_pictures, Format, Input, Maps, Record, Seen, Sheets, Size,
     Viewer,
 };
+use crate::filmstrip::{self, filmstrip};
 use crate::pictures::align_signs;
 use crate::pulse::Pulse;
 use crate::{signals, style};
@@ -29,11 +31,15 @@ const WINDOW: usize = 4;
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Images, or folders of images.
-    #[arg(required = true)]
+    #[arg(required_unless_present = "over")]
     images: Vec<PathBuf>,
     /// The weights: a run, a checkpoint inside one, or imported weights.
-    #[arg(long, required_unless_present = "compare")]
+    #[arg(long, required_unless_present_any = ["compare", "over"])]
     weights: Option<PathBuf>,
+    /// In place of images and weights: what a run saw in its held-out images at every step whose checkpoint it kept; several
+    /// runs may be given, one row each.
+    #[arg(long, value_name = "RUN", num_args = 1.., conflicts_with_all = ["images", "weights", "compare"])]
+    over: Vec<PathBuf>,
     /// Two weights, side by side on the same images.
     #[arg(long, num_args = 2, value_names = ["A", "B"], conflicts_with = "weights")]
     compare: Vec<PathBuf>,
@@ -88,6 +94,9 @@ struct Model {
 
 /// Runs the command.
 pub fn run(args: &Args) -> Result<ExitCode> {
+    if !args.over.is_empty() {
+        return over(&args.over, &args.out);
+    }
     let stop = signals::stop_flag();
     let models = models(args)?;
     let (images, notes) = features::images(&args.images)?;
@@ -175,6 +184,23 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let out = printable(&args.out);
     style::say(&format!("{done} images in {seconds:.1} s ({rates}){broken}; everything is in {out}"));
     pages.map_or(Ok(()), Pages::finish)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Writes the filmstrip of some runs.
+fn over(runs: &[PathBuf], out: &Path) -> Result<ExitCode> {
+    let named: Vec<(String, PathBuf)> = runs.iter().map(|run| (printable(run), run.clone())).collect();
+    let Some(strip) = filmstrip(&named, 1)? else {
+        let problem = "there is no checkpoint in these runs";
+        return Err(Error::content(&runs[0], problem, "name the folder of a run that was trained"));
+    };
+    if strip.steps.len() == 1 {
+        style::warn("only one step is kept: train with checkpoint.keep_every to see features over time");
+    }
+    std::fs::create_dir_all(out).map_err(Error::io("create", out))?;
+    let path = out.join("filmstrip.html");
+    write_file(&path, filmstrip::page(&strip).as_bytes())?;
+    style::say(&format!("{} steps of {} runs are in {}", strip.steps.len(), runs.len(), printable(&path)));
     Ok(ExitCode::SUCCESS)
 }
 

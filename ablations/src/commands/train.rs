@@ -19,10 +19,10 @@ use crate::{signals, style};
 pub struct Args {
     #[command(flatten)]
     recipe: RecipeArgs,
-    /// The run's folder; by default one named like the recipe in runs/
+    /// The run's folder; by default one named like the recipe in runs/, or with --resume the run that is named
     #[arg(long)]
     out: Option<PathBuf>,
-    /// Continue the run in the folder from its newest checkpoint
+    /// Continue the run in the folder from its newest checkpoint; --set steps=N makes it longer
     #[arg(long)]
     resume: bool,
 }
@@ -30,7 +30,10 @@ pub struct Args {
 /// Runs the command.
 pub fn run(args: &Args) -> Result<ExitCode> {
     let resolved = args.recipe.resolve()?;
-    let out = args.out.clone().unwrap_or_else(|| PathBuf::from("runs").join(&resolved.recipe.name));
+    let out = args.out.clone().unwrap_or_else(|| match args.recipe.path.is_dir() && args.resume {
+        true => args.recipe.path.clone(),
+        false => PathBuf::from("runs").join(&resolved.recipe.name),
+    });
     let options = RunOptions {
         out: out.clone(),
         resume: args.resume,
@@ -44,6 +47,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         Outcome::Finished(result) => {
             for (name, value) in result.metrics.iter().filter(|(n, _)| n.starts_with("probe/") || *n == "loss/total") {
                 style::say(&format!("{name:<40} {value:.4}"));
+            }
+            if let Some(why) = &result.stopped {
+                style::say(&format!("ended before its {} steps: {why}", resolved.recipe.steps));
             }
             let (steps, seconds) = (result.steps, result.seconds);
             style::say(&format!("finished {steps} steps in {seconds:.0} s; everything is in {}", printable(&out)));

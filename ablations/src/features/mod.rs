@@ -5,6 +5,7 @@
 
 mod files;
 mod fit;
+mod held;
 mod inputs;
 mod record;
 mod sheet;
@@ -20,6 +21,7 @@ use crate::pictures::{foreground, principal_scores, PatchView};
 
 pub use files::{read_back, write_features, write_pictures, Format};
 pub use fit::{fit, sides, Size};
+pub use held::Held;
 pub use inputs::{images, name, Found, Input};
 pub use record::Record;
 pub use sheet::Sheets;

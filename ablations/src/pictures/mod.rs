@@ -50,6 +50,12 @@ impl PatchView {
         nearest.expect("an image has at least one patch")
     }
 
+    /// Left, top, width and height of a patch in percent of the image.
+    pub fn frame(&self, patch: usize) -> [f64; 4] {
+        let (w, h) = (100.0 / self.width as f64, 100.0 / self.height as f64);
+        [(patch % self.width) as f64 * w, (patch / self.width) as f64 * h, w, h]
+    }
+
     /// Cosine similarity of every patch to a vector `[D]`.
     pub fn cosine_to(&self, anchor: &[f64]) -> Vec<f64> {
         let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(x, y)| x * y).sum::<f64>();

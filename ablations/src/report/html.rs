@@ -5,11 +5,13 @@ use std::collections::BTreeSet;
 use dinolab_core::Result;
 use minijinja::value::Serde;
 use minijinja::{context, Environment, Value};
+use plotters::style::RGBColor;
 
 use super::markdown::{estimate_text, verdict_word};
-use super::plots::{color, css, curves, forest, Band, ForestRow};
-use super::{duration, number, p_text, rounded_to, Comparison, Pictures, Summary, Verdict};
-use crate::suite::{Better, Plan, RunRecord, Series};
+use super::plots::{bounds, color, css, curves, forest, Band, ForestRow, Mark, Points, TRUNK_COLOR};
+use super::{duration, number, p_text, rounded_to, Comparison, EventSummary, Pictures, Summary, Verdict};
+use crate::filmstrip::{Filmstrip, STRIPS};
+use crate::suite::{Better, Plan, RunRecord, Series, TRUNK};
 
 const TEMPLATE: &str = include_str!("template.html");
 
@@ -19,6 +21,7 @@ pub(super) fn page(
     records: &[RunRecord],
     summary: &Summary,
     pictures: Option<&Pictures>,
+    film: Option<&Filmstrip>,
 ) -> Result<String> {
     let baseline = summary.arms.iter().position(|a| a.name == summary.baseline).expect("the baseline is an arm");
     let colors: Vec<_> = (0..summary.arms.len()).map(|i| color(i, baseline)).collect();
@@ -68,13 +71,27 @@ pub(super) fn page(
             context! { sentence => c.sentence.as_str(), verdict, worth, color => css(arm_color(&c.arm)) }
         })
         .collect();
-    let curve_groups = curve_groups(summary, records, &colors);
+    let mut lines: Vec<(&str, RGBColor)> = summary.trunk.iter().map(|_| (TRUNK, TRUNK_COLOR)).collect();
+    lines.extend(summary.arms.iter().zip(&colors).map(|(arm, color)| (arm.name.as_str(), *color)));
+    let happened = happened(summary, &lines);
+    let marks: Vec<Mark> = happened.iter().map(|h| Mark { step: h.event.step as f64, color: h.color }).collect();
+    let curve_groups = curve_groups(summary, records, &lines, &marks);
+    let lines: Vec<Value> =
+        lines.iter().map(|(name, color)| context! { name => *name, color => css(*color) }).collect();
+    let happened: Vec<Value> = happened
+        .iter()
+        .map(|h| {
+            let arms = h.arms.join(", ");
+            context! { event => Value::from(Serde(h.event)), arms, color => h.color.map(css) }
+        })
+        .collect();
     let mut environment = Environment::new();
+    environment.add_template("strips.html", STRIPS).expect("the template is well formed");
     environment.add_template("report.html", TEMPLATE).expect("the template is well formed");
     let template = environment.get_template("report.html").expect("it was added above");
     let page = template.render(context! {
-        summary => Value::from(Serde(summary)), arms, metrics, headlines, curve_groups,
-        total_time => duration(summary.seconds),
+        summary => Value::from(Serde(summary)), arms, metrics, headlines, curve_groups, lines, happened,
+        total_time => duration(summary.seconds), filmstrip => film.map(|film| Value::from(Serde(film))),
         pictures => pictures.map(|p| context! { seed => p.seed, rows => Value::from(Serde(&p.rows)) }),
     });
     Ok(page.expect("the template asks for nothing that it is not given"))
@@ -102,8 +119,9 @@ fn comparison(c: &Comparison, better: Better) -> Value {
     }
 }
 
-/// Curves by theme: the metrics that decide, other probes, losses, and the rest, which is folded away.
-fn curve_groups(summary: &Summary, records: &[RunRecord], colors: &[plotters::style::RGBColor]) -> Vec<Value> {
+/// Curves by theme: the metrics that decide, other probes, losses, and the rest, which is folded away. All have the same
+/// axis and the same lines where something happened.
+fn curve_groups(summary: &Summary, records: &[RunRecord], colors: &[(&str, RGBColor)], marks: &[Mark]) -> Vec<Value> {
     let names: BTreeSet<&String> = records.iter().flat_map(|r| r.curves.keys()).collect();
     let group = |name: &str| match name {
         n if summary.metrics.iter().any(|m| m == n) => 0,
@@ -112,20 +130,45 @@ fn curve_groups(summary: &Summary, records: &[RunRecord], colors: &[plotters::st
         _ => 3,
     };
     let titles = ["What decides", "Other probes", "Losses", "Optimisation and throughput"];
+    let steps = bounds(records.iter().flat_map(|r| r.curves.values().flatten()).map(|(step, _)| *step as f64));
     let drawn = |name: &&String| {
-        let band = |(arm, &color): (&super::ArmSummary, _)| {
+        let band = |&(arm, color): &(&str, RGBColor)| {
             let runs: Vec<&Series> =
-                records.iter().filter(|r| r.arm == arm.name).filter_map(|r| r.curves.get(*name)).collect();
-            Band::over(color, &runs)
+                records.iter().filter(|r| r.arm == arm).filter_map(|r| r.curves.get(*name)).collect();
+            Band { color, points: Points::over(&runs).0 }
         };
-        let bands: Vec<Band> = summary.arms.iter().zip(colors).map(band).filter(|b| !b.points.is_empty()).collect();
+        let bands: Vec<Band> = colors.iter().map(band).filter(|b| !b.points.is_empty()).collect();
         // What was measured once is in the tables.
         let curve = bands.iter().any(|b| b.points.len() > 1);
-        curve.then(|| context! { name => name.as_str(), svg => Value::from_safe_string(curves(&bands)) })
+        curve.then(|| context! { name => name.as_str(), svg => Value::from_safe_string(curves(&bands, steps, marks)) })
     };
     let themes = titles.iter().enumerate().map(|(i, title)| {
         let plots: Vec<Value> = names.iter().filter(|n| group(n) == i).filter_map(drawn).collect();
         context! { title => *title, open => i != 3, plots }
     });
     themes.collect()
+}
+
+/// Something that happened, in the arms that it happened in.
+struct Happened<'a> {
+    event: &'a EventSummary,
+    arms: Vec<&'a str>,
+    /// The colour of the arm, if it is one among several.
+    color: Option<RGBColor>,
+}
+
+fn happened<'a>(summary: &'a Summary, colors: &[(&'a str, RGBColor)]) -> Vec<Happened<'a>> {
+    let mut found = Vec::<Happened>::new();
+    for event in &summary.events {
+        let same =
+            |h: &&mut Happened| (h.event.step, &h.event.kind, &h.event.text) == (event.step, &event.kind, &event.text);
+        match found.iter_mut().find(same) {
+            Some(known) => (known.arms, known.color) = ([&known.arms[..], &[event.arm.as_str()]].concat(), None),
+            None => {
+                let color = colors.iter().find(|(arm, _)| *arm == event.arm).map(|(_, color)| *color);
+                found.push(Happened { event, arms: vec![&event.arm], color });
+            }
+        }
+    }
+    found
 }

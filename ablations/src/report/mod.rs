@@ -12,10 +12,14 @@ use std::path::{Path, PathBuf};
 use dinolab_core::{Error, Result};
 
 pub use look::look;
-pub use summary::{ArmSummary, Comparison, Provenance, RunSummary, SeedDifference, Summary, Verdict};
+pub use summary::{
+    ArmSummary, Comparison, EventSummary, Provenance, RunSummary, SeedDifference, SeriesSummary, Summary, TrunkSummary,
+    Verdict,
+};
 
+use crate::filmstrip::{filmstrip, Filmstrip};
 use crate::pictures::PatchView;
-use crate::suite::{lock_folder, Plan, RunRecord};
+use crate::suite::{lock_folder, Plan, RunRecord, TRUNK};
 
 /// What a trained run sees in the held-out images, given its folder: [`look()`].
 pub type Look<'a> = &'a dyn Fn(&Path) -> Result<Vec<PatchView>>;
@@ -27,15 +31,19 @@ pub type Look<'a> = &'a dyn Fn(&Path) -> Result<Vec<PatchView>>;
 /// # Errors
 /// If a run's files cannot be read, or the outputs not be written. A run without pictures is a warning.
 pub fn write(plan: &Plan, provenance: Provenance, look: Look<'_>) -> Result<(Summary, PathBuf)> {
-    let records: Vec<RunRecord> = plan.runs.iter().map(|run| RunRecord::read(run, &plan.out)).collect::<Result<_>>()?;
+    let records: Vec<RunRecord> = plan.all_runs().map(|run| RunRecord::read(run, &plan.out)).collect::<Result<_>>()?;
     let mut summary = Summary::new(plan, &records, provenance);
     let pictures = draw(plan, &records, look).unwrap_or_else(|error| {
         summary.warnings.push(format!("there are no pictures: {error}"));
         None
     });
+    let film = over_time(plan, &records).unwrap_or_else(|error| {
+        summary.warnings.push(format!("there are no pictures over time: {error}"));
+        None
+    });
     let json = serde_json::to_string_pretty(&summary).expect("a summary is plain data");
     let report = plan.out.join("report.html");
-    let page = html::page(plan, &records, &summary, pictures.as_ref())?;
+    let page = html::page(plan, &records, &summary, pictures.as_ref(), film.as_ref())?;
     let _lock = lock_folder(plan)?;
     for (path, text) in [
         (plan.out.join("summary.json"), json + "\n"),
@@ -54,10 +62,9 @@ struct Pictures {
 }
 
 fn draw(plan: &Plan, records: &[RunRecord], look: Look<'_>) -> Result<Option<Pictures>> {
-    let finished = |seed: u64| records.iter().filter(move |r| r.seed == seed && r.result().is_some());
-    let complete = plan.suite.seeds.iter().find(|&&seed| finished(seed).count() == plan.suite.arms.len());
-    let Some(&seed) = complete else { return Ok(None) };
-    let views: Vec<Vec<PatchView>> = finished(seed).map(|r| look(&plan.out.join(&r.dir))).collect::<Result<_>>()?;
+    let Some(seed) = complete(plan, records) else { return Ok(None) };
+    let views: Vec<Vec<PatchView>> =
+        of_arms(records, seed).map(|r| look(&plan.out.join(&r.dir))).collect::<Result<_>>()?;
     let shape = |v: &Vec<PatchView>| v.iter().map(|p| (p.height, p.width)).collect::<Vec<_>>();
     if views.iter().any(|v| shape(v) != shape(&views[0])) {
         return Err(Error::user("arms have different patch grids", "compare their pictures by hand"));
@@ -66,6 +73,27 @@ fn draw(plan: &Plan, records: &[RunRecord], look: Look<'_>) -> Result<Option<Pic
         return Err(Error::user("arms hold out different images", "compare their pictures by hand"));
     }
     Ok(Some(Pictures { seed, rows: pictures::rows(&views)? }))
+}
+
+/// Steps that have to be kept for pictures over time.
+const FILM_STEPS: usize = 3;
+
+/// The filmstrip of the first seed that all arms finished, if enough steps were kept.
+fn over_time(plan: &Plan, records: &[RunRecord]) -> Result<Option<Filmstrip>> {
+    let Some(seed) = complete(plan, records) else { return Ok(None) };
+    let mine = records.iter().filter(|r| r.seed == seed);
+    filmstrip(&mine.map(|r| (r.arm.clone(), plan.out.join(&r.dir))).collect::<Vec<_>>(), FILM_STEPS)
+}
+
+/// The first seed that all arms finished.
+fn complete(plan: &Plan, records: &[RunRecord]) -> Option<u64> {
+    let finished = |seed: u64| of_arms(records, seed).count();
+    plan.suite.seeds.iter().copied().find(|&seed| finished(seed) == plan.suite.arms.len())
+}
+
+/// The finished runs of a seed, but for its trunk.
+fn of_arms(records: &[RunRecord], seed: u64) -> impl Iterator<Item = &RunRecord> {
+    records.iter().filter(move |r| r.seed == seed && r.arm != TRUNK && r.result().is_some())
 }
 
 /// A number with four significant digits, without an exponent where it is readable without one.

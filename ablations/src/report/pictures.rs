@@ -56,10 +56,8 @@ pub fn rows(arms: &[Vec<PatchView>]) -> Result<Vec<PictureRow>> {
                 mean_similarity: similarity.iter().sum::<f64>() / similarity.len() as f64,
             }
         };
-        let (w, h) = (100.0 / view.width as f64, 100.0 / view.height as f64);
-        let (x, y) = ((reference % view.width) as f64 * w, (reference / view.width) as f64 * h);
         let cells = arms.iter().zip(&colors).map(cell).collect();
-        rows.push(PictureRow { image: data_uri(&view.image), reference: [x, y, w, h], arms: cells });
+        rows.push(PictureRow { image: data_uri(&view.image), reference: view.frame(reference), arms: cells });
         start += view.patches();
     }
     Ok(rows)

@@ -45,37 +45,65 @@ pub fn css(color: RGBColor) -> String {
 pub struct Band {
     /// Colour of the arm.
     pub color: RGBColor,
-    /// (step, mean, standard deviation), steps ascending.
-    pub points: Vec<(f64, f64, f64)>,
+    /// At steps ascending.
+    pub points: Vec<Point>,
 }
 
-impl Band {
+/// A metric of several runs over steps.
+pub struct Points(pub Vec<Point>);
+
+/// A curve at a step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Point {
+    /// Steps done; the mean of several where points are many.
+    pub step: f64,
+    /// Mean over seeds.
+    pub mean: f64,
+    /// Standard deviation over seeds; 0 of one.
+    pub std: f64,
+    /// Seeds; the fewest of several points.
+    pub n: usize,
+}
+
+impl Points {
     /// Mean and spread of the runs' curves at every step that any of them logged.
-    pub fn over(color: RGBColor, runs: &[&Series]) -> Self {
+    pub fn over(runs: &[&Series]) -> Self {
         let mut at = std::collections::BTreeMap::<u64, Vec<f64>>::new();
         for &(step, value) in runs.iter().copied().flatten().filter(|(_, v)| v.is_finite()) {
             at.entry(step).or_default().push(value);
         }
         let summary = |(step, values): (u64, Vec<f64>)| {
             let estimate = crate::statistics::estimate(&values);
-            (step as f64, estimate.mean.unwrap_or(f64::NAN), estimate.std.unwrap_or(0.0))
+            let (mean, std) = (estimate.mean.unwrap_or(f64::NAN), estimate.std.unwrap_or(0.0));
+            Point { step: step as f64, mean, std, n: values.len() }
         };
         let points: Vec<_> = at.into_iter().map(summary).collect();
         let size = points.len().div_ceil(MAX_POINTS).max(1);
-        let thin = |chunk: &[(f64, f64, f64)]| {
-            let n = chunk.len() as f64;
-            let sum = chunk.iter().fold((0.0, 0.0, 0.0), |a, p| (a.0 + p.0, a.1 + p.1, a.2 + p.2));
-            (sum.0 / n, sum.1 / n, sum.2 / n)
+        let thin = |chunk: &[Point]| {
+            let mean = |of: fn(&Point) -> f64| chunk.iter().map(of).sum::<f64>() / chunk.len() as f64;
+            let n = chunk.iter().map(|p| p.n).min().unwrap_or(0);
+            Point { step: mean(|p| p.step), mean: mean(|p| p.mean), std: mean(|p| p.std), n }
         };
-        Self { color, points: points.chunks(size).map(thin).collect() }
+        Self(points.chunks(size).map(thin).collect())
     }
 }
 
-/// Curves over steps, one band an arm.
-pub fn curves(bands: &[Band]) -> String {
+/// A line across every curve: something happened at a step.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Mark {
+    /// Steps done.
+    pub step: f64,
+    /// Colour of the arm, or none if it happened in all.
+    pub color: Option<RGBColor>,
+}
+
+/// The colour of the trunk that arms go on from.
+pub const TRUNK_COLOR: RGBColor = RGBColor(0x4a, 0x4a, 0x52);
+
+/// Curves over steps, one band an arm, on an axis from the first of `steps` to the last, with lines where something happened.
+pub fn curves(bands: &[Band], (x0, x1): (f64, f64), marks: &[Mark]) -> String {
     let all = || bands.iter().flat_map(|b| b.points.iter());
-    let (x0, x1) = bounds(all().map(|p| p.0));
-    let (y0, y1) = bounds(all().flat_map(|p| [p.1 - p.2, p.1 + p.2]));
+    let (y0, y1) = bounds(all().flat_map(|p| [p.mean - p.std, p.mean + p.std]));
     let pad = 0.06 * (y1 - y0);
     draw((400, 250), |area| {
         let mut chart = ChartBuilder::on(area)
@@ -96,17 +124,22 @@ pub fn curves(bands: &[Band]) -> String {
             .x_label_formatter(&|x| format!("{x:.0}"))
             .y_label_formatter(&|y| super::number(if y.abs() < 1e-9 * (y1 - y0) { 0.0 } else { *y }))
             .draw()?;
+        for mark in marks {
+            let line = vec![(mark.step, y0 - pad), (mark.step, y1 + pad)];
+            let style = mark.color.map_or(INK.mix(0.3), |color| color.mix(0.6)).stroke_width(1);
+            chart.draw_series([PathElement::new(line, style)])?;
+        }
         for band in bands {
-            if band.points.iter().any(|p| p.2 > 0.0) {
-                let upper = band.points.iter().map(|p| (p.0, p.1 + p.2));
-                let lower = band.points.iter().rev().map(|p| (p.0, p.1 - p.2));
+            if band.points.iter().any(|p| p.std > 0.0) {
+                let upper = band.points.iter().map(|p| (p.step, p.mean + p.std));
+                let lower = band.points.iter().rev().map(|p| (p.step, p.mean - p.std));
                 chart.draw_series([Polygon::new(upper.chain(lower).collect::<Vec<_>>(), band.color.mix(0.18))])?;
             }
-            let line = LineSeries::new(band.points.iter().map(|p| (p.0, p.1)), band.color.stroke_width(2));
+            let line = LineSeries::new(band.points.iter().map(|p| (p.step, p.mean)), band.color.stroke_width(2));
             chart.draw_series(line)?;
             // Few points are probes: when they were measured matters.
             if band.points.len() <= 12 {
-                let dots = band.points.iter().map(|p| Circle::new((p.0, p.1), 3, band.color.filled()));
+                let dots = band.points.iter().map(|p| Circle::new((p.step, p.mean), 3, band.color.filled()));
                 chart.draw_series(dots)?;
             }
         }
@@ -187,7 +220,7 @@ fn draw(
 }
 
 /// Least and largest value, opened up where they are equal or absent.
-fn bounds(values: impl Iterator<Item = f64>) -> (f64, f64) {
+pub fn bounds(values: impl Iterator<Item = f64>) -> (f64, f64) {
     let (low, high) =
         values.filter(|v| v.is_finite()).fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(v), h.max(v)));
     if low > high {

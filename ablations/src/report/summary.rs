@@ -1,12 +1,13 @@
 //! What a suite found, as data: the content of `summary.json`, from which the other two outputs are written.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
+use super::plots::{Point, Points};
 use super::{p_text, rounded_to};
 use crate::statistics::{estimate, holm, paired, Estimate, Paired, ALPHA};
-use crate::suite::{Better, Metric, Plan, RunRecord, Status, Warning};
+use crate::suite::{Better, Metric, Plan, RunRecord, Status, Warning, TRUNK};
 
 /// `summary.json`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -27,6 +28,15 @@ pub struct Summary {
     pub arms: Vec<ArmSummary>,
     /// Every arm but the baseline, for every metric.
     pub comparisons: Vec<Comparison>,
+    /// What arms go on from, if the suite has a trunk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trunk: Option<TrunkSummary>,
+    /// Every loss, probe and sign of health over steps, of every arm and of the trunk.
+    #[serde(default)]
+    pub series: Vec<SeriesSummary>,
+    /// What happened at which step, of every arm and of the trunk.
+    #[serde(default)]
+    pub events: Vec<EventSummary>,
     /// What a reader must know before believing the numbers: failed and missing runs, lost pairs, sicknesses.
     pub warnings: Vec<String>,
     /// Seconds of all finished runs together.
@@ -65,6 +75,49 @@ pub struct ArmSummary {
     pub steps_per_second: Option<f64>,
 }
 
+/// The trunk over its seeds.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct TrunkSummary {
+    /// Its steps.
+    pub steps: u64,
+    /// The step that arms go on from.
+    pub fork: u64,
+    /// One a seed.
+    pub runs: Vec<RunSummary>,
+}
+
+/// A metric over steps, as it is drawn: many points are averaged to a few hundred.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SeriesSummary {
+    /// Its name in `metrics.jsonl`.
+    pub metric: String,
+    /// The arm, or `trunk`.
+    pub arm: String,
+    /// Steps done, ascending.
+    pub steps: Vec<f64>,
+    /// Mean over seeds at each of them.
+    pub mean: Vec<f64>,
+    /// Standard deviation over seeds; 0 of one.
+    pub std: Vec<f64>,
+    /// Seeds.
+    pub n: Vec<usize>,
+}
+
+/// Something that happened in runs of an arm.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct EventSummary {
+    /// Steps done.
+    pub step: u64,
+    /// The arm, or `trunk`.
+    pub arm: String,
+    /// `teacher`, `teachers.<name>`, `schedule`, `resume`, `longer`, `rewind`, `fork` or `stop`.
+    pub kind: String,
+    /// What happened.
+    pub text: String,
+    /// The seeds in whose runs it did.
+    pub seeds: Vec<u64>,
+}
+
 /// One run.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct RunSummary {
@@ -79,6 +132,9 @@ pub struct RunSummary {
     /// What it failed with.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+    /// Why it ended before its steps were done, if it did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stopped: Option<String>,
     /// Hash of its resolved recipe.
     pub recipe_hash: String,
 }
@@ -149,6 +205,13 @@ impl Summary {
             seeds: suite.seeds.clone(),
             arms,
             comparisons,
+            trunk: suite.trunk.as_ref().map(|trunk| TrunkSummary {
+                steps: trunk.steps,
+                fork: trunk.fork,
+                runs: records.iter().filter(|r| r.arm == TRUNK).map(|record| run_summary(plan, record)).collect(),
+            }),
+            series: series(plan, records),
+            events: events(records),
             warnings: warnings(plan, records),
             seconds: records.iter().filter_map(RunRecord::result).map(|r| r.seconds).sum(),
             provenance,
@@ -161,20 +224,58 @@ impl Summary {
     }
 }
 
+fn run_summary(plan: &Plan, record: &RunRecord) -> RunSummary {
+    let planned = plan.all_runs().find(|p| p.arm == record.arm && p.seed == record.seed);
+    RunSummary {
+        seed: record.seed,
+        dir: record.dir.clone(),
+        status: record.status.word().to_string(),
+        metrics: record.result().map(|r| r.metrics.clone()).unwrap_or_default(),
+        error: if let Status::Failed(error) = &record.status { Some(error.clone()) } else { None },
+        stopped: record.result().and_then(|r| r.stopped.clone()),
+        recipe_hash: planned.map(|p| p.prepared.hash().to_string()).unwrap_or_default(),
+    }
+}
+
+/// Arms, and the trunk before them, whose runs are among `records`.
+fn lines_of(plan: &Plan) -> impl Iterator<Item = &str> {
+    let trunk = plan.suite.trunk.iter().map(|_| TRUNK);
+    trunk.chain(plan.suite.arms.iter().map(|arm| arm.name.as_str()))
+}
+
+fn series(plan: &Plan, records: &[RunRecord]) -> Vec<SeriesSummary> {
+    let shown = |name: &&String| ["loss/", "probe/", "health/"].iter().any(|group| name.starts_with(group));
+    let names: BTreeSet<&String> = records.iter().flat_map(|r| r.curves.keys()).filter(shown).collect();
+    let of = |metric: &String, arm: &str| {
+        let runs: Vec<_> = records.iter().filter(|r| r.arm == arm).filter_map(|r| r.curves.get(metric)).collect();
+        let points = Points::over(&runs).0;
+        let all = |of: fn(&Point) -> f64| points.iter().map(of).collect::<Vec<_>>();
+        let n = points.iter().map(|p| p.n).collect();
+        let (steps, mean, std) = (all(|p| p.step), all(|p| p.mean), all(|p| p.std));
+        (!points.is_empty()).then(|| SeriesSummary { metric: metric.clone(), arm: arm.into(), steps, mean, std, n })
+    };
+    names.into_iter().flat_map(|metric| lines_of(plan).filter_map(move |arm| of(metric, arm))).collect()
+}
+
+fn events(records: &[RunRecord]) -> Vec<EventSummary> {
+    let mut seeds = BTreeMap::<(u64, &str, &str, &str), BTreeSet<u64>>::new();
+    for record in records {
+        for event in &record.events {
+            let key = (event.step, record.arm.as_str(), event.kind.as_str(), event.text.as_str());
+            seeds.entry(key).or_default().insert(record.seed);
+        }
+    }
+    let event = |((step, arm, kind, text), seeds): ((u64, &str, &str, &str), BTreeSet<u64>)| {
+        let seeds = seeds.into_iter().collect();
+        EventSummary { step, arm: arm.into(), kind: kind.into(), text: text.into(), seeds }
+    };
+    seeds.into_iter().map(event).collect()
+}
+
 fn arm_summary(plan: &Plan, arm: &str, records: &[RunRecord]) -> ArmSummary {
     let mine: Vec<&RunRecord> = records.iter().filter(|r| r.arm == arm).collect();
     let finished: Vec<_> = mine.iter().filter_map(|r| r.result()).collect();
-    let runs = mine.iter().map(|record| {
-        let planned = plan.runs.iter().find(|p| p.arm == arm && p.seed == record.seed);
-        RunSummary {
-            seed: record.seed,
-            dir: record.dir.clone(),
-            status: record.status.word().to_string(),
-            metrics: record.result().map(|r| r.metrics.clone()).unwrap_or_default(),
-            error: if let Status::Failed(error) = &record.status { Some(error.clone()) } else { None },
-            recipe_hash: planned.map(|p| p.prepared.hash().to_string()).unwrap_or_default(),
-        }
-    });
+    let runs = mine.iter().map(|record| run_summary(plan, record));
     let metric = |m: &Metric| {
         let values: Vec<f64> = mine.iter().filter_map(|r| r.score(&m.name)).collect();
         (m.name.clone(), estimate(&values))
@@ -298,7 +399,8 @@ fn warnings(plan: &Plan, records: &[RunRecord]) -> Vec<String> {
             Status::Failed(error) => warnings.push(format!("{run} failed and is not in the numbers: {error}")),
             other => warnings.push(format!("{run} is {} and not in the numbers", other.word())),
         }
-        for metric in plan.suite.metrics.iter().filter(|_| record.result().is_some()) {
+        // A trunk has only to be there.
+        for metric in plan.suite.metrics.iter().filter(|_| record.result().is_some() && record.arm != TRUNK) {
             if record.score(&metric.name).is_none() {
                 warnings.push(format!("{run} gave no finite {}: it is left out of that metric", metric.name));
             }

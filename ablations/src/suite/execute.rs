@@ -15,6 +15,7 @@ use super::file::nearest;
 use super::plan::{Event, Job, Outcome, Plan, PlannedRun, Prepare};
 use super::progress::Progress;
 use super::record::{record_failure, RunResult, Status, FAILURE};
+use super::trunk::TRUNK;
 
 /// What to do of a plan, and how.
 #[derive(Clone, Debug)]
@@ -44,6 +45,8 @@ pub struct Tally {
     pub failed: Vec<(String, String)>,
     /// Runs that another process holds.
     pub elsewhere: Vec<String>,
+    /// Runs whose trunk failed, or is being run by another process.
+    pub waiting: Vec<String>,
     /// The run that was asked to stop, and its step.
     pub interrupted: Option<(String, u64)>,
 }
@@ -68,10 +71,15 @@ pub fn execute(plan: &Plan, options: &ExecuteOptions, prepare: Prepare<'_>, prog
         return Ok(Tally { interrupted: Some(("a trial run".into(), 0)), ..Tally::default() });
     }
     let mut tally = Tally::default();
-    for run in runs {
+    for run in with_trunks(plan, &runs) {
         if options.stop.load(Ordering::Relaxed) {
             tally.interrupted = Some((label(run), 0));
             break;
+        }
+        if !has_trunk(plan, run)? {
+            progress.say(&format!("{}: waits for its trunk", label(run)));
+            tally.waiting.push(label(run));
+            continue;
         }
         let before = tally.failed.len();
         one(plan, run, options, progress, &mut tally)?;
@@ -98,6 +106,20 @@ fn select<'a>(plan: &'a Plan, options: &ExecuteOptions) -> Result<Vec<&'a Planne
             && (options.seeds.is_empty() || options.seeds.contains(&run.seed))
     };
     Ok(plan.runs.iter().filter(chosen).collect())
+}
+
+/// These runs, each seed's after its trunk.
+fn with_trunks<'a>(plan: &'a Plan, runs: &[&'a PlannedRun]) -> Vec<&'a PlannedRun> {
+    let chosen = |run: &&PlannedRun| {
+        runs.iter().any(|r| r.seed == run.seed && (run.arm == TRUNK || (&r.arm, r.seed) == (&run.arm, run.seed)))
+    };
+    plan.all_runs().filter(chosen).collect()
+}
+
+/// Whether the trunk that an arm goes on from is done; true where there is none to wait for.
+fn has_trunk(plan: &Plan, run: &PlannedRun) -> Result<bool> {
+    let trunk = plan.trunks.iter().find(|trunk| trunk.seed == run.seed && run.arm != TRUNK);
+    trunk.map_or(Ok(true), |trunk| Ok(matches!(Status::of(&plan.out.join(&trunk.dir))?, Status::Finished(_))))
 }
 
 /// Does one run if it is to be done and nobody else does it.
@@ -165,29 +187,38 @@ fn smoke(
     progress: &Progress,
 ) -> Result<bool> {
     let mut broken = Vec::new();
+    let mut tried = Vec::new();
     for arm in &plan.suite.arms {
         let mine: Vec<_> = runs.iter().filter(|r| r.arm == arm.name).collect();
         let mut begun = false;
         for run in &mine {
             begun |= Status::of(&plan.out.join(&run.dir))? != Status::Pending;
         }
-        let Some(run) = mine.first().filter(|_| !begun) else { continue };
+        tried.extend(mine.first().filter(|_| !begun).copied().copied());
+    }
+    // Arms are tried from a trunk that was tried, which is kept until all are.
+    let trunk = tried.first().and_then(|first| plan.trunks.iter().find(|trunk| trunk.seed == first.seed));
+    let mut trunk_trial = None;
+    for run in trunk.into_iter().chain(tried) {
         // One process at a time tries an arm; a killed one may have left its folder.
-        let _lock = lock(&locks(plan)?.join(format!("trial-{}.lock", arm.name)))?;
-        let folder = Trial::begin(plan.out.join(format!(".trial-{}", arm.name)))?;
-        progress.begin(&format!("trying {}", arm.name));
-        let mut overrides = run.overrides.clone();
-        let steps = i64::try_from(options.smoke_steps).expect("nobody tries 2^63 steps");
-        overrides.insert("steps".into(), toml::Value::Integer(steps));
+        let lock = lock(&locks(plan)?.join(format!("trial-{}.lock", run.arm)))?;
+        let folder = Trial::begin(plan.out.join(format!(".trial-{}", run.arm)))?;
+        progress.begin(&format!("trying {}", run.arm));
+        let overrides = plan.trial_of(run, options.smoke_steps);
         let out = folder.0.clone();
         let mut watch = |event: Event<'_>| progress.watch(&event);
         let job = Job { out: &out, resume: false, stop: options.stop.clone(), watch: &mut watch };
-        match prepare(&plan.suite.base, &overrides).and_then(|p| p.run(job)) {
+        match prepare(&run.base, &overrides).and_then(|p| p.run(job)) {
             Ok(Outcome::Interrupted { .. }) => return Ok(false),
-            Ok(Outcome::Finished) => broken.extend(unmeasured(plan, &arm.name, &out)?),
-            Err(error) => broken.push(format!("{}: {error}", arm.name)),
+            Ok(Outcome::Finished) if run.arm == TRUNK => trunk_trial = Some((folder, lock)),
+            Ok(Outcome::Finished) => broken.extend(unmeasured(plan, &run.arm, &out)?),
+            Err(error) => broken.push(format!("{}: {error}", run.arm)),
+        }
+        if run.arm == TRUNK && trunk_trial.is_none() {
+            break;
         }
     }
+    drop(trunk_trial);
     if broken.is_empty() {
         return Ok(true);
     }
@@ -237,8 +268,11 @@ fn unmeasured(plan: &Plan, arm: &str, out: &Path) -> Result<Vec<String>> {
 
 fn headline(plan: &Plan, result: &RunResult) -> String {
     let metric = &plan.suite.metrics[0].name;
-    let value = result.metrics.get(metric).copied().flatten();
-    let value = value.map_or("not a finite number".to_string(), |v| format!("{v:.4}"));
+    let value = match result.metrics.get(metric) {
+        Some(Some(value)) => format!("{value:.4}"),
+        Some(None) => "not a finite number".into(),
+        None => "not measured".into(),
+    };
     format!("{metric} {value}, {} steps in {:.0} s", result.steps, result.seconds)
 }
 

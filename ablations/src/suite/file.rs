@@ -9,6 +9,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use toml::Value;
 
+use super::trunk::{Trunk, TrunkEntry, TRUNK};
+
 /// Changes to a recipe: dotted key to value, as `--set` takes them.
 pub type Overrides = BTreeMap<String, Value>;
 
@@ -53,6 +55,9 @@ pub struct SuiteFile {
     #[serde(default)]
     #[schemars(with = "BTreeMap<String, serde_json::Value>")]
     pub set: toml::Table,
+    /// What all arms have in common before they part: trained once a seed.
+    #[serde(default)]
+    pub trunk: Option<TrunkEntry>,
     /// Named arms, each with its changes to the recipe.
     #[serde(default)]
     pub arm: Vec<ArmEntry>,
@@ -132,8 +137,10 @@ pub struct Suite {
     pub baseline: String,
     /// Keys that may differ although no arm sets them.
     pub follows: Vec<String>,
-    /// Changes that all arms share.
+    /// Changes that all arms share, and the trunk with them.
     pub common: Overrides,
+    /// What arms go on from, if they do.
+    pub trunk: Option<Trunk>,
     /// At least two, with different names.
     pub arms: Vec<Arm>,
 }
@@ -198,6 +205,7 @@ impl Suite {
             return Err(problem(format!("the baseline `{}` is no arm", file.baseline), help));
         }
         let base = beside(path, &file.base);
+        let trunk = file.trunk.map(|entry| trunk(entry, path, &base, &arms, &common)).transpose()?;
         let runs = arms.len().saturating_mul(file.seeds.len());
         if runs > MOST_RUNS {
             let help = format!("{MOST_RUNS} are the most; split the question into several suites");
@@ -205,7 +213,7 @@ impl Suite {
         }
         let (name, description, seeds, baseline) = (file.name, file.description, file.seeds, file.baseline);
         let (path, follows) = (path.to_path_buf(), file.follows);
-        Ok(Self { name, description, path, base, seeds, metrics, baseline, follows, common, arms })
+        Ok(Self { name, description, path, base, seeds, metrics, baseline, follows, common, trunk, arms })
     }
 
     /// The arm of that name.
@@ -272,6 +280,37 @@ fn problem(what: impl Into<String>, help: impl Into<String>) -> (String, String)
 fn first_repeat<T: Ord>(items: &[T]) -> Option<&T> {
     let mut seen = BTreeSet::new();
     items.iter().find(|item| !seen.insert(*item))
+}
+
+/// The trunk, if its arms leave it alone.
+fn trunk(
+    entry: TrunkEntry,
+    path: &Path,
+    base: &Path,
+    arms: &[Arm],
+    common: &Overrides,
+) -> Result<Trunk, (String, String)> {
+    if arms.iter().any(|arm| arm.name == TRUNK) {
+        return Err(problem("an arm has the name `trunk`, which is the trunk's", "give it another"));
+    }
+    let set = overrides(&entry.set);
+    let own = |key: &&String| ["seed", "steps"].contains(&key.as_str());
+    if let Some(key) = set.keys().find(own) {
+        let help = "seeds are the suite's, and steps are a key of [trunk] itself";
+        return Err(problem(format!("[trunk] sets `{key}` of its recipe"), help));
+    }
+    let all = arms.iter().map(|arm| &arm.set).chain([common, &set]);
+    if all.flat_map(Overrides::keys).any(|key| key == "continue_from" || key.starts_with("continue_from.")) {
+        return Err(problem("`continue_from` is set, and there is a [trunk]", "arms go on from the trunk: remove one"));
+    }
+    let steps = entry.steps;
+    let fork = entry.fork.unwrap_or(steps);
+    if steps == 0 || fork == 0 || fork > steps {
+        let help = "`fork` is a step of the trunk, at least 1 and at most its `steps`";
+        return Err(problem(format!("arms go on from step {fork} of a trunk of {steps} steps"), help));
+    }
+    let base = entry.recipe.map_or(base.to_path_buf(), |recipe| beside(path, &recipe));
+    Ok(Trunk { base, set, steps, fork })
 }
 
 /// The most runs of a suite: more are a slip of a grid.

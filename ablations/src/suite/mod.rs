@@ -9,9 +9,11 @@ mod file;
 mod plan;
 mod progress;
 mod record;
+mod trunk;
 
 pub use execute::{execute, lock_folder, ExecuteOptions, Tally};
 pub use file::{nearest, Arm, Better, Metric, Overrides, Suite, SuiteFile};
 pub use plan::{changed_keys, Event, Job, Outcome, Plan, PlannedRun, Prepare, Prepared};
 pub use progress::Progress;
 pub use record::{RunRecord, RunResult, Series, Status, Warning};
+pub use trunk::{Trunk, TrunkEntry, TRUNK};

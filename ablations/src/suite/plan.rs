@@ -16,6 +16,10 @@ use toml::Value;
 
 use super::file::{Overrides, Suite};
 use super::record::Status;
+use super::trunk::{self, TRUNK};
+
+/// The folder of a trunk that is tried, in the suite's.
+pub const TRIAL_TRUNK: &str = ".trial-trunk";
 
 /// Resolves a recipe file with overrides: every default filled in, every check of a recipe passed.
 pub type Prepare<'a> = &'a dyn Fn(&Path, &Overrides) -> Result<Box<dyn Prepared>>;
@@ -89,10 +93,14 @@ pub struct PlannedRun {
     pub arm: String,
     /// The seed.
     pub seed: u64,
-    /// Its folder, relative to the suite's: `arms/<arm>/seed-<n>`.
+    /// Its folder, relative to the suite's: `arms/<arm>/seed-<n>`, or `trunk/seed-<n>`.
     pub dir: PathBuf,
-    /// What was changed in the base recipe: common overrides, then the arm's, then the seed.
+    /// The recipe that is changed.
+    pub base: PathBuf,
+    /// What was changed in it: common overrides, then the arm's, then the seed, and the checkpoint of the trunk.
     pub overrides: Overrides,
+    /// The same for a trial, which goes on from a trunk that was tried.
+    pub trial: Overrides,
     /// What to run.
     pub prepared: Box<dyn Prepared>,
 }
@@ -105,6 +113,8 @@ pub struct Plan {
     pub out: PathBuf,
     /// `seeds × arms` runs.
     pub runs: Vec<PlannedRun>,
+    /// One run a seed that its arms go on from, if the suite has a trunk.
+    pub trunks: Vec<PlannedRun>,
     /// Metrics that not every arm measures.
     pub warnings: Vec<String>,
     /// What in the arms' recipes probably does not mean what it says, with the arms it is true of.
@@ -125,27 +135,96 @@ impl Plan {
     /// If a recipe cannot be resolved, two arms resolve to the same recipe, or an arm differs from the baseline in a key
     /// that the suite does not name.
     pub fn new(suite: Suite, out: PathBuf, extra: &Overrides, prepare: Prepare<'_>) -> Result<Self> {
-        let mut runs = Vec::new();
+        let mut suite = suite;
+        suite.trunk = suite.trunk.take().map(|trunk| trunk.with(extra)).transpose()?;
+        let extra: Overrides = match suite.trunk {
+            Some(_) => extra.clone().into_iter().filter(|(key, _)| !key.starts_with("trunk.")).collect(),
+            None => extra.clone(),
+        };
+        let from_trunk = |mut overrides: Overrides, run: &Path, trial: bool| {
+            if let Some(trunk) = &suite.trunk {
+                let step = (!trial).then_some(trunk.fork);
+                overrides.insert("continue_from".into(), trunk::continue_from(run, step));
+                trunk::place(&mut overrides, run, trial);
+            }
+            overrides
+        };
+        let (mut runs, mut trunks) = (Vec::new(), Vec::new());
         for &seed in &suite.seeds {
-            for arm in &suite.arms {
+            let number = i64::try_from(seed).map_err(|_| {
+                Error::content(&suite.path, format!("seed {seed} is too large"), "TOML integers end at 2^63 - 1")
+            })?;
+            let with = |set: &Overrides| {
                 let mut overrides = suite.common.clone();
                 overrides.extend(extra.clone());
-                overrides.extend(arm.set.clone());
-                let number = i64::try_from(seed).map_err(|_| {
-                    Error::content(&suite.path, format!("seed {seed} is too large"), "TOML integers end at 2^63 - 1")
-                })?;
+                overrides.extend(set.clone());
                 overrides.insert("seed".into(), Value::Integer(number));
-                let prepared = prepare(&suite.base, &overrides)?;
+                overrides
+            };
+            if let Some(trunk) = &suite.trunk {
+                let mut overrides = with(&trunk.set);
+                overrides.insert("steps".into(), Value::Integer(trunk.steps as i64));
+                let (arm, dir, base) = (TRUNK.to_string(), trunk::folder(seed), trunk.base.clone());
+                let (prepared, trial) = (prepare(&base, &overrides)?, overrides.clone());
+                trunks.push(PlannedRun { arm, seed, dir, base, overrides, trial, prepared });
+            }
+            for arm in &suite.arms {
+                let overrides = from_trunk(with(&arm.set), &out.join(trunk::folder(seed)), false);
+                let trial = from_trunk(with(&arm.set), &out.join(TRIAL_TRUNK), true);
                 let dir = Path::new("arms").join(&arm.name).join(format!("seed-{seed}"));
-                runs.push(PlannedRun { arm: arm.name.clone(), seed, dir, overrides, prepared });
+                let (arm, base) = (arm.name.clone(), suite.base.clone());
+                let prepared = prepare(&base, &overrides)?;
+                runs.push(PlannedRun { arm, seed, dir, base, overrides, trial, prepared });
             }
         }
-        let mut plan = Self { suite, out, runs, warnings: Vec::new(), recipe_warnings: Vec::new() };
+        let mut plan = Self { suite, out, runs, trunks, warnings: Vec::new(), recipe_warnings: Vec::new() };
+        plan.check_trunk()?;
         plan.check_arms()?;
         plan.check_declared()?;
         plan.warnings = plan.metric_warnings();
         plan.recipe_warnings = plan.gather_recipe_warnings();
         Ok(plan)
+    }
+
+    /// Every run: each trunk before the arms that go on from it.
+    pub fn all_runs(&self) -> impl Iterator<Item = &PlannedRun> {
+        let of_seed = |seed: u64| move |run: &&PlannedRun| run.seed == seed;
+        self.suite.seeds.iter().flat_map(move |&seed| {
+            self.trunks.iter().filter(of_seed(seed)).chain(self.runs.iter().filter(of_seed(seed)))
+        })
+    }
+
+    /// The overrides of a run as it is tried: so many steps, on from a trunk that was tried, if there is one.
+    pub fn trial_of(&self, run: &PlannedRun, steps: u64) -> Overrides {
+        let steps = if self.suite.trunk.is_some() && run.arm != TRUNK { 2 * steps } else { steps };
+        let mut overrides = run.trial.clone();
+        overrides.insert("steps".into(), Value::Integer(i64::try_from(steps).expect("nobody tries 2^62 steps")));
+        overrides
+    }
+
+    /// Arms have steps left after the fork, and every step of the trunk that they name is kept.
+    fn check_trunk(&self) -> Result<()> {
+        let (Some(trunk), Some(first)) = (&self.suite.trunk, self.trunks.first()) else { return Ok(()) };
+        let refuse = |problem: String, help: String| Err(Error::content(&self.suite.path, problem, help));
+        for run in self.first_of_each_arm() {
+            let steps = run.prepared.recipe().get("steps").and_then(Value::as_integer).unwrap_or(0);
+            if u64::try_from(steps).is_ok_and(|steps| steps <= trunk.fork) {
+                let problem =
+                    format!("arm `{}` has {steps} steps, all done at the fork of step {}", run.arm, trunk.fork);
+                let help = "steps of arms are counted from the start of the trunk: name more, or shorten the trunk \
+                    (--set trunk.steps=...)";
+                return refuse(problem, help.into());
+            }
+        }
+        let named = self.suite.arms.iter().flat_map(|arm| trunk::named_steps(&arm.set));
+        let named = named.chain(trunk::named_steps(&self.suite.common)).chain([trunk.fork]);
+        match named.into_iter().find(|step| !trunk.keeps(first.prepared.recipe(), *step)) {
+            Some(step) => refuse(
+                format!("step {step} of the trunk is needed, and its checkpoint would not be kept"),
+                format!("set `checkpoint.keep_every` of [trunk] to a divisor of {step}, which is at most its steps"),
+            ),
+            None => Ok(()),
+        }
     }
 
     /// The runs of the first seed: one of each arm.
@@ -278,7 +357,7 @@ impl Plan {
             }
         }
         state.suite.clone_from(&self.suite.name);
-        for run in &self.runs {
+        for run in self.all_runs() {
             let hash = run.prepared.hash().to_string();
             let started = Status::of(&self.out.join(&run.dir))? != Status::Pending;
             match state.runs.get(&run.dir) {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::path::Path;
 
-use dinolab_core::train::Lines;
+use dinolab_core::train::{Lines, RunEvent};
 use dinolab_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 
@@ -35,6 +35,9 @@ pub struct RunResult {
     pub seconds: f64,
     /// Final value of every metric; `None` where it is not a finite number.
     pub metrics: BTreeMap<String, Option<f64>>,
+    /// Why it ended before its steps were done, if it did.
+    #[serde(default)]
+    pub stopped: Option<String>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -94,6 +97,8 @@ pub struct RunRecord {
     pub curves: BTreeMap<String, Series>,
     /// The warnings of `messages.jsonl`: sicknesses seen while training, samples that could not be read.
     pub warnings: Vec<Warning>,
+    /// What happened in it, from `events.jsonl`.
+    pub events: Vec<RunEvent>,
     /// What it ran on, from `run.json`.
     pub device: Option<String>,
 }
@@ -121,7 +126,8 @@ impl RunRecord {
         let info: Option<serde_json::Value> = read_json(&dir.join("run.json"))?;
         let device = info.and_then(|i| i["device"].as_str().map(String::from));
         let (arm, curves, warnings) = (run.arm.clone(), BTreeMap::new(), Vec::new());
-        let mut record = Self { arm, seed: run.seed, dir: shown, status, curves, warnings, device };
+        let events = RunEvent::read(&dir)?;
+        let mut record = Self { arm, seed: run.seed, dir: shown, status, curves, warnings, events, device };
         let (metrics, messages) = (Lines::read(&dir.join("metrics.jsonl"))?, Lines::read(&dir.join("messages.jsonl"))?);
         for (name, lines) in [("metrics.jsonl", &metrics), ("messages.jsonl", &messages)] {
             let damage = lines.problem().map(|problem| format!("{name}: {problem}: what is whole is shown"));

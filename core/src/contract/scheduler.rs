@@ -107,6 +107,18 @@ impl Schedule {
         steps
     }
 
+    /// The steps of a run of `total` steps at which a new [piece](Scheduler::pieces) of the curve begins and the value still
+    /// changes or did before; none where the scheduler does not know its pieces.
+    pub fn phases(&self, total: u64) -> Vec<u64> {
+        let mut steps = self.scheduler.pieces(total).unwrap_or_default();
+        steps.retain(|step| (1..total).contains(step));
+        steps.sort_unstable();
+        steps.dedup();
+        let value = |step| self.at(At { step, total });
+        steps.retain(|&step| value(0) != value(step) || value(step) != value(total - 1));
+        steps
+    }
+
     /// The number, if it was written as a bare number.
     pub fn as_constant(&self) -> Option<f64> {
         self.source.as_f64()

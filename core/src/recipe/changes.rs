@@ -11,8 +11,8 @@ use super::{toml_value, Resolved};
 use crate::{Error, Result};
 
 /// Keys, and tables of keys, that change no number of a run: its name, where it runs (arithmetic is told apart by the
-/// device itself), how data are read ahead, and what is written, kept and measured.
-const NO_NUMBERS: [&str; 9] = [
+/// device itself), how data are read ahead, what is written, kept and measured, and when it may end before its time.
+const NO_NUMBERS: [&str; 10] = [
     "name",
     "device",
     "batch.loader_threads",
@@ -21,6 +21,7 @@ const NO_NUMBERS: [&str; 9] = [
     "log",
     "checkpoint",
     "probes",
+    "stop",
     "on_non_finite",
 ];
 

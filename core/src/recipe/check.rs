@@ -147,6 +147,15 @@ fn together(recipe: &Recipe, problems: &mut Vec<Problem>) {
         let message = "the backbone starts from backbone.weights already: remove one of the two";
         problems.push(Problem::error("init_from", message));
     }
+    if recipe.init_role.is_some() && recipe.init_from.is_none() {
+        let message = "says which weights of init_from are taken, and there is no init_from";
+        problems.push(Problem::error("init_role", message).help("name a run with init_from, or remove this key"));
+    }
+    let starts = [("init_from", recipe.init_from.is_some()), ("backbone.weights", recipe.backbone.weights.is_some())];
+    for (key, _) in starts.into_iter().filter(|(_, given)| *given && recipe.continue_from.is_some()) {
+        let message = "is not read: the run goes on from `continue_from`";
+        problems.push(Problem::warning(key, message).help("remove one of the two"));
+    }
     if let Some(problem) = recipe.wrong_precision() {
         problems.push(Problem::error("precision", problem).help("set precision = \"auto\", or choose another device"));
     }
@@ -161,6 +170,7 @@ fn together(recipe: &Recipe, problems: &mut Vec<Problem>) {
         problems.push(Problem::error("steps", message).help("lower steps or batch.size"));
     }
     problems.extend(decay_of_all(recipe));
+    problems.extend(stop(recipe));
     for (name, entry) in recipe.losses.0.iter().filter(|(_, e)| e.enabled) {
         let lowest = entry.weight.landmarks(recipe.steps).into_iter().find_map(|step| {
             let weight = entry.weight.at(At { step, total: recipe.steps });
@@ -170,6 +180,29 @@ fn together(recipe: &Recipe, problems: &mut Vec<Problem>) {
         let problem = lowest.map(|message| Problem::warning(format!("losses.{name}.weight"), message));
         problems.extend(problem.map(|p| p.help("this is right for a few ideas only; losses are minimised")));
     }
+}
+
+/// A rule that could never end the run.
+fn stop(recipe: &Recipe) -> Option<Problem> {
+    let metric = &recipe.stop.as_ref()?.metric;
+    let name = metric.strip_prefix("probe/").and_then(|rest| rest.split_once('/')).map(|(name, _)| name);
+    let on = || recipe.probes.0.iter().filter(|(_, e)| e.enabled).map(|(name, _)| name.as_str());
+    let problem = |message: String| Problem::error("stop.metric", message);
+    let Some(name) = name else {
+        let example = on().next().unwrap_or("knn");
+        return Some(problem(format!(
+            "`{metric}` is no score of a probe: probe/<name>/<score>, as in probe/{example}/..."
+        )));
+    };
+    if !on().any(|probe| probe == name) {
+        let known = on().collect::<Vec<_>>().join(", ");
+        return Some(
+            problem(format!("there is no probe `{name}` that is on")).help(format!("the probes that are: {known}")),
+        );
+    }
+    let never = recipe.probes.0[name].every == 0;
+    let message = format!("the probe `{name}` is run at the end only");
+    never.then(|| problem(message).help(format!("set probes.{name}.every")))
 }
 
 /// A decay that takes away more than the whole weight in a step, so that weights grow with changing signs.

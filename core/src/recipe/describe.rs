@@ -194,7 +194,8 @@ pub(super) fn table_schema<'a>(schema: &'a Json, table: Option<&Dict>, name: &st
 /// Which part of the program reads a key that is no plugin's.
 fn trainer_part(key: &str) -> &'static str {
     match key.split('.').next().unwrap_or_default() {
-        "name" | "seed" | "steps" | "device" | "precision" | "init_from" | "on_non_finite" => "trainer",
+        "name" | "seed" | "steps" | "device" | "precision" | "init_from" | "init_role" | "continue_from" | "stop"
+        | "on_non_finite" => "trainer",
         "crops" => "augmentation",
         "batch" => "data loader",
         "optimizer" => "optimizer",

@@ -6,10 +6,12 @@
 mod beside;
 mod changes;
 mod check;
+mod continue_from;
 pub mod cost;
 pub mod describe;
 mod entries;
 mod layers;
+mod length;
 mod nested;
 mod old_names;
 mod problem;
@@ -23,9 +25,11 @@ mod unread;
 
 pub use beside::*;
 pub use changes::{changes, Change};
+pub use continue_from::ContinueFrom;
 pub use entries::*;
 pub(crate) use layers::check_schema;
 pub use layers::{parse_set, Overrides, RawRecipe, ENV_PREFIX, SCHEMA};
+pub use length::Seam;
 pub use nested::{Fault, Nested};
 pub use problem::{nearest, Origin, Problem, RecipeError, Severity, SourceFile};
 pub use resolved::{toml_value, Resolved};

@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, Serializer};
 
 use super::beside::{BackboneEntry, CropsEntry, OptimizerEntry};
+use super::continue_from::ContinueFrom;
 use super::entries::{Augmentations, Losses, Probes, Teachers};
 use crate::contract::{Dataset, Masking, Schedule, TeacherPolicy};
 use crate::registry::Chosen;
@@ -34,6 +35,13 @@ pub struct Recipe {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("format" = "path"))]
     pub init_from: Option<PathBuf>,
+    /// Which weights of `init_from` student and teacher both start from; by default each from its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub init_role: Option<InitRole>,
+    /// Go on from a checkpoint of another run as if it were this one's: weights, moments, the losses' state and the step,
+    /// from which `steps` is counted too. This recipe may differ; what is new starts as in a new run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub continue_from: Option<ContinueFrom>,
     /// The model: a plugin. With `weights` it may be left to these which.
     pub backbone: BackboneEntry,
     /// Where images come from: a plugin.
@@ -71,12 +79,25 @@ pub struct Recipe {
     /// What is kept of the weights.
     #[serde(default)]
     pub checkpoint: CheckpointConfig,
+    /// End the run when a score stops improving: it does all its steps unless this table is there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stop: Option<StopConfig>,
     /// What happens when a loss or gradient is not finite.
     #[serde(default)]
     pub on_non_finite: OnNonFinite,
     /// Steps whose loss jumps are not taken: none are unless this table is there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub on_spike: Option<SpikeConfig>,
+}
+
+/// Which weights of another run a run starts from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum InitRole {
+    /// The trained model.
+    Student,
+    /// Its average, the EMA teacher: as the reference starts its third stage.
+    Teacher,
 }
 
 /// Where a run runs: `auto` (the first GPU if there is one, otherwise the CPU), `cpu`, `cuda`, or `cuda:N`.
@@ -368,12 +389,40 @@ pub struct CheckpointConfig {
     /// Checkpoints kept, newest first.
     #[schemars(range(min = 1))]
     pub keep: usize,
+    /// One in so many steps is written and kept for ever, beside the newest: later Gram teachers, forks, pictures over
+    /// time; 0: none.
+    pub keep_every: u64,
+}
+
+impl CheckpointConfig {
+    /// Whether a checkpoint is written after `done` steps.
+    pub fn is_due(&self, done: u64) -> bool {
+        [self.every, self.keep_every].iter().any(|every| *every > 0 && done.is_multiple_of(*every))
+    }
 }
 
 impl Default for CheckpointConfig {
     fn default() -> Self {
-        Self { every: 0, keep: 2 }
+        Self { every: 0, keep: 2, keep_every: 0 }
     }
+}
+
+/// A run ends when a score was not better in so many measurements.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct StopConfig {
+    /// The score: `probe/<name>/<score>`, as in `metrics.jsonl`, of a probe with `every`.
+    pub metric: String,
+    /// Measurements in a row, none of them better than the best before.
+    #[schemars(range(min = 1, max = 1_000_000))]
+    pub patience: u64,
+    /// Whether less is better.
+    #[serde(default)]
+    pub lower_is_better: bool,
+    /// By how much a score has to be better than the best before; more than by this.
+    #[serde(default)]
+    #[schemars(range(min = 0, max = 1e9))]
+    pub min_delta: f64,
 }
 
 /// A step whose total loss jumps is not taken.

@@ -8,6 +8,7 @@
 //! ```
 
 mod bounds;
+mod continued;
 mod declare;
 mod distillation;
 mod gpu;
@@ -26,7 +27,7 @@ pub use declare::{declare, loss_context, Declared, DeclaredLoss, CHANNELS, GLOBA
 pub(crate) use distillation::distilled_model;
 pub use health::Health;
 pub use optimizer::ParamRule;
-pub use sources::check_sources;
+pub use sources::{check_sources, sources_of};
 pub use updates::Updates;
 pub use weights::Weights;
 

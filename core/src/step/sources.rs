@@ -31,7 +31,7 @@ pub fn check_sources(recipe: &Recipe) -> Result<Vec<Problem>> {
     };
     let mut problems = Vec::new();
     for (key, path, how) in sources(recipe)? {
-        if path.symlink_metadata().is_err() {
+        if !Source::is_named(&path) {
             problems.push(Problem::warning(&key, format!("{} is not there (yet)", path.display())));
             continue;
         }
@@ -45,11 +45,24 @@ pub fn check_sources(recipe: &Recipe) -> Result<Vec<Problem>> {
     Ok(problems)
 }
 
+/// Keys of a recipe that name weights, with what they name, in the order in which they are read.
+///
+/// # Errors
+/// If a policy cannot be built.
+pub fn sources_of(recipe: &Recipe) -> Result<Vec<(String, PathBuf)>> {
+    Ok(sources(recipe)?.into_iter().map(|(key, path, _)| (key, path)).collect())
+}
+
 /// Keys that name weights, the paths, and how they are used.
 fn sources(recipe: &Recipe) -> Result<Vec<(String, PathBuf, Use)>> {
     let mut found = Vec::new();
     found.extend(recipe.backbone.weights.clone().map(|path| ("backbone.weights".into(), path, Use::Start)));
     found.extend(recipe.init_from.clone().map(|path| ("init_from".into(), path, Use::Start)));
+    if recipe.continue_from.is_some() {
+        // What a new run would start from is not read.
+        found.clear();
+    }
+    found.extend(recipe.continue_from.as_ref().map(|from| ("continue_from".into(), from.path(), Use::Start)));
     for (key, chosen) in recipe.all_teachers() {
         let policy = chosen.build(&mut ())?;
         if let Role::Checkpoint(path) = policy.start() {

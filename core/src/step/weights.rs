@@ -6,7 +6,7 @@ use crate::checkpoint::{Checkpoint, Content, NamedTensors};
 use crate::contract::{At, Follow, Role, TeacherPolicy};
 use crate::ops::convert_into;
 use crate::params::{load_named, Layout};
-use crate::recipe::Recipe;
+use crate::recipe::{InitRole, Recipe};
 use crate::tensor::catch_out_of_memory;
 use crate::weights::Source;
 use crate::{DType, Device, Error, Result, Tensor};
@@ -155,7 +155,7 @@ impl Weights {
     }
 
     /// Brings the bf16 copies up to date after weights were replaced outside the update.
-    fn narrow(&mut self) -> Result<()> {
+    pub(super) fn narrow(&mut self) -> Result<()> {
         let Some(narrow) = &mut self.narrow else { return Ok(()) };
         convert_into(&mut narrow.student, &self.student)?;
         if let (Some(narrow), Some(teacher)) = (&mut narrow.teacher, &self.teacher) {
@@ -182,9 +182,14 @@ impl Weights {
         self.follow_student()?;
         if let Some(path) = &recipe.init_from {
             let source = read_model(path, model)?;
-            load_role(layout, &mut self.student, &source, &["student.", "teacher.", ""], path)?;
+            let (student, average): (&[&str], &[&str]) = match recipe.init_role {
+                None => (&["student.", "teacher.", ""], &["teacher.", "student.", ""]),
+                Some(InitRole::Student) => (&["student.", ""], &["student.", ""]),
+                Some(InitRole::Teacher) => (&["teacher.", ""], &["teacher.", ""]),
+            };
+            load_role(layout, &mut self.student, &source, student, path)?;
             if let Some(teacher) = &mut self.teacher {
-                load_role(layout, teacher, &source, &["teacher.", "student.", ""], path)?;
+                load_role(layout, teacher, &source, average, path)?;
             }
         }
         if let role @ Role::Checkpoint(_) = teacher.start() {
@@ -207,7 +212,7 @@ impl Weights {
     }
 
     /// The teacher becomes the student.
-    fn follow_student(&mut self) -> Result<()> {
+    pub(super) fn follow_student(&mut self) -> Result<()> {
         match &mut self.teacher {
             Some(teacher) => teacher.copy_from(&self.student),
             None => Ok(()),
@@ -337,7 +342,8 @@ fn read_model(path: &Path, model: &Declared) -> Result<NamedTensors> {
 fn load_role(layout: &Layout, flat: &mut Tensor, source: &NamedTensors, prefixes: &[&str], path: &Path) -> Result<()> {
     let found = prefixes.iter().find(|p| source.has(&format!("{p}backbone.")));
     let Some(prefix) = found else {
-        let problem = "no backbone.* tensors in it";
+        let wanted: Vec<&str> = prefixes.iter().map(|p| p.trim_end_matches('.')).filter(|p| !p.is_empty()).collect();
+        let problem = format!("no backbone.* tensors in it, of {} or without a role", wanted.join(" or "));
         return Err(Error::content(path, problem, "name a run, a checkpoint, or weights that dinolab wrote"));
     };
     let known: Vec<String> =
@@ -350,7 +356,12 @@ fn load_role(layout: &Layout, flat: &mut Tensor, source: &NamedTensors, prefixes
 }
 
 /// [`load_named`] into a buffer wherever it is.
-fn load(layout: &Layout, flat: &mut Tensor, source: impl Fn(&str) -> Option<Tensor>, path: &Path) -> Result<()> {
+pub(super) fn load(
+    layout: &Layout,
+    flat: &mut Tensor,
+    source: impl Fn(&str) -> Option<Tensor>,
+    path: &Path,
+) -> Result<()> {
     let Device::Cuda(_) = flat.device() else { return load_named(layout, flat, source, path) };
     let mut host = flat.to(Device::Cpu);
     Device::Cpu.with(|| load_named(layout, &mut host, source, path))?;

@@ -13,6 +13,9 @@ use protobuf::wire_format::WireType;
 use protobuf::{CodedInputStream, Message, ProtobufResult};
 use tensorboard_proto::event::{Event, SessionLog, SessionLog_SessionStatus};
 use tensorboard_proto::summary::Summary;
+use tensorboard_proto::tensor::TensorProto;
+use tensorboard_proto::tensor_shape::TensorShapeProto;
+use tensorboard_proto::types::DataType;
 use tensorboard_rs::masked_crc32c::masked_crc32c;
 use tensorboard_rs::record_writer::RecordWriter;
 use tensorboard_rs::summary;
@@ -27,6 +30,22 @@ const FRAME: u64 = 16;
 /// A number under a name.
 pub(super) fn number(tag: &str, value: f64) -> Summary {
     summary::scalar(tag, value as f32)
+}
+
+/// A line of text under a name.
+pub(super) fn text(tag: &str, text: &str) -> Summary {
+    let mut shape = TensorShapeProto::new();
+    shape.mut_dim().push_default().set_size(1);
+    let mut tensor = TensorProto::new();
+    tensor.set_dtype(DataType::DT_STRING);
+    tensor.set_tensor_shape(shape);
+    tensor.mut_string_val().push(text.as_bytes().to_vec());
+    let mut summary = Summary::new();
+    let value = summary.mut_value().push_default();
+    value.set_tag(tag.into());
+    value.mut_metadata().mut_plugin_data().set_plugin_name("text".into());
+    value.set_tensor(tensor);
+    summary
 }
 
 /// A picture of `width` times `height` RGB pixels.

@@ -6,13 +6,16 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::{remove_unfinished, write_file};
+use crate::checkpoint::{self, remove_unfinished, write_file};
 use crate::contract::Dataset;
 use crate::cuda::Gpu;
 use crate::recipe::{changes, Change, Overrides, Resolved};
 use crate::{Device, Error, Result};
 
 use super::RunOptions;
+
+/// The file that says that a run is finished.
+const RESULT: &str = "result.json";
 
 /// What a finished run leaves: `result.json`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -25,6 +28,9 @@ pub struct RunResult {
     pub skipped: u64,
     /// Losses of the last step and final probe scores, by name.
     pub metrics: BTreeMap<String, f64>,
+    /// Why it ended before its steps were done, if it did: the recipe's `stop`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stopped: Option<String>,
 }
 
 /// What a run was made of, beside its recipe: `run.json`, of the last time that it was started or continued.
@@ -47,14 +53,20 @@ pub struct RunInfo {
 }
 
 /// The way out where a run cannot go on.
-const ANEW: &str = "start a new run in another folder (--out), from the weights of this one if you like \
-    (--set init_from=...)";
+const ANEW: &str =
+    "start a new run in another folder (--out) that goes on from this one (--set continue_from=...), or from \
+    its weights alone (--set init_from=...)";
+
+/// The key that a run may change although it changes numbers: a run may become longer.
+const STEPS: &str = "steps";
 
 /// A run's folder, locked while this value lives.
 pub struct RunFolder {
     path: PathBuf,
-    /// Keys in which a run that goes on differs from what it was, none of which changes a number.
+    /// Keys in which a run that goes on differs from what it was: its steps, and keys that change no number.
     changes: Vec<Change>,
+    /// Steps that it had when it was last run, if it has others now.
+    old_steps: Option<u64>,
     /// Whether `recipe.toml` says what the run goes on with.
     written: bool,
     _lock: File,
@@ -78,7 +90,7 @@ impl RunFolder {
         remove_unfinished(&path)?;
         let recipe_path = path.join("recipe.toml");
         if !recipe_path.exists() {
-            return Ok(Self { path, changes: Vec::new(), written: false, _lock: lock });
+            return Ok(Self { path, changes: Vec::new(), old_steps: None, written: false, _lock: lock });
         }
         if !options.resume {
             let help = "continue it with --resume, or choose another folder with --out";
@@ -88,17 +100,28 @@ impl RunFolder {
         let before = written.clone().absolute()?;
         let all = changes(&before.value, &resolved.value);
         let written = all.is_empty() && before.hash == written.hash;
-        let (other, changes): (Vec<_>, Vec<_>) = all.into_iter().partition(|c| resolved.matters(&c.key));
+        let (other, changes): (Vec<_>, Vec<_>) =
+            all.into_iter().partition(|c| c.key != STEPS && resolved.matters(&c.key));
         if !other.is_empty() {
             let keys: String = other.iter().map(|change| format!("\n  {change}")).collect();
             let problem = format!("the run in this folder was started with a recipe that gives other numbers:{keys}");
             return Err(Error::content(&path, problem, format!("go on with these keys as they were, or {ANEW}")));
         }
-        Ok(Self { path, changes, written, _lock: lock })
+        let old_steps = changes.iter().any(|c| c.key == STEPS).then_some(before.recipe.steps);
+        let done = checkpoint::newest_step(&path)?.filter(|_| old_steps.is_some());
+        if let Some(done) = done.filter(|done| *done > resolved.recipe.steps) {
+            let problem = format!("steps = {}, and this run has done {done} steps already", resolved.recipe.steps);
+            return Err(Error::content(
+                &path,
+                problem,
+                format!("name at least {done} (--set steps={done}), or {ANEW}"),
+            ));
+        }
+        Ok(Self { path, changes, old_steps, written, _lock: lock })
     }
 
     /// Writes what is known before the first step: the resolved recipe, and who runs it on what. Gives in what a
-    /// run that goes on after `start` steps differs from what it was.
+    /// run that is `resumed` after `start` steps differs from what it was.
     ///
     /// # Errors
     /// If the run's data, or the kind of its device, are others than it was started with; or if the folder cannot be
@@ -108,7 +131,7 @@ impl RunFolder {
         resolved: &Resolved,
         options: &RunOptions,
         data: &dyn Dataset,
-        start: u64,
+        (start, resumed): (u64, bool),
     ) -> Result<Vec<String>> {
         let recipe_device = match resolved.recipe.device()? {
             Device::Cpu => "cpu".to_string(),
@@ -124,11 +147,21 @@ impl RunFolder {
             threads: rayon::current_num_threads(),
             started_unix: since.map_or(0, |d| d.as_secs()),
         };
-        let mut notes = if start > 0 { self.compare(&info)? } else { Vec::new() };
+        let mut notes = if resumed { self.compare(&info)? } else { Vec::new() };
         let told = self.changes.iter().filter(|change| change.key != "name");
         notes.extend(told.map(|change| format!("the run goes on with another {change}")));
+        let seams = self.old_steps.map_or(Vec::new(), |old| resolved.seams(old, start));
+        if !seams.is_empty() {
+            notes.extend(seams.iter().map(ToString::to_string));
+            notes.push(format!("so this is not the run that had {} steps from the start", resolved.recipe.steps));
+        }
         if !self.written {
             write_file(&self.path.join("recipe.toml"), resolved.to_toml().as_bytes())?;
+        }
+        // The result of a run that was shorter. What it says is in the log as well.
+        let result = self.path.join(RESULT);
+        if result.exists() {
+            fs::remove_file(&result).map_err(Error::io("remove", &result))?;
         }
         let info = serde_json::to_string_pretty(&info).expect("plain data");
         write_file(&self.path.join("run.json"), info.as_bytes())?;
@@ -170,19 +203,27 @@ impl RunFolder {
         Ok(other.into_iter().collect())
     }
 
+    /// Its new number of steps with the old one, if it has another.
+    pub(super) fn longer(&self) -> Option<String> {
+        let change = self.changes.iter().find(|change| change.key == STEPS)?;
+        Some(change.to_string())
+    }
+
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The result, if the run is finished.
-    pub(super) fn result(&self) -> Result<Option<RunResult>> {
-        RunResult::read(&self.path)
+    /// The result, if the run has done the recipe's steps, or ended before by a rule that is still the recipe's.
+    pub(super) fn result(&self, steps: u64) -> Result<Option<RunResult>> {
+        let same_rule = || !self.changes.iter().any(|change| change.key.starts_with("stop."));
+        let ended = |result: &RunResult| result.steps >= steps || (result.stopped.is_some() && same_rule());
+        Ok(RunResult::read(&self.path)?.filter(ended))
     }
 
     pub(super) fn finish(&self, result: &RunResult) -> Result<()> {
         let text = serde_json::to_string_pretty(result).expect("plain data");
-        write_file(&self.path.join("result.json"), text.as_bytes())
+        write_file(&self.path.join(RESULT), text.as_bytes())
     }
 }
 
@@ -192,7 +233,7 @@ impl RunResult {
     /// # Errors
     /// If `result.json` is there but cannot be read.
     pub fn read(path: &Path) -> Result<Option<Self>> {
-        read_json(&path.join("result.json"), "remove this file; the run writes it again with --resume")
+        read_json(&path.join(RESULT), "remove this file; the run writes it again with --resume")
     }
 }
 

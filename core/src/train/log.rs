@@ -13,11 +13,13 @@ use crate::{Result, Tensor};
 use super::events::{self, Events};
 use super::folder::RunFolder;
 use super::lines::Writer;
+use super::timeline::{RunEvent, Timeline};
 
 /// The open files of a run's log.
 pub(super) struct Log {
     metrics: Writer,
     messages: Writer,
+    timeline: Timeline,
     events: Option<Events>,
     /// The newest line of `metrics.jsonl`.
     last: Map<String, Value>,
@@ -28,10 +30,12 @@ impl Log {
     pub(super) fn open(folder: &RunFolder, recipe: &Recipe, start: u64) -> Result<(Self, Vec<String>)> {
         let metrics = Writer::open(folder.path().join("metrics.jsonl"), start, true)?;
         let messages = Writer::open(folder.path().join("messages.jsonl"), start, false)?;
-        let mut problems: Vec<String> = [metrics.problem, messages.problem].into_iter().flatten().collect();
+        let (timeline, problem) = Timeline::open(folder.path(), start)?;
+        let mut problems: Vec<String> = [metrics.problem, messages.problem, problem].into_iter().flatten().collect();
         let mut log = Self {
             metrics: metrics.writer,
             messages: messages.writer,
+            timeline,
             events: None,
             last: metrics.last.unwrap_or_default(),
         };
@@ -121,6 +125,13 @@ impl Log {
     pub(super) fn warning(&mut self, step: u64, kind: &str, text: &str) -> Result<()> {
         let object = serde_json::json!({ "step": step, "kind": kind, "text": text });
         self.messages.put(object.as_object().expect("an object was just made"))
+    }
+
+    /// Writes something that happened; TensorBoard shows it as a text under `events/<kind>`.
+    pub(super) fn event(&mut self, event: &RunEvent) -> Result<Option<String>> {
+        let new = self.timeline.put(event)?;
+        let shown = || vec![events::text(&format!("events/{}", event.kind), &event.text)];
+        Ok(if new { self.show(event.step, shown()) } else { None })
     }
 
     /// Everything so far is on the disk.

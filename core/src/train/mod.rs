@@ -6,8 +6,10 @@
 //!   run.json               version, revision, data, device, threads
 //!   metrics.jsonl          one object a logged step: the source of truth
 //!   messages.jsonl         warnings, one object each
+//!   events.jsonl           what happened at a step: teachers, phases of schedules, resumes, forks
 //!   tensorboard/           the same numbers, pictures of crops, histograms
 //!   checkpoints/           see `checkpoint`
+//!   parents.json           weights that the run started from, by hash, and in what it differs from the run it continues
 //!   captures/              batches and weights of steps that were not finite
 //!   crash/                 what is known of a run that ended by an error
 //!   rewinds.json           from where to where the run went back, if it did
@@ -21,16 +23,21 @@ mod events;
 mod folder;
 mod lines;
 mod log;
+mod parents;
+mod patience;
 mod probes;
 mod rewind;
 mod start;
+mod timeline;
 mod trained;
 mod verdict;
 
 pub use capture::replay;
 pub use folder::{RunFolder, RunInfo, RunResult};
 pub use lines::Lines;
+pub use parents::Parent;
 pub use start::Start;
+pub use timeline::RunEvent;
 pub use trained::Trained;
 
 use std::any::Any;
@@ -170,35 +177,68 @@ fn run_on(resolved: &Resolved, options: &RunOptions, observer: &mut dyn Observer
         return Err(fit.into_error());
     }
     let folder = RunFolder::open(resolved, options)?;
-    if let Some(result) = folder.result()? {
+    if let Some(result) = folder.result(recipe.steps)? {
         return Ok(Some(Outcome::Finished(result)));
     }
     checkpoint::clear(folder.path())?;
-    let mut messages = Vec::new();
-    let (learner, start) = match newest_checkpoint(&folder, recipe)? {
+    let (mut messages, mut happened) = (Vec::new(), Vec::new());
+    let own = newest_checkpoint(&folder, recipe)?;
+    let (resumed, mut begun) = (own.is_some(), None);
+    let (learner, start) = match own {
         Some((checkpoint, passed)) => {
             let passed = passed.into_iter().map(|e| ("checkpoint", format!("passed over a broken checkpoint: {e}")));
             messages.extend(passed);
             (Learner::from_checkpoint(recipe, &checkpoint)?, checkpoint.step)
         }
-        None => (Learner::new(recipe)?, 0),
+        None => match parents::Origin::of(resolved)? {
+            Some(origin) => {
+                let (learner, new) = Learner::continued(recipe, &origin.checkpoint, &origin.recipe)?;
+                let start = origin.checkpoint.step;
+                begun = Some((Some(origin), new));
+                (learner, start)
+            }
+            None => {
+                begun = Some((None, Vec::new()));
+                (Learner::new(recipe)?, 0)
+            }
+        },
     };
     let (train, test) = datasets(recipe)?;
     resolved.check_data(test.as_ref())?;
+    if let Some((origin, new)) = begun {
+        let differences = parents::begin(folder.path(), recipe, origin.as_ref(), train.fingerprint().as_deref(), new)?;
+        if let Some(origin) = origin {
+            let text = format!("goes on from {}", origin.name());
+            messages.push(("fork", format!("the run {text}")));
+            happened.push(RunEvent::new(start, "fork", text));
+        }
+        messages.extend(differences.into_iter().map(|text| ("fork", text)));
+    }
+    let origin = if resumed { Parent::origin(folder.path())? } else { start };
     let rewinds = rewind::Rewinds::read(folder.path())?;
     if let Some(rewind::Rewind { at, to }) = rewinds.before(start) {
         let text =
             format!("step {at} was not finite: the run went back to step {to} and goes on with the data behind it");
         messages.push(("non_finite", text));
+        happened.push(RunEvent::new(start, "rewind", format!("went back from step {at}")));
+    } else if resumed {
+        happened.push(RunEvent::new(start, "resume", "resumed"));
     }
+    happened.extend(folder.longer().map(|steps| RunEvent::new(start, "longer", steps)));
     let spec = LoaderSpec { left_out: rewinds.left_out(), ..loader_spec(recipe, &learner, start) };
     let probes = probes::Probes::new(recipe, train.clone(), test)?;
     let loader = Loader::new(train.clone(), spec)?;
-    messages.extend(folder.begin(resolved, options, train.as_ref(), start)?.into_iter().map(|text| ("resume", text)));
+    messages.extend(
+        folder.begin(resolved, options, train.as_ref(), (start, resumed))?.into_iter().map(|text| ("resume", text)),
+    );
     let (log, problems) = log::Log::open(&folder, recipe, start)?;
     messages.extend(problems.into_iter().map(|text| ("log", text)));
     observer.started(&Start::of(recipe, &learner, train.as_ref(), folder.path(), start)?);
+    let stop = recipe.stop.as_ref().map(|stop| patience::Patience::new(stop, &folder.path().join("metrics.jsonl")));
+    let planned = timeline::planned(resolved)?;
     let mut run = Run {
+        planned,
+        patience: stop.transpose()?,
         seconds: log.seconds(),
         log,
         probes,
@@ -209,7 +249,8 @@ fn run_on(resolved: &Resolved, options: &RunOptions, observer: &mut dyn Observer
         broken: Broken::default(),
         went_back: false,
         window: Window::default(),
-        saved: (start > 0).then_some(start),
+        saved: resumed.then_some(start),
+        origin,
         at: start,
         batch: Vec::new(),
         observer,
@@ -222,6 +263,9 @@ fn run_on(resolved: &Resolved, options: &RunOptions, observer: &mut dyn Observer
     let ended = catch_unwind(AssertUnwindSafe(|| {
         for (kind, text) in messages {
             run.warn(start, kind, &text)?;
+        }
+        for event in happened {
+            run.happened(&event)?;
         }
         let losses = run.learner.model().losses.iter();
         let notes: Vec<String> =
@@ -286,6 +330,9 @@ struct Run<'a> {
     loader: Loader,
     log: log::Log,
     probes: probes::Probes,
+    patience: Option<patience::Patience>,
+    /// What the recipe says will happen, by step.
+    planned: BTreeMap<u64, Vec<RunEvent>>,
     verdict: verdict::Verdict,
     told_eager: bool,
     /// Warnings that are said once.
@@ -298,6 +345,8 @@ struct Run<'a> {
     seconds: f64,
     /// The step of the newest checkpoint.
     saved: Option<u64>,
+    /// The step that the run began at: not 0 if it continues another.
+    origin: u64,
     /// The step that is being done, and the images in its batch.
     at: u64,
     batch: Vec<usize>,
@@ -309,6 +358,11 @@ impl Run<'_> {
     fn steps(&mut self, start: u64, stop: &AtomicBool) -> Result<Option<Outcome>> {
         let recipe = self.recipe;
         self.measure_again(start)?;
+        if let Some(why) = self.is_out() {
+            let missing = self.probes.names();
+            self.measure_missing(start, missing)?;
+            return self.finish(start, Some(why));
+        }
         for step in start..recipe.steps {
             let done = step + 1;
             let logged = step == 0 || done % recipe.log.every.max(1) == 0 || done == recipe.steps;
@@ -322,26 +376,49 @@ impl Run<'_> {
             // A run that is asked to stop leaves its probes to whoever goes on, who finds the rest of the line.
             let stopped = stop.load(Ordering::Relaxed);
             let due = self.probes.due(done, recipe);
-            let scores = self.measure(done, if stopped { &[] } else { &due })?;
+            let mut scores = self.measure(done, if stopped { &[] } else { &due })?;
+            let out = self.is_out();
+            if out.is_some() {
+                let mut rest = self.probes.names();
+                rest.retain(|name| !due.contains(name));
+                scores.extend(self.measure(done, &rest)?);
+            }
             if logged || !due.is_empty() {
                 self.log_step(done, &report, &scores)?;
             }
-            let every = recipe.checkpoint.every;
-            if stopped || (every > 0 && done % every == 0) || done == recipe.steps {
+            if stopped || recipe.checkpoint.is_due(done) || done == recipe.steps {
                 self.save(done)?;
             }
             if stopped {
                 return Ok(Some(Outcome::Interrupted { step: done }));
             }
+            if out.is_some() && done < recipe.steps {
+                return self.finish(done, out);
+            }
         }
-        self.warn_once(recipe.steps, "data", self.broken.total())?;
+        self.finish(recipe.steps, None)
+    }
+
+    /// Ends the run after `done` steps, all of them or those that `stopped` says were enough.
+    fn finish(&mut self, done: u64, stopped: Option<String>) -> Result<Option<Outcome>> {
+        self.warn_once(done, "data", self.broken.total())?;
+        if let Some(why) = &stopped {
+            self.warn(done, "stop", &format!("the run ends after step {done} of {}: {why}", self.recipe.steps))?;
+            self.happened(&RunEvent::new(done, "stop", why.clone()))?;
+        }
         // A run without steps is saved as it starts.
-        self.save(recipe.steps)?;
-        let mut metrics = self.log.measured(recipe.steps);
+        self.save(done)?;
+        let mut metrics = self.log.measured(done);
         metrics.retain(|_, v| v.is_finite());
-        let result = RunResult { steps: recipe.steps, seconds: self.seconds, skipped: self.learner.skipped(), metrics };
+        let (seconds, skipped) = (self.seconds, self.learner.skipped());
+        let result = RunResult { steps: done, seconds, skipped, metrics, stopped };
         self.folder.finish(&result)?;
         Ok(Some(Outcome::Finished(result)))
+    }
+
+    /// Why the run ends here although steps are left, if it does.
+    fn is_out(&self) -> Option<String> {
+        self.patience.as_ref().and_then(patience::Patience::is_out)
     }
 
     /// Runs the probes that were due after `start` steps and whose scores the log does not have: the run was stopped
@@ -350,14 +427,19 @@ impl Run<'_> {
         if start == 0 {
             return Ok(());
         }
-        let known = self.log.measured(start);
         if start == self.recipe.steps && !self.log.line_of(start).is_some_and(|line| line.contains_key("lr")) {
             let text = "metrics.jsonl does not have the losses of the last step, and they cannot be measured again";
             self.warn(start, "log", text)?;
         }
-        let mut due = self.probes.due(start, self.recipe);
-        due.retain(|name| !known.keys().any(|key| key.starts_with(&format!("probe/{name}/"))));
-        let scores = self.measure(start, &due)?;
+        let due = self.probes.due(start, self.recipe);
+        self.measure_missing(start, due)
+    }
+
+    /// Runs those of the probes whose scores after `start` steps, the last that were done, the log does not have.
+    fn measure_missing(&mut self, start: u64, mut probes: Vec<String>) -> Result<()> {
+        let known = self.log.measured(start);
+        probes.retain(|name| !known.keys().any(|key| key.starts_with(&format!("probe/{name}/"))));
+        let scores = self.measure(start, &probes)?;
         if !scores.is_empty() {
             let lost = self.log.add_scores(start, &scores)?;
             self.warn_of(start, "log", lost)?;
@@ -372,6 +454,9 @@ impl Run<'_> {
         if !scores.is_empty() {
             self.observer.probed(done, &scores);
         }
+        if let Some(patience) = &mut self.patience {
+            patience.measured(done, &scores)?;
+        }
         Ok(scores)
     }
 
@@ -379,6 +464,9 @@ impl Run<'_> {
     fn one_step(&mut self, step: u64, logged: bool, stop: &AtomicBool) -> Result<Option<Report>> {
         let begin = Instant::now();
         (self.at, self.batch) = (step, Vec::new());
+        for event in self.planned.remove(&step).into_iter().flatten() {
+            self.happened(&event)?;
+        }
         let batches = match self.loader.next_unless(stop) {
             None if stop.load(Ordering::Relaxed) => return Ok(None),
             batches => batches.expect("the loader gives every step of the run")?,
@@ -387,7 +475,7 @@ impl Run<'_> {
         let (waited, broken) = (batches.waited, batches.broken);
         let texts = self.broken.count(broken);
         self.warn_once(step, "data", texts)?;
-        if logged && step == 0 {
+        if step == self.origin {
             let lost = self.log.crops(&batches.batches, self.recipe);
             self.warn_of(step, "log", lost)?;
         }
@@ -430,7 +518,7 @@ impl Run<'_> {
             OnNonFinite::Rewind(most) if rewind::Rewinds::read(self.folder.path())?.count() < most => {
                 let rewinds = rewind::Rewinds::read(self.folder.path())?;
                 let count = rewinds.count() + 1;
-                let to = rewinds.go_back(self.folder.path(), self.recipe.checkpoint.every, step)?.to;
+                let to = rewinds.go_back(self.folder.path(), self.recipe.checkpoint.every, step, self.origin)?.to;
                 let text = format!(
                     "{what} is not finite; the run goes back to step {to} ({count} of at most {most}), captured in {}",
                     path.display()
@@ -469,6 +557,12 @@ impl Run<'_> {
         Ok(())
     }
 
+    /// Writes down something that happened.
+    fn happened(&mut self, event: &RunEvent) -> Result<()> {
+        let lost = self.log.event(event)?;
+        self.warn_of(event.step, "log", lost)
+    }
+
     /// Warns of something of a `kind` (reports gather by it), after `step` steps.
     fn warn(&mut self, step: u64, kind: &str, text: &str) -> Result<()> {
         self.observer.warning(&format!("step {step}: {text}"));
@@ -492,12 +586,12 @@ impl Run<'_> {
 
     /// Writes a checkpoint, unless there is one of this step, and removes those that are not kept.
     fn save(&mut self, step: u64) -> Result<()> {
-        let keep = match self.recipe.on_non_finite {
-            OnNonFinite::Rewind(_) => {
-                rewind::kept(self.folder.path(), self.recipe.checkpoint.every, step, self.recipe.checkpoint.keep)?
-            }
-            _ => self.recipe.checkpoint.keep,
+        let config = &self.recipe.checkpoint;
+        let newest = match self.recipe.on_non_finite {
+            OnNonFinite::Rewind(_) => rewind::kept(self.folder.path(), config.every, step, config.keep)?,
+            _ => config.keep,
         };
+        let keep = checkpoint::Keep { newest, every: config.keep_every };
         if self.saved == Some(step) {
             // A kill may have come between its writing and the removal of an older one.
             return checkpoint::prune(self.folder.path(), step, keep);

@@ -30,6 +30,11 @@ impl Probes {
         self.probes.iter().filter(|(_, every, _)| due(*every)).map(|(name, ..)| name.clone()).collect()
     }
 
+    /// Names of all probes.
+    pub(super) fn names(&self) -> Vec<String> {
+        self.probes.iter().map(|(name, ..)| name.clone()).collect()
+    }
+
     /// Scores of these probes, `probe/<name>/<score>`, and what to warn of. A probe that cannot be taken is no reason to
     /// lose a run.
     pub(super) fn run(

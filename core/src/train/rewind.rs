@@ -56,22 +56,39 @@ impl Rewinds {
         self.0.iter().map(|r| (r.to, r.at - r.to + 1)).collect()
     }
 
-    /// Goes back from step `at`: removes the checkpoints behind the one to go on from, and writes down that it did. A kill
+    /// Goes back from step `at` of a run that began at step `origin`: removes the checkpoints behind the one to go on from, and writes down that it did. A kill
     /// between the two leaves a run that meets the step again.
     ///
     /// # Errors
     /// If the folder cannot be written.
-    pub(super) fn go_back(mut self, folder: &Path, every: u64, at: u64) -> Result<Rewind> {
+    pub(super) fn go_back(mut self, folder: &Path, every: u64, at: u64, origin: u64) -> Result<Rewind> {
         let all = checkpoints(folder)?;
         let to = all.iter().map(|(step, _)| *step).filter(|step| is_regular(*step, every) && *step <= at).max();
-        let rewind = Rewind { at, to: to.unwrap_or(0) };
+        let rewind = Rewind { at, to: to.unwrap_or(origin) };
         for (_, path) in all.into_iter().filter(|(step, _)| *step > rewind.to) {
             std::fs::remove_dir_all(&path).map_err(Error::io("remove", &path))?;
         }
         self.0.push(rewind);
-        let text = serde_json::to_string_pretty(&self).expect("plain data");
-        write_file(&folder.join(FILE), text.as_bytes())?;
+        self.write(folder)?;
         Ok(rewind)
+    }
+
+    /// Those that a checkpoint of `step` steps is behind: what a run that goes on from it has to know.
+    pub(super) fn until(mut self, step: u64) -> Self {
+        self.0.retain(|rewind| rewind.to <= step);
+        self
+    }
+
+    /// Writes them into a run's folder, if there are any.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub(super) fn write(&self, folder: &Path) -> Result<()> {
+        if self.0.is_empty() {
+            return Ok(());
+        }
+        let text = serde_json::to_string_pretty(self).expect("plain data");
+        write_file(&folder.join(FILE), text.as_bytes())
     }
 }
 

@@ -31,7 +31,7 @@ pub enum Source {
 
 /// What there is to name.
 const NAME: &str =
-    "name a run, a checkpoint of one (step-...), a folder that `dinolab import` or `dinolab export` wrote, or a \
+    "name a run, a step of one (RUN@400), a checkpoint (step-...), a folder that `dinolab import` or `dinolab export` wrote, or a \
     .safetensors file with dinolab's names";
 
 impl Source {
@@ -40,7 +40,12 @@ impl Source {
     ///
     /// # Errors
     /// If it is none of these. Of what could be made usable, the error says by which command.
+    ///
+    /// `RUN@400` is the checkpoint of step 400 of a run, where nothing of that name is.
     pub fn at(path: &Path) -> Result<Self> {
+        if let Some((run, step)) = run_at_step(path) {
+            return Self::step(&run, step);
+        }
         if let Some(problem) = missing(path) {
             return Err(Error::content(path, problem, NAME));
         }
@@ -61,6 +66,30 @@ impl Source {
         Self::file(path)
     }
 
+    /// The checkpoint of the run in `run` after `step` steps.
+    ///
+    /// # Errors
+    /// If there is no run, or none of that step is kept.
+    pub fn step(run: &Path, step: u64) -> Result<Self> {
+        let Self::Run { folder, .. } = Self::at(run)? else {
+            let problem = format!("this is no run, so it has no step {step}");
+            return Err(Error::content(run, problem, "name the folder of a run, or leave out the step"));
+        };
+        let (all, steps) = (checkpoint::list(&folder)?, checkpoint::steps(&folder)?);
+        if let Some((path, _)) = all.into_iter().zip(&steps).find(|(_, s)| **s == step) {
+            return Ok(Self::Checkpoint(path));
+        }
+        let there: Vec<String> = steps.iter().map(ToString::to_string).collect();
+        let problem = format!("this run has no checkpoint of step {step}; it keeps {}", there.join(", "));
+        let help = "name one of these; to keep others train with `checkpoint.keep_every`";
+        Err(Error::content(run, problem, help))
+    }
+
+    /// Whether there is anything at `path`; of a step of a run (`RUN@400`), whether the run is there.
+    pub(crate) fn is_named(path: &Path) -> bool {
+        is_there(path) || run_at_step(path).is_some_and(|(run, _)| is_there(&run))
+    }
+
     fn folder(path: &Path) -> Result<Option<Self>> {
         if is_there(&path.join(STATE_FILE)) {
             return Ok(Some(Self::Checkpoint(path.into())));
@@ -74,7 +103,7 @@ impl Source {
         match checkpoint::list(path)?.pop() {
             Some(newest) => Ok(Some(Self::Run { folder: path.into(), newest })),
             None => {
-                let help = format!("train it first: `dinolab train {0} --out {0} --resume`", printable(path));
+                let help = format!("train it first: `dinolab train {} --resume`", printable(path));
                 Err(Error::content(path, "this run has no checkpoint yet", help))
             }
         }
@@ -157,10 +186,8 @@ impl Source {
         if let Some(own) = checkpoint::recipe_file(checkpoint).map_err(|e| self.broken(e))? {
             return Ok(own);
         }
-        // A link to a checkpoint leads to its run.
-        let real = checkpoint.canonicalize().map_err(Error::io("read", checkpoint))?;
-        if let Some(run) = real.ancestors().nth(2).map(|run| run.join(RECIPE_FILE)).filter(|file| is_there(file)) {
-            return Ok(run);
+        if let Some(run) = checkpoint::run_of(checkpoint) {
+            return Ok(run.join(RECIPE_FILE));
         }
         let problem = format!("nothing says what model these weights are of: there is no {RECIPE_FILE}");
         let help = format!("copy the {RECIPE_FILE} of the run that it is from into this folder");
@@ -179,6 +206,14 @@ impl Source {
             Self::Weights(folder) => Ok(folder.join(MODEL_FILE)),
             Self::File(file) => Ok(file.clone()),
         }
+    }
+
+    /// BLAKE3 of the file with the weights.
+    ///
+    /// # Errors
+    /// As [`model_file`](Self::model_file).
+    pub fn hash(&self) -> Result<String> {
+        checkpoint::hash_file(&self.model_file()?)
     }
 
     /// Its tensors: weights, so floats, and finite.
@@ -240,6 +275,13 @@ impl Source {
             weights of the recipe's model";
         Err(Error::content(self.path(), format!("weights of another model than the recipe's{list}"), help))
     }
+}
+
+/// The run and the step that `RUN@400` names, where nothing lies under that name itself.
+fn run_at_step(path: &Path) -> Option<(PathBuf, u64)> {
+    let (run, step) = path.file_name()?.to_str()?.rsplit_once('@')?;
+    let step = step.parse().ok().filter(|_| !run.is_empty() && !is_there(path))?;
+    Some((path.with_file_name(run), step))
 }
 
 /// How published weights become usable.

@@ -195,7 +195,7 @@ pub fn a_resumed_run_has_the_bits_of_one_that_was_not_stopped(device: &str, tabl
         let (mut first, _) = start(&resolved);
         steps(&mut first, &pipeline, 0..3);
         let folder = tempfile::tempdir().unwrap();
-        checkpoint::save(folder.path(), &first.content(3).unwrap(), 1).unwrap();
+        checkpoint::save(folder.path(), &first.content(3).unwrap(), checkpoint::Keep::newest(1)).unwrap();
         let (checkpoint, _) = checkpoint::load_newest(folder.path()).unwrap().expect("one was saved");
         let names: Vec<&str> = checkpoint.optimizer.names().filter(|n| !n.starts_with("state.")).collect();
         let moments = resolved.recipe.optimizer.plugin.build(&mut ()).unwrap();
@@ -204,5 +204,10 @@ pub fn a_resumed_run_has_the_bits_of_one_that_was_not_stopped(device: &str, tabl
         let mut second = Learner::from_checkpoint(&resolved.recipe, &checkpoint).unwrap_or_else(|e| panic!("{e}"));
         steps(&mut second, &pipeline, 3..5);
         assert!(held(&second) == held(&whole), "{table}");
+        // And so has another run that goes on from it.
+        let (mut fork, new) = Learner::continued(&resolved.recipe, &checkpoint, &resolved.recipe).unwrap();
+        assert!(new.is_empty(), "{table}: {new:?}");
+        steps(&mut fork, &pipeline, 3..5);
+        assert!(held(&fork) == held(&whole), "{table}");
     }
 }

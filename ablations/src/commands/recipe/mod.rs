@@ -9,6 +9,7 @@ use std::fmt::{Display, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use dinolab_core::checkpoint;
 use dinolab_core::recipe::{cost, describe, fit, Overrides, Resolved};
 use dinolab_core::registry::DataContext;
 use dinolab_core::text::printable;
@@ -99,6 +100,7 @@ fn check(path: &Path, overrides: &Overrides, with_cost: bool) -> bool {
         if !path.is_dir() {
             resolved.notes.iter().for_each(style::note);
         }
+        length(path, &resolved)?;
         resolved.check_sources()?.iter().for_each(style::warn);
         let recipe = &resolved.recipe;
         let warn = |what: &dyn Display| style::warn(format!("{}: {what}", path.display()));
@@ -125,6 +127,22 @@ fn check(path: &Path, overrides: &Overrides, with_cost: bool) -> bool {
             false
         }
     }
+}
+
+/// Says which numbers follow another curve when the run is made longer; of a run whose steps are set anew, by how much.
+fn length(path: &Path, resolved: &Resolved) -> Result<()> {
+    let before = if path.is_dir() { Some(Resolved::load(path, &Overrides::default())?.recipe.steps) } else { None };
+    if let Some(before) = before.filter(|before| *before != resolved.recipe.steps) {
+        let done = checkpoint::newest_step(path)?.unwrap_or(0);
+        resolved.seams(before, done).iter().for_each(style::warn);
+        return Ok(());
+    }
+    let keys = resolved.depends_on_length();
+    if !keys.is_empty() {
+        let text = "the length of the run shapes these: made longer, it is not the run that was as long from the start";
+        style::note(format!("{}: {text}", keys.join(", ")));
+    }
+    Ok(())
 }
 
 fn cost_table(cost: &cost::RunCost) -> String {

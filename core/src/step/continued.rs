@@ -1,0 +1,104 @@
+//! Going on from a checkpoint of another run: everything that both recipes have is taken over, what is new starts as in a new
+//! run.
+
+use std::path::Path;
+
+use super::weights::{load, role_of, Of, Weights};
+use super::{Declared, Learner};
+use crate::checkpoint::{Checkpoint, NamedTensors};
+use crate::contract::{Follow, Role};
+use crate::params::Layout;
+use crate::recipe::Recipe;
+use crate::{Result, Tensor};
+
+impl Learner {
+    /// The model of `recipe` with everything that a checkpoint of a run of `parent` has of it: weights, moments, the losses'
+    /// state, and the count of skipped steps. Gives what the checkpoint does not have, in words: it is as in a new run.
+    ///
+    /// A teacher whose table is another than the parent's starts where its policy says, if that is a checkpoint, and
+    /// one of `[teachers]` of another table always does.
+    ///
+    /// # Errors
+    /// If a plugin refuses to be built, or a sub-model that both have has other shapes.
+    pub fn continued(recipe: &Recipe, from: &Checkpoint, parent: &Recipe) -> Result<(Self, Vec<String>)> {
+        let mut learner = Self::unstarted(recipe)?;
+        let Self { model, weights, teacher, named, kernels, spikes, .. } = &mut learner;
+        kernels.load()?;
+        weights.student.copy_from(&model.layout.init(recipe.seed, weights.student.dtype())?)?;
+        let mut notes = weights.take_over(from, model)?;
+        if let (role @ Role::Checkpoint(_), true) = (teacher.start(), recipe.teacher != parent.teacher) {
+            weights.follow(Of::Teacher, Follow::Copy(role), model)?;
+            notes.push("the teacher starts from the weights that its table names".into());
+        }
+        for (i, own) in named.iter().enumerate() {
+            let same = recipe.teachers.0.get(&own.name) == parent.teachers.0.get(&own.name);
+            if !(same && weights.take_over_named(i, from, model)?) {
+                weights.follow(Of::Named(i), Follow::Copy(own.policy.start()), model)?;
+                notes.push(format!("the teacher `{}` is new", own.name));
+            }
+        }
+        weights.forget_bounds();
+        weights.narrow()?;
+        weights.bounds(model)?;
+        if let Some(spikes) = spikes {
+            spikes.restore(&from.optimizer);
+        }
+        Ok((learner, notes))
+    }
+}
+
+impl Weights {
+    /// Student, teacher, moments, state and counts, but for the teachers of `[teachers]`. What is not in the checkpoint is left as it is.
+    fn take_over(&mut self, from: &Checkpoint, model: &Declared) -> Result<Vec<String>> {
+        let (layout, path) = (&model.layout, from.path.as_path());
+        let mut notes = Vec::new();
+        let new = modules(&from.model, "student.", layout, &mut self.student, path)?;
+        notes.extend(new.iter().map(|name| format!("{name} is new: it starts from the seed")));
+        self.follow_student()?;
+        if let Some(teacher) = self.teacher.as_mut().filter(|_| from.model.has("teacher.")) {
+            modules(&from.model, "teacher.", layout, teacher, path)?;
+        }
+        for (name, moment) in self.moment_names.iter().zip(&mut self.moments) {
+            let missing = modules(&from.optimizer, &format!("{name}."), layout, moment, path)?;
+            let unsaid = missing.iter().filter(|module| !new.contains(module));
+            notes.extend(unsaid.map(|module| format!("{name} of {module} is not there: it starts at zero")));
+        }
+        for (loss, state) in model.losses.iter().zip(&mut self.loss_state) {
+            for (own, value) in state {
+                let name = format!("state.{}.{own}", loss.name);
+                match from.optimizer.get(&name).filter(|t| t.shape() == value.shape()) {
+                    Some(found) => value.copy_from(&found.cast(value.dtype())?)?,
+                    None => notes.push(format!("{own} of the loss {} starts anew", loss.name)),
+                }
+            }
+        }
+        self.skipped = from.skipped;
+        Ok(notes)
+    }
+
+    /// A teacher of `[teachers]`, if the checkpoint has it.
+    fn take_over_named(&mut self, i: usize, from: &Checkpoint, model: &Declared) -> Result<bool> {
+        let (name, flat) = &mut self.named[i];
+        let role = role_of(name);
+        if !from.model.has(&format!("{role}.")) {
+            return Ok(false);
+        }
+        let layout = model.layout.part("backbone.");
+        load(&layout, flat, |name| from.model.get(&format!("{role}.{name}")).cloned(), &from.path)?;
+        Ok(true)
+    }
+}
+
+/// Loads every sub-model that a file has under `role`; gives the names of the others.
+fn modules(from: &NamedTensors, role: &str, layout: &Layout, flat: &mut Tensor, path: &Path) -> Result<Vec<String>> {
+    let mut missing = Vec::new();
+    for module in layout.modules() {
+        if from.has(&format!("{role}{module}.")) {
+            let part = layout.part(&format!("{module}."));
+            load(&part, flat, |name| from.get(&format!("{role}{name}")).cloned(), path)?;
+        } else {
+            missing.push(module);
+        }
+    }
+    Ok(missing)
+}
