@@ -297,8 +297,10 @@ fn what_happens_in_a_run_is_written_once_however_often_it_was_stopped() {
     assert!(events(&folder, "run").contains(&(12, "longer".into(), "steps: was 12, is 14".into())));
     let fork = ["--set", "continue_from='run@8'", "--set", "steps=10"];
     folder.succeed(&train(&[&["micro.toml", "--out", "fork"][..], &fork].concat()));
-    let (step, kind, text) = events(&folder, "fork").swap_remove(0);
-    assert!(step == 8 && kind == "fork" && text.contains("step-00000008"), "{step} {kind} {text}");
+    assert_eq!(events(&folder, "fork")[0].1, "fork");
+    // Its Gram teacher is the one that was there: it does not begin.
+    assert_eq!(planned(events(&folder, "fork")), [(8, "fork".to_string()), (8, "gram_teacher".to_string())]);
+    assert!(events(&folder, "fork")[1].2.starts_with("refresh"));
     // TensorBoard has the same as texts.
     let folders = fs::read_dir(folder.path("fork/tensorboard")).expect("it is on by default");
     let bytes: Vec<u8> = folders.flat_map(|e| fs::read(e.expect("it can be read").path()).expect("a file")).collect();
@@ -436,8 +438,17 @@ fn arms_of_a_suite_go_on_from_one_trunk_a_seed() {
     assert_eq!(series("early")["steps"], serde_json::json!([8.0, 12.0, 14.0]));
     assert_eq!(series("early")["mean"][0], series("trunk")["mean"][1]);
     assert_eq!(series("early")["n"], serde_json::json!([2, 2, 2]));
-    let forks = summary["events"].as_array().expect("a list").iter().filter(|e| e["kind"] == "fork" && e["step"] == 8);
-    assert_eq!(forks.count(), 6, "one an arm and seed, each from a trunk of its own");
+    let of = |kind: &str| -> Vec<(String, u64)> {
+        let all = summary["events"].as_array().expect("a list").iter().filter(|event| event["kind"] == kind);
+        all.map(|e| (e["arm"].as_str().expect("a name").into(), e["step"].as_u64().expect("a step"))).collect()
+    };
+    assert_eq!(of("fork"), ["early", "late", "off"].map(|arm| (arm.to_string(), 8)));
+    let gram = of("gram_teacher");
+    assert!(
+        gram.contains(&("early".into(), 8)) && gram.contains(&("late".into(), 8)),
+        "it begins at the fork: {gram:?}"
+    );
+    assert_eq!(gram.iter().filter(|(_, step)| *step == 8).count(), 2, "and is not refreshed there: {gram:?}");
     let report = folder.read("out/report.html");
     assert!(report.contains("Arms go on from step 8 of the trunk"));
     // Three steps are kept: 4 and 8 of the trunk, and the arms' last.

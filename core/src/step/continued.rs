@@ -11,6 +11,9 @@ use crate::params::Layout;
 use crate::recipe::Recipe;
 use crate::{Result, Tensor};
 
+/// What is said of a Gram teacher that starts where its policy says.
+pub(crate) const NEW_GRAM_TEACHER: &str = "the Gram teacher is new";
+
 impl Learner {
     /// The model of `recipe` with everything that a checkpoint of a run of `parent` has of it: weights, moments, the losses'
     /// state, and the count of skipped steps. Gives what the checkpoint does not have, in words: it is as in a new run.
@@ -34,7 +37,7 @@ impl Learner {
             let same = recipe.gram_teacher == parent.gram_teacher;
             if !(same && weights.take_over_gram(from, model)?) {
                 weights.copy_to_gram(&policy.start(), model)?;
-                notes.push("the Gram teacher is new".into());
+                notes.push(NEW_GRAM_TEACHER.into());
             }
         }
         weights.forget_bounds();

@@ -7,6 +7,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::lines::{Lines, Writer};
+use crate::contract::At;
 use crate::recipe::Resolved;
 use crate::step::declare;
 use crate::Result;
@@ -67,6 +68,13 @@ pub(super) fn planned(resolved: &Resolved) -> Result<BTreeMap<u64, Vec<RunEvent>
         by_step.entry(event.step).or_default().push(event);
     }
     Ok(by_step)
+}
+
+/// The beginning of a Gram teacher that is new in a run that continues another after `step` steps, if it is used from there.
+pub(super) fn gram_begins(resolved: &Resolved, step: u64) -> Result<Option<RunEvent>> {
+    let policy = resolved.recipe.gram_teacher.as_ref().map(|chosen| chosen.build(&mut ())).transpose()?;
+    let active = policy.is_some_and(|policy| policy.active(At { step, total: resolved.recipe.steps }));
+    Ok(active.then(|| RunEvent::new(step, "gram_teacher", "begins")))
 }
 
 /// The file of events that is being written.
