@@ -516,3 +516,19 @@ fn what_a_run_saw_at_every_kept_step_is_one_page() {
     let refused = folder.run(&["features", "--over", "nowhere", "--out", "x"]);
     assert_eq!(refused.code, 2, "{}", refused.err);
 }
+
+#[test]
+fn a_trunk_may_have_another_recipe_and_arms_may_leave_it_before_its_end() {
+    let folder = Folder::with_micro();
+    folder.write("trunk.toml", "extends = \"micro.toml\"\nname = \"trunk\"\n[losses.koleo]\nenabled = false\n");
+    let trunk = "[trunk]\nrecipe = \"trunk.toml\"\nfork = 4\n";
+    folder.write("suite.toml", &SUITE.replace("[trunk]\n", trunk).replace("seeds = [0, 1]", "seeds = [3]"));
+    folder.succeed(&["ablate", "suite.toml", "--out", "out", "--arms", "off,late"]);
+    assert!(!lines(&folder, "out/trunk/seed-3")[0].as_object().expect("an object").contains_key("loss/koleo"));
+    let arm = &lines(&folder, "out/arms/late/seed-3");
+    // The first line has what the probe makes of the fork, the second is the first step.
+    assert_eq!((&arm[0]["step"], &arm[1]["step"]), (&4.into(), &5.into()));
+    assert!(arm[1]["loss/koleo"].is_f64() && arm[1]["loss/gram"].is_f64(), "{}", arm[1]);
+    let differences = json(&folder, "out/arms/late/seed-3/parents.json")[0]["differences"].to_string();
+    assert!(differences.contains("losses.koleo.enabled: was false, is true"), "{differences}");
+}
