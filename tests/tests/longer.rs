@@ -297,8 +297,10 @@ fn what_happens_in_a_run_is_written_once_however_often_it_was_stopped() {
     assert!(events(&folder, "run").contains(&(12, "longer".into(), "steps: was 12, is 14".into())));
     let fork = ["--set", "continue_from='run@8'", "--set", "steps=10"];
     folder.succeed(&train(&[&["micro.toml", "--out", "fork"][..], &fork].concat()));
-    let (step, kind, text) = events(&folder, "fork").swap_remove(0);
-    assert!(step == 8 && kind == "fork" && text.contains("step-00000008"), "{step} {kind} {text}");
+    assert_eq!(events(&folder, "fork")[0].1, "fork");
+    // Its Gram teacher is the one that was there: it does not begin.
+    assert_eq!(planned(events(&folder, "fork")), [(8, "fork".to_string()), (8, "teachers.gram".to_string())]);
+    assert!(events(&folder, "fork")[1].2.starts_with("refresh"));
     // TensorBoard has the same as texts.
     let folders = fs::read_dir(folder.path("fork/tensorboard")).expect("it is on by default");
     let bytes: Vec<u8> = folders.flat_map(|e| fs::read(e.expect("it can be read").path()).expect("a file")).collect();
@@ -436,8 +438,17 @@ fn arms_of_a_suite_go_on_from_one_trunk_a_seed() {
     assert_eq!(series("early")["steps"], serde_json::json!([8.0, 12.0, 14.0]));
     assert_eq!(series("early")["mean"][0], series("trunk")["mean"][1]);
     assert_eq!(series("early")["n"], serde_json::json!([2, 2, 2]));
-    let forks = summary["events"].as_array().expect("a list").iter().filter(|e| e["kind"] == "fork" && e["step"] == 8);
-    assert_eq!(forks.count(), 6, "one an arm and seed, each from a trunk of its own");
+    let of = |kind: &str| -> Vec<(String, u64)> {
+        let all = summary["events"].as_array().expect("a list").iter().filter(|event| event["kind"] == kind);
+        all.map(|e| (e["arm"].as_str().expect("a name").into(), e["step"].as_u64().expect("a step"))).collect()
+    };
+    assert_eq!(of("fork"), ["early", "late", "off"].map(|arm| (arm.to_string(), 8)));
+    let gram = of("teachers.gram");
+    assert!(
+        gram.contains(&("early".into(), 8)) && gram.contains(&("late".into(), 8)),
+        "it begins at the fork: {gram:?}"
+    );
+    assert_eq!(gram.iter().filter(|(_, step)| *step == 8).count(), 2, "and is not refreshed there: {gram:?}");
     let report = folder.read("out/report.html");
     assert!(report.contains("Arms go on from step 8 of the trunk"));
     // Three steps are kept: 4 and 8 of the trunk, and the arms' last.
@@ -504,4 +515,20 @@ fn what_a_run_saw_at_every_kept_step_is_one_page() {
     assert!(!page.contains("http://") && !page.contains("https://") && !page.contains("<script"), "it stands alone");
     let refused = folder.run(&["features", "--over", "nowhere", "--out", "x"]);
     assert_eq!(refused.code, 2, "{}", refused.err);
+}
+
+#[test]
+fn a_trunk_may_have_another_recipe_and_arms_may_leave_it_before_its_end() {
+    let folder = Folder::with_micro();
+    folder.write("trunk.toml", "extends = \"micro.toml\"\nname = \"trunk\"\n[losses.koleo]\nenabled = false\n");
+    let trunk = "[trunk]\nrecipe = \"trunk.toml\"\nfork = 4\n";
+    folder.write("suite.toml", &SUITE.replace("[trunk]\n", trunk).replace("seeds = [0, 1]", "seeds = [3]"));
+    folder.succeed(&["ablate", "suite.toml", "--out", "out", "--arms", "off,late"]);
+    assert!(!lines(&folder, "out/trunk/seed-3")[0].as_object().expect("an object").contains_key("loss/koleo"));
+    let arm = &lines(&folder, "out/arms/late/seed-3");
+    // The first line has what the probe makes of the fork, the second is the first step.
+    assert_eq!((&arm[0]["step"], &arm[1]["step"]), (&4.into(), &5.into()));
+    assert!(arm[1]["loss/koleo"].is_f64() && arm[1]["loss/gram"].is_f64(), "{}", arm[1]);
+    let differences = json(&folder, "out/arms/late/seed-3/parents.json")[0]["differences"].to_string();
+    assert!(differences.contains("losses.koleo.enabled: was false, is true"), "{differences}");
 }

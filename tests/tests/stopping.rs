@@ -184,8 +184,19 @@ fn a_run_killed_after_its_last_checkpoint_and_before_an_older_one_was_removed_re
 
 #[test]
 fn a_suite_killed_at_any_moment_goes_on_to_the_same_report() {
+    killed_suite(SUITE, &[]);
+}
+
+#[test]
+fn a_suite_whose_trunk_is_killed_at_any_moment_goes_on_to_the_same_report() {
+    let trunk = "[trunk]\nsteps = 7\nset = { \"checkpoint.every\" = 3 }\n[[arm]]";
+    killed_suite(&SUITE.replacen("[[arm]]", trunk, 1), &[0, 1]);
+}
+
+/// A suite of [`SUITE`]'s arms, killed as often as asked for; `trunks` are the seeds that have one.
+fn killed_suite(suite: &str, trunks: &[u64]) {
     let folder = Folder::with_micro();
-    folder.write("suite.toml", SUITE);
+    folder.write("suite.toml", suite);
     let mut takes = time(&folder, &ablate("whole"));
     let (mut kills, mut suites) = (0, 0);
     while kills < moments(6) {
@@ -207,6 +218,10 @@ fn a_suite_killed_at_any_moment_goes_on_to_the_same_report() {
             // Times and the command differ.
             for arm in summary["arms"].as_array_mut().expect("a list") {
                 arm.as_object_mut().expect("a table").retain(|key, _| !key.contains("second"));
+                // Recipes of arms say where their trunk lies.
+                for run in arm["runs"].as_array_mut().expect("a list").iter_mut().filter(|_| !trunks.is_empty()) {
+                    run["recipe_hash"].take();
+                }
             }
             let kept = |key: &String| !["seconds", "provenance"].contains(&key.as_str());
             summary.as_object_mut().expect("a table").retain(|key, _| kept(key));
@@ -219,6 +234,10 @@ fn a_suite_killed_at_any_moment_goes_on_to_the_same_report() {
             let run = |out: &str| format!("{out}/arms/{arm}/seed-{seed}");
             assert_same_weights(&folder, &run("whole"), &run(&out), 12);
             assert_eq!(metrics(&folder, &run("whole")), metrics(&folder, &run(&out)));
+        }
+        for seed in trunks {
+            let run = |out: &str| format!("{out}/trunk/seed-{seed}");
+            assert_same_weights(&folder, &run("whole"), &run(&out), 7);
         }
         let left: Vec<_> =
             fs::read_dir(folder.path(&out)).expect("it is there").map(|e| e.unwrap().file_name()).collect();

@@ -407,7 +407,9 @@ fn warnings(plan: &Plan, records: &[RunRecord]) -> Vec<String> {
         }
     }
     let mut kinds = BTreeMap::<&str, Vec<(&RunRecord, &Warning)>>::new();
-    for (record, warning) in records.iter().flat_map(|r| r.warnings.iter().map(move |w| (r, w))) {
+    // That a run goes on from another is no sickness; it is among the events.
+    let all = records.iter().flat_map(|r| r.warnings.iter().map(move |w| (r, w)));
+    for (record, warning) in all.filter(|(_, warning)| warning.kind != "fork") {
         kinds.entry(&warning.kind).or_default().push((record, warning));
     }
     warnings.extend(kinds.into_values().map(|said| told_once(&said)));

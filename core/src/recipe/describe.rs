@@ -220,7 +220,9 @@ pub fn kind(schema: &Json) -> String {
     let options = alternatives(schema);
     if options.len() > 1 {
         let mut words: Vec<String> = Vec::new();
-        for word in options.into_iter().map(kind).filter(|w| w != "none") {
+        // What may be left out is said by the default.
+        let given = options.into_iter().filter(|option| text(option, "type") != Some("null"));
+        for word in given.map(kind) {
             if !words.contains(&word) {
                 words.push(word);
             }

@@ -11,6 +11,11 @@ use crate::params::Layout;
 use crate::recipe::Recipe;
 use crate::{Result, Tensor};
 
+/// What is said of a teacher of `[teachers]` that starts where its policy says.
+pub(crate) fn new_teacher(name: &str) -> String {
+    format!("the teacher `{name}` is new")
+}
+
 impl Learner {
     /// The model of `recipe` with everything that a checkpoint of a run of `parent` has of it: weights, moments, the losses'
     /// state, and the count of skipped steps. Gives what the checkpoint does not have, in words: it is as in a new run.
@@ -34,7 +39,7 @@ impl Learner {
             let same = recipe.teachers.0.get(&own.name) == parent.teachers.0.get(&own.name);
             if !(same && weights.take_over_named(i, from, model)?) {
                 weights.follow(Of::Named(i), Follow::Copy(own.policy.start()), model)?;
-                notes.push(format!("the teacher `{}` is new", own.name));
+                notes.push(new_teacher(&own.name));
             }
         }
         weights.forget_bounds();

@@ -31,6 +31,7 @@ pub use sources::{check_sources, sources_of};
 pub use updates::Updates;
 pub use weights::Weights;
 
+pub(crate) use continued::new_teacher;
 pub(crate) use scalars::scalar;
 pub(crate) use views::check_views;
 

@@ -54,6 +54,7 @@ use crate::data::{Loader, LoaderSpec};
 use crate::recipe::{self, OnNonFinite, Recipe, Resolved};
 use crate::registry::DataContext;
 use crate::step::{Learner, Report};
+use crate::text::printable;
 use crate::{checkpoint, Error, Result};
 
 /// Where and how a run runs.
@@ -182,40 +183,38 @@ fn run_on(resolved: &Resolved, options: &RunOptions, observer: &mut dyn Observer
     }
     checkpoint::clear(folder.path())?;
     let (mut messages, mut happened) = (Vec::new(), Vec::new());
+    let (train, test) = datasets(recipe)?;
+    resolved.check_data(test.as_ref())?;
     let own = newest_checkpoint(&folder, recipe)?;
-    let (resumed, mut begun) = (own.is_some(), None);
-    let (learner, start) = match own {
+    let resumed = own.is_some();
+    let (learner, start, begun) = match own {
         Some((checkpoint, passed)) => {
             let passed = passed.into_iter().map(|e| ("checkpoint", format!("passed over a broken checkpoint: {e}")));
             messages.extend(passed);
-            (Learner::from_checkpoint(recipe, &checkpoint)?, checkpoint.step)
+            (Learner::from_checkpoint(recipe, &checkpoint)?, checkpoint.step, None)
         }
-        None => match parents::Origin::of(resolved)? {
-            Some(origin) => {
-                let (learner, new) = Learner::continued(recipe, &origin.checkpoint, &origin.recipe)?;
-                let start = origin.checkpoint.step;
-                begun = Some((Some(origin), new));
-                (learner, start)
-            }
-            None => {
-                begun = Some((None, Vec::new()));
-                (Learner::new(recipe)?, 0)
-            }
-        },
+        None => {
+            let (learner, begun) = parents::begin(resolved, train.as_ref())?;
+            begun.check(folder.path())?;
+            (learner, begun.step, Some(begun))
+        }
     };
-    let (train, test) = datasets(recipe)?;
-    resolved.check_data(test.as_ref())?;
-    if let Some((origin, new)) = begun {
-        let differences = parents::begin(folder.path(), recipe, origin.as_ref(), train.fingerprint().as_deref(), new)?;
-        if let Some(origin) = origin {
-            let text = format!("goes on from {}", origin.name());
-            messages.push(("fork", format!("the run {text}")));
-            happened.push(RunEvent::new(start, "fork", text));
+    let mut planned = timeline::planned(resolved)?;
+    if let Some((begun, from)) = begun.as_ref().and_then(|begun| Some((begun, begun.from.as_deref()?))) {
+        messages.push(("fork", format!("the run goes on from {}", printable(from))));
+        happened.push(RunEvent::new(start, "fork", "goes on from a checkpoint of another run"));
+        for begins in timeline::beginnings(&resolved.recipe, start, |teacher| begun.is_new(teacher))? {
+            // What would have been done to it at this step was done to none.
+            planned.entry(start).or_default().retain(|event| event.kind != begins.kind);
+            happened.push(begins);
         }
-        messages.extend(differences.into_iter().map(|text| ("fork", text)));
     }
+    messages.extend(begun.iter().flat_map(|begun| &begun.differences).map(|text| ("fork", text.clone())));
     let origin = if resumed { Parent::origin(folder.path())? } else { start };
-    let rewinds = rewind::Rewinds::read(folder.path())?;
+    let rewinds = match (rewind::Rewinds::read(folder.path())?, &begun) {
+        (none, Some(begun)) if none.count() == 0 => begun.rewinds.clone(),
+        (own, _) => own,
+    };
     if let Some(rewind::Rewind { at, to }) = rewinds.before(start) {
         let text =
             format!("step {at} was not finite: the run went back to step {to} and goes on with the data behind it");
@@ -231,11 +230,13 @@ fn run_on(resolved: &Resolved, options: &RunOptions, observer: &mut dyn Observer
     messages.extend(
         folder.begin(resolved, options, train.as_ref(), (start, resumed))?.into_iter().map(|text| ("resume", text)),
     );
+    if let Some(begun) = &begun {
+        begun.write(folder.path(), &rewinds)?;
+    }
     let (log, problems) = log::Log::open(&folder, recipe, start)?;
     messages.extend(problems.into_iter().map(|text| ("log", text)));
     observer.started(&Start::of(recipe, &learner, train.as_ref(), folder.path(), start)?);
     let stop = recipe.stop.as_ref().map(|stop| patience::Patience::new(stop, &folder.path().join("metrics.jsonl")));
-    let planned = timeline::planned(resolved)?;
     let mut run = Run {
         planned,
         patience: stop.transpose()?,

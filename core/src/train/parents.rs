@@ -7,8 +7,9 @@ use serde::{Deserialize, Serialize};
 use super::folder::RunInfo;
 use super::rewind::Rewinds;
 use crate::checkpoint::{self, Checkpoint};
-use crate::recipe::{changes, Problem, Recipe, Resolved};
-use crate::step::sources_of;
+use crate::contract::Dataset;
+use crate::recipe::{changes, Problem, Resolved};
+use crate::step::{new_teacher, sources_of, Learner};
 use crate::text::printable;
 use crate::weights::Source;
 use crate::{Error, Result};
@@ -65,97 +66,109 @@ impl Parent {
             Source::Run { newest, .. } => newest.clone(),
             other => other.path().to_path_buf(),
         };
-        let recipe = if source.has_roles() { Some(source.recipe()?.hash) } else { None };
+        // One that this program cannot read, of plugins that it does not have, is no reason to leave its weights.
+        let recipe = source.recipe().ok().map(|resolved| resolved.hash);
         Ok(Self { key: key.into(), path: read, weights: source.hash()?, recipe, step: None, differences: Vec::new() })
     }
 }
 
-/// The checkpoint of another run that a run goes on from.
-pub(super) struct Origin {
-    pub(super) checkpoint: Checkpoint,
-    /// The recipe of the other run.
-    pub(super) recipe: Recipe,
-    /// In what the recipes differ.
-    differences: Vec<String>,
+/// How a run began that has no checkpoint of its own, as it is written down.
+pub(super) struct Begun {
+    /// The step that it begins at: not 0 if it continues another.
+    pub(super) step: u64,
+    /// The checkpoint that it goes on from, if it continues another.
+    pub(super) from: Option<PathBuf>,
+    /// In what it differs from the run that it continues.
+    pub(super) differences: Vec<String>,
+    /// Data that the run it continues left out.
+    pub(super) rewinds: Rewinds,
+    parents: Vec<Parent>,
 }
 
-impl Origin {
-    /// Reads what `continue_from` names, if the recipe has it.
-    ///
-    /// # Errors
-    /// If it is no whole checkpoint, or all steps are done there.
-    pub(super) fn of(resolved: &Resolved) -> Result<Option<Self>> {
-        let Some(from) = &resolved.recipe.continue_from else { return Ok(None) };
-        let checkpoint = checkpoint::load(&from.checkpoint()?)?;
-        let (done, steps) = (checkpoint.step, resolved.recipe.steps);
-        if done >= steps {
-            let message = format!("{steps} steps are all done: {} has done {done}", printable(&checkpoint.path));
-            let problem = Problem::error("steps", message);
-            return Err(problem
-                .help("they are counted from the start of the run that this one continues: name more")
-                .into());
-        }
-        let parent = Source::at(&checkpoint.path)?.recipe()?;
-        let told = |key: &str| key != "name" && !key.starts_with("continue_from");
-        let all = changes(&parent.value, &resolved.value).into_iter().filter(|change| told(&change.key));
-        let mut differences: Vec<String> = all.map(|change| change.to_string()).collect();
-        differences.extend(resolved.seams(parent.recipe.steps, done).iter().map(ToString::to_string));
-        Ok(Some(Self { checkpoint, recipe: parent.recipe, differences }))
-    }
-
-    /// Where it is, for people.
-    pub(super) fn name(&self) -> String {
-        printable(&self.checkpoint.path)
-    }
-}
-
-/// Writes down what the run in `folder` starts from, before its first step, and takes over what its origin knows of data to
-/// leave out. Gives in what the run differs from its origin; `new` is what it has that was not there.
+/// A model at the start of a run: new, or as another run left it.
 ///
 /// # Errors
-/// If a source cannot be read, is another than when the run in this folder began, or the folder cannot be written.
-pub(super) fn begin(
-    folder: &Path,
-    recipe: &Recipe,
-    origin: Option<&Origin>,
-    data: Option<&str>,
-    new: Vec<String>,
-) -> Result<Vec<String>> {
-    let mut differences = Vec::new();
-    let mut parents = Vec::new();
+/// If it cannot be built, what `continue_from` names is no whole checkpoint or has done all steps, or weights cannot be read.
+pub(super) fn begin(resolved: &Resolved, data: &dyn Dataset) -> Result<(Learner, Begun)> {
+    let recipe = &resolved.recipe;
+    let mut begun =
+        Begun { step: 0, from: None, differences: Vec::new(), rewinds: Rewinds::default(), parents: Vec::new() };
+    let learner = match &recipe.continue_from {
+        None => Learner::new(recipe)?,
+        Some(from) => {
+            let checkpoint = checkpoint::load(&from.checkpoint()?)?;
+            begun.continues(&checkpoint, resolved, data)?
+        }
+    };
     // What is not there was not needed: a teacher of a loss that is off.
     for (key, path) in sources_of(recipe)?.into_iter().filter(|(_, path)| Source::is_named(path)) {
-        parents.push(match origin.filter(|_| key == "continue_from") {
-            Some(origin) => {
-                differences.clone_from(&origin.differences);
-                let run = checkpoint::run_of(&origin.checkpoint.path);
-                let info = run.as_deref().map(RunInfo::read).transpose()?.flatten();
-                if info.is_some_and(|info| info.data.as_deref() != data) {
-                    differences.push("the data are others".into());
-                }
-                differences.extend(new.iter().cloned());
-                let (step, differences) = (Some(origin.checkpoint.step), differences.clone());
-                Parent { step, differences, ..Parent::of(&key, &origin.checkpoint.path)? }
+        begun.parents.push(match begun.from.as_ref().filter(|_| key == "continue_from") {
+            Some(from) => {
+                let (step, differences) = (Some(begun.step), begun.differences.clone());
+                Parent { step, differences, ..Parent::of(&key, from)? }
             }
             None => Parent::of(&key, &path)?,
         });
     }
-    let file = folder.join(FILE);
-    for (before, now) in Parent::read(folder)?.iter().zip(&parents) {
-        if (&before.key, &before.weights) != (&now.key, &now.weights) {
-            let problem = format!("{} is no longer what this run began with: was {}", now.key, printable(&before.path));
-            let help = "put it back (or name its step), or start a new run in another folder (--out)";
-            return Err(Error::content(&file, problem, help));
+    Ok((learner, begun))
+}
+
+impl Begun {
+    /// Goes on from a checkpoint of another run.
+    fn continues(&mut self, from: &Checkpoint, resolved: &Resolved, data: &dyn Dataset) -> Result<Learner> {
+        let (done, steps) = (from.step, resolved.recipe.steps);
+        if done >= steps {
+            let message = format!("{steps} steps are all done: {} has done {done}", printable(&from.path));
+            let help = "they are counted from the start of the run that this one continues: name more";
+            return Err(Problem::error("steps", message).help(help).into());
         }
-    }
-    if !parents.is_empty() {
-        let text = serde_json::to_string_pretty(&parents).expect("plain data");
-        checkpoint::write_file(&file, text.as_bytes())?;
-    }
-    if let Some(origin) = origin {
-        if let Some(run) = checkpoint::run_of(&origin.checkpoint.path) {
-            Rewinds::read(&run)?.until(origin.checkpoint.step).write(folder)?;
+        let parent = Source::at(&from.path)?.recipe()?;
+        let (learner, new) = Learner::continued(&resolved.recipe, from, &parent.recipe)?;
+        let told = |key: &str| key != "name" && !key.starts_with("continue_from");
+        let changed = changes(&parent.value, &resolved.value).into_iter().filter(|change| told(&change.key));
+        self.differences.extend(changed.map(|change| change.to_string()));
+        self.differences.extend(resolved.seams(parent.recipe.steps, done).iter().map(ToString::to_string));
+        if let Some(run) = checkpoint::run_of(&from.path) {
+            if RunInfo::read(&run)?.is_some_and(|info| info.data != data.fingerprint()) {
+                self.differences.push("the data are others".into());
+            }
+            self.rewinds = Rewinds::read(&run)?.until(done);
         }
+        self.differences.extend(new);
+        (self.step, self.from) = (done, Some(from.path.clone()));
+        Ok(learner)
     }
-    Ok(differences)
+
+    /// Whether it has a teacher of `[teachers]` that the run that it continues had not.
+    pub(super) fn is_new(&self, teacher: &str) -> bool {
+        self.differences.contains(&new_teacher(teacher))
+    }
+
+    /// Holds it to what the run in `folder` began with before it was interrupted.
+    ///
+    /// # Errors
+    /// If a source is another than it was.
+    pub(super) fn check(&self, folder: &Path) -> Result<()> {
+        for (before, now) in Parent::read(folder)?.iter().zip(&self.parents) {
+            if (&before.key, &before.weights) != (&now.key, &now.weights) {
+                let was = printable(&before.path);
+                let problem = format!("{} is no longer what this run began with: was {was}", now.key);
+                let help = "put it back (or name its step), or start a new run in another folder (--out)";
+                return Err(Error::content(folder.join(FILE), problem, help));
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes it into the run's folder, with the data that are left out.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub(super) fn write(&self, folder: &Path, rewinds: &Rewinds) -> Result<()> {
+        if !self.parents.is_empty() {
+            let text = serde_json::to_string_pretty(&self.parents).expect("plain data");
+            checkpoint::write_file(&folder.join(FILE), text.as_bytes())?;
+        }
+        rewinds.write(folder)
+    }
 }

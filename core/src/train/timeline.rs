@@ -7,7 +7,8 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::lines::{Lines, Writer};
-use crate::recipe::Resolved;
+use crate::contract::At;
+use crate::recipe::{Recipe, Resolved};
 use crate::step::declare;
 use crate::Result;
 
@@ -69,6 +70,18 @@ pub(super) fn planned(resolved: &Resolved) -> Result<BTreeMap<u64, Vec<RunEvent>
         by_step.entry(event.step).or_default().push(event);
     }
     Ok(by_step)
+}
+
+/// The beginnings of those teachers of `[teachers]` that are new in a run that continues another after `step` steps, and are
+/// used from there.
+pub(super) fn beginnings(recipe: &Recipe, step: u64, is_new: impl Fn(&str) -> bool) -> Result<Vec<RunEvent>> {
+    let mut events = Vec::new();
+    for (name, chosen) in recipe.teachers.0.iter().filter(|(name, _)| is_new(name)) {
+        if chosen.build(&mut ())?.active(At { step, total: recipe.steps }) {
+            events.push(RunEvent::new(step, &format!("teachers.{name}"), "begins"));
+        }
+    }
+    Ok(events)
 }
 
 /// The file of events that is being written.
