@@ -148,7 +148,7 @@ impl CropMaker {
         let n = planes.len() / 3;
         for (c, plane) in planes.chunks_exact_mut(n).enumerate() {
             let (scale, shift) = (self.scale[c], self.shift[c]);
-            crate::simd!(plane.iter_mut().for_each(|x| *x = *x * scale + shift));
+            crate::simd!(f32, plane.iter_mut().for_each(|x| *x = *x * scale + shift));
         }
     }
 }

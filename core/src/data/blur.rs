@@ -12,7 +12,7 @@ pub(super) fn gaussian_blur(pixels: &mut [f32], side: usize, sigma: f32, scratch
     scratch.resize(side * side + side + 2 * RADIUS, 0.0);
     let (rows, padded) = scratch.split_at_mut(side * side);
     for plane in pixels.chunks_exact_mut(side * side) {
-        simd!({
+        simd!(f32, {
             for (row, out) in plane.chunks_exact(side).zip(rows.chunks_exact_mut(side)) {
                 pad(row, padded);
                 let shifted: [&[f32]; 2 * RADIUS + 1] = std::array::from_fn(|i| &padded[i..i + side]);

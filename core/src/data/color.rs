@@ -26,7 +26,7 @@ pub(super) fn distort(pixels: &mut [f32], plan: &ColorPlan) {
 /// Inverts values of `threshold` and more.
 pub(super) fn solarize(pixels: &mut [f32], threshold: u8) {
     let threshold = f32::from(threshold);
-    simd!({
+    simd!(f32, {
         for x in pixels {
             *x = if *x < threshold { *x } else { 255.0 - *x };
         }
@@ -88,7 +88,7 @@ fn each(pixels: &mut [f32], f: impl Fn([f32; 3]) -> [f32; 3]) {
     let n = pixels.len() / 3;
     let (red, rest) = pixels.split_at_mut(n);
     let (green, blue) = rest.split_at_mut(n);
-    simd!({
+    simd!(f32, {
         for ((r, g), b) in red.iter_mut().zip(green).zip(blue) {
             [*r, *g, *b] = f([*r, *g, *b]);
         }
@@ -112,7 +112,7 @@ fn mean_luma(pixels: &[f32]) -> f64 {
     let n = pixels.len() / 3;
     let (red, rest) = pixels.split_at(n);
     let (green, blue) = rest.split_at(n);
-    let sum = simd!({
+    let sum = simd!(f32, {
         let mut total = 0.0f64;
         // Blocks so short that the f32 sums of whole numbers are exact.
         for ((r, g), b) in red.chunks(4096).zip(green.chunks(4096)).zip(blue.chunks(4096)) {

@@ -5,9 +5,8 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use crate::cuda::args;
+use crate::ops::blocks::*;
 use crate::ops::parallel::{zip_mut, BLOCK};
 use crate::tensor::Real;
 use crate::{cuda_source, dispatch_real, simd, Error, Result, Tensor};
@@ -99,13 +98,13 @@ pub fn adamw_step(
     }
     dispatch_real!("adamw", params.dtype(), T => {
         let updates: Vec<Update<T>> = groups.iter().map(|g| Update::new(g, config, ema.as_ref(), step)).collect();
-        let ema: Vec<&mut [T]> = match ema {
+        let mut ema: Vec<&mut [T]> = match ema {
             Some(ema) => ema.params.as_mut_slice::<T>().chunks_mut(BLOCK).collect(),
             None => (0..params.len().div_ceil(BLOCK)).map(|_| <&mut [T]>::default()).collect(),
         };
         let (m, v) = (moments.mean.as_mut_slice::<T>(), moments.square.as_mut_slice::<T>());
         let blocks = params.as_mut_slice::<T>().par_chunks_mut(BLOCK).zip(grads.as_slice::<T>().par_chunks(BLOCK));
-        let blocks = blocks.zip(m.par_chunks_mut(BLOCK).zip(v.par_chunks_mut(BLOCK))).zip(ema);
+        let blocks = blocks.zip(m.par_chunks_mut(BLOCK).zip(v.par_chunks_mut(BLOCK))).zip(ema.par_iter_mut());
         blocks.enumerate().for_each(|(block, (((p, g), (m, v)), ema))| {
             let (start, end) = (block * BLOCK, block * BLOCK + p.len());
             let first = groups.partition_point(|g| g.range.end <= start);
@@ -113,7 +112,7 @@ pub fn adamw_step(
             for (group, update) in inside {
                 let part = group.range.start.max(start) - start..group.range.end.min(end) - start;
                 let ema = if ema.is_empty() { &mut [] } else { &mut ema[part.clone()] };
-                simd!(update.run(&mut p[part.clone()], &g[part.clone()], &mut m[part.clone()], &mut v[part], ema));
+                simd!(T, update.run(&mut p[part.clone()], &g[part.clone()], &mut m[part.clone()], &mut v[part], ema));
             }
         });
         Ok(())
@@ -199,7 +198,7 @@ pub fn ema_update(ema: &mut Tensor, params: &Tensor, momentum: f64) -> Result<()
 pub fn l2_norm(flat: &Tensor, range: Range<usize>) -> Result<f64> {
     let squares: Vec<f64> = dispatch_real!("l2_norm", flat.dtype(), T => {
         let blocks = flat.as_slice::<T>()[range].par_chunks(BLOCK);
-        Ok(blocks.map(|x| simd!({
+        Ok(blocks.map_to_vec(|x| simd!(T, {
             let mut lanes = [0.0; 16];
             let chunks = x.chunks_exact(16);
             let rest: f64 = chunks.remainder().iter().map(|x| x.f64() * x.f64()).sum();
@@ -209,7 +208,7 @@ pub fn l2_norm(flat: &Tensor, range: Range<usize>) -> Result<f64> {
                 }
             }
             lanes.into_iter().sum::<f64>() + rest
-        })).collect())
+        })))
     })?;
     Ok(squares.into_iter().sum::<f64>().sqrt())
 }

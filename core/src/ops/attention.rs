@@ -15,9 +15,8 @@ pub(crate) use cuda::attention_kernels;
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use self::head::Head;
+use crate::ops::blocks::*;
 use crate::ops::columns::sum_rows;
 use crate::ops::parallel::Parts;
 use crate::ops::same_dtype;

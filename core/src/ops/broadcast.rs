@@ -1,9 +1,8 @@
 //! A vector met with every row of a tensor: `add_row`, `mul_row` (a vector as long as a row), `scale_rows` (a number a
 //! row).
 
-use rayon::prelude::*;
-
 use crate::cuda::{args, Gpu};
+use crate::ops::blocks::*;
 use crate::ops::columns::{sum_rows, Partial, RowSums};
 use crate::ops::parallel::{lane_sum, BLOCK};
 use crate::ops::same_dtype;
@@ -59,7 +58,7 @@ fn each_row<T: Real>(out: &mut [T], x: &[T], d: usize, f: impl Fn(&mut [T], &[T]
     let d = d.max(1);
     let rows = (BLOCK / d).max(1);
     out.par_chunks_mut(rows * d).zip(x.par_chunks(rows * d)).enumerate().for_each(|(block, (out, x))| {
-        simd!({
+        simd!(T, {
             for (i, (out, x)) in out.chunks_exact_mut(d).zip(x.chunks_exact(d)).enumerate() {
                 f(out, x, block * rows + i);
             }

@@ -1,9 +1,8 @@
 //! Sums over the rows of a matrix: what the gradients of biases, norms and other vectors that meet every row have in
 //! common. Rows are cut into blocks by their number alone, and the blocks' sums added in order.
 
-use rayon::prelude::*;
-
 use crate::cuda::{args, Arg, Kernel, Launch};
+use crate::ops::blocks::*;
 use crate::tensor::{GradMut, Real};
 use crate::{cuda_source, dispatch_real, simd, DType, Result, Tensor};
 
@@ -147,7 +146,7 @@ pub(crate) fn sum_rows<T: Real>(out: &mut [T], x: &[T], add: bool) {
 /// For every block of rows the sum of its rows.
 fn block_sums<T: Real>(blocks: &mut [T], x: &[T], d: usize) {
     blocks.par_chunks_mut(d.max(1)).zip(x.par_chunks(BLOCK * d.max(1))).for_each(|(sum, rows)| {
-        simd!({
+        simd!(T, {
             sum.fill(T::ZERO);
             for row in rows.chunks_exact(d) {
                 for (s, &x) in sum.iter_mut().zip(row) {

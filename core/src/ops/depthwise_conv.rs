@@ -6,8 +6,7 @@
 //!
 //! Channels are last, so that neighbours in memory go through the same tap: vectors run over channels.
 
-use rayon::prelude::*;
-
+use crate::ops::blocks::*;
 use crate::ops::columns::sum_rows;
 use crate::ops::parallel::with_scratch;
 use crate::ops::same_dtype;
@@ -105,11 +104,12 @@ impl Map {
         let c = self.channels;
         // Bands of one image are of ROWS rows but the last, so `out` is cut by image first.
         let image = self.height * self.width * c;
-        let bands: Vec<&mut [T]> = out.chunks_mut(image).flat_map(|i| i.chunks_mut(ROWS * self.width * c)).collect();
-        bands.into_par_iter().enumerate().for_each(|(band, out)| {
+        let mut bands: Vec<&mut [T]> =
+            out.chunks_mut(image).flat_map(|i| i.chunks_mut(ROWS * self.width * c)).collect();
+        bands.par_iter_mut().enumerate().for_each(|(band, out)| {
             with_scratch(self.padded_len(band), |padded: &mut [T]| {
                 self.padded(x, band, padded);
-                simd!({
+                simd!(T, {
                     let mut channel = 0;
                     while channel < c {
                         let place = Place { channel, start, add };
@@ -178,7 +178,7 @@ impl Map {
                 let (first, rows) = self.band(band);
                 let start = (band / self.bands() * self.height + first) * self.width * c;
                 let dy = &dy[start..][..rows * self.width * c];
-                simd!({
+                simd!(T, {
                     part.fill(T::ZERO);
                     let (dw, db) = part.split_at_mut(k * k * c);
                     for (pixel, dy) in dy.chunks_exact(c).enumerate() {

@@ -2,10 +2,9 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::adamw::{same_layout, Ema, Group};
 use super::parallel::BLOCK;
+use crate::ops::blocks::*;
 use crate::tensor::Real;
 use crate::{dispatch_real, Error, Result, Tensor};
 

@@ -1,8 +1,7 @@
 //! The greatest number in size of a tensor, for diagnoses: a GPU gives one number to the host, not the tensor.
 
-use rayon::prelude::*;
-
 use crate::cuda::args;
+use crate::ops::blocks::*;
 use crate::tensor::Real;
 use crate::{cuda_source, dispatch_real, DType, Device, Result, Tensor};
 
@@ -31,7 +30,7 @@ pub(crate) fn greatest(x: &Tensor) -> Result<f64> {
     }
     dispatch_real!("greatest", x.dtype(), T => {
         let of = |chunk: &[T]| chunk.iter().fold(0.0f64, |most, x| max(most, x.f64().abs()));
-        Ok(x.as_slice::<T>().par_chunks(CHUNK).map(of).reduce(|| 0.0, max))
+        Ok(x.as_slice::<T>().par_chunks(CHUNK).map_to_vec(of).into_iter().fold(0.0, max))
     })
 }
 

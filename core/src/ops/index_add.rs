@@ -1,9 +1,8 @@
 //! Rows added to some of a matrix's rows: the residual connection of stochastic depth by sample subset (Oquab et al.,
 //! arXiv:2304.07193, section 5: dropped samples are not computed at all).
 
-use rayon::prelude::*;
-
 use crate::cuda::args;
+use crate::ops::blocks::*;
 use crate::ops::same_dtype;
 use crate::tensor::{Grads, Op};
 use crate::{cuda_source, dispatch_real, simd, Error, Result, Tensor};
@@ -84,7 +83,7 @@ impl Op for IndexAdd {
         dispatch_real!("index_add", x.dtype(), T => {
             let (y, scale) = (y.as_slice::<T>(), scale.as_slice::<T>());
             let blocks = out.as_mut_slice::<T>().par_chunks_mut(ROWS * d).zip(x.as_slice::<T>().par_chunks(ROWS * d));
-            blocks.zip(inverse.par_chunks(ROWS)).for_each(|((out, x), inverse)| simd!({
+            blocks.zip(inverse.par_chunks(ROWS)).for_each(|((out, x), inverse)| simd!(T, {
                 out.copy_from_slice(x);
                 for (out, &source) in out.chunks_exact_mut(d).zip(inverse).filter(|(_, &source)| source != NONE) {
                     let (y, scale) = (&y[source as usize * d..][..d], scale[source as usize]);
@@ -106,7 +105,7 @@ impl Op for IndexAdd {
             } else {
                 dispatch_real!("index_add", dout.dtype(), T => {
                     let dout = dout.as_slice::<T>();
-                    let each = rows.as_slice::<u32>().par_iter().zip(scale.as_slice::<T>());
+                    let each = rows.as_slice::<u32>().par_iter().zip(scale.as_slice::<T>().par_iter());
                     dy.as_mut_slice::<T>().par_chunks_mut(d).zip(each).for_each(|(dy, (&row, &scale))| {
                         dy.iter_mut().zip(&dout[row as usize * d..]).for_each(|(dy, &g)| *dy = g * scale);
                     });

@@ -1,8 +1,7 @@
 //! `y = x / max(|x|, eps)` over the last axis.
 
-use rayon::prelude::*;
-
 use crate::cuda::args;
+use crate::ops::blocks::*;
 use crate::tensor::{Grads, Op, Real};
 use crate::{cuda_source, dispatch_real, simd, DType, Result, Tensor};
 
@@ -54,7 +53,7 @@ impl Op for L2Normalize {
         dispatch_real!("l2_normalize", x.dtype(), T => {
             let eps = T::of(self.eps);
             let rows = out.as_mut_slice::<T>().par_chunks_mut(ROWS * d).zip(scale.as_mut_slice::<T>().par_chunks_mut(ROWS));
-            rows.zip(x.as_slice::<T>().par_chunks(ROWS * d)).for_each(|((y, scale), x)| simd!({
+            rows.zip(x.as_slice::<T>().par_chunks(ROWS * d)).for_each(|((y, scale), x)| simd!(T, {
                 for ((y, scale), x) in y.chunks_exact_mut(d).zip(scale).zip(x.chunks_exact(d)) {
                     let norm = dot(x, x).sqrt();
                     let s = T::ONE / norm.max(eps);
@@ -82,7 +81,7 @@ impl Op for L2Normalize {
         }
         dispatch_real!("l2_normalize", y.dtype(), T => {
             let (y, dy, scale) = (y.as_slice::<T>(), dy.as_slice::<T>(), scale.as_slice::<T>());
-            dx.as_mut_slice::<T>().par_chunks_mut(ROWS * d).enumerate().for_each(|(block, dx)| simd!({
+            dx.as_mut_slice::<T>().par_chunks_mut(ROWS * d).enumerate().for_each(|(block, dx)| simd!(T, {
                 for (r, dx) in dx.chunks_exact_mut(d).enumerate() {
                     let row = block * ROWS + r;
                     let (y, dy) = (&y[row * d..][..d], &dy[row * d..][..d]);

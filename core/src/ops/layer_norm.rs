@@ -5,9 +5,8 @@
 //! y = weight h + bias, dx = rstd (g - mean(g) - h mean(g h)), without `mean(g)` for RMSNorm;
 //! dweight = sum of dy h and dbias = sum of dy over all rows.
 
-use rayon::prelude::*;
-
 use crate::cuda::{args, Arg};
+use crate::ops::blocks::*;
 use crate::ops::columns::{Partial, RowSums};
 use crate::ops::parallel::lane_sum;
 use crate::ops::{same_dtype, with_grad};
@@ -232,14 +231,15 @@ impl Normed {
         let (x, stats) = (self.x.as_slice::<T>(), self.stats.as_slice::<T>());
         let [dweight, dbias, dx_sum] = sums.map(|s| s.par_chunks_mut(d));
         // An empty part for every block stands for "not asked for".
-        let again: Vec<&mut [T]> = match again {
+        let mut again: Vec<&mut [T]> = match again {
             Some(y) => y.chunks_mut(ROWS * d).collect(),
             None => (0..dy.len().div_ceil(ROWS * d)).map(|_| &mut [][..]).collect(),
         };
-        let blocks = dx.par_chunks_mut(ROWS * d).zip(x.par_chunks(ROWS * d)).zip(dy.par_chunks(ROWS * d)).zip(again);
+        let blocks = dx.par_chunks_mut(ROWS * d).zip(x.par_chunks(ROWS * d)).zip(dy.par_chunks(ROWS * d));
+        let blocks = blocks.zip(again.par_iter_mut());
         let partial = dweight.zip(dbias).zip(dx_sum).zip(stats.par_chunks(ROWS * 2));
         blocks.zip(partial).for_each(|((((dx, x), dy), again), (((dweight, dbias), dx_sum), stats))| {
-            simd!({
+            simd!(T, {
                 dweight.fill(T::ZERO);
                 dbias.fill(T::ZERO);
                 dx_sum.fill(T::ZERO);
@@ -297,7 +297,7 @@ impl Op for NormOp {
             let (weight, bias) = (weight.as_slice::<T>(), bias.map(|b| b.as_slice::<T>()));
             let blocks = out.as_mut_slice::<T>().par_chunks_mut(ROWS * d).zip(x.as_slice::<T>().par_chunks(ROWS * d));
             blocks.zip(stats.as_mut_slice::<T>().par_chunks_mut(ROWS * 2)).for_each(|((y, x), stats)| {
-                simd!(self.norm.rows(y, x, stats, weight, bias));
+                simd!(T, self.norm.rows(y, x, stats, weight, bias));
             });
             Ok(())
         })?;

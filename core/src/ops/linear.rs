@@ -1,9 +1,8 @@
 //! The linear layer, alone or with what surrounds it in a transformer: a norm or an activation before it, LayerScale
 //! (Touvron et al., arXiv:2103.17239) and a residual connection behind it.
 
-use rayon::prelude::*;
-
 use crate::cuda::{Matrix, Product};
+use crate::ops::blocks::*;
 use crate::ops::columns::RowSums;
 use crate::ops::matmul::{multiply, product, Factor, Mat, Threads};
 use crate::ops::parallel::with_scratch;
@@ -253,34 +252,36 @@ impl Linear<'_> {
         let [bias, scale, onto] = [self.bias, self.scale, self.onto].map(|t| t.map(|t| t.as_slice::<T>()));
         // A block without statistics gets an empty part of them.
         let parts = stats.as_mut_slice::<T>().chunks_mut(2 * ROWS).map(Some).chain(std::iter::repeat_with(|| None));
-        let parts: Vec<_> = parts.take(rows.div_ceil(ROWS)).collect();
-        out.as_mut_slice::<T>().par_chunks_mut(ROWS * o).zip(parts).enumerate().for_each(|(block, (y, stats))| {
-            let (first, rows) = (block * ROWS, y.len() / o);
-            let x = &input[first * i..][..rows * i];
-            let times_weight = |y: &mut [T], f: &[T]| {
-                product(y, o, false, T::ONE, Mat::new(f, rows, i), weight, Threads::One);
-            };
-            match self.before {
-                Before::Nothing => times_weight(y, x),
-                before => with_scratch(rows * i, |f| {
-                    before.rows(f, x, first, stats.unwrap_or_default());
-                    times_weight(y, f);
-                }),
-            }
-            simd!({
-                for (r, y) in y.chunks_exact_mut(o).enumerate() {
-                    if let Some(bias) = bias {
-                        y.iter_mut().zip(bias).for_each(|(y, &b)| *y += b);
-                    }
-                    if let Some(scale) = scale {
-                        y.iter_mut().zip(scale).for_each(|(y, &s)| *y *= s);
-                    }
-                    if let Some(onto) = onto {
-                        y.iter_mut().zip(&onto[(first + r) * o..]).for_each(|(y, &x)| *y += x);
-                    }
+        let mut parts: Vec<_> = parts.take(rows.div_ceil(ROWS)).collect();
+        out.as_mut_slice::<T>().par_chunks_mut(ROWS * o).zip(parts.par_iter_mut()).enumerate().for_each(
+            |(block, (y, stats))| {
+                let (first, rows) = (block * ROWS, y.len() / o);
+                let x = &input[first * i..][..rows * i];
+                let times_weight = |y: &mut [T], f: &[T]| {
+                    product(y, o, false, T::ONE, Mat::new(f, rows, i), weight, Threads::One);
+                };
+                match self.before {
+                    Before::Nothing => times_weight(y, x),
+                    before => with_scratch(rows * i, |f| {
+                        before.rows(f, x, first, stats.take().unwrap_or_default());
+                        times_weight(y, f);
+                    }),
                 }
-            });
-        });
+                simd!(T, {
+                    for (r, y) in y.chunks_exact_mut(o).enumerate() {
+                        if let Some(bias) = bias {
+                            y.iter_mut().zip(bias).for_each(|(y, &b)| *y += b);
+                        }
+                        if let Some(scale) = scale {
+                            y.iter_mut().zip(scale).for_each(|(y, &s)| *y *= s);
+                        }
+                        if let Some(onto) = onto {
+                            y.iter_mut().zip(&onto[(first + r) * o..]).for_each(|(y, &x)| *y += x);
+                        }
+                    }
+                });
+            },
+        );
         save.then(|| self.before.keep(x, stats))
     }
 }

@@ -1,9 +1,9 @@
 //! Matrix products: the one door to the `gemm` crate, and batched products of tensors.
 
 use gemm::{gemm, Parallelism};
-use rayon::prelude::*;
 
 use crate::cuda::{Gpu, Matrix, Product};
+use crate::ops::blocks::*;
 use crate::ops::same_dtype;
 use crate::tensor::{GradMut, Grads, Op, Real};
 use crate::{dispatch_real, Error, Result, Tensor};

@@ -3,9 +3,8 @@
 //! Kozachenko-Leonenko estimator as a regulariser: Sablayrolles et al., arXiv:1806.03198, eq. 3; used on CLS tokens by
 //! DINOv2 (arXiv:2304.07193) and DINOv3 (arXiv:2508.10104).
 
-use rayon::prelude::*;
-
 use crate::cuda::{args, Gpu, Matrix, Product};
+use crate::ops::blocks::*;
 use crate::ops::matmul::{product, Mat, Threads};
 use crate::ops::parallel::lane_sum;
 use crate::tensor::{Grads, Op, Real};
@@ -165,7 +164,7 @@ impl Op for NeighbourDistance {
                 *value = T::ZERO;
                 for (&n, slope) in neighbours.iter().zip(slopes) {
                     let (a, b) = (&x[i * d..][..d], &x[n as usize * d..][..d]);
-                    let squared = simd!(lane_sum([a, b], |[a, b]| {
+                    let squared = simd!(T, lane_sum([a, b], |[a, b]| {
                         let e = a - b + eps;
                         e * e
                     }));
@@ -210,7 +209,7 @@ impl Op for NeighbourDistance {
         dispatch_real!("neighbour_distance", unit.dtype(), T => {
             let (x, dy, slopes, eps) = (unit.as_slice::<T>(), dy.as_slice::<T>(), slopes.as_slice::<T>(), T::of(EPS));
             let row = |i: usize| &x[i * d..][..d];
-            dx.as_mut_slice::<T>().par_chunks_mut(d.max(1)).enumerate().with_min_len(16).for_each(|(i, dx)| simd!({
+            dx.as_mut_slice::<T>().par_chunks_mut(d.max(1)).enumerate().with_min_len(16).for_each(|(i, dx)| simd!(T, {
                 for edge in i * topk..(i + 1) * topk {
                     let g = dy[i] * slopes[edge];
                     let pair = row(i).iter().zip(row(neighbours[edge] as usize));

@@ -4,10 +4,11 @@
 //! so that a result does not depend on how many threads computed it. Bodies are compiled for the vector instructions
 //! that the machine has (crate `pulp`).
 
-use rayon::prelude::*;
-
+use super::blocks::*;
 use crate::tensor::Real;
 use crate::{Result, Tensor};
+
+pub use super::blocks::Parts;
 
 /// Elements that one task handles: small enough to balance, large enough to hide the hand-over.
 pub const BLOCK: usize = 16 * 1024;
@@ -17,21 +18,33 @@ pub fn rows_per_task(width: usize) -> usize {
     (BLOCK / width.max(1)).max(1)
 }
 
-/// Evaluates an expression compiled for the widest vector instructions of this machine: `simd!({ .. })`.
+/// Evaluates an expression compiled for the widest vector instructions of this machine: `simd!(T, { .. })`, where `T` is
+/// the type that is computed with.
 ///
 /// Only code that is inlined profits. Calls of a few lines are; a closure with a long body, handed to
 /// [`zip_mut`](crate::ops::parallel::zip_mut) and the like, needs `#[inline(always)]`.
 #[macro_export]
 macro_rules! simd {
-    ($body:expr) => {
-        $crate::ops::parallel::dispatch(
+    ($T:ty, $body:expr) => {
+        $crate::ops::parallel::dispatch_for::<$T, _>(
             #[inline(always)]
             || $body,
         )
     };
 }
 
-/// What [`simd!`](crate::simd) calls: without an inlined closure there is no gain.
+/// What [`simd!`](crate::simd) calls: [`dispatch`], but in f64, which is for checks, what every machine has is enough. The
+/// numbers are the same, and a third less is compiled.
+#[inline(always)]
+pub fn dispatch_for<T, R>(f: impl FnOnce() -> R) -> R {
+    if const { size_of::<T>() == size_of::<f64>() } {
+        f()
+    } else {
+        dispatch(f)
+    }
+}
+
+/// Calls a function compiled for the widest vector instructions of this machine. Without an inlined closure there is no gain.
 #[inline(always)]
 pub fn dispatch<R>(f: impl FnOnce() -> R) -> R {
     struct Run<F>(F);
@@ -49,7 +62,7 @@ pub fn dispatch<R>(f: impl FnOnce() -> R) -> R {
 pub fn zip_mut<D: Send, S: Copy + Sync>(dst: &mut [D], src: &[S], f: impl Fn(&mut D, S) + Sync) {
     debug_assert_eq!(dst.len(), src.len(), "element-wise operands have equal length");
     dst.par_chunks_mut(BLOCK).zip(src.par_chunks(BLOCK)).for_each(|(dst, src)| {
-        simd!({
+        simd!(D, {
             for (d, &s) in dst.iter_mut().zip(src) {
                 f(d, s);
             }
@@ -70,7 +83,7 @@ pub fn map2<T: Real>(x: &Tensor, y: &Tensor, f: impl Fn(T, T) -> T + Sync) -> Re
     let chunks = out.as_mut_slice::<T>().par_chunks_mut(BLOCK);
     chunks.zip(x.as_slice::<T>().par_chunks(BLOCK)).zip(y.as_slice::<T>().par_chunks(BLOCK)).for_each(
         |((out, x), y)| {
-            simd!({
+            simd!(T, {
                 for ((o, &x), &y) in out.iter_mut().zip(x).zip(y) {
                     *o = f(x, y);
                 }
@@ -82,23 +95,20 @@ pub fn map2<T: Real>(x: &Tensor, y: &Tensor, f: impl Fn(T, T) -> T + Sync) -> Re
 
 /// The sum of `f(x[i])` over blocks, blocks in order: the same on any number of threads.
 pub fn sum<T: Real>(x: &[T], f: impl Fn(T) -> T + Sync) -> T {
-    let partial: Vec<T> = x
-        .par_chunks(BLOCK)
-        .map(|block| {
-            simd!({
-                // Independent lanes, so that the loop vectorises; their order is fixed.
-                let mut lanes = [T::ZERO; 16];
-                let mut chunks = block.chunks_exact(16);
-                for chunk in &mut chunks {
-                    for (lane, &x) in lanes.iter_mut().zip(chunk) {
-                        *lane += f(x);
-                    }
+    let partial = x.par_chunks(BLOCK).map_to_vec(|block| {
+        simd!(T, {
+            // Independent lanes, so that the loop vectorises; their order is fixed.
+            let mut lanes = [T::ZERO; 16];
+            let mut chunks = block.chunks_exact(16);
+            for chunk in &mut chunks {
+                for (lane, &x) in lanes.iter_mut().zip(chunk) {
+                    *lane += f(x);
                 }
-                let rest: T = chunks.remainder().iter().map(|&x| f(x)).sum();
-                lanes.into_iter().sum::<T>() + rest
-            })
+            }
+            let rest: T = chunks.remainder().iter().map(|&x| f(x)).sum();
+            lanes.into_iter().sum::<T>() + rest
         })
-        .collect();
+    });
     partial.into_iter().sum()
 }
 
@@ -162,36 +172,4 @@ pub fn with_scratch<T: Real, R>(len: usize, f: impl FnOnce(&mut [T]) -> R) -> R 
     let result = f(&mut bytemuck::cast_slice_mut(&mut lines)[..len]);
     SCRATCH.set(lines);
     result
-}
-
-/// A slice whose parts are written by several tasks, when the parts are not whole blocks of it (columns of a matrix).
-pub struct Parts<'a, T> {
-    start: *mut T,
-    len: usize,
-    life: std::marker::PhantomData<&'a mut [T]>,
-}
-
-// SAFETY: only hands out parts that the caller of `part` promises to be disjoint, as `split_at_mut` would.
-unsafe impl<T: Send> Sync for Parts<'_, T> {}
-
-impl<'a, T> Parts<'a, T> {
-    /// All of `whole`.
-    pub fn new(whole: &'a mut [T]) -> Self {
-        Self { start: whole.as_mut_ptr(), len: whole.len(), life: std::marker::PhantomData }
-    }
-
-    /// Elements `start..start + len`.
-    ///
-    /// # Safety
-    /// No other part that is alive at the same time may overlap this one.
-    ///
-    /// # Panics
-    /// If the part is out of bounds.
-    #[allow(clippy::mut_from_ref)]
-    #[inline(always)]
-    pub unsafe fn part(&self, start: usize, len: usize) -> &mut [T] {
-        assert!(start <= self.len && len <= self.len - start, "a part lies inside the whole");
-        // SAFETY: in bounds by the assertion, exclusive by the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(start), len) }
-    }
 }

@@ -1,8 +1,7 @@
 //! Images to rows of pixels, so that the patch embedding is a linear layer.
 
-use rayon::prelude::*;
-
 use crate::cuda::{args, Arg};
+use crate::ops::blocks::*;
 use crate::tensor::{Grads, Op, Real};
 use crate::{cuda_source, dispatch_real, simd, Error, Result, Tensor};
 
@@ -118,7 +117,7 @@ impl Op for Patchify {
                 dx.as_mut_slice::<T>().fill(T::ZERO);
             }
             let patches = dy.as_slice::<T>().par_chunks(patches_len.max(1));
-            dx.as_mut_slice::<T>().par_chunks_mut(image_len.max(1)).zip(patches).for_each(|(image, patches)| simd!({
+            dx.as_mut_slice::<T>().par_chunks_mut(image_len.max(1)).zip(patches).for_each(|(image, patches)| simd!(T, {
                 self.runs(|i, o| image[i..i + p].iter_mut().zip(&patches[o..o + p]).for_each(|(d, &g)| *d += g));
             }));
             Ok(())

@@ -2,9 +2,9 @@
 //!
 //! Cubic convolution: Keys, "Cubic convolution interpolation for digital image processing" (1981).
 
-use rayon::prelude::*;
-
 use crate::cuda::{args, Arg, Gpu};
+use crate::ops::blocks::*;
+use crate::ops::parallel::with_scratch;
 use crate::tensor::{Grads, Op, Real};
 use crate::{cuda_source, dispatch_real, simd, Error, Result, Tensor};
 
@@ -122,14 +122,15 @@ impl Axes {
         let (h, w) = (self.rows.inputs, self.columns.inputs);
         let (h2, w2) = (self.rows.taps.len(), self.columns.taps.len());
         // One output row of one image a task: mix the input rows it sees, then the columns of the mixture.
-        let scratch = || vec![T::ZERO; w * d];
-        out.par_chunks_mut(w2 * d).enumerate().for_each_init(scratch, |mixed, (row, out)| {
+        out.par_chunks_mut(w2 * d).enumerate().for_each(|(row, out)| {
             let image = &x[row / h2 * h * w * d..][..h * w * d];
-            simd!({
-                mix(mixed, image, w * d, &self.rows.taps[row % h2]);
-                for (out, taps) in out.chunks_exact_mut(d).zip(&self.columns.taps) {
-                    mix(out, mixed, d, taps);
-                }
+            with_scratch(w * d, |mixed: &mut [T]| {
+                simd!(T, {
+                    mix(mixed, image, w * d, &self.rows.taps[row % h2]);
+                    for (out, taps) in out.chunks_exact_mut(d).zip(&self.columns.taps) {
+                        mix(out, mixed, d, taps);
+                    }
+                });
             });
         });
     }

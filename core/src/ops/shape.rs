@@ -1,9 +1,9 @@
 //! Operations that move or reinterpret elements: `reshape`, `narrow`, `narrow_axis`, `cat`, `cast`, `gather_rows`.
 
 use half::bf16;
-use rayon::prelude::*;
 
 use crate::cuda::{args, Gpu};
+use crate::ops::blocks::*;
 use crate::ops::same_dtype;
 use crate::tensor::{DType, GradMut, Grads, Op};
 use crate::{cuda_source, dispatch_real, Error, Result, Tensor};

@@ -3,11 +3,10 @@
 //! DINOv3 (arXiv:2508.10104), eq. 3: `|X_S X_S^T - X_G X_G^T|_F^2` of normalised patch features, here divided by the
 //! number of entries as in the reference.
 
-use rayon::prelude::*;
-
 use crate::cuda::{args, Arg, Gpu, Matrix, Product};
+use crate::ops::blocks::*;
 use crate::ops::matmul::{product, Mat, Threads};
-use crate::ops::parallel::{lane_sum, BLOCK};
+use crate::ops::parallel::{lane_sum, with_scratch, BLOCK};
 use crate::ops::same_dtype;
 use crate::tensor::{Grads, Op, Real};
 use crate::{cuda_source, dispatch_real, simd, DType, Error, Result, Tensor};
@@ -106,12 +105,12 @@ impl<T: Real> Image<'_, T> {
             similarities(self.student, tile, false, T::ONE);
             if self.remove == NegativeRemoval::None {
                 similarities(self.teacher, tile, true, -T::ONE);
-                squares += simd!(tile.chunks(width).map(|e| lane_sum([e], |[e]| e * e).f64()).sum::<f64>());
+                squares += simd!(T, tile.chunks(width).map(|e| lane_sum([e], |[e]| e * e).f64()).sum::<f64>());
             } else {
                 similarities(self.teacher, other, false, T::ONE);
                 let keep_student = self.remove == NegativeRemoval::Teacher;
                 let rows = tile.chunks_mut(width).zip(other.chunks(width));
-                squares += simd!(rows.map(|(s, t)| subtract(s, t, keep_student).f64()).sum::<f64>());
+                squares += simd!(T, rows.map(|(s, t)| subtract(s, t, keep_student).f64()).sum::<f64>());
             }
             if !gradient.is_empty() {
                 let (e, s) = (Mat::new(tile, height, width), Mat::new(&self.student[column * d..], width, d));
@@ -170,17 +169,13 @@ impl Op for SimilarityDistance {
                 }
                 None => (0..rows / n * blocks).map(|_| <&mut [T]>::default()).collect(),
             };
-            let scratch = || vec![T::ZERO; 2 * ROWS * COLUMNS];
-            let squares: Vec<f64> = places
-                .par_iter_mut()
-                .enumerate()
-                .map_init(scratch, |tiles, (task, gradient)| {
-                    let (from, start) = (task / blocks * n * d, task % blocks * ROWS);
-                    let (student, teacher) = (&s[from..][..n * d], &t[from..][..n * d]);
-                    let image = Image { student, teacher, n, d, remove: self.options.remove };
-                    image.rows(start, ROWS.min(n - start), gradient, T::of(4.0 / entries), tiles)
-                })
-                .collect();
+            let squares: Vec<f64> = places.par_iter_mut().enumerate().map_to_vec(|(task, gradient)| {
+                let (from, start) = (task / blocks * n * d, task % blocks * ROWS);
+                let (student, teacher) = (&s[from..][..n * d], &t[from..][..n * d]);
+                let image = Image { student, teacher, n, d, remove: self.options.remove };
+                let factor = T::of(4.0 / entries);
+                with_scratch(2 * ROWS * COLUMNS, |tiles| image.rows(start, ROWS.min(n - start), gradient, factor, tiles))
+            });
             Ok(squares.into_iter().sum::<f64>())
         })?;
         self.gradient = gradient;
@@ -194,7 +189,7 @@ impl Op for SimilarityDistance {
         }
         dispatch_real!("similarity_distance", dy.dtype(), T => {
             let dy = dy.as_slice::<T>()[0];
-            gradient.as_mut_slice::<T>().par_chunks_mut(BLOCK).for_each(|g| simd!(g.iter_mut().for_each(|g| *g *= dy)));
+            gradient.as_mut_slice::<T>().par_chunks_mut(BLOCK).for_each(|g| simd!(T, g.iter_mut().for_each(|g| *g *= dy)));
             grads.add(0, gradient)
         })
     }

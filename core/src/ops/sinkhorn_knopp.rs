@@ -1,9 +1,8 @@
 //! Sinkhorn-Knopp: teacher logits to assignments that use every prototype equally.
 
-use rayon::prelude::*;
-
 use crate::comm::Comm;
 use crate::cuda::{args, Arg, Gpu, Launch};
+use crate::ops::blocks::*;
 use crate::ops::parallel::{lane_max, lane_sum};
 use crate::ops::scalars_of;
 use crate::ops::softmax::block_of;
@@ -106,7 +105,7 @@ fn sinkhorn_knopp<T: Real>(
     }
     q.par_chunks_mut(rows * k).for_each(|q| {
         for q in q.chunks_exact_mut(k) {
-            simd!({
+            simd!(T, {
                 let v = sample_factor(q, &factors);
                 q.iter_mut().zip(&factors).for_each(|(q, &u)| *q *= u * v);
             });
@@ -140,17 +139,13 @@ fn prototype_factors<T: Real>(
     comm: &dyn Comm,
     visit: impl Fn(usize, &mut [T], &mut [T]) + Sync,
 ) -> Result<Vec<T>> {
-    let partial: Vec<Vec<T>> = q
-        .par_chunks_mut(rows * k)
-        .enumerate()
-        .map(|(task, q)| {
-            let mut sums = vec![T::ZERO; k];
-            for (i, q) in q.chunks_exact_mut(k).enumerate() {
-                simd!(visit(task * rows + i, q, &mut sums));
-            }
-            sums
-        })
-        .collect();
+    let partial: Vec<Vec<T>> = q.par_chunks_mut(rows * k).enumerate().map_to_vec(|(task, q)| {
+        let mut sums = vec![T::ZERO; k];
+        for (i, q) in q.chunks_exact_mut(k).enumerate() {
+            simd!(T, visit(task * rows + i, q, &mut sums));
+        }
+        sums
+    });
     let mut sums = Tensor::zeros(&[k], T::DTYPE);
     sums.as_mut_slice::<T>().par_chunks_mut(CHUNK).enumerate().for_each(|(c, sums)| {
         for part in &partial {
@@ -166,7 +161,7 @@ fn column_max<T: Real>(logits: &Tensor) -> Tensor {
     let (k, x) = (logits.dim(1), logits.as_slice::<T>());
     let mut out = Tensor::uninit(&[k], T::DTYPE);
     out.as_mut_slice::<T>().par_chunks_mut(CHUNK).enumerate().for_each(|(c, top)| {
-        simd!({
+        simd!(T, {
             top.fill(T::NEG_INF);
             for x in x.chunks_exact(k) {
                 top.iter_mut().zip(&x[c * CHUNK..]).for_each(|(t, &x)| *t = t.max(x));

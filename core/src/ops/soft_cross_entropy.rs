@@ -6,9 +6,8 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use crate::cuda::{args, Arg, Gpu};
+use crate::ops::blocks::*;
 use crate::ops::parallel::{lane_max, lane_sum, BLOCK};
 use crate::ops::softmax::block_of;
 use crate::ops::{same_dtype, scalars_of};
@@ -186,16 +185,16 @@ impl Op for SoftCrossEntropy {
                 }
                 let inverse_temperature = T::of(1.0 / self.temperature);
                 let row = Row { logits: &x[row * k..][..k], pairs: &pairs, inverse_temperature };
-                simd!(row.loss(gradient))
+                simd!(T, row.loss(gradient))
             };
             let rows_of_task = (BLOCK / k.max(1)).max(1);
             let losses: Vec<T> = match &mut gradient {
                 Some(gradient) => {
                     let gradients = gradient.as_mut_slice::<T>().par_chunks_mut(k.max(1)).with_min_len(rows_of_task);
-                    gradients.enumerate().map(|(row, gradient)| loss_of(row, gradient)).collect()
+                    gradients.enumerate().map_to_vec(|(row, gradient)| loss_of(row, gradient))
                 }
                 None => {
-                    (0..rows).into_par_iter().with_min_len(rows_of_task).map(|row| loss_of(row, &mut [])).collect()
+                    Numbers(rows).with_min_len(rows_of_task).map_to_vec(|row| loss_of(row, &mut []))
                 }
             };
             Ok(losses.into_iter().map(Real::f64).sum::<f64>())
@@ -211,7 +210,7 @@ impl Op for SoftCrossEntropy {
         };
         dispatch_real!("soft_cross_entropy", dy.dtype(), T => {
             let dy = dy.as_slice::<T>()[0];
-            gradient.as_mut_slice::<T>().par_chunks_mut(BLOCK).for_each(|g| simd!(g.iter_mut().for_each(|g| *g *= dy)));
+            gradient.as_mut_slice::<T>().par_chunks_mut(BLOCK).for_each(|g| simd!(T, g.iter_mut().for_each(|g| *g *= dy)));
             grads.add(0, gradient)
         })
     }

@@ -1,8 +1,7 @@
 //! Softmax and its logarithm over the last axis.
 
-use rayon::prelude::*;
-
 use crate::cuda::{args, Gpu};
+use crate::ops::blocks::*;
 use crate::ops::parallel::{lane_max, lane_sum, rows_per_task};
 use crate::tensor::{Grads, Op, Real};
 use crate::{cuda_source, dispatch_real, simd, Result, Tensor};
@@ -53,7 +52,7 @@ impl Op for Softmax {
         let mut out = Tensor::uninit(x.shape(), x.dtype());
         dispatch_real!(self.name(), x.dtype(), T => {
             let blocks = out.as_mut_slice::<T>().par_chunks_mut(block).zip(x.as_slice::<T>().par_chunks(block));
-            blocks.for_each(|(y, x)| simd!({
+            blocks.for_each(|(y, x)| simd!(T, {
                 for (y, x) in y.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
                     let max = lane_max(x);
                     if self.log {
@@ -90,7 +89,7 @@ impl Op for Softmax {
         }
         dispatch_real!("softmax", y.dtype(), T => {
             let blocks = dy.as_mut_slice::<T>().par_chunks_mut(block).zip(y.as_slice::<T>().par_chunks(block));
-            blocks.for_each(|(dy, y)| simd!({
+            blocks.for_each(|(dy, y)| simd!(T, {
                 for (dy, y) in dy.chunks_exact_mut(d).zip(y.chunks_exact(d)) {
                     if self.log {
                         let sum = lane_sum([dy], |[dy]| dy);

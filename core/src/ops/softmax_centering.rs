@@ -1,8 +1,7 @@
 //! Softmax of centred logits: DINO's first way to make teacher targets (Caron et al., arXiv:2104.14294, eq. 4).
 
-use rayon::prelude::*;
-
 use crate::comm::Comm;
+use crate::ops::blocks::*;
 use crate::ops::columns::sum_rows;
 use crate::ops::parallel::{lane_max, lane_sum};
 use crate::ops::scalars_of;
@@ -35,7 +34,7 @@ impl Tensor {
             let center = center.as_slice::<T>();
             let scale = T::ONE / temperature.as_slice::<T>()[0];
             let rows = out.as_mut_slice::<T>().par_chunks_mut(k).zip(self.as_slice::<T>().par_chunks(k));
-            rows.for_each(|(y, x)| simd!({
+            rows.for_each(|(y, x)| simd!(T, {
                 y.iter_mut().zip(x).zip(center).for_each(|((y, &x), &c)| *y = (x - c) * scale);
                 let peak = lane_max(y);
                 let mut sum = T::ZERO;

@@ -1,8 +1,7 @@
 //! The gate of SwiGLU feed-forward layers (Shazeer, arXiv:2002.05202).
 
-use rayon::prelude::*;
-
 use crate::cuda::args;
+use crate::ops::blocks::*;
 use crate::ops::elementwise::sigmoid;
 use crate::ops::parallel::{map2, BLOCK};
 use crate::ops::same_dtype;
@@ -77,7 +76,7 @@ impl Op for Swiglu {
             // dy becomes dup.
             let outputs = dgate.as_mut_slice::<T>().par_chunks_mut(BLOCK).zip(dy.as_mut_slice::<T>().par_chunks_mut(BLOCK));
             let inputs = gate.as_slice::<T>().par_chunks(BLOCK).zip(up.as_slice::<T>().par_chunks(BLOCK));
-            outputs.zip(inputs).for_each(|((dgate, dy), (gate, up))| simd!({
+            outputs.zip(inputs).for_each(|((dgate, dy), (gate, up))| simd!(T, {
                 for (((dgate, dy), &gate), &up) in dgate.iter_mut().zip(dy).zip(gate).zip(up) {
                     let s = sigmoid(gate);
                     *dgate = *dy * up * s * (T::ONE + gate * (T::ONE - s));

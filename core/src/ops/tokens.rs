@@ -1,8 +1,7 @@
 //! Patch embeddings to the token rows of a transformer: mask token in, prefix (CLS and registers) in front.
 
-use rayon::prelude::*;
-
 use crate::cuda::{args, Arg, Gpu};
+use crate::ops::blocks::*;
 use crate::ops::columns::{sum_rows, Partial};
 use crate::ops::{same_dtype, with_grad};
 use crate::tensor::{Grads, Op, Real};
@@ -176,7 +175,7 @@ impl Op for Assemble {
             let dy = dy.as_slice::<T>();
             with_grad::<T>(grads, 0, self.images * patches, |dx, add| {
                 let each = dx.par_chunks_mut(patches.max(1)).zip(dtoken.as_mut_slice::<T>().par_chunks_mut(d));
-                each.enumerate().for_each(|(image, (dx, dtoken))| simd!({
+                each.enumerate().for_each(|(image, (dx, dtoken))| simd!(T, {
                     let dy = &dy[image * image_len + prefix..][..patches];
                     let mask = self.mask(image, patches / d);
                     for (i, (dx, dy)) in dx.chunks_exact_mut(d).zip(dy.chunks_exact(d)).enumerate() {

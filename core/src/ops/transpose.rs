@@ -1,8 +1,7 @@
 //! The last two axes exchanged.
 
-use rayon::prelude::*;
-
 use crate::cuda::args;
+use crate::ops::blocks::*;
 use crate::ops::shape::SHAPE;
 use crate::tensor::{Element, Grads, Op};
 use crate::{dispatch_real, Error, Result, Tensor};

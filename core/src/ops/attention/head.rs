@@ -54,7 +54,7 @@ impl<T: Real> Head<'_, T> {
             for rows in self.blocks() {
                 let scores = &mut scores[..rows.len() * n];
                 self.scores(q, k, rows.clone(), scores);
-                simd!({
+                simd!(T, {
                     let each = scores.chunks_exact_mut(n).zip(sums.iter_mut()).zip(&mut log_sum[rows.clone()]);
                     for ((s, sum), log_sum) in each {
                         let max = lane_max(s);
@@ -65,7 +65,7 @@ impl<T: Real> Head<'_, T> {
                 });
                 let weights = Mat::new(scores, rows.len(), n);
                 product(values, d, false, T::ONE, weights, self.packed(Which::Value), Threads::One);
-                simd!({
+                simd!(T, {
                     for ((row, values), &sum) in rows.zip(values.chunks_exact(d)).zip(sums.iter()) {
                         let scale = T::ONE / sum;
                         // SAFETY: these columns of these rows belong to this head alone.
@@ -102,7 +102,7 @@ impl<T: Real> Head<'_, T> {
                 let dy_block = Mat { row_stride: self.width, ..Mat::new(&dy[of_head(dy, rows.start)], len, d) };
                 self.scores(q, k, rows.clone(), p);
                 product(ds, n, false, T::ONE, dy_block, self.packed(Which::Value).t(), Threads::One);
-                simd!({
+                simd!(T, {
                     let each = rows.clone().zip(p.chunks_exact_mut(n)).zip(ds.chunks_exact_mut(n));
                     for ((row, p), ds) in each {
                         let (dy, out) = (&dy[of_head(dy, row)][..d], &out[of_head(out, row)][..d]);
@@ -167,7 +167,7 @@ impl<T: Real> Head<'_, T> {
     /// Queries, rotated and scaled, and keys, rotated.
     fn load(&self, q: &mut [T], k: &mut [T]) {
         let (d, half) = (self.d, self.d / 2);
-        simd!({
+        simd!(T, {
             for (which, scale, to) in [(Which::Query, self.scale(), q), (Which::Key, T::ONE, k)] {
                 for (row, to) in to.chunks_exact_mut(d).enumerate() {
                     let from = &self.qkv[self.place(which, row)..][..d];
@@ -183,7 +183,7 @@ impl<T: Real> Head<'_, T> {
     /// The transpose of [`load`](Self::load): gradients of rotated rows to gradients of packed ones.
     fn store(&self, dqkv: &Parts<'_, T>, which: Which, rows: Range<usize>, scale: T, from: &[T]) {
         let (d, half) = (self.d, self.d / 2);
-        simd!({
+        simd!(T, {
             for (row, from) in rows.zip(from.chunks_exact(d)) {
                 // SAFETY: these columns of these rows belong to this head alone.
                 let to = unsafe { dqkv.part(self.place(which, row), d) };
@@ -205,7 +205,7 @@ impl<T: Real> Head<'_, T> {
         let q = Mat::new(&q[rows.start * d..], rows.len(), d);
         product(scores, n, false, T::ONE, q, Mat::new(k, n, d).t(), Threads::One);
         if let Some(bias) = self.bias {
-            simd!({
+            simd!(T, {
                 for (row, scores) in rows.zip(scores.chunks_exact_mut(n)) {
                     let Some(patch) = row.checked_sub(prefix) else { continue };
                     let bias = &bias[patch * (n - prefix)..];
@@ -217,7 +217,7 @@ impl<T: Real> Head<'_, T> {
 
     fn add_dbias(&self, ds: &[T], rows: Range<usize>, dbias: &mut [T]) {
         let (n, prefix) = (self.tokens, self.prefix);
-        simd!({
+        simd!(T, {
             for (row, ds) in rows.zip(ds.chunks_exact(n)) {
                 let Some(patch) = row.checked_sub(prefix) else { continue };
                 let dbias = &mut dbias[patch * (n - prefix)..];

@@ -1,9 +1,8 @@
 //! What the input of a linear layer goes through first, and how that is undone.
 
-use rayon::prelude::*;
-
 use super::LINEAR;
 use crate::cuda::args;
+use crate::ops::blocks::*;
 use crate::ops::columns::{Partial, RowSums};
 use crate::ops::elementwise::{gelu, gelu_and_slope, sigmoid, unary_on_gpu};
 use crate::ops::layer_norm::{Norm, Normed};
@@ -83,16 +82,22 @@ impl Before<&Tensor> {
             Self::Nothing => f.copy_from_slice(x),
             Self::Norm { norm, weight, bias } => {
                 let (weight, bias) = (weight.as_slice(), bias.map(|b| b.as_slice()));
-                simd!(norm.rows(f, x, stats, weight, bias));
+                simd!(T, norm.rows(f, x, stats, weight, bias));
             }
-            Self::Gelu => simd!(for (f, &x) in f.iter_mut().zip(x) {
-                *f = gelu(x)
-            }),
+            Self::Gelu => simd!(
+                T,
+                for (f, &x) in f.iter_mut().zip(x) {
+                    *f = gelu(x)
+                }
+            ),
             Self::Swiglu { up } => {
                 let up = &up.as_slice::<T>()[first * up.last_dim()..];
-                simd!(for ((f, &gate), &up) in f.iter_mut().zip(x).zip(up) {
-                    *f = gate * sigmoid(gate) * up
-                });
+                simd!(
+                    T,
+                    for ((f, &gate), &up) in f.iter_mut().zip(x).zip(up) {
+                        *f = gate * sigmoid(gate) * up
+                    }
+                );
             }
         }
     }
@@ -147,7 +152,7 @@ fn undo_gelu(x: &Tensor, df: &mut Tensor) -> Result<(Tensor, RowSums)> {
     dispatch_real!("linear", x.dtype(), T => {
         let outputs = df.as_mut_slice::<T>().par_chunks_mut(ROWS * d).zip(f.as_mut_slice::<T>().par_chunks_mut(ROWS * d));
         let blocks = outputs.zip(x.as_slice::<T>().par_chunks(ROWS * d)).zip(sums.as_mut_slice::<T>().par_chunks_mut(d));
-        blocks.for_each(|(((df, f), x), sums)| simd!({
+        blocks.for_each(|(((df, f), x), sums)| simd!(T, {
             sums.fill(T::ZERO);
             for ((df, f), x) in df.chunks_exact_mut(d).zip(f.chunks_exact_mut(d)).zip(x.chunks_exact(d)) {
                 for (((df, f), &x), sum) in df.iter_mut().zip(f).zip(x).zip(sums.iter_mut()) {
@@ -180,7 +185,7 @@ fn undo_swiglu(gate: &Tensor, up: &Tensor, df: &mut Tensor) -> Result<(Tensor, T
         let [df, f, dgate] = [df, &mut f, &mut dgate].map(|t| t.as_mut_slice::<T>().par_chunks_mut(ROWS * d));
         let [gate, up] = [gate, up].map(|t| t.as_slice::<T>().par_chunks(ROWS * d));
         let blocks = df.zip(f).zip(dgate).zip(gate.zip(up)).zip(gate_sums.zip(up_sums));
-        blocks.for_each(|((((df, f), dgate), (gate, up)), (gate_sums, up_sums))| simd!({
+        blocks.for_each(|((((df, f), dgate), (gate, up)), (gate_sums, up_sums))| simd!(T, {
             gate_sums.fill(T::ZERO);
             up_sums.fill(T::ZERO);
             for row in (0..df.len()).step_by(d) {

@@ -1,9 +1,8 @@
 //! The scale behind a linear layer, folded into its weight and bias, and what becomes of their gradients.
 
-use rayon::prelude::*;
-
 use super::LINEAR;
 use crate::cuda::{args, Arg};
+use crate::ops::blocks::*;
 use crate::ops::parallel::lane_sum;
 use crate::tensor::{Grads, Real};
 use crate::{dispatch_real, simd, Result, Tensor};
@@ -23,8 +22,8 @@ pub(super) fn fold(weight: &Tensor, bias: Option<&Tensor>, scale: &Tensor) -> Re
     }
     dispatch_real!("linear", weight.dtype(), T => {
         let scale = scale.as_slice::<T>();
-        let rows = w.as_mut_slice::<T>().par_chunks_mut(i).zip(weight.as_slice::<T>().par_chunks(i)).zip(scale);
-        rows.for_each(|((out, w), &s)| simd!(out.iter_mut().zip(w).for_each(|(out, &w)| *out = w * s)));
+        let rows = w.as_mut_slice::<T>().par_chunks_mut(i).zip(weight.as_slice::<T>().par_chunks(i)).zip(scale.par_iter());
+        rows.for_each(|((out, w), &s)| simd!(T, out.iter_mut().zip(w).for_each(|(out, &w)| *out = w * s)));
         if let (Some(out), Some(bias)) = (&mut b, bias) {
             let each = out.as_mut_slice::<T>().iter_mut().zip(bias.as_slice::<T>()).zip(scale);
             each.for_each(|((out, &b), &s)| *out = b * s);
@@ -67,8 +66,8 @@ impl Scaled<'_> {
             let folded_bias = db.map(|db| db.as_slice::<T>());
             grads.accumulate(inputs.0, |mut place| {
                 let add = place.add;
-                let rows = place.as_mut_slice::<T>().par_chunks_mut(i).zip(folded.par_chunks(i)).zip(scale);
-                rows.for_each(|((out, g), &s)| simd!({
+                let rows = place.as_mut_slice::<T>().par_chunks_mut(i).zip(folded.par_chunks(i)).zip(scale.par_iter());
+                rows.for_each(|((out, g), &s)| simd!(T, {
                     out.iter_mut().zip(g).for_each(|(out, &g)| put(out, s * g, add));
                 }));
                 Ok(())
@@ -86,7 +85,7 @@ impl Scaled<'_> {
                 let add = place.add;
                 let rows = weight.as_slice::<T>().par_chunks(i).zip(folded.par_chunks(i));
                 place.as_mut_slice::<T>().par_iter_mut().zip(rows).enumerate().for_each(|(o, (out, (w, g)))| {
-                    let dot = simd!(lane_sum([w, g], |[w, g]| w * g));
+                    let dot = simd!(T, lane_sum([w, g], |[w, g]| w * g));
                     let of_bias = bias.zip(folded_bias).map_or(T::ZERO, |(b, g)| b.as_slice::<T>()[o] * g[o]);
                     put(out, dot + of_bias, add);
                 });
