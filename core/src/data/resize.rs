@@ -1,6 +1,6 @@
 //! Antialiased bicubic resizing (a = -0.5, Pillow's and torchvision's), by the crate `fast_image_resize`.
 
-use fast_image_resize::images::{TypedCroppedImage, TypedImage, TypedImageRef};
+use fast_image_resize::images::TypedImage;
 use fast_image_resize::pixels::U8x3;
 use fast_image_resize::{FilterType, ResizeAlg, ResizeOptions, Resizer};
 
@@ -22,11 +22,14 @@ pub(super) fn cut_rgb(
     out: &mut Vec<u8>,
 ) {
     out.resize(3 * side * side, 0);
-    let source = TypedImageRef::<U8x3>::from_buffer(width as u32, height as u32, rgb)
-        .expect("the pipeline checked that the image has 3 bytes a pixel");
-    let [x, y, w, h] = [area.x, area.y, area.width, area.height].map(|v| v as u32);
-    let source = TypedCroppedImage::new(source, x, y, w, h).expect("a plan's box lies inside its image");
-    let mut target = TypedImage::<U8x3>::from_buffer(side as u32, side as u32, out).expect("resized above");
+    assert_eq!(rgb.len(), 3 * width * height, "the pipeline checked that the image has 3 bytes a pixel");
+    let rows = rgb.chunks_exact(3 * width).skip(area.y).take(area.height);
+    let mut cut = Vec::with_capacity(3 * area.width * area.height);
+    rows.for_each(|row| cut.extend_from_slice(&row[3 * area.x..][..3 * area.width]));
+    // Source and target are of one type, for which the crate's kernels are compiled once.
+    let image = |pixels, width, height| TypedImage::<U8x3>::from_buffer(width as u32, height as u32, pixels);
+    let source = image(&mut cut, area.width, area.height).expect("a plan's box lies inside its image");
+    let mut target = image(out, side, side).expect("resized above");
     resizer.resize_typed(&source, &mut target, &bicubic()).expect("sizes and types were checked above");
 }
 

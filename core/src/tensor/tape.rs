@@ -64,30 +64,32 @@ pub trait Op: Send + 'static {
     }
 
     /// Runs the operation where its inputs are, and records it if any input is tracked.
-    fn apply(mut self, inputs: &[&Tensor]) -> Result<Tensor>
+    fn apply(self, inputs: &[&Tensor]) -> Result<Tensor>
     where
         Self: Sized,
     {
-        let device = inputs.first().map_or_else(Device::current, |x| x.device());
-        if device != Device::Cpu && !self.cuda() {
-            return OnHost { op: Box::new(self), device }.apply(inputs);
-        }
-        if let Some(other) = inputs.iter().find(|x| x.device() != device) {
-            let problem = format!("operands are on {device} and {}", other.device());
-            return Err(Error::shape(self.name(), problem));
-        }
-        let _on = device.enter();
-        let tape = inputs.iter().find_map(|x| x.var.as_ref()).map(|v| v.tape.clone());
-        let name = self.name();
-        let mut out = self.forward(inputs, tape.is_some())?;
-        scope::observe(|| format!("{name} in {}", scope::current()), &out);
-        if let Some(tape) = tape {
-            let ids = inputs.iter().map(|x| x.var.as_ref().map(|v| v.id)).collect();
-            let kind = NodeKind::Op { op: Box::new(self), inputs: ids, scope: scope::current() };
-            out.var = Some(tape.push(kind, &out));
-        }
-        Ok(out)
+        apply(Box::new(self), inputs)
     }
+}
+
+fn apply(mut op: Box<dyn Op>, inputs: &[&Tensor]) -> Result<Tensor> {
+    let device = inputs.first().map_or_else(Device::current, |x| x.device());
+    if device != Device::Cpu && !op.cuda() {
+        op = Box::new(OnHost { op, device });
+    }
+    let name = op.name();
+    if let Some(other) = inputs.iter().find(|x| x.device() != device) {
+        return Err(Error::shape(name, format!("operands are on {device} and {}", other.device())));
+    }
+    let _on = device.enter();
+    let tape = inputs.iter().find_map(|x| x.var.as_ref()).map(|v| v.tape.clone());
+    let mut out = op.forward(inputs, tape.is_some())?;
+    scope::observe(|| format!("{name} in {}", scope::current()), &out);
+    if let Some(tape) = tape {
+        let inputs = inputs.iter().map(|x| x.var.as_ref().map(|v| v.id)).collect();
+        out.var = Some(tape.push(NodeKind::Op { op, inputs, scope: scope::current() }, &out));
+    }
+    Ok(out)
 }
 
 /// An operation without a kernel of its own, run on the host for tensors on a GPU.
@@ -373,6 +375,11 @@ impl Grads<'_> {
 
     /// Lets `f` write, or add to, the gradient of input `i` in place (nothing if it is not tracked).
     pub fn accumulate(&mut self, i: usize, f: impl FnOnce(GradMut<'_>) -> Result<()>) -> Result<()> {
+        let mut f = Some(f);
+        self.accumulate_with(i, &mut |place| f.take().expect("called once")(place))
+    }
+
+    fn accumulate_with(&mut self, i: usize, f: &mut dyn FnMut(GradMut<'_>) -> Result<()>) -> Result<()> {
         let Some(id) = self.inputs[i] else { return Ok(()) };
         let node = &self.nodes[id];
         if self.host.is_some() {
