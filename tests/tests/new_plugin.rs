@@ -37,33 +37,79 @@ fn follow_the_tutorial(folder: &Folder) {
     assert_eq!(written, 6, "four plugins, a test and a suite");
 }
 
+/// Makes a folder this workspace once more, with further members: its crates are links, its profile, features and versions are
+/// the same. Cargo then takes what the outer build made for what it would make itself.
+fn make_workspace(folder: &Folder, members: &str) {
+    // The repository as well: the program is built again when it has moved on.
+    let links = [".git", "core", "plugins", "ablations", "tests"];
+    for (from, name) in links.map(|name| (root().join(name), name)).iter().filter(|(from, _)| from.exists()) {
+        std::os::unix::fs::symlink(from, folder.path(name)).expect("the folder can be written");
+    }
+    let manifest = std::fs::read_to_string(root().join("Cargo.toml")).expect("it is there");
+    let more = manifest.replacen("\"tests\"]", &format!("\"tests\", {members}]"), 1);
+    assert_ne!(more, manifest, "the list of members ends with the tests");
+    folder.write("Cargo.toml", &more);
+    std::fs::copy(root().join("Cargo.lock"), folder.path("Cargo.lock")).expect("it is there");
+}
+
+/// Writes the new crates into the lock file, and gives it the age of the workspace's own: it is one of the files whose change
+/// makes the program be built again.
+fn lock(folder: &Folder) {
+    cargo(folder, &["update", "--workspace", "--offline"]);
+    let age = std::fs::metadata(root().join("Cargo.lock")).and_then(|lock| lock.modified()).expect("it is there");
+    let file = std::fs::File::options().append(true).open(folder.path("Cargo.lock")).expect("it was copied");
+    file.set_modified(age).expect("the file is ours");
+}
+
+/// What a program prints that is run in the folder of the workspace, or one inside.
+fn run(program: &Path, folder: PathBuf, args: &[&str]) -> [String; 2] {
+    let mut command = Command::new(program);
+    command.args(args).current_dir(folder).env("CARGO_TARGET_DIR", target());
+    let output = command.output().expect("the program is there");
+    let [out, err] = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+    assert!(output.status.success(), "{args:?}: {out}{err}");
+    [out, err]
+}
+
+fn cargo(folder: &Folder, args: &[&str]) -> [String; 2] {
+    run(Path::new(env!("CARGO")), folder.path(""), args)
+}
+
 #[test]
 fn every_kind_of_new_plugin_and_the_tutorial_compile_and_pass_their_tests() {
     let folder = Folder::new();
-    // One workspace for all, with the versions of this one, so that only what is new is built.
-    folder.write("Cargo.toml", "[workspace]\nresolver = \"2\"\nmembers = [\"my_*\", \"uniformity\"]\n");
-    std::fs::copy(root().join("Cargo.lock"), folder.path("Cargo.lock")).unwrap();
-    for kind in KINDS {
-        let said = folder.succeed(&["new", "plugin", &format!("my_{kind}"), "--kind", kind]).out;
+    make_workspace(&folder, "\"my_*\", \"uniformity\"");
+    let mut new: Vec<String> = KINDS.iter().map(|kind| format!("my_{kind}")).collect();
+    for (name, kind) in new.iter().zip(KINDS) {
+        let said = folder.succeed(&["new", "plugin", name, "--kind", kind]).out;
         assert!(said.contains("cargo test --release"), "{said}");
     }
     follow_the_tutorial(&folder);
-    let run = |program: &Path, inside: &str, args: &[&str]| {
-        let mut command = Command::new(program);
-        command.args(args).current_dir(folder.path(inside)).env("CARGO_TARGET_DIR", target());
-        let output = command.output().expect("the program is there");
-        let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
-        let (out, err) = (text(output.stdout), text(output.stderr));
-        assert!(output.status.success(), "{args:?}: {out}{err}");
-        out
-    };
-    let tests = ["test", "--release", "--offline", "--workspace", "--test", "*"];
-    let said = run(Path::new(env!("CARGO")), ".", &tests);
+    new.push("uniformity".into());
+    for name in &new {
+        let manifest = format!("{name}/Cargo.toml");
+        let here = folder.path("").to_str().expect("a UTF-8 path").trim_end_matches('/').to_string();
+        folder.write(&manifest, &folder.read(&manifest).replace(root().to_str().expect("a UTF-8 path"), &here));
+    }
+    lock(&folder);
+    let mut tests = vec!["test", "--release", "--locked", "--offline", "--workspace"];
+    let own = std::fs::read_dir(folder.path("uniformity/tests")).expect("the tutorial has tests");
+    let own: Vec<PathBuf> = own.map(|entry| entry.expect("it can be read").path()).collect();
+    let own = own.iter().map(|path| path.file_stem().and_then(|name| name.to_str()).expect("a UTF-8 name"));
+    for name in new.iter().map(String::as_str).filter(|name| *name != "uniformity").chain(own) {
+        tests.extend(["--test", name]);
+    }
+    let [said, built] = cargo(&folder, &tests);
     // Those of every kind and of the tutorial, and the tutorial's own.
     assert_eq!(said.matches("test the_program_lists_the_plugin ... ok").count(), KINDS.len() + 1, "{said}");
     assert_eq!(said.matches("test result: ok. 3 passed").count(), KINDS.len() + 1, "{said}");
     assert_eq!(said.matches("test result: ok. 2 passed").count(), 1, "{said}");
-    let program = |args: &[&str]| run(&target().join("release/uniformity"), "uniformity", args);
+    let compiled = |line: &str| line.trim().strip_prefix("Compiling ")?.split(' ').next().map(String::from);
+    let mut compiled: Vec<String> = built.lines().filter_map(compiled).collect();
+    compiled.sort();
+    new.sort();
+    assert_eq!(compiled, new, "nothing but what is new is compiled");
+    let program = |args: &[&str]| run(&target().join("release/uniformity"), folder.path("uniformity"), args)[0].clone();
     assert!(program(&["check", "uniformity"]).contains("ok"));
     assert!(program(&["check", "turned"]).contains("ok"));
     let plan = program(&["ablate", "suite.toml", "--dry-run"]);
