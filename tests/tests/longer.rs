@@ -154,7 +154,7 @@ fn a_run_that_continues_another_under_another_recipe_says_in_what_it_differs() {
         "optimizer.lr: was 0.001, is 0.002",
         "crops.local_count: was 2, is 3",
         "steps: was 6, is 10",
-        "the Gram teacher is new",
+        "the teacher `gram` is new",
         "is new: it starts from the seed",
     ] {
         assert!(differences.contains(part), "no `{part}` in {differences}");

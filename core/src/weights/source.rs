@@ -117,10 +117,9 @@ impl Source {
         }
         let files = TensorFiles::open(path)?;
         // `student.backbone..`, `teacher.backbone..`, `<name>_teacher.backbone..`, or one model without a role.
-        if files
-            .names()
-            .any(|n| n.starts_with("backbone.") || n.split_once('.').is_some_and(|(_, n)| n.starts_with("backbone.")))
-        {
+        let is_role = |role: &str| ["student", "teacher"].contains(&role) || role.ends_with("_teacher");
+        let of_role = |n: &str| n.split_once('.').is_some_and(|(role, n)| is_role(role) && n.starts_with("backbone."));
+        if files.names().any(|n| n.starts_with("backbone.") || of_role(n)) {
             return Ok(Self::File(path.into()));
         }
         let first = files.names().next().unwrap_or("none");
