@@ -80,6 +80,9 @@ pub struct TargetSpec {
     pub distribution: bool,
 }
 
+/// A loss's buffers by name.
+pub type State = Vec<(&'static str, Tensor)>;
+
 /// A buffer that a loss carries from step to step (a centre); saved in checkpoints.
 #[derive(Clone, Debug)]
 pub struct StateSpec {
@@ -271,7 +274,7 @@ pub struct LossValue {
     /// Parts for the log, `loss/<name>/<part>`: rank-0 tensors, detached.
     pub parts: Vec<(&'static str, Tensor)>,
     /// New state by name; what is not given stays as it is. The next part of the batch and the next step see it.
-    pub state: Vec<(&'static str, Tensor)>,
+    pub state: State,
 }
 
 impl LossValue {
@@ -286,7 +289,7 @@ impl LossValue {
     }
 
     /// With new state by name.
-    pub fn with_state(self, state: Vec<(&'static str, Tensor)>) -> Self {
+    pub fn with_state(self, state: State) -> Self {
         Self { state, ..self }
     }
 }
@@ -296,7 +299,7 @@ pub struct Targets {
     /// `[rows, K]`: a row for every row of [`Loss::project`].
     pub rows: Tensor,
     /// New state by name, as in [`LossValue::state`].
-    pub state: Vec<(&'static str, Tensor)>,
+    pub state: State,
 }
 
 impl Targets {

@@ -33,7 +33,7 @@ pub use augmentation::{Augmentation, WHOLE_IMAGE};
 pub use backbone::{Backbone, Cost, Crops, Draws, Features, Mode};
 pub use dataset::{Dataset, FieldSpec, Sample, Summary};
 pub use loss::{
-    Loss, LossCost, LossRows, LossValue, ModelOutputs, NamedTeacher, Needs, Outputs, StateSpec, StepContext,
+    Loss, LossCost, LossRows, LossValue, ModelOutputs, NamedTeacher, Needs, Outputs, State, StateSpec, StepContext,
     TargetSpec, Targets,
 };
 pub use masking::{Masking, Unmasked};

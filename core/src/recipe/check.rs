@@ -6,7 +6,7 @@ use super::problem::{Problem, Severity};
 use super::{sizes, Recipe, Resolution};
 use crate::contract::{At, Backbone, Dataset, Grid, Loss, Masking, TeacherPolicy};
 use crate::registry::{BackboneContext, Chosen, CropContext};
-use crate::step::{check_views, declare, loss_context, Declared, CHANNELS, GLOBALS};
+use crate::step::{build_loss, check_views, declare, Declared, CHANNELS, GLOBALS};
 use crate::{params::ParamBuilder, Error};
 
 /// Everything that is wrong with, or odd about, a recipe whose types and ranges are right.
@@ -309,11 +309,7 @@ fn losses(
     let taught = teacher.is_none_or(|t| t.exists());
     let distils = teacher.is_some_and(|t| t.distils().is_some());
     let images = recipe.batch.images();
-    let build = |loss: &Chosen<dyn Loss>| {
-        let mut params = ParamBuilder::new();
-        let built = loss.build(&mut loss_context(recipe, backbone, &mut params))?;
-        params.check().map(|()| built)
-    };
+    let build = |loss: &Chosen<dyn Loss>| build_loss(recipe, backbone, &mut ParamBuilder::new(), loss);
     let mut used = BTreeSet::new();
     let mut enabled = 0;
     for (name, entry) in &recipe.losses.0 {
@@ -422,9 +418,8 @@ fn augmentations(recipe: &Recipe, model: &Declared, problems: &mut Vec<Problem>)
     }
     let mut used = BTreeSet::new();
     for (name, entry) in &recipe.losses.0 {
-        let mut params = ParamBuilder::new();
-        let mut context = loss_context(recipe, model.backbone.as_ref(), &mut params);
-        let Ok(loss) = entry.loss.build(&mut context) else { continue };
+        let built = build_loss(recipe, model.backbone.as_ref(), &mut ParamBuilder::new(), &entry.loss);
+        let Ok(loss) = built else { continue };
         let views = loss.views(recipe.crops.global_size).unwrap_or_default();
         let asked: BTreeSet<String> = views.into_iter().filter_map(|view| view.augmentation).collect();
         for missing in asked.iter().filter(|asked| entry.enabled && !recipe.augmentations.0.contains_key(*asked)) {

@@ -8,7 +8,7 @@ use super::layers::RawRecipe;
 use super::problem::{Origin, Problem, Severity};
 use super::Recipe;
 use crate::params::ParamBuilder;
-use crate::step::{declare, loss_context};
+use crate::step::{build_loss, declare, Declared};
 
 /// What was given and is not read. `idle` are keys beside a key that makes them idle, and what that would have to be.
 ///
@@ -31,7 +31,8 @@ pub(super) fn check(recipe: &Recipe, raw: &RawRecipe, idle: Vec<(String, String)
         let message = |keys: &str| format!("is off, so nothing reads {keys}");
         tell(table.clone(), given(raw, &table), &message, format!("set {table}.enabled = true, or remove the keys"));
     }
-    for teacher in waiting(recipe) {
+    let model = declare(recipe).ok();
+    for teacher in model.iter().flat_map(|model| waiting(recipe, model)) {
         let table = format!("teachers.{teacher}");
         let message = |keys: &str| format!("no loss that is on learns from this teacher, so nothing reads {keys}");
         let help = "turn on a loss that does, or remove the keys".to_string();
@@ -39,7 +40,7 @@ pub(super) fn check(recipe: &Recipe, raw: &RawRecipe, idle: Vec<(String, String)
     }
     let locals = ["crops.local_count", "crops.local_size"].map(String::from).into_iter();
     let locals: Vec<String> = locals.filter(|key| raw.get(key).is_some()).collect();
-    if declare(recipe).is_ok_and(|model| !model.student_sees()[1]) {
+    if model.is_some_and(|model| !model.student_sees()[1]) {
         let message = |keys: &str| format!("no loss that is on reads local crops, so nothing reads {keys}");
         tell("crops".into(), locals, &message, "remove the keys, or turn on a loss that does".into());
     }
@@ -51,12 +52,10 @@ pub(super) fn check(recipe: &Recipe, raw: &RawRecipe, idle: Vec<(String, String)
 }
 
 /// The teachers from which only losses that are off would learn.
-fn waiting(recipe: &Recipe) -> Vec<String> {
-    let Ok(model) = declare(recipe) else { return Vec::new() };
+fn waiting(recipe: &Recipe, model: &Declared) -> Vec<String> {
     let off = recipe.losses.0.values().filter(|entry| !entry.enabled);
     let asked = off.flat_map(|entry| {
-        let mut params = ParamBuilder::new();
-        let built = entry.loss.build(&mut loss_context(recipe, model.backbone.as_ref(), &mut params));
+        let built = build_loss(recipe, model.backbone.as_ref(), &mut ParamBuilder::new(), &entry.loss);
         built.map(|loss| loss.needs().teachers).unwrap_or_default()
     });
     let asked: BTreeSet<String> = asked.collect();

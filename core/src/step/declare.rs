@@ -86,10 +86,8 @@ pub fn declare(recipe: &Recipe) -> Result<Declared> {
     })?;
     let losses = recipe.losses.0.iter().filter(|(_, entry)| entry.enabled);
     let losses = losses.map(|(name, entry)| {
-        let loss = params.scope(format!("{name}_head"), |params| {
-            let built = entry.loss.build(&mut loss_context(recipe, backbone.as_ref(), params))?;
-            params.check().map(|()| built)
-        })?;
+        let loss = params
+            .scope(format!("{name}_head"), |params| build_loss(recipe, backbone.as_ref(), params, &entry.loss))?;
         let (needs, chosen) = (loss.needs(), entry.loss.clone());
         Ok(DeclaredLoss { name: name.clone(), weight: entry.weight.clone(), chosen, loss, needs })
     });
@@ -97,9 +95,17 @@ pub fn declare(recipe: &Recipe) -> Result<Declared> {
     Ok(Declared { backbone, losses, layout: params.finish() })
 }
 
-/// What the losses of a recipe are built with.
-pub fn loss_context<'a>(recipe: &Recipe, backbone: &dyn Backbone, params: &'a mut ParamBuilder) -> LossContext<'a> {
-    LossContext {
+/// Builds a loss of a recipe and declares its parameters.
+///
+/// # Errors
+/// If the plugin refuses its configuration, or declares a parameter twice.
+pub(crate) fn build_loss(
+    recipe: &Recipe,
+    backbone: &dyn Backbone,
+    params: &mut ParamBuilder,
+    chosen: &Chosen<dyn Loss>,
+) -> Result<Box<dyn Loss>> {
+    let built = chosen.build(&mut LossContext {
         params,
         dim: backbone.dim(),
         images: recipe.batch.images(),
@@ -107,5 +113,6 @@ pub fn loss_context<'a>(recipe: &Recipe, backbone: &dyn Backbone, params: &'a mu
         locals: recipe.crops.local_count,
         patches: (recipe.crops.global_size / backbone.patch_size()).pow(2),
         patch_size: backbone.patch_size(),
-    }
+    })?;
+    params.check().map(|()| built)
 }

@@ -23,7 +23,8 @@ mod updates;
 mod views;
 mod weights;
 
-pub use declare::{declare, loss_context, Declared, DeclaredLoss, CHANNELS, GLOBALS};
+pub(crate) use declare::build_loss;
+pub use declare::{declare, Declared, DeclaredLoss, CHANNELS, GLOBALS};
 pub(crate) use distillation::distilled_model;
 pub use health::Health;
 pub use optimizer::ParamRule;
@@ -39,7 +40,7 @@ use std::collections::BTreeMap;
 
 use crate::checkpoint::{Checkpoint, Content};
 use crate::comm::{Comm, Single};
-use crate::contract::{At, Crops, Draws, Features, Follow, Mode, StepContext, TeacherPolicy};
+use crate::contract::{At, Crops, Draws, Features, Follow, Mode, State, StepContext, TeacherPolicy};
 use crate::data::Batch;
 use crate::params::Params;
 use crate::recipe::{Precision, Recipe};
@@ -83,9 +84,6 @@ pub(crate) struct Teacher {
     pub(crate) name: String,
     pub(crate) policy: Box<dyn TeacherPolicy>,
 }
-
-/// A loss's buffers by name.
-type State = Vec<(&'static str, Tensor)>;
 
 /// What a forward and backward pass gave, where it ran.
 struct Pass {

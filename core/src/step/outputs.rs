@@ -1,14 +1,14 @@
 //! What teacher and student compute in a step, and how a loss gets to see it.
 
 use crate::contract::{
-    At, Crops, Draws, Features, Grid, Mode, ModelOutputs, NamedTeacher, Needs, Outputs, Targets, View,
+    At, Crops, Draws, Features, Grid, Mode, ModelOutputs, NamedTeacher, Needs, Outputs, State, Targets, View,
 };
 use crate::data::Batch;
 use crate::params::Params;
 use crate::tensor::scope;
 use crate::{DType, Error, Result, Tensor};
 
-use super::{views, Declared, DeclaredLoss, Learner, State, Teacher};
+use super::{views, Declared, DeclaredLoss, Learner, Teacher};
 
 /// The teacher over all micro-batches, and every loss's targets.
 pub(super) struct TeacherPass {

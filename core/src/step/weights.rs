@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::checkpoint::{Checkpoint, Content, NamedTensors};
-use crate::contract::{At, Follow, Role, TeacherPolicy};
+use crate::contract::{At, Follow, Role, State, TeacherPolicy};
 use crate::ops::convert_into;
 use crate::params::{load_named, Layout};
 use crate::recipe::{InitRole, Recipe};
@@ -12,7 +12,7 @@ use crate::weights::Source;
 use crate::{DType, Device, Error, Result, Tensor};
 
 use super::bounds::{Bounds, Reach};
-use super::{Declared, DeclaredLoss, State, Teacher};
+use super::{Declared, DeclaredLoss, Teacher};
 
 /// Student, teachers, moments and the losses' state.
 pub struct Weights {
