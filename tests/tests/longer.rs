@@ -5,19 +5,8 @@ mod program;
 
 use std::fs;
 
-use program::{assert_same_weights, Folder};
+use program::{assert_same_weights, json, metrics, Folder};
 use serde_json::Value;
-
-/// The lines of a run's metrics by step, without what differs from machine to machine.
-fn lines(folder: &Folder, run: &str) -> Vec<Value> {
-    let text = folder.read(&format!("{run}/metrics.jsonl"));
-    let line = |line: &str| {
-        let mut line: Value = serde_json::from_str(line).expect("a line is an object");
-        line.as_object_mut().expect("an object").retain(|name, _| !name.starts_with("throughput/"));
-        line
-    };
-    text.lines().map(line).collect()
-}
 
 const GRAM: [&str; 4] = ["--set", "losses.gram.enabled=true", "--set", "checkpoint.keep=9"];
 
@@ -36,7 +25,7 @@ fn a_finished_run_made_longer_twice_is_the_run_that_was_that_long_from_the_start
         assert!(ended.err.contains(from), "{}", ended.err);
     }
     assert_same_weights(&folder, "whole", "run", 18);
-    assert_eq!(lines(&folder, "whole"), lines(&folder, "run"));
+    assert_eq!(metrics(&folder, "whole"), metrics(&folder, "run"));
     let result: Value = serde_json::from_str(&folder.read("run/result.json")).expect("JSON");
     assert_eq!(result["steps"], 18);
     // It is finished, and says so again.
@@ -86,10 +75,6 @@ fn a_schedule_over_the_whole_run_is_named_with_its_jump_at_the_seam() {
     assert!(!plain.err.contains("length of the run"), "{}", plain.err);
 }
 
-fn json(folder: &Folder, name: &str) -> Value {
-    serde_json::from_str(&folder.read(name)).expect("JSON")
-}
-
 #[test]
 fn a_run_that_continues_another_under_the_same_recipe_is_one_long_run() {
     let folder = Folder::with_micro();
@@ -105,7 +90,7 @@ fn a_run_that_continues_another_under_the_same_recipe_is_one_long_run() {
     for (out, from) in spelled {
         folder.succeed(&train(&["micro.toml", "--out", out, "--set", "steps=14", "--set", from]));
         assert_same_weights(&folder, "whole", out, 14);
-        let (whole, part) = (lines(&folder, "whole"), lines(&folder, out));
+        let (whole, part) = (metrics(&folder, "whole"), metrics(&folder, out));
         assert_eq!(whole[whole.len() - part.len()..], part[..], "{out}");
         let parents = json(&folder, &format!("{out}/parents.json"));
         let step = if out == "newest" { 9 } else { 8 };
@@ -189,7 +174,7 @@ fn a_fork_goes_on_after_a_kill_and_only_from_the_checkpoint_that_it_began_with()
         fs::remove_file(folder.path("fork/result.json")).expect("the run finished");
         folder.succeed(&[&args[..], &["--resume"]].concat());
         assert_same_weights(&folder, "again", "fork", 12);
-        assert_eq!(lines(&folder, "again"), lines(&folder, "fork"));
+        assert_eq!(metrics(&folder, "again"), metrics(&folder, "fork"));
     }
     folder.succeed(&["train", "first", "--resume", "--set", "steps=7"]);
     fs::remove_dir_all(folder.path("fork/checkpoints")).expect("the run finished");
@@ -332,7 +317,7 @@ fn a_run_ends_when_its_score_stops_improving_and_goes_on_when_the_rule_is_gone()
         .expect("a table")
         .keys()
         .any(|name| name.starts_with("probe/patch_similarity/")));
-    assert_eq!(lines(&folder, "run").len(), 6);
+    assert_eq!(metrics(&folder, "run").len(), 6);
     // Again it is finished; and so it is when it was killed before it said so.
     folder.succeed(&["train", "run", "--resume"]);
     fs::remove_file(folder.path("run/result.json")).expect("the run finished");
@@ -340,7 +325,7 @@ fn a_run_ends_when_its_score_stops_improving_and_goes_on_when_the_rule_is_gone()
     let mut again = json(&folder, "run/result.json");
     again["seconds"] = result["seconds"].clone();
     assert_eq!(again, result);
-    assert_eq!(lines(&folder, "run").len(), 6);
+    assert_eq!(metrics(&folder, "run").len(), 6);
     // Under a more patient rule it does its steps, to the bits of a run without any.
     folder.succeed(&["train", "run", "--resume", "--set", "stop.patience=99"]);
     assert_eq!(json(&folder, "run/result.json")["steps"], 12);
@@ -524,8 +509,8 @@ fn a_trunk_may_have_another_recipe_and_arms_may_leave_it_before_its_end() {
     let trunk = "[trunk]\nrecipe = \"trunk.toml\"\nfork = 4\n";
     folder.write("suite.toml", &SUITE.replace("[trunk]\n", trunk).replace("seeds = [0, 1]", "seeds = [3]"));
     folder.succeed(&["ablate", "suite.toml", "--out", "out", "--arms", "off,late"]);
-    assert!(!lines(&folder, "out/trunk/seed-3")[0].as_object().expect("an object").contains_key("loss/koleo"));
-    let arm = &lines(&folder, "out/arms/late/seed-3");
+    assert!(!metrics(&folder, "out/trunk/seed-3")[0].as_object().expect("an object").contains_key("loss/koleo"));
+    let arm = &metrics(&folder, "out/arms/late/seed-3");
     // The first line has what the probe makes of the fork, the second is the first step.
     assert_eq!((&arm[0]["step"], &arm[1]["step"]), (&4.into(), &5.into()));
     assert!(arm[1]["loss/koleo"].is_f64() && arm[1]["loss/gram"].is_f64(), "{}", arm[1]);

@@ -14,8 +14,7 @@ use std::time::{Duration, Instant};
 
 use dinolab_core::checkpoint;
 use dinolab_core::rng::{Rng, Stream};
-use program::{assert_same_weights, signal, wait_until, Ended, Folder};
-use serde_json::Value;
+use program::{assert_same_weights, json, metrics, signal, wait_until, Ended, Folder};
 
 /// How many moments are tried.
 fn moments(few: u64) -> u64 {
@@ -43,21 +42,6 @@ const RUN: [&str; 14] = [
 
 fn run(out: &str) -> Vec<&str> {
     RUN.into_iter().chain([out]).collect()
-}
-
-/// The lines of a run's metrics without what differs from machine to machine.
-fn metrics(folder: &Folder, run: &str) -> Vec<Value> {
-    let text = folder.read(&format!("{run}/metrics.jsonl"));
-    let line = |line: &str| {
-        let mut line: Value = serde_json::from_str(line).expect("a line is an object");
-        line.as_object_mut().expect("an object").retain(|name, _| !name.starts_with("throughput/"));
-        line
-    };
-    text.lines().map(line).collect()
-}
-
-fn json(folder: &Folder, name: &str) -> Value {
-    serde_json::from_str(&folder.read(name)).expect("JSON")
 }
 
 /// A run that went on is the one that was never stopped: weights, log and result, and nothing is left behind. Its

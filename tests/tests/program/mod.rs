@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
+
 /// A run of a second: a two-block ViT on few small crops, with all losses but Gram, and no probe.
 pub const MICRO: &str = r#"
 extends = "RECIPES/tiny.toml"
@@ -188,4 +190,20 @@ pub fn wait_until(child: &mut Child, ready: impl Fn() -> bool) {
 pub fn signal(child: &Child, name: &str) {
     let sent = Command::new("kill").args([&format!("-{name}"), &child.id().to_string()]).status();
     assert!(sent.expect("there is a kill command").success());
+}
+
+/// The lines of a run's metrics without what differs from machine to machine.
+pub fn metrics(folder: &Folder, run: &str) -> Vec<Value> {
+    let text = folder.read(&format!("{run}/metrics.jsonl"));
+    let line = |line: &str| {
+        let mut line: Value = serde_json::from_str(line).expect("a line is an object");
+        line.as_object_mut().expect("an object").retain(|name, _| !name.starts_with("throughput/"));
+        line
+    };
+    text.lines().map(line).collect()
+}
+
+/// A file of JSON.
+pub fn json(folder: &Folder, name: &str) -> Value {
+    serde_json::from_str(&folder.read(name)).expect("JSON")
 }
