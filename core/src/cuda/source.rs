@@ -231,8 +231,9 @@ fn list(text: &str) -> Option<(Vec<&str>, &str)> {
 }
 
 /// No `--use_fast_math`: division and square roots stay exact; kernels name the fast functions where they want them.
-fn options(arch: &str) -> [String; 3] {
-    [format!("--gpu-architecture={arch}"), "--std=c++17".into(), "--ptxas-options=-O3".into()]
+/// A function without `__device__` is one all the same: before 13.1, NVRTC takes generic lambdas for functions of a host.
+fn options(arch: &str) -> [String; 4] {
+    [format!("--gpu-architecture={arch}"), "--std=c++17".into(), "--ptxas-options=-O3".into(), "-default-device".into()]
 }
 
 /// Where machine code and tuned choices are kept: DINOLAB_CACHE, or the user's cache folder.
