@@ -140,7 +140,7 @@ __device__ void norm(T* y, float* stats, const T* x, const T* weight, const T* b
             norm_plain(y, stats, x, weight, bias, eps, centred, rows, d))
 }
 #undef KERNEL_BOUNDS
-#define KERNEL_BOUNDS MOST_LANES, 6
+#define KERNEL_BOUNDS MOST_LANES, 8
 KERNEL(norm,
        (T* y, float* stats, const T* x, const T* weight, const T* bias, float eps, int centred, int rows, int d, int lanes),
        (y, stats, x, weight, bias, eps, centred, rows, d, lanes))

@@ -24,6 +24,7 @@ mod columns;
 mod depthwise_conv;
 mod descend;
 mod elementwise;
+mod entropy;
 mod greatest;
 mod index_add;
 mod l2_normalize;
@@ -58,6 +59,7 @@ pub(crate) use attention::attention_kernels;
 pub(crate) use columns::RowSums;
 pub(crate) use descend::{descend, write_range};
 pub(crate) use elementwise::{accumulate, convert, convert_into, copy_if, fill};
+pub(crate) use entropy::row_entropies;
 pub(crate) use greatest::greatest;
 
 use crate::tensor::{Grads, Real};

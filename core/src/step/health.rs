@@ -1,5 +1,6 @@
 //! Known sicknesses of self-supervised training, measured on the teacher's features.
 
+use crate::ops::row_entropies;
 use crate::{Result, Tensor};
 
 use super::outputs::TeacherOf;
@@ -48,9 +49,8 @@ impl Health {
             let distribution = declared.needs.targets.is_some_and(|spec| spec.distribution);
             let Some(t) = t.filter(|t| distribution && t.dim(0) > 0) else { continue };
             let (rows, k) = (t.dim(0), t.dim(1));
-            let values = t.to_f64_vec();
-            let of_mean = entropy(t.mean_axis(0)?.to_f64_vec());
-            let mean_of = values.chunks_exact(k).map(|row| entropy(row.to_vec())).sum::<f64>() / rows as f64;
+            let of_mean = row_entropies(&t.detach().mean_axis(0)?.reshape(&[1, k])?)?[0];
+            let mean_of = row_entropies(t)?.into_iter().sum::<f64>() / rows as f64;
             let uniform = (k as f64).ln();
             targets.push((declared.name.clone(), of_mean / uniform, mean_of / uniform));
         }
@@ -71,10 +71,6 @@ fn coinciding(products: &[f64], n: usize, samples: &[usize], limit: f64) -> Vec<
     let pairs = (0..samples.len()).flat_map(|j| (0..j).map(move |i| (i, j)));
     let close = pairs.filter(|&(i, j)| samples[i] != samples[j] && at(i, i) + at(j, j) - 2.0 * at(i, j) < limit);
     close.map(|(i, j)| (samples[i], samples[j])).collect()
-}
-
-fn entropy(p: Vec<f64>) -> f64 {
-    p.into_iter().filter(|&p| p > 0.0).map(|p| -p * p.ln()).sum()
 }
 
 #[cfg(test)]

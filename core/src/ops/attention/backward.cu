@@ -12,6 +12,8 @@ constexpr int N = D <= 96 ? 2 : 1;  // 16 N rows of the other side at a time
 
 // What both kernels read and write.
 struct Backward {
+    static constexpr int TILE = 16;  // rows of a warp
+
     const bf16 *qkv, *out, *dout;
     const float* log_sum;
     float* delta;
@@ -34,8 +36,6 @@ struct Backward {
 // ---- dQ and delta
 
 struct QueryGradient : Backward {
-    static constexpr int N = D <= 64 ? 4 : ::N;
-
     bf16 *keys, *values, *staging;
     float scale;  // of the scores, for powers of two
 
@@ -92,7 +92,7 @@ struct QueryGradient : Backward {
                 x = c < valid ? p.at[c / 8][e] * (x - deltas[e / 2]) : 0.0f;
             };
             ds.each(slope, valid);
-            add_product<N>(dq, ds, keys + at * STRIDE, valid);
+            add_product<N>(&dq, &ds, keys + at * STRIDE, valid);
         });
     }
 
@@ -144,8 +144,8 @@ struct KeyGradient : Backward {
             if (BIASED) add_bias<true>(p, item.segment, tile.head, tile.row, first + j, LOG2_E / scale);
             p.each([&](float& x, int, int c) { x = exp2_fast(x * scale - sums[at + c]); }, valid);
             ds.each([&](float& x, int e, int c) { x = p.at[c / 8][e] * (x - deltas[at + c]); }, valid);
-            add_product<N>(dv, p, gradients + at * STRIDE, valid);
-            add_product<N>(dk, ds, queries + at * STRIDE, valid);
+            add_product<N>(&dv, &p, gradients + at * STRIDE, valid);
+            add_product<N>(&dk, &ds, queries + at * STRIDE, valid);
         });
     }
 

@@ -112,6 +112,8 @@ enum Sweep {
 
 /// What an item and a block of a launch are.
 struct Division {
+    /// Rows of the result that a warp owns: 32 in the forward pass where a sequence does not fit into shared memory.
+    tile: usize,
     warps: usize,
     /// Rows of an image that an item computes.
     rows: usize,
@@ -127,6 +129,8 @@ struct Division {
 struct Plan {
     segments: SegmentsArg,
     items: usize,
+    /// Whether it is the forward kernel of long sequences.
+    long: bool,
     threads: usize,
     /// Bytes of dynamic shared memory.
     shared: usize,
@@ -162,7 +166,8 @@ impl Attention {
         let mut out = Tensor::uninit(&[rows, qkv.dim(1) / 3], qkv.dtype());
         let mut log_sum = Tensor::uninit(&[rows * self.heads], DType::F32);
         for plan in self.plans(&kernels, Sweep::Forward) {
-            kernels.launch("attention_forward", &plan, 2, args![qkv, &mut out, &mut log_sum, plan.segments])?;
+            let name = if plan.long { "attention_forward_long" } else { "attention_forward" };
+            kernels.launch(name, &plan, 2, args![qkv, &mut out, &mut log_sum, plan.segments])?;
         }
         if save {
             self.saved = Some(Saved { qkv: qkv.detach(), out: out.clone(), log_sum });
@@ -258,11 +263,12 @@ impl Kernels {
     /// Says which rows and heads an item computes, and what a block is. All segments have equally many tokens.
     fn divide(&self, mut segments: SegmentsArg, sweep: Sweep) -> Plan {
         let (heads, tokens) = (segments.heads as usize, segments.at[0].tokens as usize);
-        let Division { warps, rows, heads_per_item, chunk, slots, shared } = if self.tiled {
+        let Division { tile, warps, rows, heads_per_item, chunk, slots, shared } = if self.tiled {
             self.tiles(sweep, heads, tokens)
         } else {
             let shared = self.plain_shared(sweep);
             Division {
+                tile: 1,
                 warps: PLAIN_THREADS / 32,
                 rows: PLAIN_ROWS,
                 heads_per_item: 1,
@@ -279,7 +285,7 @@ impl Kernels {
             items += s.images as usize * tokens.div_ceil(rows) * heads.div_ceil(heads_per_item);
             scores += (s.images as usize * heads) as f64 * (tokens as f64).powi(2);
         }
-        Plan { segments, items, threads: 32 * warps, shared, scores }
+        Plan { segments, items, long: tile == LONG_TILE, threads: 32 * warps, shared, scores }
     }
 
     /// The division of images of so many tokens among warps that leaves the fewest of them idle, then that with the
@@ -287,24 +293,29 @@ impl Kernels {
     fn tiles(&self, sweep: Sweep, heads: usize, tokens: usize) -> Division {
         let (row_bytes, warp_bytes) = self.shared_bytes(sweep);
         let room = shared_memory(self.gpu, if self.d <= 64 { 2 } else { 1 });
-        let divisions = (4..=6).flat_map(|warps| {
-            let capacity = (room.saturating_sub(warps * warp_bytes) / row_bytes / 16 * 16).max(32);
-            let whole = tokens.next_multiple_of(16);
+        let capacity = |warps: usize| (room.saturating_sub(warps * warp_bytes) / row_bytes / 16 * 16).max(32);
+        let whole = tokens.next_multiple_of(16);
+        let tile = match sweep {
+            Sweep::Forward if self.d <= 64 && whole > capacity(MOST_WARPS) => LONG_TILE,
+            _ => TILE,
+        };
+        let divisions = (4..=MOST_WARPS).flat_map(|warps| {
+            let capacity = capacity(warps);
             let division = move |heads_per_item: usize| {
                 let (rows, chunk, slots) = if whole <= capacity {
                     (tokens, whole, heads_per_item)
                 } else {
                     let most = (capacity / 2 / 32 * 32).max(16);
-                    (TILE * warps, tokens.div_ceil(tokens.div_ceil(most)).next_multiple_of(16), 2)
+                    (tile * warps, tokens.div_ceil(tokens.div_ceil(most)).next_multiple_of(16), 2)
                 };
                 let shared = slots * chunk * row_bytes + warps * warp_bytes;
-                Division { warps, rows, heads_per_item, chunk, slots, shared }
+                Division { tile, warps, rows, heads_per_item, chunk, slots, shared }
             };
             (1..=(capacity / whole).clamp(1, heads)).map(division)
         });
         // Tiles that warps have the time for while all heads of an image are computed.
         let places = |x: &Division| {
-            let of = |heads: usize| (heads * x.rows.div_ceil(TILE)).div_ceil(x.warps) * x.warps;
+            let of = |heads: usize| (heads * x.rows.div_ceil(tile)).div_ceil(x.warps) * x.warps;
             let (full, rest) = (heads / x.heads_per_item, heads % x.heads_per_item);
             tokens.div_ceil(x.rows) * (full * of(x.heads_per_item) + of(rest))
         };
@@ -314,7 +325,7 @@ impl Kernels {
     /// Shared memory of the tensor-core kernels for each row of a chunk and for each warp.
     fn shared_bytes(&self, sweep: Sweep) -> (usize, usize) {
         let row = 2 * (self.d + 8);
-        (2 * row + if sweep == Sweep::Keys { 8 } else { 0 }, TILE * row)
+        (2 * row + if sweep == Sweep::Keys { 8 } else { 0 }, 16 * row)
     }
 
     /// Shared memory of the kernels in `plain.cu`.
@@ -353,8 +364,11 @@ const ROTATE_THREADS: usize = 256;
 const ROTATE_HEADS: usize = 4;
 const ROTATE_PAIRS: usize = 8;
 
-/// Rows of the result that a warp of the tensor-core kernels owns.
+/// Rows of the result that a warp of the tensor-core kernels owns, those of the forward kernel of long sequences, and the most
+/// warps of a block.
 const TILE: usize = 16;
+const LONG_TILE: usize = 32;
+const MOST_WARPS: usize = 6;
 
 /// Threads of a block, and rows of the result that it computes, in `plain.cu`.
 const PLAIN_THREADS: usize = 256;

@@ -1,8 +1,8 @@
 // Attention on tensor cores: tiles in shared memory and in registers. bf16, head dimension HEAD_DIM: a multiple of 16,
 // at most 128.
 //
-// A warp owns TILE rows of the result (queries in forward and for dQ, keys for dK and dV) and goes through all the rows of
-// the other side, which the block holds in shared memory. Its own rows are operands in registers from beginning to end. A row
+// A warp owns 16 rows of the result, or 32 (queries in forward and for dQ, keys for dK and dV), and goes through all the rows
+// of the other side, which the block holds in shared memory. Its own rows are operands in registers from beginning to end. A row
 // in shared memory is HEAD_DIM + 8 elements long: eight consecutive rows then lie in different banks, for every head
 // dimension. BIASED says whether a segment has a score bias.
 
@@ -10,7 +10,6 @@
 #define MAX_THREADS 192
 #define BLOCKS (HEAD_DIM <= 64 ? 2 : 1)
 
-constexpr int TILE = 16;  // as cuda.rs has it
 constexpr int D = HEAD_DIM;
 constexpr int HALF = D / 2;
 constexpr int STRIDE = D + 8;
@@ -71,11 +70,10 @@ __device__ __forceinline__ Operand operand(const bf16* rows) {
     return a;
 }
 
-// a b^T, with a the warp's rows and b up to 16 N rows of shared memory, of which those from `valid` on (rounded up to
-// 16) are left out: their products stay 0.
-template <int N>
-__device__ __forceinline__ Accumulators<2 * N> products(const Operand& a, const bf16* b, int valid) {
-    Accumulators<2 * N> s;
+// s += a b^T, with a R times 16 rows of the warp and b up to 16 N rows of shared memory, of which those from `valid` on
+// (rounded up to 16) are left out.
+template <int N, int R>
+__device__ __forceinline__ void multiply(Accumulators<2 * N>* s, const Operand* a, const bf16* b, int valid) {
     // Step by step over the head dimension, so that products that follow each other do not wait for each other.
 #pragma unroll
     for (int k = 0; k < K_STEPS; k++) {
@@ -88,32 +86,47 @@ __device__ __forceinline__ Accumulators<2 * N> products(const Operand& a, const 
 #pragma unroll
         for (int n = 0; n < N; n++) {
             if (n > 0 && 16 * n >= valid) break;
-            mma_bf16(s.at[2 * n], a.at[k], fragments[n], s.at[2 * n]);
-            mma_bf16(s.at[2 * n + 1], a.at[k], fragments[n] + 2, s.at[2 * n + 1]);
+#pragma unroll
+            for (int r = 0; r < R; r++) {
+                mma_bf16(s[r].at[2 * n], a[r].at[k], fragments[n], s[r].at[2 * n]);
+                mma_bf16(s[r].at[2 * n + 1], a[r].at[k], fragments[n] + 2, s[r].at[2 * n + 1]);
+            }
         }
     }
+}
+
+// The same for 16 rows, from 0.
+template <int N>
+__device__ __forceinline__ Accumulators<2 * N> products(const Operand& a, const bf16* b, int valid) {
+    Accumulators<2 * N> s;
+    multiply<N, 1>(&s, &a, b, valid);
     return s;
 }
 
-// sum += p b, with p the result of `products`, rounded to bf16, and b the same rows of shared memory.
-template <int N>
-__device__ __forceinline__ void add_product(Accumulators<COLUMNS>& sum, const Accumulators<2 * N>& p,
-                                            const bf16* b, int valid) {
+// sum += p b, with p the result of `multiply`, rounded to bf16, and b the same rows of shared memory.
+template <int N, int R = 1>
+__device__ __forceinline__ void add_product(Accumulators<COLUMNS>* sum, const Accumulators<2 * N>* p, const bf16* b,
+                                            int valid) {
 #pragma unroll
     for (int n = 0; n < N; n++) {
         if (n > 0 && 16 * n >= valid) break;
-        u32 a[4];
+        u32 a[R][4];
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const float* pair = p.at[2 * n + i / 2] + i % 2 * 2;
-            a[i] = pack_bf16(pair[0], pair[1]);
-        }
+        for (int r = 0; r < R; r++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float* pair = p[r].at[2 * n + i / 2] + i % 2 * 2;
+                a[r][i] = pack_bf16(pair[0], pair[1]);
+            }
 #pragma unroll
         for (int c = 0; c < K_STEPS; c++) {
             u32 fragment[4];
             ldmatrix_x4_trans(fragment, rows_first(b + 16 * n * STRIDE + 16 * c));
-            mma_bf16(sum.at[2 * c], a, fragment, sum.at[2 * c]);
-            mma_bf16(sum.at[2 * c + 1], a, fragment + 2, sum.at[2 * c + 1]);
+#pragma unroll
+            for (int r = 0; r < R; r++) {
+                mma_bf16(sum[r].at[2 * c], a[r], fragment, sum[r].at[2 * c]);
+                mma_bf16(sum[r].at[2 * c + 1], a[r], fragment + 2, sum[r].at[2 * c + 1]);
+            }
         }
     }
 }
@@ -235,8 +248,7 @@ __device__ __forceinline__ void add_bias(Accumulators<N>& s, const Segment& segm
 
 // ---- the sweep that all kernels are
 
-// A block's dynamic shared memory: two sets of the rows of its chunks (keys and values, say), TILE rows for each warp,
-// then two floats for each row of the chunks, where a kernel wants them.
+// A block's dynamic shared memory: two sets of the rows of its chunks (keys and values, say), 16 rows for each warp, then two floats for each row of the chunks, where a kernel wants them.
 struct Buffers {
     bf16 *first, *second, *staging;
     float *sums, *deltas;
@@ -246,8 +258,8 @@ struct Buffers {
         first = shared;
         second = first + rows * STRIDE;
         bf16* stagings = second + rows * STRIDE;
-        staging = stagings + threadIdx.x / 32 * TILE * STRIDE;
-        sums = (float*)(stagings + warps * TILE * STRIDE);
+        staging = stagings + threadIdx.x / 32 * 16 * STRIDE;
+        sums = (float*)(stagings + warps * 16 * STRIDE);
         deltas = sums + rows;
     }
 };
@@ -257,12 +269,13 @@ struct Tile {
     int head, row;
 };
 
-// For every tile of the item that is this warp's: work.begin(tile); work.step(tile, slot, first, count) for all rows of
+// For every tile of Work::TILE rows of the item that is this warp's: work.begin(tile); work.step(tile, slot, first, count) for all rows of
 // the image, chunk by chunk; work.end(tile). work.load(head, slot, first, count) fills rows of shared memory, from row
 // `slot` on, in two groups of copies. A short sequence is one chunk, which stays for all tiles of all heads of the item.
 // A long one has as many tiles in an item as there are warps, and two buffers: one is filled while the other is read.
 template <class Work> __device__ __forceinline__ void sweep(const Item& item, Work& work) {
     // What the item says is read again where it is needed: registers are few.
+    constexpr int TILE = Work::TILE;
     const int per_head = (item.rows + TILE - 1) / TILE;
     const auto load = [&](int head, int slot, int first) {
         const int count = min(item.segment.chunk, item.segment.tokens - first);
