@@ -100,8 +100,9 @@ def curves(folder, target, report, *names):
     for i, name in enumerate(names):
         x, y = i % across * 400, 36 + i // across * 276
         drawing.text(x + 12, y + 14, name)
-        # Shorter numbers: a tenth of a pixel is enough.
-        plot = re.sub(r"\d+\.\d{2,}", lambda m: f"{float(m[0]):.1f}".removesuffix(".0"), plots[name])
+        # A tenth of a pixel is enough in tags; labels stand between them.
+        rounded = lambda tag: re.sub(r"\d+\.\d{2,}", lambda m: f"{float(m[0]):.1f}".removesuffix(".0"), tag[0])
+        plot = re.sub(r"<[^>]*>", rounded, plots[name])
         drawing.parts.append(f'<svg x="{x}" y="{y + 20}" {plot[4:]}')
     drawing.save(target, 400 * across, 36 + 276 * -(-len(names) // across))
 
