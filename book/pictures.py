@@ -12,7 +12,7 @@ comment above it names:
     <!-- picture: curves runs/x/report.html loss/total probe/knn/top1 -->  curves of a suite's report
     <!-- picture: strip runs/x/report.html cls 1 -->                       a filmstrip's rows for one image
     <!-- picture: seen runs/x/report.html similarity -->                   what every arm sees at its end
-    <!-- picture: copy seen/contact_sheet_1.png -->                        a picture that the program wrote
+    <!-- picture: copy seen/a.png seen/b.png -->                           pictures that the program wrote, one above the other
     <!-- picture: sphere start=runs/a trained=runs/b -->                   class tokens of cuttings from photographs
 
 Needs NumPy and Pillow (.ci/run keeps a Python that has both in target/python). Folders stay in target/book, so that a page
@@ -160,13 +160,16 @@ def seen(folder, target, report, kind):
     drawing.save(target, left + len(photos) * (side + 6) + 2, y + side + 8)
 
 
-def copy(folder, target, source):
+def copy(folder, target, *sources):
     from PIL import Image
 
-    picture = Image.open(folder / source).convert("RGB")
-    if picture.width > 1100:
-        picture = picture.resize((1100, round(picture.height * 1100 / picture.width)), Image.LANCZOS)
-    picture.quantize(128).save(target, optimize=True)
+    pictures = [Image.open(folder / source).convert("RGB") for source in sources]
+    sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
+    top = 0
+    for picture in pictures:
+        sheet.paste(picture, (0, top))
+        top += picture.height
+    sheet.quantize(128).save(target, optimize=True)
 
 
 def sphere(folder, target, *runs):
@@ -179,8 +182,8 @@ def sphere(folder, target, *runs):
         cuttings.mkdir()
         for path in sorted(p for p in (folder / "images").iterdir() if p.suffix != ".md"):
             photo = Image.open(path).convert("RGB")
-            for x in range(0, photo.width - 63, 16):
-                for y in range(0, photo.height - 63, 16):
+            for x in range(0, photo.width - 63, 32):
+                for y in range(0, photo.height - 63, 32):
                     photo.crop((x, y, x + 64, y + 64)).save(cuttings / f"{path.stem}_{x}_{y}.png")
     tokens = {}
     for name, weights in (run.split("=") for run in runs):
