@@ -12,7 +12,7 @@ comment above it names:
     <!-- picture: curves runs/x/report.html loss/total probe/knn/top1 -->  curves of a suite's report
     <!-- picture: strip runs/x/report.html cls 1 -->                       a filmstrip's rows for one image
     <!-- picture: seen runs/x/report.html similarity -->                   what every arm sees at its end
-    <!-- picture: copy seen/a.png seen/b.png -->                           pictures that the program wrote, one above the other
+    <!-- picture: grid seen/a.png,seen/b.png seen/c.png,seen/d.png -->     pictures that the program wrote, row by row
     <!-- picture: sphere start=runs/a trained=runs/b -->                   class tokens of cuttings from photographs
 
 Needs NumPy and Pillow (.ci/run keeps a Python that has both in target/python). Folders stay in target/book, so that a page
@@ -160,16 +160,16 @@ def seen(folder, target, report, kind):
     drawing.save(target, left + len(photos) * (side + 6) + 2, y + side + 8)
 
 
-def copy(folder, target, *sources):
+def grid(folder, target, *rows):
     from PIL import Image
 
-    pictures = [Image.open(folder / source).convert("RGB") for source in sources]
-    sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
-    top = 0
-    for picture in pictures:
-        sheet.paste(picture, (0, top))
-        top += picture.height
-    sheet.quantize(128).save(target, optimize=True)
+    side, shown = 200, [[Image.open(next(folder.glob(path))).convert("RGB") for path in row.split(",")] for row in rows]
+    heights = [round(side * row[0].height / row[0].width) for row in shown]
+    sheet = Image.new("RGB", ((side + 6) * len(shown[0]) - 6, sum(heights) + 6 * (len(rows) - 1)), "white")
+    for i, row in enumerate(shown):
+        for j, picture in enumerate(row):
+            sheet.paste(picture.resize((side, heights[i]), Image.NEAREST), ((side + 6) * j, sum(heights[:i]) + 6 * i))
+    sheet.quantize(64).save(target, optimize=True)
 
 
 def sphere(folder, target, *runs):
@@ -214,7 +214,7 @@ def main():
             kind, *arguments = call.split()
             target = (PAGES / picture).resolve()
             target.parent.mkdir(exist_ok=True)
-            {"curves": curves, "strip": strip, "seen": seen, "copy": copy, "sphere": sphere}[kind](folder, target, *arguments)
+            {"curves": curves, "strip": strip, "seen": seen, "grid": grid, "sphere": sphere}[kind](folder, target, *arguments)
             print(f"{target.relative_to(ROOT)}: {target.stat().st_size / 1000:.0f} kB")
 
 
