@@ -2,7 +2,7 @@
 """Makes the pictures of the book's part "The method, shown" again.
 
     cargo build --release
-    python3 book/pictures.py                    # every page: about a quarter of an hour on two cores
+    python3 book/pictures.py                    # every page: about twenty minutes on two cores
     python3 book/pictures.py koleo collapse     # some
 
 A page gets a folder of its own with the shipped recipes and suites, as in tests/tests/book.rs but in their full length; its
@@ -15,17 +15,13 @@ comment above it names:
     <!-- picture: grid seen/a.png,seen/b.png seen/c.png,seen/d.png -->     pictures that the program wrote, row by row
     <!-- picture: sphere start=runs/a trained=runs/b -->                   class tokens of cuttings from photographs
 
-Needs NumPy and Pillow (.ci/run keeps a Python that has both in target/python). Folders stay in target/book, so that a page
-whose runs are done costs nothing.
+Needs NumPy and Pillow (.ci/run keeps a Python that has both in target/python). Folders stay in target/book, so that
+pictures of a page whose runs are done by the same program cost nothing.
 """
 
-import base64
 import html
-import io
-import json
 import re
 import shutil
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -33,29 +29,30 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "book/src/method"
 WORK = ROOT / "target/book"
+PROGRAM = ROOT / "target/release/dinolab"
 PHOTOS = ROOT / "tests/photos"
 INK, SOFT = "#1d1f24", "#5c6270"
 
 
 def run(page):
-    """Writes and runs what a page shows; gives its text and its folder."""
+    """Writes and runs what a page shows, unless that is done by this program; gives the page's text and folder."""
     text, folder = page.read_text(), WORK / page.stem
-    if not folder.exists():
-        for name in ["recipes", "ablations"]:
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("src", "Cargo.toml", "build.rs"))
-        shutil.copytree(PHOTOS, folder / "images")
-    script = ["set -eu", f'dinolab() {{ "{ROOT}/target/release/dinolab" "$@"; }}']
-    for info, body in re.findall(r"^```(\S*)\n(.*?)^```", text, re.M | re.S):
+    blocks = re.findall(r"^```(sh|toml)\n(.*?)^```", text, re.M | re.S)
+    done, shown = folder / "done", f"{PROGRAM.stat().st_mtime_ns} {blocks}"
+    if done.exists() and done.read_text() == shown:
+        return text, folder
+    shutil.rmtree(folder, ignore_errors=True)
+    for name in ["recipes", "ablations"]:
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("src", "Cargo.toml", "build.rs"))
+    shutil.copytree(PHOTOS, folder / "images")
+    script = ["set -eu", f'dinolab() {{ "{PROGRAM}" "$@"; }}']
+    for info, body in blocks:
         if info == "sh":
             script.append(body.replace("/path/to/images", "images"))
-        elif info == "toml" and (named := re.match(r"# (\S+\.toml)\n", body)):
+        elif named := re.match(r"# (\S+\.toml)\n", body):
             (folder / named[1]).write_text(body)
-    shown, done = "\n".join(script), folder / "done.sh"
-    if not done.exists() or done.read_text() != shown:
-        for name in ["runs", "seen"]:
-            shutil.rmtree(folder / name, ignore_errors=True)
-        subprocess.run(["bash", "-c", shown], cwd=folder, check=True)
-        done.write_text(shown)
+    subprocess.run(["bash", "-c", "\n".join(script)], cwd=folder, check=True)
+    done.write_text(shown)
     return text, folder
 
 
@@ -188,7 +185,7 @@ def sphere(folder, target, *runs):
     tokens = {}
     for name, weights in (run.split("=") for run in runs):
         out = folder / "seen" / f"cuttings_{name}"
-        command = [ROOT / "target/release/dinolab", "features", cuttings, "--weights", weights, "--out", out]
+        command = [PROGRAM, "features", cuttings, "--weights", weights, "--out", out]
         subprocess.run([*command, "--no-pictures", "--format", "npy"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
         x = np.stack([np.load(path).ravel() for path in sorted(out.glob("**/cls.npy"))]).astype(float)
         tokens[name.replace("_", " ")] = x / np.linalg.norm(x, axis=1, keepdims=True)
