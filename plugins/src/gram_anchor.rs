@@ -55,9 +55,9 @@ pub struct Refresh {
     /// The first step that uses refreshed weights; by default `first_step + every`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub first: Option<u64>,
-    /// The most refreshes in a run; by default no limit.
+    /// The most refreshes in a run; by default no limit. 0: none, for an arm of a suite whose recipe has some.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub at_most: Option<NonZeroU64>,
+    pub at_most: Option<u64>,
 }
 
 impl Default for GramAnchor {
@@ -84,7 +84,7 @@ impl GramAnchor {
     fn refreshes(&self, refresh: &Refresh, total: u64) -> Vec<(u64, String)> {
         let (first, every) = (self.first_refresh(refresh), refresh.every.get());
         let within = total.saturating_sub(first).div_ceil(every);
-        let count = refresh.at_most.map_or(within, |most| most.get().min(within));
+        let count = refresh.at_most.map_or(within, |most| most.min(within));
         let step = |k: u64| first + k * every;
         let one = |k: u64| (step(k), format!("refresh {} from the EMA teacher", k + 1));
         let mut events: Vec<_> = (0..count.min(MOST_EVENTS)).map(one).collect();
@@ -113,7 +113,7 @@ impl GramAnchor {
         let every = refresh.every.get();
         let since = step.checked_sub(self.first_refresh(refresh))?;
         let k = since / every;
-        (since % every == 0 && refresh.at_most.is_none_or(|most| k < most.get())).then_some(k)
+        (since % every == 0 && refresh.at_most.is_none_or(|most| k < most)).then_some(k)
     }
 }
 
@@ -178,7 +178,7 @@ mod tests {
 
     fn refresh(every: u64, first: Option<u64>, at_most: Option<u64>) -> Option<Refresh> {
         let every = NonZeroU64::new(every).expect("tests refresh at a positive distance");
-        Some(Refresh { every, first, at_most: at_most.and_then(NonZeroU64::new) })
+        Some(Refresh { every, first, at_most })
     }
 
     #[test]
@@ -195,6 +195,8 @@ mod tests {
         assert_eq!(copies(&policy, 30), (vec![2], vec![5, 9, 13]));
         let marked: Vec<u64> = policy.events(30).into_iter().map(|e| e.0).collect();
         assert_eq!(marked, [2, 6, 10, 14]);
+        let never = GramAnchor { first_step: 2, refresh: refresh(4, None, Some(0)), ..GramAnchor::default() };
+        assert_eq!((copies(&never, 30), never.events(30).len()), ((vec![2], vec![]), 1));
     }
 
     #[test]
