@@ -233,7 +233,7 @@ fn run_summary(plan: &Plan, record: &RunRecord) -> RunSummary {
         metrics: record.result().map(|r| r.metrics.clone()).unwrap_or_default(),
         error: if let Status::Failed(error) = &record.status { Some(error.clone()) } else { None },
         stopped: record.result().and_then(|r| r.stopped.clone()),
-        recipe_hash: planned.map(|p| p.prepared.hash().to_string()).unwrap_or_default(),
+        recipe_hash: planned.map(|p| p.hash.clone()).unwrap_or_default(),
     }
 }
 
@@ -257,7 +257,8 @@ fn series(plan: &Plan, records: &[RunRecord]) -> Vec<SeriesSummary> {
     names.into_iter().flat_map(|metric| lines_of(plan).filter_map(move |arm| of(metric, arm))).collect()
 }
 
-fn events(records: &[RunRecord]) -> Vec<EventSummary> {
+/// What happened in these runs, in order.
+pub(super) fn events(records: &[RunRecord]) -> Vec<EventSummary> {
     let mut seeds = BTreeMap::<(u64, &str, &str, &str), BTreeSet<u64>>::new();
     for record in records {
         for event in &record.events {
