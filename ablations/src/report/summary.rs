@@ -398,7 +398,9 @@ fn warnings(plan: &Plan, records: &[RunRecord]) -> Vec<String> {
         match &record.status {
             Status::Finished(_) => {}
             Status::Failed(error) => warnings.push(format!("{run} failed and is not in the numbers: {error}")),
-            other => warnings.push(format!("{run} is {} and not in the numbers", other.word())),
+            // It may be going on at this moment.
+            Status::Interrupted => warnings.push(format!("{run} is not finished and not in the numbers")),
+            Status::Pending => warnings.push(format!("{run} is pending and not in the numbers")),
         }
         // A trunk has only to be there.
         for metric in plan.suite.metrics.iter().filter(|_| record.result().is_some() && record.arm != TRUNK) {
