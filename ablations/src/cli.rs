@@ -34,6 +34,8 @@ enum Command {
     Ablate(commands::ablate::Args),
     /// Train a recipe, or go on with a run.
     Train(commands::train::Args),
+    /// Show the report of a run or a suite in a browser while it runs.
+    Watch(commands::watch::Args),
     /// Read published DINOv3 weights into a folder that recipes can start from.
     Import(commands::import::Args),
     /// Write the weights of a run for Hugging Face transformers or other tools.
@@ -77,6 +79,7 @@ impl Command {
         match self {
             Self::Ablate(args) => commands::ablate::run(args),
             Self::Train(args) => commands::train::run(&args),
+            Self::Watch(args) => commands::watch::run(&args),
             Self::Import(args) => commands::import::run(&args),
             Self::Export(args) => commands::export::run(&args),
             Self::Bench(args) => commands::bench::run(&args),

@@ -8,19 +8,24 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use dinolab_core::checkpoint;
-use dinolab_core::{Error, Result};
+use dinolab_core::train::{write_pictures, StepPicture};
+use dinolab_core::{Device, Error, Result};
+use image::imageops::overlay;
+use image::RgbImage;
 use minijinja::value::Serde;
 use minijinja::{context, Environment, Value};
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use crate::features::{Held, Seen};
-use crate::pictures::{data_uri, map, principal_scores, to_colors, viridis, PatchView};
+use crate::pictures::{data_uri, map, principal_scores, scaled, to_colors, viridis, PatchView};
 
 /// The strips of a page that knows how to show them.
 pub const STRIPS: &str = include_str!("filmstrip_strips.html");
 const PAGE: &str = include_str!("filmstrip.html");
 /// Columns at most: of more steps, some spread evenly over them, the first and the last among them.
 const MOST: usize = 12;
+/// Pixels between the images of a sheet.
+const GAP: u32 = 2;
 /// Bins of a histogram, from cosine -1 to 1.
 const BINS: usize = 40;
 
@@ -36,8 +41,9 @@ pub struct Filmstrip {
 /// One image.
 #[derive(Clone, Debug, Serialize)]
 pub struct FilmImage {
-    /// It, as a data URI.
-    pub image: String,
+    /// It.
+    #[serde(serialize_with = "as_data")]
+    pub image: RgbImage,
     /// Left, top, width and height of the marked patch in percent of the image.
     pub reference: [f64; 4],
     /// One a run.
@@ -57,24 +63,28 @@ pub struct FilmRow {
 #[derive(Clone, Debug, Serialize)]
 pub struct FilmCell {
     /// Cosine to the marked patch, 0 dark to 1 bright.
-    pub similarity: String,
+    #[serde(serialize_with = "as_data")]
+    pub similarity: RgbImage,
     /// Its mean over patches: high means that locality is lost.
     pub mean_similarity: f64,
     /// Cosine of every patch to CLS, 0 dark to 1 bright.
-    pub cls: String,
+    #[serde(serialize_with = "as_data")]
+    pub cls: RgbImage,
     /// Its mean over patches.
     pub mean_cls: f64,
     /// The path of an SVG of 40 by 10: how many patches have which cosine to CLS, from -1 to 1.
     pub histogram: String,
     /// Principal components as colours.
-    pub components: String,
+    #[serde(serialize_with = "as_data")]
+    pub components: RgbImage,
 }
 
-/// The strips of these runs (name, folder); none if together they kept fewer than `least` steps.
+/// The strips of these runs (name, folder), computed on a device, or else on a GPU when there is one; none if together they kept
+/// fewer than `least` steps.
 ///
 /// # Errors
 /// If a checkpoint cannot be read, or runs hold out other images or cut them into other patches.
-pub fn filmstrip(runs: &[(String, PathBuf)], least: usize) -> Result<Option<Filmstrip>> {
+pub fn filmstrip(runs: &[(String, PathBuf)], least: usize, device: Option<Device>) -> Result<Option<Filmstrip>> {
     let kept: Vec<Vec<(u64, PathBuf)>> = runs.iter().map(|(_, run)| kept(run)).collect::<Result<_>>()?;
     let all: BTreeSet<u64> = kept.iter().flatten().map(|(step, _)| *step).collect();
     let steps = spread(&all.into_iter().collect::<Vec<_>>());
@@ -85,7 +95,8 @@ pub fn filmstrip(runs: &[(String, PathBuf)], least: usize) -> Result<Option<Film
     let mut seen: Vec<Vec<Option<Vec<Seen>>>> = Vec::new();
     for ((_, run), kept) in runs.iter().zip(&kept) {
         let held = Held::of(run)?;
-        let at = |step: &u64| kept.iter().find(|(s, _)| s == step).map(|(_, path)| held.see_with(path)).transpose();
+        let at =
+            |step: &u64| kept.iter().find(|(s, _)| s == step).map(|(_, path)| held.see_with(path, device)).transpose();
         seen.push(steps.iter().map(at).collect::<Result<_>>()?);
     }
     let flat: Vec<&Vec<Seen>> = seen.iter().flatten().flatten().collect();
@@ -109,9 +120,61 @@ pub fn filmstrip(runs: &[(String, PathBuf)], least: usize) -> Result<Option<Film
             FilmRow { name: name.clone(), cells }
         };
         let rows = runs.iter().zip(&cells).map(row).collect();
-        FilmImage { image: data_uri(&seen.view.image), reference: seen.view.frame(seen.view.reference()), rows }
+        FilmImage { image: seen.view.image.clone(), reference: seen.view.frame(seen.view.reference()), rows }
     };
     Ok(Some(Filmstrip { images: first.iter().enumerate().map(image).collect(), steps }))
+}
+
+fn as_data<S: Serializer>(image: &RgbImage, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&data_uri(image))
+}
+
+/// Gives TensorBoard the strip of every run, as pictures over steps beside the run's own numbers:
+/// `<run>/tensorboard/filmstrip`. `runs` are those that the strips are of; one whose recipe asks for no TensorBoard gets none.
+///
+/// # Errors
+/// If a file cannot be written.
+pub fn to_tensorboard(strip: &Filmstrip, runs: &[(String, PathBuf)]) -> Result<()> {
+    type Part = fn(&FilmCell) -> &RgbImage;
+    let kinds: [(&str, Part); 3] = [
+        ("filmstrip/similarity", |cell| &cell.similarity),
+        ("filmstrip/cls", |cell| &cell.cls),
+        ("filmstrip/components", |cell| &cell.components),
+    ];
+    let shown = |(_, (_, run)): &(usize, &(String, PathBuf))| run.join("tensorboard").is_dir();
+    for (i, (_, run)) in runs.iter().enumerate().filter(shown) {
+        let mut sheets = Vec::new();
+        for (column, step) in strip.steps.iter().enumerate() {
+            let seen = strip.images.iter().map(|image| Some((&image.image, image.rows[i].cells[column].as_ref()?)));
+            let Some(seen) = seen.collect::<Option<Vec<_>>>() else { continue };
+            sheets.push((*step, "filmstrip/images", side_by_side(seen.iter().map(|(image, _)| (*image).clone()))));
+            for (kind, part) in &kinds {
+                let maps = seen.iter().map(|(image, cell)| scaled(part(cell), image.dimensions()));
+                sheets.push((*step, *kind, side_by_side(maps)));
+            }
+        }
+        let pictures: Vec<StepPicture<'_>> = sheets.iter().map(picture).collect();
+        write_pictures(&run.join("tensorboard/filmstrip"), &pictures)?;
+    }
+    Ok(())
+}
+
+fn picture<'a>((step, tag, sheet): &'a (u64, &'static str, RgbImage)) -> StepPicture<'a> {
+    let (width, height) = (sheet.width() as usize, sheet.height() as usize);
+    StepPicture { step: *step, tag, rgb: sheet.as_raw(), width, height }
+}
+
+/// Images of one height in a row.
+fn side_by_side(images: impl Iterator<Item = RgbImage>) -> RgbImage {
+    let images: Vec<RgbImage> = images.collect();
+    let height = images.iter().map(RgbImage::height).max().unwrap_or(0);
+    let mut sheet = RgbImage::new(images.iter().map(|image| image.width() + GAP).sum(), height);
+    let mut left = 0;
+    for image in &images {
+        overlay(&mut sheet, image, left, 0);
+        left += i64::from(image.width() + GAP);
+    }
+    sheet
 }
 
 /// The page of the strips of some runs.
@@ -159,14 +222,14 @@ fn cell(seen: &Seen, colors: &[[u8; 3]]) -> FilmCell {
     let view = &seen.view;
     let (similarity, cls) = (view.cosine_to(view.patch(view.reference())), view.cosine_to(&seen.cls));
     let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
-    let bright = |values: &[f64]| data_uri(&map(view.width, values.iter().map(|&v| viridis(v))));
+    let bright = |values: &[f64]| map(view.width, values.iter().map(|&v| viridis(v)));
     FilmCell {
         similarity: bright(&similarity),
         mean_similarity: mean(&similarity),
         cls: bright(&cls),
         mean_cls: mean(&cls),
         histogram: histogram(&cls),
-        components: data_uri(&map(view.width, colors.iter().copied())),
+        components: map(view.width, colors.iter().copied()),
     }
 }
 

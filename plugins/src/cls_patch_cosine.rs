@@ -38,6 +38,10 @@ impl Probe for ClsPatchCosine {
         let variance = mean(&mut cosines.iter().map(|c| (c - average).powi(2)));
         Ok(vec![Score { name: "mean", value: average }, Score { name: "std", value: variance.sqrt() }])
     }
+
+    fn images(&self) -> usize {
+        self.samples.get()
+    }
 }
 
 plugin!(Probe, "cls_patch_cosine", ClsPatchCosine);

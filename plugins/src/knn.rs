@@ -82,6 +82,10 @@ impl Probe for Knn {
     fn needs(&self) -> (bool, bool) {
         (true, false)
     }
+
+    fn images(&self) -> usize {
+        self.train_samples.get().saturating_add(self.test_samples.get())
+    }
 }
 
 plugin!(Probe, "knn", Knn);

@@ -12,7 +12,7 @@
 //! | dataset | [`scenes`], [`image_folder`] |
 //! | augmentation | [`multi_crop`], [`resized`] |
 //! | masking | [`block`], [`random`], [`multi_block`] |
-//! | probe | [`knn`], [`linear_segmentation`], [`patch_similarity`], [`cls_patch_cosine`] |
+//! | probe | [`knn`], [`linear_segmentation`], [`patch_similarity`], [`cls_patch_cosine`], [`patch_spread`], [`dse`], [`effective_rank`] |
 //! | optimizer | [`adamw`], [`muon`], [`sgd`] |
 
 #![warn(clippy::print_stdout, clippy::print_stderr)]
@@ -86,8 +86,12 @@ pub mod random;
 
 // Probes
 pub mod cls_patch_cosine;
+pub mod dse;
+pub mod effective_rank;
 pub mod knn;
 mod lbfgs;
 pub mod linear_segmentation;
 pub mod patch_similarity;
+pub mod patch_spread;
 mod probe_data;
+mod spectrum;

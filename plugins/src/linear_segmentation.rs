@@ -177,6 +177,10 @@ impl Probe for LinearSegmentation {
     fn needs(&self) -> (bool, bool) {
         (false, true)
     }
+
+    fn images(&self) -> usize {
+        self.train_samples.get().saturating_add(self.test_samples.get())
+    }
 }
 
 /// Mean intersection over union of the classes that occur, and the share of right pixels.

@@ -66,6 +66,10 @@ impl Probe for PatchSimilarity {
     fn needs(&self) -> (bool, bool) {
         (false, true)
     }
+
+    fn images(&self) -> usize {
+        self.samples.get()
+    }
 }
 
 plugin!(Probe, "patch_similarity", PatchSimilarity);

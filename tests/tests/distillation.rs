@@ -37,11 +37,36 @@ fn the_targets_are_those_of_the_teachers_run() {
     let start = ["--set", "init_from=teacher"];
     folder.succeed(&[&["train", "micro.toml", "--out", "own"][..], &start].concat());
     folder.succeed(&[&["train", "student.toml", "--out", "frozen"][..], &start].concat());
-    for loss in ["loss/dino", "loss/ibot"] {
-        let (own, frozen) = (losses(&folder, "own", loss), losses(&folder, "frozen", loss));
-        assert_eq!(own[0], frozen[0], "{loss}");
-        assert_ne!(own[5], frozen[5], "{loss}");
+    for of_targets in ["health/dino/target_entropy", "health/ibot/marginal_entropy"] {
+        let (own, frozen) = (losses(&folder, "own", of_targets), losses(&folder, "frozen", of_targets));
+        assert_eq!(own[0], frozen[0], "{of_targets}");
+        assert_ne!(own[5], frozen[5], "{of_targets}");
     }
+}
+
+#[test]
+fn a_distilled_student_sees_whole_crops() {
+    // `get_student_output` of the reference hands masks to the student only if `distillation.enabled` is false; the patches of
+    // the iBOT loss are those of the masks all the same.
+    let folder = taught();
+    let first = |recipe: &str, ratio: &str, loss: &str| {
+        let run = format!("{recipe}-{ratio}");
+        if !folder.path(&run).exists() {
+            let set = format!("masking.ratio=[{ratio}, {ratio}]");
+            let recipe = format!("{recipe}.toml");
+            let args =
+                ["train", &recipe, "--out", &run, "--set", "steps=1", "--set", &set, "--set", "init_from=teacher"];
+            folder.succeed(&args);
+        }
+        losses(&folder, &run, loss)[0]
+    };
+    for loss in ["loss/dino", "loss/koleo"] {
+        assert_eq!(first("student", "0.1", loss), first("student", "0.5", loss), "{loss} of no hidden patch");
+        assert_ne!(first("micro", "0.1", loss), first("micro", "0.5", loss), "{loss} of hidden patches");
+    }
+    assert_ne!(first("student", "0.1", "loss/ibot"), first("student", "0.5", "loss/ibot"), "other patches count");
+    // Student and teacher are equal and see the same, so the loss is near the least that it can be: lower than with patches hidden.
+    assert!(first("student", "0.5", "loss/ibot") < first("micro", "0.5", "loss/ibot"));
 }
 
 #[test]

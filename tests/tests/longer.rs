@@ -447,6 +447,33 @@ fn arms_of_a_suite_go_on_from_one_trunk_a_seed() {
 }
 
 #[test]
+fn a_suite_goes_on_where_its_folder_was_moved_to() {
+    let folder = Folder::with_micro();
+    folder.write("suite.toml", &SUITE.replace("seeds = [0, 1]", "seeds = [0]"));
+    folder.succeed(&["ablate", "suite.toml", "--out", "out", "--arms", "off,early"]);
+    let hashes = |name: &str| json(&folder, name)["runs"].clone();
+    let before = hashes("out/suite.json");
+    // One arm is done, one was killed after its last checkpoint, one did not begin.
+    std::fs::remove_file(folder.path("out/arms/early/seed-0/result.json")).expect("it was done");
+    std::fs::rename(folder.path("out"), folder.path("moved")).expect("one file system");
+    let ended = folder.succeed(&["ablate", "suite.toml", "--out", "moved"]);
+    assert!(!ended.err.contains("trunk seed") && !ended.err.contains("off seed"), "{}", ended.err);
+    assert_eq!(hashes("moved/suite.json"), before);
+    assert_eq!(json(&folder, "moved/summary.json")["comparisons"][0]["n"], 1);
+    // Weights in another place have to be the same.
+    let go_on = |from: &str| {
+        let set = format!("continue_from={{ run = \"{from}\", step = 8 }}");
+        folder.run(&["train", "moved/arms/early/seed-0", "--resume", "--set", "steps=15", "--set", &set])
+    };
+    folder.succeed(&["train", "micro.toml", "--out", "other", "--set", "seed=7", "--set", "steps=8"]);
+    let refused = go_on("other");
+    assert!(refused.code == 2 && refused.err.contains("continue_from.run: was"), "{}", refused.err);
+    std::fs::rename(folder.path("moved/trunk"), folder.path("trunk")).expect("one file system");
+    let ended = go_on("trunk/seed-0");
+    assert_eq!(ended.code, 0, "{}", ended.err);
+}
+
+#[test]
 fn a_trunk_that_does_not_keep_what_is_asked_of_it_is_refused_before_it_is_trained() {
     let folder = Folder::with_micro();
     let refused = |from: &str, to: &str| {
@@ -498,6 +525,19 @@ fn what_a_run_saw_at_every_kept_step_is_one_page() {
     let images = page.matches("<table").count();
     assert_eq!((images, page.matches("<td></td>").count()), (3, 3 * 4 * 2));
     assert!(!page.contains("http://") && !page.contains("https://") && !page.contains("<script"), "it stands alone");
+    // TensorBoard has the same as pictures over the steps that the run kept, made anew each time.
+    folder.succeed(&["features", "--over", "run", "one", "--out", "film"]);
+    for (run, steps) in [("run", 4), ("one", 2)] {
+        let strip = folder.path(run).join("tensorboard/filmstrip");
+        let files: Vec<_> =
+            std::fs::read_dir(strip).expect("it was written").map(|e| e.expect("a file").path()).collect();
+        let bytes = std::fs::read(&files[0]).expect("a file");
+        let count = |what: &[u8]| bytes.windows(what.len()).filter(|window| *window == what).count();
+        assert_eq!((files.len(), count(b"\x89PNG")), (1, 4 * steps), "{run}");
+        for tag in ["images", "similarity", "cls", "components"] {
+            assert_eq!(count(format!("filmstrip/{tag}").as_bytes()), steps, "{run}: {tag}");
+        }
+    }
     let refused = folder.run(&["features", "--over", "nowhere", "--out", "x"]);
     assert_eq!(refused.code, 2, "{}", refused.err);
 }

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
-use dinolab::suite::{Job, Outcome, Overrides, Plan, PlannedRun, Prepared, RunRecord, Status, Suite};
+use dinolab::suite::{Job, Outcome, Overrides, Plan, Prepared, RunRecord, Status, Suite};
 use dinolab_core::{Error, Result};
 use proptest::prelude::*;
 use serde_json::json;
@@ -202,11 +202,8 @@ proptest! {
             }
             fs::write(folder.path().join(name), bytes).unwrap();
         }
-        let prepared = Box::new(Anything(toml::Table::new()));
-        let (arm, dir, base, [overrides, trial]) = ("a".into(), ".".into(), "r.toml".into(), Default::default());
-        let run = PlannedRun { arm, seed: 0, dir, base, overrides, trial, prepared };
         let name = files[which].0;
-        match RunRecord::read(&run, folder.path()) {
+        match RunRecord::of("a", 0, ".".into(), folder.path()) {
             Err(error) => prop_assert!(error.to_string().contains(name), "{error}"),
             Ok(record) => {
                 prop_assert!(matches!(record.status, Status::Finished(_)));

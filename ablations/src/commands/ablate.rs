@@ -109,7 +109,7 @@ fn conclude(plan: &Plan, tally: &Tally) -> Result<ExitCode> {
         device: None,
         command: ["dinolab".to_string()].into_iter().chain(command).collect::<Vec<_>>().join(" "),
     };
-    let (summary, report) = report::write(plan, provenance, &report::look)?;
+    let (summary, report) = report::write(plan, provenance, &|run| report::look(run, None))?;
     for comparison in &summary.comparisons {
         style::say(&comparison.sentence);
     }
@@ -138,7 +138,11 @@ fn resolve(base: &Path, overrides: &Overrides) -> Result<Resolved> {
     RawRecipe::load(base)?.with(&environment)?.with_overrides("suite", pairs)?.resolve()?.absolute()
 }
 
-fn prepare(base: &Path, overrides: &Overrides) -> Result<Box<dyn Prepared>> {
+/// A recipe of a suite, ready to run.
+///
+/// # Errors
+/// If it cannot be resolved.
+pub(super) fn prepare(base: &Path, overrides: &Overrides) -> Result<Box<dyn Prepared>> {
     let resolved = resolve(base, overrides)?;
     let table = resolved.to_toml().parse().expect("a resolved recipe is written as TOML");
     Ok(Box::new(Recipe { resolved, table }))
@@ -209,26 +213,48 @@ fn start(plan: &Plan, run: &PlannedRun) -> u64 {
 /// The expansion of the suite: arms, seeds, state and cost.
 fn dry_run(plan: &Plan) -> Result<()> {
     let mut table = Table::new();
-    table.load_style(UTF8_FULL_CONDENSED).set_header(["arm", "changes", "steps", "TFLOP a run", "runs"]);
-    let mut total = (0, 0.0);
+    table.load_style(UTF8_FULL_CONDENSED).set_header([
+        "arm",
+        "changes",
+        "steps",
+        "memory",
+        "TFLOP a run",
+        "for probes",
+        "runs",
+    ]);
+    let (mut total, mut probed) = ((0, 0.0), 0.0);
     for run in plan.trunks.iter().take(1).chain(plan.first_of_each_arm()) {
         let recipe = resolve(&run.base, &run.overrides)?.recipe;
         let steps = recipe.steps - start(plan, run);
-        let tera = cost::cost(&recipe)?.flops_per_image * recipe.batch.size as f64 * steps as f64 / 1e12;
+        let of_step = cost::cost_on(&recipe, recipe.device()?)?;
+        let tera = of_step.flops_per_image * recipe.batch.size as f64 * steps as f64 / 1e12;
+        let (taken, images, flops) = cost::probes(&recipe, start(plan, run))?;
+        let probes = flops / 1e12;
         let mut states = Vec::new();
         for other in plan.all_runs().filter(|r| r.arm == run.arm) {
             states.push(format!("seed {} {}", other.seed, Status::of(&plan.out.join(&other.dir))?.word()));
         }
         total = (total.0 + steps * states.len() as u64, total.1 + tera * states.len() as f64);
+        probed += probes * states.len() as f64;
+        let probes =
+            format!("{probes:.3} ({:.0}%)\n{taken} times, {images:.0} images", 100.0 * probes / tera.max(1e-12));
         let shown =
             if start(plan, run) > 0 { format!("{} to {}", start(plan, run), recipe.steps) } else { steps.to_string() };
-        table.add_row([run.arm.clone(), changes(plan, run), shown, format!("{tera:.3}"), states.join("\n")]);
+        table.add_row([
+            run.arm.clone(),
+            changes(plan, run),
+            shown,
+            style::bytes(of_step.total_memory()),
+            format!("{tera:.3}"),
+            probes,
+            states.join("\n"),
+        ]);
     }
     style::print(&format!("{table}\n"));
     let (runs, done) = (plan.all_runs().count(), finished(plan)?);
     let left = runs - done.len();
     style::print(&format!(
-        "{runs} runs in {}, {left} of them to do: {:.3} TFLOP in all\n",
+        "{runs} runs in {}, {left} of them to do: {:.3} TFLOP in all, and {probed:.3} for probes\n",
         printable(&plan.out),
         total.1
     ));

@@ -190,7 +190,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 /// Writes the filmstrip of some runs.
 fn over(runs: &[PathBuf], out: &Path) -> Result<ExitCode> {
     let named: Vec<(String, PathBuf)> = runs.iter().map(|run| (printable(run), run.clone())).collect();
-    let Some(strip) = filmstrip(&named, 1)? else {
+    let Some(strip) = filmstrip(&named, 1, None)? else {
         let problem = "there is no checkpoint in these runs";
         return Err(Error::content(&runs[0], problem, "name the folder of a run that was trained"));
     };
@@ -200,6 +200,9 @@ fn over(runs: &[PathBuf], out: &Path) -> Result<ExitCode> {
     std::fs::create_dir_all(out).map_err(Error::io("create", out))?;
     let path = out.join("filmstrip.html");
     write_file(&path, filmstrip::page(&strip).as_bytes())?;
+    if let Err(error) = filmstrip::to_tensorboard(&strip, &named) {
+        style::warn(format!("TensorBoard has no filmstrip: {error}"));
+    }
     style::say(&format!("{} steps of {} runs are in {}", strip.steps.len(), runs.len(), printable(&path)));
     Ok(ExitCode::SUCCESS)
 }

@@ -12,3 +12,4 @@ pub mod plugins;
 pub mod recipe;
 pub mod replay;
 pub mod train;
+pub mod watch;

@@ -5,7 +5,7 @@ use std::path::Path;
 use dinolab_core::contract::Sample;
 use dinolab_core::train::{datasets, Trained};
 use dinolab_core::weights::Source;
-use dinolab_core::{Error, Result};
+use dinolab_core::{Device, Error, Result};
 use image::imageops::{crop_imm, resize, FilterType};
 use image::RgbImage;
 
@@ -31,12 +31,12 @@ impl Held {
         (0..shown).map(|i| held_out.get(i * held_out.len() / shown)).collect::<Result<_>>().map(Self)
     }
 
-    /// What the EMA teacher of a run, or of a checkpoint, makes of them.
+    /// What the EMA teacher of a run, or of a checkpoint, makes of them: on a device, or else on a GPU when there is one.
     ///
     /// # Errors
     /// If there is no checkpoint, or it cannot be read.
-    pub fn see_with(&self, weights: &Path) -> Result<Vec<Seen>> {
-        let trained = Trained::open(weights)?;
+    pub fn see_with(&self, weights: &Path, device: Option<Device>) -> Result<Vec<Seen>> {
+        let trained = Trained::open_on(weights, device)?;
         let patches = (ENLARGE * trained.global_size / trained.backbone.patch_size()).max(1);
         self.0.iter().map(|sample| see_sample(&trained, sample, patches)).collect()
     }

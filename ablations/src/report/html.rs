@@ -1,4 +1,4 @@
-//! `report.html`: one file with everything in it, no script and no request.
+//! `report.html`: one file with everything in it, no script and no request; and what pages of `dinolab watch` share with it.
 
 use std::collections::BTreeSet;
 
@@ -9,19 +9,35 @@ use plotters::style::RGBColor;
 
 use super::markdown::{estimate_text, verdict_word};
 use super::plots::{bounds, color, css, curves, forest, Band, ForestRow, Mark, Points, TRUNK_COLOR};
-use super::{duration, number, p_text, rounded_to, Comparison, EventSummary, Pictures, Summary, Verdict};
-use crate::filmstrip::{Filmstrip, STRIPS};
+use super::{duration, number, p_text, rounded_to, Comparison, EventSummary, Gallery, Summary, Verdict};
+use crate::filmstrip::STRIPS;
 use crate::suite::{Better, Plan, RunRecord, Series, TRUNK};
 
 const TEMPLATE: &str = include_str!("template.html");
+/// What pages are made of.
+const PARTS: [(&str, &str); 4] = [
+    ("style.css", include_str!("style.css")),
+    ("curves.html", include_str!("curves.html")),
+    ("strips.html", STRIPS),
+    ("live.html", include_str!("live.html")),
+];
 
-/// The page.
+/// A page's template, and all that it may include.
+pub(super) fn environment(name: &'static str, template: &'static str) -> Environment<'static> {
+    let mut environment = Environment::new();
+    for (name, text) in PARTS.into_iter().chain([(name, template)]) {
+        environment.add_template(name, text).expect("the template is well formed");
+    }
+    environment
+}
+
+/// The page; a live one asks for its newer self.
 pub(super) fn page(
     plan: &Plan,
     records: &[RunRecord],
     summary: &Summary,
-    pictures: Option<&Pictures>,
-    film: Option<&Filmstrip>,
+    gallery: &Gallery,
+    live: bool,
 ) -> Result<String> {
     let baseline = summary.arms.iter().position(|a| a.name == summary.baseline).expect("the baseline is an arm");
     let colors: Vec<_> = (0..summary.arms.len()).map(|i| color(i, baseline)).collect();
@@ -73,24 +89,15 @@ pub(super) fn page(
         .collect();
     let mut lines: Vec<(&str, RGBColor)> = summary.trunk.iter().map(|_| (TRUNK, TRUNK_COLOR)).collect();
     lines.extend(summary.arms.iter().zip(&colors).map(|(arm, color)| (arm.name.as_str(), *color)));
-    let happened = happened(summary, &lines);
-    let marks: Vec<Mark> = happened.iter().map(|h| Mark { step: h.event.step as f64, color: h.color }).collect();
-    let curve_groups = curve_groups(summary, records, &lines, &marks);
+    let happened = happened(&summary.events, &lines);
+    let curve_groups = curve_groups(&summary.metrics, records, &lines, &marks(&happened));
     let lines: Vec<Value> =
         lines.iter().map(|(name, color)| context! { name => *name, color => css(*color) }).collect();
-    let happened: Vec<Value> = happened
-        .iter()
-        .map(|h| {
-            let arms = h.arms.join(", ");
-            context! { event => Value::from(Serde(h.event)), arms, color => h.color.map(css) }
-        })
-        .collect();
-    let mut environment = Environment::new();
-    environment.add_template("strips.html", STRIPS).expect("the template is well formed");
-    environment.add_template("report.html", TEMPLATE).expect("the template is well formed");
-    let template = environment.get_template("report.html").expect("it was added above");
-    let page = template.render(context! {
-        summary => Value::from(Serde(summary)), arms, metrics, headlines, curve_groups, lines, happened,
+    let happened: Vec<Value> = happened.iter().map(Happened::shown).collect();
+    let (pictures, film) = (gallery.pictures.as_ref(), gallery.film.as_ref());
+    let environment = environment("report.html", TEMPLATE);
+    let page = environment.get_template("report.html").expect("it was added above").render(context! {
+        summary => Value::from(Serde(summary)), arms, metrics, headlines, curve_groups, lines, happened, live,
         total_time => duration(summary.seconds), filmstrip => film.map(|film| Value::from(Serde(film))),
         pictures => pictures.map(|p| context! { seed => p.seed, rows => Value::from(Serde(&p.rows)) }),
     });
@@ -121,15 +128,21 @@ fn comparison(c: &Comparison, better: Better) -> Value {
 
 /// Curves by theme: the metrics that decide, other probes, losses, and the rest, which is folded away. All have the same
 /// axis and the same lines where something happened.
-fn curve_groups(summary: &Summary, records: &[RunRecord], colors: &[(&str, RGBColor)], marks: &[Mark]) -> Vec<Value> {
+pub(super) fn curve_groups(
+    metrics: &[String],
+    records: &[RunRecord],
+    colors: &[(&str, RGBColor)],
+    marks: &[Mark],
+) -> Vec<Value> {
     let names: BTreeSet<&String> = records.iter().flat_map(|r| r.curves.keys()).collect();
     let group = |name: &str| match name {
-        n if summary.metrics.iter().any(|m| m == n) => 0,
+        n if metrics.iter().any(|m| m == n) => 0,
         n if n.starts_with("probe/") => 1,
         n if n.starts_with("loss/") => 2,
         _ => 3,
     };
-    let titles = ["What decides", "Other probes", "Losses", "Optimisation and throughput"];
+    let probes = if metrics.is_empty() { "Probes" } else { "Other probes" };
+    let titles = ["What decides", probes, "Losses", "Optimisation and throughput"];
     let steps = bounds(records.iter().flat_map(|r| r.curves.values().flatten()).map(|(step, _)| *step as f64));
     let drawn = |name: &&String| {
         let band = |&(arm, color): &(&str, RGBColor)| {
@@ -150,16 +163,28 @@ fn curve_groups(summary: &Summary, records: &[RunRecord], colors: &[(&str, RGBCo
 }
 
 /// Something that happened, in the arms that it happened in.
-struct Happened<'a> {
+pub(super) struct Happened<'a> {
     event: &'a EventSummary,
     arms: Vec<&'a str>,
     /// The colour of the arm, if it is one among several.
     color: Option<RGBColor>,
 }
 
-fn happened<'a>(summary: &'a Summary, colors: &[(&'a str, RGBColor)]) -> Vec<Happened<'a>> {
+impl Happened<'_> {
+    /// For a template.
+    pub(super) fn shown(&self) -> Value {
+        context! { event => Value::from(Serde(self.event)), arms => self.arms.join(", "), color => self.color.map(css) }
+    }
+}
+
+/// The lines in curves where something happened.
+pub(super) fn marks(happened: &[Happened<'_>]) -> Vec<Mark> {
+    happened.iter().map(|h| Mark { step: h.event.step as f64, color: h.color }).collect()
+}
+
+pub(super) fn happened<'a>(events: &'a [EventSummary], colors: &[(&'a str, RGBColor)]) -> Vec<Happened<'a>> {
     let mut found = Vec::<Happened>::new();
-    for event in &summary.events {
+    for event in events {
         let same =
             |h: &&mut Happened| (h.event.step, &h.event.kind, &h.event.text) == (event.step, &event.kind, &event.text);
         match found.iter_mut().find(same) {

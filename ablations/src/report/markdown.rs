@@ -48,12 +48,13 @@ pub(super) fn page(summary: &Summary) -> String {
     text
 }
 
-/// An estimate as `mean ± half interval`.
+/// An estimate as `mean ± half interval (standard deviation)`.
 pub(super) fn estimate_text(e: &Estimate) -> String {
     match (e.mean, e.ci95) {
         (Some(mean), Some([low, high])) => {
             let show = rounded_to(e.ci95);
-            format!("{} ± {}", show(mean), show((high - low) / 2.0))
+            let std = e.std.map(|std| format!(" ({})", show(std))).unwrap_or_default();
+            format!("{} ± {}{std}", show(mean), show((high - low) / 2.0))
         }
         (Some(mean), None) => number(mean),
         _ => "–".into(),

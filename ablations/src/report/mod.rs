@@ -5,19 +5,21 @@ mod look;
 mod markdown;
 mod pictures;
 mod plots;
+mod run;
 mod summary;
 
 use std::path::{Path, PathBuf};
 
-use dinolab_core::{Error, Result};
+use dinolab_core::{checkpoint, Device, Error, Result};
 
 pub use look::look;
+pub use run::{run_page, waiting_page};
 pub use summary::{
     ArmSummary, Comparison, EventSummary, Provenance, RunSummary, SeedDifference, SeriesSummary, Summary, TrunkSummary,
     Verdict,
 };
 
-use crate::filmstrip::{filmstrip, Filmstrip};
+use crate::filmstrip::{filmstrip, to_tensorboard, Filmstrip};
 use crate::pictures::PatchView;
 use crate::suite::{lock_folder, Plan, RunRecord, TRUNK};
 
@@ -31,28 +33,44 @@ pub type Look<'a> = &'a dyn Fn(&Path) -> Result<Vec<PatchView>>;
 /// # Errors
 /// If a run's files cannot be read, or the outputs not be written. A run without pictures is a warning.
 pub fn write(plan: &Plan, provenance: Provenance, look: Look<'_>) -> Result<(Summary, PathBuf)> {
-    let records: Vec<RunRecord> = plan.all_runs().map(|run| RunRecord::read(run, &plan.out)).collect::<Result<_>>()?;
+    let (records, mut gallery) = (records(plan)?, Gallery::default());
     let mut summary = Summary::new(plan, &records, provenance);
-    let pictures = draw(plan, &records, look).unwrap_or_else(|error| {
-        summary.warnings.push(format!("there are no pictures: {error}"));
-        None
-    });
-    let film = over_time(plan, &records).unwrap_or_else(|error| {
-        summary.warnings.push(format!("there are no pictures over time: {error}"));
-        None
-    });
+    gallery.update(plan, &records, look, None);
+    summary.warnings.append(&mut gallery.problems);
+    if let Some(film) = &gallery.film {
+        let given = to_tensorboard(film, &gallery.runs);
+        summary.warnings.extend(given.err().map(|error| format!("TensorBoard has no filmstrip: {error}")));
+    }
     let json = serde_json::to_string_pretty(&summary).expect("a summary is plain data");
     let report = plan.out.join("report.html");
-    let page = html::page(plan, &records, &summary, pictures.as_ref(), film.as_ref())?;
+    let page = html::page(plan, &records, &summary, &gallery, false)?;
     let _lock = lock_folder(plan)?;
     for (path, text) in [
         (plan.out.join("summary.json"), json + "\n"),
         (plan.out.join("summary.md"), markdown::page(&summary)),
         (report.clone(), page),
     ] {
-        dinolab_core::checkpoint::write_file(&path, text.as_bytes())?;
+        checkpoint::write_file(&path, text.as_bytes())?;
     }
     Ok((summary, report))
+}
+
+/// The report as it would be now, as a page that asks for its newer self. `gallery` keeps the pictures from one to the next;
+/// they are made on the CPU, because a GPU is the training's.
+///
+/// # Errors
+/// If a run's files cannot be read.
+pub fn live_page(plan: &Plan, provenance: Provenance, gallery: &mut Gallery) -> Result<String> {
+    let records = records(plan)?;
+    let mut summary = Summary::new(plan, &records, provenance);
+    let device = Some(Device::Cpu);
+    gallery.update(plan, &records, &|run| look(run, device), device);
+    summary.warnings.extend(gallery.problems.iter().cloned());
+    html::page(plan, &records, &summary, gallery, true)
+}
+
+fn records(plan: &Plan) -> Result<Vec<RunRecord>> {
+    plan.all_runs().map(|run| RunRecord::read(run, &plan.out)).collect()
 }
 
 /// Pictures of one seed.
@@ -61,8 +79,48 @@ struct Pictures {
     rows: Vec<pictures::PictureRow>,
 }
 
-fn draw(plan: &Plan, records: &[RunRecord], look: Look<'_>) -> Result<Option<Pictures>> {
-    let Some(seed) = complete(plan, records) else { return Ok(None) };
+/// The pictures of a report.
+#[derive(Default)]
+pub struct Gallery {
+    /// What arms see at the end.
+    pictures: Option<Pictures>,
+    /// What they saw over time.
+    film: Option<Filmstrip>,
+    /// The runs that the filmstrip is of, by name and folder.
+    runs: Vec<(String, PathBuf)>,
+    /// The checkpoints that all this was made of.
+    made_of: Vec<PathBuf>,
+    /// Why there is none.
+    problems: Vec<String>,
+}
+
+impl Gallery {
+    /// Draws the first seed that all arms finished, unless its checkpoints are those that were drawn before.
+    fn update(&mut self, plan: &Plan, records: &[RunRecord], look: Look<'_>, device: Option<Device>) {
+        let Some(seed) = complete(plan, records) else { return };
+        let mine = records.iter().filter(|r| r.seed == seed);
+        let runs: Vec<(String, PathBuf)> = mine.map(|r| (r.arm.clone(), plan.out.join(&r.dir))).collect();
+        let made_of: Vec<PathBuf> =
+            runs.iter().flat_map(|(_, run)| checkpoint::list(run).unwrap_or_default()).collect();
+        if self.made_of == made_of && !made_of.is_empty() {
+            return;
+        }
+        *self = Self { runs, made_of, ..Self::default() };
+        match draw(plan, records, seed, look) {
+            Ok(pictures) => self.pictures = Some(pictures),
+            Err(error) => self.problems.push(format!("there are no pictures: {error}")),
+        }
+        match filmstrip(&self.runs, FILM_STEPS, device) {
+            Ok(film) => self.film = film,
+            Err(error) => self.problems.push(format!("there are no pictures over time: {error}")),
+        }
+    }
+}
+
+/// Steps that have to be kept for pictures over time.
+const FILM_STEPS: usize = 3;
+
+fn draw(plan: &Plan, records: &[RunRecord], seed: u64, look: Look<'_>) -> Result<Pictures> {
     let views: Vec<Vec<PatchView>> =
         of_arms(records, seed).map(|r| look(&plan.out.join(&r.dir))).collect::<Result<_>>()?;
     let shape = |v: &Vec<PatchView>| v.iter().map(|p| (p.height, p.width)).collect::<Vec<_>>();
@@ -72,17 +130,7 @@ fn draw(plan: &Plan, records: &[RunRecord], look: Look<'_>) -> Result<Option<Pic
     if views.iter().any(|v| v.iter().zip(&views[0]).any(|(a, b)| a.image != b.image)) {
         return Err(Error::user("arms hold out different images", "compare their pictures by hand"));
     }
-    Ok(Some(Pictures { seed, rows: pictures::rows(&views)? }))
-}
-
-/// Steps that have to be kept for pictures over time.
-const FILM_STEPS: usize = 3;
-
-/// The filmstrip of the first seed that all arms finished, if enough steps were kept.
-fn over_time(plan: &Plan, records: &[RunRecord]) -> Result<Option<Filmstrip>> {
-    let Some(seed) = complete(plan, records) else { return Ok(None) };
-    let mine = records.iter().filter(|r| r.seed == seed);
-    filmstrip(&mine.map(|r| (r.arm.clone(), plan.out.join(&r.dir))).collect::<Vec<_>>(), FILM_STEPS)
+    Ok(Pictures { seed, rows: pictures::rows(&views)? })
 }
 
 /// The first seed that all arms finished.

@@ -233,7 +233,7 @@ fn run_summary(plan: &Plan, record: &RunRecord) -> RunSummary {
         metrics: record.result().map(|r| r.metrics.clone()).unwrap_or_default(),
         error: if let Status::Failed(error) = &record.status { Some(error.clone()) } else { None },
         stopped: record.result().and_then(|r| r.stopped.clone()),
-        recipe_hash: planned.map(|p| p.prepared.hash().to_string()).unwrap_or_default(),
+        recipe_hash: planned.map(|p| p.hash.clone()).unwrap_or_default(),
     }
 }
 
@@ -257,7 +257,8 @@ fn series(plan: &Plan, records: &[RunRecord]) -> Vec<SeriesSummary> {
     names.into_iter().flat_map(|metric| lines_of(plan).filter_map(move |arm| of(metric, arm))).collect()
 }
 
-fn events(records: &[RunRecord]) -> Vec<EventSummary> {
+/// What happened in these runs, in order.
+pub(super) fn events(records: &[RunRecord]) -> Vec<EventSummary> {
     let mut seeds = BTreeMap::<(u64, &str, &str, &str), BTreeSet<u64>>::new();
     for record in records {
         for event in &record.events {
@@ -397,7 +398,9 @@ fn warnings(plan: &Plan, records: &[RunRecord]) -> Vec<String> {
         match &record.status {
             Status::Finished(_) => {}
             Status::Failed(error) => warnings.push(format!("{run} failed and is not in the numbers: {error}")),
-            other => warnings.push(format!("{run} is {} and not in the numbers", other.word())),
+            // It may be going on at this moment.
+            Status::Interrupted => warnings.push(format!("{run} is not finished and not in the numbers")),
+            Status::Pending => warnings.push(format!("{run} is pending and not in the numbers")),
         }
         // A trunk has only to be there.
         for metric in plan.suite.metrics.iter().filter(|_| record.result().is_some() && record.arm != TRUNK) {

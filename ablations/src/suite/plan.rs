@@ -103,6 +103,8 @@ pub struct PlannedRun {
     pub trial: Overrides,
     /// What to run.
     pub prepared: Box<dyn Prepared>,
+    /// Hash of its resolved recipe; that of an arm that goes on from a trunk says the same wherever the suite's folder lies.
+    pub hash: String,
 }
 
 /// Every run of a suite, seed by seed, so that complete pairs come early.
@@ -111,6 +113,8 @@ pub struct Plan {
     pub suite: Suite,
     /// The suite's folder.
     pub out: PathBuf,
+    /// What the command line changed in the recipe of all arms.
+    pub set: Overrides,
     /// `seeds × arms` runs.
     pub runs: Vec<PlannedRun>,
     /// One run a seed that its arms go on from, if the suite has a trunk.
@@ -121,11 +125,56 @@ pub struct Plan {
     pub recipe_warnings: Vec<String>,
 }
 
-/// `suite.json`: which recipe each run of the folder was started with.
+/// `suite.json`: what the folder was made from, and which recipe each run of it was started with.
 #[derive(Default, Serialize, Deserialize)]
 struct State {
     suite: String,
+    #[serde(default)]
+    origin: Option<Origin>,
     runs: BTreeMap<PathBuf, String>,
+}
+
+/// What a suite's folder was made from.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Origin {
+    /// The suite's file.
+    pub file: PathBuf,
+    /// What the command line changed in the recipe of all arms.
+    pub set: Overrides,
+}
+
+impl Origin {
+    /// That of the suite's folder `out`; nothing if no suite was begun in it.
+    ///
+    /// # Errors
+    /// If `suite.json` cannot be read, or was written by a version that did not say it.
+    pub fn of(out: &Path) -> Result<Option<Self>> {
+        let Some(state) = State::read(out)? else { return Ok(None) };
+        let unsaid = || {
+            let help = "name the suite's file, and this folder with --out";
+            Error::content(out, "this suite was begun by a version that did not write down its file", help)
+        };
+        state.origin.ok_or_else(unsaid).map(Some)
+    }
+
+    /// The command that goes on with the suite in `out`.
+    pub fn command(&self, out: &Path) -> String {
+        let sets = self.set.iter().map(|(key, value)| format!(" --set '{key}={value}'"));
+        format!("dinolab ablate {} --out {}{}", self.file.display(), out.display(), sets.collect::<String>())
+    }
+}
+
+impl State {
+    fn read(out: &Path) -> Result<Option<Self>> {
+        let path = out.join("suite.json");
+        if !path.exists() {
+            return Ok(None);
+        }
+        let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+        let help = "use another --out";
+        let state = serde_json::from_str(&text);
+        state.map(Some).map_err(|e| Error::content(&path, format!("this is not a suite's state: {e}"), help))
+    }
 }
 
 impl Plan {
@@ -135,7 +184,7 @@ impl Plan {
     /// If a recipe cannot be resolved, two arms resolve to the same recipe, or an arm differs from the baseline in a key
     /// that the suite does not name.
     pub fn new(suite: Suite, out: PathBuf, extra: &Overrides, prepare: Prepare<'_>) -> Result<Self> {
-        let mut suite = suite;
+        let (mut suite, set) = (suite, extra.clone());
         suite.trunk = suite.trunk.take().map(|trunk| trunk.with(extra)).transpose()?;
         let extra: Overrides = match suite.trunk {
             Some(_) => extra.clone().into_iter().filter(|(key, _)| !key.starts_with("trunk.")).collect(),
@@ -149,6 +198,7 @@ impl Plan {
             }
             overrides
         };
+        let here = std::path::absolute(&out).map_err(Error::io("find", &out))?;
         let (mut runs, mut trunks) = (Vec::new(), Vec::new());
         for &seed in &suite.seeds {
             let number = i64::try_from(seed).map_err(|_| {
@@ -166,7 +216,8 @@ impl Plan {
                 overrides.insert("steps".into(), Value::Integer(trunk.steps as i64));
                 let (arm, dir, base) = (TRUNK.to_string(), trunk::folder(seed), trunk.base.clone());
                 let (prepared, trial) = (prepare(&base, &overrides)?, overrides.clone());
-                trunks.push(PlannedRun { arm, seed, dir, base, overrides, trial, prepared });
+                let hash = prepared.hash().to_string();
+                trunks.push(PlannedRun { arm, seed, dir, base, overrides, trial, prepared, hash });
             }
             for arm in &suite.arms {
                 let overrides = from_trunk(with(&arm.set), &out.join(trunk::folder(seed)), false);
@@ -174,10 +225,14 @@ impl Plan {
                 let dir = Path::new("arms").join(&arm.name).join(format!("seed-{seed}"));
                 let (arm, base) = (arm.name.clone(), suite.base.clone());
                 let prepared = prepare(&base, &overrides)?;
-                runs.push(PlannedRun { arm, seed, dir, base, overrides, trial, prepared });
+                let hash = match suite.trunk {
+                    None => prepared.hash().to_string(),
+                    Some(_) => hash_anywhere(prepared.recipe(), &here),
+                };
+                runs.push(PlannedRun { arm, seed, dir, base, overrides, trial, prepared, hash });
             }
         }
-        let mut plan = Self { suite, out, runs, trunks, warnings: Vec::new(), recipe_warnings: Vec::new() };
+        let mut plan = Self { suite, out, set, runs, trunks, warnings: Vec::new(), recipe_warnings: Vec::new() };
         plan.check_trunk()?;
         plan.check_arms()?;
         plan.check_declared()?;
@@ -345,20 +400,16 @@ impl Plan {
     /// # Errors
     /// If the folder belongs to another suite, or a run in it to another recipe, or it cannot be written.
     pub fn claim_folder(&self) -> Result<()> {
-        let path = self.out.join("suite.json");
-        let mut state = State::default();
-        if path.exists() {
-            let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-            state = serde_json::from_str(&text)
-                .map_err(|e| Error::content(&path, format!("this is not a suite's state: {e}"), "use another --out"))?;
-            if state.suite != self.suite.name {
-                let problem = format!("this folder holds the suite `{}`, not `{}`", state.suite, self.suite.name);
-                return Err(Error::content(&self.out, problem, "use another --out"));
-            }
+        let mut state =
+            State::read(&self.out)?.unwrap_or_else(|| State { suite: self.suite.name.clone(), ..State::default() });
+        if state.suite != self.suite.name {
+            let problem = format!("this folder holds the suite `{}`, not `{}`", state.suite, self.suite.name);
+            return Err(Error::content(&self.out, problem, "use another --out"));
         }
-        state.suite.clone_from(&self.suite.name);
+        let file = std::path::absolute(&self.suite.path).map_err(Error::io("find", &self.suite.path))?;
+        state.origin = Some(Origin { file, set: self.set.clone() });
         for run in self.all_runs() {
-            let hash = run.prepared.hash().to_string();
+            let hash = run.hash.clone();
             let started = Status::of(&self.out.join(&run.dir))? != Status::Pending;
             match state.runs.get(&run.dir) {
                 Some(old) if started && *old != hash => self.check_unchanged(run)?,
@@ -367,7 +418,7 @@ impl Plan {
             state.runs.insert(run.dir.clone(), hash);
         }
         let text = serde_json::to_string_pretty(&state).expect("the state is plain data");
-        write_file(&path, text.as_bytes())
+        write_file(&self.out.join("suite.json"), text.as_bytes())
     }
 
     /// Fails if a run was started with a recipe that gives other numbers than the suite's.
@@ -392,6 +443,12 @@ impl Plan {
         let problem = format!("this run was started with another recipe than the suite gives now{changes}");
         Err(Error::content(dir, problem, "use another --out for the changed suite, or move this run's folder away"))
     }
+}
+
+/// A hash of a recipe that is the same wherever the suite's folder, in which its trunk is, lies.
+fn hash_anywhere(recipe: &toml::Table, folder: &Path) -> String {
+    let text = recipe.to_string().replace(&*folder.to_string_lossy(), "{suite}");
+    blake3::hash(text.as_bytes()).to_hex().to_string()
 }
 
 /// A changed key with both values.

@@ -120,14 +120,20 @@ impl RunRecord {
     /// # Errors
     /// If a file cannot be read or understood.
     pub fn read(run: &PlannedRun, out: &Path) -> Result<Self> {
-        let dir = out.join(&run.dir);
-        let status = Status::of(&dir)?;
-        let shown = run.dir.to_string_lossy().into_owned();
+        Self::of(&run.arm, run.seed, run.dir.to_string_lossy().into_owned(), &out.join(&run.dir))
+    }
+
+    /// Reads the folder of a run that is shown as `shown`.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub fn of(arm: &str, seed: u64, shown: String, dir: &Path) -> Result<Self> {
+        let status = Status::of(dir)?;
         let info: Option<serde_json::Value> = read_json(&dir.join("run.json"))?;
         let device = info.and_then(|i| i["device"].as_str().map(String::from));
-        let (arm, curves, warnings) = (run.arm.clone(), BTreeMap::new(), Vec::new());
-        let events = RunEvent::read(&dir)?;
-        let mut record = Self { arm, seed: run.seed, dir: shown, status, curves, warnings, events, device };
+        let (arm, curves, warnings) = (arm.to_string(), BTreeMap::new(), Vec::new());
+        let events = RunEvent::read(dir)?;
+        let mut record = Self { arm, seed, dir: shown, status, curves, warnings, events, device };
         let (metrics, messages) = (Lines::read(&dir.join("metrics.jsonl"))?, Lines::read(&dir.join("messages.jsonl"))?);
         for (name, lines) in [("metrics.jsonl", &metrics), ("messages.jsonl", &messages)] {
             let damage = lines.problem().map(|problem| format!("{name}: {problem}: what is whole is shown"));

@@ -65,4 +65,9 @@ pub trait Probe: fmt::Debug + Send + Sync {
     fn needs(&self) -> (bool, bool) {
         (false, false)
     }
+
+    /// Images that it computes features of, each time that it runs: most of what it costs.
+    fn images(&self) -> usize {
+        0
+    }
 }

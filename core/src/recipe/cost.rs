@@ -151,6 +151,26 @@ fn cost_at(recipe: &Recipe, sizes: &Resolution, (model, named): (&Declared, &[Te
     RunCost { modules, flops_per_image: flops, memory, most_patches }
 }
 
+/// What the probes of a run cost that begins after `start` steps: how often one is taken, images that they see in all, and
+/// operations for these. What a probe does with features is not counted.
+///
+/// # Errors
+/// If a plugin refuses its configuration.
+pub fn probes(recipe: &Recipe, start: u64) -> Result<(u64, f64, f64)> {
+    let backbone = declare(recipe)?.backbone;
+    let side = recipe.crops.global_size / backbone.patch_size();
+    let each = backbone.cost(&[(1, Grid { height: side, width: side })]).forward_flops;
+    let (mut taken, mut images) = (0, 0.0);
+    for entry in recipe.probes.0.values().filter(|entry| entry.enabled) {
+        // After the last step every probe is taken, whatever its `every`.
+        let before = |step: u64| step.checked_div(entry.every).unwrap_or(0);
+        let between = before(recipe.steps.saturating_sub(1)).saturating_sub(before(start));
+        taken += between + 1;
+        images += (between + 1) as f64 * entry.probe.build(&mut ())?.images() as f64;
+    }
+    Ok((taken, images, images * each))
+}
+
 /// Numbers in the parameters whose names begin with `prefix`.
 fn count_in(model: &Declared, prefix: &str) -> usize {
     let inside = model.layout.specs().iter().filter(|s| s.name.starts_with(prefix));

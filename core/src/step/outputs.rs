@@ -183,7 +183,9 @@ impl StudentPass {
     pub(super) fn run(learner: &Learner, params: &Params<'_>, batch: &Batch, draws: &Draws) -> Result<Self> {
         let _scope = scope::enter("student");
         let model = &learner.model;
-        let masks = model.losses.iter().any(|l| l.needs.masks).then(|| batch.masks.masks.clone());
+        // A student that is distilled sees whole crops, as in the reference; losses on masked patches are of the same places.
+        let hidden = learner.distilled.is_none() && model.losses.iter().any(|l| l.needs.masks);
+        let masks = hidden.then(|| batch.masks.masks.clone());
         let [globals, locals] = model.student_sees();
         let local = batch.local.clone().filter(|_| locals);
         let mut crops = Vec::new();

@@ -75,6 +75,35 @@ pub(super) fn histogram(tag: &str, values: &[f64]) -> Option<Summary> {
     Some(summary::histogram_raw(tag, least, most, values.len() as f64, sum, squares, &limits, &counts))
 }
 
+/// A picture of a step, for [`write_pictures`].
+pub struct StepPicture<'a> {
+    /// Steps done.
+    pub step: u64,
+    /// The name that it is shown under.
+    pub tag: &'a str,
+    /// RGB, row-major.
+    pub rgb: &'a [u8],
+    /// Pixels a row.
+    pub width: usize,
+    /// Rows.
+    pub height: usize,
+}
+
+/// Writes an event file of pictures, steps ascending, into a folder of its own, in place of what was there.
+///
+/// # Errors
+/// If it cannot be written.
+pub fn write_pictures(folder: &Path, pictures: &[StepPicture<'_>]) -> Result<()> {
+    if folder.exists() {
+        fs::remove_dir_all(folder).map_err(Error::io("remove", folder))?;
+    }
+    let (mut events, _) = Events::open(folder, 0)?;
+    for part in pictures.chunk_by(|a, b| a.step == b.step) {
+        events.write(part[0].step, part.iter().map(|p| picture(p.tag, p.rgb, p.width, p.height)).collect())?;
+    }
+    Ok(())
+}
+
 /// The event file of this part of a run.
 pub(super) struct Events {
     path: PathBuf,

@@ -63,7 +63,8 @@ const STEPS: &str = "steps";
 /// A run's folder, locked while this value lives.
 pub struct RunFolder {
     path: PathBuf,
-    /// Keys in which a run that goes on differs from what it was: its steps, and keys that change no number.
+    /// Keys in which a run that goes on differs from what it was: its steps, keys that change no number, and where the weights
+    /// lie that it started from.
     changes: Vec<Change>,
     /// Steps that it had when it was last run, if it has others now.
     old_steps: Option<u64>,
@@ -74,11 +75,16 @@ pub struct RunFolder {
 
 impl RunFolder {
     /// Makes the folder, or opens it to go on. Nothing is written yet, so that a run that cannot start leaves no run.
+    /// `only_moved` says whether a key names the same weights as before, in another place.
     ///
     /// # Errors
     /// If the folder cannot be written, another process is in it, it holds a run and `resume` is off, or it holds a run
     /// of a recipe that gives other numbers.
-    pub(super) fn open(resolved: &Resolved, options: &RunOptions) -> Result<Self> {
+    pub(super) fn open(
+        resolved: &Resolved,
+        options: &RunOptions,
+        only_moved: &dyn Fn(&str) -> Result<bool>,
+    ) -> Result<Self> {
         let path = options.out.clone();
         fs::create_dir_all(&path).map_err(Error::io("create", &path))?;
         let lock_path = path.join(".lock");
@@ -100,8 +106,11 @@ impl RunFolder {
         let before = written.clone().absolute()?;
         let all = changes(&before.value, &resolved.value);
         let written = all.is_empty() && before.hash == written.hash;
-        let (other, changes): (Vec<_>, Vec<_>) =
-            all.into_iter().partition(|c| c.key != STEPS && resolved.matters(&c.key));
+        let (mut other, mut changes) = (Vec::new(), Vec::new());
+        for change in all {
+            let same = change.key == STEPS || !resolved.matters(&change.key) || only_moved(&change.key)?;
+            if same { &mut changes } else { &mut other }.push(change);
+        }
         if !other.is_empty() {
             let keys: String = other.iter().map(|change| format!("\n  {change}")).collect();
             let problem = format!("the run in this folder was started with a recipe that gives other numbers:{keys}");

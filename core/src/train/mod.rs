@@ -33,6 +33,7 @@ mod trained;
 mod verdict;
 
 pub use capture::replay;
+pub use events::{write_pictures, StepPicture};
 pub use folder::{RunFolder, RunInfo, RunResult};
 pub use lines::Lines;
 pub use parents::Parent;
@@ -177,7 +178,7 @@ fn run_on(resolved: &Resolved, options: &RunOptions, observer: &mut dyn Observer
     if let Some(fit) = recipe::fit(recipe, recipe.device()?)? {
         return Err(fit.into_error());
     }
-    let folder = RunFolder::open(resolved, options)?;
+    let folder = RunFolder::open(resolved, options, &|key| Parent::only_moved(&options.out, resolved, key))?;
     if let Some(result) = folder.result(recipe.steps)? {
         return Ok(Some(Outcome::Finished(result)));
     }

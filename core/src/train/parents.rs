@@ -60,6 +60,24 @@ impl Parent {
         Ok(Self::read(folder)?.iter().find_map(|parent| parent.step).unwrap_or(0))
     }
 
+    /// Whether a key of the run in `folder` names weights that lie in another place than when it began, and are the same: a
+    /// suite's folder was moved, with the trunk in it.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub(super) fn only_moved(folder: &Path, resolved: &Resolved, key: &str) -> Result<bool> {
+        if !resolved.is_path(key) {
+            return Ok(false);
+        }
+        let within =
+            |source: &str| key.strip_prefix(source).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
+        let Some((source, path)) = sources_of(&resolved.recipe)?.into_iter().find(|(source, _)| within(source)) else {
+            return Ok(false);
+        };
+        let now = Source::at(&path).and_then(|source| source.hash()).ok();
+        Ok(Self::read(folder)?.iter().any(|before| before.key == source && Some(&before.weights) == now.as_ref()))
+    }
+
     fn of(key: &str, path: &Path) -> Result<Self> {
         let source = Source::at(path)?;
         let read = match &source {

@@ -31,6 +31,14 @@ impl Trained {
     /// # Errors
     /// If it is none of these (see [`Source::at`]), or is broken.
     pub fn open(path: &Path) -> Result<Self> {
+        Self::open_on(path, None)
+    }
+
+    /// As [`open`](Self::open), on a device; without, on a GPU when there is one.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_on(path: &Path, device: Option<Device>) -> Result<Self> {
         let source = Source::at(path)?;
         let model = source.known_model()?;
         let mut params = ParamBuilder::new();
@@ -45,7 +53,11 @@ impl Trained {
         };
         let get = |name: &str| tensors.get(&format!("{role}{name}"));
         let is_f64 = layout.specs().first().and_then(|spec| get(&spec.name)).is_some_and(|t| t.dtype() == DType::F64);
-        let (device, dtype) = if is_f64 { (Device::Cpu, DType::F64) } else { ("auto".parse()?, DType::F32) };
+        let (device, dtype) = match (is_f64, device) {
+            (true, _) => (Device::Cpu, DType::F64),
+            (false, Some(device)) => (device, DType::F32),
+            (false, None) => ("auto".parse()?, DType::F32),
+        };
         let mut flat = Device::Cpu.with(|| Tensor::zeros(&[layout.len()], dtype));
         load_named(&layout, &mut flat, |name| get(name).cloned(), path)?;
         let normalization = (model.crops.mean, model.crops.std);
