@@ -144,6 +144,12 @@ fn a_suite_is_shown_from_its_folder_or_its_file() {
         };
         assert_eq!(results(&live), results(&report));
     }
+    // A folder of an earlier version does not say its file.
+    let mut state = program::json(&folder, "out/suite.json");
+    state.as_object_mut().expect("a table").remove("origin");
+    folder.write("out/suite.json", &state.to_string());
+    wait("what is missing", || Some(page(other)).filter(|p| p.contains("name the suite's file")));
+    wait("the suite", || Some(page(address)).filter(|p| p.contains("What the patches see") && !p.contains("steps=8")));
 }
 
 /// Chromium by its pipe: messages of JSON that end in a zero.

@@ -9,11 +9,13 @@ mod file;
 mod plan;
 mod progress;
 mod record;
+mod state;
 mod trunk;
 
 pub use execute::{execute, lock_folder, ExecuteOptions, Tally};
 pub use file::{nearest, Arm, Better, Metric, Overrides, Suite, SuiteFile};
-pub use plan::{changed_keys, Event, Job, Origin, Outcome, Plan, PlannedRun, Prepare, Prepared};
+pub use plan::{changed_keys, Event, Job, Outcome, Plan, PlannedRun, Prepare, Prepared};
 pub use progress::Progress;
 pub use record::{RunRecord, RunResult, Series, Status, Warning};
+pub use state::Origin;
 pub use trunk::{Trunk, TrunkEntry, TRUNK};

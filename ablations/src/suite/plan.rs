@@ -8,14 +8,13 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::Arc;
 
-use dinolab_core::checkpoint::write_file;
 use dinolab_core::recipe::Resolved;
 use dinolab_core::{Error, Result};
-use serde::{Deserialize, Serialize};
 use toml::Value;
 
 use super::file::{Overrides, Suite};
 use super::record::Status;
+use super::state::{Origin, State};
 use super::trunk::{self, TRUNK};
 
 /// The folder of a trunk that is tried, in the suite's.
@@ -123,58 +122,6 @@ pub struct Plan {
     pub warnings: Vec<String>,
     /// What in the arms' recipes probably does not mean what it says, with the arms it is true of.
     pub recipe_warnings: Vec<String>,
-}
-
-/// `suite.json`: what the folder was made from, and which recipe each run of it was started with.
-#[derive(Default, Serialize, Deserialize)]
-struct State {
-    suite: String,
-    #[serde(default)]
-    origin: Option<Origin>,
-    runs: BTreeMap<PathBuf, String>,
-}
-
-/// What a suite's folder was made from.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub struct Origin {
-    /// The suite's file.
-    pub file: PathBuf,
-    /// What the command line changed in the recipe of all arms.
-    pub set: Overrides,
-}
-
-impl Origin {
-    /// That of the suite's folder `out`; nothing if no suite was begun in it.
-    ///
-    /// # Errors
-    /// If `suite.json` cannot be read, or was written by a version that did not say it.
-    pub fn of(out: &Path) -> Result<Option<Self>> {
-        let Some(state) = State::read(out)? else { return Ok(None) };
-        let unsaid = || {
-            let help = "name the suite's file, and this folder with --out";
-            Error::content(out, "this suite was begun by a version that did not write down its file", help)
-        };
-        state.origin.ok_or_else(unsaid).map(Some)
-    }
-
-    /// The command that goes on with the suite in `out`.
-    pub fn command(&self, out: &Path) -> String {
-        let sets = self.set.iter().map(|(key, value)| format!(" --set '{key}={value}'"));
-        format!("dinolab ablate {} --out {}{}", self.file.display(), out.display(), sets.collect::<String>())
-    }
-}
-
-impl State {
-    fn read(out: &Path) -> Result<Option<Self>> {
-        let path = out.join("suite.json");
-        if !path.exists() {
-            return Ok(None);
-        }
-        let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-        let help = "use another --out";
-        let state = serde_json::from_str(&text);
-        state.map(Some).map_err(|e| Error::content(&path, format!("this is not a suite's state: {e}"), help))
-    }
 }
 
 impl Plan {
@@ -417,8 +364,7 @@ impl Plan {
             }
             state.runs.insert(run.dir.clone(), hash);
         }
-        let text = serde_json::to_string_pretty(&state).expect("the state is plain data");
-        write_file(&self.out.join("suite.json"), text.as_bytes())
+        state.write(&self.out)
     }
 
     /// Fails if a run was started with a recipe that gives other numbers than the suite's.

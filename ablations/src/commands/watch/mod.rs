@@ -10,7 +10,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dinolab_core::text::printable;
 use dinolab_core::{Error, Result};
@@ -19,8 +19,11 @@ use tiny_http::{Header, Method, Request, Response, Server};
 use crate::style;
 use pages::Pages;
 
-/// How often the files are looked at.
+/// How often the files are looked at, at most.
 const EVERY: Duration = Duration::from_secs(1);
+/// The pause after a page in the time that it took to make: the page of a long run takes a tenth of a core, and leaves the rest to
+/// the training.
+const PAUSE: u32 = 9;
 /// The page may load nothing from anywhere but the program that serves it.
 const POLICY: &str = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; \
     connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
@@ -60,10 +63,11 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let shared = page.clone();
     // Answers never wait for a page to be made.
     std::thread::spawn(move || loop {
+        let begin = Instant::now();
         if let Some(html) = pages.refresh() {
             *shared.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Page::of(html);
         }
-        std::thread::sleep(EVERY);
+        std::thread::sleep(EVERY.max(PAUSE * begin.elapsed()));
     });
     for request in server.incoming_requests() {
         let page = page.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();

@@ -67,17 +67,19 @@ impl Pages {
     }
 
     fn page(&mut self) -> Result<String> {
-        match Origin::of(&self.folder)? {
-            Some(origin) => self.suite_page(origin),
-            None if self.folder.join("recipe.toml").exists() => {
-                self.look();
-                report::run_page(&self.folder, self.film.as_ref())
-            }
-            None => match self.suite.clone() {
-                Some(file) => self.suite_page(Origin { file, ..Origin::default() }),
-                None => Ok(report::waiting_page(&self.folder, "Nothing is here yet; what comes is shown.")),
-            },
+        let given = self.suite.clone().map(|file| Origin { file, ..Origin::default() });
+        let known = match Origin::of(&self.folder) {
+            Err(error) if given.is_none() => return Err(error),
+            known => known.ok().flatten(),
+        };
+        if let Some(origin) = known.or(given) {
+            return self.suite_page(origin);
         }
+        if self.folder.join("recipe.toml").exists() {
+            self.look();
+            return report::run_page(&self.folder, self.film.as_ref());
+        }
+        Ok(report::waiting_page(&self.folder, "Nothing is here yet; what comes is shown."))
     }
 
     fn suite_page(&mut self, origin: Origin) -> Result<String> {
