@@ -9,10 +9,10 @@
 //! | loss | [`dino`], [`ibot`], [`koleo`], [`gram`], [`byol`], [`vicreg`], [`barlow_twins`], [`info_nce`], [`sigreg`], [`inpainting`], [`rotation`], [`jigsaw`], [`relative_location`], [`cka`], [`online_linear`] |
 //! | scheduler | [`constant`], [`linear_warmup`], [`linear_warmup_cosine`], [`cosine`], [`step`] |
 //! | teacher policy | [`ema`], [`frozen`], [`gram_anchor`], [`no_teacher`] |
-//! | dataset | [`scenes`], [`image_folder`] |
+//! | dataset | [`scenes`], [`image_folder`], [`manifest`](image_folder::manifest) |
 //! | augmentation | [`multi_crop`], [`resized`] |
 //! | masking | [`block`], [`random`], [`multi_block`] |
-//! | probe | [`knn`], [`linear_segmentation`], [`patch_similarity`], [`cls_patch_cosine`] |
+//! | probe | [`knn`], [`linear_classification`], [`retrieval`], [`linear_segmentation`], [`knn_segmentation`], [`patch_similarity`], [`cls_patch_cosine`], [`correspondence`], [`robustness`] |
 //! | optimizer | [`adamw`], [`muon`], [`sgd`] |
 
 #![warn(clippy::print_stdout, clippy::print_stderr)]
@@ -86,8 +86,15 @@ pub mod random;
 
 // Probes
 pub mod cls_patch_cosine;
+pub mod correspondence;
 pub mod knn;
+pub mod knn_segmentation;
 mod lbfgs;
+pub mod linear_classification;
+mod linear_head;
 pub mod linear_segmentation;
 pub mod patch_similarity;
 mod probe_data;
+pub mod retrieval;
+pub mod robustness;
+mod segmentation;
