@@ -19,6 +19,7 @@
 
 // Backbones
 pub mod convnext;
+mod onnx;
 pub mod published;
 pub mod vit;
 
