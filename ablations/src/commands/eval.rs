@@ -21,7 +21,7 @@ pub struct Args {
     /// The weights: runs, checkpoints (RUN@400), or folders that `dinolab import` or `dinolab export` wrote
     #[arg(required = true)]
     weights: Vec<PathBuf>,
-    /// What they are scored on: a recipe, a run, or a TOML file with a table [data] and perhaps [probes.<name>]
+    /// What they are scored on: a recipe, a run, or a TOML file with the table [data] and perhaps [probes]
     #[arg(long, value_name = "RECIPE_OR_TABLE")]
     data: PathBuf,
     /// The probes, by name; without, those of the recipe, or all that the data has labels or masks for
