@@ -44,6 +44,8 @@ enum Command {
     Bench(commands::bench::Args),
     /// See what trained weights see in images: features, pictures, a page to click in.
     Features(commands::features::Args),
+    /// Score trained weights on a dataset by probes, at several image sizes.
+    Eval(commands::eval::Args),
     /// Check the GPU engine: driver, libraries, kernels, every operation and a training step against the CPU.
     Doctor(commands::doctor::Args),
     /// Run a step again that was captured because something was not finite.
@@ -69,7 +71,7 @@ impl Command {
     /// What it does when a signal asks it to stop; those that are left out end as any program does.
     fn answer(&self) -> Option<Answer> {
         match self {
-            Self::Ablate(_) | Self::Train(_) | Self::Features(_) => Some(Answer::Save),
+            Self::Ablate(_) | Self::Train(_) | Self::Features(_) | Self::Eval(_) => Some(Answer::Save),
             Self::Import(_) | Self::Export(_) | Self::Bench(_) => Some(Answer::End),
             _ => None,
         }
@@ -84,6 +86,7 @@ impl Command {
             Self::Export(args) => commands::export::run(&args),
             Self::Bench(args) => commands::bench::run(&args),
             Self::Features(args) => commands::features::run(&args),
+            Self::Eval(args) => commands::eval::run(&args),
             Self::Doctor(args) => commands::doctor::run(&args),
             Self::Replay(args) => commands::replay::run(&args),
             Self::New(command) => commands::new::run(&command),

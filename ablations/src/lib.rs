@@ -13,6 +13,7 @@
 
 pub mod cli;
 pub mod commands;
+pub mod evaluate;
 pub mod features;
 pub mod filmstrip;
 pub mod pictures;

@@ -36,7 +36,7 @@ impl Probe for ClsPatchCosine {
         let mean = |x: &mut dyn Iterator<Item = f64>| x.sum::<f64>() / cosines.len() as f64;
         let average = mean(&mut cosines.iter().copied());
         let variance = mean(&mut cosines.iter().map(|c| (c - average).powi(2)));
-        Ok(vec![Score { name: "mean", value: average }, Score { name: "std", value: variance.sqrt() }])
+        Ok(vec![Score::new("mean", average), Score::new("std", variance.sqrt())])
     }
 
     fn images(&self) -> usize {

@@ -105,7 +105,7 @@ impl Probe for Dse {
         };
         let ranks: Vec<f64> = (0..p).into_par_iter().map(rank).collect::<Result<_>>()?;
         let dim = average(&ranks).unwrap_or(0.0);
-        let score = |name, value| Score { name, value };
+        let score = |name: &'static str, value| Score::new(name, value);
         Ok(vec![
             score("dse", inter - 0.5 * (intra_image + intra_batch) + dim),
             score("inter", inter),

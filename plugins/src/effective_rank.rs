@@ -38,7 +38,7 @@ impl Probe for EffectiveRank {
             let singular = spectrum::singular_values(&spectrum::rows(&values, features.last_dim()))?;
             Ok(spectrum::effective_rank(&singular, 1e-7))
         };
-        Ok(vec![Score { name: "cls", value: rank(&test.cls)? }, Score { name: "patches", value: rank(&test.patches)? }])
+        Ok(vec![Score::new("cls", rank(&test.cls)?), Score::new("patches", rank(&test.patches)?)])
     }
 
     fn images(&self) -> usize {

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::probe_data::{draw_two, features, Features};
+use crate::probe_data::{cls_features, draw_two, Features};
 
 /// Weighted nearest-neighbour classification of CLS features.
 ///
@@ -21,6 +21,10 @@ pub struct Knn {
     /// Neighbours that vote.
     #[schemars(range(max = 1_000_000_000))]
     pub k: NonZeroUsize,
+    /// Further numbers of neighbours, whose scores are `top1_k<number>`: in one pass over the same features.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schemars(inner(range(max = 1_000_000_000)))]
+    pub more_k: Vec<NonZeroUsize>,
     /// Temperature of the votes' weights.
     #[schemars(extend(
         "exclusiveMinimum" = 0,
@@ -39,44 +43,69 @@ pub struct Knn {
 impl Default for Knn {
     fn default() -> Self {
         let number = |n| NonZeroUsize::new(n).expect("defaults are positive");
-        Self { k: number(20), temperature: 0.07, train_samples: number(512), test_samples: number(256) }
+        Self {
+            k: number(20),
+            more_k: Vec::new(),
+            temperature: 0.07,
+            train_samples: number(512),
+            test_samples: number(256),
+        }
     }
 }
 
 impl Knn {
-    /// The label that wins among neighbours `(similarity, label)`; the least of equals.
-    fn vote(&self, mut neighbours: Vec<(f32, u32)>) -> Option<u32> {
+    /// The labels that win among neighbours `(similarity, label)`, by each of the numbers of neighbours; the least of
+    /// equals.
+    fn vote(&self, mut neighbours: Vec<(f32, u32)>) -> Vec<Option<u32>> {
+        let most = self.counts().map(NonZeroUsize::get).max().unwrap_or(1).min(neighbours.len());
         // Equal similarities keep the order of the training images, so that the vote is the same everywhere.
         neighbours.sort_by(|a, b| b.0.total_cmp(&a.0));
-        neighbours.truncate(self.k.get());
-        let mut votes = std::collections::BTreeMap::new();
-        for (similarity, label) in neighbours {
-            // Similarities are at most 1, so this does not overflow.
-            *votes.entry(label).or_insert(0.0) += ((f64::from(similarity) - 1.0) / self.temperature).exp();
-        }
-        votes.into_iter().rev().max_by(|a, b| a.1.total_cmp(&b.1)).map(|(label, _)| label)
+        neighbours.truncate(most);
+        let winner = |k: NonZeroUsize| {
+            let mut votes = std::collections::BTreeMap::new();
+            for &(similarity, label) in neighbours.iter().take(k.get()) {
+                // Similarities are at most 1, so this does not overflow.
+                *votes.entry(label).or_insert(0.0) += ((f64::from(similarity) - 1.0) / self.temperature).exp();
+            }
+            votes.into_iter().rev().max_by(|a, b| a.1.total_cmp(&b.1)).map(|(label, _)| label)
+        };
+        self.counts().map(winner).collect()
+    }
+
+    /// Whether each labelled test image is right, by each of the numbers of neighbours.
+    pub(crate) fn right(&self, train: &Features, test: &Features) -> Result<Vec<Vec<bool>>> {
+        let known: Vec<Option<u32>> = train.truth.iter().map(|t| t.label).collect();
+        let similarities = test.cls.l2_normalize(1e-12)?.matmul_t(&train.cls.l2_normalize(1e-12)?)?;
+        let rows = similarities.as_slice::<f32>().par_chunks(known.len());
+        let right = rows.zip(&test.truth).filter_map(|(row, image)| {
+            let labelled = row.iter().zip(&known).filter_map(|(&s, label)| label.map(|label| (s, label)));
+            let votes = image.label.map(|_| self.vote(labelled.collect()))?;
+            Some(votes.into_iter().map(|vote| vote == image.label).collect())
+        });
+        Ok(right.collect())
+    }
+
+    /// `k`, and the further ones.
+    fn counts(&self) -> impl Iterator<Item = NonZeroUsize> + '_ {
+        [self.k].into_iter().chain(self.more_k.iter().copied())
     }
 }
 
 impl Probe for Knn {
     fn run(&self, context: &ProbeContext<'_>) -> Result<Vec<Score>> {
         let [train, test] = draw_two(context, self.train_samples.get(), self.test_samples.get());
-        let (train, test) = (features(context, context.train, &train)?, features(context, context.test, &test)?);
-        let labels = |f: &Features| -> Vec<Option<u32>> { f.truth.iter().map(|t| t.label).collect() };
-        let (known, wanted) = (labels(&train), labels(&test));
-        let similarities = test.cls.l2_normalize(1e-12)?.matmul_t(&train.cls.l2_normalize(1e-12)?)?;
-        let rows = similarities.as_slice::<f32>().par_chunks(known.len());
-        let right = rows.zip(&wanted).filter_map(|(row, wanted)| {
-            let labelled = row.iter().zip(&known).filter_map(|(&s, label)| label.map(|label| (s, label)));
-            wanted.map(|wanted| self.vote(labelled.collect()) == Some(wanted))
-        });
-        let right: Vec<bool> = right.collect();
+        let (train, test) =
+            (cls_features(context, context.train, &train)?, cls_features(context, context.test, &test)?);
+        let right = self.right(&train, &test)?;
         if right.is_empty() {
             let help = "use a dataset whose images have labels (class sub-folders), or take the probe out";
             return Err(Error::user("probe `knn`: no test image has a label", help));
         }
-        let top1 = right.iter().filter(|&&r| r).count() as f64 / right.len() as f64;
-        Ok(vec![Score { name: "top1", value: top1 }])
+        let score = |(i, k): (usize, NonZeroUsize)| {
+            let name = if i == 0 { "top1".into() } else { format!("top1_k{k}") };
+            Score::mean(name, right.iter().map(|image| f64::from(u8::from(image[i]))))
+        };
+        Ok(self.counts().enumerate().map(score).collect())
     }
 
     fn needs(&self) -> (bool, bool) {
@@ -99,7 +128,7 @@ mod tests {
     fn perfect_features_find_every_class() {
         let data = Halves { len: 300, width: 32, height: 32 };
         let scores = run(&Knn::default(), &data, &data, &perfect);
-        assert_eq!(scores, [Score { name: "top1", value: 1.0 }]);
+        assert_eq!(scores.iter().map(|s| s.value).collect::<Vec<_>>(), [1.0]);
     }
 
     #[test]
@@ -113,8 +142,8 @@ mod tests {
     #[test]
     fn nearer_neighbours_outvote_many_far_ones() {
         let knn = Knn::default();
-        assert_eq!(knn.vote(vec![(0.1, 0), (0.1, 0), (0.1, 0), (0.9, 1)]), Some(1));
-        let knn = Knn { k: NonZeroUsize::MIN, ..knn };
-        assert_eq!(knn.vote(vec![(0.5, 2), (0.5, 1), (0.4, 1)]), Some(2));
+        assert_eq!(knn.vote(vec![(0.1, 0), (0.1, 0), (0.1, 0), (0.9, 1)]), [Some(1)]);
+        let knn = Knn { k: NonZeroUsize::MIN, more_k: vec![knn.k], ..knn };
+        assert_eq!(knn.vote(vec![(0.5, 2), (0.5, 1), (0.4, 1)]), [Some(2), Some(1)]);
     }
 }

@@ -16,6 +16,10 @@ pub(crate) fn minimize<E>(
     let (mut value, mut gradient) = f(x)?;
     let mut memory: VecDeque<(Vec<f64>, Vec<f64>)> = VecDeque::new();
     for _ in 0..iterations {
+        // Nothing is left to gain but rounding.
+        if dot(&gradient, &gradient).sqrt() <= 1e-10 * value.abs().max(1.0) {
+            break;
+        }
         let direction = direction(&gradient, &memory);
         let slope = dot(&direction, &gradient);
         // Without curvature yet, a step of unit length; with it, the full quasi-Newton step.

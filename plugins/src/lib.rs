@@ -9,16 +9,17 @@
 //! | loss | [`dino`], [`ibot`], [`koleo`], [`gram`], [`byol`], [`vicreg`], [`barlow_twins`], [`info_nce`], [`sigreg`], [`inpainting`], [`rotation`], [`jigsaw`], [`relative_location`], [`cka`], [`online_linear`] |
 //! | scheduler | [`constant`], [`linear_warmup`], [`linear_warmup_cosine`], [`cosine`], [`step`] |
 //! | teacher policy | [`ema`], [`frozen`], [`gram_anchor`], [`no_teacher`] |
-//! | dataset | [`scenes`], [`image_folder`] |
+//! | dataset | [`scenes`], [`image_folder`], [`manifest`](image_folder::manifest) |
 //! | augmentation | [`multi_crop`], [`resized`] |
 //! | masking | [`block`], [`random`], [`multi_block`] |
-//! | probe | [`knn`], [`linear_segmentation`], [`patch_similarity`], [`cls_patch_cosine`], [`patch_spread`], [`dse`], [`effective_rank`] |
+//! | probe | [`knn`], [`linear_classification`], [`retrieval`], [`linear_segmentation`], [`knn_segmentation`], [`patch_similarity`], [`cls_patch_cosine`], [`patch_spread`], [`dse`], [`effective_rank`], [`correspondence`], [`robustness`] |
 //! | optimizer | [`adamw`], [`muon`], [`sgd`] |
 
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 
 // Backbones
 pub mod convnext;
+mod onnx;
 pub mod published;
 pub mod vit;
 
@@ -86,12 +87,19 @@ pub mod random;
 
 // Probes
 pub mod cls_patch_cosine;
+pub mod correspondence;
 pub mod dse;
 pub mod effective_rank;
 pub mod knn;
+pub mod knn_segmentation;
 mod lbfgs;
+pub mod linear_classification;
+mod linear_head;
 pub mod linear_segmentation;
 pub mod patch_similarity;
 pub mod patch_spread;
 mod probe_data;
+pub mod retrieval;
+pub mod robustness;
+mod segmentation;
 mod spectrum;

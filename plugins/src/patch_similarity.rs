@@ -59,8 +59,7 @@ impl Probe for PatchSimilarity {
             return Err(Error::user("probe `patch_similarity`: no patch lies in an object of a mask", help));
         }
         let (inside, outside) = (inside / references as f64, outside / references as f64);
-        let score = |name, value| Score { name, value };
-        Ok(vec![score("inside", inside), score("outside", outside), score("gap", inside - outside)])
+        Ok(vec![Score::new("inside", inside), Score::new("outside", outside), Score::new("gap", inside - outside)])
     }
 
     fn needs(&self) -> (bool, bool) {

@@ -40,7 +40,7 @@ impl Probe for PatchSpread {
         let within = images.sum::<f64>() / means.dim(0) as f64;
         let total = spread(&means.mean_axis(0)?.to_f64_vec());
         let share = if total > 0.0 { within / total } else { 0.0 };
-        let score = |name, value| Score { name, value };
+        let score = |name: &'static str, value| Score::new(name, value);
         Ok(vec![score("within", within), score("total", total), score("share", share)])
     }
 

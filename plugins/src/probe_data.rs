@@ -58,33 +58,88 @@ pub(crate) struct Truth {
 pub(crate) struct Features {
     /// `[N, D]`, f32.
     pub cls: Tensor,
-    /// `[N, P, D]`, f32.
+    /// `[N, P, D]`, f32; without images where only CLS was asked for.
     pub patches: Tensor,
     /// The patch grid.
     pub grid: Grid,
     /// Labels and masks, one an image.
     pub truth: Vec<Truth>,
+    /// Which sample of the dataset each is, and the side in pixels of its central square.
+    pub sources: Vec<(usize, usize)>,
 }
+
+/// What is done to the central square of sample `index` before it is brought to the model's size.
+pub(crate) type Change<'a> = &'a (dyn Fn(usize, RgbImage) -> RgbImage + Sync);
 
 /// Reads samples and computes their features. Samples that cannot be read are left out, which is said.
 ///
 /// # Errors
 /// If none of them can be read, or the model fails.
 pub(crate) fn features(context: &ProbeContext<'_>, dataset: &dyn Dataset, indices: &[usize]) -> Result<Features> {
+    look(context, dataset, indices, None, true)
+}
+
+/// The same of changed images, without masks.
+///
+/// # Errors
+/// As [`features`].
+pub(crate) fn features_of_changed(
+    context: &ProbeContext<'_>,
+    dataset: &dyn Dataset,
+    indices: &[usize],
+    change: Change<'_>,
+) -> Result<Features> {
+    look(context, dataset, indices, Some(change), true)
+}
+
+/// CLS features alone: patches of many images need much memory.
+///
+/// # Errors
+/// As [`features`].
+pub(crate) fn cls_features(context: &ProbeContext<'_>, dataset: &dyn Dataset, indices: &[usize]) -> Result<Features> {
+    look(context, dataset, indices, None, false)
+}
+
+/// CLS features of changed images.
+///
+/// # Errors
+/// As [`features`].
+pub(crate) fn cls_features_of_changed(
+    context: &ProbeContext<'_>,
+    dataset: &dyn Dataset,
+    indices: &[usize],
+    change: Change<'_>,
+) -> Result<Features> {
+    look(context, dataset, indices, Some(change), false)
+}
+
+fn look(
+    context: &ProbeContext<'_>,
+    dataset: &dyn Dataset,
+    indices: &[usize],
+    change: Option<Change<'_>>,
+    with_patches: bool,
+) -> Result<Features> {
     let (size, normalization) = (context.image_size, context.normalization);
-    let (mut cls, mut patches, mut truth) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut cls, mut patches, mut truth, mut sources) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let mut grid = Grid { height: 0, width: 0 };
     let mut failures = Vec::new();
     for chunk in indices.chunks(BATCH) {
-        let read = |&index: &usize| dataset.get(index).map(|sample| prepare(sample, size, normalization));
-        let read: Vec<Result<(Vec<f32>, Truth)>> = chunk.par_iter().map(read).collect();
+        let read = |&index: &usize| {
+            let sample = dataset.get(index)?;
+            let side = sample.width.min(sample.height);
+            let (pixels, known) = prepare(sample, size, normalization, change.map(|change| (index, change)));
+            Ok((pixels, known, side))
+        };
+        let read: Vec<Result<(Vec<f32>, Truth, usize)>> = chunk.par_iter().map(read).collect();
         let mut pixels = Vec::with_capacity(chunk.len() * 3 * size * size);
         let known = truth.len();
         for (&index, sample) in chunk.iter().zip(read) {
             match sample {
-                Ok((image, known)) => {
+                Ok((image, known, side)) => {
                     pixels.extend(image);
                     truth.push(known);
+                    sources.push((index, side));
                 }
                 Err(error) => failures.push((index, error)),
             }
@@ -95,7 +150,9 @@ pub(crate) fn features(context: &ProbeContext<'_>, dataset: &dyn Dataset, indice
         }
         let features = (context.features)(&Tensor::from_slice(&pixels, &[images, 3, size, size])?)?;
         cls.push(features.cls.detach().cast(DType::F32)?);
-        patches.push(features.patches.detach().cast(DType::F32)?);
+        if with_patches {
+            patches.push(features.patches.detach().cast(DType::F32)?);
+        }
         grid = features.grid;
     }
     let join = |parts: Vec<Tensor>| Tensor::cat(&parts.iter().collect::<Vec<_>>());
@@ -107,14 +164,21 @@ pub(crate) fn features(context: &ProbeContext<'_>, dataset: &dyn Dataset, indice
         let none = Error::user("a probe has no sample to measure", "let it have 1 or more samples");
         return Err(failures.into_iter().next().map_or(none, |(_, error)| error));
     }
-    Ok(Features { cls: join(cls)?, patches: join(patches)?, grid, truth })
+    let patches = if with_patches { join(patches)? } else { Tensor::zeros(&[0], DType::F32) };
+    Ok(Features { cls: join(cls)?, patches, grid, truth, sources })
 }
 
-/// The central square of a sample at `size`: normalised pixels `[3, size, size]`, and what is known about it.
-fn prepare(sample: Sample, size: usize, (mean, std): ([f32; 3], [f32; 3])) -> (Vec<f32>, Truth) {
+/// The central square of a sample at `size`: normalised pixels `[3, size, size]`, and what is known about it. A changed one
+/// has no mask.
+fn prepare(
+    sample: Sample,
+    size: usize,
+    (mean, std): ([f32; 3], [f32; 3]),
+    change: Option<(usize, Change<'_>)>,
+) -> (Vec<f32>, Truth) {
     let side = sample.width.min(sample.height);
     let (left, top) = ((sample.width - side) / 2, (sample.height - side) / 2);
-    let mask = sample.mask.map(|mask| {
+    let mask = sample.mask.filter(|_| change.is_none()).map(|mask| {
         // Nearest: the pixel under the centre of each new pixel.
         let at = |i: usize| (2 * i + 1) * side / (2 * size);
         let pixel = |i: usize| mask[(top + at(i / size)) * sample.width + left + at(i % size)];
@@ -123,9 +187,29 @@ fn prepare(sample: Sample, size: usize, (mean, std): ([f32; 3], [f32; 3])) -> (V
     let image = RgbImage::from_raw(sample.width as u32, sample.height as u32, sample.rgb)
         .expect("a sample has three bytes a pixel");
     let image = crop_imm(&image, left as u32, top as u32, side as u32, side as u32).to_image();
-    let image = if side == size { image } else { resize(&image, size as u32, size as u32, FilterType::Triangle) };
+    let image = match change {
+        Some((index, change)) => change(index, image),
+        None => image,
+    };
+    let whole = image.dimensions() == (size as u32, size as u32);
+    let image = if whole { image } else { resize(&image, size as u32, size as u32, FilterType::Triangle) };
     let channel = |c: usize| image.pixels().map(move |p| (f32::from(p.0[c]) / 255.0 - mean[c]) / std[c]);
     ((0..3).flat_map(channel).collect(), Truth { label: sample.label, mask })
+}
+
+/// The share of each class among the pixels of every patch of all images, `[N * P, classes]`: all 0 where an image has no mask,
+/// or a patch no pixel of a known class.
+pub(crate) fn class_shares(features: &Features, size: usize, classes: usize) -> Vec<f32> {
+    let of_image = |truth: &Truth| -> Vec<f32> {
+        let Some(mask) = &truth.mask else { return vec![0.0; features.grid.patches() * classes] };
+        let counts = class_counts(mask, size, features.grid, classes);
+        let shares = counts.chunks(classes).flat_map(|patch| {
+            let total = patch.iter().sum::<u32>().max(1) as f32;
+            patch.iter().map(move |&n| n as f32 / total)
+        });
+        shares.collect()
+    };
+    features.truth.par_iter().map(of_image).collect::<Vec<_>>().concat()
 }
 
 /// How many pixels of each class every patch has: `[P, classes]`. Classes of `classes` or more (a "void" label) count
@@ -261,7 +345,7 @@ pub(crate) mod testing {
     #[test]
     fn masks_follow_the_central_square() {
         let sample = Halves { len: 1, width: 80, height: 40 }.get(0).unwrap();
-        let (pixels, truth) = prepare(sample, 20, ([0.0; 3], [1.0; 3]));
+        let (pixels, truth) = prepare(sample, 20, ([0.0; 3], [1.0; 3]), None);
         let mask = truth.mask.unwrap();
         for (i, (&class, red)) in mask.iter().zip(&pixels).enumerate() {
             assert_eq!(class, u8::from(i % 20 < 10), "pixel {i}");

@@ -8,7 +8,7 @@ use dinolab_plugins::image_folder::{ImageFolder, ImageFolderConfig, BACKGROUND};
 use image::{DynamicImage, ImageFormat, Rgb, RgbImage};
 
 fn open(path: &Path, held_out: f64) -> dinolab_core::Result<ImageFolder> {
-    ImageFolder::open(&ImageFolderConfig { path: path.to_path_buf(), held_out, background: BACKGROUND })
+    ImageFolder::open(&ImageFolderConfig { held_out, ..ImageFolderConfig::of(path) })
 }
 
 /// A folder with a good JPEG at every path; each is another picture.
@@ -379,7 +379,7 @@ fn what_is_transparent_lies_on_the_background() {
         fs::write(folder.path().join(name), encode(&hidden.clone().into(), format)).unwrap();
     }
     for background in [[255, 255, 255], [10, 20, 30]] {
-        let config = ImageFolderConfig { path: folder.path().into(), held_out: 0.0, background };
+        let config = ImageFolderConfig { held_out: 0.0, background, ..ImageFolderConfig::of(folder.path()) };
         let dataset = ImageFolder::open(&config).unwrap();
         for i in 0..2 {
             let sample = dataset.get(i).unwrap();

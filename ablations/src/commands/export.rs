@@ -10,7 +10,7 @@ use dinolab_core::weights::{write_folder, ModelInfo, Source, TensorFiles, MODEL_
 use dinolab_core::Result;
 use dinolab_plugins::published;
 use safetensors::tensor::{Dtype, View};
-use serde_json::json;
+use serde_json::{json, Value as Json};
 
 use crate::style;
 
@@ -35,6 +35,8 @@ pub struct Args {
 enum Format {
     /// Hugging Face transformers: `DINOv3ViTModel.from_pretrained(DIR)`
     Hf,
+    /// onnxruntime and other programs that run ONNX: a ViT for images of any size
+    Onnx,
     /// Everything that opens safetensors, and dinolab: the backbone and the heads
     Safetensors,
 }
@@ -61,6 +63,10 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     };
     write_folder(&args.out, |folder| match args.format {
         Format::Hf => write_hf(folder, &files, prefix, &model),
+        Format::Onnx => {
+            write_file(&folder.join("model.onnx"), &published::onnx(&model, &files, prefix)?)?;
+            write_json(folder, "preprocessor_config.json", &processor(&model))
+        }
         Format::Safetensors => {
             write_pieces(&folder.join(MODEL_FILE), convert::without_prefix(&files, prefix)?, &[])?;
             let from = args.run.display();
@@ -77,9 +83,20 @@ fn write_hf(folder: &Path, files: &TensorFiles, prefix: &str, model: &ModelInfo)
     let pieces = convert::to_published(files, prefix, &rules)?;
     config["image_size"] = model.crops.global_size.into();
     config["dtype"] = dtype_name(&pieces).into();
-    // No image is squeezed: the shorter side is brought to the size of a crop, and the middle cut out.
-    let side = &config["image_size"];
-    let processor = json!({
+    write_pieces(&folder.join(MODEL_FILE), pieces, &[("format", "pt".into())])?;
+    write_json(folder, "config.json", &config)?;
+    write_json(folder, "preprocessor_config.json", &processor(model))
+}
+
+fn write_json(folder: &Path, name: &str, value: &Json) -> Result<()> {
+    let text = serde_json::to_string_pretty(value).expect("plain data");
+    write_file(&folder.join(name), (text + "\n").as_bytes())
+}
+
+/// How pixels are made: no image is squeezed, the shorter side is brought to the size of a crop, and the middle cut out.
+fn processor(model: &ModelInfo) -> Json {
+    let side = model.crops.global_size;
+    json!({
         "image_processor_type": "DINOv3ViTImageProcessorFast",
         "image_mean": model.crops.mean,
         "image_std": model.crops.std,
@@ -90,13 +107,7 @@ fn write_hf(folder: &Path, files: &TensorFiles, prefix: &str, model: &ModelInfo)
         "size": { "shortest_edge": side },
         "do_center_crop": true,
         "crop_size": { "height": side, "width": side },
-    });
-    write_pieces(&folder.join(MODEL_FILE), pieces, &[("format", "pt".into())])?;
-    for (name, value) in [("config.json", &config), ("preprocessor_config.json", &processor)] {
-        let text = serde_json::to_string_pretty(value).expect("plain data");
-        write_file(&folder.join(name), (text + "\n").as_bytes())?;
-    }
-    Ok(())
+    })
 }
 
 /// The type that most tensors have, as transformers calls it.

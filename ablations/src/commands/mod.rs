@@ -4,6 +4,7 @@ pub mod ablate;
 pub mod bench;
 pub mod check;
 pub mod doctor;
+pub mod eval;
 pub mod export;
 pub mod features;
 pub mod import;

@@ -4,7 +4,7 @@ mod html;
 mod look;
 mod markdown;
 mod pictures;
-mod plots;
+pub(crate) mod plots;
 mod run;
 mod summary;
 

@@ -147,6 +147,56 @@ pub fn curves(bands: &[Band], (x0, x1): (f64, f64), marks: &[Mark]) -> String {
     })
 }
 
+/// A score at an image size.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SizePoint {
+    /// Side in pixels.
+    pub size: f64,
+    /// The score.
+    pub value: f64,
+    /// Its interval.
+    pub ci95: Option<[f64; 2]>,
+}
+
+/// Curves over the size of images, with a bar for every interval.
+pub fn over_size(curves: &[(RGBColor, Vec<SizePoint>)]) -> String {
+    let all = || curves.iter().flat_map(|(_, points)| points);
+    let (x0, x1) = bounds(all().map(|p| p.size));
+    let (y0, y1) = bounds(all().flat_map(|p| p.ci95.into_iter().flatten().chain([p.value])));
+    let (pad_x, pad) = (0.04 * (x1 - x0), 0.06 * (y1 - y0));
+    draw((400, 250), |area| {
+        let mut chart = ChartBuilder::on(area)
+            .margin(6)
+            .margin_right(16)
+            .x_label_area_size(24)
+            .y_label_area_size(54)
+            .build_cartesian_2d(x0 - pad_x..x1 + pad_x, y0 - pad..y1 + pad)?;
+        chart
+            .configure_mesh()
+            .disable_x_mesh()
+            .x_labels(5)
+            .y_labels(5)
+            .light_line_style(TRANSPARENT)
+            .bold_line_style(INK.mix(0.12))
+            .axis_style(INK.mix(0.4))
+            .label_style(("sans-serif", 13).into_font().color(&INK.mix(0.75)))
+            .x_label_formatter(&|x| format!("{x:.0}"))
+            .y_label_formatter(&|y| super::number(if y.abs() < 1e-9 * (y1 - y0) { 0.0 } else { *y }))
+            .draw()?;
+        for (color, points) in curves {
+            for point in points {
+                if let Some([low, high]) = point.ci95 {
+                    let bar = vec![(point.size, low), (point.size, high)];
+                    chart.draw_series([PathElement::new(bar, color.mix(0.5).stroke_width(2))])?;
+                }
+                chart.draw_series([Circle::new((point.size, point.value), 3, color.filled())])?;
+            }
+            chart.draw_series(LineSeries::new(points.iter().map(|p| (p.size, p.value)), color.stroke_width(2)))?;
+        }
+        Ok(())
+    })
+}
+
 /// One row of a forest plot.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ForestRow {

@@ -44,7 +44,7 @@ impl Probe for MyPlugin {
             (context.features)(&batch)?.cls.l2_normalize(1e-12)
         };
         let cosine = cls(false)?.mul(&cls(true)?)?.sum()?.item() / count as f64;
-        Ok(vec![Score { name: "cosine", value: cosine }])
+        Ok(vec![Score::new("cosine", cosine)])
     }
 }
 

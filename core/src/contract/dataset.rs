@@ -15,7 +15,8 @@ pub struct Sample {
     pub rgb: Vec<u8>,
     /// Class of the image.
     pub label: Option<u32>,
-    /// Class of every pixel, row-major: `width * height` bytes.
+    /// Class of every pixel, row-major: `width * height` bytes, below [`Dataset::mask_classes`]; or 255 for a pixel that counts
+    /// nowhere ("void", "ignore").
     pub mask: Option<Vec<u8>>,
     /// What else is known about it: the numbers of each of [`Dataset::fields`], row-major.
     pub fields: Vec<Vec<f32>>,
@@ -88,6 +89,16 @@ pub trait Dataset: fmt::Debug + Send + Sync {
     /// Number of pixel classes (background included); 0 if there are no masks.
     fn mask_classes(&self) -> usize {
         0
+    }
+
+    /// The names of the image classes, in order; none if they have none.
+    fn class_names(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// The names of the pixel classes, in order; none if they have none.
+    fn mask_class_names(&self) -> Vec<String> {
+        Vec::new()
     }
 
     /// What every sample has beside pixels, label and mask.

@@ -40,7 +40,7 @@ pub use masking::{Masking, Unmasked};
 pub use optimizer::{Direction, Optimizer, ParamUpdate, Reach};
 pub use plan::{ColorPlan, CropPlan, Cut, ImagePlan, Jitter, JitterOp, Rect};
 pub use pos_encoding::{Grid, PosContext, PosEncoding, PosTables};
-pub use probe::{Probe, ProbeContext, Score};
+pub use probe::{Combine, Parts, Probe, ProbeContext, Score};
 pub use scheduler::{At, Schedule, Scheduler};
 pub use teacher_policy::{Follow, Role, TeacherPolicy};
 pub use view::{BatchImage, CropBox, ImageContext, ImageDraws, SeenBy, Tile, View};

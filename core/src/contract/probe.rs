@@ -1,6 +1,8 @@
 //! What a representation is worth: measured with the weights frozen.
 
+use std::borrow::Cow;
 use std::fmt;
+use std::sync::Arc;
 
 use super::dataset::Dataset;
 use super::Features;
@@ -28,12 +30,66 @@ pub struct ProbeContext<'a> {
 }
 
 /// One number of a probe.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct Score {
     /// The last part of its name in the log: `top1` becomes `probe/<probe>/top1`.
-    pub name: &'static str,
+    pub name: Cow<'static, str>,
     /// Its value.
     pub value: f64,
+    /// What it is put together from, image by image, where it is: what an interval over images is made of.
+    pub parts: Option<Parts>,
+    /// One of many, such as the score of a single class: `dinolab eval` reports it, training leaves it out of its curves.
+    pub detail: bool,
+}
+
+/// A score as a function of what test images add up to: a mean, or an intersection over union of all pixels.
+#[derive(Clone)]
+pub struct Parts {
+    /// The numbers of every test image, as many for each.
+    pub images: Arc<[Vec<f64>]>,
+    /// The score of the sum of some images' numbers; not finite where there is none.
+    pub score: Combine,
+}
+
+/// Numbers to a score.
+pub type Combine = Arc<dyn Fn(&[f64]) -> f64 + Send + Sync>;
+
+impl Score {
+    /// A number by itself.
+    pub fn new(name: impl Into<Cow<'static, str>>, value: f64) -> Self {
+        Self { name: name.into(), value, parts: None, detail: false }
+    }
+
+    /// A number that is put together from images.
+    pub fn of(name: impl Into<Cow<'static, str>>, parts: Parts) -> Self {
+        Self { value: parts.of_all(), parts: Some(parts), ..Self::new(name, 0.0) }
+    }
+
+    /// The mean of one number an image.
+    pub fn mean(name: impl Into<Cow<'static, str>>, of_images: impl IntoIterator<Item = f64>) -> Self {
+        let images = of_images.into_iter().map(|x| vec![x, 1.0]).collect();
+        Self::of(name, Parts { images, score: Arc::new(|sum| sum[0] / sum[1]) })
+    }
+
+    /// As one of many.
+    pub fn as_detail(self) -> Self {
+        Self { detail: true, ..self }
+    }
+}
+
+impl Parts {
+    /// The score of all images together.
+    pub fn of_all(&self) -> f64 {
+        let mut sum = vec![0.0; self.images.first().map_or(0, Vec::len)];
+        self.images.iter().for_each(|image| sum.iter_mut().zip(image).for_each(|(sum, x)| *sum += x));
+        (self.score)(&sum)
+    }
+}
+
+impl fmt::Debug for Parts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "of {} images", self.images.len())
+    }
 }
 
 /// What a representation is worth, measured with the weights frozen: at chosen steps and at the end of a run.
@@ -52,7 +108,7 @@ pub struct Score {
 ///     fn run(&self, context: &ProbeContext<'_>) -> Result<Vec<Score>> {
 ///         let black = Tensor::zeros(&[1, 3, context.image_size, context.image_size], dinolab_core::DType::F32);
 ///         let cls = (context.features)(&black)?.cls.to_f64_vec();
-///         Ok(vec![Score { name: "norm", value: cls.iter().map(|x| x * x).sum::<f64>().sqrt() }])
+///         Ok(vec![Score::new("norm", cls.iter().map(|x| x * x).sum::<f64>().sqrt())])
 ///     }
 /// }
 /// ```

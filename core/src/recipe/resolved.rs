@@ -188,7 +188,7 @@ fn hash(value: &Json) -> String {
     hasher.finalize().to_hex().to_string()
 }
 
-fn place(raw: &RawRecipe, problem: Problem) -> Problem {
+pub(super) fn place(raw: &RawRecipe, problem: Problem) -> Problem {
     let origin = raw.origin(&problem.key);
     // A key that nobody set is a matter of the table around it: mark that.
     let at_value = problem.at_value && raw.set_by(&problem.key) != Origin::Default;

@@ -117,7 +117,7 @@ pub fn dataset(data: &dyn Dataset) -> Held {
         let fits = sample.label.is_none_or(|label| (label as usize) < data.classes());
         ensure(fits, format!("sample {index} has label {:?} of {} classes", sample.label, data.classes()))?;
         if let Some(mask) = &sample.mask {
-            let known = mask.iter().all(|&class| usize::from(class) < data.mask_classes());
+            let known = mask.iter().all(|&class| class == 255 || usize::from(class) < data.mask_classes());
             ensure(mask.len() == pixels && known, format!("the mask of sample {index} has not a known class a pixel"))?;
         }
     }

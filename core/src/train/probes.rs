@@ -57,7 +57,10 @@ impl Probes {
                 warn: &|text| warnings.borrow_mut().push(format!("probe `{name}`: {text}")),
             };
             match probe.run(&context) {
-                Ok(found) => scores.extend(found.into_iter().map(|s| (format!("probe/{name}/{}", s.name), s.value))),
+                Ok(found) => {
+                    let curves = found.into_iter().filter(|s| !s.detail);
+                    scores.extend(curves.map(|s| (format!("probe/{name}/{}", s.name), s.value)));
+                }
                 Err(error) => warnings.borrow_mut().push(format!("probe `{name}` could not be taken: {error}")),
             }
         }

@@ -5,19 +5,20 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use dinolab_core::text::printable;
+use dinolab_core::{Error, Result};
 
 use super::listing::{files, some};
 
 /// Names of folders with images to train on, and with others to test on, the best first.
-const TRAIN: [&str; 2] = ["train", "training"];
-const TEST: [&str; 5] = ["val", "valid", "validation", "test", "testing"];
+pub(super) const TRAIN: [&str; 2] = ["train", "training"];
+pub(super) const TEST: [&str; 5] = ["val", "valid", "validation", "test", "testing"];
 
 /// The images of a folder, divided and labelled.
 #[derive(Debug, Default)]
 pub(super) struct Labelled {
     /// Class of each image; empty if there are no classes.
-    pub labels: Vec<u32>,
-    /// The classes, in alphabetical order.
+    pub labels: Vec<Option<u32>>,
+    /// The classes, in order.
     pub classes: Vec<OsString>,
     /// Images to train on and to test on, where folders divide them.
     pub split: Option<[Vec<usize>; 2]>,
@@ -87,8 +88,40 @@ pub(super) fn label(root: &Path, paths: &[PathBuf]) -> Labelled {
     }
     found.classes = count.into_keys().cloned().collect();
     let class = |folders: &Vec<OsString>| found.classes.binary_search(&folders[depth]).expect("all classes are listed");
-    found.labels = folders.iter().map(|folders| class(folders) as u32).collect();
+    found.labels = folders.iter().map(|folders| Some(class(folders) as u32)).collect();
     found
+}
+
+/// The images of a folder and those of another, `val`, that is held out: the classes are those of the first.
+///
+/// # Errors
+/// If a class is in `val` alone, or the first folder is divided already.
+pub(super) fn with_val(root: &Path, paths: &mut Vec<PathBuf>, val: &Path, theirs: Vec<PathBuf>) -> Result<Labelled> {
+    let mut found = label(root, paths);
+    if found.split.is_some() {
+        let problem = "its folders divide it into images to train on and images to test on already";
+        return Err(Error::content(root, problem, "name the folder to train on itself, or leave out data.val"));
+    }
+    if !found.classes.is_empty() {
+        for path in &theirs {
+            let class = folders(val, path).into_iter().next();
+            let place = class.as_ref().map(|class| found.classes.binary_search(class));
+            if let (Some(class), Some(Err(_))) = (&class, place) {
+                let problem =
+                    format!("there is a class `{}`, which {} does not have", printable(class), printable(root));
+                return Err(Error::content(
+                    val,
+                    problem,
+                    "both need the same sub-folders: rename or remove those of one",
+                ));
+            }
+            found.labels.push(place.and_then(std::result::Result::ok).map(|place| place as u32));
+        }
+    }
+    found.split = Some([(0..paths.len()).collect(), (paths.len()..paths.len() + theirs.len()).collect()]);
+    found.notes.push(format!("the images of {} are held out for probes", printable(val)));
+    paths.extend(theirs);
+    Ok(found)
 }
 
 fn lower(name: &OsString) -> String {

@@ -1,9 +1,11 @@
-//! `image_folder`: photographs in a folder.
+//! `image_folder`: photographs in a folder. `manifest`: photographs that a table lists.
 
 mod copies;
 mod decode;
 mod labels;
 mod listing;
+pub mod manifest;
+mod masks;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,9 +17,12 @@ use dinolab_core::text::printable;
 use dinolab_core::{plugin, Error, Result};
 
 use decode::{read_again, Known};
+use labels::Labelled;
+use masks::Masks;
 
 pub use decode::read;
 pub use listing::{list, Listing};
+pub use masks::{MaskConfig, IGNORED};
 
 /// What transparent images lie on unless a recipe says otherwise: white, as in most viewers.
 pub const BACKGROUND: [u8; 3] = [255; 3];
@@ -49,6 +54,37 @@ pub struct ImageFolderConfig {
     /// The colour that transparent images lie on: red, green and blue, 0 to 255.
     #[serde(default = "default_background")]
     pub background: [u8; 3],
+    /// Another folder, whose images are held out for probes in place of a share of these.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("format" = "path"))]
+    pub val: Option<PathBuf>,
+    /// A folder with the class of every pixel: for each image a PNG, indexed or grey, at the same path below it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("format" = "path"))]
+    pub masks: Option<PathBuf>,
+    /// The same for the images of `val`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("format" = "path"))]
+    pub val_masks: Option<PathBuf>,
+    /// What the values of masks mean.
+    #[serde(default)]
+    pub mask: MaskConfig,
+}
+
+impl ImageFolderConfig {
+    /// A folder with the defaults of all other keys.
+    pub fn of(path: impl Into<PathBuf>) -> Self {
+        let (held_out, background) = (default_held_out(), default_background());
+        Self {
+            path: path.into(),
+            held_out,
+            background,
+            val: None,
+            masks: None,
+            val_masks: None,
+            mask: MaskConfig::default(),
+        }
+    }
 }
 
 fn default_held_out() -> f64 {
@@ -80,7 +116,8 @@ struct Files {
     sizes: Vec<u64>,
     /// What was found whole.
     known: Vec<Known>,
-    labelled: labels::Labelled,
+    labelled: Labelled,
+    masks: Option<Masks>,
     /// What was passed over.
     notes: Vec<String>,
     background: [u8; 3],
@@ -94,11 +131,15 @@ impl ImageFolder {
     /// # Errors
     /// If the folder cannot be read, holds no image, or too few to set a share of them aside.
     pub fn open(config: &ImageFolderConfig) -> Result<Self> {
-        let ImageFolderConfig { path, held_out, background } = config;
-        let files = Arc::new(Files::list(path, *background)?);
+        Self::of(Files::list(config)?, &config.path, config.held_out)
+    }
+
+    /// All of `files`; a share of them is set aside where nothing divides them.
+    fn of(files: Files, at: &Path, held_out: f64) -> Result<Self> {
+        let files = Arc::new(files);
         let [train, test] = match &files.labelled.split {
             Some(parts) => parts.clone(),
-            None => files.split(path, *held_out)?,
+            None => files.split(at, held_out)?,
         };
         let part = |part: Vec<usize>| Arc::new(Self { files: files.clone(), part, held_out: None });
         let held_out = (!test.is_empty()).then(|| part(test));
@@ -119,12 +160,28 @@ impl Dataset for ImageFolder {
         let known = &self.files.known[self.part[index]];
         let image = read_again(self.path(index), self.files.background, known)?;
         let (width, height) = (image.width() as usize, image.height() as usize);
-        let label = self.files.labelled.labels.get(self.part[index]).copied();
-        Ok(Sample { width, height, rgb: image.into_raw(), label, ..Sample::default() })
+        let label = self.files.labelled.labels.get(self.part[index]).copied().flatten();
+        let mask = match &self.files.masks {
+            Some(masks) => masks.read(self.part[index], image.dimensions(), self.path(index))?,
+            None => None,
+        };
+        Ok(Sample { width, height, rgb: image.into_raw(), label, mask, ..Sample::default() })
     }
 
     fn classes(&self) -> usize {
         self.files.labelled.classes.len()
+    }
+
+    fn mask_classes(&self) -> usize {
+        self.files.masks.as_ref().map_or(0, Masks::classes)
+    }
+
+    fn class_names(&self) -> Vec<String> {
+        self.files.labelled.classes.iter().map(printable).collect()
+    }
+
+    fn mask_class_names(&self) -> Vec<String> {
+        self.files.masks.as_ref().map_or(Vec::new(), |masks| masks.names().to_vec())
     }
 
     fn describe(&self, index: usize) -> String {
@@ -132,11 +189,11 @@ impl Dataset for ImageFolder {
     }
 
     fn summary(&self) -> Summary {
-        let Files { paths, sizes, labelled, notes, .. } = self.files.as_ref();
+        let Files { paths, sizes, labelled, masks, notes, .. } = self.files.as_ref();
         let mut content = format!("{} images", self.len());
         if !labelled.classes.is_empty() {
             let mut count = vec![0usize; labelled.classes.len()];
-            self.part.iter().for_each(|&i| count[labelled.labels[i] as usize] += 1);
+            self.part.iter().filter_map(|&i| labelled.labels[i]).for_each(|label| count[label as usize] += 1);
             let class = |(name, n)| format!("{} {n}", printable(name));
             let mut named: Vec<String> = labelled.classes.iter().zip(count).take(NAMED).map(class).collect();
             if labelled.classes.len() > NAMED {
@@ -144,11 +201,15 @@ impl Dataset for ImageFolder {
             }
             content += &format!(" in {} classes ({})", labelled.classes.len(), named.join(", "));
         }
+        if let Some(masks) = masks {
+            content += &format!(", masks of {} classes", masks.classes());
+        }
         if let Some(held_out) = &self.held_out {
             content += &format!(", {} more held out for probes", held_out.len());
         }
         let mut all = labelled.notes.clone();
         all.extend(notes.iter().cloned());
+        all.extend(masks.as_ref().and_then(Masks::note));
         all.extend(copies::note(paths, sizes));
         Summary { content, notes: all }
     }
@@ -163,26 +224,62 @@ impl Dataset for ImageFolder {
 }
 
 impl Files {
-    fn list(root: &Path, background: [u8; 3]) -> Result<Self> {
-        if !root.is_dir() {
-            let problem = if root.exists() { "this is not a folder" } else { "there is no such folder" };
-            let help = "set data.path to a folder of images; a relative path starts where the program is run";
-            return Err(Error::content(root, problem, help));
-        }
-        let Listing { paths, notes } = list(root)?;
+    fn list(config: &ImageFolderConfig) -> Result<Self> {
+        let root = &config.path;
+        let Listing { mut paths, mut notes } = listed(root, "data.path")?;
+        let mut masks = match &config.masks {
+            Some(masks) => Some(masks::beside(root, &paths, masks, &mut notes)?),
+            None => None,
+        };
+        let labelled = match &config.val {
+            Some(val) => {
+                let found = listed(val, "data.val")?;
+                notes.extend(found.notes.into_iter().map(|note| format!("{}: {note}", printable(val))));
+                match (&mut masks, &config.val_masks) {
+                    (Some(all), Some(folder)) => all.extend(masks::beside(val, &found.paths, folder, &mut notes)?),
+                    (None, None) => {}
+                    _ => {
+                        let problem = "there are masks for one of the folders data.path and data.val only";
+                        return Err(Error::user(problem, "set both data.masks and data.val_masks, or neither"));
+                    }
+                }
+                labels::with_val(root, &mut paths, val, found.paths)?
+            }
+            None => match &config.val_masks {
+                Some(_) => {
+                    return Err(Error::user("data.val_masks without data.val", "set data.val, or data.masks alone"))
+                }
+                None => labels::label(root, &paths),
+            },
+        };
+        let masks = masks.map(|files| Masks::open(&config.mask, files)).transpose()?;
+        Ok(Self::new(root, paths, labelled, masks, notes, config.background))
+    }
+
+    /// Of files that were found.
+    fn new(
+        root: &Path,
+        paths: Vec<PathBuf>,
+        labelled: Labelled,
+        masks: Option<Masks>,
+        notes: Vec<String>,
+        background: [u8; 3],
+    ) -> Self {
         let mut hash = blake3::Hasher::new();
-        let mut sizes = Vec::with_capacity(paths.len());
-        for path in &paths {
+        let mut add = |path: &Path| {
             // One that cannot be read is named when it is.
             let size = std::fs::metadata(path).map_or(0, |found| found.len());
-            let inside = path.strip_prefix(root).expect("what is found in a folder begins with it");
+            let inside = path.strip_prefix(root).unwrap_or(path);
             hash.update(inside.as_os_str().as_encoded_bytes()).update(&[0]).update(&size.to_le_bytes());
-            sizes.push(size);
+            size
+        };
+        let sizes = paths.iter().map(|path| add(path)).collect();
+        for path in masks.iter().flat_map(Masks::files) {
+            add(path);
         }
-        let labelled = labels::label(root, &paths);
         let fingerprint = hash.finalize().to_hex().to_string();
         let known = paths.iter().map(|_| Known::default()).collect();
-        Ok(Self { paths, sizes, known, labelled, notes, background, fingerprint })
+        Self { paths, sizes, known, labelled, masks, notes, background, fingerprint }
     }
 
     /// Images to train on, and a share of them to test on.
@@ -202,4 +299,14 @@ impl Files {
         test.sort_unstable();
         Ok([train, test])
     }
+}
+
+/// The images of the folder that a key names.
+fn listed(root: &Path, key: &str) -> Result<Listing> {
+    if root.is_dir() {
+        return list(root);
+    }
+    let problem = if root.exists() { "this is not a folder" } else { "there is no such folder" };
+    let help = format!("set {key} to a folder of images; a relative path starts where the program is run");
+    Err(Error::content(root, problem, help))
 }

@@ -304,3 +304,17 @@ pub fn hugging_face(backbone: &Chosen<dyn Backbone>) -> Result<(Json, Vec<Rule>)
         }
     }
 }
+
+/// The ONNX file of a model whose tensors are in `files` as `<prefix>backbone.<name>`.
+///
+/// # Errors
+/// If the backbone is none that is written as ONNX, or its tensors are not there.
+pub fn onnx(model: &ModelInfo, files: &TensorFiles, prefix: &str) -> Result<Vec<u8>> {
+    match model.backbone.name() {
+        "vit" => vit::onnx::write(model, files, prefix),
+        other => {
+            let problem = format!("the backbone `{other}` is not written as ONNX");
+            Err(Error::user(problem, "a `vit` is; export this one with --format safetensors"))
+        }
+    }
+}

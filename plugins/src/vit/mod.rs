@@ -1,6 +1,6 @@
 //! The vision transformer of DINOv3: register tokens, pre-norm blocks with LayerScale, a pluggable position encoding.
 //!
-//! Options and presets are here; `model` has the forward pass, `block` one block, `hf` and `original` the layouts of
+//! Options and presets are here; `model` has the forward pass, `block` one block, `onnx` the graph of both, `hf` and `original` the layouts of
 //! published weights.
 
 use dinolab_core::contract::{Backbone, PosEncoding};
@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 pub mod block;
 pub(crate) mod hf;
 mod model;
+pub(crate) mod onnx;
 pub(crate) mod original;
 
 use model::Vit;

@@ -128,6 +128,9 @@ pub fn example(kind: &str, name: &str) -> Option<&'static str> {
         ("masking", "block") => "[masking]\nprobability = 0.5\nratio = [0.1, 0.5]",
         ("masking", "random") => "[masking]\nplugin = \"random\"\nprobability = 1.0\nratio = [0.75, 0.75]",
         ("dataset", "scenes") => "[data]\nplugin = \"scenes\"\ncount = 2048\nclasses = 4",
+        ("dataset", "manifest") => {
+            "extends = \"tiny_photos.toml\"\n\n[data]\nplugin = \"manifest\"\npath = \"/path/to/images.csv\""
+        }
         ("dataset", "image_folder") => {
             "extends = \"tiny_photos.toml\"\n\n[data]\nplugin = \"image_folder\"\npath = \"/path/to/images\""
         }

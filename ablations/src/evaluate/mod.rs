@@ -1,0 +1,73 @@
+//! Trained weights scored on any dataset by any probes, at several image sizes: what `dinolab eval` does.
+//!
+//! ```text
+//! <out>/
+//!   eval.json          every score with its interval, and its difference to that of the first weights
+//!   eval.html          the same as a page: curves over size, tables
+//!   scores/<hash>.json what one of the weights scored at one size: what is there is not measured again
+//! ```
+
+mod bootstrap;
+mod page;
+mod plan;
+mod record;
+mod seen;
+
+use std::cell::RefCell;
+use std::time::Instant;
+
+use dinolab_core::contract::{ProbeContext, Score};
+use dinolab_core::train::Trained;
+
+pub use page::page;
+pub use plan::{Job, Plan, Taken};
+pub use record::{Difference, Evaluation, ScoreLine, ScoreRecord, SizeRecord, SizeScores, WeightsScores};
+
+/// What one of the weights scores at one size. `begun` is told of every probe, and says whether to go on: else there is no
+/// record. A probe that fails is a warning, and its scores are missing.
+pub fn measure(plan: &Plan, trained: &Trained, size: usize, begun: &mut dyn FnMut(&str) -> bool) -> Option<SizeRecord> {
+    let seen = seen::Seen::new(trained);
+    let begin = Instant::now();
+    let warnings = RefCell::new(Vec::new());
+    let mut record = SizeRecord { size, seconds: 0.0, scores: Vec::new(), warnings: Vec::new(), failed: false };
+    for Taken { name, probe, .. } in &plan.probes {
+        if !begun(name) {
+            return None;
+        }
+        let context = ProbeContext {
+            features: &|pixels| seen.features(pixels),
+            train: plan.train.as_ref(),
+            test: plan.test.as_ref(),
+            image_size: size,
+            patch_size: trained.backbone.patch_size(),
+            normalization: trained.normalization,
+            seed: plan.data.seed,
+            warn: &|text| warnings.borrow_mut().push(format!("probe `{name}` at {size} pixels: {text}")),
+        };
+        match probe.run(&context) {
+            Ok(scores) => record.scores.extend(records(name, &scores)),
+            Err(error) => {
+                record.failed = true;
+                warnings.borrow_mut().push(format!("probe `{name}` could not be taken at {size} pixels: {error}"));
+            }
+        }
+    }
+    record.seconds = begin.elapsed().as_secs_f64();
+    record.warnings = warnings.into_inner();
+    Some(record)
+}
+
+fn records(probe: &str, scores: &[Score]) -> Vec<ScoreRecord> {
+    let drawn = bootstrap::resample(scores);
+    let record = |(score, drawn): (&Score, Vec<f64>)| ScoreRecord {
+        probe: probe.to_string(),
+        score: score.name.to_string(),
+        value: Some(score.value).filter(|x| x.is_finite()),
+        ci95: bootstrap::interval(drawn.iter().copied()),
+        images: score.parts.as_ref().map(|parts| parts.images.len()),
+        detail: score.detail,
+        // Of single classes the interval is enough.
+        drawn: if score.detail { Vec::new() } else { drawn.into_iter().map(Some).collect() },
+    };
+    scores.iter().zip(drawn).map(record).collect()
+}

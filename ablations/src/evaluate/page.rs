@@ -1,0 +1,66 @@
+//! `eval.html`: one file with everything in it, no script and no request.
+
+use minijinja::value::Serde;
+use minijinja::{context, Environment, Value};
+use plotters::style::RGBColor;
+
+use super::{Evaluation, ScoreLine};
+use crate::report::plots::{color, css, over_size, SizePoint};
+use crate::report::rounded_to;
+
+const PAGE: &str = include_str!("page.html");
+
+/// The page of an evaluation.
+pub fn page(evaluation: &Evaluation) -> String {
+    let (sizes, weights) = (evaluation.sizes(), &evaluation.weights);
+    // Nobody is the baseline here: all have colours.
+    let colors: Vec<RGBColor> = (0..weights.len()).map(|i| color(i, usize::MAX)).collect();
+    let legend =
+        weights.iter().zip(&colors).map(|(w, &color)| context! { name => w.name.as_str(), color => css(color) });
+    let cell = |line: Option<&ScoreLine>| {
+        let text = line.map(ScoreLine::text);
+        let difference = line.and_then(|line| line.difference).map(|d| {
+            let show = rounded_to(Some(d.ci95));
+            format!("{} [{}, {}]", show(d.value), show(d.ci95[0]), show(d.ci95[1]))
+        });
+        context! { text, difference }
+    };
+    let row = |name: &(String, String), size: usize| {
+        let cells: Vec<Value> = weights.iter().map(|w| cell(w.at(name, size))).collect();
+        context! { probe => name.0.as_str(), score => name.1.as_str(), size, cells }
+    };
+    let table = |names: &[(String, String)], sizes: &[usize]| -> Vec<Value> {
+        names.iter().flat_map(|name| sizes.iter().map(|&size| row(name, size)).collect::<Vec<_>>()).collect()
+    };
+    let names = evaluation.scores(false);
+    let plot = |name: &(String, String)| {
+        let of = |size: &usize, line: &ScoreLine| {
+            line.value.map(|value| SizePoint { size: *size as f64, value, ci95: line.ci95 })
+        };
+        let curve = |w: &super::WeightsScores| -> Vec<SizePoint> {
+            sizes.iter().filter_map(|size| of(size, w.at(name, *size)?)).collect()
+        };
+        let curves: Vec<(RGBColor, Vec<SizePoint>)> = colors.iter().copied().zip(weights.iter().map(curve)).collect();
+        let svg = Value::from_safe_string(over_size(&curves));
+        context! { name => format!("{}/{}", name.0, name.1), svg }
+    };
+    let plots: Vec<Value> = if sizes.len() > 1 { names.iter().map(plot).collect() } else { Vec::new() };
+    let warnings = weights.iter().flat_map(|w| {
+        w.sizes.iter().flat_map(move |size| size.warnings.iter().map(move |text| format!("{}: {text}", w.name)))
+    });
+    let mut environment = Environment::new();
+    environment.add_template("page.html", PAGE).expect("the template is well formed");
+    let template = environment.get_template("page.html").expect("it was added above");
+    let page = template.render(context! {
+        evaluation => Value::from(Serde(evaluation)),
+        legend => legend.collect::<Vec<_>>(),
+        rows => table(&names, &sizes),
+        details => table(&evaluation.scores(true), &sizes),
+        plots,
+        warnings => warnings.collect::<Vec<_>>(),
+        tables => serde_json::to_string_pretty(&serde_json::json!({
+            "data": evaluation.data, "seed": evaluation.seed, "probes": evaluation.probes,
+        })).expect("plain data"),
+    });
+    page.expect("the template asks for nothing that it is not given")
+}

@@ -1,0 +1,57 @@
+//! What weights are measured on: the data and the probes of a recipe, or of a file that has nothing else.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value as Json;
+
+use super::layers::{Overrides, RawRecipe};
+use super::nested::Nested;
+use super::problem::Problem;
+use super::resolved::place;
+use super::{ranges, Probes};
+use crate::contract::Dataset;
+use crate::registry::Chosen;
+use crate::Result;
+
+/// The keys of a recipe that say what is measured on what.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Measured {
+    /// Which samples are drawn.
+    #[serde(default)]
+    pub seed: u64,
+    /// Where images come from.
+    pub data: Chosen<dyn Dataset>,
+    /// What is measured; it may be empty.
+    #[serde(default)]
+    pub probes: Probes,
+}
+
+impl Measured {
+    /// Of a recipe, a run, or a TOML file with the tables `[data]` and perhaps `[probes]`.
+    ///
+    /// # Errors
+    /// All that is wrong with it.
+    pub fn load(path: &Path, overrides: &Overrides) -> Result<Self> {
+        let raw = RawRecipe::load(path)?.with(overrides)?;
+        if ["backbone", "losses", "steps"].iter().any(|key| raw.get(key).is_some()) {
+            let recipe = raw.resolve()?.recipe;
+            return Ok(Self { seed: recipe.seed, data: recipe.data, probes: recipe.probes });
+        }
+        let mut value = raw.value().clone();
+        value.remove("name");
+        let measured: Self = figment::value::Value::from(value)
+            .deserialize()
+            .map_err(|e: figment::Error| place(&raw, Problem::of(&Nested::of(&e))))?;
+        match ranges::check_tables(&measured.value()) {
+            Some(problem) => Err(place(&raw, problem).into()),
+            None => Ok(measured),
+        }
+    }
+
+    /// As plain data, every default filled in.
+    pub fn value(&self) -> Json {
+        serde_json::to_value(self).expect("tables of a recipe are plain data")
+    }
+}

@@ -1,0 +1,224 @@
+//! `manifest`: images that a table lists.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use dinolab_core::contract::Dataset;
+use dinolab_core::registry::DataContext;
+use dinolab_core::{plugin, Error, Result};
+
+use super::labels::{Labelled, TEST, TRAIN};
+use super::masks::{MaskConfig, Masks};
+use super::{Files, ImageFolder};
+
+/// The columns that are known.
+const COLUMNS: [&str; 4] = ["path", "label", "split", "mask"];
+
+/// Images that a CSV file or a file of JSON lines names, with label, part and mask.
+///
+/// The columns (or keys) are `path`, and where they are there `label`, `split` and `mask`; others are passed over and named. Paths
+/// start at `root`. Labels are text or whole numbers: the classes are all labels, numbers in their order, texts in that of
+/// the alphabet; an empty one is none. `split` says `train`, or `val`, `valid`, `validation` or `test`: these are held out for
+/// probes. Images and masks are read as `image_folder` does.
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ManifestConfig {
+    /// The table: a `.csv` file whose first line names the columns, or a `.jsonl` file with an object a line.
+    #[schemars(extend("format" = "path"))]
+    pub path: PathBuf,
+    /// Where the paths in it start. By default the folder that it lies in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("format" = "path"))]
+    pub root: Option<PathBuf>,
+    /// Share of the images set aside for probes: the same ones for every seed. Where there is a column `split` it divides
+    /// the images instead.
+    #[serde(default = "super::default_held_out")]
+    #[schemars(extend("minimum" = 0, "exclusiveMaximum" = 1))]
+    pub held_out: f64,
+    /// The colour that transparent images lie on: red, green and blue, 0 to 255.
+    #[serde(default = "super::default_background")]
+    pub background: [u8; 3],
+    /// What the values of masks mean.
+    #[serde(default)]
+    pub mask: MaskConfig,
+}
+
+plugin!(Dataset, "manifest", ManifestConfig, |config: ManifestConfig, _: &mut DataContext| {
+    open(&config).map(|folder| Box::new(folder) as Box<dyn Dataset>)
+});
+
+/// A line of the table.
+struct Row {
+    /// Its number in the file, from 1.
+    line: usize,
+    path: PathBuf,
+    label: Option<String>,
+    split: Option<String>,
+    mask: Option<PathBuf>,
+}
+
+/// Reads the table; no image is read.
+///
+/// # Errors
+/// If it cannot be read, a line of it is wrong, or a file that it names is not there.
+fn open(config: &ManifestConfig) -> Result<ImageFolder> {
+    let file = &config.path;
+    let folder = || file.parent().unwrap_or(Path::new("")).to_path_buf();
+    let root = config.root.clone().unwrap_or_else(folder);
+    let mut notes = Vec::new();
+    let rows = read(file, &root, &mut notes)?;
+    let wrong =
+        |row: &Row, problem: String, help: &str| Error::content(file, format!("line {}: {problem}", row.line), help);
+    let mut lines: BTreeMap<&PathBuf, usize> = BTreeMap::new();
+    for row in &rows {
+        if let Some(before) = lines.insert(&row.path, row.line) {
+            let problem = format!("{} is named in line {before} already", row.path.display());
+            return Err(wrong(row, problem, "name every image once"));
+        }
+        if let Some(path) = [Some(&row.path), row.mask.as_ref()].into_iter().flatten().find(|path| !path.is_file()) {
+            let problem = format!("there is no file {}", path.display());
+            return Err(wrong(row, problem, "correct the path, or set data.root to where the paths start"));
+        }
+    }
+    let mut parts = [Vec::new(), Vec::new()];
+    for (i, row) in rows.iter().enumerate() {
+        match row.split.as_deref().map(str::to_lowercase).as_deref() {
+            None => parts[0].push(i),
+            Some(name) if TRAIN.contains(&name) => parts[0].push(i),
+            Some(name) if TEST.contains(&name) => parts[1].push(i),
+            Some(name) => {
+                let problem = format!("`{name}` is no part of the data");
+                return Err(wrong(row, problem, "write train, or val or test"));
+            }
+        }
+    }
+    let divided = rows.iter().any(|row| row.split.is_some());
+    if divided && parts.iter().any(Vec::is_empty) {
+        let problem = "the column `split` puts all images into one part";
+        return Err(Error::content(file, problem, "mark some with train and some with val, or leave the column out"));
+    }
+    let (classes, labels) = classes(&rows);
+    let labelled = Labelled { labels, classes, split: divided.then_some(parts), notes: Vec::new() };
+    let masks: Vec<Option<PathBuf>> = rows.iter().map(|row| row.mask.clone()).collect();
+    let masks = match masks.iter().any(Option::is_some) {
+        true => Some(Masks::open(&config.mask, masks)?),
+        false => None,
+    };
+    let paths = rows.into_iter().map(|row| row.path).collect();
+    let mut files = Files::new(&root, paths, labelled, masks, notes, config.background);
+    // Labels and parts make other data too.
+    let table = std::fs::read(file).map_err(Error::io("read", file))?;
+    files.fingerprint = blake3::hash(&[files.fingerprint.as_bytes(), &table].concat()).to_hex().to_string();
+    ImageFolder::of(files, file, config.held_out)
+}
+
+/// All labels in order, and the class of every row.
+fn classes(rows: &[Row]) -> (Vec<OsString>, Vec<Option<u32>>) {
+    let names: BTreeSet<&String> = rows.iter().filter_map(|row| row.label.as_ref()).collect();
+    let mut names: Vec<&String> = names.into_iter().collect();
+    // 10 comes after 9.
+    if let Some(mut numbers) =
+        names.iter().map(|name| name.parse::<i64>().ok().map(|n| (n, *name))).collect::<Option<Vec<_>>>()
+    {
+        numbers.sort();
+        names = numbers.into_iter().map(|(_, name)| name).collect();
+    }
+    let place: BTreeMap<&String, u32> = names.iter().enumerate().map(|(i, name)| (*name, i as u32)).collect();
+    let labels = rows.iter().map(|row| row.label.as_ref().map(|label| place[label])).collect();
+    (names.into_iter().map(OsString::from).collect(), labels)
+}
+
+/// The rows of the table, by the ending of its name.
+fn read(file: &Path, root: &Path, notes: &mut Vec<String>) -> Result<Vec<Row>> {
+    let bytes = std::fs::read(file).map_err(Error::io("read", file))?;
+    let text = String::from_utf8(bytes).map_err(|e| {
+        let line = 1 + e.as_bytes()[..e.utf8_error().valid_up_to()].iter().filter(|&&b| b == b'\n').count();
+        Error::content(file, format!("line {line}: this is not UTF-8"), "save the table as UTF-8, and name files in it")
+    })?;
+    let ending = file.extension().map(|e| e.to_string_lossy().to_lowercase());
+    let table = match ending.as_deref() {
+        Some("csv") => of_csv(file, &text)?,
+        Some("jsonl" | "ndjson") => of_json(file, &text)?,
+        _ => {
+            return Err(Error::content(
+                file,
+                "this is no table that is known by its ending",
+                "name a .csv or a .jsonl file",
+            ))
+        }
+    };
+    let mut others: BTreeSet<String> = BTreeSet::new();
+    let mut rows = Vec::with_capacity(table.len());
+    for (line, mut cells) in table {
+        let mut take = |column: &str| cells.remove(column).filter(|cell| !cell.is_empty());
+        let path = take("path").ok_or_else(|| {
+            Error::content(file, format!("line {line}: there is no `path`"), "name the image's file in a column `path`")
+        })?;
+        let (label, split, mask) = (take("label"), take("split"), take("mask"));
+        others.extend(cells.into_keys());
+        rows.push(Row { line, path: root.join(path), label, split, mask: mask.map(|mask| root.join(mask)) });
+    }
+    if rows.is_empty() {
+        return Err(Error::content(file, "the table has no line", "list images in it, one a line"));
+    }
+    if !others.is_empty() {
+        let others: Vec<String> = others.iter().map(|name| format!("`{name}`")).collect();
+        notes.push(format!("columns that are passed over: {}; known: {}", others.join(", "), COLUMNS.join(", ")));
+    }
+    Ok(rows)
+}
+
+type Cells = BTreeMap<String, String>;
+
+fn of_csv(file: &Path, text: &str) -> Result<Vec<(usize, Cells)>> {
+    let wrong = |e: csv::Error| {
+        Error::content(file, e.to_string(), "every line has as many columns as the first, which names them")
+    };
+    let mut reader =
+        csv::ReaderBuilder::new().trim(csv::Trim::All).from_reader(text.trim_start_matches('\u{feff}').as_bytes());
+    let names = reader.headers().map_err(wrong)?.clone();
+    if let Some(twice) = names.iter().enumerate().find(|(i, name)| names.iter().take(*i).any(|other| other == *name)) {
+        let problem = format!("line 1: two columns are named `{}`", twice.1);
+        return Err(Error::content(file, problem, "name every column once"));
+    }
+    let mut rows = Vec::new();
+    for record in reader.records() {
+        let record = record.map_err(wrong)?;
+        let line = record.position().map_or(0, |at| at.line() as usize);
+        rows.push((line, names.iter().zip(&record).map(|(name, cell)| (name.into(), cell.into())).collect()));
+    }
+    Ok(rows)
+}
+
+fn of_json(file: &Path, text: &str) -> Result<Vec<(usize, Cells)>> {
+    let mut rows = Vec::new();
+    for (i, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+        let wrong = |problem: String| {
+            let help = "write an object with the keys path, label, split and mask in every line";
+            Error::content(file, format!("line {}: {problem}", i + 1), help)
+        };
+        let object: serde_json::Map<String, serde_json::Value> =
+            serde_json::from_str(line).map_err(|e| wrong(e.to_string()))?;
+        let mut cells = Cells::new();
+        for (key, value) in object {
+            let cell = match value {
+                serde_json::Value::Null => continue,
+                serde_json::Value::String(text) => text,
+                serde_json::Value::Number(number) if key == "label" && (number.is_i64() || number.is_u64()) => {
+                    number.to_string()
+                }
+                other if COLUMNS.contains(&key.as_str()) => {
+                    return Err(wrong(format!(
+                        "`{key}` is {other}, expected text{}",
+                        if key == "label" { " or a whole number" } else { "" }
+                    )));
+                }
+                other => other.to_string(),
+            };
+            cells.insert(key, cell);
+        }
+        rows.push((i + 1, cells));
+    }
+    Ok(rows)
+}

@@ -1,0 +1,208 @@
+//! Classes of pixels: PNG files beside images.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::BufReader;
+use std::path::{Path, PathBuf};
+
+use dinolab_core::text::printable;
+use dinolab_core::{Error, Result};
+use rayon::prelude::*;
+
+use super::listing::{files, some};
+
+/// What a pixel has that counts nowhere.
+pub const IGNORED: u8 = 255;
+
+/// What masks mean.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct MaskConfig {
+    /// The value of pixels that count nowhere ("void"); others of 255 and above the classes are errors.
+    pub ignore: u8,
+    /// Whether 0 counts nowhere too, and 1 is the first class: the convention of ADE20K.
+    pub ignore_zero: bool,
+    /// Names of the classes, in the order of their values. Without, all masks are read at the start to find how many there are.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub names: Vec<String>,
+}
+
+impl Default for MaskConfig {
+    fn default() -> Self {
+        Self { ignore: IGNORED, ignore_zero: false, names: Vec::new() }
+    }
+}
+
+/// The masks of a dataset's images.
+#[derive(Debug)]
+pub(super) struct Masks {
+    config: MaskConfig,
+    /// The file of each image.
+    files: Vec<Option<PathBuf>>,
+    classes: usize,
+}
+
+impl Masks {
+    /// Those in these files, one an image or none.
+    ///
+    /// # Errors
+    /// If there are too many classes, or, where classes have to be counted, a mask cannot be read.
+    pub fn open(config: &MaskConfig, files: Vec<Option<PathBuf>>) -> Result<Self> {
+        let classes = match config.names.len() {
+            0 => greatest(config, &files)?.map_or(0, |class| usize::from(class) + 1),
+            n if n > usize::from(IGNORED) => {
+                let problem = format!("{n} names of pixel classes, and a mask of 8 bits has room for {IGNORED}");
+                return Err(Error::user(problem, "name fewer classes in data.mask.names"));
+            }
+            n => n,
+        };
+        Ok(Self { config: config.clone(), files, classes })
+    }
+
+    /// All of them.
+    pub fn files(&self) -> impl Iterator<Item = &PathBuf> {
+        self.files.iter().flatten()
+    }
+
+    pub fn classes(&self) -> usize {
+        self.classes
+    }
+
+    pub fn names(&self) -> &[String] {
+        &self.config.names
+    }
+
+    /// How the classes were found, if that may surprise.
+    pub fn note(&self) -> Option<String> {
+        let n = self.files().count();
+        let found =
+            || format!("{} read to count the pixel classes: {} (data.mask.names names them)", files(n), self.classes);
+        self.config.names.is_empty().then(found)
+    }
+
+    /// The classes of the pixels of image `index`, which has that size.
+    ///
+    /// # Errors
+    /// If the file is missing or damaged, is no mask, is of another size, or has a class that is not known.
+    pub fn read(&self, index: usize, size: (u32, u32), image: &Path) -> Result<Option<Vec<u8>>> {
+        let Some(path) = &self.files[index] else { return Ok(None) };
+        let (values, width) = read(path)?;
+        let height = values.len() / width;
+        if (width, height) != (size.0 as usize, size.1 as usize) {
+            let (w, h) = size;
+            let problem = format!("the mask has {width}x{height} pixels, and its image {} {w}x{h}", printable(image));
+            return Err(Error::content(path, problem, "make it of the image's size, by nearest neighbours"));
+        }
+        let mut classes = Vec::with_capacity(values.len());
+        for (i, value) in values.into_iter().enumerate() {
+            let class = class(&self.config, value);
+            if class.is_some_and(|class| usize::from(class) >= self.classes) {
+                let (x, y) = (i % width, i / width);
+                let problem = format!(
+                    "pixel ({x}, {y}) has the value {value}, which is none of the {} classes and is not ignored ({})",
+                    self.classes, self.config.ignore
+                );
+                return Err(Error::content(path, problem, "correct the mask, or data.mask.names or data.mask.ignore"));
+            }
+            classes.push(class.unwrap_or(IGNORED));
+        }
+        Ok(Some(classes))
+    }
+}
+
+/// The masks in the folder `masks` of images below `root`: at the image's own path with the ending `.png`.
+///
+/// # Errors
+/// If an image has none, or two images would have the same. Masks without an image are noted.
+pub(super) fn beside(
+    root: &Path,
+    images: &[PathBuf],
+    masks: &Path,
+    notes: &mut Vec<String>,
+) -> Result<Vec<Option<PathBuf>>> {
+    if !masks.is_dir() {
+        let problem = if masks.exists() { "this is not a folder" } else { "there is no such folder" };
+        let help = "set data.masks to the folder of masks; a relative path starts where the program is run";
+        return Err(Error::content(masks, problem, help));
+    }
+    let mut owner: BTreeMap<PathBuf, &PathBuf> = BTreeMap::new();
+    let mut missing = Vec::new();
+    let mut found = Vec::with_capacity(images.len());
+    for image in images {
+        let mask = masks.join(image.strip_prefix(root).unwrap_or(image)).with_extension("png");
+        if let Some(other) = owner.insert(mask.clone(), image) {
+            let problem = format!("it would be the mask of two images: {} and {}", printable(other), printable(image));
+            return Err(Error::content(mask, problem, "give every image a name of its own, whatever its ending"));
+        }
+        if !mask.is_file() {
+            missing.push(image);
+        }
+        found.push(Some(mask));
+    }
+    if !missing.is_empty() {
+        let n = missing.len();
+        let named = some(missing.iter().map(|image| printable(image.strip_prefix(root).unwrap_or(image))));
+        let problem = format!("{n} of {} images have no mask here: {named}", images.len());
+        let help = "a mask is a PNG at the image's path below data.path: add them, or move these images away";
+        return Err(Error::content(masks, problem, help));
+    }
+    let mut alone = 0;
+    for entry in walkdir::WalkDir::new(masks).follow_links(true).into_iter().flatten() {
+        let png = entry.path().extension().is_some_and(|e| e == "png");
+        alone += usize::from(png && entry.file_type().is_file() && !owner.contains_key(entry.path()));
+    }
+    if alone > 0 {
+        notes.push(format!("{} of {} belong to no image and are passed over", files(alone), printable(masks)));
+    }
+    Ok(found)
+}
+
+/// The class of a value; none if it is ignored.
+fn class(config: &MaskConfig, value: u8) -> Option<u8> {
+    match value {
+        v if v == config.ignore => None,
+        v if config.ignore_zero => v.checked_sub(1),
+        v => Some(v),
+    }
+}
+
+/// The greatest class in any mask.
+fn greatest(config: &MaskConfig, files: &[Option<PathBuf>]) -> Result<Option<u8>> {
+    let of = |path: &PathBuf| -> Result<Option<u8>> {
+        Ok(read(path)?.0.into_iter().filter_map(|value| class(config, value)).max())
+    };
+    let greatest = files.par_iter().flatten().map(of).try_reduce(|| None, |a, b| Ok(a.max(b)))?;
+    if greatest == Some(IGNORED) {
+        let help = "set data.mask.ignore to the value that counts nowhere";
+        return Err(Error::user(format!("a mask has the class {IGNORED}, which dinolab ignores"), help));
+    }
+    Ok(greatest)
+}
+
+/// The values of a PNG of one channel as they are stored, palettes unused, and its width.
+fn read(path: &Path) -> Result<(Vec<u8>, usize)> {
+    let file = File::open(path).map_err(Error::io("read", path))?;
+    let broken = |e: png::DecodingError| Error::content(path, e.to_string(), "a mask is a PNG: mend or replace it");
+    let mut decoder = png::Decoder::new(BufReader::new(file));
+    decoder.set_transformations(png::Transformations::IDENTITY);
+    let mut reader = decoder.read_info().map_err(broken)?;
+    let (info, bits) = (reader.info(), reader.info().bit_depth as usize);
+    if !matches!(info.color_type, png::ColorType::Indexed | png::ColorType::Grayscale) || bits > 8 {
+        let problem =
+            format!("it is a PNG of {:?} in {bits} bits a channel, which says no class a pixel", info.color_type);
+        let help = "a mask is indexed or grey in 8 bits or fewer: its values, not its colours, are the classes";
+        return Err(Error::content(path, problem, help));
+    }
+    let (width, height) = (info.width as usize, info.height as usize);
+    let too_large = || Error::content(path, "it is too large to be decoded", "make it of the image's size");
+    let mut bytes = vec![0; reader.output_buffer_size().ok_or_else(too_large)?];
+    let frame = reader.next_frame(&mut bytes).map_err(broken)?;
+    if bits == 8 {
+        bytes.truncate(width * height);
+        return Ok((bytes, width));
+    }
+    // Rows begin with a byte; the first pixel has its highest bits.
+    let pixel = |row: &[u8], x: usize| row[x * bits / 8] >> (8 - bits - x * bits % 8) & ((1 << bits) - 1);
+    let rows = bytes.chunks(frame.line_size).take(height);
+    Ok((rows.flat_map(|row| (0..width).map(move |x| pixel(row, x))).collect(), width))
+}
