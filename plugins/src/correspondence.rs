@@ -128,6 +128,10 @@ impl Probe for Correspondence {
             |i: usize| Parts { images: images.clone(), score: Arc::new(move |sum: &[f64]| sum[i] / sum[WITHIN.len()]) };
         Ok(vec![Score::of("pck_10", score(0)), Score::of("pck_05", score(1))])
     }
+
+    fn images(&self) -> usize {
+        self.samples.get().saturating_mul(2)
+    }
 }
 
 plugin!(Probe, "correspondence", Correspondence);

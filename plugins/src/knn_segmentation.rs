@@ -119,6 +119,10 @@ impl Probe for KnnSegmentation {
     fn needs(&self) -> (bool, bool) {
         (false, true)
     }
+
+    fn images(&self) -> usize {
+        self.train_samples.get().saturating_add(self.test_samples.get())
+    }
 }
 
 plugin!(Probe, "knn_segmentation", KnnSegmentation);

@@ -137,6 +137,10 @@ impl Probe for LinearClassification {
     fn needs(&self) -> (bool, bool) {
         (true, false)
     }
+
+    fn images(&self) -> usize {
+        self.train_samples.get().saturating_add(self.test_samples.get())
+    }
 }
 
 plugin!(Probe, "linear_classification", LinearClassification);

@@ -71,6 +71,10 @@ impl Probe for Retrieval {
     fn needs(&self) -> (bool, bool) {
         (true, false)
     }
+
+    fn images(&self) -> usize {
+        self.train_samples.get().saturating_add(self.test_samples.get())
+    }
 }
 
 plugin!(Probe, "retrieval", Retrieval);

@@ -13,8 +13,8 @@ use dinolab_core::Result;
 use crate::cli::DeviceArgs;
 use crate::report::{self, duration, Provenance};
 use crate::suite::{
-    execute, Event, ExecuteOptions, Job, Outcome, Overrides, Plan, PlannedRun, Prepared, Progress, Status, Suite,
-    Tally, TRUNK,
+    chosen, execute, Event, ExecuteOptions, Job, Outcome, Overrides, Plan, PlannedRun, Prepared, Progress, Status,
+    Suite, Tally, TRUNK,
 };
 use crate::{signals, style};
 
@@ -79,7 +79,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
         style::warn(warning);
     }
     if args.dry_run {
-        return dry_run(&plan).map(|()| ExitCode::SUCCESS);
+        return dry_run(&plan, &chosen(&plan, &args.arms, &args.seeds)?).map(|()| ExitCode::SUCCESS);
     }
     let options = ExecuteOptions {
         arms: args.arms,
@@ -89,10 +89,11 @@ pub fn run(args: Args) -> Result<ExitCode> {
         retry_failed: args.retry_failed,
         stop: signals::stop_flag(),
     };
-    let progress = Progress::new(&plan.suite.name, plan.all_runs().count(), finished(&plan)?.len());
+    let all: Vec<&PlannedRun> = plan.all_runs().collect();
+    let progress = Progress::new(&plan.suite.name, all.len(), finished(&plan, &all)?.len());
     let tally = execute(&plan, &options, &prepare, &progress)?;
     if let Some((run, step)) = &tally.interrupted {
-        let (done, runs) = (finished(&plan)?.len(), plan.all_runs().count());
+        let (done, runs) = (finished(&plan, &all)?.len(), all.len());
         style::say(&format!(
             "stopped at {run}, step {step}, saved; {done} of {runs} runs are finished; go on with the same command"
         ));
@@ -195,9 +196,9 @@ impl Observer for Watcher<'_> {
 }
 
 /// Every finished run of the plan: the steps that it did itself, and the seconds that they took.
-fn finished(plan: &Plan) -> Result<Vec<(u64, f64)>> {
+fn finished(plan: &Plan, runs: &[&PlannedRun]) -> Result<Vec<(u64, f64)>> {
     let mut found = Vec::new();
-    for run in plan.all_runs() {
+    for run in runs {
         if let Status::Finished(result) = Status::of(&plan.out.join(&run.dir))? {
             found.push((result.steps.saturating_sub(start(plan, run)), result.seconds));
         }
@@ -210,8 +211,8 @@ fn start(plan: &Plan, run: &PlannedRun) -> u64 {
     plan.suite.trunk.as_ref().filter(|_| run.arm != TRUNK).map_or(0, |trunk| trunk.fork)
 }
 
-/// The expansion of the suite: arms, seeds, state and cost.
-fn dry_run(plan: &Plan) -> Result<()> {
+/// The expansion of a suite's runs: arms, seeds, state and cost.
+fn dry_run(plan: &Plan, runs: &[&PlannedRun]) -> Result<()> {
     let mut table = Table::new();
     table.load_style(UTF8_FULL_CONDENSED).set_header([
         "arm",
@@ -223,7 +224,13 @@ fn dry_run(plan: &Plan) -> Result<()> {
         "runs",
     ]);
     let (mut total, mut probed) = ((0, 0.0), 0.0);
-    for run in plan.trunks.iter().take(1).chain(plan.first_of_each_arm()) {
+    let mut arms: Vec<&PlannedRun> = Vec::new();
+    for run in runs {
+        if arms.iter().all(|other| other.arm != run.arm) {
+            arms.push(run);
+        }
+    }
+    for run in arms {
         let recipe = resolve(&run.base, &run.overrides)?.recipe;
         let steps = recipe.steps - start(plan, run);
         let of_step = cost::cost_on(&recipe, recipe.device()?)?;
@@ -231,7 +238,7 @@ fn dry_run(plan: &Plan) -> Result<()> {
         let (taken, images, flops) = cost::probes(&recipe, start(plan, run))?;
         let probes = flops / 1e12;
         let mut states = Vec::new();
-        for other in plan.all_runs().filter(|r| r.arm == run.arm) {
+        for other in runs.iter().filter(|r| r.arm == run.arm) {
             states.push(format!("seed {} {}", other.seed, Status::of(&plan.out.join(&other.dir))?.word()));
         }
         total = (total.0 + steps * states.len() as u64, total.1 + tera * states.len() as f64);
@@ -251,10 +258,10 @@ fn dry_run(plan: &Plan) -> Result<()> {
         ]);
     }
     style::print(&format!("{table}\n"));
-    let (runs, done) = (plan.all_runs().count(), finished(plan)?);
-    let left = runs - done.len();
+    let (count, done) = (runs.len(), finished(plan, runs)?);
+    let left = count - done.len();
     style::print(&format!(
-        "{runs} runs in {}, {left} of them to do: {:.3} TFLOP in all, and {probed:.3} for probes\n",
+        "{count} runs in {}, {left} of them to do: {:.3} TFLOP in all, and {probed:.3} for probes\n",
         printable(&plan.out),
         total.1
     ));

@@ -60,7 +60,7 @@ pub struct Tally {
 /// If the selection names no arm or seed of the suite, the folder cannot be used or belongs to something else, or a
 /// trial run fails.
 pub fn execute(plan: &Plan, options: &ExecuteOptions, prepare: Prepare<'_>, progress: &Progress) -> Result<Tally> {
-    let runs = select(plan, options)?;
+    let runs = select(plan, &options.arms, &options.seeds)?;
     std::fs::create_dir_all(&plan.out).map_err(Error::io("create", &plan.out))?;
     {
         let _lock = lock_folder(plan)?;
@@ -91,21 +91,32 @@ pub fn execute(plan: &Plan, options: &ExecuteOptions, prepare: Prepare<'_>, prog
     Ok(tally)
 }
 
-fn select<'a>(plan: &'a Plan, options: &ExecuteOptions) -> Result<Vec<&'a PlannedRun>> {
+/// The runs of these arms and seeds; no names mean all.
+///
+/// # Errors
+/// If the suite has no such arm or seed.
+fn select<'a>(plan: &'a Plan, arms: &[String], seeds: &[u64]) -> Result<Vec<&'a PlannedRun>> {
     let known: Vec<&str> = plan.suite.arms.iter().map(|a| a.name.as_str()).collect();
-    if let Some(arm) = options.arms.iter().find(|a| !known.contains(&a.as_str())) {
+    if let Some(arm) = arms.iter().find(|a| !known.contains(&a.as_str())) {
         let help = format!("its arms are {}; did you mean `{}`?", known.join(", "), nearest(arm, &known));
         return Err(Error::user(format!("the suite has no arm `{arm}`"), help));
     }
-    if let Some(seed) = options.seeds.iter().find(|s| !plan.suite.seeds.contains(s)) {
+    if let Some(seed) = seeds.iter().find(|s| !plan.suite.seeds.contains(s)) {
         let help = format!("its seeds are {:?}; add yours to `seeds` in the suite", plan.suite.seeds);
         return Err(Error::user(format!("the suite has no seed {seed}"), help));
     }
     let chosen = |run: &&PlannedRun| {
-        (options.arms.is_empty() || options.arms.contains(&run.arm))
-            && (options.seeds.is_empty() || options.seeds.contains(&run.seed))
+        (arms.is_empty() || arms.contains(&run.arm)) && (seeds.is_empty() || seeds.contains(&run.seed))
     };
     Ok(plan.runs.iter().filter(chosen).collect())
+}
+
+/// The runs of these arms and seeds, each seed's after its trunk; no names mean all.
+///
+/// # Errors
+/// If the suite has no such arm or seed.
+pub fn chosen<'a>(plan: &'a Plan, arms: &[String], seeds: &[u64]) -> Result<Vec<&'a PlannedRun>> {
+    Ok(with_trunks(plan, &select(plan, arms, seeds)?))
 }
 
 /// These runs, each seed's after its trunk.

@@ -12,7 +12,7 @@ mod record;
 mod state;
 mod trunk;
 
-pub use execute::{execute, lock_folder, ExecuteOptions, Tally};
+pub use execute::{chosen, execute, lock_folder, ExecuteOptions, Tally};
 pub use file::{nearest, Arm, Better, Metric, Overrides, Suite, SuiteFile};
 pub use plan::{changed_keys, Event, Job, Outcome, Plan, PlannedRun, Prepare, Prepared};
 pub use progress::Progress;

@@ -151,7 +151,9 @@ mod tests {
             let follow = Some(Ema { params: &mut ema, momentum: 0.5 });
             adamw_step(&mut p, &number(gradient), moments, follow, &groups, config, step).unwrap();
             let after = bounds.after(reach, gradient);
-            prop_assert!(p.item().abs() <= after.weights * 1.001 && m.item().abs() <= after.moment * 1.001);
+            // Below the smallest normal number a product keeps few digits, before it is divided by eps.
+            let coarse = f64::from(f32::MIN_POSITIVE) * f64::from(f32::EPSILON) / config.eps;
+            prop_assert!(p.item().abs() <= after.weights * 1.001 + coarse && m.item().abs() <= after.moment * 1.001);
             prop_assert!([&p, &m, &v, &ema].iter().all(|x| x.item().is_finite()), "{p:?} {m:?} {v:?} {ema:?}");
         }
     }

@@ -100,6 +100,11 @@ impl Probe for Robustness {
     fn needs(&self) -> (bool, bool) {
         (true, false)
     }
+
+    fn images(&self) -> usize {
+        let tested = 1 + 5 * self.corruptions.len();
+        self.train_samples.get().saturating_add(self.test_samples.get().saturating_mul(tested))
+    }
 }
 
 plugin!(Probe, "robustness", Robustness);
