@@ -160,6 +160,7 @@ fn fits_its_data(resolved: &Resolved) -> bool {
 fn is_for_here(resolved: &Resolved) -> bool {
     resolved.recipe.device().is_ok_and(|device| device == Device::Cpu)
         && resolved.value.pointer("/data/path").is_none()
+        && resolved.value.pointer("/continue_from").is_none()
         && resolved.value.pointer("/teacher/checkpoint").is_none()
         && resolved.value.pointer("/teachers/gram/source/checkpoint").is_none()
 }
