@@ -144,9 +144,13 @@ fn compare(gpu: &Run, cpu: &Run, losses: f64, weights: f64) {
 }
 
 gpu_test!(six_steps_in_f32_equal_the_cpu_and_are_recorded, {
-    let gpu = run("cuda", "f32");
-    compare(&gpu, &run("cpu", "f32"), 2e-4, 2e-4);
-    assert_eq!(gpu.eager, None);
+    let (gpu, cpu) = (run("cuda", "f32"), run("cpu", "f32"));
+    compare(&gpu, &cpu, 2e-4, 2e-4);
+    let health = |run: &Run| run.reports[4].health.clone().expect("it is measured in this step");
+    for ((loss, marginal, sharpness), (_, m, s)) in health(&gpu).targets.iter().zip(&health(&cpu).targets) {
+        assert!((marginal - m).abs() < 1e-4 && (sharpness - s).abs() < 1e-4, "{loss}: {marginal} {m}, {sharpness} {s}");
+    }
+    assert_eq!((health(&gpu).targets.len(), gpu.eager), (2, None));
     // Before and after the Gram teacher begins are two kinds of step; the first comes only once.
     assert!(gpu.nodes.len() == 1 && gpu.nodes[0] > 100, "{:?}", gpu.nodes);
 });
