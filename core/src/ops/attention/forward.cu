@@ -131,8 +131,8 @@ template <int R> struct Forward {
 };
 
 // qkv [T, 3 D H] to out [T, D H] and, for each image, the logarithms of the rows' normalisers [H, tokens].
-template <int R> __device__ __forceinline__ void forward(const bf16* qkv, bf16* out, float* log_sum, const Segments& all) {
-    DYNAMIC_SHARED(bf16, shared);
+template <int R>
+__device__ __forceinline__ void forward(bf16* shared, const bf16* qkv, bf16* out, float* log_sum, const Segments& all) {
     __shared__ Item item;
     if (threadIdx.x == 0) item = item_of(all, blockIdx.x);
     __syncthreads();
@@ -143,12 +143,14 @@ template <int R> __device__ __forceinline__ void forward(const bf16* qkv, bf16* 
 
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, BLOCKS)
 attention_forward_bf16(const bf16* qkv, bf16* out, float* log_sum, Segments all) {
-    forward<1>(qkv, out, log_sum, all);
+    DYNAMIC_SHARED(bf16, shared);
+    forward<1>(shared, qkv, out, log_sum, all);
 }
 
 #if HEAD_DIM <= 64
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, BLOCKS)
 attention_forward_long_bf16(const bf16* qkv, bf16* out, float* log_sum, Segments all) {
-    forward<2>(qkv, out, log_sum, all);
+    DYNAMIC_SHARED(bf16, shared);
+    forward<2>(shared, qkv, out, log_sum, all);
 }
 #endif
