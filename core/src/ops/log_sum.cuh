@@ -26,5 +26,5 @@ __device__ __forceinline__ LogSum block_log_sum(LogSum s) {
 
 __device__ __forceinline__ float log2_of(LogSum s) { return s.top + log2f(s.sum); }
 
-constexpr float LOG2_E = 1.4426950408889634f;
-constexpr float LN_2 = 0.6931471805599453f;
+#define LOG2_E 1.4426950408889634f
+#define LN_2 0.6931471805599453f
