@@ -21,7 +21,7 @@ use dinolab_core::train::Trained;
 
 pub use page::page;
 pub use plan::{Job, Plan, Taken};
-pub use record::{Difference, Evaluation, ScoreLine, ScoreRecord, SizeRecord, SizeScores, WeightsScores};
+pub use record::{Difference, Evaluation, ScoreLine, ScoreRecord, Scored, SizeRecord, SizeScores, WeightsScores};
 
 /// What one of the weights scores at one size. `begun` is told of every probe, and says whether to go on: else there is no
 /// record. A probe that fails is a warning, and its scores are missing.
@@ -60,12 +60,14 @@ pub fn measure(plan: &Plan, trained: &Trained, size: usize, begun: &mut dyn FnMu
 fn records(probe: &str, scores: &[Score]) -> Vec<ScoreRecord> {
     let drawn = bootstrap::resample(scores);
     let record = |(score, drawn): (&Score, Vec<f64>)| ScoreRecord {
-        probe: probe.to_string(),
-        score: score.name.to_string(),
-        value: Some(score.value).filter(|x| x.is_finite()),
-        ci95: bootstrap::interval(drawn.iter().copied()),
-        images: score.parts.as_ref().map(|parts| parts.images.len()),
-        detail: score.detail,
+        of: Scored {
+            probe: probe.to_string(),
+            score: score.name.to_string(),
+            value: Some(score.value).filter(|x| x.is_finite()),
+            ci95: bootstrap::interval(drawn.iter().copied()),
+            images: score.parts.as_ref().map(|parts| parts.images.len()),
+            detail: score.detail,
+        },
         // Of single classes the interval is enough.
         drawn: if score.detail { Vec::new() } else { drawn.into_iter().map(Some).collect() },
     };

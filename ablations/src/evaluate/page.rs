@@ -1,10 +1,11 @@
 //! `eval.html`: one file with everything in it, no script and no request.
 
 use minijinja::value::Serde;
-use minijinja::{context, Environment, Value};
+use minijinja::{context, Value};
 use plotters::style::RGBColor;
 
 use super::{Evaluation, ScoreLine};
+use crate::report::html::environment;
 use crate::report::plots::{color, css, over_size, SizePoint};
 use crate::report::rounded_to;
 
@@ -35,7 +36,7 @@ pub fn page(evaluation: &Evaluation) -> String {
     let names = evaluation.scores(false);
     let plot = |name: &(String, String)| {
         let of = |size: &usize, line: &ScoreLine| {
-            line.value.map(|value| SizePoint { size: *size as f64, value, ci95: line.ci95 })
+            line.of.value.map(|value| SizePoint { size: *size as f64, value, ci95: line.of.ci95 })
         };
         let curve = |w: &super::WeightsScores| -> Vec<SizePoint> {
             sizes.iter().filter_map(|size| of(size, w.at(name, *size)?)).collect()
@@ -48,8 +49,7 @@ pub fn page(evaluation: &Evaluation) -> String {
     let warnings = weights.iter().flat_map(|w| {
         w.sizes.iter().flat_map(move |size| size.warnings.iter().map(move |text| format!("{}: {text}", w.name)))
     });
-    let mut environment = Environment::new();
-    environment.add_template("page.html", PAGE).expect("the template is well formed");
+    let environment = environment("page.html", PAGE);
     let template = environment.get_template("page.html").expect("it was added above");
     let page = template.render(context! {
         evaluation => Value::from(Serde(evaluation)),

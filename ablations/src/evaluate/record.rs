@@ -26,7 +26,7 @@ pub struct SizeRecord {
 
 /// One score.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct ScoreRecord {
+pub struct Scored {
     /// The probe's name.
     pub probe: String,
     /// Its score's.
@@ -39,6 +39,14 @@ pub struct ScoreRecord {
     pub images: Option<usize>,
     /// Whether it is one of many, as of one class.
     pub detail: bool,
+}
+
+/// One score, with what differences to it are found by.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ScoreRecord {
+    /// The score.
+    #[serde(flatten)]
+    pub of: Scored,
     /// The score of every draw of test images; none where it is not finite.
     pub drawn: Vec<Option<f64>>,
 }
@@ -88,21 +96,12 @@ pub struct SizeScores {
     pub scores: Vec<ScoreLine>,
 }
 
-/// One score.
+/// One score, and how it differs.
 #[derive(Clone, Debug, Serialize)]
 pub struct ScoreLine {
-    /// The probe's name.
-    pub probe: String,
-    /// Its score's.
-    pub score: String,
-    /// The score; none if it is not finite.
-    pub value: Option<f64>,
-    /// 95% bootstrap interval over test images, if it is put together from images.
-    pub ci95: Option<[f64; 2]>,
-    /// Test images that it is put together from.
-    pub images: Option<usize>,
-    /// Whether it is one of many, as of one class.
-    pub detail: bool,
+    /// The score.
+    #[serde(flatten)]
+    pub of: Scored,
     /// To the same score of the first weights at the same size.
     pub difference: Option<Difference>,
 }
@@ -142,28 +141,26 @@ impl SizeRecord {
     /// With differences to what the first weights scored at this size.
     fn lines(&self, first: Option<&Self>) -> SizeScores {
         let line = |score: &ScoreRecord| {
-            let theirs = first.and_then(|first| first.find(score));
-            let ScoreRecord { probe, score, value, ci95, images, detail, .. } = score.clone();
-            let difference = theirs.and_then(|theirs| self.find(theirs)?.less(theirs));
-            ScoreLine { probe, score, value, ci95, images, detail, difference }
+            let theirs = first.and_then(|first| first.find(&score.of));
+            ScoreLine { of: score.of.clone(), difference: theirs.and_then(|theirs| score.less(theirs)) }
         };
         let scores = self.scores.iter().map(line).collect();
         SizeScores { size: self.size, seconds: self.seconds, warnings: self.warnings.clone(), scores }
     }
 
-    fn find(&self, like: &ScoreRecord) -> Option<&ScoreRecord> {
-        self.scores.iter().find(|s| s.probe == like.probe && s.score == like.score)
+    fn find(&self, like: &Scored) -> Option<&ScoreRecord> {
+        self.scores.iter().find(|s| s.of.probe == like.probe && s.of.score == like.score)
     }
 }
 
 impl ScoreRecord {
     /// The difference to a score of other weights on the same images.
     fn less(&self, other: &Self) -> Option<Difference> {
-        if self.images != other.images {
+        if self.of.images != other.of.images {
             return None;
         }
         let pairs = self.drawn.iter().zip(&other.drawn).filter_map(|(a, b)| Some((*a)? - (*b)?));
-        Some(Difference { value: self.value? - other.value?, ci95: interval(pairs)? })
+        Some(Difference { value: self.of.value? - other.of.value?, ci95: interval(pairs)? })
     }
 }
 
@@ -197,8 +194,9 @@ impl Evaluation {
     /// Probe and name of all scores, in the order in which they were taken; those of single classes or the others.
     pub fn scores(&self, detail: bool) -> Vec<(String, String)> {
         let mut all = Vec::new();
-        for line in self.weights.iter().flat_map(|w| &w.sizes).flat_map(|s| &s.scores).filter(|l| l.detail == detail) {
-            let name = (line.probe.clone(), line.score.clone());
+        for line in self.weights.iter().flat_map(|w| &w.sizes).flat_map(|s| &s.scores).filter(|l| l.of.detail == detail)
+        {
+            let name = (line.of.probe.clone(), line.of.score.clone());
             if !all.contains(&name) {
                 all.push(name);
             }
@@ -211,16 +209,16 @@ impl WeightsScores {
     /// A score at a size.
     pub fn at(&self, (probe, score): &(String, String), size: usize) -> Option<&ScoreLine> {
         let sizes = self.sizes.iter().find(|s| s.size == size)?;
-        sizes.scores.iter().find(|line| line.probe == *probe && line.score == *score)
+        sizes.scores.iter().find(|line| line.of.probe == *probe && line.of.score == *score)
     }
 }
 
 impl ScoreLine {
     /// The score with its interval in the digits that they have a meaning to; a star where it differs from the first weights'.
     pub fn text(&self) -> String {
-        let Some(value) = self.value else { return "not finite".into() };
-        let show = crate::report::rounded_to(self.ci95);
-        let range = self.ci95.map_or(String::new(), |[low, high]| format!(" [{}, {}]", show(low), show(high)));
+        let Some(value) = self.of.value else { return "not finite".into() };
+        let show = crate::report::rounded_to(self.of.ci95);
+        let range = self.of.ci95.map_or(String::new(), |[low, high]| format!(" [{}, {}]", show(low), show(high)));
         let star = if self.difference.is_some_and(|d| d.is_clear()) { " *" } else { "" };
         format!("{}{range}{star}", show(value))
     }

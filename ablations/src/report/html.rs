@@ -1,4 +1,5 @@
-//! `report.html`: one file with everything in it, no script and no request; and what pages of `dinolab watch` share with it.
+//! `report.html`: one file with everything in it, no script and no request; and what the pages of
+//! `dinolab watch` and `dinolab eval` share with it.
 
 use std::collections::BTreeSet;
 
@@ -15,7 +16,8 @@ use crate::suite::{Better, Plan, RunRecord, Series, TRUNK};
 
 const TEMPLATE: &str = include_str!("template.html");
 /// What pages are made of.
-const PARTS: [(&str, &str); 4] = [
+const PARTS: [(&str, &str); 5] = [
+    ("head.html", include_str!("head.html")),
     ("style.css", include_str!("style.css")),
     ("curves.html", include_str!("curves.html")),
     ("strips.html", STRIPS),
@@ -23,7 +25,7 @@ const PARTS: [(&str, &str); 4] = [
 ];
 
 /// A page's template, and all that it may include.
-pub(super) fn environment(name: &'static str, template: &'static str) -> Environment<'static> {
+pub(crate) fn environment(name: &'static str, template: &'static str) -> Environment<'static> {
     let mut environment = Environment::new();
     for (name, text) in PARTS.into_iter().chain([(name, template)]) {
         environment.add_template(name, text).expect("the template is well formed");

@@ -1,6 +1,6 @@
 //! The report of a suite: `summary.json` for programs, `summary.md` for pasting, `report.html` for reading.
 
-mod html;
+pub(crate) mod html;
 mod look;
 mod markdown;
 mod pictures;

@@ -2,6 +2,10 @@
 //!
 //! Drawings have no background, and axes and letters in `currentColor`, so that they fit a light and a dark page.
 
+use std::ops::Range;
+
+use plotters::coord::types::RangedCoordf64;
+use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
@@ -104,28 +108,11 @@ pub const TRUNK_COLOR: RGBColor = RGBColor(0x4a, 0x4a, 0x52);
 pub fn curves(bands: &[Band], (x0, x1): (f64, f64), marks: &[Mark]) -> String {
     let all = || bands.iter().flat_map(|b| b.points.iter());
     let (y0, y1) = bounds(all().flat_map(|p| [p.mean - p.std, p.mean + p.std]));
-    let pad = 0.06 * (y1 - y0);
     draw((400, 250), |area| {
-        let mut chart = ChartBuilder::on(area)
-            .margin(6)
-            .margin_right(16)
-            .x_label_area_size(24)
-            .y_label_area_size(54)
-            .build_cartesian_2d(x0..x1, y0 - pad..y1 + pad)?;
-        chart
-            .configure_mesh()
-            .disable_x_mesh()
-            .x_labels(5)
-            .y_labels(5)
-            .light_line_style(TRANSPARENT)
-            .bold_line_style(INK.mix(0.12))
-            .axis_style(INK.mix(0.4))
-            .label_style(("sans-serif", 13).into_font().color(&INK.mix(0.75)))
-            .x_label_formatter(&|x| format!("{x:.0}"))
-            .y_label_formatter(&|y| super::number(if y.abs() < 1e-9 * (y1 - y0) { 0.0 } else { *y }))
-            .draw()?;
+        let mut chart = axes(area, x0..x1, (y0, y1))?;
         for mark in marks {
-            let line = vec![(mark.step, y0 - pad), (mark.step, y1 + pad)];
+            let y = chart.y_range();
+            let line = vec![(mark.step, y.start), (mark.step, y.end)];
             let style = mark.color.map_or(INK.mix(0.3), |color| color.mix(0.6)).stroke_width(1);
             chart.draw_series([PathElement::new(line, style)])?;
         }
@@ -147,6 +134,34 @@ pub fn curves(bands: &[Band], (x0, x1): (f64, f64), marks: &[Mark]) -> String {
     })
 }
 
+/// The axes of a small plot of numbers between `y0` and `y1`, with some room above and below.
+fn axes<'a, 'b>(
+    area: &'b Area<'a>,
+    x: Range<f64>,
+    (y0, y1): (f64, f64),
+) -> Result<ChartContext<'b, SVGBackend<'a>, Cartesian2d<RangedCoordf64, RangedCoordf64>>, Failure> {
+    let pad = 0.06 * (y1 - y0);
+    let mut chart = ChartBuilder::on(area)
+        .margin(6)
+        .margin_right(16)
+        .x_label_area_size(24)
+        .y_label_area_size(54)
+        .build_cartesian_2d(x, y0 - pad..y1 + pad)?;
+    chart
+        .configure_mesh()
+        .disable_x_mesh()
+        .x_labels(5)
+        .y_labels(5)
+        .light_line_style(TRANSPARENT)
+        .bold_line_style(INK.mix(0.12))
+        .axis_style(INK.mix(0.4))
+        .label_style(("sans-serif", 13).into_font().color(&INK.mix(0.75)))
+        .x_label_formatter(&|x| format!("{x:.0}"))
+        .y_label_formatter(&|y| super::number(if y.abs() < 1e-9 * (y1 - y0) { 0.0 } else { *y }))
+        .draw()?;
+    Ok(chart)
+}
+
 /// A score at an image size.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SizePoint {
@@ -163,26 +178,9 @@ pub fn over_size(curves: &[(RGBColor, Vec<SizePoint>)]) -> String {
     let all = || curves.iter().flat_map(|(_, points)| points);
     let (x0, x1) = bounds(all().map(|p| p.size));
     let (y0, y1) = bounds(all().flat_map(|p| p.ci95.into_iter().flatten().chain([p.value])));
-    let (pad_x, pad) = (0.04 * (x1 - x0), 0.06 * (y1 - y0));
+    let pad_x = 0.04 * (x1 - x0);
     draw((400, 250), |area| {
-        let mut chart = ChartBuilder::on(area)
-            .margin(6)
-            .margin_right(16)
-            .x_label_area_size(24)
-            .y_label_area_size(54)
-            .build_cartesian_2d(x0 - pad_x..x1 + pad_x, y0 - pad..y1 + pad)?;
-        chart
-            .configure_mesh()
-            .disable_x_mesh()
-            .x_labels(5)
-            .y_labels(5)
-            .light_line_style(TRANSPARENT)
-            .bold_line_style(INK.mix(0.12))
-            .axis_style(INK.mix(0.4))
-            .label_style(("sans-serif", 13).into_font().color(&INK.mix(0.75)))
-            .x_label_formatter(&|x| format!("{x:.0}"))
-            .y_label_formatter(&|y| super::number(if y.abs() < 1e-9 * (y1 - y0) { 0.0 } else { *y }))
-            .draw()?;
+        let mut chart = axes(area, x0 - pad_x..x1 + pad_x, (y0, y1))?;
         for (color, points) in curves {
             for point in points {
                 if let Some([low, high]) = point.ci95 {
@@ -255,12 +253,10 @@ pub fn forest(rows: &[ForestRow]) -> String {
     })
 }
 
-type Drawing = Result<(), DrawingAreaErrorKind<std::io::Error>>;
+type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+type Failure = DrawingAreaErrorKind<std::io::Error>;
 
-fn draw(
-    size: (u32, u32),
-    paint: impl for<'a> FnOnce(&DrawingArea<SVGBackend<'a>, plotters::coord::Shift>) -> Drawing,
-) -> String {
+fn draw(size: (u32, u32), paint: impl for<'a> FnOnce(&Area<'a>) -> Result<(), Failure>) -> String {
     let mut svg = String::new();
     {
         let area = SVGBackend::with_string(&mut svg, size).into_drawing_area();
