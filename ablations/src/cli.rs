@@ -5,6 +5,7 @@ use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
+use dinolab_core::comm::Launch;
 use dinolab_core::recipe::Resolved;
 use dinolab_core::{registry, Error, Result};
 
@@ -77,6 +78,11 @@ impl Command {
         }
     }
 
+    /// Whether several processes that were started together do it together.
+    fn shares_steps(&self) -> bool {
+        matches!(self, Self::Train(_))
+    }
+
     fn run(self) -> Result<ExitCode> {
         match self {
             Self::Ablate(args) => commands::ablate::run(args),
@@ -144,11 +150,21 @@ impl RecipeArgs {
     /// # Errors
     /// All that is wrong with the recipe.
     pub fn resolve(&self) -> Result<Resolved> {
-        let mut overrides = self.set.overrides();
-        overrides.sets.extend(self.device.sets());
-        let resolved = Resolved::load(&self.path, &overrides)?;
+        let resolved = self.resolve_quietly()?;
         resolved.warnings.iter().for_each(style::warn);
         Ok(resolved)
+    }
+}
+
+impl RecipeArgs {
+    /// The resolved recipe, whose warnings were printed by another process.
+    ///
+    /// # Errors
+    /// As [`resolve`](Self::resolve).
+    pub fn resolve_quietly(&self) -> Result<Resolved> {
+        let mut overrides = self.set.overrides();
+        overrides.sets.extend(self.device.sets());
+        Resolved::load(&self.path, &overrides)
     }
 }
 
@@ -174,14 +190,24 @@ pub fn main() -> ExitCode {
     };
     keep_freed_memory();
     let run = || {
-        cli.command.answer().map_or(Ok(()), signals::listen)?;
+        let launch = Launch::detect()?;
+        if let Some(launch) = launch.filter(|_| !cli.command.shares_steps()) {
+            let problem = format!(
+                "{} started {} processes of a command that is one process's work",
+                launch.launcher, launch.world
+            );
+            let help =
+                "start it without a launcher, or set DINOLAB_RANKS=1 to have as many that know nothing of each other";
+            return if launch.rank == 0 { Err(Error::user(problem, help)) } else { Ok(ExitCode::from(BAD_INPUT)) };
+        }
+        cli.command.answer().map_or(Ok(()), |answer| signals::listen(answer, launch.is_some()))?;
         registry::check()?;
         cli.command.run()
     };
     let ended = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(unwound);
     style::exit_code(ended.unwrap_or_else(|error| {
         style::error(&error);
-        exit_code(&error)
+        ExitCode::from(exit_code(&error))
     }))
 }
 
@@ -208,14 +234,12 @@ fn unwound(payload: Box<dyn Any + Send>) -> Result<ExitCode> {
     }
 }
 
-/// Whether it was what the user gave, or something else.
-pub fn exit_code(error: &Error) -> ExitCode {
+/// [`BAD_INPUT`] if it was what the user gave, or 1.
+pub fn exit_code(error: &Error) -> u8 {
     match error {
         Error::Run { error, .. } => exit_code(error),
-        Error::Recipe(_) | Error::User { .. } | Error::Content { .. } | Error::Io { action: "read", .. } => {
-            ExitCode::from(BAD_INPUT)
-        }
-        _ => ExitCode::FAILURE,
+        Error::Recipe(_) | Error::User { .. } | Error::Content { .. } | Error::Io { action: "read", .. } => BAD_INPUT,
+        _ => 1,
     }
 }
 
@@ -227,7 +251,7 @@ mod tests {
     fn an_error_that_unwound_is_an_error_like_any_other_and_a_panic_is_a_defect() {
         let thrown = || std::panic::resume_unwind(Box::new(Error::user("the device is lost", "restart it")));
         let ended = unwound(catch_unwind(thrown).map(|(): ()| ()).unwrap_err());
-        assert_eq!(exit_code(&ended.unwrap_err()), ExitCode::from(BAD_INPUT));
+        assert_eq!(exit_code(&ended.unwrap_err()), BAD_INPUT);
         assert_eq!(unwound(Box::new("an invariant is broken")).unwrap(), ExitCode::from(PANIC));
     }
 }

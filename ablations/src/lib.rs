@@ -18,6 +18,7 @@ pub mod features;
 pub mod filmstrip;
 pub mod pictures;
 pub mod pulse;
+pub mod ranks;
 pub mod report;
 pub mod signals;
 pub mod statistics;

@@ -7,6 +7,7 @@
 use std::ffi::c_int;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use dinolab_core::{Error, Result};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2, SIGXFSZ};
@@ -14,6 +15,8 @@ use signal_hook::iterator::Signals;
 
 use crate::style;
 
+/// Signals of a launcher this soon after the first are the same.
+const SAME: Duration = Duration::from_secs(10);
 /// Exit code of a program that a signal ended at once.
 const AT_ONCE: c_int = 130;
 /// The signals, with their names.
@@ -35,11 +38,12 @@ pub fn stop_flag() -> Arc<AtomicBool> {
     FLAG.get_or_init(Arc::default).clone()
 }
 
-/// From here on signals are answered.
+/// From here on signals are answered. A process that was `launched` with others gets a signal twice, from the terminal and from
+/// its launcher: what comes soon after the first is the same.
 ///
 /// # Errors
 /// If the handlers cannot be installed.
-pub fn listen(answer: Answer) -> Result<()> {
+pub fn listen(answer: Answer, launched: bool) -> Result<()> {
     let fail = |e| Error::user(format!("cannot handle signals: {e}"), "run on a system with POSIX signals");
     let heard = ASK.iter().map(|(signal, _)| *signal).filter(|&signal| !is_ignored(signal));
     let mut signals = Signals::new(heard).map_err(fail)?;
@@ -47,8 +51,13 @@ pub fn listen(answer: Answer) -> Result<()> {
     signal_hook::flag::register(SIGXFSZ, Arc::default()).map_err(fail)?;
     let stop = stop_flag();
     let answer = move || {
+        let mut first: Option<Instant> = None;
         for signal in signals.forever() {
             let name = ASK.iter().find(|(known, _)| *known == signal).map_or("signal", |(_, name)| name);
+            if launched && first.is_some_and(|first| first.elapsed() < SAME) {
+                continue;
+            }
+            first.get_or_insert_with(Instant::now);
             let again = stop.swap(true, Ordering::Relaxed);
             match answer {
                 Answer::Save if !again => {

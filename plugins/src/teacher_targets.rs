@@ -47,7 +47,7 @@ impl Centered<'_> {
         let temperature = context.scalar(self.temperature);
         match self.centering {
             Centering::SinkhornKnopp => {
-                logits.sinkhorn_knopp(&temperature, self.iterations, context.comm).map(Targets::of)
+                logits.sinkhorn_knopp(&temperature, self.iterations, context.shards).map(Targets::of)
             }
             Centering::Softmax => {
                 let (center, pending) = (context.state(CENTER)?, context.state(PENDING_MEAN)?);
@@ -55,9 +55,7 @@ impl Centered<'_> {
                 // Both start at zero, so the first step folds nothing in.
                 let center = center.scale(m)?.add(&pending.scale(1.0 - m)?)?;
                 let rows = logits.centered_softmax(&center, &temperature)?;
-                let sum = context.comm.all_reduce_sum(&logits.sum_axis(0)?)?;
-                let count = logits.dim(0) * context.comm.world();
-                let mean = sum.scale(1.0 / count as f64)?;
+                let mean = logits.mean_row(context.shards)?;
                 Ok(Targets { rows, state: vec![(CENTER, center), (PENDING_MEAN, mean)] })
             }
         }

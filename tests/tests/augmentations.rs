@@ -224,6 +224,7 @@ impl Dataset for Grey {
 #[test]
 fn a_plan_that_cannot_be_applied_names_the_plugin() {
     let spec = LoaderSpec {
+        part: 0..usize::MAX,
         batch: BatchConfig { size: 2, ..BatchConfig::default() },
         crops: recipe(&["crops.plugin=test_too_wide"]).unwrap().recipe.crops,
         masking: Chosen::default(),

@@ -59,6 +59,7 @@ fn crops(own: CropConfig, augmentation: &str) -> CropsEntry {
 
 fn spec() -> LoaderSpec {
     LoaderSpec {
+        part: 0..usize::MAX,
         batch: BatchConfig { size: 6, loader_threads: 2, ..BatchConfig::default() },
         crops: crops(CropConfig { global_size: 16, local_size: 8, local_count: 3, ..CropConfig::default() }, ""),
         masking: Chosen::default(),

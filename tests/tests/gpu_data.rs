@@ -41,6 +41,7 @@ fn spec(own: CropConfig, augmentation: &str, teacher_crop_size: Option<usize>) -
     let own = CropConfig { global_size: 48, local_size: 20, local_count: 3, ..own };
     LoaderSpec {
         batch: BatchConfig { size: 4, micro_batches: 2, loader_threads: 2, ..BatchConfig::default() },
+        part: 0..2,
         crops: CropsEntry { own, plugin: contracts::chosen(augmentation).unwrap() },
         masking: Chosen::default(),
         patch_size: 4,

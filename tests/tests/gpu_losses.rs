@@ -1,7 +1,7 @@
 //! The operations of the losses on a GPU: value and gradient against the CPU in f64, which starts from the same rounded
 //! numbers. f32 to 1e-5, bf16 to 1e-2.
 
-use dinolab_core::comm::Single;
+use dinolab_core::comm::Shards;
 use dinolab_core::ops::{NegativeRemoval, SimilarityOptions};
 use dinolab_core::rng::{Rng, Stream};
 use dinolab_core::tensor::Tape;
@@ -180,7 +180,9 @@ gpu_test!(sinkhorn_knopp_equals_the_cpu, {
     shapes([60, 70, 4], |[rows, k, iterations], seed| {
         let temperature = Tensor::scalar(0.07, DType::F64);
         let x = normal(seed, 0, &[rows, k]).scale(0.3).unwrap();
-        value_equals_the_oracle(&x, |x, place| x.sinkhorn_knopp(&place.scalars(&temperature), iterations, &Single));
+        value_equals_the_oracle(&x, |x, place| {
+            x.sinkhorn_knopp(&place.scalars(&temperature), iterations, &Shards::one())
+        });
     });
 });
 
@@ -189,7 +191,7 @@ gpu_test!(sinkhorn_knopp_sums_over_runs_of_rows_and_takes_four_rows_at_a_time, {
     for k in [8, 13] {
         // One row is left over from the blocks of four, and the last run of rows is short.
         let x = normal(0, 0, &[1025, k]).scale(0.3).unwrap();
-        value_equals_the_oracle(&x, |x, place| x.sinkhorn_knopp(&place.scalars(&temperature), 3, &Single));
+        value_equals_the_oracle(&x, |x, place| x.sinkhorn_knopp(&place.scalars(&temperature), 3, &Shards::one()));
     }
 });
 
@@ -200,7 +202,7 @@ gpu_test!(sinkhorn_knopp_gives_no_nan_however_far_apart_the_logits_are, {
         x.iter_mut().step_by(16).for_each(|x| *x = -1e4);
         let x = place.features(&Tensor::from_slice(&x, &[20, 16]).unwrap());
         let temperature = place.scalars(&Tensor::scalar(0.04, DType::F64));
-        let q = x.sinkhorn_knopp(&temperature, 3, &Single).unwrap().to_f64_vec();
+        let q = x.sinkhorn_knopp(&temperature, 3, &Shards::one()).unwrap().to_f64_vec();
         for row in q.chunks(16) {
             let sum: f64 = row.iter().sum();
             assert!((sum - 1.0).abs() < 5e-3, "{dtype:?}: {row:?}");
@@ -227,7 +229,7 @@ gpu_test!(centered_softmax_and_the_mean_row_equal_the_cpu, {
         value_equals_the_oracle(&x, |x, place| {
             x.centered_softmax(&place.scalars(&center), &place.scalars(&temperature))
         });
-        value_equals_the_oracle(&x, |x, _| x.mean_row(&Single));
+        value_equals_the_oracle(&x, |x, _| x.mean_row(&Shards::one()));
     });
 });
 
@@ -306,6 +308,6 @@ gpu_test!(operands_of_a_wrong_type_are_an_error, {
     let place = Place::gpu(DType::BF16);
     let x = place.features(&normal(0, 0, &[4, 8]));
     let temperature = place.features(&Tensor::scalar(0.1, DType::F64));
-    let error = x.sinkhorn_knopp(&temperature, 3, &Single).unwrap_err().to_string();
+    let error = x.sinkhorn_knopp(&temperature, 3, &Shards::one()).unwrap_err().to_string();
     assert!(error.contains("expected F32"), "{error}");
 });

@@ -1,7 +1,7 @@
 //! Laws of the operations of the losses and of the built-in losses themselves, and kernels across the bounds of their
 //! tiles. Values and gradients on small shapes are held to dfdx and to differences by `dinolab check` (see `check.rs`).
 
-use dinolab_core::comm::Single;
+use dinolab_core::comm::Shards;
 use dinolab_core::contract::{At, Scheduler as _};
 use dinolab_core::ops::{ema_update, NegativeRemoval, SimilarityOptions};
 use dinolab_core::rng::{Rng, Stream};
@@ -38,7 +38,7 @@ fn cross_entropy(student: &Tensor, target: &Tensor) -> Result<Tensor> {
 }
 
 fn sinkhorn(logits: &Tensor, iterations: usize) -> Tensor {
-    logits.sinkhorn_knopp(&Tensor::scalar(0.2, logits.dtype()), iterations, &Single).unwrap()
+    logits.sinkhorn_knopp(&Tensor::scalar(0.2, logits.dtype()), iterations, &Shards::one()).unwrap()
 }
 
 /// The same in the logarithm, from its definition.

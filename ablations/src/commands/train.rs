@@ -6,13 +6,13 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use dinolab_core::text::printable;
-use dinolab_core::train::{self, Observer, Outcome, Progress, RunOptions, Start};
+use dinolab_core::train::{self, Lead, Observer, Outcome, Progress, RunOptions, Start};
 use dinolab_core::Result;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::cli::{RecipeArgs, RESUMABLE};
 use crate::pulse::Pulse;
-use crate::{signals, style};
+use crate::{ranks, signals, style};
 
 /// What it is given.
 #[derive(Debug, clap::Args)]
@@ -29,6 +29,11 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: &Args) -> Result<ExitCode> {
+    let follow = |comm: &_| train::follow(comm, &|| args.recipe.resolve_quietly(), &signals::stop_flag());
+    ranks::run(|lead| train_on(args, lead), follow)
+}
+
+fn train_on(args: &Args, lead: &Lead) -> Result<u8> {
     let resolved = args.recipe.resolve()?;
     let out = args.out.clone().unwrap_or_else(|| match args.recipe.path.is_dir() && args.resume {
         true => args.recipe.path.clone(),
@@ -41,7 +46,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         revision: crate::REVISION.into(),
     };
     let mut bar = Bar::new(ProgressBar::new(resolved.recipe.steps));
-    let outcome = train::run(&resolved, &options, &mut bar);
+    let outcome = train::lead(&resolved, &options, lead, &mut bar);
     bar.bar.finish();
     match outcome? {
         Outcome::Finished(result) => {
@@ -53,11 +58,11 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             }
             let (steps, seconds) = (result.steps, result.seconds);
             style::say(&format!("finished {steps} steps in {seconds:.0} s; everything is in {}", printable(&out)));
-            Ok(ExitCode::SUCCESS)
+            Ok(0)
         }
         Outcome::Interrupted { step } => {
             style::say(&format!("stopped after {step} steps, saved; go on with the same command and --resume"));
-            Ok(ExitCode::from(RESUMABLE))
+            Ok(RESUMABLE)
         }
     }
 }

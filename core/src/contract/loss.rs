@@ -6,7 +6,7 @@ use super::backbone::Features;
 use super::pos_encoding::Grid;
 use super::scheduler::{At, Schedule};
 use super::view::{ImageContext, ImageDraws, View};
-use crate::comm::Comm;
+use crate::comm::Shards;
 use crate::params::Params;
 use crate::rng::Rng;
 use crate::{DType, Error, Result, Tensor};
@@ -98,8 +98,9 @@ pub struct StepContext<'a> {
     pub at: At,
     /// The run's seed.
     pub seed: u64,
-    /// Sums and gathers over devices.
-    pub comm: &'a dyn Comm,
+    /// Sums over the whole batch, for [`Loss::targets`]: this process's rows of it, and the processes that have the others.
+    /// A loss's [`compute`](Loss::compute) sees a micro-batch alone.
+    pub shards: &'a Shards<'a>,
     /// The type of scalars, losses and factors: that of the features, or f32 beside bf16 features.
     pub dtype: DType,
     /// The loss's own state: see [`state`](Self::state).
@@ -400,8 +401,9 @@ pub trait Loss: fmt::Debug + Send + Sync {
         Ok(outputs.cls.clone())
     }
 
-    /// Turns what [`project`](Self::project) gave of the teacher over the whole effective batch (all micro-batches) into
-    /// targets, row for row, without a tape. Called when [`Needs::targets`] asks for targets; the default gives the rows as
+    /// Turns what [`project`](Self::project) gave of the teacher over all micro-batches into targets, row for row, without a
+    /// tape. In a run on several processes those are this process's: what looks across the batch goes through
+    /// [`StepContext::shards`]. Called when [`Needs::targets`] asks for targets; the default gives the rows as
     /// they are.
     fn targets(&self, projected: &Tensor, context: &StepContext<'_>) -> Result<Targets> {
         let _ = context;

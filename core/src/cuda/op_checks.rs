@@ -1,7 +1,7 @@
 //! Every operation on a device, held against the CPU in f64: value and gradients. `dinolab doctor` and the tests go
 //! through this table.
 
-use crate::comm::Single;
+use crate::comm::Shards;
 use crate::ops::{Linear, NegativeRemoval, Segment, SimilarityOptions};
 use crate::rng::{Rng, Stream};
 use crate::tensor::Tape;
@@ -206,13 +206,13 @@ pub static OP_CHECKS: &[OpCheck] = checks! {
         let weights = beside(&x[0], &[0.5, 1.0, 2.0, 0.25, 1.5], &[5])?;
         x[0].soft_cross_entropy(&x[1].detach().softmax()?, &rows, &targets, &weights, 0.25)
     };
-    "sinkhorn_knopp", [&[20, 65]], |x| x[0].detach().sinkhorn_knopp(&beside(&x[0], &[2.0], &[])?, 3, &Single);
-    "sinkhorn_knopp, many samples", [&[1026, 72]], |x| x[0].detach().sinkhorn_knopp(&beside(&x[0], &[2.0], &[])?, 3, &Single);
+    "sinkhorn_knopp", [&[20, 65]], |x| x[0].detach().sinkhorn_knopp(&beside(&x[0], &[2.0], &[])?, 3, &Shards::one());
+    "sinkhorn_knopp, many samples", [&[1026, 72]], |x| x[0].detach().sinkhorn_knopp(&beside(&x[0], &[2.0], &[])?, 3, &Shards::one());
     "centered_softmax", [&[9, 65]], |x| {
         let centre: Vec<f64> = (0..65).map(|i| f64::from(i % 7) / 4.0).collect();
         x[0].detach().centered_softmax(&beside(&x[0], &centre, &[65])?, &beside(&x[0], &[0.5], &[])?)
     };
-    "mean_row", [&[9, 65]], |x| x[0].detach().mean_row(&Single);
+    "mean_row", [&[9, 65]], |x| x[0].detach().mean_row(&Shards::one());
     "neighbour_distance", [&[12, 40]], |x| x[0].neighbour_distance(1, None);
     "neighbour_distance in groups", [&[12, 40]], |x| x[0].neighbour_distance(2, Some(6));
     "similarity_distance", [&[2, 20, 24], &[2, 20, 24]], |x| similarity(x, true, NegativeRemoval::None);

@@ -197,7 +197,7 @@ fn failure(panic: Box<dyn Any + Send>) -> Error {
 
 fn threads(configured: usize) -> usize {
     match configured {
-        0 => std::thread::available_parallelism().map_or(1, usize::from),
+        0 => rayon::current_num_threads(),
         n => n,
     }
 }

@@ -1,5 +1,6 @@
 //! The batches of any step, as a pure function of (seed, step).
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,6 +26,8 @@ const REPLACEMENTS: u64 = 100;
 pub struct LoaderSpec {
     /// Images a step and how they are read.
     pub batch: BatchConfig,
+    /// Which of the micro-batches are made: those of this process.
+    pub part: Range<usize>,
     /// Views cut from every image, and how they are distorted.
     pub crops: CropsEntry,
     /// Further augmentations whose crops are read, by name.
@@ -50,7 +53,7 @@ pub struct LoaderSpec {
 }
 
 /// A sample that could not be read.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct BrokenSample {
     /// Its index in the dataset.
     pub index: usize,
@@ -198,7 +201,7 @@ impl Pipeline {
         let (images, variant) = (self.images(), self.variant(data_step));
         let parts = self.parts(variant, data_step)?;
         let places: Vec<usize> = parts.iter().flat_map(|part| part.places.clone()).collect();
-        let mut crops: Vec<Crops> = (0..self.spec.batch.micro_batches).map(|_| self.allocate(variant)).collect();
+        let mut crops: Vec<Crops> = parts.iter().map(|_| self.allocate(variant)).collect();
         let views: Vec<Views<'_>> = crops.iter_mut().flat_map(|crops| self.views(crops)).collect();
         // One image a task: images differ in size, so larger blocks would leave threads idle at the end of a step.
         let make = |(i, mut views): (usize, Views<'_>)| {
@@ -252,7 +255,7 @@ impl Pipeline {
         (&variant.maker, &variant.sizes)
     }
 
-    /// Deals the images of a step, and the masks that are drawn for its whole batch, to its micro-batches.
+    /// Deals the images of a step, and the masks that are drawn for its whole batch, to its micro-batches; gives this process's.
     fn parts(&self, variant: &Variant, data_step: u64) -> Result<Vec<Part>> {
         let size = self.spec.batch.size;
         let mut rng = Rng::new(self.spec.seed, Stream::Mask, data_step, 0);
@@ -266,7 +269,8 @@ impl Pipeline {
             let own: Vec<&[bool]> = of_crop(0).chain(of_crop(1)).map(|row| rows[row].as_slice()).collect();
             Ok(Part { masks: Masks::from_rows(&own, dtype)?, places })
         };
-        deal(&of_images, self.spec.batch.micro_batches).into_iter().map(part).collect()
+        let dealt = deal(&of_images, self.spec.batch.micro_batches).into_iter().enumerate();
+        dealt.filter(|(micro, _)| self.spec.part.contains(micro)).map(|(_, places)| part(places)).collect()
     }
 
     fn allocate(&self, variant: &Variant) -> Crops {

@@ -18,7 +18,7 @@ pub mod parallel;
 
 mod adamw;
 mod attention;
-mod blocks;
+pub(crate) mod blocks;
 mod broadcast;
 mod columns;
 mod depthwise_conv;

@@ -1,6 +1,8 @@
 //! Sinkhorn-Knopp: teacher logits to assignments that use every prototype equally.
 
-use crate::comm::Comm;
+use std::ops::Range;
+
+use crate::comm::Shards;
 use crate::cuda::{args, Arg, Gpu, Launch};
 use crate::ops::blocks::*;
 use crate::ops::parallel::{lane_max, lane_sum};
@@ -18,7 +20,7 @@ impl Tensor {
     /// `[B, K]` to `[B, K]`, rows sum to 1. No gradient.
     ///
     /// `Q = exp(self / temperature)`, then `iterations` times: every prototype is divided by its sum over the samples
-    /// of all ranks, every sample by its sum over the prototypes. (The reference also divides by sum(Q), K and B and
+    /// of all `shards`, every sample by its sum over the prototypes. (The reference also divides by sum(Q), K and B and
     /// multiplies by B; in exact numbers these cancel.) `temperature` has rank 0; it is f32 beside bf16 logits.
     ///
     /// The exponentials are taken relative to the greatest logit of each prototype, then of each sample; the first
@@ -27,10 +29,11 @@ impl Tensor {
     /// however many iterations there are.
     ///
     /// # Errors
-    /// If the shape is not `[B, K]` with at least one row and column, or `iterations` is 0.
-    pub fn sinkhorn_knopp(&self, temperature: &Tensor, iterations: usize, comm: &dyn Comm) -> Result<Tensor> {
+    /// If the shape is not `[B, K]` with at least one column and, over all shards, one row, or `iterations` is 0.
+    pub fn sinkhorn_knopp(&self, temperature: &Tensor, iterations: usize, shards: &Shards<'_>) -> Result<Tensor> {
         scalars_of("sinkhorn_knopp", self, &[temperature])?;
-        if self.rank() != 2 || self.is_empty() || temperature.len() != 1 || iterations == 0 {
+        let misshapen = self.rank() != 2 || self.last_dim() == 0 || temperature.len() != 1 || iterations == 0;
+        if misshapen || shards.all_rows(self.dim(0))? == 0 {
             let problem = format!(
                 "logits {:?}, temperature {:?}, {iterations} iterations: expected [B, K], a scalar, at least one",
                 self.shape(),
@@ -40,9 +43,9 @@ impl Tensor {
         }
         if let Some(gpu) = self.gpu() {
             let _on = self.device().enter();
-            return OnGpu::new(gpu, self, temperature).run(iterations, comm);
+            return OnGpu::new(gpu, self, temperature, shards)?.run(iterations);
         }
-        dispatch_real!("sinkhorn_knopp", self.dtype(), T => sinkhorn_knopp::<T>(self, temperature, iterations, comm))
+        dispatch_real!("sinkhorn_knopp", self.dtype(), T => sinkhorn_knopp::<T>(self, temperature, iterations, shards))
     }
 }
 
@@ -63,21 +66,21 @@ fn sinkhorn_knopp<T: Real>(
     logits: &Tensor,
     temperature: &Tensor,
     iterations: usize,
-    comm: &dyn Comm,
+    shards: &Shards<'_>,
 ) -> Result<Tensor> {
     let (samples, k) = (logits.dim(0), logits.dim(1));
     let x = logits.as_slice::<T>();
     let scale = T::ONE / temperature.as_slice::<T>()[0];
-    let top = comm.all_reduce_max(&column_max::<T>(logits))?;
+    let top = shards.max(column_max::<T>(logits))?;
     let top = top.as_slice::<T>();
     // What was moved from the factors: ln u.
     let mut moved: Option<Vec<T>> = None;
 
     let mut out = Tensor::uninit(logits.shape(), logits.dtype());
     let q = out.as_mut_slice::<T>();
-    let rows = samples.div_ceil(TASKS);
+    let ranges = shards.ranges(samples)?;
     // The first factors v undo the shift by the greatest logit of each sample.
-    let mut factors = prototype_factors(q, k, rows, comm, |sample, q, sums: &mut [T]| {
+    let mut factors = prototype_factors(q, k, &ranges, shards, |sample, q, sums: &mut [T]| {
         let v = exponentials(q, &x[sample * k..], top, scale, None).exp();
         q.iter().zip(sums).for_each(|(&q, sum)| *sum += q * v);
     })?;
@@ -85,7 +88,7 @@ fn sinkhorn_knopp<T: Real>(
         let u = factors;
         let within = |u: &T| (1.0 / REACH..REACH).contains(&u.f64());
         if u.iter().all(within) {
-            factors = prototype_factors(q, k, rows, comm, |_, q, sums: &mut [T]| {
+            factors = prototype_factors(q, k, &ranges, shards, |_, q, sums: &mut [T]| {
                 let v = sample_factor(q, &u);
                 sums.iter_mut().zip(q).for_each(|(sum, &mut q)| *sum += q * v);
             })?;
@@ -97,13 +100,13 @@ fn sinkhorn_knopp<T: Real>(
         let most = all.iter().fold(T::NEG_INF, |most, &ln| most.max(ln));
         all.iter_mut().for_each(|ln| *ln -= most);
         let all = &*all;
-        factors = prototype_factors(q, k, rows, comm, |sample, q, sums: &mut [T]| {
+        factors = prototype_factors(q, k, &ranges, shards, |sample, q, sums: &mut [T]| {
             exponentials(q, &x[sample * k..], top, scale, Some(all));
             let v = T::ONE / q.chunks(CHUNK).map(|q| lane_sum([q], |[q]| q)).sum();
             sums.iter_mut().zip(q).for_each(|(sum, &mut q)| *sum += q * v);
         })?;
     }
-    q.par_chunks_mut(rows * k).for_each(|q| {
+    q.par_chunks_mut(samples.div_ceil(TASKS).max(1) * k).for_each(|q| {
         for q in q.chunks_exact_mut(k) {
             simd!(T, {
                 let v = sample_factor(q, &factors);
@@ -131,28 +134,33 @@ fn sample_factor<T: Real>(q: &[T], u: &[T]) -> T {
     T::ONE / q.chunks(CHUNK).zip(u.chunks(CHUNK)).map(|(q, u)| lane_sum([q, u], |[q, u]| q * u)).sum()
 }
 
-/// Lets `visit(sample, row of Q, sums)` add each sample's part to the sums over samples; gives u = 1 / sums.
+/// Lets `visit(sample, row of Q, sums)` add each sample's part to the sums over samples, shard by shard; gives u = 1 / sums.
 fn prototype_factors<T: Real>(
     q: &mut [T],
     k: usize,
-    rows: usize,
-    comm: &dyn Comm,
+    ranges: &[Range<usize>],
+    shards: &Shards<'_>,
     visit: impl Fn(usize, &mut [T], &mut [T]) + Sync,
 ) -> Result<Vec<T>> {
-    let partial: Vec<Vec<T>> = q.par_chunks_mut(rows * k).enumerate().map_to_vec(|(task, q)| {
-        let mut sums = vec![T::ZERO; k];
-        for (i, q) in q.chunks_exact_mut(k).enumerate() {
-            simd!(T, visit(task * rows + i, q, &mut sums));
-        }
+    let of_shard = |range: &Range<usize>| {
+        let rows = range.len().div_ceil(TASKS).max(1);
+        let own = &mut q[range.start * k..range.end * k];
+        let partial: Vec<Vec<T>> = own.par_chunks_mut(rows * k).enumerate().map_to_vec(|(task, q)| {
+            let mut sums = vec![T::ZERO; k];
+            for (i, q) in q.chunks_exact_mut(k).enumerate() {
+                simd!(T, visit(range.start + task * rows + i, q, &mut sums));
+            }
+            sums
+        });
+        let mut sums = Tensor::zeros(&[k], T::DTYPE);
+        sums.as_mut_slice::<T>().par_chunks_mut(CHUNK).enumerate().for_each(|(c, sums)| {
+            for part in &partial {
+                sums.iter_mut().zip(&part[c * CHUNK..]).for_each(|(s, &p)| *s += p);
+            }
+        });
         sums
-    });
-    let mut sums = Tensor::zeros(&[k], T::DTYPE);
-    sums.as_mut_slice::<T>().par_chunks_mut(CHUNK).enumerate().for_each(|(c, sums)| {
-        for part in &partial {
-            sums.iter_mut().zip(&part[c * CHUNK..]).for_each(|(s, &p)| *s += p);
-        }
-    });
-    let sums = comm.all_reduce_sum(&sums)?;
+    };
+    let sums = shards.sum(ranges.iter().map(of_shard).collect())?;
     Ok(sums.as_slice::<T>().iter().map(|&s| T::ONE / s).collect())
 }
 
@@ -184,36 +192,74 @@ struct OnGpu<'a> {
     gpu: &'static Gpu,
     logits: &'a Tensor,
     temperature: &'a Tensor,
-    /// Rows that are summed by themselves, and how many such runs there are: fixed by the shape.
+    shards: &'a Shards<'a>,
+    /// Of every own shard: its rows, and how they are summed.
+    own: Vec<Runs>,
+}
+
+/// The rows of a shard, in runs that are summed by themselves.
+struct Runs {
+    rows: Range<usize>,
+    /// Rows of a run at most: fixed by the shape.
     run: usize,
-    runs: usize,
+    /// Which of the runs of all own shards.
+    runs: Range<usize>,
 }
 
 /// Threads of a block, each with a pack of columns.
 const THREADS: usize = 128;
 
 impl<'a> OnGpu<'a> {
-    fn new(gpu: &'static Gpu, logits: &'a Tensor, temperature: &'a Tensor) -> Self {
-        let run = logits.dim(0).div_ceil(32).max(16);
-        Self { gpu, logits, temperature, run, runs: logits.dim(0).div_ceil(run) }
+    fn new(gpu: &'static Gpu, logits: &'a Tensor, temperature: &'a Tensor, shards: &'a Shards<'a>) -> Result<Self> {
+        let mut end = 0;
+        let runs_of = |rows: Range<usize>| {
+            let run = rows.len().div_ceil(32).max(16);
+            let start = end;
+            end += rows.len().div_ceil(run);
+            Runs { rows, run, runs: start..end }
+        };
+        let own = shards.ranges(logits.dim(0))?.into_iter().map(runs_of).collect();
+        Ok(Self { gpu, logits, temperature, shards, own })
     }
 
-    fn run(&self, iterations: usize, comm: &dyn Comm) -> Result<Tensor> {
-        let (x, temperature) = (self.logits, self.temperature);
-        let [run, runs, rows, k] = [self.run, self.runs, x.dim(0), x.dim(1)].map(|n| n as i32);
+    fn run(&self, iterations: usize) -> Result<Tensor> {
+        let (x, temperature, k) = (self.logits, self.temperature, self.logits.dim(1) as i32);
         // The first sums over samples are held relative to the greatest exponent of each prototype.
-        let [mut tops, mut sums] = [(); 2].map(|()| self.per_run());
-        self.columns("column_sums")?.launch(args![&mut tops, &mut sums, x, temperature, run, rows, k])?;
+        let [tops, sums] = [(); 2].map(|()| self.per_run());
+        for own in self.own.iter().filter(|own| !own.rows.is_empty()) {
+            let (tops, sums) = (self.of_runs(&tops, own), self.of_runs(&sums, own));
+            self.columns("column_sums", own)?.launch(args![
+                &tops,
+                &sums,
+                &self.of_rows(x, own),
+                temperature,
+                own.run as i32,
+                own.rows.len() as i32,
+                k
+            ])?;
+        }
         let mut top = self.per_prototype();
-        self.over("top_of_runs")?.launch(args![&mut top, &tops, runs, k])?;
-        let top = comm.all_reduce_max(&top)?;
-        let mut shift = self.shifted(&top, &sums, Some(&tops), comm)?;
+        let runs = self.own.last().map_or(0, |own| own.runs.end);
+        self.over("top_of_runs")?.launch(args![&mut top, &tops, runs as i32, k])?;
+        let top = self.shards.max(top)?;
+        let mut shift = self.shifted(&top, &sums, Some(&tops))?;
         for _ in 1..iterations {
             let mut norms = Tensor::uninit(&[x.dim(0)], DType::F32);
             self.rows(Arg::from(0u64), Arg::from(&mut norms), &shift)?;
-            let mut mass = self.per_run();
-            self.columns("column_mass")?.launch(args![&mut mass, x, temperature, &shift, &norms, run, rows, k])?;
-            shift = self.shifted(&shift, &mass, None, comm)?;
+            let mass = self.per_run();
+            for own in self.own.iter().filter(|own| !own.rows.is_empty()) {
+                self.columns("column_mass", own)?.launch(args![
+                    &self.of_runs(&mass, own),
+                    &self.of_rows(x, own),
+                    temperature,
+                    &shift,
+                    &norms.view(own.rows.start, &[own.rows.len()]),
+                    own.run as i32,
+                    own.rows.len() as i32,
+                    k
+                ])?;
+            }
+            shift = self.shifted(&shift, &mass, None)?;
         }
         let mut out = Tensor::uninit(x.shape(), x.dtype());
         self.rows(Arg::from(&mut out), Arg::from(0u64), &shift)?;
@@ -221,7 +267,20 @@ impl<'a> OnGpu<'a> {
     }
 
     fn per_run(&self) -> Tensor {
-        Tensor::uninit(&[self.runs, self.logits.dim(1)], DType::F32)
+        let runs = self.own.last().map_or(0, |own| own.runs.end);
+        Tensor::uninit(&[runs, self.logits.dim(1)], DType::F32)
+    }
+
+    /// What a tensor `[runs, K]` has of a shard.
+    fn of_runs(&self, x: &Tensor, own: &Runs) -> Tensor {
+        let k = self.logits.dim(1);
+        x.view(own.runs.start * k, &[own.runs.len(), k])
+    }
+
+    /// What a tensor `[B, K]` has of a shard.
+    fn of_rows(&self, x: &Tensor, own: &Runs) -> Tensor {
+        let k = self.logits.dim(1);
+        x.view(own.rows.start * k, &[own.rows.len(), k])
     }
 
     fn per_prototype(&self) -> Tensor {
@@ -232,13 +291,14 @@ impl<'a> OnGpu<'a> {
         (self.logits.len() * self.logits.dtype().size()) as f64
     }
 
-    /// A launch that goes down the columns of every run of rows.
-    fn columns(&self, name: &'static str) -> Result<Launch> {
-        let (x, pack) = (self.logits, 16 / self.logits.dtype().size());
+    /// A launch that goes down the columns of every run of a shard's rows.
+    fn columns(&self, name: &'static str, own: &Runs) -> Result<Launch> {
+        let (x, pack) = (self.of_rows(self.logits, own), 16 / self.logits.dtype().size());
         let packs = x.dim(1).is_multiple_of(pack) && x.device_address().is_multiple_of(16);
         let threads = x.dim(1) / if packs { pack } else { 1 };
         let kernel = self.gpu.kernel(&SINKHORN, name, x.dtype())?;
-        Ok(kernel.grid((threads.div_ceil(THREADS), self.runs), THREADS as u32).work(0.0, self.bytes()))
+        let bytes = (x.len() * x.dtype().size()) as f64;
+        Ok(kernel.grid((threads.div_ceil(THREADS), own.runs.len()), THREADS as u32).work(0.0, bytes))
     }
 
     /// A launch with a thread for each prototype.
@@ -256,13 +316,20 @@ impl<'a> OnGpu<'a> {
         launch.launch(args![&out, &norms, x, self.temperature, shift, rows as i32, k as i32])
     }
 
-    /// `base + log2(sum over runs and ranks / (B / K))`; sums that are relative to `tops` are made relative to `base` first.
-    fn shifted(&self, base: &Tensor, sums: &Tensor, tops: Option<&Tensor>, comm: &dyn Comm) -> Result<Tensor> {
-        let (rows, k) = (self.logits.dim(0) * comm.world(), self.logits.dim(1));
+    /// `base + log2(sum over runs and shards / (B / K))`; sums that are relative to `tops` are made relative to `base` first.
+    fn shifted(&self, base: &Tensor, sums: &Tensor, tops: Option<&Tensor>) -> Result<Tensor> {
+        let (rows, k) = (self.shards.all_rows(self.logits.dim(0))?, self.logits.dim(1));
         let (share, k) = ((k as f64 / rows as f64) as f32, k as i32);
-        let mut total = self.per_prototype();
-        self.over("sum_of_runs")?.launch(args![&mut total, sums, tops, base, self.runs as i32, k])?;
-        let total = comm.all_reduce_sum(&total)?;
+        let of_shard = |own: &Runs| {
+            if own.rows.is_empty() {
+                return Ok(Tensor::zeros(&[self.logits.dim(1)], DType::F32));
+            }
+            let (mut total, tops) = (self.per_prototype(), tops.map(|tops| self.of_runs(tops, own)));
+            let (sums, runs) = (self.of_runs(sums, own), own.runs.len() as i32);
+            self.over("sum_of_runs")?.launch(args![&mut total, &sums, tops.as_ref(), base, runs, k])?;
+            Ok(total)
+        };
+        let total = self.shards.sum(self.own.iter().map(of_shard).collect::<Result<_>>()?)?;
         let mut shift = self.per_prototype();
         self.over("shift")?.launch(args![&mut shift, base, &total, share, k])?;
         Ok(shift)
@@ -272,7 +339,6 @@ impl<'a> OnGpu<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::comm::Single;
     use crate::rng::{Rng, Stream};
     use crate::DType;
 
@@ -285,7 +351,8 @@ mod tests {
     #[test]
     fn rows_sum_to_one_even_when_logits_are_far_apart() {
         for (dtype, spread) in [(DType::F64, 1.0), (DType::F32, 1.0), (DType::F32, 300.0)] {
-            let q = logits(40, 21, spread, dtype).sinkhorn_knopp(&Tensor::scalar(0.04, dtype), 3, &Single).unwrap();
+            let q =
+                logits(40, 21, spread, dtype).sinkhorn_knopp(&Tensor::scalar(0.04, dtype), 3, &Shards::one()).unwrap();
             for row in q.to_f64_vec().chunks(21) {
                 assert!((row.iter().sum::<f64>() - 1.0).abs() < 1e-5, "{row:?}");
             }
@@ -294,7 +361,9 @@ mod tests {
 
     #[test]
     fn prototypes_get_equal_mass_after_convergence() {
-        let q = logits(30, 7, 0.1, DType::F64).sinkhorn_knopp(&Tensor::scalar(0.07, DType::F64), 200, &Single).unwrap();
+        let q = logits(30, 7, 0.1, DType::F64)
+            .sinkhorn_knopp(&Tensor::scalar(0.07, DType::F64), 200, &Shards::one())
+            .unwrap();
         for mass in q.sum_axis(0).unwrap().to_f64_vec() {
             assert!((mass - 30.0 / 7.0).abs() < 1e-9, "{mass}");
         }
@@ -307,7 +376,7 @@ mod tests {
             row[2] = -1e4;
         }
         let x = Tensor::from_slice(&x, &[4, 3]).unwrap();
-        let q = x.sinkhorn_knopp(&Tensor::scalar(0.04, DType::F32), 3, &Single).unwrap();
+        let q = x.sinkhorn_knopp(&Tensor::scalar(0.04, DType::F32), 3, &Shards::one()).unwrap();
         for q in q.to_f64_vec() {
             assert!((q - 1.0 / 3.0).abs() < 1e-6, "{q}");
         }

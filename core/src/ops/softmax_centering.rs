@@ -1,8 +1,9 @@
 //! Softmax of centred logits: DINO's first way to make teacher targets (Caron et al., arXiv:2104.14294, eq. 4).
 
-use crate::comm::Comm;
+use std::ops::Range;
+
+use crate::comm::Shards;
 use crate::ops::blocks::*;
-use crate::ops::columns::sum_rows;
 use crate::ops::parallel::{lane_max, lane_sum};
 use crate::ops::scalars_of;
 use crate::ops::softmax::softmax_on;
@@ -49,31 +50,23 @@ impl Tensor {
         })
     }
 
-    /// The mean row over all leading axes and all ranks: `[.., K]` to `[K]`; what a centre moves towards
-    /// (see [`ema_update`](crate::ops::ema_update)). No gradient.
-    pub fn mean_row(&self, comm: &dyn Comm) -> Result<Tensor> {
-        let k = self.last_dim();
-        if self.gpu().is_some() {
-            let _on = self.device().enter();
-            let rows = self.len() / k.max(1);
-            let sums = self.view(0, &[rows, k]).sum_axis(0)?;
-            let count = Tensor::scalar(rows as f64, sums.dtype());
-            return comm.all_reduce_sum(&sums)?.div(&comm.all_reduce_sum(&count)?);
-        }
-        let mut sums = Tensor::uninit(&[k], self.dtype());
-        dispatch_real!("mean_row", self.dtype(), T => {
-            sum_rows(sums.as_mut_slice::<T>(), self.as_slice::<T>(), false);
-            Ok(())
-        })?;
-        let rows = Tensor::scalar((self.len() / k.max(1)) as f64, self.dtype());
-        comm.all_reduce_sum(&sums)?.div(&comm.all_reduce_sum(&rows)?)
+    /// The mean row over all `shards`: `[B, K]` to `[K]`; what a centre moves towards (see
+    /// [`ema_update`](crate::ops::ema_update)). No gradient.
+    ///
+    /// # Errors
+    /// If the rows are not those of the shards, or a rank has failed.
+    pub fn mean_row(&self, shards: &Shards<'_>) -> Result<Tensor> {
+        let (rows, k) = (self.len() / self.last_dim().max(1), self.last_dim());
+        let _on = self.device().enter();
+        let of_shard = |rows: Range<usize>| self.detach().view(rows.start * k, &[rows.len(), k]).sum_axis(0);
+        let sums = shards.sum(shards.ranges(rows)?.into_iter().map(of_shard).collect::<Result<_>>()?)?;
+        sums.scale(1.0 / shards.all_rows(rows)? as f64)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::comm::Single;
     use crate::DType;
 
     #[test]
@@ -86,6 +79,6 @@ mod tests {
     #[test]
     fn the_mean_row_is_over_all_leading_axes() {
         let x = Tensor::from_slice(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0], &[2, 2, 2]).unwrap();
-        assert_eq!(x.mean_row(&Single).unwrap().to_f64_vec(), [4.0, 5.0]);
+        assert_eq!(x.mean_row(&Shards::one()).unwrap().to_f64_vec(), [4.0, 5.0]);
     }
 }

@@ -165,6 +165,14 @@ fn together(recipe: &Recipe, problems: &mut Vec<Problem>) {
         let message = format!("{size} images cannot be split into {parts} equal parts");
         problems.push(Problem::error("batch.micro_batches", message).help(format!("use {}", near.join(" or "))));
     }
+    let shards = recipe.batch.shards;
+    if !shards.is_power_of_two() || parts % shards != 0 {
+        let fit: Vec<String> =
+            (0..17).map(|i| 1 << i).filter(|n| parts % n == 0).map(|n: usize| n.to_string()).collect();
+        let message = format!("{shards} is no power of two that divides {parts} micro-batches");
+        let help = format!("use {}, or another batch.micro_batches", fit.join(", "));
+        problems.push(Problem::error("batch.shards", message).help(help));
+    }
     if recipe.steps.checked_mul(size as u64).is_none() {
         let message = format!("{} steps of {size} images are more images than can be counted", recipe.steps);
         problems.push(Problem::error("steps", message).help("lower steps or batch.size"));

@@ -207,6 +207,10 @@ pub struct BatchConfig {
     /// computed over all parts; losses that compare images compare those of a part.
     #[schemars(range(min = 1, max = 1_000_000_000))]
     pub micro_batches: usize,
+    /// Parts of the micro-batches whose sums are taken by themselves, and then added in a fixed order: as many processes, or
+    /// a power of two fewer, may share a step, and give the same bits. A power of two that divides `micro_batches`.
+    #[schemars(range(min = 1, max = 65536))]
+    pub shards: usize,
     /// Threads that read and augment; 0: one a core.
     #[schemars(range(max = 1024))]
     pub loader_threads: usize,
@@ -220,7 +224,7 @@ pub struct BatchConfig {
 
 impl Default for BatchConfig {
     fn default() -> Self {
-        Self { size: 64, micro_batches: 1, loader_threads: 0, prefetch: 2, max_broken_share: 0.01 }
+        Self { size: 64, micro_batches: 1, shards: 1, loader_threads: 0, prefetch: 2, max_broken_share: 0.01 }
     }
 }
 

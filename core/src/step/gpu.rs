@@ -167,8 +167,7 @@ impl Learner {
     }
 
     fn run_on_gpu(&mut self, own: &mut GpuStep, at: At, batches: &[Batch], health: bool) -> Result<Report> {
-        let mut draws: Vec<Draws> =
-            batches.iter().enumerate().map(|(m, b)| self.draw(at.step, b, m)).collect::<Result<_>>()?;
+        let mut draws = self.draws(at.step, batches)?;
         for (micro, draws) in draws.iter_mut().enumerate() {
             own.place(micro, draws)?;
         }

@@ -18,6 +18,7 @@ mod outputs;
 mod scalars;
 mod sources;
 mod spikes;
+mod sums;
 mod update;
 mod updates;
 mod views;
@@ -37,9 +38,10 @@ pub(crate) use scalars::scalar;
 pub(crate) use views::check_views;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use crate::checkpoint::{Checkpoint, Content};
-use crate::comm::{Comm, Single};
+use crate::comm::{Comm, Ranks, Shards};
 use crate::contract::{At, Crops, Draws, Features, Follow, Mode, State, StepContext, TeacherPolicy};
 use crate::data::Batch;
 use crate::params::Params;
@@ -67,7 +69,7 @@ pub struct Learner {
     distilled: Option<TeacherModel>,
     /// Those of `[teachers]` that a loss asks for.
     named: Vec<Teacher>,
-    comm: Box<dyn Comm>,
+    ranks: Ranks,
     seed: u64,
     total: u64,
     locals: usize,
@@ -189,7 +191,7 @@ impl Learner {
             teacher,
             distilled,
             named,
-            comm: Box::new(Single),
+            ranks: Ranks::one(recipe.batch.shards),
             seed: recipe.seed,
             total: recipe.steps,
             locals: recipe.crops.local_count,
@@ -199,6 +201,25 @@ impl Learner {
             spikes: recipe.on_spike.as_ref().map(Spikes::new),
             gpu_step: gpu_step.transpose()?,
         })
+    }
+
+    /// Joins the other ranks of a run, all of which have the same weights.
+    ///
+    /// # Errors
+    /// If they cannot share the shards, or have other weights.
+    pub fn join(&mut self, comm: Arc<dyn Comm>) -> Result<()> {
+        let ranks = Ranks::new(comm, self.ranks.shards())?;
+        if ranks.world() > 1 {
+            let hash = blake3::hash(self.weights.student.to(Device::Cpu).as_bytes()).to_hex();
+            ranks.comm().hold_same("the hash of the weights", &hash)?;
+        }
+        self.ranks = ranks;
+        Ok(())
+    }
+
+    /// The ranks of the run, of which this is one.
+    pub fn ranks(&self) -> &Ranks {
+        &self.ranks
     }
 
     /// Backbone, heads and losses.
@@ -281,8 +302,7 @@ impl Learner {
     }
 
     fn step_on_cpu(&mut self, at: At, batches: &[Batch], health: bool) -> Result<Report> {
-        let draws: Vec<Draws> =
-            batches.iter().enumerate().map(|(m, b)| self.draw(at.step, b, m)).collect::<Result<_>>()?;
+        let draws = self.draws(at.step, batches)?;
         let (limits, reach) = self.limits(at)?;
         let mut grads = self.weights.take_grads();
         let pass = self.forward_backward(at, batches, &draws, &mut grads, health);
@@ -351,7 +371,13 @@ impl Learner {
         Ok(report)
     }
 
-    /// The random numbers of the student's forward on micro-batch `micro`.
+    /// The random numbers of the student's forward on each of this rank's micro-batches.
+    fn draws(&self, step: u64, batches: &[Batch]) -> Result<Vec<Draws>> {
+        let first = self.ranks.rank() * batches.len();
+        (first..).zip(batches).map(|(micro, batch)| self.draw(step, batch, micro)).collect()
+    }
+
+    /// The random numbers of the student's forward on micro-batch `micro` of all.
     fn draw(&self, step: u64, batch: &Batch, micro: usize) -> Result<Draws> {
         let images = batch.images();
         let sides = [(true, GLOBALS), (self.locals > 0, self.locals)];
@@ -380,11 +406,12 @@ impl Learner {
     }
 
     /// What a loss reads about the step.
-    fn context<'a>(&'a self, at: At, state: &'a State) -> StepContext<'a> {
-        StepContext { at, seed: self.seed, comm: self.comm.as_ref(), dtype: self.dtype(), state }
+    fn context<'a>(&'a self, at: At, state: &'a State, shards: &'a Shards<'a>) -> StepContext<'a> {
+        StepContext { at, seed: self.seed, shards, dtype: self.dtype(), state }
     }
 
-    /// Teachers, student, losses and gradients of one step; `grads` is overwritten.
+    /// Teachers, student, losses and gradients of one step; `grads` is overwritten. What is of the whole batch is the same on
+    /// all ranks.
     fn forward_backward(
         &self,
         at: At,
@@ -393,62 +420,26 @@ impl Learner {
         grads: &mut Tensor,
         health: bool,
     ) -> Result<Pass> {
-        grads.fill_zero();
-        let dtype = self.dtype();
         let teacher = TeacherPass::run(self, batches, draws, at, health)?;
         let mut states = teacher.state.clone();
-        let mut sums: BTreeMap<String, Tensor> = BTreeMap::new();
-        let mut add = |name: String, value: &Tensor| -> Result<()> {
-            let value = match sums.get(&name) {
-                Some(sum) => sum.add(value)?,
-                None => value.clone(),
-            };
-            sums.insert(name, value);
-            Ok(())
-        };
-        let mut measured = None;
-        for (micro, batch) in batches.iter().enumerate() {
-            let tape = Tape::new();
-            let params = Params::tracked(&self.model.layout, self.weights.student(), &tape);
-            let named = self.named_teachers(batch, at)?;
-            let student = StudentPass::run(self, &params, batch, &draws[micro])?;
-            let mut total: Option<Tensor> = None;
-            for (i, declared) in self.model.losses.iter().enumerate() {
-                let active = |name: &String| named.iter().any(|(active, _)| active == name);
-                if !declared.needs.teachers.iter().all(active) {
-                    continue;
-                }
-                let _scope = scope::enter(format!("losses.{}", declared.name));
-                let outputs = student.outputs(self, batch, (i, micro), &teacher, &named);
-                let context = self.context(at, &states[i]);
-                let value = declared.loss.compute(&params, &outputs, &context)?;
-                if value.loss.len() != 1 {
-                    let problem = format!("loss `{}` gave shape {:?}, not a scalar", declared.name, value.loss.shape());
-                    return Err(Error::shape("loss", problem));
-                }
-                add(format!("loss/{}", declared.name), &value.loss.detach().cast(dtype)?)?;
-                for (part, value) in &value.parts {
-                    add(format!("loss/{}/{part}", declared.name), &value.detach().cast(dtype)?)?;
-                }
-                let weighted = value.loss.cast(dtype)?.mul(&context.scalar(&declared.weight))?;
-                states[i] = next_state(declared, &states[i], value.state)?;
-                total = Some(match total {
-                    Some(total) => total.add(&weighted)?,
-                    None => weighted,
-                });
+        let mut values = Vec::with_capacity(batches.len());
+        let mut shards = sums::OfShards::new(grads);
+        for shard in sums::shards_of(batches.len(), &self.ranks)? {
+            let grads = shards.begin();
+            for micro in shard {
+                let batch = (micro, &batches[micro], &draws[micro]);
+                values.push(self.micro_batch(at, batch, batches.len(), &teacher, &mut states, grads)?);
             }
-            if health && micro == 0 {
-                measured = Some(Health::measure(&teacher.of(0), &self.model, &batch.indices().collect::<Vec<_>>())?);
-            }
-            // Before its loss begins, a run may have nothing to learn from.
-            let Some(total) = total else { continue };
-            add("loss/total".into(), &total.detach())?;
-            if total.is_tracked() {
-                tape.backward(&total, 1.0 / batches.len() as f64, Some(grads))?;
-            }
+            shards.end()?;
         }
-        let mean = |(name, sum): (String, Tensor)| Ok((name, sum.scale(1.0 / batches.len() as f64)?));
-        let losses = sums.into_iter().map(mean).collect::<Result<_>>()?;
+        self.ranks.sum(grads)?;
+        let measured = match batches.first() {
+            Some(batch) if health && self.ranks.leads() => {
+                Some(Health::measure(&teacher.of(0), &self.model, &batch.indices().collect::<Vec<_>>())?)
+            }
+            _ => None,
+        };
+        let losses = sums::means(&self.ranks, values)?;
         let mut marks = Vec::new();
         for (declared, state) in self.model.losses.iter().zip(&states) {
             for (name, tensor) in state {
@@ -457,6 +448,62 @@ impl Learner {
             }
         }
         Ok(Pass { losses, health: measured, state: states, marks })
+    }
+
+    /// Student, losses and gradients, which are added to `grads`, of one of this rank's `count` micro-batches: the values of
+    /// [`Report::losses`].
+    fn micro_batch(
+        &self,
+        at: At,
+        (micro, batch, draws): (usize, &Batch, &Draws),
+        count: usize,
+        teacher: &TeacherPass,
+        states: &mut [State],
+        grads: &mut Tensor,
+    ) -> Result<BTreeMap<String, Tensor>> {
+        let dtype = self.dtype();
+        let tape = Tape::new();
+        let params = Params::tracked(&self.model.layout, self.weights.student(), &tape);
+        let named = self.named_teachers(batch, at)?;
+        let student = StudentPass::run(self, &params, batch, draws)?;
+        let mut values = BTreeMap::new();
+        let mut total: Option<Tensor> = None;
+        let shards = Shards::one();
+        for (i, declared) in self.model.losses.iter().enumerate() {
+            let active = |name: &String| named.iter().any(|(active, _)| active == name);
+            if !declared.needs.teachers.iter().all(active) {
+                continue;
+            }
+            let _scope = scope::enter(format!("losses.{}", declared.name));
+            let outputs = student.outputs(self, batch, (i, micro), teacher, &named);
+            let context = self.context(at, &states[i], &shards);
+            let value = declared.loss.compute(&params, &outputs, &context)?;
+            if value.loss.len() != 1 {
+                let problem = format!("loss `{}` gave shape {:?}, not a scalar", declared.name, value.loss.shape());
+                return Err(Error::shape("loss", problem));
+            }
+            if self.ranks.shards() > 1 && !value.state.is_empty() {
+                let problem = format!("the loss `{}` hands on state from one micro-batch to the next", declared.name);
+                return Err(Error::user(problem, "set batch.shards = 1: shards do not wait for each other"));
+            }
+            values.insert(format!("loss/{}", declared.name), value.loss.detach().cast(dtype)?);
+            for (part, value) in &value.parts {
+                values.insert(format!("loss/{}/{part}", declared.name), value.detach().cast(dtype)?);
+            }
+            let weighted = value.loss.cast(dtype)?.mul(&context.scalar(&declared.weight))?;
+            states[i] = next_state(declared, &states[i], value.state)?;
+            total = Some(match total {
+                Some(total) => total.add(&weighted)?,
+                None => weighted,
+            });
+        }
+        // Before its loss begins, a run may have nothing to learn from.
+        let Some(total) = total else { return Ok(values) };
+        values.insert("loss/total".into(), total.detach());
+        if total.is_tracked() {
+            tape.backward(&total, 1.0 / (count * self.ranks.world()) as f64, Some(grads))?;
+        }
+        Ok(values)
     }
 
     /// Why a step with this report is not taken, if it is not.

@@ -121,21 +121,22 @@ impl TeacherPass {
                 continue;
             };
             let _scope = scope::enter(format!("losses.{}", declared.name));
-            if declared.needs.masks && batches.iter().all(|b| b.masks.indices.is_empty()) {
-                let problem =
-                    format!("no patch of this step's crops is masked, and the loss `{}` is of those", declared.name);
-                let help =
-                    "raise masking.probability or masking.ratio: of some crop at least one patch has to be masked";
-                return Err(Error::user(problem, help));
-            }
             let project = |((features, layers), batch): ((&Features, &Vec<Tensor>), &Batch)| {
                 taught.loss.project(&params, &tokens(features, None, layers, &taught.needs, batch))
             };
             let parts = features.iter().zip(&layers[targets.len()]).zip(batches).map(project);
             let parts: Vec<Tensor> = parts.collect::<Result<_>>()?;
             let all = Tensor::cat(&parts.iter().collect::<Vec<_>>())?;
-            let Targets { rows: all, state: new } = declared.loss.targets(&all, &learner.context(at, old))?;
-            let rows = parts.iter().map(|part| part.dim(0)).sum::<usize>();
+            let rows: Vec<usize> = parts.iter().map(|part| part.dim(0)).collect();
+            let (shards, rows) = (learner.ranks.shards_of(&rows), rows.iter().sum::<usize>());
+            if declared.needs.masks && shards.all_rows(batches.iter().map(|b| b.masks.indices.len()).sum())? == 0 {
+                let problem =
+                    format!("no patch of this step's crops is masked, and the loss `{}` is of those", declared.name);
+                let help =
+                    "raise masking.probability or masking.ratio: of some crop at least one patch has to be masked";
+                return Err(Error::user(problem, help));
+            }
+            let Targets { rows: all, state: new } = declared.loss.targets(&all, &learner.context(at, old, &shards))?;
             if all.shape() != [rows, spec.width] {
                 let (name, gives, asks) = (&declared.name, all.shape(), [rows, spec.width]);
                 let problem = format!("the targets of `{name}` have shape {gives:?}, and `needs` says {asks:?}");

@@ -182,7 +182,8 @@ impl Tensor {
         bytemuck::cast_slice_mut(self.bytes_mut())
     }
 
-    fn bytes_mut(&mut self) -> &mut [u8] {
+    /// The raw bytes, to be written.
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
         let size = self.dtype.size();
         let range = self.offset * size..(self.offset + self.len()) * size;
         let buffer = Arc::get_mut(&mut self.buffer).expect("only an unshared tensor is written to");

@@ -7,7 +7,7 @@ use serde_json::{json, Map, Value as Json};
 
 use super::case::{cases, fixed, tracked, Bound, Case};
 use super::gradient::tensors;
-use crate::comm::Single;
+use crate::comm::Shards;
 use crate::contract::{
     At, BatchImage, CropBox, Features, Grid, ImageContext, Loss, ModelOutputs, NamedTeacher, Needs, Outputs,
     StepContext, Targets, View,
@@ -285,7 +285,7 @@ pub(super) fn with_outputs<R>(
     };
     let state: Vec<_> = loss.state().iter().map(|s| (s.name, Tensor::zeros(&s.shape, dtype))).collect();
     let at = At { step: 3, total: 10 };
-    let context = StepContext { at, seed: 0, comm: &Single, dtype, state: &state };
+    let context = StepContext { at, seed: 0, shards: &Shards::one(), dtype, state: &state };
     let masked = case.indices("masked");
     let mask_indices = &case.rows("masked");
     let needs = loss.needs();

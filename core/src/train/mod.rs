@@ -26,6 +26,7 @@ mod log;
 mod parents;
 mod patience;
 mod probes;
+mod ranks;
 mod rewind;
 mod start;
 mod timeline;
@@ -37,6 +38,7 @@ pub use events::{write_pictures, StepPicture};
 pub use folder::{RunFolder, RunInfo, RunResult};
 pub use lines::Lines;
 pub use parents::Parent;
+pub use ranks::{follow, Lead};
 pub use start::Start;
 pub use timeline::RunEvent;
 pub use trained::Trained;
@@ -50,8 +52,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use self::broken::Broken;
+use self::ranks::Order;
 use crate::contract::Dataset;
-use crate::data::{Loader, LoaderSpec};
+use crate::data::{Loader, LoaderSpec, Pipeline};
 use crate::recipe::{self, OnNonFinite, Recipe, Resolved};
 use crate::registry::DataContext;
 use crate::step::{Learner, Report};
@@ -140,6 +143,7 @@ pub fn loader_spec(recipe: &Recipe, learner: &Learner, start: u64) -> LoaderSpec
     }
     LoaderSpec {
         batch: recipe.batch.clone(),
+        part: learner.ranks().part(recipe.batch.micro_batches),
         crops,
         augmentations: learner.model().augmentations(recipe),
         masking: recipe.masking.clone(),
@@ -161,10 +165,18 @@ pub fn loader_spec(recipe: &Recipe, learner: &Learner, start: u64) -> LoaderSpec
 /// If the recipe cannot be built, the folder cannot be used, data cannot be read, or a loss is not finite (see
 /// [`OnNonFinite`]).
 pub fn run(resolved: &Resolved, options: &RunOptions, observer: &mut dyn Observer) -> Result<Outcome> {
+    lead(resolved, options, &Lead::alone(), observer)
+}
+
+/// The same for rank 0 of several, which have to [`follow`].
+///
+/// # Errors
+/// As [`run`], and if a rank has failed.
+pub fn lead(resolved: &Resolved, options: &RunOptions, lead: &Lead, observer: &mut dyn Observer) -> Result<Outcome> {
     let resolved = &resolved.clone().absolute()?;
     let mut options = options.clone();
     loop {
-        if let Some(outcome) = run_on(resolved, &options, observer)? {
+        if let Some(outcome) = run_on(resolved, &options, lead, observer)? {
             return Ok(outcome);
         }
         // It went back, and goes on as a run does that was killed there.
@@ -173,8 +185,14 @@ pub fn run(resolved: &Resolved, options: &RunOptions, observer: &mut dyn Observe
 }
 
 /// Runs on from the newest checkpoint; nothing if the run went back to an earlier one.
-fn run_on(resolved: &Resolved, options: &RunOptions, observer: &mut dyn Observer) -> Result<Option<Outcome>> {
+fn run_on(
+    resolved: &Resolved,
+    options: &RunOptions,
+    lead: &Lead,
+    observer: &mut dyn Observer,
+) -> Result<Option<Outcome>> {
     let recipe = &resolved.recipe;
+    lead.check(recipe)?;
     if let Some(fit) = recipe::fit(recipe, recipe.device()?)? {
         return Err(fit.into_error());
     }
@@ -187,8 +205,8 @@ fn run_on(resolved: &Resolved, options: &RunOptions, observer: &mut dyn Observer
     let (train, test) = datasets(recipe)?;
     resolved.check_data(test.as_ref())?;
     let own = newest_checkpoint(&folder, recipe)?;
-    let resumed = own.is_some();
-    let (learner, start, begun) = match own {
+    let (resumed, from) = (own.is_some(), own.as_ref().map(|(checkpoint, _)| checkpoint.path.clone()));
+    let (mut learner, start, begun) = match own {
         Some((checkpoint, passed)) => {
             let passed = passed.into_iter().map(|e| ("checkpoint", format!("passed over a broken checkpoint: {e}")));
             messages.extend(passed);
@@ -225,7 +243,16 @@ fn run_on(resolved: &Resolved, options: &RunOptions, observer: &mut dyn Observer
         happened.push(RunEvent::new(start, "resume", "resumed"));
     }
     happened.extend(folder.longer().map(|steps| RunEvent::new(start, "longer", steps)));
-    let spec = LoaderSpec { left_out: rewinds.left_out(), ..loader_spec(recipe, &learner, start) };
+    let left_out = rewinds.left_out();
+    let begin = Order::Begin {
+        recipe: resolved.hash.clone(),
+        data: train.fingerprint(),
+        checkpoint: from,
+        start,
+        left_out: left_out.clone(),
+    };
+    lead.together(&begin, || learner.join(lead.comm().clone()))?;
+    let spec = LoaderSpec { left_out, ..loader_spec(recipe, &learner, start) };
     let probes = probes::Probes::new(recipe, train.clone(), test)?;
     let loader = Loader::new(train.clone(), spec)?;
     messages.extend(
@@ -261,6 +288,7 @@ fn run_on(resolved: &Resolved, options: &RunOptions, observer: &mut dyn Observer
         folder,
         learner,
         data: train,
+        lead,
     };
     let ended = catch_unwind(AssertUnwindSafe(|| {
         for (kind, text) in messages {
@@ -353,6 +381,7 @@ struct Run<'a> {
     at: u64,
     batch: Vec<usize>,
     observer: &'a mut dyn Observer,
+    lead: &'a Lead,
 }
 
 impl Run<'_> {
@@ -474,14 +503,21 @@ impl Run<'_> {
             batches => batches.expect("the loader gives every step of the run")?,
         };
         self.batch = batches.batches.iter().flat_map(|b| b.indices()).collect();
-        let (waited, broken) = (batches.waited, batches.broken);
+        let (waited, mut broken) = (batches.waited, batches.broken);
+        let report = self.lead.together(&Order::Step(step), || {
+            let report = self.learner.step(step, &batches.batches, logged)?;
+            let (asked, of_others) = self.lead.notes(stop.load(Ordering::Relaxed))?;
+            stop.fetch_or(asked, Ordering::Relaxed);
+            broken.extend(of_others);
+            Ok(report)
+        });
         let texts = self.broken.count(broken);
         self.warn_once(step, "data", texts)?;
         if step == self.origin {
             let lost = self.log.crops(&batches.batches, self.recipe);
             self.warn_of(step, "log", lost)?;
         }
-        let report = self.learner.step(step, &batches.batches, logged)?;
+        let report = report?;
         if let Some(reason) = self.learner.eager_reason().filter(|_| !self.told_eager).map(String::from) {
             self.told_eager = true;
             self.warn(step, "device", &format!("steps are not recorded as a graph, which is slower: {reason}"))?;
@@ -507,6 +543,16 @@ impl Run<'_> {
 
     /// The batch and weights are captured; then the run stops, or goes on if the recipe allows it.
     fn non_finite(&mut self, step: u64, what: &str, batches: &[crate::data::Batch]) -> Result<()> {
+        // Of several ranks each has a part.
+        let of_others = match self.learner.ranks().world() {
+            1 => Vec::new(),
+            _ => {
+                let spec = self.loader.pipeline().spec().clone();
+                let spec = LoaderSpec { part: 0..self.recipe.batch.micro_batches, ..spec };
+                Pipeline::new(self.data.clone(), spec)?.step(step)?.batches
+            }
+        };
+        let batches = if of_others.is_empty() { batches } else { &of_others };
         let path = capture::write(&self.folder, &self.learner, self.resolved, step, batches)?;
         let skipped = self.learner.skipped() - self.learner.spikes();
         match self.recipe.on_non_finite {

@@ -1,7 +1,7 @@
 //! The losses' operations and the optimizer against the reference's numbers, in f32 and f64.
 
 use crate::golden::{Comparison, Golden};
-use dinolab_core::comm::Single;
+use dinolab_core::comm::Shards;
 use dinolab_core::ops::{adamw_step, ema_update, l2_norm, AdamW, Group, Moments, NegativeRemoval, SimilarityOptions};
 use dinolab_core::params::{Init, ParamBuilder};
 use dinolab_core::tensor::Tape;
@@ -74,7 +74,7 @@ fn check_centring(g: &Golden, dtype: DType, c: &mut Comparison<'_>, temperature:
         }
         let t = Tensor::scalar(temperature(i, calls), dtype);
         c.check(&format!("center.probs{i}"), &logits.centered_softmax(&center, &t).unwrap());
-        ema_update(&mut center, &logits.mean_row(&Single).unwrap(), momentum).unwrap();
+        ema_update(&mut center, &logits.mean_row(&Shards::one()).unwrap(), momentum).unwrap();
     }
     c.check("center.center_final", &center);
 }
@@ -88,7 +88,7 @@ pub fn sinkhorn_and_centring(g: &Golden, dtype: DType, c: &mut Comparison<'_>) {
             let nearest = temps.iter().copied().min_by(|a, b| (a - tag).abs().total_cmp(&(b - tag).abs()));
             let temperature = Tensor::scalar(nearest.unwrap(), dtype);
             let n = iterations.as_u64().unwrap() as usize;
-            c.check(name, &logits.sinkhorn_knopp(&temperature, n, &Single).unwrap());
+            c.check(name, &logits.sinkhorn_knopp(&temperature, n, &Shards::one()).unwrap());
         }
     }
     // From the first temperature to the last in even steps.
@@ -124,7 +124,7 @@ pub fn ibot_loss(g: &Golden, dtype: DType, c: &mut Comparison<'_>) {
         let padding = Tensor::zeros(&[g.shape(name)[0] - logits.dim(0), logits.dim(1)], dtype);
         let logits = Tensor::cat(&[&logits, &padding]).unwrap();
         let t = Tensor::scalar(temperature_of(name), dtype);
-        c.check(name, &logits.sinkhorn_knopp(&t, iterations, &Single).unwrap());
+        c.check(name, &logits.sinkhorn_knopp(&t, iterations, &Shards::one()).unwrap());
     }
     check_centring(g, dtype, c, |_, _| g.number("/center_temp", Some(0.06)));
 }

@@ -7,7 +7,7 @@ use dfdx::prelude::{
 use proptest::prelude::*;
 use serde_json::json;
 
-use crate::comm::Single;
+use crate::comm::Shards;
 use crate::dfdx_loss::{constant, picking, unit_rows, Matrix, Taped};
 use crate::ops::{NegativeRemoval, SimilarityOptions};
 use crate::testing::{cases, fixed, tracked, OpOracle};
@@ -171,7 +171,7 @@ inventory::submit! {
         },
         engine: |c| {
             let temperature = Tensor::scalar(0.2, c.tensor("logits").dtype().wide());
-            c.tensor("logits").sinkhorn_knopp(&temperature, c.case().size("iterations"), &Single)
+            c.tensor("logits").sinkhorn_knopp(&temperature, c.case().size("iterations"), &Shards::one())
         },
         dfdx: |mut s| {
             let shape = (s.size("b"), s.size("k"));

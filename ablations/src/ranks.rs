@@ -1,0 +1,65 @@
+//! Commands that several processes run together, started by mpirun, mpiexec or srun.
+
+use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use dinolab_core::comm::{host, Comm, Launch, Mpi};
+use dinolab_core::train::Lead;
+use dinolab_core::Result;
+
+use crate::{cli, style};
+
+/// Runs `lead`, on rank 0 or in a process that is alone, and `follow` on the other ranks; both give the program's exit code. A
+/// rank that fails says so, and ends all.
+///
+/// # Errors
+/// If a process that is alone fails, or the processes cannot be joined.
+pub fn run(
+    lead: impl FnOnce(&Lead) -> Result<u8>,
+    follow: impl FnOnce(&Arc<dyn Comm>) -> Result<u8>,
+) -> Result<ExitCode> {
+    let Some(launch) = Launch::detect()? else { return lead(&Lead::alone()).map(ExitCode::from) };
+    share_cores(&launch);
+    let comm: Arc<dyn Comm> = Arc::new(Mpi::join(&launch)?);
+    let guarded = |work: &mut dyn FnMut() -> Result<u8>| match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(ended) => ended,
+        Err(payload) => {
+            // What a panic says was printed; an error of a device is said by whoever catches it.
+            comm.abort();
+            resume_unwind(payload)
+        }
+    };
+    let code = if comm.rank() == 0 {
+        let leader = Lead::new(comm.clone());
+        let mut lead = Some(lead);
+        let ended = guarded(&mut || lead.take().expect("called once")(&leader));
+        let code = ended.unwrap_or_else(|error| {
+            style::error(&error);
+            cli::exit_code(&error)
+        });
+        leader.end(code);
+        code
+    } else {
+        let mut follow = Some(follow);
+        guarded(&mut || follow.take().expect("called once")(&comm)).unwrap_or_else(|error| {
+            style::line(&format!("rank {} of {} on {}:", comm.rank(), comm.world(), host()));
+            style::error(&error);
+            comm.abort();
+            cli::exit_code(&error)
+        })
+    };
+    Ok(ExitCode::from(code))
+}
+
+/// Gives this rank its share of the machine's cores, unless the launcher has, or RAYON_NUM_THREADS says how many threads.
+fn share_cores(launch: &Launch) {
+    let own = std::thread::available_parallelism().map_or(1, usize::from);
+    // SAFETY: it only reads a number of the system.
+    let all = usize::try_from(unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) }).unwrap_or(own);
+    let bound = own < all || std::env::var_os("RAYON_NUM_THREADS").is_some();
+    if let Some(here) = launch.local_world.filter(|_| !bound) {
+        // It fails where the pool was made before, which then has as many threads as it has.
+        let _ = rayon::ThreadPoolBuilder::new().num_threads((own / here).max(1)).build_global();
+    }
+}

@@ -1,0 +1,89 @@
+//! Training on several processes: who they are, how bytes get from one to another, and sums whose order nothing changes.
+//!
+//! A step's images are split into `batch.shards` shards, a number of the recipe. All sums over the batch (Sinkhorn-Knopp,
+//! centres, gradients) are taken inside a shard first, in order, and then over shards in a fixed tree:
+//! `((s0 + s1) + (s2 + s3)) + ...`. A rank is a process; it has a block of shards, as many as any other. So 1, 2, 4, ...
+//! ranks give the same bits, and the number of ranks is no part of a run. (EasyScale, Li et al., SC'23, arXiv:2208.14228,
+//! has fixed logical workers on any number of GPUs in the same sense.)
+//!
+//! An engine ([`Comm`]) moves bytes, and only that: [`Mpi`] between processes, [`threads()`] between threads of one.
+//! The sums are taken here.
+
+mod launch;
+mod mpi;
+mod ranks;
+mod shards;
+mod text;
+mod threads;
+mod watch;
+
+pub use launch::{host, Launch, Launcher};
+pub use mpi::Mpi;
+pub use ranks::Ranks;
+pub use shards::Shards;
+pub use threads::{threads, Threads};
+pub use watch::Traffic;
+
+use crate::Result;
+
+/// Moves bytes between the ranks of a run. All ranks call the same methods in the same order with the same lengths.
+pub trait Comm: Send + Sync + std::fmt::Debug {
+    /// How many ranks there are.
+    fn world(&self) -> usize;
+
+    /// This rank, 0-based.
+    fn rank(&self) -> usize;
+
+    /// Every rank's bytes, in order of rank: `all` is `world` times as long as `own`.
+    ///
+    /// # Errors
+    /// If a rank has failed.
+    fn all_gather(&self, own: &[u8], all: &mut [u8]) -> Result<()>;
+
+    /// Of `world` pieces of equal length, piece r goes to rank r; `received` is what the others have for this rank, in order of
+    /// rank.
+    ///
+    /// # Errors
+    /// If a rank has failed.
+    fn exchange(&self, pieces: &[u8], received: &mut [u8]) -> Result<()>;
+
+    /// Rank 0's bytes, on all ranks. A rank may wait long, and does so without load.
+    ///
+    /// # Errors
+    /// If a rank has failed.
+    fn broadcast(&self, bytes: &mut [u8]) -> Result<()>;
+
+    /// Ends all ranks, because this one cannot go on; what is wrong was said.
+    fn abort(&self);
+
+    /// What moves the bytes, for a person.
+    fn engine(&self) -> String;
+}
+
+/// One rank: nothing moves.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Single;
+
+impl Comm for Single {
+    fn world(&self) -> usize {
+        1
+    }
+    fn rank(&self) -> usize {
+        0
+    }
+    fn all_gather(&self, own: &[u8], all: &mut [u8]) -> Result<()> {
+        all.copy_from_slice(own);
+        Ok(())
+    }
+    fn exchange(&self, pieces: &[u8], received: &mut [u8]) -> Result<()> {
+        received.copy_from_slice(pieces);
+        Ok(())
+    }
+    fn broadcast(&self, _: &mut [u8]) -> Result<()> {
+        Ok(())
+    }
+    fn abort(&self) {}
+    fn engine(&self) -> String {
+        "one process".into()
+    }
+}

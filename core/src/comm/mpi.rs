@@ -1,0 +1,274 @@
+//! MPI, opened at run time: nothing of it is needed to build, and one program runs on every cluster.
+//!
+//! There are three binary interfaces, told apart by the library's name: that of Open MPI, whose handles are addresses of its
+//! symbols; that of MPICH and its kin, whose handles are numbers; and the standard's own (MPI 5.0, section 20), whose
+//! handles are small numbers. Of each a dozen functions are called, by one thread at a time.
+
+use std::ffi::{c_char, c_int, c_void, CStr};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use libloading::os::unix::{Library, Symbol, RTLD_GLOBAL, RTLD_NOW};
+
+use super::{Comm, Launch, Launcher};
+use crate::{Error, Result};
+
+/// A handle of MPI: an address or a number. Where the library expects an `int`, it reads the lower half of the register.
+type Handle = usize;
+/// `MPI_Init_thread(argc, argv, required, provided)`.
+type InitThread = unsafe extern "C" fn(*mut c_int, *mut c_void, c_int, *mut c_int) -> c_int;
+/// `MPI_Comm_rank` and `MPI_Comm_size`.
+type Ask = unsafe extern "C" fn(Handle, *mut c_int) -> c_int;
+/// `MPI_Allgather` and `MPI_Alltoall`.
+type Collective = unsafe extern "C" fn(*const c_void, c_int, Handle, *mut c_void, c_int, Handle, Handle) -> c_int;
+/// `MPI_Ibcast(buffer, count, type, root, comm, request)`.
+type Ibcast = unsafe extern "C" fn(*mut c_void, c_int, Handle, c_int, Handle, *mut u64) -> c_int;
+/// `MPI_Test(request, flag, status)`.
+type Test = unsafe extern "C" fn(*mut u64, *mut c_int, *mut c_void) -> c_int;
+/// `MPI_Abort` and `MPI_Comm_set_errhandler`, whose second argument is an `int` or a handle.
+type WithComm = unsafe extern "C" fn(Handle, Handle) -> c_int;
+/// `MPI_Finalize`.
+type Finalize = unsafe extern "C" fn() -> c_int;
+/// `MPI_Error_string(code, text, length)`.
+type ErrorString = unsafe extern "C" fn(c_int, *mut c_char, *mut c_int) -> c_int;
+/// `MPI_Get_library_version(text, length)`.
+type Version = unsafe extern "C" fn(*mut c_char, *mut c_int) -> c_int;
+
+/// Room for the longest text of any library (`MPI_MAX_LIBRARY_VERSION_STRING` is 8,192 in MPICH).
+const LONGEST_TEXT: usize = 16 * 1024;
+/// How long a rank that waits for an order looks without sleeping, and how long it sleeps then.
+const AWAKE: Duration = Duration::from_millis(2);
+const ASLEEP: Duration = Duration::from_micros(200);
+/// Names of the library that is used in place of those that are looked for.
+const LIBRARY: &str = "DINOLAB_MPI";
+
+/// The processes of a launcher, joined by MPI.
+pub struct Mpi {
+    library: Library,
+    name: PathBuf,
+    version: String,
+    everyone: Handle,
+    byte: Handle,
+    size: usize,
+    rank: usize,
+    all_gather: Symbol<Collective>,
+    all_to_all: Symbol<Collective>,
+    broadcast: Symbol<Ibcast>,
+    test: Symbol<Test>,
+}
+
+/// What differs between binary interfaces.
+struct Handles {
+    world: Handle,
+    byte: Handle,
+    errors_return: Handle,
+    /// `MPI_THREAD_SERIALIZED`.
+    serialized: c_int,
+}
+
+impl Mpi {
+    /// Joins the processes of `launch`.
+    ///
+    /// # Errors
+    /// If no library is found, or one that does not belong to the launcher.
+    pub fn join(launch: &Launch) -> Result<Self> {
+        let (library, name) = open(launch)?;
+        let handles = handles(&library, &name)?;
+        let init: Symbol<InitThread> = symbol(&library, "MPI_Init_thread")?;
+        let mut provided = 0;
+        // SAFETY: null stands for the arguments of the program, which MPI allows; `provided` outlives the call.
+        let code = unsafe { init(std::ptr::null_mut(), std::ptr::null_mut(), handles.serialized, &mut provided) };
+        check(&library, "MPI_Init_thread", code)?;
+        let quiet: Symbol<WithComm> = symbol(&library, "MPI_Comm_set_errhandler")?;
+        // SAFETY: both are handles of this library.
+        check(&library, "MPI_Comm_set_errhandler", unsafe { quiet(handles.world, handles.errors_return) })?;
+        let ask = |what: &'static str| -> Result<usize> {
+            let ask: Symbol<Ask> = symbol(&library, what)?;
+            let mut answer = 0;
+            // SAFETY: a handle of this library, and room for the answer.
+            check(&library, what, unsafe { ask(handles.world, &mut answer) })?;
+            Ok(answer as usize)
+        };
+        let (rank, size) = (ask("MPI_Comm_rank")?, ask("MPI_Comm_size")?);
+        if (rank, size) != (launch.rank, launch.world) {
+            let problem = format!(
+                "{} started rank {} of {}, and the library {} says that this is rank {rank} of {size}",
+                launch.launcher,
+                launch.rank,
+                launch.world,
+                name.display()
+            );
+            return Err(Error::user(problem, format!("it is not the launcher's: name that one with {LIBRARY}=path")));
+        }
+        let [all_gather, all_to_all] = [symbol(&library, "MPI_Allgather")?, symbol(&library, "MPI_Alltoall")?];
+        let (broadcast, test) = (symbol(&library, "MPI_Ibcast")?, symbol(&library, "MPI_Test")?);
+        let (version, Handles { world: everyone, byte, .. }) = (version(&library)?, handles);
+        Ok(Self { library, name, version, everyone, byte, size, rank, all_gather, all_to_all, broadcast, test })
+    }
+
+    fn collective(
+        &self,
+        what: &'static str,
+        call: &Symbol<Collective>,
+        (sent, received): (&[u8], &mut [u8]),
+        count: usize,
+    ) -> Result<()> {
+        let count = count_of(count)?;
+        let (from, to) = (sent.as_ptr().cast(), received.as_mut_ptr().cast());
+        // SAFETY: `sent` and `received` hold `count` bytes for each rank, or `sent` those of this rank: the callers ask.
+        let code = unsafe { call(from, count, self.byte, to, count, self.byte, self.everyone) };
+        check(&self.library, what, code)
+    }
+}
+
+impl Comm for Mpi {
+    fn world(&self) -> usize {
+        self.size
+    }
+    fn rank(&self) -> usize {
+        self.rank
+    }
+    fn all_gather(&self, own: &[u8], all: &mut [u8]) -> Result<()> {
+        assert_eq!(all.len(), own.len() * self.size, "as much from every rank");
+        self.collective("MPI_Allgather", &self.all_gather, (own, all), own.len())
+    }
+    fn exchange(&self, pieces: &[u8], received: &mut [u8]) -> Result<()> {
+        assert!(pieces.len() == received.len() && pieces.len().is_multiple_of(self.size), "as much for every rank");
+        self.collective("MPI_Alltoall", &self.all_to_all, (pieces, received), pieces.len() / self.size)
+    }
+    fn broadcast(&self, bytes: &mut [u8]) -> Result<()> {
+        let (count, mut request, mut done) = (count_of(bytes.len())?, 0u64, 0);
+        // Larger than the status of any library.
+        let mut status = [0u64; 16];
+        // SAFETY: `bytes` outlives the request, which is waited for below.
+        let code =
+            unsafe { (self.broadcast)(bytes.as_mut_ptr().cast(), count, self.byte, 0, self.everyone, &mut request) };
+        check(&self.library, "MPI_Ibcast", code)?;
+        let start = Instant::now();
+        loop {
+            // SAFETY: the request is that of the call above, and there is room for the answers.
+            let code = unsafe { (self.test)(&mut request, &mut done, status.as_mut_ptr().cast()) };
+            check(&self.library, "MPI_Test", code)?;
+            if done != 0 {
+                return Ok(());
+            }
+            if start.elapsed() > AWAKE {
+                std::thread::sleep(ASLEEP);
+            }
+        }
+    }
+    fn abort(&self) {
+        if let Ok(abort) = symbol::<WithComm>(&self.library, "MPI_Abort") {
+            // SAFETY: a handle of this library; it ends the process.
+            unsafe { abort(self.everyone, 1) };
+        }
+    }
+    fn engine(&self) -> String {
+        self.version.clone()
+    }
+}
+
+impl Drop for Mpi {
+    fn drop(&mut self) {
+        if let Ok(finalize) = symbol::<Finalize>(&self.library, "MPI_Finalize") {
+            // SAFETY: called once, after all other calls.
+            unsafe { finalize() };
+        }
+    }
+}
+
+impl std::fmt::Debug for Mpi {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Mpi(rank {} of {}, {})", self.rank, self.size, self.name.display())
+    }
+}
+
+/// The library that belongs to the launcher.
+fn open(launch: &Launch) -> Result<(Library, PathBuf)> {
+    let own = std::env::var_os(LIBRARY);
+    let names: Vec<PathBuf> = match (own.clone(), launch.launcher) {
+        (Some(own), _) => vec![own.into()],
+        (None, Launcher::OpenMpi) => vec!["libmpi.so.40".into()],
+        (None, Launcher::Mpich) => ["libmpi.so.12", "libmpich.so.12", "libmpi_abi.so.1"].map(PathBuf::from).to_vec(),
+        (None, Launcher::Slurm) => {
+            ["libmpi.so.40", "libmpi.so.12", "libmpich.so.12", "libmpi_abi.so.1"].map(PathBuf::from).to_vec()
+        }
+    };
+    let mut reasons = Vec::new();
+    for name in names {
+        // Open MPI opens libraries of its own, which look for its symbols among those of all.
+        // SAFETY: an MPI library's initialisers may run.
+        match unsafe { Library::open(Some(&name), RTLD_NOW | RTLD_GLOBAL) } {
+            Ok(library) => return Ok((library, name)),
+            Err(error) => reasons.push(format!("\n  {error}")),
+        }
+    }
+    let problem = format!(
+        "{} started {} processes, and no library of MPI joins them:{}",
+        launch.launcher,
+        launch.world,
+        reasons.concat()
+    );
+    let help = match own {
+        Some(_) => format!("let {LIBRARY} name the launcher's own libmpi, or remove it"),
+        None => format!("put the launcher's library where the system looks, or name it with {LIBRARY}=path"),
+    };
+    Err(Error::user(problem, help))
+}
+
+/// The handles of a library, whose interface its name and symbols tell.
+fn handles(library: &Library, name: &std::path::Path) -> Result<Handles> {
+    let address = |symbol: &str| -> Option<Handle> {
+        // SAFETY: its address alone is taken.
+        unsafe { library.get::<*const c_void>(symbol.as_bytes()) }.ok().map(|found| found.into_raw() as usize)
+    };
+    if let Some(world) = address("ompi_mpi_comm_world") {
+        let (Some(byte), Some(errors_return)) = (address("ompi_mpi_byte"), address("ompi_mpi_errors_return")) else {
+            return Err(Error::content(name, "some symbols of Open MPI are missing", "install Open MPI 4 or newer"));
+        };
+        return Ok(Handles { world, byte, errors_return, serialized: 2 });
+    }
+    let of_standard = name.file_name().is_some_and(|file| file.to_string_lossy().starts_with("libmpi_abi"));
+    Ok(match of_standard {
+        true => Handles { world: 0x101, byte: 0x247, errors_return: 0x143, serialized: 2048 },
+        false => Handles { world: 0x4400_0000, byte: 0x4c00_010d, errors_return: 0x5400_0001, serialized: 2 },
+    })
+}
+
+fn symbol<T>(library: &Library, name: &str) -> Result<Symbol<T>> {
+    // SAFETY: `T` is the type that the standard gives the function.
+    unsafe { library.get::<T>(name.as_bytes()) }.map_err(|error| {
+        Error::user(format!("the library of MPI is too old: {error}"), "install one of MPI 3 or newer")
+    })
+}
+
+fn count_of(bytes: usize) -> Result<c_int> {
+    c_int::try_from(bytes).map_err(|_| Error::shape("mpi", format!("{bytes} bytes are too many for one call")))
+}
+
+/// Fails unless `code` is MPI_SUCCESS.
+fn check(library: &Library, what: &str, code: c_int) -> Result<()> {
+    if code == 0 {
+        return Ok(());
+    }
+    let describe: Symbol<ErrorString> = symbol(library, "MPI_Error_string")?;
+    // SAFETY: there is room for the longest text.
+    let text = text_of(|text, length| unsafe { describe(code, text, length) });
+    Err(Error::user(format!("{what} failed: {text}"), "see what the other ranks say, and how long they lived"))
+}
+
+/// The first line of what the library says it is, with what follows a comma left out.
+fn version(library: &Library) -> Result<String> {
+    let version: Symbol<Version> = symbol(library, "MPI_Get_library_version")?;
+    // SAFETY: there is room for the longest text.
+    let text = text_of(|text, length| unsafe { version(text, length) });
+    let line = text.lines().next().unwrap_or_default();
+    Ok(line.split(',').next().unwrap_or_default().split_whitespace().collect::<Vec<_>>().join(" "))
+}
+
+fn text_of(fill: impl FnOnce(*mut c_char, *mut c_int) -> c_int) -> String {
+    let (mut text, mut length) = (vec![0u8; LONGEST_TEXT], 0);
+    fill(text.as_mut_ptr().cast(), &mut length);
+    let text = CStr::from_bytes_until_nul(&text).map(|text| text.to_string_lossy().into_owned());
+    text.unwrap_or_default()
+}

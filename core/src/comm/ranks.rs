@@ -1,0 +1,151 @@
+//! The ranks of a run, and what each has of a step.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::watch::{Traffic, Watched};
+use super::{shards, Comm, Shards, Single};
+use crate::ops::blocks::*;
+use crate::tensor::Real;
+use crate::{dispatch_real, Device, Error, Result, Tensor};
+
+/// Elements of one rank that are summed at a time: 1 MiB in f32.
+const PIECE: usize = 1 << 18;
+
+/// The ranks of a run, and how a batch's shards are spread over them: rank r has the r-th of equal blocks.
+#[derive(Clone, Debug)]
+pub struct Ranks {
+    comm: Arc<Watched>,
+    shards: usize,
+}
+
+impl Ranks {
+    /// One rank with all `shards`.
+    pub fn one(shards: usize) -> Self {
+        Self { comm: Arc::new(Watched::new(Arc::new(Single))), shards }
+    }
+
+    /// Ranks that share `shards` shards.
+    ///
+    /// # Errors
+    /// If they cannot be shared evenly.
+    pub fn new(comm: Arc<dyn Comm>, shards: usize) -> Result<Self> {
+        let world = comm.world();
+        if !shards.is_multiple_of(world) {
+            let fit: Vec<String> =
+                (0..).map(|i| 1 << i).take_while(|n| *n <= shards).map(|n: usize| n.to_string()).collect();
+            let problem = format!("{world} processes cannot share batch.shards = {shards} evenly");
+            let help = format!(
+                "start {} processes, or let batch.shards be a power of two that {world} divides (it is part of the recipe: \
+                 a run keeps its numbers on any number of processes)",
+                fit.join(", ")
+            );
+            return Err(Error::user(problem, help));
+        }
+        Ok(Self { comm: Arc::new(Watched::new(comm)), shards })
+    }
+
+    /// How many there are.
+    pub fn world(&self) -> usize {
+        self.comm.world()
+    }
+
+    /// This one, 0-based.
+    pub fn rank(&self) -> usize {
+        self.comm.rank()
+    }
+
+    /// Whether this rank has the run's folder, and tells the others what to do.
+    pub fn leads(&self) -> bool {
+        self.rank() == 0
+    }
+
+    /// What moves the bytes.
+    pub(crate) fn comm(&self) -> &dyn Comm {
+        self.comm.as_ref()
+    }
+
+    /// What moved so far, and how long that took.
+    pub fn traffic(&self) -> Traffic {
+        self.comm.traffic()
+    }
+
+    /// Ends all ranks.
+    pub fn abort(&self) {
+        self.comm.abort();
+    }
+
+    /// What moves the bytes, for a person.
+    pub fn engine(&self) -> String {
+        self.comm.engine()
+    }
+
+    /// Shards of all ranks.
+    pub fn shards(&self) -> usize {
+        self.shards
+    }
+
+    /// Shards of this rank.
+    pub fn own_shards(&self) -> usize {
+        self.shards / self.world()
+    }
+
+    /// This rank's of `count` parts of a batch, which shards share evenly.
+    pub fn part(&self, count: usize) -> Range<usize> {
+        let own = count / self.world();
+        self.rank() * own..(self.rank() + 1) * own
+    }
+
+    /// The shards of rows that come in parts, as many in each part as `rows` says.
+    pub(crate) fn shards_of(&self, rows: &[usize]) -> Shards<'_> {
+        let of_shard = rows.len() / self.own_shards();
+        Shards::new(self, rows.chunks(of_shard.max(1)).map(|rows| rows.iter().sum()).collect())
+    }
+
+    /// Every rank's tensor, in order of rank.
+    ///
+    /// # Errors
+    /// If a rank has failed.
+    pub(crate) fn gather(&self, own: &Tensor) -> Result<Vec<Tensor>> {
+        shards::gathered(self.comm.as_ref(), own)
+    }
+
+    /// The sum of all ranks' tensors in the order of the tree, on all of them. Each rank adds its share of the elements.
+    ///
+    /// # Errors
+    /// If a rank has failed.
+    pub(crate) fn sum(&self, x: &mut Tensor) -> Result<()> {
+        if self.world() == 1 {
+            return Ok(());
+        }
+        if x.gpu().is_some() {
+            let mut host = x.to(Device::Cpu).to_owned();
+            self.sum(&mut host)?;
+            return x.copy_from(&host);
+        }
+        dispatch_real!("sum", x.dtype(), T => self.sum_of::<T>(x.as_mut_slice::<T>()))
+    }
+
+    fn sum_of<T: Real>(&self, x: &mut [T]) -> Result<()> {
+        let world = self.world();
+        let piece = PIECE.min(x.len().div_ceil(world));
+        let mut sent = vec![T::ZERO; piece * world];
+        let mut received = sent.clone();
+        for x in x.chunks_mut(piece * world) {
+            sent[..x.len()].copy_from_slice(x);
+            self.comm.exchange(bytemuck::cast_slice(&sent), bytemuck::cast_slice_mut(&mut received))?;
+            let mut stride = 1;
+            while stride < world {
+                let pairs = received.par_chunks_mut(2 * stride * piece);
+                pairs.for_each(|pair| {
+                    let (left, right) = pair.split_at_mut(stride * piece);
+                    left[..piece].iter_mut().zip(&right[..piece]).for_each(|(left, &right)| *left += right);
+                });
+                stride *= 2;
+            }
+            self.comm.all_gather(bytemuck::cast_slice(&received[..piece]), bytemuck::cast_slice_mut(&mut sent))?;
+            x.copy_from_slice(&sent[..x.len()]);
+        }
+        Ok(())
+    }
+}

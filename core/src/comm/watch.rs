@@ -1,0 +1,69 @@
+//! What moves between ranks, counted.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::Comm;
+use crate::Result;
+
+/// What was moved, and how long that took; waiting for orders is not counted.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Traffic {
+    /// Calls.
+    pub calls: u64,
+    /// Bytes that came from other ranks.
+    pub bytes: u64,
+    /// Time in these calls, which includes waiting for ranks that are late.
+    pub time: Duration,
+}
+
+/// An engine whose traffic is counted.
+#[derive(Debug)]
+pub(super) struct Watched {
+    inner: Arc<dyn Comm>,
+    traffic: Mutex<Traffic>,
+}
+
+impl Watched {
+    pub(super) fn new(inner: Arc<dyn Comm>) -> Self {
+        Self { inner, traffic: Mutex::default() }
+    }
+
+    pub(super) fn traffic(&self) -> Traffic {
+        *self.traffic.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn counted(&self, bytes: usize, call: impl FnOnce() -> Result<()>) -> Result<()> {
+        let start = Instant::now();
+        let done = call();
+        let mut traffic = self.traffic.lock().unwrap_or_else(PoisonError::into_inner);
+        traffic.calls += 1;
+        traffic.bytes += bytes as u64;
+        traffic.time += start.elapsed();
+        done
+    }
+}
+
+impl Comm for Watched {
+    fn world(&self) -> usize {
+        self.inner.world()
+    }
+    fn rank(&self) -> usize {
+        self.inner.rank()
+    }
+    fn all_gather(&self, own: &[u8], all: &mut [u8]) -> Result<()> {
+        self.counted(all.len() - own.len(), || self.inner.all_gather(own, all))
+    }
+    fn exchange(&self, pieces: &[u8], received: &mut [u8]) -> Result<()> {
+        self.counted(pieces.len() - pieces.len() / self.world(), || self.inner.exchange(pieces, received))
+    }
+    fn broadcast(&self, bytes: &mut [u8]) -> Result<()> {
+        self.inner.broadcast(bytes)
+    }
+    fn abort(&self) {
+        self.inner.abort();
+    }
+    fn engine(&self) -> String {
+        self.inner.engine()
+    }
+}

@@ -1,0 +1,189 @@
+//! A run on several ranks: rank 0 has the run's folder, its log and its probes, and tells the others what to do.
+//!
+//! The others wait for its orders. What all do together is a step; whatever rank 0 decides between steps (to stop, to go
+//! back, to end by a rule) they learn by the next order. A rank that fails, or rank 0 in the middle of a step, ends all.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use super::{datasets, loader_spec, parents};
+use crate::comm::{Comm, Ranks, Single};
+use crate::data::{BrokenSample, Loader, LoaderSpec};
+use crate::recipe::{Recipe, Resolved};
+use crate::step::Learner;
+use crate::{checkpoint, Device, Error, Result};
+
+/// What rank 0 tells the others.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) enum Order {
+    /// The model is made, and stands where rank 0's does.
+    Begin {
+        /// Hash of the recipe, which is that of all.
+        recipe: String,
+        /// Hash of the data, where the recipe does not say it all.
+        data: Option<String>,
+        /// The checkpoint that it is read from; without one it begins as the recipe says.
+        checkpoint: Option<PathBuf>,
+        /// Steps done.
+        start: u64,
+        /// As in [`LoaderSpec`].
+        left_out: Vec<(u64, u64)>,
+    },
+    /// A step is done by all.
+    Step(u64),
+    /// The program ends with this code.
+    End(u8),
+}
+
+/// What a rank has to say after a step.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Note {
+    /// It was asked to stop.
+    stop: bool,
+    /// Samples that it could not read.
+    broken: Vec<BrokenSample>,
+}
+
+/// Rank 0, for the others.
+#[derive(Debug)]
+pub struct Lead {
+    comm: Arc<dyn Comm>,
+    /// Whether all are in the middle of what they do together.
+    together: AtomicBool,
+}
+
+impl Lead {
+    /// Rank 0 of those that `comm` joins.
+    pub fn new(comm: Arc<dyn Comm>) -> Self {
+        Self { comm, together: AtomicBool::new(false) }
+    }
+
+    /// One rank, without others.
+    pub fn alone() -> Self {
+        Self::new(Arc::new(Single))
+    }
+
+    /// What joins the ranks.
+    pub fn comm(&self) -> &Arc<dyn Comm> {
+        &self.comm
+    }
+
+    /// Fails unless the ranks can share the steps of this recipe.
+    pub(super) fn check(&self, recipe: &Recipe) -> Result<()> {
+        let world = self.comm.world();
+        if world > 1 && recipe.device()? != Device::Cpu {
+            let problem =
+                format!("{world} processes were started together on GPUs, and only those on CPUs can share a step");
+            return Err(Error::user(problem, "add --device cpu, or start one process"));
+        }
+        Ranks::new(self.comm.clone(), recipe.batch.shards).map(drop)
+    }
+
+    pub(super) fn order(&self, order: &Order) -> Result<()> {
+        if self.comm.world() > 1 {
+            self.comm.told(Some(serde_json::to_string(order).expect("plain data")))?;
+        }
+        Ok(())
+    }
+
+    /// Does what all ranks do together after this order.
+    pub(super) fn together<R>(&self, order: &Order, work: impl FnOnce() -> Result<R>) -> Result<R> {
+        self.order(order)?;
+        self.together.store(true, Ordering::Relaxed);
+        let done = work()?;
+        self.together.store(false, Ordering::Relaxed);
+        Ok(done)
+    }
+
+    /// What the ranks have to say after a step: whether one was asked to stop, and what others could not read.
+    pub(super) fn notes(&self, stop: bool) -> Result<(bool, Vec<BrokenSample>)> {
+        if self.comm.world() == 1 {
+            return Ok((stop, Vec::new()));
+        }
+        let mut all = exchange(self.comm.as_ref(), Note { stop, broken: Vec::new() })?;
+        let stop = all.iter().any(|note| note.stop);
+        Ok((stop, all.drain(..).flat_map(|note| note.broken).collect()))
+    }
+
+    /// The program of all ranks ends with this code, which was said why; in the middle of a step they are ended.
+    pub fn end(&self, code: u8) {
+        // Ranks that cannot be reached any more are ended by their launcher.
+        match self.together.load(Ordering::Relaxed) {
+            true => self.comm.abort(),
+            false => drop(self.order(&Order::End(code))),
+        }
+    }
+}
+
+fn exchange(comm: &dyn Comm, own: Note) -> Result<Vec<Note>> {
+    let quiet = !own.stop && own.broken.is_empty();
+    let text = if quiet { String::new() } else { serde_json::to_string(&own).expect("plain data") };
+    let parse = |text: &String| match text.is_empty() {
+        true => Ok(Note::default()),
+        false => serde_json::from_str(text).map_err(|e| misunderstood(&e)),
+    };
+    comm.gather_text(&text)?.iter().map(parse).collect()
+}
+
+fn misunderstood(error: &serde_json::Error) -> Error {
+    Error::user(format!("ranks do not understand each other: {error}"), "start the same program on all ranks")
+}
+
+/// Does what rank 0 says until it ends; gives the code that the program ends with. `resolve` gives the recipe, which is asked
+/// for when rank 0 has accepted its own.
+///
+/// # Errors
+/// If this rank cannot do what all do: it then has to end the others.
+pub fn follow(comm: &Arc<dyn Comm>, resolve: &dyn Fn() -> Result<Resolved>, stop: &AtomicBool) -> Result<u8> {
+    let mut member = None;
+    loop {
+        let order = serde_json::from_str(&comm.told(None)?).map_err(|e| misunderstood(&e))?;
+        match (order, &mut member) {
+            (Order::End(code), _) => return Ok(code),
+            (order @ Order::Begin { .. }, _) => member = Some(Member::begin(&resolve()?.absolute()?, comm, order)?),
+            (Order::Step(step), Some(member)) => {
+                let broken = member.step(step)?;
+                exchange(comm.as_ref(), Note { stop: stop.load(Ordering::Relaxed), broken })?;
+            }
+            (Order::Step(step), None) => unreachable!("step {step} before the run began"),
+        }
+    }
+}
+
+/// A rank that follows.
+struct Member {
+    learner: Learner,
+    loader: Loader,
+}
+
+impl Member {
+    fn begin(resolved: &Resolved, comm: &Arc<dyn Comm>, order: Order) -> Result<Self> {
+        let Order::Begin { recipe: hash, data, checkpoint, start, left_out } = order else {
+            unreachable!("asked for with that order")
+        };
+        let recipe = &resolved.recipe;
+        let (train, _) = datasets(recipe)?;
+        if (&resolved.hash, &train.fingerprint()) != (&hash, &data) {
+            let problem = "this rank reads another recipe or other data than rank 0";
+            return Err(Error::user(problem, "let all ranks see the same files, at the same places"));
+        }
+        let mut learner = match checkpoint {
+            Some(path) => Learner::from_checkpoint(recipe, &checkpoint::load(&path)?)?,
+            None => parents::begin(resolved, train.as_ref())?.0,
+        };
+        learner.join(comm.clone())?;
+        let spec = LoaderSpec { left_out, ..loader_spec(recipe, &learner, start) };
+        Ok(Self { learner, loader: Loader::new(train, spec)? })
+    }
+
+    /// Does a step with the others; gives what could not be read.
+    fn step(&mut self, step: u64) -> Result<Vec<BrokenSample>> {
+        let batches = self.loader.next().expect("rank 0 asks for steps of the run alone")?;
+        assert_eq!(batches.step, step, "all ranks are at the same step");
+        self.learner.step(step, &batches.batches, false)?;
+        Ok(batches.broken)
+    }
+}

@@ -1,0 +1,208 @@
+//! The program on several processes, joined by the MPI libraries that are here: Open MPI (Debian's `openmpi-bin`) and MPICH
+//! (`pip install mpich`), the latter by its own binary interface and by the standard's.
+
+#[allow(dead_code)]
+mod program;
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use program::{assert_same_weights, json, metrics, root, signal, wait_until, Ended, Folder};
+
+/// A launcher, and the library that its processes open.
+struct Mpi {
+    name: &'static str,
+    launcher: PathBuf,
+    library: Option<PathBuf>,
+    /// The signal that it hands on as it is.
+    stops_by: &'static str,
+}
+
+/// Those that are here; says which are not.
+fn found() -> Vec<Mpi> {
+    let python = std::env::var_os("DINOLAB_PYTHON").map(PathBuf::from);
+    let environment = python.unwrap_or_else(|| root().join("target/python/bin/python"));
+    let environment = environment.parent().and_then(|bin| bin.parent()).expect("bin/python").to_path_buf();
+    let mpich = |library: &str| Some(environment.join("lib").join(library));
+    let hydra = || environment.join("bin/mpiexec");
+    let all = [
+        Mpi { name: "Open MPI", launcher: "mpirun".into(), library: None, stops_by: "USR2" },
+        Mpi { name: "MPICH", launcher: hydra(), library: mpich("libmpi.so.12"), stops_by: "TERM" },
+        Mpi { name: "MPI ABI", launcher: hydra(), library: mpich("libmpi_abi.so.1"), stops_by: "TERM" },
+    ];
+    let works = |mpi: &Mpi| {
+        let ends = |command: &mut Command| command.arg("--version").output().is_ok_and(|o| o.status.success());
+        let here = mpi.library.as_ref().is_none_or(|library| library.exists());
+        let found = here && ends(&mut Command::new(&mpi.launcher));
+        if !found {
+            println!("skipped: {} is not here: apt-get install openmpi-bin, and pip install mpich", mpi.name);
+        }
+        found
+    };
+    all.into_iter().filter(works).collect()
+}
+
+impl Mpi {
+    /// The program on `world` processes, not yet started.
+    fn command(&self, folder: &Folder, world: usize, args: &[&str]) -> Command {
+        let mut command = Command::new(&self.launcher);
+        command.args(["-n", &world.to_string(), env!("CARGO_BIN_EXE_with_plugins")]).args(args);
+        command.current_dir(folder.path("")).stdin(Stdio::null()).env("RAYON_NUM_THREADS", "1");
+        // As root and on two cores, on this machine alone.
+        let open_mpi = [
+            ("OMPI_ALLOW_RUN_AS_ROOT", "1"),
+            ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"),
+            ("OMPI_MCA_rmaps_base_oversubscribe", "1"),
+            ("OMPI_MCA_hwloc_base_binding_policy", "none"),
+            ("OMPI_MCA_mpi_yield_when_idle", "1"),
+            ("OMPI_MCA_pml", "ob1"),
+            ("OMPI_MCA_btl", "self,vader"),
+            ("OMPI_MCA_oob_tcp_if_include", "lo"),
+            ("UCX_NET_DEVICES", "lo"),
+        ];
+        command.envs(open_mpi);
+        if let Some(library) = &self.library {
+            command.env("DINOLAB_MPI", library);
+        }
+        command
+    }
+
+    fn run(&self, folder: &Folder, world: usize, args: &[&str]) -> Ended {
+        self.command(folder, world, args).output().expect("the launcher starts").into()
+    }
+
+    fn start(&self, folder: &Folder, world: usize, args: &[&str]) -> Child {
+        let mut command = self.command(folder, world, args);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the launcher starts")
+    }
+}
+
+/// A run of four shards, with all losses.
+fn run<'a>(out: &'a str, sets: &[&'a str]) -> Vec<&'a str> {
+    let all = ["batch.micro_batches=4", "batch.shards=4", "losses.gram.enabled=true", "losses.koleo.enabled=false"];
+    let named = |set: &&str| !sets.iter().any(|own| own.split('=').next() == set.split('=').next());
+    let sets = all
+        .into_iter()
+        .filter(named)
+        .chain(["probes.cls_patch_cosine={ enabled = true, every = 5 }"])
+        .chain(sets.iter().copied());
+    ["train", "micro.toml", "--device", "cpu", "--resume", "--out", out]
+        .into_iter()
+        .chain(sets.flat_map(|set| ["--set", set]))
+        .collect()
+}
+
+/// Whether processes of this program still run with this word among their arguments.
+fn running(word: &str) -> Vec<u32> {
+    let processes = fs::read_dir("/proc").expect("Linux").filter_map(Result::ok);
+    let numbered = processes.filter_map(|p| p.file_name().to_str()?.parse().ok());
+    let of_run = |id: &u32| {
+        let read = |name: &str| fs::read_to_string(format!("/proc/{id}/{name}")).unwrap_or_default();
+        let args: Vec<String> = read("cmdline").split('\0').map(String::from).collect();
+        let dead = read("stat").rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('Z'));
+        !dead && args[0].contains("with_plugins") && args.iter().any(|arg| arg == word)
+    };
+    numbered.filter(of_run).collect()
+}
+
+#[test]
+fn processes_write_the_files_of_one() {
+    let folder = Folder::with_micro();
+    let mpis = found();
+    if mpis.is_empty() {
+        return;
+    }
+    folder.succeed(&run("one", &[]));
+    for mpi in &mpis {
+        for world in [2, 4] {
+            let out = format!("{}-{world}", mpi.name.replace(' ', "-"));
+            let ended = mpi.run(&folder, world, &run(&out, &[]));
+            assert_eq!(ended.code, 0, "{} on {world}: {}{}", mpi.name, ended.out, ended.err);
+            assert_same_weights(&folder, "one", &out, 12);
+            assert_eq!(metrics(&folder, "one"), metrics(&folder, &out), "{} on {world}", mpi.name);
+            // One process speaks.
+            assert_eq!(ended.out.matches("finished 12 steps").count(), 1, "{}", ended.out);
+        }
+    }
+}
+
+#[test]
+fn a_signal_stops_all_and_any_number_goes_on() {
+    let folder = Folder::with_micro();
+    let long = ["steps=40", "checkpoint.every=100"];
+    for mpi in found() {
+        let out = format!("stopped-{}", mpi.name.replace(' ', "-"));
+        let args = run(&out, &long);
+        let log = folder.path(&format!("{out}/metrics.jsonl"));
+        let mut child = mpi.start(&folder, 4, &args);
+        wait_until(&mut child, || fs::read_to_string(&log).is_ok_and(|text| text.lines().count() >= 3));
+        signal(&child, mpi.stops_by);
+        let ended: Ended = child.wait_with_output().expect("it ends").into();
+        assert_eq!(ended.code, 75, "{}: {}{}", mpi.name, ended.out, ended.err);
+        assert!(ended.out.contains("saved; go on"), "{}", ended.out);
+        let ended = mpi.run(&folder, 2, &args);
+        assert_eq!(ended.code, 0, "{}: {}{}", mpi.name, ended.out, ended.err);
+        if !folder.path("whole").exists() {
+            folder.succeed(&run("whole", &long));
+        }
+        assert_same_weights(&folder, "whole", &out, 40);
+    }
+}
+
+#[test]
+fn a_process_that_dies_ends_all_and_nothing_saved_is_lost() {
+    let folder = Folder::with_micro();
+    for mpi in found() {
+        let out = format!("killed-{}", mpi.name.replace(' ', "-"));
+        let args = run(&out, &["steps=4000", "checkpoint.every=2"]);
+        let mut child = mpi.start(&folder, 2, &args);
+        let saved = folder.path(&format!("{out}/checkpoints/step-00000004"));
+        wait_until(&mut child, || saved.exists());
+        let processes = running(&out);
+        assert_eq!(processes.len(), 2, "{}: {processes:?}", mpi.name);
+        let killed = Command::new("kill").args(["-KILL", &processes[1].to_string()]).status();
+        assert!(killed.expect("there is a kill command").success());
+        let begin = Instant::now();
+        let ended: Ended = child.wait_with_output().expect("it ends").into();
+        assert!(ended.code != 0 && begin.elapsed() < Duration::from_secs(20), "{}: {}", mpi.name, ended.code);
+        let begin = Instant::now();
+        while !running(&out).is_empty() {
+            assert!(begin.elapsed() < Duration::from_secs(20), "{}: processes are left", mpi.name);
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        let newest = fs::read_dir(folder.path(&format!("{out}/checkpoints"))).expect("it saved");
+        let steps = newest.filter_map(|e| e.ok()?.file_name().to_str()?.strip_prefix("step-")?.parse::<u64>().ok());
+        let done = steps.max().expect("it saved") + 2;
+        let on = run(&out, &[]).into_iter().chain(["--set", Box::leak(format!("steps={done}").into_boxed_str())]);
+        let ended = folder.run(&on.collect::<Vec<_>>());
+        assert_eq!(ended.code, 0, "{}: {}{}", mpi.name, ended.out, ended.err);
+        assert_eq!(json(&folder, &format!("{out}/result.json"))["steps"], done);
+    }
+}
+
+#[test]
+fn what_is_wrong_is_said_once_and_nobody_waits() {
+    let folder = Folder::with_micro();
+    for mpi in found() {
+        let say = |args: &[&str], code: i32, words: &[&str]| {
+            let begin = Instant::now();
+            let ended = mpi.run(&folder, 2, args);
+            let said = format!("{} {args:?}: {}{}", mpi.name, ended.out, ended.err);
+            assert!(ended.code == code && begin.elapsed() < Duration::from_secs(20), "{} {said}", ended.code);
+            words.iter().for_each(|word| assert_eq!(ended.err.matches(word).count(), 1, "`{word}` in {said}"));
+        };
+        say(&run("x", &["batch.shards=1"]), 2, &["2 processes cannot share batch.shards = 1"]);
+        say(&run("x", &["batch.shard=1"]), 2, &["did you mean"]);
+        say(&["ablate", "suite.toml"], 2, &["2 processes of a command that is one process's work"]);
+    }
+    // The library of another launcher: every process would be alone.
+    let [open_mpi, mpich, ..] = &found()[..] else { return };
+    let mut wrong = mpich.command(&folder, 2, &run("x", &[]));
+    let ended: Ended = wrong.env("DINOLAB_MPI", "libmpi.so.40").output().expect("it starts").into();
+    assert!(ended.code != 0 && ended.err.contains("says that this is rank 0 of 1"), "{}", ended.err);
+    let mut none = open_mpi.command(&folder, 2, &run("x", &[]));
+    let ended: Ended = none.env("DINOLAB_MPI", "/nowhere/libmpi.so").output().expect("it starts").into();
+    assert!(ended.code != 0 && ended.err.contains("no library of MPI joins them"), "{}", ended.err);
+}
