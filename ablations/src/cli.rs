@@ -47,7 +47,7 @@ enum Command {
     Features(commands::features::Args),
     /// Score trained weights on a dataset by probes, at several image sizes.
     Eval(commands::eval::Args),
-    /// Check the GPU engine: driver, libraries, kernels, every operation and a training step against the CPU.
+    /// Check the GPU engine: driver, libraries, kernels, operations and a step against the CPU; under a launcher, what joins processes.
     Doctor(commands::doctor::Args),
     /// Run a step again that was captured because something was not finite.
     Replay(commands::replay::Args),
@@ -80,7 +80,7 @@ impl Command {
 
     /// Whether several processes that were started together do it together.
     fn shares_steps(&self) -> bool {
-        matches!(self, Self::Train(_))
+        matches!(self, Self::Train(_) | Self::Bench(_) | Self::Doctor(_))
     }
 
     fn run(self) -> Result<ExitCode> {

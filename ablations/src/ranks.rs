@@ -3,10 +3,11 @@
 use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use dinolab_core::comm::{host, Comm, Launch, Mpi};
 use dinolab_core::train::Lead;
-use dinolab_core::Result;
+use dinolab_core::{Error, Result};
 
 use crate::{cli, style};
 
@@ -21,7 +22,9 @@ pub fn run(
 ) -> Result<ExitCode> {
     let Some(launch) = Launch::detect()? else { return lead(&Lead::alone()).map(ExitCode::from) };
     share_cores(&launch);
+    let patience = patience()?;
     let comm: Arc<dyn Comm> = Arc::new(Mpi::join(&launch)?);
+    watch(comm.clone(), patience);
     let guarded = |work: &mut dyn FnMut() -> Result<u8>| match catch_unwind(AssertUnwindSafe(work)) {
         Ok(ended) => ended,
         Err(payload) => {
@@ -49,7 +52,43 @@ pub fn run(
             cli::exit_code(&error)
         })
     };
+    comm.leave();
     Ok(ExitCode::from(code))
+}
+
+/// Seconds that ranks wait for one that does not come.
+const TIMEOUT: &str = "DINOLAB_TIMEOUT";
+const DEFAULT_TIMEOUT: u64 = 600;
+
+fn patience() -> Result<Duration> {
+    let Ok(text) = std::env::var(TIMEOUT) else { return Ok(Duration::from_secs(DEFAULT_TIMEOUT)) };
+    let wrong = |_| Error::user(format!("{TIMEOUT} = {text:?} in the environment"), "it is a number of seconds");
+    text.parse().map(Duration::from_secs).map_err(wrong)
+}
+
+/// Ends this rank when it has waited too long for another: one that hangs would keep all for ever. Every rank that waits says
+/// so; the one that says nothing is the one to look at.
+fn watch(comm: Arc<dyn Comm>, patience: Duration) {
+    let look = move || loop {
+        std::thread::sleep(Duration::from_millis(500));
+        if let Some((what, since)) = comm.waits().filter(|(_, since)| *since > patience) {
+            let seconds = since.as_secs();
+            let problem = format!(
+                "rank {} of {} on {} has waited {seconds} s in {what} for a rank that does not come",
+                comm.rank(),
+                comm.world(),
+                host()
+            );
+            let help = format!(
+                "look at the rank that does not say so; if it is only slow, give it more seconds with {TIMEOUT}"
+            );
+            style::error(&Error::user(problem, help));
+            std::process::exit(1);
+        }
+    };
+    let named = std::thread::Builder::new().name("watchdog".into());
+    // Without it a rank that hangs is the launcher's to end.
+    drop(named.spawn(look));
 }
 
 /// Gives this rank its share of the machine's cores, unless the launcher has, or RAYON_NUM_THREADS says how many threads.

@@ -133,7 +133,8 @@ pub fn table(rows: impl IntoIterator<Item = Vec<String>>) -> String {
     let mut table = comfy_table::Table::new();
     table.load_style(comfy_table::presets::NOTHING);
     table.set_content_arrangement(comfy_table::ContentArrangement::Dynamic);
-    if !std::io::stdout().is_terminal() {
+    // The terminal that mpirun gives a process says that it is 0 wide.
+    if !std::io::stdout().is_terminal() || table.width() == Some(0) {
         table.set_width(120);
     }
     for row in rows {

@@ -173,6 +173,7 @@ fn parts_of_a_batch_have_the_masks_of_the_whole_in_every_step() {
 
 fn spec() -> LoaderSpec {
     LoaderSpec {
+        part: 0..usize::MAX,
         batch: BatchConfig::default(),
         crops: recipe(&[]).unwrap().recipe.crops,
         masking: Chosen::default(),

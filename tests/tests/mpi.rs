@@ -183,6 +183,57 @@ fn a_process_that_dies_ends_all_and_nothing_saved_is_lost() {
 }
 
 #[test]
+fn a_process_that_hangs_is_told_by_those_that_wait_and_ends_all() {
+    let folder = Folder::with_micro();
+    let Some(mpi) = found().into_iter().next() else { return };
+    let mut command = mpi.command(&folder, 2, &run("hangs", &["steps=4000", "checkpoint.every=2"]));
+    command.env("DINOLAB_TIMEOUT", "2").stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().expect("the launcher starts");
+    let saved = folder.path("hangs/checkpoints/step-00000002");
+    wait_until(&mut child, || saved.exists());
+    let processes = running("hangs");
+    let rank_of = |id: &u32| {
+        let environment = fs::read_to_string(format!("/proc/{id}/environ")).expect("it runs");
+        environment.split('\0').any(|v| v == "OMPI_COMM_WORLD_RANK=1" || v == "PMI_RANK=1")
+    };
+    let follower = processes.iter().find(|id| rank_of(id)).expect("rank 1 runs").to_string();
+    assert!(Command::new("kill").args(["-STOP", &follower]).status().expect("there is a kill command").success());
+    let begin = Instant::now();
+    let ended: Ended = child.wait_with_output().expect("it ends").into();
+    // One that was stopped ends when it is killed.
+    drop(Command::new("kill").args(["-KILL", &follower]).status());
+    assert!(ended.code != 0 && begin.elapsed() < Duration::from_secs(20), "{}", ended.code);
+    assert!(ended.err.contains("rank 0 of 2 on") && ended.err.contains("has waited"), "{}", ended.err);
+}
+
+/// The commands of the book's page on processes, as they are written there.
+#[test]
+fn the_book_s_commands_work() {
+    let page = fs::read_to_string(root().join("book/src/processes.md")).expect("the page");
+    let mut commands: Vec<&str> = page.lines().filter(|line| line.starts_with("mpirun ")).collect();
+    commands.dedup();
+    assert!(commands.len() >= 4, "{commands:?}");
+    let folder = Folder::new();
+    std::os::unix::fs::symlink(root().join("recipes"), folder.path("recipes")).expect("a folder of its own");
+    let Some(mpi) = found().into_iter().find(|mpi| mpi.name == "Open MPI") else { return };
+    for line in commands {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let [_, "-n", world, "dinolab", args @ ..] = &words[..] else { panic!("{line}") };
+        let mut command = mpi.command(&folder, world.parse().expect("a number"), args);
+        // The same commands on less.
+        command.envs([("DINOLAB_STEPS", "4"), ("DINOLAB_BATCH__SIZE", "8"), ("DINOLAB_DATA__COUNT", "64")]);
+        let ended: Ended = command.output().expect("the launcher starts").into();
+        assert_eq!(ended.code, 0, "{line}: {}{}", ended.out, ended.err);
+        let told = match args[0] {
+            "doctor" => "the bits of one process",
+            "bench" => "MiB a step in",
+            _ => "finished 4 steps",
+        };
+        assert_eq!(ended.out.matches(told).count(), 1, "{line}: {}{}", ended.out, ended.err);
+    }
+}
+
+#[test]
 fn what_is_wrong_is_said_once_and_nobody_waits() {
     let folder = Folder::with_micro();
     for mpi in found() {

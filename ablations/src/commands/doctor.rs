@@ -1,15 +1,19 @@
 //! `dinolab doctor`: whether the GPU engine works here, part by part. The first thing to run on a machine with a GPU.
 
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Instant;
 
+use dinolab_core::comm::{host, Comm, Launch, Ranks, Shards};
 use dinolab_core::cuda::{self, Gpu, OP_CHECKS};
 use dinolab_core::data::Pipeline;
 use dinolab_core::recipe::{Overrides, RawRecipe, Recipe};
+use dinolab_core::rng::{Rng, Stream};
 use dinolab_core::step::{Learner, Report};
-use dinolab_core::{train, DType, Device, Error, Result};
+use dinolab_core::train::{self, Lead};
+use dinolab_core::{DType, Device, Error, Result, Tensor};
 
-use crate::style;
+use crate::{ranks, style};
 
 /// The recipe whose step is held against the CPU: small, with every loss.
 const STEP: &str = include_str!("../../../recipes/tiny.toml");
@@ -32,8 +36,14 @@ pub struct Args {
     gpu: usize,
 }
 
-/// Runs the command: prints what was found and checked. Fails if anything did.
+/// Runs the command: prints what was found and checked. Fails if anything did. Of several ranks the engine that joins them
+/// is checked.
 pub fn run(args: &Args) -> Result<ExitCode> {
+    if Launch::detect()?.is_some() {
+        let work = |comm: &Arc<dyn Comm>| ranks_of(comm);
+        let lead = |lead: &Lead| lead.share(|| work(lead.comm())).map(|text| style::print(&text)).map(|()| 0);
+        return ranks::run(lead, |comm| train::join_in(comm, || work(comm).map(drop)));
+    }
     let mut failures = 0;
     let libraries = cuda::libraries();
     let rows = libraries.iter().map(|l| match &l.version {
@@ -74,6 +84,46 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     }
     style::print("\nall is well\n");
     Ok(ExitCode::SUCCESS)
+}
+
+/// Who sits where, whether a sum over the ranks has the bits that one process gives it, and how fast bytes move.
+fn ranks_of(comm: &Arc<dyn Comm>) -> Result<String> {
+    const COUNT: usize = 1 << 22;
+    const TIMES: u32 = 5;
+    let (world, rank) = (comm.world(), comm.rank());
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = rayon::current_num_threads();
+    let crowded = if threads > cores { ": more threads than cores, see the launcher's --bind-to" } else { "" };
+    let places = comm.gather_text(&format!("{}, {threads} threads on {cores} cores{crowded}", host()))?;
+    // Numbers of many sizes, whose sum depends on its order.
+    let part = |rank: usize| {
+        let mut rng = Rng::new(rank as u64, Stream::Probe, 0, 0);
+        let numbers: Vec<f32> = (0..COUNT).map(|_| (rng.uniform(-3.0, 3.0).exp() * rng.normal()) as f32).collect();
+        Tensor::from_slice(&numbers, &[COUNT])
+    };
+    let expected = Shards::one().sum((0..world).map(part).collect::<Result<_>>()?)?;
+    let ranks = Ranks::new(comm.clone(), world)?;
+    let mut right = true;
+    let own = part(rank)?;
+    let mut best = f64::INFINITY;
+    for _ in 0..TIMES {
+        let mut sum = own.to_owned();
+        let begin = Instant::now();
+        ranks.sum(&mut sum)?;
+        best = best.min(begin.elapsed().as_secs_f64());
+        right &= sum.as_bytes() == expected.as_bytes();
+    }
+    let all_right = comm.gather_text(if right { "" } else { "wrong" })?.iter().all(String::is_empty);
+    if !all_right {
+        let problem = format!("{} gives a sum over {world} ranks other bits than one process", comm.engine());
+        return Err(Error::user(problem, "report this with the versions of launcher and library"));
+    }
+    let gb = ranks.traffic().bytes as f64 / f64::from(TIMES) / best / 1e9;
+    let rows = places.into_iter().enumerate().map(|(rank, place)| vec![format!("rank {rank}"), place]);
+    let mib = (COUNT * size_of::<f32>()) >> 20;
+    let sum = format!("{mib} MiB in {:.1} ms, {gb:.2} GB/s received a rank; the bits of one process", best * 1e3);
+    let told = [vec!["joined by".into(), comm.engine()], vec!["sum over ranks".into(), sum]];
+    Ok(style::table(rows.chain(told)) + "\nall is well\n")
 }
 
 /// Compiles all kernels, or finds them in the cache; then finds them again.

@@ -24,6 +24,8 @@ pub use shards::Shards;
 pub use threads::{threads, Threads};
 pub use watch::Traffic;
 
+use std::time::Duration;
+
 use crate::Result;
 
 /// Moves bytes between the ranks of a run. All ranks call the same methods in the same order with the same lengths.
@@ -56,8 +58,16 @@ pub trait Comm: Send + Sync + std::fmt::Debug {
     /// Ends all ranks, because this one cannot go on; what is wrong was said.
     fn abort(&self);
 
+    /// Takes leave of the other ranks: the last call of all of them.
+    fn leave(&self) {}
+
     /// What moves the bytes, for a person.
     fn engine(&self) -> String;
+
+    /// What this rank waits for in a call that should not take long, and since when.
+    fn waits(&self) -> Option<(&'static str, Duration)> {
+        None
+    }
 }
 
 /// One rank: nothing moves.

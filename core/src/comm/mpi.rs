@@ -6,6 +6,7 @@
 
 use std::ffi::{c_char, c_int, c_void, CStr};
 use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use libloading::os::unix::{Library, Symbol, RTLD_GLOBAL, RTLD_NOW};
@@ -55,6 +56,8 @@ pub struct Mpi {
     all_to_all: Symbol<Collective>,
     broadcast: Symbol<Ibcast>,
     test: Symbol<Test>,
+    /// The collective that this rank is in.
+    inside: Mutex<Option<(&'static str, Instant)>>,
 }
 
 /// What differs between binary interfaces.
@@ -103,7 +106,20 @@ impl Mpi {
         let [all_gather, all_to_all] = [symbol(&library, "MPI_Allgather")?, symbol(&library, "MPI_Alltoall")?];
         let (broadcast, test) = (symbol(&library, "MPI_Ibcast")?, symbol(&library, "MPI_Test")?);
         let (version, Handles { world: everyone, byte, .. }) = (version(&library)?, handles);
-        Ok(Self { library, name, version, everyone, byte, size, rank, all_gather, all_to_all, broadcast, test })
+        Ok(Self {
+            library,
+            name,
+            version,
+            everyone,
+            byte,
+            size,
+            rank,
+            all_gather,
+            all_to_all,
+            broadcast,
+            test,
+            inside: Mutex::default(),
+        })
     }
 
     fn collective(
@@ -115,8 +131,10 @@ impl Mpi {
     ) -> Result<()> {
         let count = count_of(count)?;
         let (from, to) = (sent.as_ptr().cast(), received.as_mut_ptr().cast());
+        *lock(&self.inside) = Some((what, Instant::now()));
         // SAFETY: `sent` and `received` hold `count` bytes for each rank, or `sent` those of this rank: the callers ask.
         let code = unsafe { call(from, count, self.byte, to, count, self.byte, self.everyone) };
+        *lock(&self.inside) = None;
         check(&self.library, what, code)
     }
 }
@@ -163,17 +181,17 @@ impl Comm for Mpi {
             unsafe { abort(self.everyone, 1) };
         }
     }
+    fn leave(&self) {
+        if let Ok(finalize) = symbol::<Finalize>(&self.library, "MPI_Finalize") {
+            // SAFETY: it is the last call.
+            unsafe { finalize() };
+        }
+    }
     fn engine(&self) -> String {
         self.version.clone()
     }
-}
-
-impl Drop for Mpi {
-    fn drop(&mut self) {
-        if let Ok(finalize) = symbol::<Finalize>(&self.library, "MPI_Finalize") {
-            // SAFETY: called once, after all other calls.
-            unsafe { finalize() };
-        }
+    fn waits(&self) -> Option<(&'static str, Duration)> {
+        lock(&self.inside).map(|(what, since)| (what, since.elapsed()))
     }
 }
 
@@ -181,6 +199,10 @@ impl std::fmt::Debug for Mpi {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Mpi(rank {} of {}, {})", self.rank, self.size, self.name.display())
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The library that belongs to the launcher.

@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use super::watch::{Traffic, Watched};
 use super::{shards, Comm, Shards, Single};
-use crate::ops::blocks::*;
 use crate::tensor::Real;
 use crate::{dispatch_real, Device, Error, Result, Tensor};
 
@@ -114,7 +113,7 @@ impl Ranks {
     ///
     /// # Errors
     /// If a rank has failed.
-    pub(crate) fn sum(&self, x: &mut Tensor) -> Result<()> {
+    pub fn sum(&self, x: &mut Tensor) -> Result<()> {
         if self.world() == 1 {
             return Ok(());
         }
@@ -136,11 +135,10 @@ impl Ranks {
             self.comm.exchange(bytemuck::cast_slice(&sent), bytemuck::cast_slice_mut(&mut received))?;
             let mut stride = 1;
             while stride < world {
-                let pairs = received.par_chunks_mut(2 * stride * piece);
-                pairs.for_each(|pair| {
+                for pair in received.chunks_mut(2 * stride * piece) {
                     let (left, right) = pair.split_at_mut(stride * piece);
                     left[..piece].iter_mut().zip(&right[..piece]).for_each(|(left, &right)| *left += right);
-                });
+                }
                 stride *= 2;
             }
             self.comm.all_gather(bytemuck::cast_slice(&received[..piece]), bytemuck::cast_slice_mut(&mut sent))?;

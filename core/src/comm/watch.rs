@@ -66,4 +66,7 @@ impl Comm for Watched {
     fn engine(&self) -> String {
         self.inner.engine()
     }
+    fn waits(&self) -> Option<(&'static str, Duration)> {
+        self.inner.waits()
+    }
 }

@@ -18,7 +18,7 @@ pub mod parallel;
 
 mod adamw;
 mod attention;
-pub(crate) mod blocks;
+mod blocks;
 mod broadcast;
 mod columns;
 mod depthwise_conv;

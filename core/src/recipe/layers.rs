@@ -31,7 +31,7 @@ pub const ENV_PREFIX: &str = "DINOLAB_";
 
 /// Variables of this prefix that are no keys: where compiled kernels are kept, waiting after every launch, and what tests
 /// are told.
-const NO_KEYS: [&str; 8] = ["cache", "cuda_sync", "fuzz", "golden", "mpi", "python", "ranks", "write_table"];
+const NO_KEYS: [&str; 9] = ["cache", "cuda_sync", "fuzz", "golden", "mpi", "python", "ranks", "timeout", "write_table"];
 
 /// The version of what recipes say. Files that dinolab writes have it as `schema`; it is no key of a recipe, and a file
 /// without one is of this version.

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{self, remove_unfinished, write_file};
+use crate::comm::Ranks;
 use crate::contract::Dataset;
 use crate::cuda::Gpu;
 use crate::recipe::{changes, Change, Overrides, Resolved};
@@ -48,8 +49,27 @@ pub struct RunInfo {
     pub device: String,
     /// CPU threads.
     pub threads: usize,
+    /// Processes that share its steps, and what joins them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ranks: Option<RanksInfo>,
     /// Seconds since 1970.
     pub started_unix: u64,
+}
+
+/// The processes that share the steps of a run.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RanksInfo {
+    /// How many.
+    pub world: usize,
+    /// What joins them.
+    pub engine: String,
+}
+
+impl RanksInfo {
+    /// Of a run on several ranks.
+    pub(super) fn of(ranks: &Ranks) -> Option<Self> {
+        (ranks.world() > 1).then(|| Self { world: ranks.world(), engine: ranks.engine() })
+    }
 }
 
 /// The way out where a run cannot go on.
@@ -140,6 +160,7 @@ impl RunFolder {
         resolved: &Resolved,
         options: &RunOptions,
         data: &dyn Dataset,
+        ranks: &Ranks,
         (start, resumed): (u64, bool),
     ) -> Result<Vec<String>> {
         let recipe_device = match resolved.recipe.device()? {
@@ -154,6 +175,7 @@ impl RunFolder {
             data: data.fingerprint(),
             device: recipe_device,
             threads: rayon::current_num_threads(),
+            ranks: RanksInfo::of(ranks),
             started_unix: since.map_or(0, |d| d.as_secs()),
         };
         let mut notes = if resumed { self.compare(&info)? } else { Vec::new() };

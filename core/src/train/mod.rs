@@ -35,10 +35,10 @@ mod verdict;
 
 pub use capture::replay;
 pub use events::{write_pictures, StepPicture};
-pub use folder::{RunFolder, RunInfo, RunResult};
+pub use folder::{RanksInfo, RunFolder, RunInfo, RunResult};
 pub use lines::Lines;
 pub use parents::Parent;
-pub use ranks::{follow, Lead};
+pub use ranks::{follow, join_in, Lead};
 pub use start::Start;
 pub use timeline::RunEvent;
 pub use trained::Trained;
@@ -256,7 +256,10 @@ fn run_on(
     let probes = probes::Probes::new(recipe, train.clone(), test)?;
     let loader = Loader::new(train.clone(), spec)?;
     messages.extend(
-        folder.begin(resolved, options, train.as_ref(), (start, resumed))?.into_iter().map(|text| ("resume", text)),
+        folder
+            .begin(resolved, options, train.as_ref(), learner.ranks(), (start, resumed))?
+            .into_iter()
+            .map(|text| ("resume", text)),
     );
     if let Some(begun) = &begun {
         begun.write(folder.path(), &rewinds)?;

@@ -34,8 +34,17 @@ pub(super) enum Order {
     },
     /// A step is done by all.
     Step(u64),
+    /// What the command is about is done by all.
+    Work,
     /// The program ends with this code.
     End(u8),
+}
+
+impl Order {
+    /// The next one, on a rank that follows.
+    fn next(comm: &dyn Comm) -> Result<Self> {
+        serde_json::from_str(&comm.told(None)?).map_err(|e| misunderstood(&e))
+    }
 }
 
 /// What a rank has to say after a step.
@@ -72,7 +81,10 @@ impl Lead {
     }
 
     /// Fails unless the ranks can share the steps of this recipe.
-    pub(super) fn check(&self, recipe: &Recipe) -> Result<()> {
+    ///
+    /// # Errors
+    /// If they are on GPUs, or cannot share its shards.
+    pub fn check(&self, recipe: &Recipe) -> Result<()> {
         let world = self.comm.world();
         if world > 1 && recipe.device()? != Device::Cpu {
             let problem =
@@ -80,6 +92,14 @@ impl Lead {
             return Err(Error::user(problem, "add --device cpu, or start one process"));
         }
         Ranks::new(self.comm.clone(), recipe.batch.shards).map(drop)
+    }
+
+    /// Does what all ranks do together: those that follow have to [`join_in`].
+    ///
+    /// # Errors
+    /// That of `work`, or if a rank has failed.
+    pub fn share<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<R> {
+        self.together(&Order::Work, work)
     }
 
     pub(super) fn order(&self, order: &Order) -> Result<()> {
@@ -132,6 +152,21 @@ fn misunderstood(error: &serde_json::Error) -> Error {
     Error::user(format!("ranks do not understand each other: {error}"), "start the same program on all ranks")
 }
 
+/// Does `work` when rank 0 [shares](Lead::share) it; gives the code that the program ends with.
+///
+/// # Errors
+/// That of `work`, or if a rank has failed.
+pub fn join_in(comm: &Arc<dyn Comm>, work: impl FnOnce() -> Result<()>) -> Result<u8> {
+    let mut work = Some(work);
+    loop {
+        match Order::next(comm.as_ref())? {
+            Order::End(code) => return Ok(code),
+            Order::Work => work.take().map_or(Ok(()), |work| work())?,
+            other => unreachable!("{other:?} is an order of a run"),
+        }
+    }
+}
+
 /// Does what rank 0 says until it ends; gives the code that the program ends with. `resolve` gives the recipe, which is asked
 /// for when rank 0 has accepted its own.
 ///
@@ -140,15 +175,14 @@ fn misunderstood(error: &serde_json::Error) -> Error {
 pub fn follow(comm: &Arc<dyn Comm>, resolve: &dyn Fn() -> Result<Resolved>, stop: &AtomicBool) -> Result<u8> {
     let mut member = None;
     loop {
-        let order = serde_json::from_str(&comm.told(None)?).map_err(|e| misunderstood(&e))?;
-        match (order, &mut member) {
+        match (Order::next(comm.as_ref())?, &mut member) {
             (Order::End(code), _) => return Ok(code),
             (order @ Order::Begin { .. }, _) => member = Some(Member::begin(&resolve()?.absolute()?, comm, order)?),
             (Order::Step(step), Some(member)) => {
                 let broken = member.step(step)?;
                 exchange(comm.as_ref(), Note { stop: stop.load(Ordering::Relaxed), broken })?;
             }
-            (Order::Step(step), None) => unreachable!("step {step} before the run began"),
+            (other, _) => unreachable!("{other:?} is no order of a run that has not begun"),
         }
     }
 }

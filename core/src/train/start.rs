@@ -3,6 +3,7 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use super::RanksInfo;
 use crate::contract::{Dataset, Summary};
 use crate::cuda::Gpu;
 use crate::recipe::{cost, Recipe};
@@ -35,9 +36,14 @@ pub struct Start {
 
 impl Start {
     pub(super) fn of(recipe: &Recipe, learner: &Learner, data: &dyn Dataset, out: &Path, step: u64) -> Result<Self> {
-        let device = match learner.device() {
-            Device::Cpu => format!("CPU, {} threads", rayon::current_num_threads()),
-            Device::Cuda(ordinal) => format!("cuda:{ordinal}, {}", Gpu::get(ordinal)?.info().name),
+        let threads = rayon::current_num_threads();
+        let device = match (learner.device(), RanksInfo::of(learner.ranks())) {
+            (Device::Cpu, None) => format!("CPU, {threads} threads"),
+            (Device::Cpu, Some(ranks)) => {
+                let RanksInfo { world, engine } = ranks;
+                format!("CPU, {world} processes with {threads} threads each, joined by {engine}")
+            }
+            (Device::Cuda(ordinal), _) => format!("cuda:{ordinal}, {}", Gpu::get(ordinal)?.info().name),
         };
         Ok(Self {
             step,

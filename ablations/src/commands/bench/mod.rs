@@ -3,16 +3,20 @@
 mod ceilings;
 
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Instant;
 
+use dinolab_core::comm::{Comm, Ranks, Traffic};
 use dinolab_core::cuda::{Gpu, Profile};
 use dinolab_core::data::{Batch, Loader};
+use dinolab_core::recipe::Recipe;
 use dinolab_core::step::{Learner, Report};
-use dinolab_core::{recipe, tensor, train, Device, Error, Result};
+use dinolab_core::train::{self, Lead};
+use dinolab_core::{recipe, tensor, Device, Error, Result};
 use serde::Serialize;
 
 use crate::cli::RecipeArgs;
-use crate::style;
+use crate::{ranks, style};
 
 /// What it is given.
 #[derive(Debug, clap::Args)]
@@ -63,23 +67,66 @@ struct Measured {
     eager: Option<String>,
     /// Where the time of a step goes, on a GPU.
     profile: Option<Profile>,
+    /// What several processes moved, if there were several.
+    ranks: Option<Shared>,
 }
 
-/// Runs the command.
+/// A step that is shared by processes.
+#[derive(Debug, Serialize)]
+struct Shared {
+    world: usize,
+    engine: String,
+    /// Of a step, on rank 0: what came from other ranks, in how many calls, and the time in these, with waiting for ranks
+    /// that are late.
+    mib: f64,
+    calls: f64,
+    ms: f64,
+}
+
+impl Shared {
+    fn of(ranks: &Ranks, before: Traffic, steps: u64) -> Option<Self> {
+        let (now, steps) = (ranks.traffic(), steps as f64);
+        (ranks.world() > 1).then(|| Self {
+            world: ranks.world(),
+            engine: ranks.engine(),
+            mib: (now.bytes - before.bytes) as f64 / f64::from(1 << 20) / steps,
+            calls: (now.calls - before.calls) as f64 / steps,
+            ms: (now.time - before.time).as_secs_f64() * 1e3 / steps,
+        })
+    }
+}
+
+/// Runs the command. On several ranks all do the same, and the first tells.
 pub fn run(args: &Args) -> Result<ExitCode> {
     let begin = Instant::now();
-    if args.steps == 0 {
-        return Err(Error::user("--steps 0 measures nothing", "ask for at least one step"));
-    }
-    let resolved = args.recipe.resolve()?;
-    let recipe = &resolved.recipe;
+    let follow = |comm: &Arc<dyn Comm>| {
+        train::join_in(comm, || measure(args, &args.recipe.resolve_quietly()?.recipe, comm, begin).map(drop))
+    };
+    let lead = |lead: &Lead| {
+        if args.steps == 0 {
+            return Err(Error::user("--steps 0 measures nothing", "ask for at least one step"));
+        }
+        let recipe = args.recipe.resolve()?.recipe;
+        lead.check(&recipe)?;
+        let measured = lead.share(|| measure(args, &recipe, lead.comm(), begin))?;
+        style::print(&match args.json {
+            true => serde_json::to_string(&measured).expect("plain data") + "\n",
+            false => measured.table(),
+        });
+        Ok(0)
+    };
+    ranks::run(lead, follow)
+}
+
+fn measure(args: &Args, recipe: &Recipe, comm: &Arc<dyn Comm>, begin: Instant) -> Result<Measured> {
     let mut learner = Learner::new(recipe)?;
+    learner.join(comm.clone())?;
     let gpu = match learner.device() {
         Device::Cpu => None,
         Device::Cuda(ordinal) => Some(Gpu::get(ordinal)?),
     };
     let ready = first_step(recipe, &learner)?;
-    let (mut times, mut first_step_s) = (Vec::new(), None);
+    let (mut times, mut first_step_s, mut before) = (Vec::new(), None, Traffic::default());
     for step in 0..args.warmup + args.steps {
         let (report, ms) = timed(gpu, || learner.step(step, &ready, false))?;
         first_step_s.get_or_insert_with(|| begin.elapsed().as_secs_f64());
@@ -89,6 +136,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         }
         if step >= args.warmup {
             times.push(ms);
+        } else {
+            before = learner.ranks().traffic();
         }
     }
     let peak = match gpu {
@@ -102,7 +151,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let images_per_s = recipe.batch.size as f64 * 1e3 / median;
     let tflop_per_s = cost.flops_per_image * images_per_s / 1e12;
     let ceiling = gpu.and_then(|gpu| ceilings::ceiling(&gpu.info().name));
-    let measured = Measured {
+    Ok(Measured {
         recipe: recipe.name.clone(),
         device: gpu.map_or("cpu".into(), |gpu| gpu.info().name.clone()),
         precision: format!("{:?}", learner.features_dtype()).to_lowercase(),
@@ -121,18 +170,13 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         first_step_s: first_step_s.unwrap_or_default(),
         eager: learner.eager_reason().map(String::from),
         profile,
-    };
-    if args.json {
-        style::print(&(serde_json::to_string(&measured).expect("plain data") + "\n"));
-    } else {
-        style::print(&measured.table(ceiling));
-    }
-    Ok(ExitCode::SUCCESS)
+        ranks: Shared::of(learner.ranks(), before, args.steps),
+    })
 }
 
 impl Measured {
-    fn table(&self, ceiling: Option<ceilings::Ceiling>) -> String {
-        let m = self;
+    fn table(&self) -> String {
+        let (m, ceiling) = (self, ceilings::ceiling(&self.device));
         let mfu = m.mfu.map_or(String::new(), |mfu| format!(", {:.1}% MFU", 100.0 * mfu));
         let mut text = format!(
             "{} on {} in {} with {} threads, batch {}\n\
@@ -158,6 +202,12 @@ impl Measured {
             m.peak_gib,
             m.first_step_s
         );
+        if let Some(Shared { world, engine, mib, calls, ms }) = &m.ranks {
+            let share = 100.0 * ms / m.ms_median;
+            text += &format!(
+                "  processes   {world}, joined by {engine}: {mib:.1} MiB a step in {calls:.0} calls, {ms:.2} ms ({share:.0}%)\n"
+            );
+        }
         if let Some(profile) = &m.profile {
             text += &match &m.eager {
                 None => "  replayed as one graph; launch by launch:\n".to_string(),
