@@ -7,7 +7,7 @@ use dinolab_core::{plugin, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::probe_data::{draw_test, features};
+use crate::probe_data::{draw_test, Look};
 
 /// Mean cosine between an image's CLS feature and its patch features: the symptom of lost locality.
 ///
@@ -29,7 +29,7 @@ impl Default for ClsPatchCosine {
 
 impl Probe for ClsPatchCosine {
     fn run(&self, context: &ProbeContext<'_>) -> Result<Vec<Score>> {
-        let test = features(context, context.test, &draw_test(context, self.samples.get()))?;
+        let test = Look::at(context.test, &draw_test(context, self.samples.get())).features(context)?;
         let (n, dim) = (test.cls.dim(0), test.cls.last_dim());
         let cls = test.cls.l2_normalize(1e-12)?.reshape(&[n, dim, 1])?;
         let cosines = test.patches.l2_normalize(1e-12)?.matmul(&cls)?.to_f64_vec();

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::probe_data::{draw_test, features};
+use crate::probe_data::{draw_test, Look};
 use crate::spectrum;
 
 /// Dense representation structure estimator: do patches form groups far apart, and use many dimensions?
@@ -57,7 +57,7 @@ const STILL: f64 = 1e-4;
 
 impl Probe for Dse {
     fn run(&self, context: &ProbeContext<'_>) -> Result<Vec<Score>> {
-        let test = features(context, context.test, &draw_test(context, self.samples.get()))?;
+        let test = Look::at(context.test, &draw_test(context, self.samples.get())).features(context)?;
         let (n, p, d) = (test.patches.dim(0), test.patches.dim(1), test.patches.last_dim());
         let values = test.patches.l2_normalize(1e-12)?.to_f64_vec();
         let rows = spectrum::rows(&values, d);

@@ -7,7 +7,7 @@ use dinolab_core::{plugin, Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::probe_data::{draw_test, features};
+use crate::probe_data::{draw_test, Look};
 use crate::spectrum;
 
 /// Effective rank of the features: how many directions they use, counted softly.
@@ -32,7 +32,7 @@ impl Default for EffectiveRank {
 
 impl Probe for EffectiveRank {
     fn run(&self, context: &ProbeContext<'_>) -> Result<Vec<Score>> {
-        let test = features(context, context.test, &draw_test(context, self.samples.get()))?;
+        let test = Look::at(context.test, &draw_test(context, self.samples.get())).features(context)?;
         let rank = |features: &Tensor| -> Result<f64> {
             let values = features.to_f64_vec();
             let singular = spectrum::singular_values(&spectrum::rows(&values, features.last_dim()))?;

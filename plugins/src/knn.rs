@@ -3,12 +3,13 @@
 use std::num::NonZeroUsize;
 
 use dinolab_core::contract::{Probe, ProbeContext, Score};
-use dinolab_core::{plugin, Error, Result};
+use dinolab_core::{plugin, Error, Result, Tensor};
 use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::probe_data::{cls_features, draw_two, Features};
+use crate::pictures;
+use crate::probe_data::{draw_two, Features, Look};
 
 /// Weighted nearest-neighbour classification of CLS features.
 ///
@@ -53,6 +54,11 @@ impl Default for Knn {
     }
 }
 
+/// Cosines of the CLS features of test and training images, `[test, train]`.
+fn similarities(train: &Features, test: &Features) -> Result<Tensor> {
+    test.cls.l2_normalize(1e-12)?.matmul_t(&train.cls.l2_normalize(1e-12)?)
+}
+
 impl Knn {
     /// The labels that win among neighbours `(similarity, label)`, by each of the numbers of neighbours; the least of
     /// equals.
@@ -75,7 +81,7 @@ impl Knn {
     /// Whether each labelled test image is right, by each of the numbers of neighbours.
     pub(crate) fn right(&self, train: &Features, test: &Features) -> Result<Vec<Vec<bool>>> {
         let known: Vec<Option<u32>> = train.truth.iter().map(|t| t.label).collect();
-        let similarities = test.cls.l2_normalize(1e-12)?.matmul_t(&train.cls.l2_normalize(1e-12)?)?;
+        let similarities = similarities(train, test)?;
         let rows = similarities.as_slice::<f32>().par_chunks(known.len());
         let right = rows.zip(&test.truth).filter_map(|(row, image)| {
             let labelled = row.iter().zip(&known).filter_map(|(&s, label)| label.map(|label| (s, label)));
@@ -95,11 +101,14 @@ impl Probe for Knn {
     fn run(&self, context: &ProbeContext<'_>) -> Result<Vec<Score>> {
         let [train, test] = draw_two(context, self.train_samples.get(), self.test_samples.get());
         let (train, test) =
-            (cls_features(context, context.train, &train)?, cls_features(context, context.test, &test)?);
+            (Look::cls(context.train, &train).features(context)?, Look::cls(context.test, &test).features(context)?);
         let right = self.right(&train, &test)?;
         if right.is_empty() {
             let help = "use a dataset whose images have labels (class sub-folders), or take the probe out";
             return Err(Error::user("probe `knn`: no test image has a label", help));
+        }
+        if context.show.is_some() {
+            pictures::neighbours(context, (&train, &test), similarities(&train, &test)?.as_slice())?;
         }
         let score = |(i, k): (usize, NonZeroUsize)| {
             let name = if i == 0 { "top1".into() } else { format!("top1_k{k}") };

@@ -4,13 +4,14 @@ use std::num::NonZeroUsize;
 
 use dinolab_core::contract::{Probe, ProbeContext, Score};
 use dinolab_core::rng::{Rng, Stream};
-use dinolab_core::{plugin, Error, Result, Tensor};
+use dinolab_core::{plugin, Result, Tensor};
 use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::probe_data::{class_shares, draw_two, features};
-use crate::segmentation::{overlap, scores};
+use crate::pictures;
+use crate::probe_data::{class_shares, draw_two, Look};
+use crate::segmentation::{answers, no_masks, overlap, scores, show};
 
 /// Segmentation by nearest neighbours among patches, with nothing trained.
 ///
@@ -81,7 +82,8 @@ impl Probe for KnnSegmentation {
     fn run(&self, context: &ProbeContext<'_>) -> Result<Vec<Score>> {
         let (size, classes) = (context.image_size, context.test.mask_classes());
         let [train, test] = draw_two(context, self.train_samples.get(), self.test_samples.get());
-        let (train, test) = (features(context, context.train, &train)?, features(context, context.test, &test)?);
+        let (train, test) =
+            (Look::at(context.train, &train).features(context)?, Look::at(context.test, &test).features(context)?);
         let (p, d) = (train.grid.patches(), train.patches.last_dim());
         let shares = class_shares(&train, size, classes);
         // Patches without a known class have no say.
@@ -91,9 +93,7 @@ impl Probe for KnnSegmentation {
             .map(|(i, _)| i)
             .collect();
         if classes == 0 || known.is_empty() || test.truth.iter().all(|t| t.mask.is_none()) {
-            let help =
-                "use a dataset with pixel masks (`scenes`, or `image_folder` with `masks`), or take the probe out";
-            return Err(Error::user("probe `knn_segmentation`: images have no masks", help));
+            return Err(no_masks("knn_segmentation"));
         }
         if known.len() > self.memory.get() {
             Rng::new(context.seed, Stream::Probe, 0, 2).shuffle(&mut known);
@@ -111,7 +111,11 @@ impl Probe for KnnSegmentation {
             let similarities = patches.narrow(i, 1)?.reshape(&[p, d])?.matmul_t(&memory)?;
             let rows = similarities.as_slice::<f32>().par_chunks(known.len());
             let votes: Vec<Vec<f32>> = rows.map(|row| self.vote(row, &shares, classes)).collect();
-            images.push(overlap(&votes.concat(), mask, size, test.grid, classes));
+            let answers = answers(&votes.concat(), size, test.grid, classes);
+            if images.len() < pictures::MOST {
+                show(context, test.sources[i].0, mask, &answers)?;
+            }
+            images.push(overlap(&answers, mask, classes));
         }
         Ok(scores(images, context.test))
     }

@@ -12,7 +12,7 @@
 //! | dataset | [`scenes`], [`image_folder`], [`manifest`](image_folder::manifest) |
 //! | augmentation | [`multi_crop`], [`resized`] |
 //! | masking | [`block`], [`random`], [`multi_block`] |
-//! | probe | [`knn`], [`linear_classification`], [`retrieval`], [`linear_segmentation`], [`knn_segmentation`], [`patch_similarity`], [`cls_patch_cosine`], [`patch_spread`], [`dse`], [`effective_rank`], [`correspondence`], [`robustness`] |
+//! | probe | [`knn`], [`linear_classification`], [`few_shot`], [`retrieval`], [`linear_segmentation`], [`knn_segmentation`], [`depth`], [`tracking`], [`patch_similarity`], [`cls_patch_cosine`], [`patch_spread`], [`dse`], [`effective_rank`], [`correspondence`], [`robustness`] |
 //! | optimizer | [`adamw`], [`muon`], [`sgd`] |
 
 #![warn(clippy::print_stdout, clippy::print_stderr)]
@@ -88,8 +88,10 @@ pub mod random;
 // Probes
 pub mod cls_patch_cosine;
 pub mod correspondence;
+pub mod depth;
 pub mod dse;
 pub mod effective_rank;
+pub mod few_shot;
 pub mod knn;
 pub mod knn_segmentation;
 mod lbfgs;
@@ -98,8 +100,11 @@ mod linear_head;
 pub mod linear_segmentation;
 pub mod patch_similarity;
 pub mod patch_spread;
+mod pictures;
 mod probe_data;
 pub mod retrieval;
 pub mod robustness;
 mod segmentation;
 mod spectrum;
+pub mod tracking;
+mod windows;

@@ -9,7 +9,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::linear_head::{Head, Standardization};
-use crate::probe_data::{cls_features, draw_two, Features};
+use crate::probe_data::{draw_two, Features, Look};
 
 /// Classification by a linear head on frozen CLS features.
 ///
@@ -94,7 +94,7 @@ impl Probe for LinearClassification {
     fn run(&self, context: &ProbeContext<'_>) -> Result<Vec<Score>> {
         let [train, test] = draw_two(context, self.train_samples.get(), self.test_samples.get());
         let (train, test) =
-            (cls_features(context, context.train, &train)?, cls_features(context, context.test, &test)?);
+            (Look::cls(context.train, &train).features(context)?, Look::cls(context.test, &test).features(context)?);
         let standardization = Standardization::of(train.cls.as_slice(), train.cls.last_dim());
         let (x, labels) = labelled(&train, &standardization)?;
         let (test_x, test_labels) = labelled(&test, &standardization)?;

@@ -7,7 +7,7 @@ use dinolab_core::{plugin, Error, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::probe_data::{class_counts, draw_test, features, majority};
+use crate::probe_data::{class_counts, draw_test, majority, Look};
 
 /// Mean cosine of a patch inside an object to the other patches of its mask region, and to those outside.
 ///
@@ -30,7 +30,7 @@ impl Default for PatchSimilarity {
 
 impl Probe for PatchSimilarity {
     fn run(&self, context: &ProbeContext<'_>) -> Result<Vec<Score>> {
-        let test = features(context, context.test, &draw_test(context, self.samples.get()))?;
+        let test = Look::at(context.test, &draw_test(context, self.samples.get())).features(context)?;
         let (p, classes) = (test.grid.patches(), context.test.mask_classes());
         let patches = test.patches.l2_normalize(1e-12)?;
         let (mut inside, mut outside, mut references) = (0.0, 0.0, 0u64);

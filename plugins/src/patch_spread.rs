@@ -7,7 +7,7 @@ use dinolab_core::{plugin, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::probe_data::{draw_test, features};
+use crate::probe_data::{draw_test, Look};
 
 /// Spread of the patches of one image, and its share of the spread of all patches.
 ///
@@ -32,7 +32,7 @@ impl Default for PatchSpread {
 
 impl Probe for PatchSpread {
     fn run(&self, context: &ProbeContext<'_>) -> Result<Vec<Score>> {
-        let test = features(context, context.test, &draw_test(context, self.samples.get()))?;
+        let test = Look::at(context.test, &draw_test(context, self.samples.get())).features(context)?;
         let means = test.patches.l2_normalize(1e-12)?.mean_axis(1)?;
         let spread = |mean: &[f64]| 1.0 - mean.iter().map(|x| x * x).sum::<f64>();
         let of_images = means.to_f64_vec();

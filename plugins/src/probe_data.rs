@@ -1,6 +1,6 @@
 //! What probes share: which samples, their pixels and masks at the probe's size, and their features.
 
-use dinolab_core::contract::{Dataset, Grid, ProbeContext, Sample};
+use dinolab_core::contract::{Dataset, Grid, ImageSize, ProbeContext, Sample};
 use dinolab_core::rng::{Rng, Stream};
 use dinolab_core::{DType, Error, Result, Tensor};
 use image::imageops::{crop_imm, resize, FilterType};
@@ -52,6 +52,8 @@ pub(crate) struct Truth {
     pub label: Option<u32>,
     /// Class of every pixel at the probe's size, row-major.
     pub mask: Option<Vec<u8>>,
+    /// Its depth.
+    pub depth: Option<Vec<f32>>,
 }
 
 /// Features of images, in order.
@@ -64,62 +66,52 @@ pub(crate) struct Features {
     pub grid: Grid,
     /// Labels and masks, one an image.
     pub truth: Vec<Truth>,
-    /// Which sample of the dataset each is, and the side in pixels of its central square.
-    pub sources: Vec<(usize, usize)>,
+    /// Which sample of the dataset each is, and the size of its middle part that was looked at.
+    pub sources: Vec<(usize, ImageSize)>,
 }
 
-/// What is done to the central square of sample `index` before it is brought to the model's size.
+/// What is done to the middle part of sample `index` before it is brought to the model's size.
 pub(crate) type Change<'a> = &'a (dyn Fn(usize, RgbImage) -> RgbImage + Sync);
 
-/// Reads samples and computes their features. Samples that cannot be read are left out, which is said.
-///
-/// # Errors
-/// If none of them can be read, or the model fails.
-pub(crate) fn features(context: &ProbeContext<'_>, dataset: &dyn Dataset, indices: &[usize]) -> Result<Features> {
-    look(context, dataset, indices, None, true)
+/// Which images are looked at, and for what.
+pub(crate) struct Look<'a> {
+    /// Of which dataset.
+    pub dataset: &'a dyn Dataset,
+    /// Which of its samples.
+    pub indices: &'a [usize],
+    /// What is done to them first; they have no masks then.
+    pub change: Option<Change<'a>>,
+    /// Whether patches are kept: of many images they need much memory.
+    pub patches: bool,
 }
 
-/// The same of changed images, without masks.
-///
-/// # Errors
-/// As [`features`].
-pub(crate) fn features_of_changed(
-    context: &ProbeContext<'_>,
-    dataset: &dyn Dataset,
-    indices: &[usize],
-    change: Change<'_>,
-) -> Result<Features> {
-    look(context, dataset, indices, Some(change), true)
+impl<'a> Look<'a> {
+    /// At samples as they are, for CLS and patches.
+    pub fn at(dataset: &'a dyn Dataset, indices: &'a [usize]) -> Self {
+        Self { dataset, indices, change: None, patches: true }
+    }
+
+    /// For CLS alone.
+    pub fn cls(dataset: &'a dyn Dataset, indices: &'a [usize]) -> Self {
+        Self { patches: false, ..Self::at(dataset, indices) }
+    }
+
+    /// At changed samples.
+    pub fn changed(self, change: Change<'a>) -> Self {
+        Self { change: Some(change), ..self }
+    }
+
+    /// Reads samples and computes their features. Samples that cannot be read are left out, which is said.
+    ///
+    /// # Errors
+    /// If none of them can be read, or the model fails.
+    pub fn features(self, context: &ProbeContext<'_>) -> Result<Features> {
+        look(context, self)
+    }
 }
 
-/// CLS features alone: patches of many images need much memory.
-///
-/// # Errors
-/// As [`features`].
-pub(crate) fn cls_features(context: &ProbeContext<'_>, dataset: &dyn Dataset, indices: &[usize]) -> Result<Features> {
-    look(context, dataset, indices, None, false)
-}
-
-/// CLS features of changed images.
-///
-/// # Errors
-/// As [`features`].
-pub(crate) fn cls_features_of_changed(
-    context: &ProbeContext<'_>,
-    dataset: &dyn Dataset,
-    indices: &[usize],
-    change: Change<'_>,
-) -> Result<Features> {
-    look(context, dataset, indices, Some(change), false)
-}
-
-fn look(
-    context: &ProbeContext<'_>,
-    dataset: &dyn Dataset,
-    indices: &[usize],
-    change: Option<Change<'_>>,
-    with_patches: bool,
-) -> Result<Features> {
+fn look(context: &ProbeContext<'_>, of: Look<'_>) -> Result<Features> {
+    let Look { dataset, indices, change, patches: with_patches } = of;
     let (size, normalization) = (context.image_size, context.normalization);
     let (mut cls, mut patches, mut truth, mut sources) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let mut grid = Grid { height: 0, width: 0 };
@@ -127,19 +119,19 @@ fn look(
     for chunk in indices.chunks(BATCH) {
         let read = |&index: &usize| {
             let sample = dataset.get(index)?;
-            let side = sample.width.min(sample.height);
+            let part = size.within(sample.width, sample.height);
             let (pixels, known) = prepare(sample, size, normalization, change.map(|change| (index, change)));
-            Ok((pixels, known, side))
+            Ok((pixels, known, part))
         };
-        let read: Vec<Result<(Vec<f32>, Truth, usize)>> = chunk.par_iter().map(read).collect();
-        let mut pixels = Vec::with_capacity(chunk.len() * 3 * size * size);
+        let read: Vec<Result<(Vec<f32>, Truth, ImageSize)>> = chunk.par_iter().map(read).collect();
+        let mut pixels = Vec::with_capacity(chunk.len() * 3 * size.pixels());
         let known = truth.len();
         for (&index, sample) in chunk.iter().zip(read) {
             match sample {
-                Ok((image, known, side)) => {
+                Ok((image, known, part)) => {
                     pixels.extend(image);
                     truth.push(known);
-                    sources.push((index, side));
+                    sources.push((index, part));
                 }
                 Err(error) => failures.push((index, error)),
             }
@@ -148,7 +140,7 @@ fn look(
         if images == 0 {
             continue;
         }
-        let features = (context.features)(&Tensor::from_slice(&pixels, &[images, 3, size, size])?)?;
+        let features = (context.features)(&Tensor::from_slice(&pixels, &[images, 3, size.height, size.width])?)?;
         cls.push(features.cls.detach().cast(DType::F32)?);
         if with_patches {
             patches.push(features.patches.detach().cast(DType::F32)?);
@@ -168,38 +160,64 @@ fn look(
     Ok(Features { cls: join(cls)?, patches, grid, truth, sources })
 }
 
-/// The central square of a sample at `size`: normalised pixels `[3, size, size]`, and what is known about it. A changed one
-/// has no mask.
+/// A sample brought to `size`: normalised pixels `[3, height, width]`, and what is known about it. A changed one has no mask.
 fn prepare(
-    sample: Sample,
-    size: usize,
-    (mean, std): ([f32; 3], [f32; 3]),
+    mut sample: Sample,
+    size: ImageSize,
+    normalization: ([f32; 3], [f32; 3]),
     change: Option<(usize, Change<'_>)>,
 ) -> (Vec<f32>, Truth) {
-    let side = sample.width.min(sample.height);
-    let (left, top) = ((sample.width - side) / 2, (sample.height - side) / 2);
-    let mask = sample.mask.filter(|_| change.is_none()).map(|mask| {
-        // Nearest: the pixel under the centre of each new pixel.
-        let at = |i: usize| (2 * i + 1) * side / (2 * size);
-        let pixel = |i: usize| mask[(top + at(i / size)) * sample.width + left + at(i % size)];
-        (0..size * size).map(pixel).collect()
-    });
-    let image = RgbImage::from_raw(sample.width as u32, sample.height as u32, sample.rgb)
-        .expect("a sample has three bytes a pixel");
-    let image = crop_imm(&image, left as u32, top as u32, side as u32, side as u32).to_image();
+    let (mut mask, mut depth, label) = (sample.mask.take(), sample.depth.take(), sample.label);
+    let from = nearest_pixels(&sample, size);
+    mask = mask.filter(|_| change.is_none()).map(|mask| (0..size.pixels()).map(|i| mask[from(i)]).collect());
+    depth = depth.filter(|_| change.is_none()).map(|depth| (0..size.pixels()).map(|i| depth[from(i)]).collect());
+    let image = middle(sample, size);
     let image = match change {
         Some((index, change)) => change(index, image),
         None => image,
     };
-    let whole = image.dimensions() == (size as u32, size as u32);
-    let image = if whole { image } else { resize(&image, size as u32, size as u32, FilterType::Triangle) };
+    (normalized(&resized(image, size), normalization), Truth { label, mask, depth })
+}
+
+/// Which pixel of a sample lies under the centre of each pixel of its largest middle part of this shape, brought to `size`.
+pub(crate) fn nearest_pixels(sample: &Sample, size: ImageSize) -> impl Fn(usize) -> usize {
+    let (width, height) = (sample.width, sample.height);
+    let part = size.within(width, height);
+    let (left, top) = ((width - part.width) / 2, (height - part.height) / 2);
+    move |i: usize| {
+        let (x, y) = (i % size.width, i / size.width);
+        let row = top + (2 * y + 1) * part.height / (2 * size.height);
+        row * width + left + (2 * x + 1) * part.width / (2 * size.width)
+    }
+}
+
+/// The largest middle part of a sample with the shape of `size`.
+pub(crate) fn middle(sample: Sample, size: ImageSize) -> RgbImage {
+    let part = size.within(sample.width, sample.height);
+    let (left, top) = ((sample.width - part.width) / 2, (sample.height - part.height) / 2);
+    let image = RgbImage::from_raw(sample.width as u32, sample.height as u32, sample.rgb)
+        .expect("a sample has three bytes a pixel");
+    crop_imm(&image, left as u32, top as u32, part.width as u32, part.height as u32).to_image()
+}
+
+/// Pixels `[3, height, width]` with mean and standard deviation taken out.
+pub(crate) fn normalized(image: &RgbImage, (mean, std): ([f32; 3], [f32; 3])) -> Vec<f32> {
     let channel = |c: usize| image.pixels().map(move |p| (f32::from(p.0[c]) / 255.0 - mean[c]) / std[c]);
-    ((0..3).flat_map(channel).collect(), Truth { label: sample.label, mask })
+    (0..3).flat_map(channel).collect()
+}
+
+/// An image brought to a size.
+pub(crate) fn resized(image: RgbImage, size: ImageSize) -> RgbImage {
+    let (width, height) = (size.width as u32, size.height as u32);
+    match image.dimensions() == (width, height) {
+        true => image,
+        false => resize(&image, width, height, FilterType::Triangle),
+    }
 }
 
 /// The share of each class among the pixels of every patch of all images, `[N * P, classes]`: all 0 where an image has no mask,
 /// or a patch no pixel of a known class.
-pub(crate) fn class_shares(features: &Features, size: usize, classes: usize) -> Vec<f32> {
+pub(crate) fn class_shares(features: &Features, size: ImageSize, classes: usize) -> Vec<f32> {
     let of_image = |truth: &Truth| -> Vec<f32> {
         let Some(mask) = &truth.mask else { return vec![0.0; features.grid.patches() * classes] };
         let counts = class_counts(mask, size, features.grid, classes);
@@ -212,12 +230,18 @@ pub(crate) fn class_shares(features: &Features, size: usize, classes: usize) -> 
     features.truth.par_iter().map(of_image).collect::<Vec<_>>().concat()
 }
 
+/// The patch in which pixel `i` (row-major) lies.
+pub(crate) fn patch_of(i: usize, size: ImageSize, grid: Grid) -> usize {
+    let (row, column) = (i / size.width * grid.height / size.height, i % size.width * grid.width / size.width);
+    row * grid.width + column
+}
+
 /// How many pixels of each class every patch has: `[P, classes]`. Classes of `classes` or more (a "void" label) count
 /// nowhere.
-pub(crate) fn class_counts(mask: &[u8], size: usize, grid: Grid, classes: usize) -> Vec<u32> {
+pub(crate) fn class_counts(mask: &[u8], size: ImageSize, grid: Grid, classes: usize) -> Vec<u32> {
     let mut counts = vec![0; grid.patches() * classes];
     for (i, &class) in mask.iter().enumerate().filter(|(_, &class)| usize::from(class) < classes) {
-        let patch = (i / size * grid.height / size) * grid.width + i % size * grid.width / size;
+        let patch = patch_of(i, size, grid);
         counts[patch * classes + usize::from(class)] += 1;
     }
     counts
@@ -256,13 +280,27 @@ pub(crate) mod testing {
             let class = |i: usize| if i % width < width / 2 { 1 + (index % 3) as u8 } else { 0 };
             let mask: Vec<u8> = (0..width * height).map(class).collect();
             let rgb = mask.iter().flat_map(|&c| [60 * c, 0, 0]).collect();
-            Ok(Sample { width, height, rgb, label: Some((index % 3) as u32), mask: Some(mask), ..Sample::default() })
+            let unknown = |i: usize| i.is_multiple_of(11);
+            let metres = |(i, &c): (usize, &u8)| if unknown(i) { 0.0 } else { 4.0 - 2.0 * f32::from(c.min(1)) };
+            let depth = Some(mask.iter().enumerate().map(metres).collect());
+            Ok(Sample {
+                width,
+                height,
+                rgb,
+                label: Some((index % 3) as u32),
+                mask: Some(mask),
+                depth,
+                ..Sample::default()
+            })
         }
         fn classes(&self) -> usize {
             3
         }
         fn mask_classes(&self) -> usize {
             4
+        }
+        fn has_depth(&self) -> bool {
+            true
         }
     }
 
@@ -274,6 +312,17 @@ pub(crate) mod testing {
         train: &Halves,
         test: &Halves,
         model: &dyn Fn(usize, &mut Rng, &mut [f32]),
+    ) -> Vec<Score> {
+        run_at(probe, train, test, model, ImageSize::square(32))
+    }
+
+    /// The same of images of another size; the model is shown 32 pixels all the same.
+    pub(crate) fn run_at(
+        probe: &dyn dinolab_core::contract::Probe,
+        train: &Halves,
+        test: &Halves,
+        model: &dyn Fn(usize, &mut Rng, &mut [f32]),
+        image_size: ImageSize,
     ) -> Vec<Score> {
         let grid = Grid { height: 4, width: 4 };
         let tokens = std::cell::Cell::new(0);
@@ -299,11 +348,12 @@ pub(crate) mod testing {
             features: &features,
             train,
             test,
-            image_size: 32,
+            image_size,
             patch_size: 8,
             normalization,
             seed: 1,
             warn: &|_| (),
+            show: None,
         };
         probe.run(&context).unwrap()
     }
@@ -327,11 +377,12 @@ pub(crate) mod testing {
             features: &none,
             train: &data,
             test: &data,
-            image_size: 8,
+            image_size: ImageSize::square(8),
             patch_size: 8,
             normalization,
             seed: 3,
             warn: &|_| (),
+            show: None,
         };
         let [train, test] = draw_two(&context, 30, 10);
         assert_eq!((train.len(), test.len()), (30, 10));
@@ -343,9 +394,9 @@ pub(crate) mod testing {
     }
 
     #[test]
-    fn masks_follow_the_central_square() {
+    fn masks_follow_the_middle_part() {
         let sample = Halves { len: 1, width: 80, height: 40 }.get(0).unwrap();
-        let (pixels, truth) = prepare(sample, 20, ([0.0; 3], [1.0; 3]), None);
+        let (pixels, truth) = prepare(sample, ImageSize::square(20), ([0.0; 3], [1.0; 3]), None);
         let mask = truth.mask.unwrap();
         for (i, (&class, red)) in mask.iter().zip(&pixels).enumerate() {
             assert_eq!(class, u8::from(i % 20 < 10), "pixel {i}");
@@ -355,8 +406,18 @@ pub(crate) mod testing {
             }
         }
         let grid = Grid { height: 2, width: 4 };
-        let counts = class_counts(&mask, 20, grid, 3);
+        let counts = class_counts(&mask, ImageSize::square(20), grid, 3);
         assert_eq!(majority(&counts, 3), [1, 1, 0, 0, 1, 1, 0, 0].map(Some));
         assert_eq!(counts.iter().sum::<u32>(), 400);
+
+        // Of 40 x 80 pixels, wide: the middle 40 x 20.
+        let sample = Halves { len: 1, width: 40, height: 80 }.get(0).unwrap();
+        let size = ImageSize { width: 16, height: 8 };
+        let (pixels, truth) = prepare(sample, size, ([0.0; 3], [1.0; 3]), None);
+        let mask = truth.mask.unwrap();
+        assert_eq!((pixels.len(), mask.len()), (3 * 16 * 8, 16 * 8));
+        assert!(mask.iter().enumerate().all(|(i, &class)| class == u8::from(i % 16 < 8)));
+        let counts = class_counts(&mask, size, Grid { height: 2, width: 4 }, 3);
+        assert_eq!(majority(&counts, 3), [1, 1, 0, 0, 1, 1, 0, 0].map(Some));
     }
 }

@@ -8,7 +8,8 @@ use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::probe_data::{cls_features, draw_two};
+use crate::pictures;
+use crate::probe_data::{draw_two, Look};
 
 /// Search for images of the same class by the cosine of CLS features.
 ///
@@ -49,8 +50,9 @@ impl Probe for Retrieval {
     fn run(&self, context: &ProbeContext<'_>) -> Result<Vec<Score>> {
         let [train, test] = draw_two(context, self.train_samples.get(), self.test_samples.get());
         let (train, test) =
-            (cls_features(context, context.train, &train)?, cls_features(context, context.test, &test)?);
+            (Look::cls(context.train, &train).features(context)?, Look::cls(context.test, &test).features(context)?);
         let similarities = test.cls.l2_normalize(1e-12)?.matmul_t(&train.cls.l2_normalize(1e-12)?)?;
+        pictures::neighbours(context, (&train, &test), similarities.as_slice())?;
         let rows = similarities.as_slice::<f32>().par_chunks(train.truth.len());
         let found = rows.zip(&test.truth).filter_map(|(row, query)| {
             let label = query.label?;

@@ -5,7 +5,7 @@ mod texture;
 
 use std::sync::Arc;
 
-use dinolab_core::contract::{Dataset, Sample};
+use dinolab_core::contract::{Dataset, ImageSize, Sample};
 use dinolab_core::ops::parallel::dispatch;
 use dinolab_core::registry::DataContext;
 use dinolab_core::rng::{Rng, Stream};
@@ -19,7 +19,8 @@ use texture::{hsv, Pattern, Texture};
 ///
 /// The label of a scene is the class of the object of which most is visible; its mask is the class of every pixel
 /// (0: background). Colours are random and textures only lean towards a class (see `texture_cue`), so neither tells it
-/// by itself. A scene is a pure function of the run's seed and its index.
+/// by itself. A scene is a pure function of the run's seed and its index; at another size it is the same scene, drawn anew with
+/// more pixels or fewer. Its depth is the order of its layers: background at 10 metres, objects evenly between it and the eye.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ScenesConfig {
@@ -120,36 +121,11 @@ impl Dataset for Scenes {
     }
 
     fn get(&self, index: usize) -> Result<Sample> {
-        let mut rng = Rng::new(self.seed, Stream::Scene, self.part, index as u64);
-        let scale = self.width.min(self.height) as f32;
-        let ground = rng.unit();
-        let background = background(&mut rng, ground, scale);
-        let objects = self.objects(&mut rng, ground, scale);
-        let light = self.direction(&mut rng, -std::f64::consts::FRAC_PI_2);
-        let light = [light.cos() as f32, light.sin() as f32];
+        Ok(self.draw(index, true))
+    }
 
-        let mut canvas = Canvas::new(self.width, self.height, &background);
-        for (id, object) in objects.iter().enumerate() {
-            canvas.shade(object, light);
-            canvas.paint(object, light, id as u8 + 1);
-        }
-        let mut classes = [0; 256];
-        for (class, object) in classes[1..].iter_mut().zip(&objects) {
-            *class = object.class as u8 + 1;
-        }
-        let mut visible = vec![0usize; objects.len() + 1];
-        canvas.ids.iter().for_each(|&id| visible[id as usize] += 1);
-        let largest = (1..visible.len()).max_by_key(|&id| visible[id]).expect("a scene has at least one object");
-        let mask = canvas.ids.iter().map(|&id| classes[usize::from(id)]).collect();
-        let label = Some(objects[largest - 1].class as u32);
-        Ok(Sample {
-            width: self.width,
-            height: self.height,
-            rgb: canvas.rgb(),
-            label,
-            mask: Some(mask),
-            ..Sample::default()
-        })
+    fn get_image(&self, index: usize) -> Result<Sample> {
+        Ok(self.draw(index, false))
     }
 
     fn classes(&self) -> usize {
@@ -160,15 +136,114 @@ impl Dataset for Scenes {
         self.classes + 1
     }
 
+    fn has_depth(&self) -> bool {
+        true
+    }
+
     fn describe(&self, index: usize) -> String {
         let part = if self.part == 0 { "" } else { "held-out " };
         format!("{part}scene {index} of seed {}", self.seed)
+    }
+
+    fn at_size(&self, size: ImageSize) -> Option<Arc<dyn Dataset>> {
+        Some(Arc::new(self.of_size(size)))
     }
 
     fn held_out(&self) -> Option<Arc<dyn Dataset>> {
         self.held_out.clone().map(|part| part as Arc<dyn Dataset>)
     }
 }
+
+/// Metres to the background.
+const FAR: f32 = 10.0;
+
+impl Scenes {
+    fn of_size(&self, size: ImageSize) -> Self {
+        let held_out = self.held_out.as_ref().map(|part| Arc::new(part.of_size(size)));
+        Self { width: size.width, height: size.height, held_out, ..*self }
+    }
+
+    /// A scene, with mask and depth or without.
+    fn draw(&self, index: usize, dense: bool) -> Sample {
+        let parts = self.parts(index);
+        let (canvas, objects) = (self.paint(&parts), &parts.objects);
+        let mut classes = [0; 256];
+        for (class, object) in classes[1..].iter_mut().zip(objects) {
+            *class = object.class as u8 + 1;
+        }
+        let mut visible = vec![0usize; objects.len() + 1];
+        canvas.ids.iter().for_each(|&id| visible[id as usize] += 1);
+        let largest = (1..visible.len()).max_by_key(|&id| visible[id]).expect("a scene has at least one object");
+        let mask = || canvas.ids.iter().map(|&id| classes[usize::from(id)]).collect();
+        let layers = visible.len() as f32;
+        let depth = || canvas.ids.iter().map(|&id| FAR * (1.0 - f32::from(id) / layers)).collect();
+        Sample {
+            width: self.width,
+            height: self.height,
+            rgb: canvas.rgb(),
+            label: Some(objects[largest - 1].class as u32),
+            mask: dense.then(mask),
+            depth: dense.then(depth),
+            ..Sample::default()
+        }
+    }
+}
+
+/// What a scene is painted from.
+struct Parts {
+    background: Texture,
+    /// Back to front.
+    objects: Vec<Object>,
+    light: [f32; 2],
+}
+
+impl Scenes {
+    fn parts(&self, index: usize) -> Parts {
+        let mut rng = Rng::new(self.seed, Stream::Scene, self.part, index as u64);
+        let scale = self.width.min(self.height) as f32;
+        let ground = rng.unit();
+        let background = background(&mut rng, ground, scale);
+        let objects = self.objects(&mut rng, ground, scale);
+        let light = self.direction(&mut rng, -std::f64::consts::FRAC_PI_2);
+        Parts { background, objects, light: [light.cos() as f32, light.sin() as f32] }
+    }
+
+    fn paint(&self, Parts { background, objects, light }: &Parts) -> Canvas {
+        let mut canvas = Canvas::new(self.width, self.height, background);
+        for (id, object) in objects.iter().enumerate() {
+            canvas.shade(object, *light);
+            canvas.paint(object, *light, id as u8 + 1);
+        }
+        canvas
+    }
+
+    /// Scene `index` as a film: its objects move over the ground, each its own way and evenly, by at most [`REACH`] of the shorter
+    /// side. The mask of a frame has the object at every pixel, 0 for the background.
+    pub(crate) fn film(&self, index: usize, frames: usize) -> Vec<Sample> {
+        let mut parts = self.parts(index);
+        let mut rng = Rng::new(self.seed, Stream::Scene, 2 + self.part, index as u64);
+        let reach = REACH * self.width.min(self.height) as f64;
+        let ways: Vec<[f64; 2]> =
+            parts.objects.iter().map(|_| [rng.uniform(-reach, reach), rng.uniform(-reach, reach)]).collect();
+        let starts: Vec<[f32; 2]> = parts.objects.iter().map(|object| object.centre).collect();
+        // Far enough that no texture is asked for left of its beginning.
+        let start = 2 * self.width.max(self.height);
+        let frame = |t: usize| {
+            for ((object, way), start_at) in parts.objects.iter_mut().zip(&ways).zip(&starts) {
+                let moved = way.map(|way| (way * t as f64 / (frames.max(2) - 1) as f64).round());
+                object.centre = [start_at[0] + moved[0] as f32, start_at[1] + moved[1] as f32];
+                object.texture_start = moved.map(|moved| (start as f64 - moved) as usize);
+            }
+            let canvas = self.paint(&parts);
+            let (width, height, rgb) = (self.width, self.height, canvas.rgb());
+            Sample { width, height, rgb, mask: Some(canvas.ids), ..Sample::default() }
+        };
+        (0..frames).map(frame).collect()
+    }
+}
+
+/// How far an object of a film moves along each axis at most, in shorter sides.
+const REACH: f64 = 0.3;
 
 /// One object of a scene.
 struct Object {
@@ -180,6 +255,8 @@ struct Object {
     /// Cosine and sine of its rotation.
     turn: [f32; 2],
     texture: Texture,
+    /// The column and row of its texture at the scene's first pixel: it moves with the object in a film.
+    texture_start: [usize; 2],
 }
 
 fn background(rng: &mut Rng, hue: f64, scale: f32) -> Texture {
@@ -227,6 +304,7 @@ impl Scenes {
                 radius: radius as f32 * scale,
                 turn: [angle.cos() as f32, angle.sin() as f32],
                 texture: Texture::draw(rng, Pattern::ALL[pattern], scale, [main, second]),
+                texture_start: [0; 2],
             }
         };
         (0..count).map(object).collect()
@@ -303,7 +381,8 @@ impl Canvas {
             object.centre,
             #[inline(always)]
             |planes, ids, (y, first), row| {
-                object.texture.row(y, first, &mut row.pattern);
+                let [column, line] = object.texture_start;
+                object.texture.row(y + line, first + column, &mut row.pattern);
                 // Lit from one side, darker towards the rim; coverage of the pixel by the distance to the outline.
                 for i in 0..row.x.len() {
                     let lit = 1.0 + 0.22 * (row.x[i] * lx + row.y[i] * ly);
@@ -392,6 +471,34 @@ mod tests {
     }
 
     #[test]
+    fn objects_of_a_film_move_with_their_texture_over_a_ground_that_stands() {
+        let config = ScenesConfig { objects: [1, 1], ..ScenesConfig::default() };
+        let scenes = Scenes::new(&config, 3);
+        let mut moved = 0;
+        for index in 0..8 {
+            let film = scenes.film(index, 5);
+            let (first, last) = (&film[0], &film[4]);
+            let (a, b) = (first.mask.as_ref().unwrap(), last.mask.as_ref().unwrap());
+            let places = |mask: &[u8]| (0..96 * 96).filter(|&i| mask[i] == 1).collect::<Vec<_>>();
+            let (from, to) = (places(a), places(b));
+            moved += usize::from(from != to);
+            // Away from shadows the ground is the same.
+            let ground = (0..96 * 96).filter(|&i| a[i] == 0 && b[i] == 0);
+            let same = ground.clone().filter(|&i| first.rgb[3 * i..][..3] == last.rgb[3 * i..][..3]).count();
+            assert!(same as f64 > 0.5 * ground.count() as f64, "film {index}");
+            // Inside, the object looks the same where it went.
+            if from.len() == to.len() {
+                let alike = from
+                    .iter()
+                    .zip(&to)
+                    .filter(|(i, k)| (0..3).all(|c| first.rgb[3 * **i + c].abs_diff(last.rgb[3 * **k + c]) < 8));
+                assert!(alike.count() as f64 > 0.8 * from.len() as f64, "film {index}");
+            }
+        }
+        assert!(moved >= 7, "{moved} of 8 objects moved");
+    }
+
+    #[test]
     fn label_and_mask_say_what_is_seen() {
         let scenes = scenes(Size::Rectangle([80, 48]));
         for index in 0..50 {
@@ -402,6 +509,25 @@ mod tests {
             let seen = mask.iter().filter(|&&class| u32::from(class) == label + 1).count();
             assert!(seen > 80, "scene {index}: {seen} pixels of the labelled class");
         }
+    }
+
+    #[test]
+    fn a_scene_is_the_same_at_every_size_and_nearer_layers_hide_farther_ones() {
+        let (small, large) =
+            (scenes(Size::Square(48)), scenes(Size::Square(24)).at_size(ImageSize::square(96)).unwrap());
+        for index in 0..20 {
+            let (small, large) = (small.get(index).unwrap(), large.get(index).unwrap());
+            let (mask, depth) = (small.mask.unwrap(), small.depth.unwrap());
+            let whole = large.mask.unwrap();
+            let at = |i: usize| whole[(2 * (i / 48) + 1) * 96 + 2 * (i % 48) + 1];
+            let same = (0..mask.len()).filter(|&i| mask[i] == at(i)).count();
+            assert!(same as f64 > 0.97 * mask.len() as f64, "{same} pixels of scene {index} have their class");
+            assert!(mask.iter().zip(&depth).all(|(&class, &depth)| (class == 0) == (depth == FAR) && depth > 0.0));
+        }
+        let wide = scenes(Size::Square(24)).at_size(ImageSize { width: 40, height: 24 }).unwrap();
+        assert_eq!((wide.get(0).unwrap().width, wide.held_out().unwrap().get(0).unwrap().width), (40, 40));
+        let image = wide.get_image(3).unwrap();
+        assert_eq!(image, Sample { mask: None, depth: None, ..wide.get(3).unwrap() });
     }
 
     #[test]

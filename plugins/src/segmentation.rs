@@ -2,11 +2,55 @@
 
 use std::sync::Arc;
 
-use dinolab_core::contract::{Combine, Dataset, Grid, Parts, Score};
+use dinolab_core::contract::{Combine, Dataset, Grid, ImageSize, Parts, Picture, ProbeContext, Score};
+use dinolab_core::{Error, Result};
 
-/// For each of `size` pixels: the two patches out of `n` whose centres are nearest, and the weight of the second
-/// (bilinear, `align_corners = false`).
-fn taps(size: usize, n: usize) -> Vec<(usize, usize, f32)> {
+use crate::pictures;
+
+/// How numbers of patches are brought to pixels: bilinear, `align_corners = false`.
+pub(crate) struct Upsample {
+    rows: Vec<Tap>,
+    columns: Vec<Tap>,
+    grid: Grid,
+}
+
+/// The two patches whose centres are nearest, and the weight of the second.
+type Tap = (usize, usize, f32);
+
+impl Upsample {
+    /// From the patches of an image to its pixels.
+    pub(crate) fn new(size: ImageSize, grid: Grid) -> Self {
+        Self { rows: taps(size.height, grid.height), columns: taps(size.width, grid.width), grid }
+    }
+
+    /// The patches that pixel `i` (row-major) lies between, and their weights.
+    fn corners(&self, i: usize) -> [(usize, f32); 4] {
+        let width = self.columns.len();
+        let ((y0, y1, v), (x0, x1, u)) = (self.rows[i / width], self.columns[i % width]);
+        let at = |y: usize, x: usize| y * self.grid.width + x;
+        [
+            (at(y0, x0), (1.0 - v) * (1.0 - u)),
+            (at(y0, x1), (1.0 - v) * u),
+            (at(y1, x0), v * (1.0 - u)),
+            (at(y1, x1), v * u),
+        ]
+    }
+
+    /// A number of patches at pixel `i`.
+    pub(crate) fn at(&self, i: usize, of_patch: impl Fn(usize) -> f32) -> f32 {
+        self.corners(i).into_iter().map(|(patch, weight)| of_patch(patch) * weight).sum()
+    }
+
+    /// Logits `[P, classes]` of patches at pixel `i`, added to `out`.
+    pub(crate) fn add(&self, i: usize, logits: &[f32], out: &mut [f32]) {
+        let corners = self.corners(i).map(|(patch, weight)| (&logits[patch * out.len()..][..out.len()], weight));
+        for (class, out) in out.iter_mut().enumerate() {
+            *out += corners.iter().map(|(l, weight)| l[class] * weight).sum::<f32>();
+        }
+    }
+}
+
+fn taps(size: usize, n: usize) -> Vec<Tap> {
     let tap = |i: usize| {
         let at = ((i as f64 + 0.5) * n as f64 / size as f64 - 0.5).clamp(0.0, (n - 1) as f64);
         let first = at as usize;
@@ -15,34 +59,58 @@ fn taps(size: usize, n: usize) -> Vec<(usize, usize, f32)> {
     (0..size).map(tap).collect()
 }
 
+/// The class of every pixel: logits `[P, classes]` of patches are resized to pixels, and the greatest is the answer.
+pub(crate) fn answers(logits: &[f32], size: ImageSize, grid: Grid, classes: usize) -> Vec<u8> {
+    let up = Upsample::new(size, grid);
+    let mut of_pixel = vec![0.0; classes];
+    let answer = |i: usize| {
+        of_pixel.fill(0.0);
+        up.add(i, logits, &mut of_pixel);
+        greatest(&of_pixel)
+    };
+    (0..size.pixels()).map(answer).collect()
+}
+
+/// The class with the greatest logit, the least of equals.
+pub(crate) fn greatest(logits: &[f32]) -> u8 {
+    let greater = |best: usize, class: usize| if logits[class] > logits[best] { class } else { best };
+    (1..logits.len()).fold(0, greater) as u8
+}
+
 /// Pixels of one image by class: right ones, those that the mask says, those that were answered; `3 * classes` numbers.
-/// Logits `[P, classes]` of patches are resized bilinearly to the pixels of `mask`, and the greatest is the answer.
-pub(crate) fn overlap(logits: &[f32], mask: &[u8], size: usize, grid: Grid, classes: usize) -> Vec<f64> {
-    let (rows, columns) = (taps(size, grid.height), taps(size, grid.width));
+pub(crate) fn overlap(answers: &[u8], mask: &[u8], classes: usize) -> Vec<f64> {
     let mut counts = vec![0.0; 3 * classes];
-    let at = |y: usize, x: usize| &logits[(y * grid.width + x) * classes..][..classes];
-    for (i, &truth) in mask.iter().enumerate().filter(|(_, &class)| usize::from(class) < classes) {
-        let ((y0, y1, v), (x0, x1, u)) = (rows[i / size], columns[i % size]);
-        let corners = [
-            (at(y0, x0), (1.0 - v) * (1.0 - u)),
-            (at(y0, x1), (1.0 - v) * u),
-            (at(y1, x0), v * (1.0 - u)),
-            (at(y1, x1), v * u),
-        ];
-        let logit = |class: usize| corners.iter().map(|(l, weight)| l[class] * weight).sum::<f32>();
-        let mut best = (0, logit(0));
-        for class in 1..classes {
-            let value = logit(class);
-            if value > best.1 {
-                best = (class, value);
-            }
-        }
-        let truth = usize::from(truth);
-        counts[truth] += f64::from(u8::from(truth == best.0));
+    for (&answer, &truth) in answers.iter().zip(mask).filter(|(_, &class)| usize::from(class) < classes) {
+        let (answer, truth) = (usize::from(answer), usize::from(truth));
+        counts[truth] += f64::from(u8::from(truth == answer));
         counts[classes + truth] += 1.0;
-        counts[2 * classes + best.0] += 1.0;
+        counts[2 * classes + answer] += 1.0;
     }
     counts
+}
+
+/// What two probes say of data without masks.
+pub(crate) fn no_masks(probe: &str) -> Error {
+    let help = "use a dataset with pixel masks (`scenes`, or `image_folder` with `masks`), or take the probe out";
+    Error::user(format!("probe `{probe}`: images have no masks"), help)
+}
+
+/// Shows test images with their masks and the answers.
+///
+/// # Errors
+/// If an image cannot be read again.
+pub(crate) fn show(context: &ProbeContext<'_>, index: usize, mask: &[u8], answers: &[u8]) -> Result<()> {
+    let Some(show) = context.show else { return Ok(()) };
+    let width = context.image_size.width;
+    show(Picture {
+        caption: context.test.describe(index),
+        panels: vec![
+            pictures::panel("image", pictures::image(context.test, index, context.image_size)?),
+            pictures::classes("mask", mask, width),
+            pictures::classes("predicted", answers, width),
+        ],
+    });
+    Ok(())
 }
 
 /// Intersection over union of a class; `None` if no mask has it.

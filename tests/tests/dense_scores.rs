@@ -9,7 +9,7 @@ mod program;
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
 
-use dinolab_core::contract::{Dataset, Features, Grid, Probe, ProbeContext, Sample};
+use dinolab_core::contract::{Dataset, Features, Grid, ImageSize, Probe, ProbeContext, Sample};
 use dinolab_core::rng::{Rng, Stream};
 use dinolab_core::{DType, Result, Tensor};
 use dinolab_plugins::dse::Dse;
@@ -68,11 +68,12 @@ fn scores(probe: &dyn Probe, cls: &[f32], patches: &[f32]) -> (BTreeMap<String, 
         features: &see,
         train: &Greys,
         test: &Greys,
-        image_size: 8,
+        image_size: ImageSize::square(8),
         patch_size: 2,
         normalization: ([0.0; 3], [1.0; 3]),
         seed: SEED,
         warn: &|text| panic!("{text}"),
+        show: None,
     };
     let found = probe.run(&context).unwrap();
     (found.into_iter().map(|s| (s.name.to_string(), s.value)).collect(), order.into_inner())

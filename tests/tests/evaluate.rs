@@ -79,19 +79,77 @@ fn a_run_its_step_and_its_export_are_scored_side_by_side_and_done_ones_are_kept(
     assert_eq!(score(&printed, 1, 0, "knn/top1")["value"], score(&eval, 0, 0, "knn/top1")["value"]);
 }
 
-#[test]
-fn a_run_scores_itself_as_its_own_probes_did() {
+/// A run with k-NN at the size of its crops, segmentation at three, one of them not square.
+fn sized() -> Folder {
     let folder = Folder::with_micro();
-    let probes = ["probes.knn.enabled=true", "probes.linear_segmentation.enabled=true"];
-    let sets: Vec<&str> = probes.iter().flat_map(|set| ["--set", set]).collect();
+    let sets = [
+        "probes.knn.enabled=true",
+        "probes.linear_segmentation={ enabled = true, sizes = [32, 48, \"64x32\"], iterations = 20 }",
+    ];
+    let sets: Vec<&str> = sets.iter().flat_map(|set| ["--set", set]).collect();
     folder.succeed(&[&["train", "micro.toml", "--out", "run"], &sets[..]].concat());
+    folder
+}
+
+#[test]
+fn a_run_scores_itself_as_its_own_probes_did_at_every_size() {
+    let folder = sized();
     folder.succeed(&["eval", "run", "--data", "run"]);
     let (result, eval) = (json(&folder, "run/result.json"), json(&folder, "eval/eval.json"));
-    for name in ["knn/top1", "linear_segmentation/miou", "linear_segmentation/accuracy"] {
-        let (theirs, ours) = (&result["metrics"][format!("probe/{name}")], &score(&eval, 0, 0, name)["value"]);
+    let sizes: Vec<&Value> =
+        eval["weights"][0]["sizes"].as_array().expect("a list").iter().map(|s| &s["size"]).collect();
+    assert_eq!(sizes, [&Value::from(32), &"64x32".into(), &48.into()]);
+    let segmentation = ["linear_segmentation/miou", "linear_segmentation/accuracy"];
+    let of_sizes = ["@32", "@64x32", "@48"].into_iter().enumerate();
+    let of_sizes = of_sizes.flat_map(|(i, at)| segmentation.map(|name| (name, i, at)));
+    let all: Vec<(&str, usize, &str)> = [("knn/top1", 0, "")].into_iter().chain(of_sizes).collect();
+    for (name, i, at) in &all {
+        let theirs = &result["metrics"][format!("probe/{name}{at}")];
+        let ours = &score(&eval, 0, *i, name)["value"];
         let difference = theirs.as_f64().expect("a number") - ours.as_f64().expect("a number");
-        assert!(difference.abs() < 1e-9, "{name}: {theirs} in training, {ours}");
+        assert!(difference.abs() < 1e-9, "{name}{at}: {theirs} in training, {ours}");
     }
+    let probes = result["metrics"].as_object().expect("a table").keys().filter(|name| name.starts_with("probe/"));
+    assert_eq!(probes.count(), all.len(), "no score is there twice: {:#}", result["metrics"]);
+    // At sizes that are named all probes are taken, at all of them.
+    folder.succeed(&["eval", "run", "--data", "run", "--sizes", "32,32x64", "--out", "named"]);
+    let named = json(&folder, "named/eval.json");
+    assert!(score(&named, 0, 1, "knn/top1")["value"].is_number());
+    let drawn = score(&named, 0, 0, "linear_segmentation/miou");
+    assert_eq!(
+        drawn["value"],
+        score(&eval, 0, 0, "linear_segmentation/miou")["value"],
+        "both draw scenes at 32 pixels"
+    );
+}
+
+#[test]
+fn sizes_of_a_probe_count_in_its_cost_and_are_refused_where_they_do_not_fit() {
+    let folder = Folder::with_micro();
+    let probe = |sizes: &str| format!("probes.linear_segmentation={{ enabled = true, sizes = [{sizes}] }}");
+    for (sizes, parts) in [
+        ("32, 50", vec!["probes.linear_segmentation.sizes", "50", "multiple of 8", "48 or 56"]),
+        ("\"64x30\"", vec!["64x30", "64x24 or 72x32"]),
+        ("32, 48, 32", vec!["32 stands there twice"]),
+        ("\"64 x 32\"", vec!["no size", "96x64"]),
+        ("0", vec!["sizes"]),
+    ] {
+        let ended = folder.run(&["recipe", "check", "micro.toml", "--set", &probe(sizes)]);
+        assert_eq!(ended.code, 2, "{sizes}: {} {}", ended.out, ended.err);
+        for part in parts {
+            assert!(ended.err.contains(part) || ended.out.contains(part), "{sizes}: {part} in {}", ended.err);
+        }
+    }
+    let suite = "name = \"s\"\nbase = \"micro.toml\"\nseeds = [0]\nmetrics = [\"probe/knn/top1@48\", \"probe/knn/top1\"]\nbaseline = \"a\"\n\
+        [set]\nprobes.knn = { enabled = true, sizes = [SIZES], train_samples = 30, test_samples = 10 }\n[[arm]]\nname = \"a\"\n[[arm]]\nname = \"b\"\nset = { \"losses.koleo.weight\" = 0.2 }\n";
+    let tell = |sizes: &str| {
+        folder.write("s.toml", &suite.replace("SIZES", sizes));
+        let ended = folder.succeed(&["ablate", "s.toml", "--dry-run"]);
+        ended.out + &ended.err
+    };
+    let (two, three) = (tell("32, 48"), tell("32, 48, \"64x32\""));
+    assert!(two.contains("80 images") && three.contains("120 images"), "{two} {three}");
+    assert!(two.contains("metric `probe/knn/top1` is not measured") && !two.contains("top1@48` is not"), "{two}");
 }
 
 #[test]

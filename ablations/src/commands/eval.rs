@@ -5,13 +5,14 @@ use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 
 use dinolab_core::checkpoint::write_file;
+use dinolab_core::contract::ImageSize;
 use dinolab_core::text::printable;
 use dinolab_core::train::Trained;
 use dinolab_core::{Error, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::cli::{SetArgs, RESUMABLE};
-use crate::evaluate::{measure, page, Evaluation, Plan, SizeRecord};
+use crate::evaluate::{measure, page, Evaluation, Plan, Seen, SizeRecord};
 use crate::pulse::Pulse;
 use crate::{signals, style};
 
@@ -27,12 +28,16 @@ pub struct Args {
     /// The probes, by name; without, those of the recipe, or all that the data has labels or masks for
     #[arg(long, value_delimiter = ',')]
     probes: Vec<String>,
-    /// Sides in pixels that images are shown in; without, that of the crops that the weights were trained on
+    /// Sizes that images are shown in, such as 64,96x64 (width x height); without, those of the probes' tables, or that of the
+    /// crops that the weights were trained on
     #[arg(long, value_delimiter = ',')]
-    sizes: Vec<usize>,
+    sizes: Vec<ImageSize>,
     /// The folder that everything is written to
     #[arg(long, default_value = "eval")]
     out: PathBuf,
+    /// Keep the features of all images, in the folder `features`: further probes then look at no image again
+    #[arg(long)]
+    keep_features: bool,
     /// Print eval.json in place of the table
     #[arg(long)]
     json: bool,
@@ -50,7 +55,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     std::fs::create_dir_all(&args.out).map_err(Error::io("create", &args.out))?;
     let file = |job, size| args.out.join("scores").join(plan.key(job, size)).with_extension("json");
     let all: usize = plan.jobs.iter().map(|job| job.sizes.len()).sum();
-    let bar = ProgressBar::new((all * plan.probes.len()) as u64);
+    let probes = plan.jobs.iter().flat_map(|job| job.sizes.iter().map(|&size| plan.taken(job, size).count()));
+    let bar = ProgressBar::new(probes.sum::<usize>() as u64);
     let template = "{bar:28} {pos}/{len} probes, eta {eta} {wide_msg}";
     bar.set_style(ProgressStyle::with_template(template).expect("the template is fixed").progress_chars("=> "));
     let mut pulse = Pulse::default();
@@ -62,7 +68,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             let path = file(job, size);
             if let Some(record) = SizeRecord::read(&path) {
                 before += 1;
-                bar.inc(plan.probes.len() as u64);
+                bar.inc(plan.taken(job, size).count() as u64);
                 of_sizes.push(record);
                 continue;
             }
@@ -70,6 +76,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
                 trained = Some(Trained::open(&job.path)?);
             }
             let trained = trained.as_ref().expect("it was just opened");
+            let seen = Seen::open(trained, &args.out.join("features"), size)?;
             let mut begun = |probe: &str| {
                 let text = format!("{} at {size}: {probe}", job.name());
                 if bar.is_hidden() {
@@ -82,7 +89,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
                 bar.inc(u64::from(go_on));
                 go_on
             };
-            let Some(record) = measure(&plan, trained, size, &mut begun) else {
+            let Some(record) = measure(&plan, (job, trained, &seen), size, &mut begun) else {
                 bar.finish_and_clear();
                 style::say("stopped: what was scored is kept; go on with the same command");
                 return Ok(ExitCode::from(RESUMABLE));
@@ -91,6 +98,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             // What failed is tried again by the next command.
             if !record.failed {
                 record.write(&path)?;
+                if !args.keep_features {
+                    seen.forget()?;
+                }
             }
             of_sizes.push(record);
         }
@@ -103,7 +113,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let evaluation = Evaluation::new(&plan, &records);
     let text = serde_json::to_string_pretty(&evaluation).expect("plain data") + "\n";
     write_file(&args.out.join("eval.json"), text.as_bytes())?;
-    write_file(&args.out.join("eval.html"), page(&evaluation).as_bytes())?;
+    write_file(&args.out.join("eval.html"), page(&evaluation, &records).as_bytes())?;
     style::print(&if args.json { text } else { table(&evaluation) });
     style::line(&format!("everything is in {}", printable(&args.out)));
     let failed = records.iter().flatten().any(|record| record.failed);

@@ -5,6 +5,7 @@
 //!   eval.json          every score with its interval, and its difference to that of the first weights
 //!   eval.html          the same as a page: curves over size, tables
 //!   scores/<hash>.json what one of the weights scored at one size: what is there is not measured again
+//!   features/<hash>/   features of the weights that are being scored: what is there is not computed again
 //! ```
 
 mod bootstrap;
@@ -16,33 +17,43 @@ mod seen;
 use std::cell::RefCell;
 use std::time::Instant;
 
-use dinolab_core::contract::{ProbeContext, Score};
+use dinolab_core::contract::{at_size, ImageSize, ProbeContext, Score};
 use dinolab_core::train::Trained;
 
 pub use page::page;
 pub use plan::{Job, Plan, Taken};
-pub use record::{Difference, Evaluation, ScoreLine, ScoreRecord, Scored, SizeRecord, SizeScores, WeightsScores};
+pub use record::{
+    Difference, Evaluation, PictureRecord, ScoreLine, ScoreRecord, Scored, SizeRecord, SizeScores, WeightsScores,
+};
+pub use seen::Seen;
 
-/// What one of the weights scores at one size. `begun` is told of every probe, and says whether to go on: else there is no
+/// What one of the weights scores at one size; features go through `seen`. `begun` is told of every probe, and says whether to go on: else there is no
 /// record. A probe that fails is a warning, and its scores are missing.
-pub fn measure(plan: &Plan, trained: &Trained, size: usize, begun: &mut dyn FnMut(&str) -> bool) -> Option<SizeRecord> {
-    let seen = seen::Seen::new(trained);
+pub fn measure(
+    plan: &Plan,
+    (job, trained, seen): (&Job, &Trained, &Seen<'_>),
+    size: ImageSize,
+    begun: &mut dyn FnMut(&str) -> bool,
+) -> Option<SizeRecord> {
     let begin = Instant::now();
-    let warnings = RefCell::new(Vec::new());
-    let mut record = SizeRecord { size, seconds: 0.0, scores: Vec::new(), warnings: Vec::new(), failed: false };
-    for Taken { name, probe, .. } in &plan.probes {
+    let (warnings, pictures) = (RefCell::new(Vec::new()), RefCell::new(Vec::new()));
+    let mut record = SizeRecord::at(size);
+    let drawn_parts = at_size(&plan.train, &plan.test, size);
+    for (Taken { name, probe, .. }, drawn) in plan.taken(job, size) {
         if !begun(name) {
             return None;
         }
+        let [train, test] = if drawn { drawn_parts.clone() } else { [plan.train.clone(), plan.test.clone()] };
         let context = ProbeContext {
             features: &|pixels| seen.features(pixels),
-            train: plan.train.as_ref(),
-            test: plan.test.as_ref(),
+            train: train.as_ref(),
+            test: test.as_ref(),
             image_size: size,
             patch_size: trained.backbone.patch_size(),
             normalization: trained.normalization,
             seed: plan.data.seed,
             warn: &|text| warnings.borrow_mut().push(format!("probe `{name}` at {size} pixels: {text}")),
+            show: Some(&|picture| pictures.borrow_mut().push(PictureRecord::of(name, &picture))),
         };
         match probe.run(&context) {
             Ok(scores) => record.scores.extend(records(name, &scores)),
@@ -53,7 +64,7 @@ pub fn measure(plan: &Plan, trained: &Trained, size: usize, begun: &mut dyn FnMu
         }
     }
     record.seconds = begin.elapsed().as_secs_f64();
-    record.warnings = warnings.into_inner();
+    (record.warnings, record.pictures) = (warnings.into_inner(), pictures.into_inner());
     Some(record)
 }
 

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use dinolab_core::contract::{Dataset, Probe};
+use dinolab_core::contract::{Dataset, ImageSize, Probe};
 use dinolab_core::params::ParamBuilder;
 use dinolab_core::recipe::{nearest, Measured, Overrides};
 use dinolab_core::registry::{self, Chosen, DataContext};
@@ -13,7 +13,7 @@ use dinolab_core::{Error, Result};
 use serde_json::{json, Value as Json};
 
 /// Changes when the scores of the same weights on the same data may.
-const VERSION: u32 = 1;
+const VERSION: u32 = 3;
 
 /// Data, probes and weights.
 pub struct Plan {
@@ -25,6 +25,8 @@ pub struct Plan {
     pub test: Arc<dyn Dataset>,
     /// What is taken.
     pub probes: Vec<Taken>,
+    /// Whether sizes were named for all probes.
+    pub sized: bool,
     /// The weights.
     pub jobs: Vec<Job>,
 }
@@ -35,6 +37,8 @@ pub struct Taken {
     pub name: String,
     /// Its table, every default filled in.
     pub table: Json,
+    /// The sizes that its table lists.
+    pub sizes: Vec<ImageSize>,
     /// It.
     pub probe: Box<dyn Probe>,
 }
@@ -47,8 +51,10 @@ pub struct Job {
     pub model: ModelInfo,
     /// BLAKE3 of their file.
     pub hash: String,
-    /// Sides in pixels that images are brought to.
-    pub sizes: Vec<usize>,
+    /// The size of the crops that it was trained on.
+    pub usual: ImageSize,
+    /// What images are brought to.
+    pub sizes: Vec<ImageSize>,
 }
 
 impl Plan {
@@ -62,14 +68,24 @@ impl Plan {
         overrides: &Overrides,
         probes: &[String],
         weights: &[PathBuf],
-        sizes: &[usize],
+        sizes: &[ImageSize],
     ) -> Result<Self> {
         let data = Measured::load(data, overrides)?;
-        let jobs = weights.iter().map(|path| Job::new(path, sizes)).collect::<Result<_>>()?;
         let train: Arc<dyn Dataset> = data.data.build(&mut DataContext { seed: data.seed })?.into();
         let test = train.held_out().unwrap_or_else(|| train.clone());
         let probes = choose(&data, probes, test.as_ref())?;
-        Ok(Self { data, train, test, probes, jobs })
+        let jobs = weights.iter().map(|path| Job::new(path, sizes, &probes)).collect::<Result<_>>()?;
+        Ok(Self { data, train, test, probes, jobs, sized: !sizes.is_empty() })
+    }
+
+    /// The probes that are taken at a size, and whether samples are drawn at it where they can be: at one that was named, but not
+    /// at the one that is usual, where scores are those that training logs.
+    pub fn taken(&self, job: &Job, size: ImageSize) -> impl Iterator<Item = (&Taken, bool)> {
+        let usual = size == job.usual;
+        self.probes.iter().filter_map(move |taken| {
+            let named = self.sized || taken.sizes.contains(&size);
+            (named || taken.sizes.is_empty() && usual).then_some((taken, named))
+        })
     }
 
     /// The probes as plain data, by name.
@@ -78,7 +94,7 @@ impl Plan {
     }
 
     /// A hash of everything that the scores of weights at a size depend on.
-    pub fn key(&self, job: &Job, size: usize) -> String {
+    pub fn key(&self, job: &Job, size: ImageSize) -> String {
         let data = [&self.train, &self.test].map(|part| json!([part.fingerprint(), part.len()]));
         let all = json!([
             VERSION,
@@ -89,31 +105,33 @@ impl Plan {
             self.data.data,
             data,
             // In the order in which they are taken.
-            self.probes.iter().map(|p| json!([p.name, p.table])).collect::<Vec<_>>(),
+            self.taken(job, size).map(|(p, drawn)| json!([p.name, p.table, drawn])).collect::<Vec<_>>(),
         ]);
         blake3::hash(all.to_string().as_bytes()).to_hex()[..24].to_string()
     }
 }
 
 impl Job {
-    fn new(path: &Path, sizes: &[usize]) -> Result<Self> {
+    fn new(path: &Path, sizes: &[ImageSize], probes: &[Taken]) -> Result<Self> {
         let source = Source::at(path)?;
         let model = source.known_model()?;
         let backbone = model.build(&mut ParamBuilder::new())?;
-        let (patch, least) = (backbone.patch_size(), backbone.smallest_crop());
-        let sizes = if sizes.is_empty() { vec![model.crops.global_size] } else { sizes.to_vec() };
-        for &size in &sizes {
-            if size == 0 || !size.is_multiple_of(patch) || size < least {
-                let below = (size / patch * patch).max(least.next_multiple_of(patch));
-                let problem = format!(
-                    "images of {size} pixels do not go with these weights: a side is a multiple of {patch}, the patch, \
-                    and at least {least}"
-                );
-                let help = format!("choose --sizes such as {below} or {}", below + patch);
-                return Err(Error::content(path, problem, help));
+        let usual = ImageSize::square(model.crops.global_size);
+        let (mut all, key) = (sizes.to_vec(), if sizes.is_empty() { "the `sizes` of probes" } else { "--sizes" });
+        if sizes.is_empty() {
+            let without = probes.iter().any(|probe| probe.sizes.is_empty()).then_some(usual);
+            let named = probes.iter().flat_map(|probe| &probe.sizes).copied();
+            all = without.into_iter().chain(named).collect();
+        }
+        all.sort_by_key(|size| (size.pixels(), size.width));
+        all.dedup();
+        for size in &all {
+            if let Some((problem, near)) = size.unfit(backbone.patch_size(), backbone.smallest_crop()) {
+                let problem = format!("these weights cannot be shown {problem}");
+                return Err(Error::content(path, problem, format!("in {key}, choose {near}")));
             }
         }
-        Ok(Self { path: path.to_path_buf(), hash: source.hash()?, model, sizes })
+        Ok(Self { path: path.to_path_buf(), hash: source.hash()?, model, usual, sizes: all })
     }
 
     /// What it is called in tables.
@@ -135,7 +153,8 @@ fn choose(data: &Measured, named: &[String], test: &dyn Dataset) -> Result<Vec<T
         if chosen.iter().any(|known| known.name == name) {
             return Err(Error::user(format!("probe `{name}` is named twice"), "name it once in --probes"));
         }
-        let plugin = match data.probes.0.get(&name) {
+        let entry = data.probes.0.get(&name);
+        let plugin = match entry {
             Some(entry) => entry.probe.clone(),
             None if registry::find::<dyn Probe>(&name).is_some() => plain(&name)?,
             None => {
@@ -159,7 +178,8 @@ fn choose(data: &Measured, named: &[String], test: &dyn Dataset) -> Result<Vec<T
             }
             None => {}
         }
-        chosen.push(Taken { name, table: serde_json::to_value(&plugin).expect("a table is plain data"), probe });
+        let sizes = entry.map_or(Vec::new(), |entry| entry.sizes.clone());
+        chosen.push(Taken { name, table: serde_json::to_value(&plugin).expect("a table is plain data"), sizes, probe });
     }
     if chosen.is_empty() {
         let help = "name some with --probes, or as tables [probes.<name>]; `dinolab plugins probe` lists them";
@@ -181,6 +201,7 @@ fn lacks(probe: &dyn Probe, data: &dyn Dataset) -> Option<&'static str> {
     match probe.needs() {
         (true, _) if data.classes() == 0 => Some("image labels"),
         (_, true) if data.mask_classes() == 0 => Some("pixel masks"),
+        _ if probe.needs_depth() && !data.has_depth() => Some("depth"),
         _ => None,
     }
 }

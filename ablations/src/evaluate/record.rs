@@ -1,19 +1,22 @@
 //! Scores as files have them.
 
 use dinolab_core::checkpoint::write_file;
+use dinolab_core::contract::{ImageSize, Panel, Picture};
 use dinolab_core::{Error, Result};
+use image::imageops::thumbnail;
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 use std::path::Path;
 
 use super::bootstrap::interval;
 use super::Plan;
+use crate::pictures::{data_uri, map};
 
 /// What one of the weights scored at one size.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SizeRecord {
-    /// Side in pixels.
-    pub size: usize,
+    /// What images were brought to: a side in pixels, or "width x height".
+    pub size: ImageSize,
     /// How long it took.
     pub seconds: f64,
     /// Every score of every probe.
@@ -22,6 +25,37 @@ pub struct SizeRecord {
     pub warnings: Vec<String>,
     /// Whether a probe could not be taken.
     pub failed: bool,
+    /// What scores are made of, to look at.
+    pub pictures: Vec<PictureRecord>,
+}
+
+/// A [`Picture`] as pages have it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PictureRecord {
+    /// The probe's name.
+    pub probe: String,
+    /// What of.
+    pub caption: String,
+    /// Label and PNG, as a data URI, of every image.
+    pub panels: Vec<(String, String)>,
+}
+
+/// Width in pixels that an image of a page has at most.
+const WIDE: u32 = 192;
+
+impl PictureRecord {
+    /// Of a probe's picture.
+    pub fn of(probe: &str, picture: &Picture) -> Self {
+        let panel = |panel: &Panel| {
+            let image = map(panel.width, panel.rgb.chunks_exact(3).map(|p| [p[0], p[1], p[2]]));
+            let (width, height) = image.dimensions();
+            let small = width.min(WIDE);
+            let image = if small < width { thumbnail(&image, small, (height * small / width).max(1)) } else { image };
+            (panel.label.clone(), data_uri(&image))
+        };
+        let panels = picture.panels.iter().map(panel).collect();
+        Self { probe: probe.into(), caption: picture.caption.clone(), panels }
+    }
 }
 
 /// One score.
@@ -86,8 +120,8 @@ pub struct WeightsScores {
 /// Scores at one size.
 #[derive(Clone, Debug, Serialize)]
 pub struct SizeScores {
-    /// Side in pixels.
-    pub size: usize,
+    /// What images were brought to: a side in pixels, or "width x height".
+    pub size: ImageSize,
     /// How long it took.
     pub seconds: f64,
     /// What a score does not show.
@@ -123,6 +157,12 @@ impl Difference {
 }
 
 impl SizeRecord {
+    /// Of nothing yet.
+    pub fn at(size: ImageSize) -> Self {
+        let (scores, warnings, pictures) = (Vec::new(), Vec::new(), Vec::new());
+        Self { size, seconds: 0.0, scores, warnings, failed: false, pictures }
+    }
+
     /// What was measured before; none if it was not, or the file is broken.
     pub fn read(path: &Path) -> Option<Self> {
         serde_json::from_slice(&std::fs::read(path).ok()?).ok()
@@ -167,7 +207,7 @@ impl ScoreRecord {
 impl Evaluation {
     /// Of these records, by weights and size.
     pub fn new(plan: &Plan, records: &[Vec<SizeRecord>]) -> Self {
-        let of_first = |size: usize| records[0].iter().find(|record| record.size == size);
+        let of_first = |size: ImageSize| records[0].iter().find(|record| record.size == size);
         let weights = plan.jobs.iter().zip(records).enumerate().map(|(i, (job, records))| {
             let sizes = records.iter().map(|record| record.lines(of_first(record.size).filter(|_| i > 0))).collect();
             let model = serde_json::to_value(&job.model).expect("tables are plain data");
@@ -185,10 +225,11 @@ impl Evaluation {
     }
 
     /// All sizes, ascending.
-    pub fn sizes(&self) -> Vec<usize> {
-        let all: std::collections::BTreeSet<usize> =
-            self.weights.iter().flat_map(|w| w.sizes.iter().map(|s| s.size)).collect();
-        all.into_iter().collect()
+    pub fn sizes(&self) -> Vec<ImageSize> {
+        let mut all: Vec<ImageSize> = self.weights.iter().flat_map(|w| w.sizes.iter().map(|s| s.size)).collect();
+        all.sort_by_key(|size| (size.pixels(), size.width));
+        all.dedup();
+        all
     }
 
     /// Probe and name of all scores, in the order in which they were taken; those of single classes or the others.
@@ -207,7 +248,7 @@ impl Evaluation {
 
 impl WeightsScores {
     /// A score at a size.
-    pub fn at(&self, (probe, score): &(String, String), size: usize) -> Option<&ScoreLine> {
+    pub fn at(&self, (probe, score): &(String, String), size: ImageSize) -> Option<&ScoreLine> {
         let sizes = self.sizes.iter().find(|s| s.size == size)?;
         sizes.scores.iter().find(|line| line.of.probe == *probe && line.of.score == *score)
     }

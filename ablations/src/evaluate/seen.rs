@@ -1,11 +1,16 @@
-//! A trained model that remembers what it saw: probes of one evaluation look at the same images.
+//! A trained model that remembers what it saw: probes of one evaluation look at the same images, and a later evaluation goes on
+//! from the files of one that was stopped.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
-use dinolab_core::contract::Features;
+use dinolab_core::checkpoint::write_file;
+use dinolab_core::contract::{Features, Grid, ImageSize};
 use dinolab_core::train::Trained;
-use dinolab_core::{Result, Tensor};
+use dinolab_core::{DType, Error, Result, Tensor};
+use safetensors::tensor::{Dtype, TensorView};
+use safetensors::SafeTensors;
 
 /// Bytes of features that are remembered.
 const MOST: usize = 2 << 30;
@@ -13,19 +18,53 @@ const MOST: usize = 2 << 30;
 /// Features by the hash of an image's pixels, for as many images as there is room for.
 pub struct Seen<'a> {
     trained: &'a Trained,
-    known: RefCell<(BTreeMap<[u8; 32], Features>, usize)>,
+    /// Where they are kept.
+    folder: PathBuf,
+    known: RefCell<Known>,
 }
 
+#[derive(Default)]
+struct Known {
+    images: BTreeMap<Hash, Features>,
+    bytes: usize,
+}
+
+type Hash = [u8; 32];
+
 impl<'a> Seen<'a> {
-    /// Nothing yet.
-    pub fn new(trained: &'a Trained) -> Self {
-        Self { trained, known: RefCell::default() }
+    /// What lies below `folder` of these weights at this size.
+    ///
+    /// # Errors
+    /// If the weights cannot be brought to the host.
+    pub fn open(trained: &'a Trained, folder: &Path, size: ImageSize) -> Result<Self> {
+        let folder = folder.join(format!("{}@{size}", &trained.fingerprint()?[..24]));
+        let mut known = Known::default();
+        let files = std::fs::read_dir(&folder).into_iter().flatten().flatten().map(|entry| entry.path());
+        let mut files: Vec<PathBuf> =
+            files.filter(|path| path.extension().is_some_and(|e| e == "safetensors")).collect();
+        files.sort();
+        // A broken one is computed anew.
+        for (hashes, features) in files.iter().filter_map(|path| read(&std::fs::read(path).ok()?)) {
+            known.add(&hashes, (0..hashes.len()).map(|row| one(&features, row)).collect::<Result<_>>()?);
+        }
+        Ok(Self { trained, folder, known: RefCell::new(known) })
+    }
+
+    /// Takes away the files of these weights at this size.
+    ///
+    /// # Errors
+    /// If they cannot be removed.
+    pub fn forget(&self) -> Result<()> {
+        match self.folder.exists() {
+            true => std::fs::remove_dir_all(&self.folder).map_err(Error::io("remove", &self.folder)),
+            false => Ok(()),
+        }
     }
 
     /// [`Trained::features`] of pixels `[B, 3, h, w]`.
     ///
     /// # Errors
-    /// As there.
+    /// As there, or if they cannot be kept.
     pub fn features(&self, pixels: &Tensor) -> Result<Features> {
         let images: Vec<Tensor> = (0..pixels.dim(0)).map(|i| pixels.narrow(i, 1)).collect::<Result<_>>()?;
         let hash = |image: &Tensor| {
@@ -34,9 +73,9 @@ impl<'a> Seen<'a> {
             hash.update(format!("{:?}", image.shape()).as_bytes()).update(image.as_bytes());
             *hash.finalize().as_bytes()
         };
-        let hashes: Vec<[u8; 32]> = images.iter().map(hash).collect();
+        let hashes: Vec<Hash> = images.iter().map(hash).collect();
         let unknown: Vec<usize> =
-            (0..images.len()).filter(|&i| !self.known.borrow().0.contains_key(&hashes[i])).collect();
+            (0..images.len()).filter(|&i| !self.known.borrow().images.contains_key(&hashes[i])).collect();
         let mut new = BTreeMap::new();
         if !unknown.is_empty() {
             let images: Vec<&Tensor> = unknown.iter().map(|&i| &images[i]).collect();
@@ -44,24 +83,95 @@ impl<'a> Seen<'a> {
             for (row, &i) in unknown.iter().enumerate() {
                 new.insert(i, one(&found, row)?);
             }
-        }
-        let mut known = self.known.borrow_mut();
-        let all: Vec<Features> =
-            (0..images.len()).map(|i| new.get(&i).unwrap_or_else(|| &known.0[&hashes[i]]).clone()).collect();
-        for (i, features) in new {
-            let bytes = bytes(&features);
-            if known.1 + bytes <= MOST {
-                known.1 += bytes;
-                known.0.insert(hashes[i], features);
+            let hashes: Vec<Hash> = unknown.iter().map(|&i| hashes[i]).collect();
+            let room = self.known.borrow().bytes + bytes(&found) <= MOST;
+            if room {
+                self.keep(&hashes, &found)?;
+                self.known.borrow_mut().add(&hashes, new.values().cloned().collect());
             }
         }
+        let known = self.known.borrow();
+        let all: Vec<Features> =
+            (0..hashes.len()).map(|i| new.get(&i).unwrap_or_else(|| &known.images[&hashes[i]]).clone()).collect();
         join(&all)
     }
+
+    /// Writes features of several images.
+    fn keep(&self, hashes: &[Hash], features: &Features) -> Result<()> {
+        std::fs::create_dir_all(&self.folder).map_err(Error::io("create", &self.folder))?;
+        let parts = parts(features);
+        let hex: Vec<String> = hashes.iter().map(|hash| blake3::Hash::from(*hash).to_hex().to_string()).collect();
+        let about = [("images".to_string(), hex.join(" ")), ("height".into(), features.grid.height.to_string())];
+        let bytes = safetensors::serialize(parts.into_iter().map(view), Some(about.into_iter().collect()));
+        let name = blake3::hash(hex.join(" ").as_bytes()).to_hex();
+        write_file(&self.folder.join(&name[..24]).with_extension("safetensors"), &bytes.expect("tensors with names"))
+    }
+}
+
+impl Known {
+    fn add(&mut self, hashes: &[Hash], images: Vec<Features>) {
+        for (hash, features) in hashes.iter().zip(images) {
+            let bytes = bytes(&features);
+            if self.bytes + bytes <= MOST && self.images.insert(*hash, features).is_none() {
+                self.bytes += bytes;
+            }
+        }
+    }
+}
+
+/// The tensors of features, by name.
+fn parts(features: &Features) -> Vec<(String, &Tensor)> {
+    let Features { cls, registers, patches, prenorm, layers, .. } = features;
+    let named = [("cls", cls), ("registers", registers), ("patches", patches), ("prenorm", prenorm)];
+    let layers = layers.iter().enumerate().map(|(i, layer)| (format!("layer.{i}"), layer));
+    named.into_iter().map(|(name, tensor)| (name.to_string(), tensor)).chain(layers).collect()
+}
+
+/// A tensor as a file has it.
+fn view((name, tensor): (String, &Tensor)) -> (String, TensorView<'_>) {
+    let dtype = if tensor.dtype() == DType::F64 { Dtype::F64 } else { Dtype::F32 };
+    (name, TensorView::new(dtype, tensor.shape().to_vec(), tensor.as_bytes()).expect("a tensor has its bytes"))
+}
+
+/// What [`Seen::keep`] wrote; none if it is broken.
+fn read(bytes: &[u8]) -> Option<(Vec<Hash>, Features)> {
+    let (_, header) = SafeTensors::read_metadata(bytes).ok()?;
+    let about = header.metadata().as_ref()?;
+    let hash = |hex: &str| blake3::Hash::from_hex(hex).ok().map(|hash| *hash.as_bytes());
+    let hashes: Vec<Hash> = about.get("images")?.split(' ').map(hash).collect::<Option<_>>()?;
+    let tensors = SafeTensors::deserialize(bytes).ok()?;
+    let tensor = |name: &str| {
+        let view = tensors.tensor(name).ok()?;
+        let numbers = view.data();
+        match view.dtype() {
+            Dtype::F64 => {
+                let numbers = numbers.chunks_exact(8).map(|b| f64::from_le_bytes(b.try_into().expect("eight bytes")));
+                Tensor::from_slice(&numbers.collect::<Vec<_>>(), view.shape()).ok()
+            }
+            _ => {
+                let numbers = numbers.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().expect("four bytes")));
+                Tensor::from_slice(&numbers.collect::<Vec<_>>(), view.shape()).ok()
+            }
+        }
+    };
+    let patches = tensor("patches")?;
+    let height: usize = about.get("height")?.parse().ok()?;
+    let grid = Grid { height, width: patches.dim(1).checked_div(height)? };
+    let layers = (0..).map_while(|i| tensor(&format!("layer.{i}"))).collect();
+    let features = Features {
+        cls: tensor("cls")?,
+        registers: tensor("registers")?,
+        prenorm: tensor("prenorm")?,
+        patches,
+        layers,
+        grid,
+    };
+    parts(&features).iter().all(|(_, tensor)| tensor.dim(0) == hashes.len()).then_some((hashes, features))
 }
 
 /// Those of one image, in memory of their own.
 fn one(features: &Features, row: usize) -> Result<Features> {
-    let of = |x: &Tensor| Ok::<_, dinolab_core::Error>(x.narrow(row, 1)?.to_owned());
+    let of = |x: &Tensor| Ok::<_, Error>(x.narrow(row, 1)?.to_owned());
     Ok(Features {
         cls: of(&features.cls)?,
         registers: of(&features.registers)?,
@@ -73,8 +183,7 @@ fn one(features: &Features, row: usize) -> Result<Features> {
 }
 
 fn bytes(features: &Features) -> usize {
-    let Features { cls, registers, patches, prenorm, layers, .. } = features;
-    [cls, registers, patches, prenorm].into_iter().chain(layers).map(|x| x.as_bytes().len()).sum()
+    parts(features).iter().map(|(_, x)| x.as_bytes().len()).sum()
 }
 
 /// Those of several images, which are of one grid.

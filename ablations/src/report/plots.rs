@@ -165,8 +165,10 @@ fn axes<'a, 'b>(
 /// A score at an image size.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SizePoint {
-    /// Side in pixels.
+    /// Side in pixels, of a rectangle that of a square of as many.
     pub size: f64,
+    /// Whether it is a square: squares are joined by a curve.
+    pub square: bool,
     /// The score.
     pub value: f64,
     /// Its interval.
@@ -187,9 +189,11 @@ pub fn over_size(curves: &[(RGBColor, Vec<SizePoint>)]) -> String {
                     let bar = vec![(point.size, low), (point.size, high)];
                     chart.draw_series([PathElement::new(bar, color.mix(0.5).stroke_width(2))])?;
                 }
-                chart.draw_series([Circle::new((point.size, point.value), 3, color.filled())])?;
+                let style = if point.square { color.filled() } else { color.stroke_width(1) };
+                chart.draw_series([Circle::new((point.size, point.value), 3, style)])?;
             }
-            chart.draw_series(LineSeries::new(points.iter().map(|p| (p.size, p.value)), color.stroke_width(2)))?;
+            let squares = points.iter().filter(|p| p.square).map(|p| (p.size, p.value));
+            chart.draw_series(LineSeries::new(squares, color.stroke_width(2)))?;
         }
         Ok(())
     })

@@ -323,10 +323,20 @@ impl Plan {
             let entry = recipe.get(table).and_then(|t| t.get(name));
             entry.is_some_and(|e| e.get("enabled").and_then(Value::as_bool) != Some(false))
         };
+        // With `sizes` a score has one of them in its name.
+        let sized = |recipe: &toml::Table, name: &str, metric: &str| {
+            let sizes = recipe.get("probes").and_then(|t| t.get(name)).and_then(|t| t.get("sizes"));
+            let sizes = sizes.and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+            let has = |size: &str| sizes.iter().any(|v| v.as_str() == Some(size) || v.to_string() == size);
+            metric.rsplit_once('@').map_or(sizes.is_empty(), |(_, size)| has(size))
+        };
         let missing = |run: &&PlannedRun, metric: &str| {
             let mut parts = metric.split('/');
             match (parts.next(), parts.next()) {
-                (Some("probe"), Some(name)) => !enabled(run.prepared.recipe(), "probes", name),
+                (Some("probe"), Some(name)) => {
+                    let recipe = run.prepared.recipe();
+                    !enabled(recipe, "probes", name) || !sized(recipe, name, metric)
+                }
                 (Some("loss"), Some(name)) => name != "total" && !enabled(run.prepared.recipe(), "losses", name),
                 _ => false,
             }

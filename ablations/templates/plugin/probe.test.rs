@@ -1,4 +1,4 @@
-use dinolab_core::contract::{Dataset, Features, Grid, Probe, ProbeContext, Sample};
+use dinolab_core::contract::{Dataset, Features, Grid, ImageSize, Probe, ProbeContext, Sample};
 use dinolab_core::testing::contracts;
 use dinolab_core::{DType, Result, Tensor};
 use my_plugin::MyPlugin;
@@ -31,11 +31,12 @@ fn score(see: std::ops::Range<usize>) -> f64 {
         features: &|pixels: &Tensor| Ok(features(pixels, see.clone())),
         train: &Halves,
         test: &Halves,
-        image_size: 8,
+        image_size: ImageSize::square(8),
         patch_size: 1,
         normalization: ([0.5; 3], [0.5; 3]),
         seed: 0,
         warn: &|_| (),
+        show: None,
     };
     MyPlugin::default().run(&context).unwrap()[0].value
 }

@@ -1,7 +1,9 @@
 //! Where images come from.
 
 use std::fmt;
+use std::sync::Arc;
 
+use super::ImageSize;
 use crate::Result;
 
 /// One image with what is known about it.
@@ -18,6 +20,8 @@ pub struct Sample {
     /// Class of every pixel, row-major: `width * height` bytes, below [`Dataset::mask_classes`]; or 255 for a pixel that counts
     /// nowhere ("void", "ignore").
     pub mask: Option<Vec<u8>>,
+    /// Distance of every pixel in metres, row-major: `width * height` numbers; 0 or NaN where it is not known.
+    pub depth: Option<Vec<f32>>,
     /// What else is known about it: the numbers of each of [`Dataset::fields`], row-major.
     pub fields: Vec<Vec<f32>>,
 }
@@ -81,6 +85,14 @@ pub trait Dataset: fmt::Debug + Send + Sync {
     /// If this sample cannot be read. The loader names and counts it and takes another in its place.
     fn get(&self, index: usize) -> Result<Sample>;
 
+    /// The same without its mask and depth, where they take time: training reads neither.
+    ///
+    /// # Errors
+    /// As [`get`](Self::get).
+    fn get_image(&self, index: usize) -> Result<Sample> {
+        self.get(index)
+    }
+
     /// Number of image classes; 0 if images carry no label.
     fn classes(&self) -> usize {
         0
@@ -89,6 +101,11 @@ pub trait Dataset: fmt::Debug + Send + Sync {
     /// Number of pixel classes (background included); 0 if there are no masks.
     fn mask_classes(&self) -> usize {
         0
+    }
+
+    /// Whether its samples have a depth.
+    fn has_depth(&self) -> bool {
+        false
     }
 
     /// The names of the image classes, in order; none if they have none.
@@ -127,8 +144,21 @@ pub trait Dataset: fmt::Debug + Send + Sync {
         None
     }
 
-    /// Samples set aside for probes, never trained on; `None`: probes take theirs from this dataset.
-    fn held_out(&self) -> Option<std::sync::Arc<dyn Dataset>> {
+    /// The same samples at another size, with their held-out part, where they are drawn rather than stored.
+    fn at_size(&self, _: ImageSize) -> Option<Arc<dyn Dataset>> {
         None
     }
+
+    /// Samples set aside for probes, never trained on; `None`: probes take theirs from this dataset.
+    fn held_out(&self) -> Option<Arc<dyn Dataset>> {
+        None
+    }
+}
+
+/// Training and held-out part at a size where they are drawn, and as they are otherwise. What was one stays one.
+pub fn at_size(train: &Arc<dyn Dataset>, test: &Arc<dyn Dataset>, size: ImageSize) -> [Arc<dyn Dataset>; 2] {
+    let drawn = |data: &Arc<dyn Dataset>| data.at_size(size).unwrap_or_else(|| data.clone());
+    let first = drawn(train);
+    let second = if Arc::ptr_eq(train, test) { first.clone() } else { drawn(test) };
+    [first, second]
 }

@@ -19,6 +19,7 @@
 mod augmentation;
 mod backbone;
 mod dataset;
+mod image_size;
 mod loss;
 mod masking;
 mod optimizer;
@@ -31,7 +32,8 @@ mod view;
 
 pub use augmentation::{Augmentation, WHOLE_IMAGE};
 pub use backbone::{Backbone, Cost, Crops, Draws, Features, Mode};
-pub use dataset::{Dataset, FieldSpec, Sample, Summary};
+pub use dataset::{at_size, Dataset, FieldSpec, Sample, Summary};
+pub use image_size::ImageSize;
 pub use loss::{
     Loss, LossCost, LossRows, LossValue, ModelOutputs, NamedTeacher, Needs, Outputs, State, StateSpec, StepContext,
     TargetSpec, Targets,
@@ -40,7 +42,7 @@ pub use masking::{Masking, Unmasked};
 pub use optimizer::{Direction, Optimizer, ParamUpdate, Reach};
 pub use plan::{ColorPlan, CropPlan, Cut, ImagePlan, Jitter, JitterOp, Rect};
 pub use pos_encoding::{Grid, PosContext, PosEncoding, PosTables};
-pub use probe::{Combine, Parts, Probe, ProbeContext, Score};
+pub use probe::{Combine, Panel, Parts, Picture, Probe, ProbeContext, Score};
 pub use scheduler::{At, Schedule, Scheduler};
 pub use teacher_policy::{Follow, Role, TeacherPolicy};
 pub use view::{BatchImage, CropBox, ImageContext, ImageDraws, SeenBy, Tile, View};

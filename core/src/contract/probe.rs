@@ -4,8 +4,10 @@ use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use super::dataset::Dataset;
-use super::Features;
+use super::{Features, ImageSize};
 use crate::{Result, Tensor};
 
 /// What a probe may use.
@@ -17,8 +19,9 @@ pub struct ProbeContext<'a> {
     pub train: &'a dyn Dataset,
     /// Images it was not trained on (the same as `train` when nothing was set aside).
     pub test: &'a dyn Dataset,
-    /// Side in pixels to which images are resized.
-    pub image_size: usize,
+    /// What images are brought to: of another shape, their largest middle part of this one's. Samples of `train` and `test` may
+    /// have it already.
+    pub image_size: ImageSize,
     /// Side of a patch in pixels.
     pub patch_size: usize,
     /// Mean and standard deviation per channel, for normalisation.
@@ -27,6 +30,28 @@ pub struct ProbeContext<'a> {
     pub seed: u64,
     /// Tells the user of something that a score does not show, such as a sample that was left out.
     pub warn: &'a dyn Fn(String),
+    /// Takes pictures of what a score is made of, where somebody looks at them; nobody does in training.
+    pub show: Option<&'a dyn Fn(Picture)>,
+}
+
+/// Images that stand side by side and show what a score is made of: an image, its true mask, the predicted one.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Picture {
+    /// What of: the name of the sample.
+    pub caption: String,
+    /// The images.
+    pub panels: Vec<Panel>,
+}
+
+/// One image of a [`Picture`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Panel {
+    /// What it shows.
+    pub label: String,
+    /// Width in pixels.
+    pub width: usize,
+    /// 8-bit RGB, row-major, interleaved.
+    pub rgb: Vec<u8>,
 }
 
 /// One number of a probe.
@@ -106,7 +131,8 @@ impl fmt::Debug for Parts {
 ///
 /// impl Probe for ClsNorm {
 ///     fn run(&self, context: &ProbeContext<'_>) -> Result<Vec<Score>> {
-///         let black = Tensor::zeros(&[1, 3, context.image_size, context.image_size], dinolab_core::DType::F32);
+///         let size = context.image_size;
+///         let black = Tensor::zeros(&[1, 3, size.height, size.width], dinolab_core::DType::F32);
 ///         let cls = (context.features)(&black)?.cls.to_f64_vec();
 ///         Ok(vec![Score::new("norm", cls.iter().map(|x| x * x).sum::<f64>().sqrt())])
 ///     }
@@ -120,6 +146,11 @@ pub trait Probe: fmt::Debug + Send + Sync {
     /// refused before the run.
     fn needs(&self) -> (bool, bool) {
         (false, false)
+    }
+
+    /// Whether it asks the dataset for depth.
+    fn needs_depth(&self) -> bool {
+        false
     }
 
     /// Images that it computes features of, each time that it runs: most of what it costs.

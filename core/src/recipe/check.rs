@@ -23,6 +23,7 @@ pub(super) fn check(recipe: &Recipe) -> Vec<Problem> {
     match built.and_then(|backbone| params.check().map(|()| backbone)) {
         Ok(backbone) => {
             let fits = crops(recipe, backbone.as_ref(), &named, &mut problems);
+            problems.extend(probe_sizes(recipe, backbone.as_ref()));
             if fits {
                 losses(recipe, backbone.as_ref(), masking.as_deref(), teacher.as_deref(), &mut problems);
             }
@@ -42,12 +43,31 @@ pub(super) fn check(recipe: &Recipe) -> Vec<Problem> {
     problems
 }
 
+/// Sizes of probes that the model cannot be shown, or that stand there twice.
+fn probe_sizes(recipe: &Recipe, backbone: &dyn Backbone) -> Vec<Problem> {
+    let mut problems = Vec::new();
+    for (name, entry) in recipe.probes.0.iter().filter(|(_, e)| e.enabled) {
+        let mut problem = |message: String, help: String| {
+            problems.push(Problem::error(format!("probes.{name}.sizes"), message).help(help));
+        };
+        for (i, size) in entry.sizes.iter().enumerate() {
+            if let Some((message, near)) = size.unfit(backbone.patch_size(), backbone.smallest_crop()) {
+                problem(message, format!("use {near}"));
+            } else if entry.sizes[..i].contains(size) {
+                problem(format!("{size} stands there twice"), "list it once".into());
+            }
+        }
+    }
+    problems
+}
+
 /// What the recipe asks of its data and this dataset does not have.
 pub(super) fn check_data(recipe: &Recipe, data: &dyn Dataset) -> Vec<Problem> {
     let enabled = recipe.probes.0.iter().filter(|(_, e)| e.enabled);
-    let needs = enabled.filter_map(|(name, e)| Some((name, e.probe.build(&mut ()).ok()?.needs())));
+    let probes = enabled.filter_map(|(name, e)| Some((name, e.probe.build(&mut ()).ok()?)));
     let dataset = recipe.data.name();
-    let lacking = needs.flat_map(|(name, (labels, masks))| {
+    let lacking = probes.flat_map(|(name, probe)| {
+        let (labels, masks) = probe.needs();
         let lacks = |what: &str| {
             let message = format!("needs {what}, and the dataset `{dataset}` gives none");
             let help = format!("set probes.{name}.enabled = false, or choose data with {what}");
@@ -55,7 +75,8 @@ pub(super) fn check_data(recipe: &Recipe, data: &dyn Dataset) -> Vec<Problem> {
         };
         let labels = (labels && data.classes() == 0).then(|| lacks("image labels"));
         let masks = (masks && data.mask_classes() == 0).then(|| lacks("pixel masks"));
-        labels.into_iter().chain(masks)
+        let depth = (probe.needs_depth() && !data.has_depth()).then(|| lacks("depth"));
+        labels.into_iter().chain(masks).chain(depth)
     });
     lacking.chain(labels(recipe, data)).chain(fields(recipe, data)).chain(too_small(recipe, data)).collect()
 }

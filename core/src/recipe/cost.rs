@@ -5,7 +5,7 @@
 //! counted.
 
 use super::{Recipe, Resolution};
-use crate::contract::{Cost, Grid, LossCost, LossRows, View};
+use crate::contract::{Cost, Grid, ImageSize, LossCost, LossRows, View};
 use crate::recipe::DeviceChoice;
 use crate::step::{declare, distilled_model, named_teachers, Declared, Teacher, CHANNELS, GLOBALS};
 use crate::{cuda, DType, Device, Result};
@@ -158,17 +158,23 @@ fn cost_at(recipe: &Recipe, sizes: &Resolution, (model, named): (&Declared, &[Te
 /// If a plugin refuses its configuration.
 pub fn probes(recipe: &Recipe, start: u64) -> Result<(u64, f64, f64)> {
     let backbone = declare(recipe)?.backbone;
-    let side = recipe.crops.global_size / backbone.patch_size();
-    let each = backbone.cost(&[(1, Grid { height: side, width: side })]).forward_flops;
-    let (mut taken, mut images) = (0, 0.0);
+    let each = |size: ImageSize| {
+        let patches = |side: usize| side / backbone.patch_size();
+        backbone.cost(&[(1, Grid { height: patches(size.height), width: patches(size.width) })]).forward_flops
+    };
+    let (mut taken, mut images, mut flops) = (0, 0.0, 0.0);
     for entry in recipe.probes.0.values().filter(|entry| entry.enabled) {
         // After the last step every probe is taken, whatever its `every`.
         let before = |step: u64| step.checked_div(entry.every).unwrap_or(0);
         let between = before(recipe.steps.saturating_sub(1)).saturating_sub(before(start));
-        taken += between + 1;
-        images += (between + 1) as f64 * entry.probe.build(&mut ())?.images() as f64;
+        let usual = [ImageSize::square(recipe.crops.global_size)];
+        let sizes = if entry.sizes.is_empty() { &usual[..] } else { &entry.sizes };
+        let seen = (between + 1) as f64 * entry.probe.build(&mut ())?.images() as f64;
+        taken += (between + 1) * sizes.len() as u64;
+        images += seen * sizes.len() as f64;
+        flops += seen * sizes.iter().map(|&size| each(size)).sum::<f64>();
     }
-    Ok((taken, images, images * each))
+    Ok((taken, images, flops))
 }
 
 /// Numbers in the parameters whose names begin with `prefix`.

@@ -10,7 +10,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::describe::DEFINITIONS;
 use super::Nested;
-use crate::contract::{Augmentation, Loss, Probe, Schedule, TeacherPolicy};
+use crate::contract::{Augmentation, ImageSize, Loss, Probe, Schedule, TeacherPolicy};
 use crate::registry::{entry_schema, plugin_schema, plugins, Chosen, Kind};
 
 /// A loss in a recipe: the plugin's own keys and these.
@@ -31,6 +31,8 @@ pub struct ProbeEntry {
     pub enabled: bool,
     /// Steps between runs; 0: only at the end.
     pub every: u64,
+    /// What images are brought to, in turn: every score then has the size in its name. None: the size of global crops.
+    pub sizes: Vec<ImageSize>,
     /// The plugin.
     pub probe: Chosen<dyn Probe>,
 }
@@ -138,20 +140,28 @@ impl<K: ?Sized + Kind> Entry for Chosen<K> {
 impl Entry for ProbeEntry {
     type Plugin = dyn Probe;
 
-    const OWN: &'static [&'static str] = &["enabled", "every"];
+    const OWN: &'static [&'static str] = &["enabled", "every", "sizes"];
 
     fn schemas(generator: &mut SchemaGenerator) -> serde_json::Map<String, serde_json::Value> {
         let enabled = own_schema::<bool>(generator, "Whether the probe is run at all.", true);
         let every = own_schema::<u64>(generator, "Steps between runs; 0: only at the end.", 0);
-        [("enabled".into(), enabled.to_value()), ("every".into(), every.to_value())].into_iter().collect()
+        let doc = "Sizes that images are brought to, in turn, such as 64 or \"96x64\" (width x height): scores are named with \
+            them (`miou@96x64`). None: the size of global crops.";
+        let sizes = own_schema::<Vec<ImageSize>>(generator, doc, Vec::<u64>::new());
+        [("enabled", enabled), ("every", every), ("sizes", sizes)]
+            .map(|(k, v)| (k.into(), v.to_value()))
+            .into_iter()
+            .collect()
     }
 
     fn read(own: figment::value::Dict, probe: Chosen<dyn Probe>) -> Result<Self, Nested> {
-        Ok(Self { enabled: take(&own, "enabled", true)?, every: take(&own, "every", 0)?, probe })
+        let (every, sizes) = (take(&own, "every", 0)?, take(&own, "sizes", Vec::new())?);
+        Ok(Self { enabled: take(&own, "enabled", true)?, every, sizes, probe })
     }
 
     fn parts(&self) -> (Vec<(&'static str, serde_json::Value)>, &Chosen<dyn Probe>) {
-        (vec![("enabled", self.enabled.into()), ("every", self.every.into())], &self.probe)
+        let sizes = serde_json::to_value(&self.sizes).expect("sizes are plain data");
+        (vec![("enabled", self.enabled.into()), ("every", self.every.into()), ("sizes", sizes)], &self.probe)
     }
 }
 

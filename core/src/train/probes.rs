@@ -4,39 +4,56 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::contract::{Dataset, Probe, ProbeContext};
+use crate::contract::{at_size, Dataset, ImageSize, Probe, ProbeContext};
 use crate::recipe::{ProbeEntry, Recipe};
 use crate::step::Learner;
 use crate::Result;
 
 /// The enabled probes, built.
 pub(super) struct Probes {
-    probes: Vec<(String, u64, Box<dyn Probe>)>,
+    probes: Vec<Taken>,
     train: Arc<dyn Dataset>,
     test: Arc<dyn Dataset>,
+}
+
+/// A probe, when it is taken, and at which sizes; at that of global crops if there is none.
+struct Taken {
+    name: String,
+    every: u64,
+    sizes: Vec<ImageSize>,
+    probe: Box<dyn Probe>,
+}
+
+impl Taken {
+    /// The sizes that are listed, or none at all once.
+    fn sizes(&self) -> impl Iterator<Item = Option<ImageSize>> + '_ {
+        self.sizes.iter().copied().map(Some).chain(self.sizes.is_empty().then_some(None))
+    }
 }
 
 impl Probes {
     pub(super) fn new(recipe: &Recipe, train: Arc<dyn Dataset>, test: Arc<dyn Dataset>) -> Result<Self> {
         let enabled = recipe.probes.0.iter().filter(|(_, e)| e.enabled);
-        let build =
-            |(name, entry): (&String, &ProbeEntry)| Ok((name.clone(), entry.every, entry.probe.build(&mut ())?));
+        let build = |(name, entry): (&String, &ProbeEntry)| {
+            let (every, sizes) = (entry.every, entry.sizes.clone());
+            Ok(Taken { name: name.clone(), every, sizes, probe: entry.probe.build(&mut ())? })
+        };
         Ok(Self { probes: enabled.map(build).collect::<Result<_>>()?, train, test })
     }
 
     /// Names of the probes that are due after `done` steps.
     pub(super) fn due(&self, done: u64, recipe: &Recipe) -> Vec<String> {
         let due = |every: u64| done == recipe.steps || (every > 0 && done.is_multiple_of(every));
-        self.probes.iter().filter(|(_, every, _)| due(*every)).map(|(name, ..)| name.clone()).collect()
+        self.probes.iter().filter(|taken| due(taken.every)).map(|taken| taken.name.clone()).collect()
     }
 
     /// Names of all probes.
     pub(super) fn names(&self) -> Vec<String> {
-        self.probes.iter().map(|(name, ..)| name.clone()).collect()
+        self.probes.iter().map(|taken| taken.name.clone()).collect()
     }
 
-    /// Scores of these probes, `probe/<name>/<score>`, and what to warn of. A probe that cannot be taken is no reason to
-    /// lose a run.
+    /// Scores of these probes, `probe/<name>/<score>` (at one of a list of sizes: `probe/<name>/<score>@<size>`), and what to
+    /// warn of. A probe that cannot be taken is no reason to lose a run.
     pub(super) fn run(
         &self,
         names: &[String],
@@ -45,23 +62,31 @@ impl Probes {
     ) -> (BTreeMap<String, f64>, Vec<String>) {
         let mut scores = BTreeMap::new();
         let warnings = RefCell::new(Vec::new());
-        for (name, _, probe) in self.probes.iter().filter(|(name, ..)| names.contains(name)) {
+        let named = self.probes.iter().filter(|taken| names.contains(&taken.name));
+        for (taken, size) in named.flat_map(|taken| taken.sizes().map(move |size| (taken, size))) {
+            let at = size.map_or(String::new(), |size| format!("@{size}"));
+            let name = &taken.name;
+            let [train, test] = match size {
+                Some(size) => at_size(&self.train, &self.test, size),
+                None => [self.train.clone(), self.test.clone()],
+            };
             let context = ProbeContext {
                 features: &|pixels| learner.teacher_features(pixels),
-                train: self.train.as_ref(),
-                test: self.test.as_ref(),
-                image_size: recipe.crops.global_size,
+                train: train.as_ref(),
+                test: test.as_ref(),
+                image_size: size.unwrap_or(ImageSize::square(recipe.crops.global_size)),
                 patch_size: learner.model().backbone.patch_size(),
                 normalization: (recipe.crops.mean, recipe.crops.std),
                 seed: recipe.seed,
-                warn: &|text| warnings.borrow_mut().push(format!("probe `{name}`: {text}")),
+                warn: &|text| warnings.borrow_mut().push(format!("probe `{name}{at}`: {text}")),
+                show: None,
             };
-            match probe.run(&context) {
+            match taken.probe.run(&context) {
                 Ok(found) => {
                     let curves = found.into_iter().filter(|s| !s.detail);
-                    scores.extend(curves.map(|s| (format!("probe/{name}/{}", s.name), s.value)));
+                    scores.extend(curves.map(|s| (format!("probe/{name}/{}{at}", s.name), s.value)));
                 }
-                Err(error) => warnings.borrow_mut().push(format!("probe `{name}` could not be taken: {error}")),
+                Err(error) => warnings.borrow_mut().push(format!("probe `{name}{at}` could not be taken: {error}")),
             }
         }
         (scores, warnings.into_inner())

@@ -180,7 +180,7 @@ fn greatest(config: &MaskConfig, files: &[Option<PathBuf>]) -> Result<Option<u8>
 }
 
 /// The values of a PNG of one channel as they are stored, palettes unused, and its width.
-fn read(path: &Path) -> Result<(Vec<u8>, usize)> {
+pub(crate) fn read(path: &Path) -> Result<(Vec<u8>, usize)> {
     let file = File::open(path).map_err(Error::io("read", path))?;
     let broken = |e: png::DecodingError| Error::content(path, e.to_string(), "a mask is a PNG: mend or replace it");
     let mut decoder = png::Decoder::new(BufReader::new(file));

@@ -22,6 +22,7 @@ use masks::Masks;
 
 pub use decode::read;
 pub use listing::{list, Listing};
+pub(crate) use masks::read as read_mask;
 pub use masks::{MaskConfig, IGNORED};
 
 /// What transparent images lie on unless a recipe says otherwise: white, as in most viewers.
@@ -157,15 +158,21 @@ impl Dataset for ImageFolder {
     }
 
     fn get(&self, index: usize) -> Result<Sample> {
+        let image = self.get_image(index)?;
+        let size = (image.width as u32, image.height as u32);
+        let mask = match &self.files.masks {
+            Some(masks) => masks.read(self.part[index], size, self.path(index))?,
+            None => None,
+        };
+        Ok(Sample { mask, ..image })
+    }
+
+    fn get_image(&self, index: usize) -> Result<Sample> {
         let known = &self.files.known[self.part[index]];
         let image = read_again(self.path(index), self.files.background, known)?;
         let (width, height) = (image.width() as usize, image.height() as usize);
         let label = self.files.labelled.labels.get(self.part[index]).copied().flatten();
-        let mask = match &self.files.masks {
-            Some(masks) => masks.read(self.part[index], image.dimensions(), self.path(index))?,
-            None => None,
-        };
-        Ok(Sample { width, height, rgb: image.into_raw(), label, mask, ..Sample::default() })
+        Ok(Sample { width, height, rgb: image.into_raw(), label, ..Sample::default() })
     }
 
     fn classes(&self) -> usize {

@@ -2,6 +2,7 @@
 
 use std::io::Cursor;
 
+use dinolab_core::contract::ImageSize;
 use dinolab_core::rng::{Rng, Stream};
 use image::codecs::jpeg::JpegEncoder;
 use image::imageops::{blur, resize, FilterType};
@@ -9,9 +10,11 @@ use image::{ImageFormat, RgbImage};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::probe_data::resized;
+
 /// How many strengths a corruption has.
 pub const STRENGTHS: usize = 5;
-/// Side in pixels of the images that lengths are of.
+/// Shorter side in pixels of the images that lengths are of.
 const SIDE: f32 = 224.0;
 
 const NOISE: [f64; STRENGTHS] = [0.08, 0.12, 0.18, 0.26, 0.38];
@@ -51,14 +54,11 @@ impl Corruption {
         }
     }
 
-    /// A square image at `size` pixels a side, corrupted with a strength of 1 to 5. Noise is a function of seed, strength and the
+    /// An image brought to `size` and corrupted, with a strength of 1 to 5. Noise is a function of seed, strength and the
     /// image's number.
-    pub fn apply(self, image: RgbImage, size: usize, strength: usize, seed: u64, index: usize) -> RgbImage {
-        let side = size as u32;
-        let mut image = match image.width() == side {
-            true => image,
-            false => resize(&image, side, side, FilterType::Triangle),
-        };
+    pub fn apply(self, image: RgbImage, size: ImageSize, strength: usize, seed: u64, index: usize) -> RgbImage {
+        let mut image = resized(image, size);
+        let (width, height) = (size.width as u32, size.height as u32);
         let at = strength - 1;
         match self {
             Self::Noise => {
@@ -66,7 +66,7 @@ impl Corruption {
                 image.iter_mut().for_each(|x| *x = byte(f64::from(*x) + 255.0 * NOISE[at] * rng.normal()));
                 image
             }
-            Self::Blur => blur(&image, BLUR[at] * size as f32 / SIDE),
+            Self::Blur => blur(&image, BLUR[at] * size.width.min(size.height) as f32 / SIDE),
             Self::Contrast => {
                 let pixels = f64::from(image.width() * image.height());
                 let mut mean = [0.0; 3];
@@ -84,9 +84,9 @@ impl Corruption {
                 decoded.expect("it was just encoded").into_rgb8()
             }
             Self::Scale => {
-                let small = ((f64::from(side) * SCALE[at]).round() as u32).max(1);
-                let small = resize(&image, small, small, FilterType::Triangle);
-                resize(&small, side, side, FilterType::Triangle)
+                let small = |side: u32| ((f64::from(side) * SCALE[at]).round() as u32).max(1);
+                let small = resize(&image, small(width), small(height), FilterType::Triangle);
+                resize(&small, width, height, FilterType::Triangle)
             }
         }
     }
@@ -113,7 +113,7 @@ mod tests {
     #[test]
     fn every_corruption_is_worse_the_stronger_it_is_and_the_same_every_time() {
         for corruption in Corruption::ALL {
-            let made = |strength| corruption.apply(picture(), 224, strength, 5, 7);
+            let made = |strength| corruption.apply(picture(), ImageSize::square(224), strength, 5, 7);
             let distances: Vec<f64> = (1..=STRENGTHS).map(|s| distance(&made(s), &picture())).collect();
             assert!(distances[0] > 0.0 && distances.windows(2).all(|d| d[0] < d[1]), "{corruption:?}: {distances:?}");
             assert_eq!(made(3), made(3));
@@ -124,7 +124,7 @@ mod tests {
     #[test]
     fn noise_has_the_deviation_that_is_said_and_is_another_for_every_image() {
         let grey = RgbImage::from_pixel(64, 64, image::Rgb([128; 3]));
-        let noisy = |index| Corruption::Noise.apply(grey.clone(), 64, 1, 0, index);
+        let noisy = |index| Corruption::Noise.apply(grey.clone(), ImageSize::square(64), 1, 0, index);
         let deviation = distance(&noisy(0), &grey) / (3.0f64 * 64.0 * 64.0).sqrt() / 255.0;
         assert!((deviation - 0.08).abs() < 0.002, "{deviation}");
         assert_ne!(noisy(0), noisy(1));

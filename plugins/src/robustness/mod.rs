@@ -13,13 +13,13 @@ use serde::{Deserialize, Serialize};
 pub use corruption::{Corruption, STRENGTHS};
 
 use crate::knn::Knn;
-use crate::probe_data::{cls_features, cls_features_of_changed, draw_two};
+use crate::probe_data::{draw_two, Look};
 
 /// Nearest-neighbour classification of corrupted images among clean ones.
 ///
 /// Test images are corrupted at the size at which the model sees them, in five strengths each, and classified as by the probe
 /// `knn` by training images that are not. The corruptions are those of ImageNet-C (Hendrycks and Dietterich, arXiv:1903.12261)
-/// with its numbers, lengths in proportion to the image's side (of 224 pixels there):
+/// with its numbers, lengths in proportion to the image's shorter side (of 224 pixels there):
 ///
 /// | | strength 1 to 5 |
 /// |---|---|
@@ -62,12 +62,12 @@ impl Probe for Robustness {
             return Err(Error::user(problem, "list one or more in `corruptions`"));
         }
         let [train, test] = draw_two(context, self.train_samples.get(), self.test_samples.get());
-        let known = cls_features(context, context.train, &train)?;
+        let known = Look::cls(context.train, &train).features(context)?;
         let knn = Knn { k: self.k, ..Knn::default() };
         let right = |features| -> Result<Vec<f64>> {
             Ok(knn.right(&known, &features)?.into_iter().map(|image| f64::from(u8::from(image[0]))).collect())
         };
-        let clean = right(cls_features(context, context.test, &test)?)?;
+        let clean = right(Look::cls(context.test, &test).features(context)?)?;
         if clean.is_empty() {
             let help = "use a dataset whose images have labels (class sub-folders), or take the probe out";
             return Err(Error::user("probe `robustness`: no test image has a label", help));
@@ -78,7 +78,7 @@ impl Probe for Robustness {
         for &corruption in &self.corruptions {
             for strength in 1..=STRENGTHS {
                 let change = |index: usize, image| corruption.apply(image, size, strength, seed, index);
-                let right = right(cls_features_of_changed(context, context.test, &test, &change)?)?;
+                let right = right(Look::cls(context.test, &test).changed(&change).features(context)?)?;
                 sums.iter_mut().zip(&right).for_each(|(sum, right)| *sum += right);
                 details.push(Score::mean(format!("{}/{strength}", corruption.name()), right).as_detail());
             }
