@@ -18,6 +18,8 @@ pub struct Sample {
     /// Class of every pixel, row-major: `width * height` bytes, below [`Dataset::mask_classes`]; or 255 for a pixel that counts
     /// nowhere ("void", "ignore").
     pub mask: Option<Vec<u8>>,
+    /// Distance of every pixel in metres, row-major: `width * height` numbers; 0 or NaN where it is not known.
+    pub depth: Option<Vec<f32>>,
     /// What else is known about it: the numbers of each of [`Dataset::fields`], row-major.
     pub fields: Vec<Vec<f32>>,
 }
@@ -89,6 +91,11 @@ pub trait Dataset: fmt::Debug + Send + Sync {
     /// Number of pixel classes (background included); 0 if there are no masks.
     fn mask_classes(&self) -> usize {
         0
+    }
+
+    /// Whether its samples have a depth.
+    fn has_depth(&self) -> bool {
+        false
     }
 
     /// The names of the image classes, in order; none if they have none.

@@ -116,6 +116,10 @@ pub fn dataset(data: &dyn Dataset) -> Held {
         ensure(sample == get()?, format!("sample {index} is another the second time"))?;
         let fits = sample.label.is_none_or(|label| (label as usize) < data.classes());
         ensure(fits, format!("sample {index} has label {:?} of {} classes", sample.label, data.classes()))?;
+        if let Some(depth) = &sample.depth {
+            ensure(data.has_depth(), "a sample has a depth, and the dataset says that there is none")?;
+            ensure(depth.len() == pixels, format!("the depth of sample {index} has not a number a pixel"))?;
+        }
         if let Some(mask) = &sample.mask {
             let known = mask.iter().all(|&class| class == 255 || usize::from(class) < data.mask_classes());
             ensure(mask.len() == pixels && known, format!("the mask of sample {index} has not a known class a pixel"))?;
