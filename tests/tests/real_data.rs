@@ -8,7 +8,7 @@ use dinolab_core::registry::{Chosen, DataContext};
 use dinolab_core::testing::contracts;
 use dinolab_core::Result;
 use dinolab_plugins as _;
-use image::{GrayImage, Luma, Rgb, RgbImage};
+use image::{GrayImage, ImageBuffer, Luma, Rgb, RgbImage};
 use serde_json::{json, Value};
 
 /// A folder that is filled by the tests.
@@ -43,6 +43,13 @@ impl Lab {
         GrayImage::from_fn(6, 4, |x, y| Luma([pixel(x, y)])).save(self.path(name)).expect("a mask");
     }
 
+    /// A grey PNG of 16 bits: 0 at the first pixel, then `unit` more for each.
+    fn depth(&self, name: &str, unit: u16) {
+        ImageBuffer::from_fn(6, 4, |x, y| Luma([(y as u16 * 6 + x as u16) * unit]))
+            .save(self.path(name))
+            .expect("a depth");
+    }
+
     fn write(&self, name: &str, bytes: impl AsRef<[u8]>) -> PathBuf {
         let path = self.path(name);
         fs::write(&path, bytes).expect("it can be written");
@@ -62,7 +69,7 @@ impl Lab {
     fn open(&self, plugin: &str, table: Value) -> Result<Box<dyn Dataset>> {
         let mut table = table;
         table["plugin"] = plugin.into();
-        for key in ["path", "val", "masks", "val_masks", "root"] {
+        for key in ["path", "val", "masks", "val_masks", "depth", "val_depth", "root"] {
             if let Some(inside) = table.get(key).and_then(Value::as_str) {
                 table[key] = self.0.path().join(inside).to_str().expect("UTF-8").into();
             }
@@ -191,6 +198,74 @@ fn what_is_wrong_with_masks_is_named_with_the_file() {
     lab.mask("masks/cat/z.png", 0);
     let notes = lab.open("image_folder", folder()).unwrap().summary().notes;
     assert!(notes.iter().any(|note| note.contains("1 file of") && note.contains("belong to no image")), "{notes:?}");
+}
+
+/// A `.npy` file of `kind`.
+fn array<T: npyz::AutoSerialize + Copy>(shape: &[u64], numbers: &[T]) -> Vec<u8> {
+    use npyz::WriterBuilder;
+    let mut bytes = Vec::new();
+    let mut writer = npyz::WriteOptions::new().default_dtype().shape(shape).writer(&mut bytes).begin_nd().unwrap();
+    writer.extend(numbers.iter().copied()).unwrap();
+    writer.finish().unwrap();
+    bytes
+}
+
+#[test]
+fn depth_beside_images_is_in_metres_and_0_where_it_is_not_known() {
+    let lab = Lab::filled();
+    lab.depth("depth/cat/a.png", 1000);
+    let floats: Vec<f32> = (0..24).map(|i| [f32::NAN, -1.0, f32::INFINITY, 2.5][i.min(3)]).collect();
+    lab.write("depth/cat/b.npy", array(&[4, 6], &floats));
+    lab.write("depth/dog/a.npy", array(&[4, 6, 1], &[3000u16; 24]));
+    let table = json!({ "path": "images", "held_out": 0.0, "depth": "depth" });
+    let data = lab.open("image_folder", table.clone()).unwrap();
+    contracts::dataset(data.as_ref()).unwrap();
+    assert!(data.has_depth() && data.summary().content.contains("depth"));
+    let depth = |data: &dyn Dataset, index: usize| data.get(index).unwrap().depth.unwrap();
+    assert_eq!(depth(data.as_ref(), 0), (0..24u8).map(f32::from).collect::<Vec<_>>());
+    assert_eq!(depth(data.as_ref(), 1), [&[0.0; 3][..], &[2.5; 21]].concat());
+    assert_eq!(depth(data.as_ref(), 2), [3.0; 24]);
+    // KITTI's unit; floats are metres whatever the unit is.
+    let mut kitti = table.clone();
+    kitti["depth_scale"] = json!(1.0 / 256.0);
+    let kitti = lab.open("image_folder", kitti).unwrap();
+    assert_eq!(depth(kitti.as_ref(), 0)[1], 1000.0 / 256.0);
+    assert_eq!(depth(kitti.as_ref(), 1)[3], 2.5);
+    // The same by a table, where an image may have none.
+    lab.write(
+        "all.jsonl",
+        "{\"path\": \"images/cat/a.png\", \"depth\": \"depth/cat/a.png\"}\n{\"path\": \"images/dog/a.png\"}\n",
+    );
+    let table = lab.open("manifest", json!({ "path": "all.jsonl", "held_out": 0.0 })).unwrap();
+    assert_eq!((depth(table.as_ref(), 0)[23], table.get(1).unwrap().depth), (23.0, None));
+    // What is wrong is named with its file.
+    let problem = |change: &dyn Fn(&Lab)| {
+        let lab = Lab::filled();
+        ["cat/a", "cat/b", "dog/a"].iter().for_each(|name| lab.depth(&format!("depth/{name}.png"), 1));
+        change(&lab);
+        lab.problem("image_folder", json!({ "path": "images", "held_out": 0.0, "depth": "depth" }))
+    };
+    let remove = |lab: &Lab| fs::remove_file(lab.path("depth/cat/b.png")).unwrap();
+    type Case<'a> = (&'a dyn Fn(&Lab), &'a [&'a str]);
+    let cases: [Case<'_>; 5] = [
+        (&remove, &["1 of 3 images have no depth here: cat/b.png", "PNG or .npy"]),
+        (&|lab| lab.image("depth/cat/b.png"), &["depth/cat/b.png", "Rgb", "16 bits"]),
+        (&|lab| GrayImage::new(4, 6).save(lab.path("depth/cat/b.png")).unwrap(), &["depth/cat/b.png", "4x6", "6x4"]),
+        (&|lab| drop(lab.write("depth/cat/b.png", "no PNG")), &["depth/cat/b.png"]),
+        (
+            &|lab| {
+                remove(lab);
+                lab.write("depth/cat/b.npy", array(&[2, 4, 3], &[1.0f32; 24]));
+            },
+            &["depth/cat/b.npy", "[2, 4, 3]", "[height, width]"],
+        ),
+    ];
+    for (change, parts) in cases {
+        let problem = problem(change);
+        for part in parts {
+            assert!(problem.contains(part), "{part} in {problem}");
+        }
+    }
 }
 
 const TABLE: &str = "path,label,split,mask,photographer

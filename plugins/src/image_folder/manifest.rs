@@ -8,19 +8,20 @@ use dinolab_core::contract::Dataset;
 use dinolab_core::registry::DataContext;
 use dinolab_core::{plugin, Error, Result};
 
+use super::depth::Depths;
 use super::labels::{Labelled, TEST, TRAIN};
 use super::masks::{MaskConfig, Masks};
-use super::{Files, ImageFolder};
+use super::{Beside, Files, ImageFolder};
 
 /// The columns that are known.
-const COLUMNS: [&str; 4] = ["path", "label", "split", "mask"];
+const COLUMNS: [&str; 5] = ["path", "label", "split", "mask", "depth"];
 
-/// Images that a CSV file or a file of JSON lines names, with label, part and mask.
+/// Images that a CSV file or a file of JSON lines names, with label, part, mask and depth.
 ///
-/// The columns (or keys) are `path`, and where they are there `label`, `split` and `mask`; others are passed over and named. Paths
+/// The columns (or keys) are `path`, and where they are there `label`, `split`, `mask` and `depth`; others are passed over and named. Paths
 /// start at `root`. Labels are text or whole numbers: the classes are all labels, numbers in their order, texts in that of
 /// the alphabet; an empty one is none. `split` says `train`, or `val`, `valid`, `validation` or `test`: these are held out for
-/// probes. Images and masks are read as `image_folder` does.
+/// probes. Images, masks and depths are read as `image_folder` does.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ManifestConfig {
@@ -42,6 +43,10 @@ pub struct ManifestConfig {
     /// What the values of masks mean.
     #[serde(default)]
     pub mask: MaskConfig,
+    /// Metres of a unit of depth in PNG files and arrays of whole numbers. Arrays of floats hold metres.
+    #[serde(default = "super::default_depth_scale")]
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub depth_scale: f64,
 }
 
 plugin!(Dataset, "manifest", ManifestConfig, |config: ManifestConfig, _: &mut DataContext| {
@@ -56,6 +61,7 @@ struct Row {
     label: Option<String>,
     split: Option<String>,
     mask: Option<PathBuf>,
+    depth: Option<PathBuf>,
 }
 
 /// Reads the table; no image is read.
@@ -70,13 +76,14 @@ fn open(config: &ManifestConfig) -> Result<ImageFolder> {
     let rows = read(file, &root, &mut notes)?;
     let wrong =
         |row: &Row, problem: String, help: &str| Error::content(file, format!("line {}: {problem}", row.line), help);
+    let named = |row: &Row| [Some(row.path.clone()), row.mask.clone(), row.depth.clone()].into_iter().flatten();
     let mut lines: BTreeMap<&PathBuf, usize> = BTreeMap::new();
     for row in &rows {
         if let Some(before) = lines.insert(&row.path, row.line) {
             let problem = format!("{} is named in line {before} already", row.path.display());
             return Err(wrong(row, problem, "name every image once"));
         }
-        if let Some(path) = [Some(&row.path), row.mask.as_ref()].into_iter().flatten().find(|path| !path.is_file()) {
+        if let Some(path) = named(row).find(|path| !path.is_file()) {
             let problem = format!("there is no file {}", path.display());
             return Err(wrong(row, problem, "correct the path, or set data.root to where the paths start"));
         }
@@ -100,13 +107,16 @@ fn open(config: &ManifestConfig) -> Result<ImageFolder> {
     }
     let (classes, labels) = classes(&rows);
     let labelled = Labelled { labels, classes, split: divided.then_some(parts), notes: Vec::new() };
-    let masks: Vec<Option<PathBuf>> = rows.iter().map(|row| row.mask.clone()).collect();
-    let masks = match masks.iter().any(Option::is_some) {
-        true => Some(Masks::open(&config.mask, masks)?),
-        false => None,
+    let column = |of: fn(&Row) -> &Option<PathBuf>| -> Option<Vec<Option<PathBuf>>> {
+        let files: Vec<Option<PathBuf>> = rows.iter().map(|row| of(row).clone()).collect();
+        files.iter().any(Option::is_some).then_some(files)
+    };
+    let beside = Beside {
+        masks: column(|row| &row.mask).map(|files| Masks::open(&config.mask, files)).transpose()?,
+        depth: column(|row| &row.depth).map(|files| Depths::of(config.depth_scale, files)),
     };
     let paths = rows.into_iter().map(|row| row.path).collect();
-    let mut files = Files::new(&root, paths, labelled, masks, notes, config.background);
+    let mut files = Files::new(&root, paths, labelled, beside, notes, config.background);
     // Labels and parts make other data too.
     let table = std::fs::read(file).map_err(Error::io("read", file))?;
     files.fingerprint = blake3::hash(&[files.fingerprint.as_bytes(), &table].concat()).to_hex().to_string();
@@ -155,9 +165,10 @@ fn read(file: &Path, root: &Path, notes: &mut Vec<String>) -> Result<Vec<Row>> {
         let path = take("path").ok_or_else(|| {
             Error::content(file, format!("line {line}: there is no `path`"), "name the image's file in a column `path`")
         })?;
-        let (label, split, mask) = (take("label"), take("split"), take("mask"));
+        let (label, split) = (take("label"), take("split"));
+        let [mask, depth] = ["mask", "depth"].map(|column| take(column).map(|path| root.join(path)));
         others.extend(cells.into_keys());
-        rows.push(Row { line, path: root.join(path), label, split, mask: mask.map(|mask| root.join(mask)) });
+        rows.push(Row { line, path: root.join(path), label, split, mask, depth });
     }
     if rows.is_empty() {
         return Err(Error::content(file, "the table has no line", "list images in it, one a line"));
@@ -195,7 +206,7 @@ fn of_json(file: &Path, text: &str) -> Result<Vec<(usize, Cells)>> {
     let mut rows = Vec::new();
     for (i, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
         let wrong = |problem: String| {
-            let help = "write an object with the keys path, label, split and mask in every line";
+            let help = "write an object with the keys path, label, split, mask and depth in every line";
             Error::content(file, format!("line {}: {problem}", i + 1), help)
         };
         let object: serde_json::Map<String, serde_json::Value> =

@@ -1,6 +1,5 @@
 //! Classes of pixels: PNG files beside images.
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
@@ -9,7 +8,7 @@ use dinolab_core::text::printable;
 use dinolab_core::{Error, Result};
 use rayon::prelude::*;
 
-use super::listing::{files, some};
+use super::listing::files;
 
 /// What a pixel has that counts nowhere.
 pub const IGNORED: u8 = 255;
@@ -108,53 +107,6 @@ impl Masks {
         }
         Ok(Some(classes))
     }
-}
-
-/// The masks in the folder `masks` of images below `root`: at the image's own path with the ending `.png`.
-///
-/// # Errors
-/// If an image has none, or two images would have the same. Masks without an image are noted.
-pub(super) fn beside(
-    root: &Path,
-    images: &[PathBuf],
-    masks: &Path,
-    notes: &mut Vec<String>,
-) -> Result<Vec<Option<PathBuf>>> {
-    if !masks.is_dir() {
-        let problem = if masks.exists() { "this is not a folder" } else { "there is no such folder" };
-        let help = "set data.masks to the folder of masks; a relative path starts where the program is run";
-        return Err(Error::content(masks, problem, help));
-    }
-    let mut owner: BTreeMap<PathBuf, &PathBuf> = BTreeMap::new();
-    let mut missing = Vec::new();
-    let mut found = Vec::with_capacity(images.len());
-    for image in images {
-        let mask = masks.join(image.strip_prefix(root).unwrap_or(image)).with_extension("png");
-        if let Some(other) = owner.insert(mask.clone(), image) {
-            let problem = format!("it would be the mask of two images: {} and {}", printable(other), printable(image));
-            return Err(Error::content(mask, problem, "give every image a name of its own, whatever its ending"));
-        }
-        if !mask.is_file() {
-            missing.push(image);
-        }
-        found.push(Some(mask));
-    }
-    if !missing.is_empty() {
-        let n = missing.len();
-        let named = some(missing.iter().map(|image| printable(image.strip_prefix(root).unwrap_or(image))));
-        let problem = format!("{n} of {} images have no mask here: {named}", images.len());
-        let help = "a mask is a PNG at the image's path below data.path: add them, or move these images away";
-        return Err(Error::content(masks, problem, help));
-    }
-    let mut alone = 0;
-    for entry in walkdir::WalkDir::new(masks).follow_links(true).into_iter().flatten() {
-        let png = entry.path().extension().is_some_and(|e| e == "png");
-        alone += usize::from(png && entry.file_type().is_file() && !owner.contains_key(entry.path()));
-    }
-    if alone > 0 {
-        notes.push(format!("{} of {} belong to no image and are passed over", files(alone), printable(masks)));
-    }
-    Ok(found)
 }
 
 /// The class of a value; none if it is ignored.

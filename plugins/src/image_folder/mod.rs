@@ -1,11 +1,14 @@
 //! `image_folder`: photographs in a folder. `manifest`: photographs that a table lists.
 
+mod beside;
 mod copies;
 mod decode;
+mod depth;
 mod labels;
 mod listing;
 pub mod manifest;
 mod masks;
+mod npy;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -16,7 +19,9 @@ use dinolab_core::registry::DataContext;
 use dinolab_core::text::printable;
 use dinolab_core::{plugin, Error, Result};
 
+use beside::{DEPTH, MASK};
 use decode::{read_again, Known};
+use depth::Depths;
 use labels::Labelled;
 use masks::Masks;
 
@@ -70,26 +75,46 @@ pub struct ImageFolderConfig {
     /// What the values of masks mean.
     #[serde(default)]
     pub mask: MaskConfig,
+    /// A folder with the distance of every pixel: for each image a grey PNG of 16 bits or a `.npy` of `[height, width]`, at the
+    /// same path below it. What is 0, negative or not finite is not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("format" = "path"))]
+    pub depth: Option<PathBuf>,
+    /// The same for the images of `val`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("format" = "path"))]
+    pub val_depth: Option<PathBuf>,
+    /// Metres of a unit of depth in PNG files and arrays of whole numbers: 0.001 for millimetres, 1/256 in KITTI. Arrays of
+    /// floats hold metres.
+    #[serde(default = "default_depth_scale")]
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub depth_scale: f64,
 }
 
 impl ImageFolderConfig {
     /// A folder with the defaults of all other keys.
     pub fn of(path: impl Into<PathBuf>) -> Self {
-        let (held_out, background) = (default_held_out(), default_background());
         Self {
             path: path.into(),
-            held_out,
-            background,
+            held_out: default_held_out(),
+            background: default_background(),
             val: None,
             masks: None,
             val_masks: None,
             mask: MaskConfig::default(),
+            depth: None,
+            val_depth: None,
+            depth_scale: default_depth_scale(),
         }
     }
 }
 
 fn default_held_out() -> f64 {
     0.1
+}
+
+fn default_depth_scale() -> f64 {
+    0.001
 }
 
 fn default_background() -> [u8; 3] {
@@ -118,12 +143,19 @@ struct Files {
     /// What was found whole.
     known: Vec<Known>,
     labelled: Labelled,
-    masks: Option<Masks>,
+    beside: Beside,
     /// What was passed over.
     notes: Vec<String>,
     background: [u8; 3],
     /// BLAKE3 of every path in the folder and the size of its file.
     fingerprint: String,
+}
+
+/// What lies beside the images.
+#[derive(Debug, Default)]
+struct Beside {
+    masks: Option<Masks>,
+    depth: Option<Depths>,
 }
 
 impl ImageFolder {
@@ -160,11 +192,11 @@ impl Dataset for ImageFolder {
     fn get(&self, index: usize) -> Result<Sample> {
         let image = self.get_image(index)?;
         let size = (image.width as u32, image.height as u32);
-        let mask = match &self.files.masks {
-            Some(masks) => masks.read(self.part[index], size, self.path(index))?,
-            None => None,
-        };
-        Ok(Sample { mask, ..image })
+        let Beside { masks, depth } = &self.files.beside;
+        let mask = masks.as_ref().map(|masks| masks.read(self.part[index], size, self.path(index)));
+        let depth = depth.as_ref().map(|depth| depth.read(self.part[index], size, self.path(index)));
+        let (mask, depth) = (mask.transpose()?.flatten(), depth.transpose()?.flatten());
+        Ok(Sample { mask, depth, ..image })
     }
 
     fn get_image(&self, index: usize) -> Result<Sample> {
@@ -180,7 +212,11 @@ impl Dataset for ImageFolder {
     }
 
     fn mask_classes(&self) -> usize {
-        self.files.masks.as_ref().map_or(0, Masks::classes)
+        self.files.beside.masks.as_ref().map_or(0, Masks::classes)
+    }
+
+    fn has_depth(&self) -> bool {
+        self.files.beside.depth.is_some()
     }
 
     fn class_names(&self) -> Vec<String> {
@@ -188,7 +224,7 @@ impl Dataset for ImageFolder {
     }
 
     fn mask_class_names(&self) -> Vec<String> {
-        self.files.masks.as_ref().map_or(Vec::new(), |masks| masks.names().to_vec())
+        self.files.beside.masks.as_ref().map_or(Vec::new(), |masks| masks.names().to_vec())
     }
 
     fn describe(&self, index: usize) -> String {
@@ -196,7 +232,7 @@ impl Dataset for ImageFolder {
     }
 
     fn summary(&self) -> Summary {
-        let Files { paths, sizes, labelled, masks, notes, .. } = self.files.as_ref();
+        let Files { paths, sizes, labelled, beside: Beside { masks, depth }, notes, .. } = self.files.as_ref();
         let mut content = format!("{} images", self.len());
         if !labelled.classes.is_empty() {
             let mut count = vec![0usize; labelled.classes.len()];
@@ -210,6 +246,9 @@ impl Dataset for ImageFolder {
         }
         if let Some(masks) = masks {
             content += &format!(", masks of {} classes", masks.classes());
+        }
+        if depth.is_some() {
+            content += ", depth";
         }
         if let Some(held_out) = &self.held_out {
             content += &format!(", {} more held out for probes", held_out.len());
@@ -234,33 +273,49 @@ impl Files {
     fn list(config: &ImageFolderConfig) -> Result<Self> {
         let root = &config.path;
         let Listing { mut paths, mut notes } = listed(root, "data.path")?;
-        let mut masks = match &config.masks {
-            Some(masks) => Some(masks::beside(root, &paths, masks, &mut notes)?),
-            None => None,
-        };
+        let kinds = [(&MASK, &config.masks, &config.val_masks), (&DEPTH, &config.depth, &config.val_depth)];
+        let mut found: [Option<Vec<Option<PathBuf>>>; 2] = [None, None];
+        for (found, (kind, folder, val)) in found.iter_mut().zip(kinds) {
+            if let Some(folder) = folder {
+                *found = Some(beside::find(kind, root, &paths, folder, &mut notes)?);
+            }
+            if config.val.is_none() && val.is_some() {
+                let (key, name) = (kind.key, kind.key.trim_start_matches("data."));
+                let problem = format!("data.val_{name} without data.val");
+                return Err(Error::user(problem, format!("set data.val, or {key} alone")));
+            }
+        }
         let labelled = match &config.val {
             Some(val) => {
-                let found = listed(val, "data.val")?;
-                notes.extend(found.notes.into_iter().map(|note| format!("{}: {note}", printable(val))));
-                match (&mut masks, &config.val_masks) {
-                    (Some(all), Some(folder)) => all.extend(masks::beside(val, &found.paths, folder, &mut notes)?),
-                    (None, None) => {}
-                    _ => {
-                        let problem = "there are masks for one of the folders data.path and data.val only";
-                        return Err(Error::user(problem, "set both data.masks and data.val_masks, or neither"));
+                let theirs = listed(val, "data.val")?;
+                notes.extend(theirs.notes.into_iter().map(|note| format!("{}: {note}", printable(val))));
+                for (found, (kind, _, folder)) in found.iter_mut().zip(kinds) {
+                    match (found, folder) {
+                        (Some(all), Some(folder)) => {
+                            all.extend(beside::find(kind, val, &theirs.paths, folder, &mut notes)?)
+                        }
+                        (None, None) => {}
+                        _ => {
+                            let (key, name) = (kind.key, kind.key.trim_start_matches("data."));
+                            let problem =
+                                format!("there are {}s for one of the folders data.path and data.val only", kind.name);
+                            return Err(Error::user(
+                                problem,
+                                format!("set both {key} and data.val_{name}, or neither"),
+                            ));
+                        }
                     }
                 }
-                labels::with_val(root, &mut paths, val, found.paths)?
+                labels::with_val(root, &mut paths, val, theirs.paths)?
             }
-            None => match &config.val_masks {
-                Some(_) => {
-                    return Err(Error::user("data.val_masks without data.val", "set data.val, or data.masks alone"))
-                }
-                None => labels::label(root, &paths),
-            },
+            None => labels::label(root, &paths),
         };
-        let masks = masks.map(|files| Masks::open(&config.mask, files)).transpose()?;
-        Ok(Self::new(root, paths, labelled, masks, notes, config.background))
+        let [masks, depth] = found;
+        let beside = Beside {
+            masks: masks.map(|files| Masks::open(&config.mask, files)).transpose()?,
+            depth: depth.map(|files| Depths::of(config.depth_scale, files)),
+        };
+        Ok(Self::new(root, paths, labelled, beside, notes, config.background))
     }
 
     /// Of files that were found.
@@ -268,7 +323,7 @@ impl Files {
         root: &Path,
         paths: Vec<PathBuf>,
         labelled: Labelled,
-        masks: Option<Masks>,
+        beside: Beside,
         notes: Vec<String>,
         background: [u8; 3],
     ) -> Self {
@@ -281,12 +336,13 @@ impl Files {
             size
         };
         let sizes = paths.iter().map(|path| add(path)).collect();
-        for path in masks.iter().flat_map(Masks::files) {
+        let (masks, depth) = (beside.masks.iter(), beside.depth.iter());
+        for path in masks.flat_map(Masks::files).chain(depth.flat_map(Depths::files)) {
             add(path);
         }
         let fingerprint = hash.finalize().to_hex().to_string();
         let known = paths.iter().map(|_| Known::default()).collect();
-        Self { paths, sizes, known, labelled, masks, notes, background, fingerprint }
+        Self { paths, sizes, known, labelled, beside, notes, background, fingerprint }
     }
 
     /// Images to train on, and a share of them to test on.
