@@ -12,6 +12,7 @@
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod cli;
+pub mod cluster;
 pub mod commands;
 pub mod evaluate;
 pub mod features;

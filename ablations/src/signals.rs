@@ -1,8 +1,9 @@
 //! Signals that ask the program to end: Ctrl-C, `kill`, a closed terminal, a scheduler's warning.
 //!
 //! SIGHUP, SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 mean the same. The first asks a command to save and stop, or ends one that
-//! has nothing to save; the second ends the program at once. A signal that was ignored when the program started (`nohup`, a
-//! job in a script's background) stays ignored.
+//! has nothing to save. Of those that follow only SIGINT ends the program at once: a scheduler that asks twice, by a warning
+//! and by SIGTERM, still wants what is saved. A signal that was ignored when the program started (`nohup`, a job in a
+//! script's background) stays ignored.
 
 use std::ffi::c_int;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -61,8 +62,9 @@ pub fn listen(answer: Answer, launched: bool) -> Result<()> {
             let again = stop.swap(true, Ordering::Relaxed);
             match answer {
                 Answer::Save if !again => {
-                    style::line(&format!("{name}: stops once all is saved; a second signal ends it at once"));
+                    style::line(&format!("{name}: stops once all is saved; a further SIGINT (Ctrl-C) ends it at once"));
                 }
+                Answer::Save if signal != SIGINT => {}
                 Answer::Save => {
                     style::line(&format!(
                         "{name} again: ended at once; what was saved before is whole, and goes on as after a kill: with \

@@ -39,6 +39,7 @@ set.losses.gram.enabled = true
 const RECIPE: &str = r#"
 seed = 0
 steps = 40
+batch = { size = 12, micro_batches = 1 }
 losses.gram = { enabled = true, weight = 1.0 }
 probes.seg = { every = 0 }
 "#;
@@ -52,6 +53,10 @@ struct Trainer {
     stop_at: RefCell<Option<String>>,
     /// The arm and seed whose run fails.
     fail_at: RefCell<Option<String>>,
+    /// How often it fails before it succeeds; 0: always.
+    fails: RefCell<u32>,
+    /// Images that fit into a micro-batch; 0: any number.
+    fits: i64,
 }
 
 struct Fake {
@@ -105,7 +110,16 @@ impl Prepared for Fake {
         self.trainer.log.borrow_mut().push(format!("{id} from {start} to {steps}"));
         write("recipe.toml", self.recipe.to_string());
         if self.trainer.fail_at.borrow().as_deref() == Some(&id) {
+            let mut left = self.trainer.fails.borrow_mut();
+            if *left == 1 {
+                self.trainer.fail_at.borrow_mut().take();
+            }
+            *left = left.saturating_sub(1);
             return Err(Error::user("the loss is not finite", "lower the learning rate"));
+        }
+        let batch = |key: &str| self.recipe["batch"][key].as_integer().expect("an integer");
+        if self.trainer.fits > 0 && batch("size") / batch("micro_batches") > self.trainer.fits {
+            return Err(Error::user("the GPU failed: cuMemCreate: no memory (CUDA_ERROR_OUT_OF_MEMORY)", "lower it"));
         }
         let mut lines = String::new();
         let mut noise = Rng::new(seed, Stream::Plugin, 0, 0);
@@ -423,6 +437,53 @@ fn a_trial_of_every_arm_comes_before_any_run() {
     assert!(error.contains("on: the loss is not finite"), "{error}");
     assert_eq!(lab.log(), ["off 0 from 0 to 2", "on 0 from 0 to 2"], "only trials");
     assert!(!lab.out().join("arms").exists());
+}
+
+#[test]
+fn a_run_that_fails_is_tried_again_as_often_as_the_suite_says() {
+    let lab = Lab::new();
+    let plan = lab.plan(&format!("retries = 2\n{}", suite())).expect("a valid suite");
+    *lab.trainer.fail_at.borrow_mut() = Some("on 1".into());
+    *lab.trainer.fails.borrow_mut() = 2;
+    let tally = lab.execute(&plan, |_| ()).expect("it ran");
+    assert_eq!((tally.finished, tally.failed.len()), (6, 0));
+    assert_eq!(lab.log().iter().filter(|run| run.starts_with("on 1")).count(), 3);
+    let (summary, _) = report::write(&plan, provenance(), &look).expect("it was written");
+    let again =
+        summary.warnings.iter().filter(|w| w.contains("on seed 1 was tried again after: the loss is not finite"));
+    assert_eq!(again.count(), 2, "{:?}", summary.warnings);
+
+    // What was used up stays used up, until the user asks for more.
+    let lab = Lab::new();
+    let plan = lab.plan(&format!("retries = 1\n{}", suite())).expect("a valid suite");
+    *lab.trainer.fail_at.borrow_mut() = Some("on 1".into());
+    let tries = |change: fn(&mut ExecuteOptions)| {
+        assert_eq!(lab.execute(&plan, change).expect("it ran").failed.len(), 1);
+        lab.log().iter().filter(|run| run.starts_with("on 1")).count()
+    };
+    assert_eq!([tries(|_| ()), tries(|_| ()), tries(|o| o.retry_failed = true)], [2, 0, 2]);
+}
+
+#[test]
+fn what_does_not_fit_is_begun_anew_with_more_micro_batches_if_the_suite_says_so() {
+    let lab = Lab { trainer: Rc::new(Trainer { fits: 4, ..Trainer::default() }), ..Lab::new() };
+    let plan = lab.plan(&suite()).expect("a valid suite");
+    assert_eq!(lab.execute(&plan, |_| ()).expect("it ran").failed.len(), 6);
+
+    let lab = Lab { trainer: Rc::new(Trainer { fits: 4, ..Trainer::default() }), ..Lab::new() };
+    let text = format!("on_out_of_memory = \"more_micro_batches\"\n{}", suite());
+    let plan = lab.plan(&text).expect("a valid suite");
+    let tally = lab.execute(&plan, |o| o.smoke_steps = 2).expect("a trial that does not fit is no broken arm");
+    assert_eq!((tally.finished, tally.failed.len()), (6, 0));
+    let recipe = fs::read_to_string(lab.out().join("arms/on/seed-1/recipe.toml")).expect("it was run");
+    // 12 images in 1, 2, 4 parts.
+    assert!(recipe.contains("micro_batches = 4"), "{recipe}");
+    // The same command knows it, and does nothing twice.
+    let plan = lab.plan(&text).expect("arms may differ in what made them fit");
+    assert_eq!(lab.execute(&plan, |_| ()).expect("it ran").skipped, 6);
+    let (summary, _) = report::write(&plan, provenance(), &look).expect("it was written");
+    let said = summary.warnings.join("\n");
+    assert!(said.contains("off seed 0 did not fit and was begun anew with batch.micro_batches = 4"), "{said}");
 }
 
 #[test]

@@ -8,20 +8,20 @@ use comfy_table::Table;
 use dinolab_core::recipe::{cost, parse_set, Overrides as Sets, RawRecipe, Resolved};
 use dinolab_core::text::printable;
 use dinolab_core::train::{self, Observer, RunOptions, Start};
-use dinolab_core::Result;
+use dinolab_core::{Device, Result};
 
-use crate::cli::DeviceArgs;
+use crate::cli::{DeviceArgs, RESUMABLE};
 use crate::report::{self, duration, Provenance};
 use crate::suite::{
-    chosen, execute, Event, ExecuteOptions, Job, Outcome, Overrides, Plan, PlannedRun, Prepared, Progress, Status,
-    Suite, Tally, TRUNK,
+    chosen, execute, execute_run, try_arms, Event, ExecuteOptions, Job, Outcome, Overrides, Plan, PlannedRun, Prepared,
+    Progress, Status, Suite, Tally, TRUNK,
 };
-use crate::{signals, style};
+use crate::{cluster, signals, style};
 
 /// Runs an ablation: every arm of a suite with every seed, then statistics and a report.
 ///
-/// Run it again to continue: finished runs are kept, an interrupted run goes on from its checkpoint. Several processes may
-/// work on one folder.
+/// Run it again to continue: finished runs are kept, an interrupted run goes on from its checkpoint. --parallel does several
+/// runs side by side.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The suite, such as ablations/gram_on_off.toml
@@ -55,6 +55,8 @@ pub struct Args {
     /// Show what would be run, and what it costs, and run nothing
     #[arg(long)]
     dry_run: bool,
+    #[command(flatten)]
+    cluster: cluster::Args,
 }
 
 /// Runs the command.
@@ -78,28 +80,82 @@ pub fn run(args: Args) -> Result<ExitCode> {
     for warning in plan.recipe_warnings.iter().chain(&plan.warnings) {
         style::warn(warning);
     }
+    let base = &plan.runs[0];
+    let device = || resolve(&base.base, &base.overrides)?.recipe.device();
+    let cluster = &args.cluster;
+    if let Some(scheduler) = cluster.on {
+        let (dry, retry_failed, smoke_steps) = (args.dry_run, args.retry_failed, args.smoke_steps);
+        let gpu = scheduler == cluster::Scheduler::Kubernetes;
+        let device = if gpu { device()? } else { Device::Cpu };
+        let handover = cluster::Handover { args: cluster, dry, retry_failed, smoke_steps, device };
+        let runs = chosen(&plan, &args.arms, &args.seeds)?;
+        return handover.give(&plan, &runs, scheduler).map(|()| ExitCode::SUCCESS);
+    }
     if args.dry_run {
         return dry_run(&plan, &chosen(&plan, &args.arms, &args.seeds)?).map(|()| ExitCode::SUCCESS);
     }
+    if cluster.status {
+        style::print(&cluster::table(&plan)?);
+        return Ok(ExitCode::SUCCESS);
+    }
+    if cluster.cancel {
+        style::say(&format!("{} jobs were taken out of the queue", cluster::cancel(&plan.out)?));
+        return Ok(ExitCode::SUCCESS);
+    }
+    if cluster.report {
+        return conclude(&plan, &Tally { failed: failed(&plan)?, ..Tally::default() });
+    }
     let options = ExecuteOptions {
-        arms: args.arms,
-        seeds: args.seeds,
+        arms: args.arms.clone(),
+        seeds: args.seeds.clone(),
         smoke_steps: args.smoke_steps,
         fail_fast: args.fail_fast,
         retry_failed: args.retry_failed,
         stop: signals::stop_flag(),
     };
     let all: Vec<&PlannedRun> = plan.all_runs().collect();
-    let progress = Progress::new(&plan.suite.name, all.len(), finished(&plan, &all)?.len());
-    let tally = execute(&plan, &options, &prepare, &progress)?;
+    let progress =
+        || -> Result<Progress> { Ok(Progress::new(&plan.suite.name, all.len(), finished(&plan, &all)?.len())) };
+    if cluster.trial {
+        let done = try_arms(&plan, &options, &prepare, &progress()?)?;
+        return Ok(if done { ExitCode::SUCCESS } else { ExitCode::from(RESUMABLE) });
+    }
+    if let Some(run) = &cluster.run {
+        let tally = execute_run(&plan, run, &options, &prepare, &progress()?)?;
+        return Ok(match tally {
+            Tally { interrupted: Some(_), .. } => ExitCode::from(RESUMABLE),
+            Tally { finished: 0, skipped: 0, .. } => ExitCode::FAILURE,
+            _ => ExitCode::SUCCESS,
+        });
+    }
+    let tally = match cluster.parallel.filter(|n| *n > 1) {
+        Some(n) => {
+            let (slots, said) = cluster::Slot::divide(usize::from(n), device()?)?;
+            said.iter().for_each(style::note);
+            let jobs = cluster::Jobs::new(&plan, args.smoke_steps, cluster::PROGRAM.into())?;
+            cluster::execute(&plan, &options, &jobs, &slots)?
+        }
+        None => execute(&plan, &options, &prepare, &progress()?)?,
+    };
     if let Some((run, step)) = &tally.interrupted {
         let (done, runs) = (finished(&plan, &all)?.len(), all.len());
         style::say(&format!(
             "stopped at {run}, step {step}, saved; {done} of {runs} runs are finished; go on with the same command"
         ));
-        return Ok(ExitCode::from(crate::cli::RESUMABLE));
+        return Ok(ExitCode::from(RESUMABLE));
     }
     conclude(&plan, &tally)
+}
+
+/// The runs of a plan that failed, with their errors.
+fn failed(plan: &Plan) -> Result<Vec<(String, String)>> {
+    let mut failed = Vec::new();
+    for run in plan.all_runs() {
+        if let Status::Failed(error) = Status::of(&plan.out.join(&run.dir))? {
+            failed.push((run.dir.display().to_string(), error));
+        }
+    }
+    Ok(failed)
 }
 
 fn conclude(plan: &Plan, tally: &Tally) -> Result<ExitCode> {

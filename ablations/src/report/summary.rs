@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::plots::{Point, Points};
 use super::{p_text, rounded_to};
 use crate::statistics::{estimate, holm, paired, Estimate, Paired, ALPHA};
-use crate::suite::{Better, Metric, Plan, RunRecord, Status, Warning, TRUNK};
+use crate::suite::{Attempt, Better, Metric, Plan, RunRecord, Status, Warning, TRUNK};
 
 /// `summary.json`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -135,6 +135,9 @@ pub struct RunSummary {
     /// Why it ended before its steps were done, if it did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stopped: Option<String>,
+    /// The tries before the last, which ended with an error.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub attempts: Vec<Attempt>,
     /// Hash of its resolved recipe.
     pub recipe_hash: String,
 }
@@ -233,6 +236,7 @@ fn run_summary(plan: &Plan, record: &RunRecord) -> RunSummary {
         metrics: record.result().map(|r| r.metrics.clone()).unwrap_or_default(),
         error: if let Status::Failed(error) = &record.status { Some(error.clone()) } else { None },
         stopped: record.result().and_then(|r| r.stopped.clone()),
+        attempts: record.attempts.clone(),
         recipe_hash: planned.map(|p| p.hash.clone()).unwrap_or_default(),
     }
 }
@@ -402,6 +406,14 @@ fn warnings(plan: &Plan, records: &[RunRecord]) -> Vec<String> {
             Status::Interrupted => warnings.push(format!("{run} is not finished and not in the numbers")),
             Status::Pending => warnings.push(format!("{run} is pending and not in the numbers")),
         }
+        warnings.extend(record.attempts.iter().map(|attempt| match attempt.micro_batches {
+            Some(parts) => format!(
+                "{run} did not fit and was begun anew with batch.micro_batches = {parts}: losses that look across a \
+                 micro-batch see fewer images in it than in the runs that it is compared with ({})",
+                attempt.error
+            ),
+            None => format!("{run} was tried again after: {}", attempt.error),
+        }));
         // A trunk has only to be there.
         for metric in plan.suite.metrics.iter().filter(|_| record.result().is_some() && record.arm != TRUNK) {
             if record.score(&metric.name).is_none() {

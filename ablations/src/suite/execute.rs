@@ -1,7 +1,8 @@
 //! Doing the runs of a plan: those that are not done yet, one after the other, each under a lock of its own.
 //!
-//! A second process on the same folder takes runs that nobody holds, so several can work on one suite. Every arm is
-//! first tried for a few steps, so that a broken arm or a misspelt metric costs seconds and not hours.
+//! A second process on the same folder takes runs that nobody holds, so several can work on one suite; processes that do
+//! one run each are started by [`cluster`](crate::cluster). Every arm is first tried for a few steps, so that a broken arm
+//! or a misspelt metric costs seconds and not hours.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -11,10 +12,11 @@ use std::sync::Arc;
 use dinolab_core::{Error, Result};
 use fs4::{FileExt, TryLockError};
 
-use super::file::nearest;
+use super::file::{nearest, Overrides};
 use super::plan::{Event, Job, Outcome, Plan, PlannedRun, Prepare};
 use super::progress::Progress;
-use super::record::{record_failure, RunResult, Status, FAILURE};
+use super::record::{RunResult, Status, FAILURE};
+use super::retry::{record_failure, Budget, Next};
 use super::trunk::TRUNK;
 
 /// What to do of a plan, and how.
@@ -61,34 +63,92 @@ pub struct Tally {
 /// trial run fails.
 pub fn execute(plan: &Plan, options: &ExecuteOptions, prepare: Prepare<'_>, progress: &Progress) -> Result<Tally> {
     let runs = select(plan, &options.arms, &options.seeds)?;
-    std::fs::create_dir_all(&plan.out).map_err(Error::io("create", &plan.out))?;
-    {
-        let _lock = lock_folder(plan)?;
-        dinolab_core::checkpoint::remove_unfinished(&plan.out)?;
-        plan.claim_folder()?;
-    }
-    if options.smoke_steps > 0 && !smoke(plan, &runs, options, prepare, progress)? {
+    claim(plan)?;
+    if !smoke(plan, &untried(plan, &runs)?, options, prepare, progress)? {
         return Ok(Tally { interrupted: Some(("a trial run".into(), 0)), ..Tally::default() });
     }
     let mut tally = Tally::default();
     for run in with_trunks(plan, &runs) {
         if options.stop.load(Ordering::Relaxed) {
-            tally.interrupted = Some((label(run), 0));
+            tally.interrupted = Some((run.label(), 0));
             break;
         }
-        if !has_trunk(plan, run)? {
-            progress.say(&format!("{}: waits for its trunk", label(run)));
-            tally.waiting.push(label(run));
-            continue;
-        }
         let before = tally.failed.len();
-        one(plan, run, options, progress, &mut tally)?;
+        one(plan, run, options, prepare, progress, &mut tally)?;
         if tally.interrupted.is_some() || (options.fail_fast && tally.failed.len() > before) {
             break;
         }
     }
     progress.finish();
     Ok(tally)
+}
+
+/// Does the run in `dir` of the suite's folder and no other, as [`execute`] does it.
+///
+/// # Errors
+/// If the plan has no such run, its recipe is another than when the suite was submitted, or the folder cannot be used or
+/// belongs to something else.
+pub fn execute_run(
+    plan: &Plan,
+    dir: &Path,
+    options: &ExecuteOptions,
+    prepare: Prepare<'_>,
+    progress: &Progress,
+) -> Result<Tally> {
+    let run = plan.all_runs().find(|run| run.dir == dir).ok_or_else(|| {
+        let help =
+            "its runs are trunk/seed-<n> and arms/<arm>/seed-<n>; the suite may have changed since it was submitted";
+        Error::content(&plan.suite.path, format!("the suite has no run {}", dir.display()), help)
+    })?;
+    if !plan.is_claimed(run)? {
+        claim(plan)?;
+    }
+    let mut tally = Tally::default();
+    one(plan, run, options, prepare, progress, &mut tally)?;
+    progress.finish();
+    Ok(tally)
+}
+
+/// Tries the arms that were chosen and have not begun, and does no run; false if it was asked to stop.
+///
+/// # Errors
+/// As [`execute`].
+pub fn try_arms(plan: &Plan, options: &ExecuteOptions, prepare: Prepare<'_>, progress: &Progress) -> Result<bool> {
+    let runs = select(plan, &options.arms, &options.seeds)?;
+    if !plan.out.join("suite.json").exists() {
+        claim(plan)?;
+    }
+    let done = smoke(plan, &untried(plan, &runs)?, options, prepare, progress)?;
+    progress.finish();
+    Ok(done)
+}
+
+/// Makes the suite's folder, or holds the plan to what is in it.
+///
+/// # Errors
+/// If it cannot be used or belongs to something else.
+pub fn claim(plan: &Plan) -> Result<()> {
+    std::fs::create_dir_all(&plan.out).map_err(Error::io("create", &plan.out))?;
+    let _lock = lock_folder(plan)?;
+    dinolab_core::checkpoint::remove_unfinished(&plan.out)?;
+    plan.claim_folder()
+}
+
+/// Of each arm none of whose `runs` has begun the first.
+///
+/// # Errors
+/// If a run's folder has files that cannot be understood.
+pub fn untried<'a>(plan: &Plan, runs: &[&'a PlannedRun]) -> Result<Vec<&'a PlannedRun>> {
+    let mut tried = Vec::new();
+    for arm in &plan.suite.arms {
+        let mine: Vec<_> = runs.iter().filter(|r| r.arm == arm.name).collect();
+        let mut begun = false;
+        for run in &mine {
+            begun |= Status::of(&plan.out.join(&run.dir))? != Status::Pending;
+        }
+        tried.extend(mine.first().filter(|_| !begun).copied().copied());
+    }
+    Ok(tried)
 }
 
 /// The runs of these arms and seeds; no names mean all.
@@ -128,21 +188,36 @@ fn with_trunks<'a>(plan: &'a Plan, runs: &[&'a PlannedRun]) -> Vec<&'a PlannedRu
 }
 
 /// Whether the trunk that an arm goes on from is done; true where there is none to wait for.
-fn has_trunk(plan: &Plan, run: &PlannedRun) -> Result<bool> {
+///
+/// # Errors
+/// If the trunk's folder has files that cannot be understood.
+pub fn has_trunk(plan: &Plan, run: &PlannedRun) -> Result<bool> {
     let trunk = plan.trunks.iter().find(|trunk| trunk.seed == run.seed && run.arm != TRUNK);
     trunk.map_or(Ok(true), |trunk| Ok(matches!(Status::of(&plan.out.join(&trunk.dir))?, Status::Finished(_))))
 }
 
-/// Does one run if it is to be done and nobody else does it.
-fn one(plan: &Plan, run: &PlannedRun, options: &ExecuteOptions, progress: &Progress, tally: &mut Tally) -> Result<()> {
-    let (dir, label) = (plan.out.join(&run.dir), label(run));
+/// Does one run if it is to be done, its trunk is there and nobody else does it; again, as often as the suite allows it.
+fn one(
+    plan: &Plan,
+    run: &PlannedRun,
+    options: &ExecuteOptions,
+    prepare: Prepare<'_>,
+    progress: &Progress,
+    tally: &mut Tally,
+) -> Result<()> {
+    let (dir, label) = (plan.out.join(&run.dir), run.label());
+    if !has_trunk(plan, run)? {
+        progress.say(&format!("{label}: waits for its trunk"));
+        tally.waiting.push(label);
+        return Ok(());
+    }
     let Some(_lock) = try_lock(&lock_path(plan, run)?)? else {
         progress.say(&format!("{label}: another process is at it"));
         tally.elsewhere.push(label);
         return Ok(());
     };
     // The status is read under the lock: another process may have ended this run a moment ago.
-    let resume = match Status::of(&dir)? {
+    let mut resume = match Status::of(&dir)? {
         Status::Finished(_) => {
             tally.skipped += 1;
             return Ok(());
@@ -161,56 +236,76 @@ fn one(plan: &Plan, run: &PlannedRun, options: &ExecuteOptions, progress: &Progr
         Status::Pending => false,
     };
     std::fs::create_dir_all(&dir).map_err(Error::io("create", &dir))?;
-    progress.begin(&label);
-    let mut watch = |event: Event<'_>| progress.watch(&event);
-    let job = Job { out: &dir, resume, stop: options.stop.clone(), watch: &mut watch };
-    match run.prepared.run(job) {
-        Ok(Outcome::Finished) => {
-            let Status::Finished(result) = Status::of(&dir)? else {
-                return Err(Error::content(
-                    dir,
-                    "the run ended but left no result.json",
-                    "this is a bug of the trainer",
-                ));
-            };
-            progress.say(&format!("{label}: {}", headline(plan, &result)));
-            progress.done();
-            tally.finished += 1;
-        }
-        Ok(Outcome::Interrupted { step }) => tally.interrupted = Some((label, step)),
-        Err(error) => {
-            let error = error.to_string();
-            record_failure(&dir, &error)?;
-            progress.say(&format!("{label}: failed: {error}"));
-            progress.done();
-            tally.failed.push((run.dir.display().to_string(), error));
+    let mut budget = Budget::of(&plan.suite, &dir, options.retry_failed)?;
+    let mut changed = None;
+    loop {
+        progress.begin(&label);
+        let mut watch = |event: Event<'_>| progress.watch(&event);
+        let job = Job { out: &dir, resume, stop: options.stop.clone(), watch: &mut watch };
+        let error = match changed.as_ref().unwrap_or(&run.prepared).run(job) {
+            Ok(Outcome::Finished) => break,
+            Ok(Outcome::Interrupted { step }) => {
+                tally.interrupted = Some((label, step));
+                return Ok(());
+            }
+            Err(error) => error.to_string(),
+        };
+        match budget.next(&error, changed.as_ref().unwrap_or(&run.prepared).recipe())? {
+            Next::Again => {
+                progress.say(&format!("{label}: failed, and is tried again: {error}"));
+                resume = Status::of(&dir)? == Status::Interrupted;
+            }
+            Next::MoreMicroBatches(overrides) => {
+                progress.say(&format!("{label}: out of memory, and begun anew with {}", said(&overrides)));
+                let all = run.overrides.iter().chain(&overrides).map(|(key, value)| (key.clone(), value.clone()));
+                resume = false;
+                match prepare(&run.base, &all.collect()) {
+                    Ok(prepared) => changed = Some(prepared),
+                    Err(refused) => return fails(plan, run, &refused.to_string(), progress, tally),
+                }
+            }
+            Next::Fails => return fails(plan, run, &error, progress, tally),
         }
     }
+    let Status::Finished(result) = Status::of(&dir)? else {
+        return Err(Error::content(dir, "the run ended but left no result.json", "this is a bug of the trainer"));
+    };
+    progress.say(&format!("{label}: {}", headline(plan, &result)));
+    progress.done();
+    tally.finished += 1;
     Ok(())
 }
 
-/// A short run of every arm that has not begun, in a folder that is thrown away; false if it was asked to stop.
+/// Records and tells that a run ended with `error`.
+fn fails(plan: &Plan, run: &PlannedRun, error: &str, progress: &Progress, tally: &mut Tally) -> Result<()> {
+    record_failure(&plan.out.join(&run.dir), error)?;
+    progress.say(&format!("{}: failed: {error}", run.label()));
+    progress.done();
+    tally.failed.push((run.dir.display().to_string(), error.into()));
+    Ok(())
+}
+
+/// Overrides in words.
+fn said(overrides: &Overrides) -> String {
+    overrides.iter().map(|(key, value)| format!("{key} = {value}")).collect::<Vec<_>>().join(", ")
+}
+
+/// A short run of the runs in `tried`, in a folder that is thrown away; false if it was asked to stop.
 fn smoke(
     plan: &Plan,
-    runs: &[&PlannedRun],
+    tried: &[&PlannedRun],
     options: &ExecuteOptions,
     prepare: Prepare<'_>,
     progress: &Progress,
 ) -> Result<bool> {
     let mut broken = Vec::new();
-    let mut tried = Vec::new();
-    for arm in &plan.suite.arms {
-        let mine: Vec<_> = runs.iter().filter(|r| r.arm == arm.name).collect();
-        let mut begun = false;
-        for run in &mine {
-            begun |= Status::of(&plan.out.join(&run.dir))? != Status::Pending;
-        }
-        tried.extend(mine.first().filter(|_| !begun).copied().copied());
+    if options.smoke_steps == 0 {
+        return Ok(true);
     }
     // Arms are tried from a trunk that was tried, which is kept until all are.
     let trunk = tried.first().and_then(|first| plan.trunks.iter().find(|trunk| trunk.seed == first.seed));
     let mut trunk_trial = None;
-    for run in trunk.into_iter().chain(tried) {
+    for run in trunk.into_iter().chain(tried.iter().copied()) {
         // One process at a time tries an arm; a killed one may have left its folder.
         let lock = lock(&locks(plan)?.join(format!("trial-{}.lock", run.arm)))?;
         let folder = Trial::begin(plan.out.join(format!(".trial-{}", run.arm)))?;
@@ -223,6 +318,8 @@ fn smoke(
             Ok(Outcome::Interrupted { .. }) => return Ok(false),
             Ok(Outcome::Finished) if run.arm == TRUNK => trunk_trial = Some((folder, lock)),
             Ok(Outcome::Finished) => broken.extend(unmeasured(plan, &run.arm, &out)?),
+            // Its runs will be tried with more micro-batches.
+            Err(error) if plan.suite.on_out_of_memory.shrinks(&error.to_string()) => {}
             Err(error) => broken.push(format!("{}: {error}", run.arm)),
         }
         if run.arm == TRUNK && trunk_trial.is_none() {
@@ -285,10 +382,6 @@ fn headline(plan: &Plan, result: &RunResult) -> String {
         None => "not measured".into(),
     };
     format!("{metric} {value}, {} steps in {:.0} s", result.steps, result.seconds)
-}
-
-fn label(run: &PlannedRun) -> String {
-    format!("{} seed {}", run.arm, run.seed)
 }
 
 /// Locks live beside the runs, so that a run's folder holds nothing but the run.

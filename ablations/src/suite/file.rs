@@ -9,6 +9,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use toml::Value;
 
+use super::retry::OnOutOfMemory;
 use super::trunk::{Trunk, TrunkEntry, TRUNK};
 
 /// Changes to a recipe: dotted key to value, as `--set` takes them.
@@ -51,6 +52,12 @@ pub struct SuiteFile {
     /// that come with `backbone.preset`. A table stands for all its keys.
     #[serde(default)]
     pub follows: Vec<String>,
+    /// How often a run that fails is tried again, from its newest checkpoint.
+    #[serde(default)]
+    pub retries: u32,
+    /// What becomes of a run that does not fit into memory: `fail`, or `more_micro_batches`.
+    #[serde(default)]
+    pub on_out_of_memory: OnOutOfMemory,
     /// Changes to the recipe that all arms share.
     #[serde(default)]
     #[schemars(with = "BTreeMap<String, serde_json::Value>")]
@@ -137,6 +144,10 @@ pub struct Suite {
     pub baseline: String,
     /// Keys that may differ although no arm sets them.
     pub follows: Vec<String>,
+    /// How often a run that fails is tried again.
+    pub retries: u32,
+    /// What becomes of a run that does not fit into memory.
+    pub on_out_of_memory: OnOutOfMemory,
     /// Changes that all arms share, and the trunk with them.
     pub common: Overrides,
     /// What arms go on from, if they do.
@@ -213,7 +224,22 @@ impl Suite {
         }
         let (name, description, seeds, baseline) = (file.name, file.description, file.seeds, file.baseline);
         let (path, follows) = (path.to_path_buf(), file.follows);
-        Ok(Self { name, description, path, base, seeds, metrics, baseline, follows, common, trunk, arms })
+        let (retries, on_out_of_memory) = (file.retries, file.on_out_of_memory);
+        Ok(Self {
+            name,
+            description,
+            path,
+            base,
+            seeds,
+            metrics,
+            baseline,
+            follows,
+            retries,
+            on_out_of_memory,
+            common,
+            trunk,
+            arms,
+        })
     }
 
     /// The arm of that name.

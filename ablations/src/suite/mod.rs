@@ -9,13 +9,19 @@ mod file;
 mod plan;
 mod progress;
 mod record;
+mod retry;
 mod state;
 mod trunk;
 
-pub use execute::{chosen, execute, lock_folder, ExecuteOptions, Tally};
+pub use execute::{
+    chosen, claim, execute, execute_run, has_trunk, lock_folder, try_arms, untried, ExecuteOptions, Tally,
+};
 pub use file::{nearest, Arm, Better, Metric, Overrides, Suite, SuiteFile};
 pub use plan::{changed_keys, Event, Job, Outcome, Plan, PlannedRun, Prepare, Prepared};
+pub(crate) use progress::bar_style;
 pub use progress::Progress;
 pub use record::{RunRecord, RunResult, Series, Status, Warning};
+pub(crate) use retry::{record_failure, Budget, Next};
+pub use retry::{Attempt, OnOutOfMemory};
 pub use state::Origin;
 pub use trunk::{Trunk, TrunkEntry, TRUNK};

@@ -14,6 +14,7 @@ use toml::Value;
 
 use super::file::{Overrides, Suite};
 use super::record::Status;
+use super::retry::{self, OnOutOfMemory, MICRO_BATCHES};
 use super::state::{Origin, State};
 use super::trunk::{self, TRUNK};
 
@@ -106,6 +107,13 @@ pub struct PlannedRun {
     pub hash: String,
 }
 
+impl PlannedRun {
+    /// What it is called where a person reads it: `on seed 1`.
+    pub fn label(&self) -> String {
+        format!("{} seed {}", self.arm, self.seed)
+    }
+}
+
 /// Every run of a suite, seed by seed, so that complete pairs come early.
 pub struct Plan {
     /// The suite.
@@ -162,20 +170,21 @@ impl Plan {
                 let mut overrides = with(&trunk.set);
                 overrides.insert("steps".into(), Value::Integer(trunk.steps as i64));
                 let (arm, dir, base) = (TRUNK.to_string(), trunk::folder(seed), trunk.base.clone());
-                let (prepared, trial) = (prepare(&base, &overrides)?, overrides.clone());
-                let hash = prepared.hash().to_string();
+                let trial = overrides.clone();
+                let (prepared, hash) =
+                    fitted(&suite, &out.join(&dir), &base, &mut overrides, &|p| p.hash().into(), prepare)?;
                 trunks.push(PlannedRun { arm, seed, dir, base, overrides, trial, prepared, hash });
             }
             for arm in &suite.arms {
-                let overrides = from_trunk(with(&arm.set), &out.join(trunk::folder(seed)), false);
+                let mut overrides = from_trunk(with(&arm.set), &out.join(trunk::folder(seed)), false);
                 let trial = from_trunk(with(&arm.set), &out.join(TRIAL_TRUNK), true);
                 let dir = Path::new("arms").join(&arm.name).join(format!("seed-{seed}"));
                 let (arm, base) = (arm.name.clone(), suite.base.clone());
-                let prepared = prepare(&base, &overrides)?;
-                let hash = match suite.trunk {
+                let hash = |prepared: &dyn Prepared| match suite.trunk {
                     None => prepared.hash().to_string(),
                     Some(_) => hash_anywhere(prepared.recipe(), &here),
                 };
+                let (prepared, hash) = fitted(&suite, &out.join(&dir), &base, &mut overrides, &hash, prepare)?;
                 runs.push(PlannedRun { arm, seed, dir, base, overrides, trial, prepared, hash });
             }
         }
@@ -270,7 +279,10 @@ impl Plan {
                 within(key, set.strip_suffix(".plugin").unwrap_or(set)) || within(set, key)
             })
         };
-        self.differences(arm).into_iter().map(|(key, ..)| key).filter(|key| !declared(key)).collect()
+        let keys = self.differences(arm).into_iter().map(|(key, ..)| key);
+        // A run that did not fit has other micro-batches, if the suite says so; the report tells it.
+        let fitted = |key: &String| key == MICRO_BATCHES && self.suite.on_out_of_memory != OnOutOfMemory::Fail;
+        keys.filter(|key| !declared(key) && !fitted(key)).collect()
     }
 
     /// What differs between arms has to be what the suite says: else the comparison is another than the one it names.
@@ -377,6 +389,26 @@ impl Plan {
         state.write(&self.out)
     }
 
+    /// Holds a run to the recipe that it had when the folder was last claimed: a job that waited does what was submitted.
+    /// False if nobody has claimed it.
+    ///
+    /// # Errors
+    /// If the run has another recipe now.
+    pub(super) fn is_claimed(&self, run: &PlannedRun) -> Result<bool> {
+        let known = State::read(&self.out)?.filter(|state| state.suite == self.suite.name);
+        match known.and_then(|state| state.runs.get(&run.dir).cloned()) {
+            None => Ok(false),
+            Some(hash) if hash == run.hash => Ok(true),
+            Some(_) => {
+                let problem =
+                    format!("{} has another recipe than when the suite was submitted or last run", run.label());
+                let help =
+                    "the suite or a recipe was edited since: undo it, or give the whole suite again, which takes note";
+                Err(Error::content(&self.suite.path, problem, help))
+            }
+        }
+    }
+
     /// Fails if a run was started with a recipe that gives other numbers than the suite's.
     fn check_unchanged(&self, run: &PlannedRun) -> Result<()> {
         let dir = self.out.join(&run.dir);
@@ -399,6 +431,24 @@ impl Plan {
         let problem = format!("this run was started with another recipe than the suite gives now{changes}");
         Err(Error::content(dir, problem, "use another --out for the changed suite, or move this run's folder away"))
     }
+}
+
+/// A run's recipe with its hash; and then with what was found to make it fit into memory, which is no change of the suite.
+fn fitted(
+    suite: &Suite,
+    dir: &Path,
+    base: &Path,
+    overrides: &mut Overrides,
+    hash: &dyn Fn(&dyn Prepared) -> String,
+    prepare: Prepare<'_>,
+) -> Result<(Box<dyn Prepared>, String)> {
+    let planned = prepare(base, overrides)?;
+    let (hash, changed) = (hash(planned.as_ref()), retry::changed(suite, dir)?);
+    if changed.is_empty() {
+        return Ok((planned, hash));
+    }
+    overrides.extend(changed);
+    Ok((prepare(base, overrides)?, hash))
 }
 
 /// A hash of a recipe that is the same wherever the suite's folder, in which its trunk is, lies.

@@ -98,6 +98,7 @@ impl Progress {
     }
 }
 
-fn bar_style(template: &str) -> ProgressStyle {
+/// The look of every bar.
+pub(crate) fn bar_style(template: &str) -> ProgressStyle {
     ProgressStyle::with_template(template).expect("the template is well formed").progress_chars("━╸─")
 }

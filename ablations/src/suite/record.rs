@@ -9,6 +9,7 @@ use dinolab_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 
 use super::plan::PlannedRun;
+use super::retry::Attempt;
 
 /// Written into a run's folder when it ends with an error, so that the suite knows on its next start.
 pub(crate) const FAILURE: &str = "failure.json";
@@ -41,8 +42,8 @@ pub struct RunResult {
 }
 
 #[derive(Serialize, Deserialize)]
-struct Failure {
-    error: String,
+pub(super) struct Failure {
+    pub(super) error: String,
 }
 
 impl Status {
@@ -72,13 +73,6 @@ impl Status {
     }
 }
 
-/// Records that the run in `dir` ended with `error`.
-pub(crate) fn record_failure(dir: &Path, error: &str) -> Result<()> {
-    std::fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
-    let text = serde_json::to_string_pretty(&Failure { error: error.into() }).expect("a failure is plain data");
-    dinolab_core::checkpoint::write_file(&dir.join(FAILURE), text.as_bytes())
-}
-
 /// A curve: (step, value), steps ascending.
 pub type Series = Vec<(u64, f64)>;
 
@@ -101,6 +95,8 @@ pub struct RunRecord {
     pub events: Vec<RunEvent>,
     /// What it ran on, from `run.json`.
     pub device: Option<String>,
+    /// The tries before the last, which ended with an error.
+    pub attempts: Vec<Attempt>,
 }
 
 /// A line of `messages.jsonl`.
@@ -133,7 +129,8 @@ impl RunRecord {
         let device = info.and_then(|i| i["device"].as_str().map(String::from));
         let (arm, curves, warnings) = (arm.to_string(), BTreeMap::new(), Vec::new());
         let events = RunEvent::read(dir)?;
-        let mut record = Self { arm, seed, dir: shown, status, curves, warnings, events, device };
+        let attempts = Attempt::read(dir)?;
+        let mut record = Self { arm, seed, dir: shown, status, curves, warnings, events, device, attempts };
         let (metrics, messages) = (Lines::read(&dir.join("metrics.jsonl"))?, Lines::read(&dir.join("messages.jsonl"))?);
         for (name, lines) in [("metrics.jsonl", &metrics), ("messages.jsonl", &messages)] {
             let damage = lines.problem().map(|problem| format!("{name}: {problem}: what is whole is shown"));
@@ -167,7 +164,7 @@ impl RunRecord {
     }
 }
 
-fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>> {
+pub(super) fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>> {
     let text = match std::fs::read_to_string(path) {
         Ok(text) => text,
         Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(None),
