@@ -22,6 +22,7 @@ pub fn run(
 ) -> Result<ExitCode> {
     let Some(launch) = Launch::detect()? else { return lead(&Lead::alone()).map(ExitCode::from) };
     share_cores(&launch);
+    choose_gpu(&launch);
     let patience = patience()?;
     let comm: Arc<dyn Comm> = Arc::new(Mpi::join(&launch)?);
     watch(comm.clone(), patience);
@@ -54,6 +55,24 @@ pub fn run(
     };
     comm.leave();
     Ok(ExitCode::from(code))
+}
+
+/// Gives this rank a GPU of its own where it sees several. What it sees has to be said before the driver is loaded.
+fn choose_gpu(launch: &Launch) {
+    const VISIBLE: &str = "CUDA_VISIBLE_DEVICES";
+    let Some(rank) = launch.local_rank else { return };
+    let seen: Vec<String> = match std::env::var(VISIBLE) {
+        Ok(list) => list.split(',').map(String::from).collect(),
+        // The driver's list; where there is none, there is no GPU.
+        Err(_) => {
+            let listed = std::fs::read_dir("/proc/driver/nvidia/gpus").map_or(0, Iterator::count);
+            (0..listed).map(|gpu| gpu.to_string()).collect()
+        }
+    };
+    // A scheduler may have shown each rank its own. Too few are NCCL's to refuse.
+    if seen.len() > 1 {
+        std::env::set_var(VISIBLE, &seen[rank % seen.len()]);
+    }
 }
 
 /// Seconds that ranks wait for one that does not come.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds libcuda, libnvrtc and libcublasLt of the emulator into a folder, with the headers that kernels are compiled with.
+# Builds libcuda, libnvrtc, libcublasLt and libnccl of the emulator into a folder, with the headers that kernels are compiled with.
 set -euo pipefail
 [ $# -eq 1 ] || { echo "usage: build.sh OUT_DIR" >&2; exit 2; }
 cd "$(dirname "$0")"
@@ -21,6 +21,7 @@ driver 1200 "$out/old" &
 old=$!
 driver 1300 "$out"
 g++ $flags -O3 -Wl,-soname,libcublasLt.so cublaslt.cpp product.cpp -o "$out/libcublasLt.so" "$out/libcuda.so.1"
+g++ $flags -Wl,-soname,libnccl.so.2 nccl.cpp -o "$out/libnccl.so.2" "$out/libcuda.so.1" -lpthread -lrt
 wait $nvrtc
 wait $old
 cp -r include "$out/"

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use dinolab_tests::emulator;
 use program::{assert_same_weights, json, metrics, root, signal, wait_until, Ended, Folder};
 
 /// A launcher, and the library that its processes open.
@@ -81,6 +82,10 @@ impl Mpi {
 
 /// A run of four shards, with all losses.
 fn run<'a>(out: &'a str, sets: &[&'a str]) -> Vec<&'a str> {
+    run_on("cpu", out, sets)
+}
+
+fn run_on<'a>(device: &'a str, out: &'a str, sets: &[&'a str]) -> Vec<&'a str> {
     let all = ["batch.micro_batches=4", "batch.shards=4", "losses.gram.enabled=true", "losses.koleo.enabled=false"];
     let named = |set: &&str| !sets.iter().any(|own| own.split('=').next() == set.split('=').next());
     let sets = all
@@ -88,7 +93,7 @@ fn run<'a>(out: &'a str, sets: &[&'a str]) -> Vec<&'a str> {
         .filter(named)
         .chain(["probes.cls_patch_cosine={ enabled = true, every = 5 }"])
         .chain(sets.iter().copied());
-    ["train", "micro.toml", "--device", "cpu", "--resume", "--out", out]
+    ["train", "micro.toml", "--device", device, "--resume", "--out", out]
         .into_iter()
         .chain(sets.flat_map(|set| ["--set", set]))
         .collect()
@@ -126,6 +131,37 @@ fn processes_write_the_files_of_one() {
             assert_eq!(ended.out.matches("finished 12 steps").count(), 1, "{}", ended.out);
         }
     }
+}
+
+/// On the emulated driver and NCCL: steps that are recorded and replayed, and those of logged steps, which are not.
+#[test]
+fn processes_on_gpus_write_the_files_of_one() {
+    let folder = Folder::with_micro();
+    let Some(mpi) = found().into_iter().next() else { return };
+    if emulator::has_gpu() {
+        println!("skipped: processes on real GPUs need one each");
+        return;
+    }
+    let sets = [
+        "steps=6",
+        "batch.micro_batches=2",
+        "batch.shards=2",
+        "log.every=3",
+        "precision=bf16",
+        "losses.koleo.enabled=true",
+    ];
+    let mut alone = folder.command(&run_on("cuda", "one", &sets));
+    let Some(alone) = emulator::emulate(&mut alone, &[]) else { return };
+    let ended: Ended = alone.output().expect("it starts").into();
+    assert_eq!(ended.code, 0, "{}{}", ended.out, ended.err);
+    let mut both = mpi.command(&folder, 2, &run_on("cuda", "two", &sets));
+    let ended: Ended = emulator::emulate(&mut both, &[]).expect("as before").output().expect("it starts").into();
+    assert_eq!(ended.code, 0, "{}{}", ended.out, ended.err);
+    assert!(!ended.err.contains("not recorded"), "{}", ended.err);
+    assert_same_weights(&folder, "one", "two", 6);
+    assert_eq!(metrics(&folder, "one"), metrics(&folder, "two"));
+    let run = json(&folder, "two/run.json");
+    assert!(run["ranks"]["world"] == 2 && run["ranks"]["engine"].as_str().is_some_and(|e| e.contains("NCCL 2.23")));
 }
 
 #[test]

@@ -5,11 +5,12 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use dinolab_core::comm::{host, Comm, Launch, Ranks, Shards};
-use dinolab_core::cuda::{self, Gpu, OP_CHECKS};
+use dinolab_core::cuda::{self, Gpu};
 use dinolab_core::data::Pipeline;
 use dinolab_core::recipe::{Overrides, RawRecipe, Recipe};
 use dinolab_core::rng::{Rng, Stream};
 use dinolab_core::step::{Learner, Report};
+use dinolab_core::testing::{tolerance, OP_CHECKS};
 use dinolab_core::train::{self, Lead};
 use dinolab_core::{DType, Device, Error, Result, Tensor};
 
@@ -153,7 +154,7 @@ fn operations(device: Device) -> usize {
     for check in OP_CHECKS {
         let mut row = vec![check.name.to_string()];
         for dtype in [DType::F32, DType::BF16] {
-            let limit = cuda::tolerance(dtype);
+            let limit = tolerance(dtype);
             let mut mark = |error: f64| {
                 let good = error <= limit;
                 failures += usize::from(!good);

@@ -36,6 +36,8 @@ pub struct Launch {
     pub rank: usize,
     /// How many there are on this machine, as far as the launcher says.
     pub local_world: Option<usize>,
+    /// This one among those on this machine, 0-based, as far as the launcher says.
+    pub local_rank: Option<usize>,
 }
 
 /// The name of this machine.
@@ -76,17 +78,22 @@ impl Launch {
         // A step of Slurm also sets PMI's variables; an allocation without a step sets SLURM_NTASKS, and starts nothing.
         let step = if env("SLURM_STEP_ID").is_some() { "SLURM_STEP_NUM_TASKS" } else { "" };
         let known = [
-            (Launcher::OpenMpi, "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-            (Launcher::Slurm, step, "SLURM_PROCID", ""),
-            (Launcher::Mpich, "PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS"),
+            (
+                Launcher::OpenMpi,
+                ["OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"],
+                ["OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"],
+            ),
+            (Launcher::Slurm, [step, "SLURM_PROCID"], ["", "SLURM_LOCALID"]),
+            (Launcher::Mpich, ["PMI_SIZE", "PMI_RANK"], ["MPI_LOCALNRANKS", "MPI_LOCALRANKID"]),
         ];
-        for (launcher, world, rank, local_world) in known {
+        for (launcher, [world, rank], [local_world, local_rank]) in known {
             let (Some(world), Some(rank)) = (number(world)?, number(rank)?) else { continue };
             if rank >= world {
                 let problem = format!("{launcher} says that this is rank {rank} of {world}");
                 return Err(Error::user(problem, format!("set {ALONE}=1 if this process is a run of its own")));
             }
-            let launch = Self { launcher, world, rank, local_world: number(local_world)? };
+            let (local_world, local_rank) = (number(local_world)?, number(local_rank)?);
+            let launch = Self { launcher, world, rank, local_world, local_rank };
             return Ok((world > 1).then_some(launch));
         }
         if env("TORCHELASTIC_RUN_ID").is_some() && number("WORLD_SIZE")?.is_some_and(|world| world > 1) {
@@ -107,22 +114,26 @@ mod tests {
 
     #[test]
     fn launchers_are_told_apart_by_what_they_leave() {
-        let launch = |launcher, world, rank, local_world| Some(Launch { launcher, world, rank, local_world });
+        let launch = |launcher, world, rank, local_world, local_rank| {
+            Some(Launch { launcher, world, rank, local_world, local_rank })
+        };
         let mpirun = [
             ("OMPI_COMM_WORLD_SIZE", "4"),
             ("OMPI_COMM_WORLD_RANK", "3"),
             ("OMPI_COMM_WORLD_LOCAL_SIZE", "2"),
+            ("OMPI_COMM_WORLD_LOCAL_RANK", "1"),
             ("PMIX_RANK", "3"),
         ];
-        let hydra = [("PMI_SIZE", "2"), ("PMI_RANK", "0"), ("MPI_LOCALNRANKS", "2")];
-        let srun = [("SLURM_STEP_ID", "0"), ("SLURM_STEP_NUM_TASKS", "8"), ("SLURM_PROCID", "5"), ("PMI_SIZE", "8")];
+        let hydra = [("PMI_SIZE", "2"), ("PMI_RANK", "0"), ("MPI_LOCALNRANKS", "2"), ("MPI_LOCALRANKID", "0")];
+        let srun =
+            [("SLURM_STEP_ID", "0"), ("SLURM_STEP_NUM_TASKS", "8"), ("SLURM_PROCID", "5"), ("SLURM_LOCALID", "1")];
         // What a user has in `salloc`, and the script of a job: no processes of a step.
         let salloc = [("SLURM_JOB_ID", "7"), ("SLURM_NTASKS", "8"), ("SLURM_PROCID", "0")];
         let cases: [(&[_], _); 7] = [
             (&[], None),
-            (&mpirun, launch(Launcher::OpenMpi, 4, 3, Some(2))),
-            (&hydra, launch(Launcher::Mpich, 2, 0, Some(2))),
-            (&srun, launch(Launcher::Slurm, 8, 5, None)),
+            (&mpirun, launch(Launcher::OpenMpi, 4, 3, Some(2), Some(1))),
+            (&hydra, launch(Launcher::Mpich, 2, 0, Some(2), Some(0))),
+            (&srun, launch(Launcher::Slurm, 8, 5, None, Some(1))),
             (&salloc, None),
             (&[("OMPI_COMM_WORLD_SIZE", "1"), ("OMPI_COMM_WORLD_RANK", "0")], None),
             (&[("RANK", "0"), ("WORLD_SIZE", "2")], None),

@@ -6,11 +6,12 @@
 //! ranks give the same bits, and the number of ranks is no part of a run. (EasyScale, Li et al., SC'23, arXiv:2208.14228,
 //! has fixed logical workers on any number of GPUs in the same sense.)
 //!
-//! An engine ([`Comm`]) moves bytes, and only that: [`Mpi`] between processes, [`threads()`] between threads of one.
-//! The sums are taken here.
+//! An engine ([`Comm`]) moves bytes, and only that: [`Mpi`] between processes, [`threads()`] between threads of one; what GPUs
+//! have goes through NCCL. The sums are taken here.
 
 mod launch;
 mod mpi;
+mod nccl;
 mod ranks;
 mod shards;
 mod text;

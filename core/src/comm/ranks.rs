@@ -3,25 +3,31 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::nccl::Nccl;
 use super::watch::{Traffic, Watched};
 use super::{shards, Comm, Shards, Single};
+use crate::cuda::Gpu;
 use crate::tensor::Real;
-use crate::{dispatch_real, Device, Error, Result, Tensor};
+use crate::{dispatch_real, Error, Result, Tensor};
 
 /// Elements of one rank that are summed at a time: 1 MiB in f32.
 const PIECE: usize = 1 << 18;
+/// The same on a GPU: 64 MiB in f32.
+const GPU_PIECE: usize = 1 << 24;
 
 /// The ranks of a run, and how a batch's shards are spread over them: rank r has the r-th of equal blocks.
 #[derive(Clone, Debug)]
 pub struct Ranks {
     comm: Arc<Watched>,
+    /// What joins their GPUs, if they are on GPUs.
+    nccl: Option<Arc<Nccl>>,
     shards: usize,
 }
 
 impl Ranks {
     /// One rank with all `shards`.
     pub fn one(shards: usize) -> Self {
-        Self { comm: Arc::new(Watched::new(Arc::new(Single))), shards }
+        Self { comm: Arc::new(Watched::new(Arc::new(Single))), nccl: None, shards }
     }
 
     /// Ranks that share `shards` shards.
@@ -41,7 +47,16 @@ impl Ranks {
             );
             return Err(Error::user(problem, help));
         }
-        Ok(Self { comm: Arc::new(Watched::new(comm)), shards })
+        Ok(Self { comm: Arc::new(Watched::new(comm)), nccl: None, shards })
+    }
+
+    /// The same, whose tensors are on a GPU each.
+    ///
+    /// # Errors
+    /// If NCCL does not join them.
+    pub(crate) fn on(self, gpu: &'static Gpu) -> Result<Self> {
+        let nccl = (self.world() > 1).then(|| Nccl::join(self.comm.as_ref(), gpu).map(Arc::new)).transpose()?;
+        Ok(Self { nccl, ..self })
     }
 
     /// How many there are.
@@ -64,7 +79,7 @@ impl Ranks {
         self.comm.as_ref()
     }
 
-    /// What moved so far, and how long that took.
+    /// What moved through the memory of processes so far, and how long that took.
     pub fn traffic(&self) -> Traffic {
         self.comm.traffic()
     }
@@ -76,7 +91,10 @@ impl Ranks {
 
     /// What moves the bytes, for a person.
     pub fn engine(&self) -> String {
-        self.comm.engine()
+        match &self.nccl {
+            Some(nccl) => format!("{} and {}", nccl.name(), self.comm.engine()),
+            None => self.comm.engine(),
+        }
     }
 
     /// Shards of all ranks.
@@ -106,7 +124,32 @@ impl Ranks {
     /// # Errors
     /// If a rank has failed.
     pub(crate) fn gather(&self, own: &Tensor) -> Result<Vec<Tensor>> {
-        shards::gathered(self.comm.as_ref(), own)
+        let all = self.stacked(own)?;
+        Ok((0..self.world()).map(|rank| all.view(rank * own.len(), own.shape())).collect())
+    }
+
+    /// The same in one tensor, `[ranks, ..]`, where `own` is.
+    ///
+    /// # Errors
+    /// If a rank has failed.
+    pub(crate) fn stacked(&self, own: &Tensor) -> Result<Tensor> {
+        let shape = [&[self.world()], own.shape()].concat();
+        let mut all = own.device().with(|| Tensor::uninit(&shape, own.dtype()));
+        match &self.nccl {
+            Some(nccl) => nccl.all_gather(own, &all)?,
+            None => self.comm.all_gather(own.as_bytes(), all.bytes_mut())?,
+        }
+        Ok(all)
+    }
+
+    /// The least number of all ranks.
+    ///
+    /// # Errors
+    /// If a rank has failed.
+    pub(crate) fn least(&self, own: u64) -> Result<u64> {
+        let mut all = vec![0u64; self.world()];
+        self.comm.all_gather(bytemuck::bytes_of(&own), bytemuck::cast_slice_mut(&mut all))?;
+        Ok(all.into_iter().min().unwrap_or(own))
     }
 
     /// The sum of all ranks' tensors in the order of the tree, on all of them. Each rank adds its share of the elements.
@@ -114,15 +157,29 @@ impl Ranks {
     /// # Errors
     /// If a rank has failed.
     pub fn sum(&self, x: &mut Tensor) -> Result<()> {
-        if self.world() == 1 {
-            return Ok(());
+        match &self.nccl {
+            _ if self.world() == 1 => Ok(()),
+            Some(nccl) => self.sum_on_gpus(nccl, x),
+            None => dispatch_real!("sum", x.dtype(), T => self.sum_of::<T>(x.as_mut_slice::<T>())),
         }
-        if x.gpu().is_some() {
-            let mut host = x.to(Device::Cpu).to_owned();
-            self.sum(&mut host)?;
-            return x.copy_from(&host);
+    }
+
+    fn sum_on_gpus(&self, nccl: &Nccl, x: &Tensor) -> Result<()> {
+        let world = self.world();
+        if !x.len().is_multiple_of(world) {
+            return Err(Error::shape("sum", format!("{} numbers are no equal shares of {world} ranks", x.len())));
         }
-        dispatch_real!("sum", x.dtype(), T => self.sum_of::<T>(x.as_mut_slice::<T>()))
+        let mut start = 0;
+        while start < x.len() {
+            let piece = GPU_PIECE.min((x.len() - start) / world);
+            let part = x.view(start, &[piece * world]);
+            let received = Tensor::uninit(part.shape(), x.dtype());
+            nccl.exchange(&part, &received)?;
+            let own = shards::tree((0..world).map(|rank| received.view(rank * piece, &[piece])).collect())?;
+            nccl.all_gather(&own, &part)?;
+            start += part.len();
+        }
+        Ok(())
     }
 
     fn sum_of<T: Real>(&self, x: &mut [T]) -> Result<()> {

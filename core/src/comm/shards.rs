@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
-use super::{Comm, Ranks, Single};
-use crate::{dispatch_real, Device, Error, Result, Tensor};
+use super::Ranks;
+use crate::{dispatch_real, Error, Result, Tensor};
 
 /// How the rows of a tensor are those of a batch: this rank's rows, in shards, and the ranks that have the others.
 ///
@@ -11,7 +11,8 @@ use crate::{dispatch_real, Device, Error, Result, Tensor};
 /// shards of all ranks. The sum's order is that of the shards, however they are spread.
 #[derive(Clone, Debug)]
 pub struct Shards<'a> {
-    comm: &'a dyn Comm,
+    /// `None`: there are no others.
+    ranks: Option<&'a Ranks>,
     /// Rows of each own shard; `None`: all rows are one shard.
     rows: Option<Vec<usize>>,
 }
@@ -19,14 +20,14 @@ pub struct Shards<'a> {
 impl Shards<'static> {
     /// One rank with one shard, of however many rows.
     pub fn one() -> Self {
-        Self { comm: &Single, rows: None }
+        Self { ranks: None, rows: None }
     }
 }
 
 impl<'a> Shards<'a> {
     /// This rank's shards of so many rows.
-    pub(crate) fn new(ranks: &'a Ranks, rows: Vec<usize>) -> Self {
-        Self { comm: ranks.comm(), rows: Some(rows) }
+    pub(super) fn new(ranks: &'a Ranks, rows: Vec<usize>) -> Self {
+        Self { ranks: Some(ranks).filter(|ranks| ranks.world() > 1), rows: Some(rows) }
     }
 
     /// Where the shards lie in a tensor of `rows` rows.
@@ -54,11 +55,9 @@ impl<'a> Shards<'a> {
     /// # Errors
     /// If a rank has failed.
     pub fn all_rows(&self, rows: usize) -> Result<usize> {
-        if self.comm.world() == 1 {
-            return Ok(rows);
-        }
-        let mut all = vec![0u64; self.comm.world()];
-        self.comm.all_gather(bytemuck::bytes_of(&(rows as u64)), bytemuck::cast_slice_mut(&mut all))?;
+        let Some(ranks) = self.ranks else { return Ok(rows) };
+        let mut all = vec![0u64; ranks.world()];
+        ranks.comm().all_gather(bytemuck::bytes_of(&(rows as u64)), bytemuck::cast_slice_mut(&mut all))?;
         Ok(all.iter().sum::<u64>() as usize)
     }
 
@@ -68,51 +67,41 @@ impl<'a> Shards<'a> {
     /// If shapes differ, or a rank has failed.
     pub fn sum(&self, parts: Vec<Tensor>) -> Result<Tensor> {
         let own = tree(parts)?;
-        match self.comm.world() {
-            1 => Ok(own),
-            _ => tree(gathered(self.comm, &own)?),
+        match self.ranks {
+            None => Ok(own),
+            Some(ranks) => tree(ranks.gather(&own)?),
         }
     }
 
-    /// The greatest of every element over all ranks, where this one has `own`.
+    /// The greatest of every element over all ranks, where this one has `own`, in host memory.
     ///
     /// # Errors
     /// If a rank has failed.
-    pub fn max(&self, own: Tensor) -> Result<Tensor> {
-        if self.comm.world() == 1 {
-            return Ok(own);
-        }
-        let device = own.device();
-        let mut most = own.to(Device::Cpu).to_owned();
-        let dtype = most.dtype();
-        for other in gathered(self.comm, &own)? {
-            let other = other.to(Device::Cpu);
-            dispatch_real!("shards", dtype, T => {
+    pub(crate) fn max(&self, own: Tensor) -> Result<Tensor> {
+        let Some(ranks) = self.ranks else { return Ok(own) };
+        let mut all = ranks.gather(&own)?.into_iter();
+        let mut most = all.next().expect("there is a rank").to_owned();
+        for other in all {
+            dispatch_real!("shards", own.dtype(), T => {
                 let most = most.as_mut_slice::<T>();
                 most.iter_mut().zip(other.as_slice::<T>()).for_each(|(most, &x)| *most = most.max(x));
                 Ok(())
             })?;
         }
-        Ok(most.to(device))
+        Ok(most)
+    }
+
+    /// What every rank has, `[ranks, ..]`; nothing where there are no others.
+    ///
+    /// # Errors
+    /// If a rank has failed.
+    pub(crate) fn stacked(&self, own: &Tensor) -> Result<Option<Tensor>> {
+        self.ranks.map(|ranks| ranks.stacked(own)).transpose()
     }
 }
 
-/// Every rank's tensor of this shape, in order of rank.
-pub(super) fn gathered(comm: &dyn Comm, own: &Tensor) -> Result<Vec<Tensor>> {
-    let host = own.to(Device::Cpu);
-    let bytes = host.as_bytes();
-    let mut all = vec![0u8; bytes.len() * comm.world()];
-    comm.all_gather(bytes, &mut all)?;
-    let of_rank = |rank: usize| {
-        let mut tensor = Device::Cpu.with(|| Tensor::uninit(own.shape(), own.dtype()));
-        tensor.bytes_mut().copy_from_slice(&all[rank * bytes.len()..][..bytes.len()]);
-        tensor.to(own.device())
-    };
-    Ok((0..comm.world()).map(of_rank).collect())
-}
-
 /// `((0 + 1) + (2 + 3)) + ...`: neighbours first, then neighbours of those.
-fn tree(mut parts: Vec<Tensor>) -> Result<Tensor> {
+pub(super) fn tree(mut parts: Vec<Tensor>) -> Result<Tensor> {
     while parts.len() > 1 {
         let pair = |pair: &[Tensor]| match pair {
             [left, right] => left.add(right),

@@ -33,7 +33,7 @@ impl Watched {
         *self.traffic.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn counted(&self, bytes: usize, call: impl FnOnce() -> Result<()>) -> Result<()> {
+    fn timed(&self, bytes: usize, call: impl FnOnce() -> Result<()>) -> Result<()> {
         let start = Instant::now();
         let done = call();
         let mut traffic = self.traffic.lock().unwrap_or_else(PoisonError::into_inner);
@@ -52,10 +52,10 @@ impl Comm for Watched {
         self.inner.rank()
     }
     fn all_gather(&self, own: &[u8], all: &mut [u8]) -> Result<()> {
-        self.counted(all.len() - own.len(), || self.inner.all_gather(own, all))
+        self.timed(all.len() - own.len(), || self.inner.all_gather(own, all))
     }
     fn exchange(&self, pieces: &[u8], received: &mut [u8]) -> Result<()> {
-        self.counted(pieces.len() - pieces.len() / self.world(), || self.inner.exchange(pieces, received))
+        self.timed(pieces.len() - pieces.len() / self.world(), || self.inner.exchange(pieces, received))
     }
     fn broadcast(&self, bytes: &mut [u8]) -> Result<()> {
         self.inner.broadcast(bytes)

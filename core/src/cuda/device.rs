@@ -272,7 +272,7 @@ impl Gpu {
         }
     }
 
-    pub(super) fn stream(&self) -> sys::CUstream {
+    pub(crate) fn stream(&self) -> sys::CUstream {
         self.bind();
         self.stream
     }

@@ -241,7 +241,9 @@ impl<'a> OnGpu<'a> {
         let mut top = self.per_prototype();
         let runs = self.own.last().map_or(0, |own| own.runs.end);
         self.over("top_of_runs")?.launch(args![&mut top, &tops, runs as i32, k])?;
-        let top = self.shards.max(top)?;
+        if let Some(all) = self.shards.stacked(&top)? {
+            self.over("top_of_runs")?.launch(args![&mut top, &all, all.dim(0) as i32, k])?;
+        }
         let mut shift = self.shifted(&top, &sums, Some(&tops))?;
         for _ in 1..iterations {
             let mut norms = Tensor::uninit(&[x.dim(0)], DType::F32);

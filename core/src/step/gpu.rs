@@ -44,6 +44,14 @@ struct Kind {
     follows: bool,
 }
 
+/// How a step is done; of several ways that ranks could go, the first is for all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    Eager,
+    Record,
+    Replay,
+}
+
 struct Recorded {
     graph: Graph,
     answer: Answer,
@@ -187,11 +195,19 @@ impl Learner {
             active: self.named.iter().map(|teacher| teacher.policy.active(at)).collect(),
             follows: momentum.is_some(),
         };
-        let eager = health || own.eager;
         let fresh = !own.recorded.contains_key(&kind) && own.recorded.len() < MOST_RECORDED;
-        let record = !eager && own.reason.is_none() && fresh && own.met.contains(&kind);
-        if record {
+        let way = match own.recorded.contains_key(&kind) {
+            _ if health || own.eager => Way::Eager,
+            true => Way::Replay,
+            false if own.reason.is_none() && fresh && own.met.contains(&kind) => Way::Record,
+            false => Way::Eager,
+        };
+        // All ranks go the same way, or they would wait for each other in different places.
+        let way = if self.ranks.least(way as u64)? == way as u64 { way } else { Way::Eager };
+        let mut eager = way == Way::Eager;
+        if way == Way::Record {
             self.record(own, &kind, at, &batches, &draws)?;
+            eager = self.ranks.least(u64::from(own.recorded.contains_key(&kind)))? == 0;
         }
         let mut measured = None;
         let (losses, marks, values) = match own.recorded.get(&kind).filter(|_| !eager) {

@@ -206,9 +206,13 @@ impl Learner {
     /// Joins the other ranks of a run, all of which have the same weights.
     ///
     /// # Errors
-    /// If they cannot share the shards, or have other weights.
+    /// If they cannot share the shards, have other weights, or are on GPUs that NCCL does not join.
     pub fn join(&mut self, comm: Arc<dyn Comm>) -> Result<()> {
         let ranks = Ranks::new(comm, self.ranks.shards())?;
+        let ranks = match self.device.gpu() {
+            Some(gpu) => ranks.on(gpu)?,
+            None => ranks,
+        };
         if ranks.world() > 1 {
             let hash = blake3::hash(self.weights.student.to(Device::Cpu).as_bytes()).to_hex();
             ranks.comm().hold_same("the hash of the weights", &hash)?;

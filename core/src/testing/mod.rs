@@ -19,6 +19,7 @@ mod gradient;
 pub mod laws;
 pub mod loss_oracle;
 mod on_device;
+mod op_checks;
 mod op_oracle;
 mod ops;
 mod step_case;
@@ -26,4 +27,5 @@ pub mod strategies;
 
 pub use case::{cases, fixed, normal, tracked, Bound, Case, Slot};
 pub use check::{check, hold, names, Failure, Outcome};
+pub use op_checks::{tolerance, OpCheck, OpError, OP_CHECKS};
 pub use op_oracle::{OpOracle, Stated, Statement};

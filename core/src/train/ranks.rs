@@ -14,7 +14,7 @@ use crate::comm::{Comm, Ranks, Single};
 use crate::data::{BrokenSample, Loader, LoaderSpec};
 use crate::recipe::{Recipe, Resolved};
 use crate::step::Learner;
-use crate::{checkpoint, Device, Error, Result};
+use crate::{checkpoint, Error, Result};
 
 /// What rank 0 tells the others.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -83,14 +83,8 @@ impl Lead {
     /// Fails unless the ranks can share the steps of this recipe.
     ///
     /// # Errors
-    /// If they are on GPUs, or cannot share its shards.
+    /// If they cannot share its shards.
     pub fn check(&self, recipe: &Recipe) -> Result<()> {
-        let world = self.comm.world();
-        if world > 1 && recipe.device()? != Device::Cpu {
-            let problem =
-                format!("{world} processes were started together on GPUs, and only those on CPUs can share a step");
-            return Err(Error::user(problem, "add --device cpu, or start one process"));
-        }
         Ranks::new(self.comm.clone(), recipe.batch.shards).map(drop)
     }
 

@@ -203,10 +203,13 @@ impl Measured {
             m.first_step_s
         );
         if let Some(Shared { world, engine, mib, calls, ms }) = &m.ranks {
-            let share = 100.0 * ms / m.ms_median;
-            text += &format!(
-                "  processes   {world}, joined by {engine}: {mib:.1} MiB a step in {calls:.0} calls, {ms:.2} ms ({share:.0}%)\n"
-            );
+            text += &format!("  processes   {world}, joined by {engine}");
+            // What GPUs move is on their streams, and in the step's time.
+            if *mib > 0.1 {
+                let share = 100.0 * ms / m.ms_median;
+                text += &format!(": {mib:.1} MiB a step in {calls:.0} calls, {ms:.2} ms ({share:.0}%)");
+            }
+            text += "\n";
         }
         if let Some(profile) = &m.profile {
             text += &match &m.eager {
