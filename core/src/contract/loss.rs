@@ -121,7 +121,7 @@ impl StepContext<'_> {
     /// A schedule's value now, as a rank-0 tensor: operations take numbers that change over time as tensors, so that a
     /// recorded step can be replayed with other values.
     pub fn scalar(&self, schedule: &Schedule) -> Tensor {
-        crate::step::scalar(schedule, self.at, self.dtype)
+        super::scalars::scalar(schedule, self.at, self.dtype)
     }
 }
 

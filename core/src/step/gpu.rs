@@ -6,13 +6,12 @@
 
 use std::collections::{HashMap, HashSet};
 
-use crate::contract::{At, Backbone, Draws, Follow};
+use crate::contract::{At, Backbone, Draws, Feed, Follow};
 use crate::cuda::{self, Gpu, Graph, Profile, Source};
 use crate::data::{Batch, DeviceBatches};
 use crate::tensor::{catch_out_of_memory, recording};
 use crate::{ops, DType, Device, Result, Tensor};
 
-use super::scalars::Feed;
 use super::update::DeviceUpdate;
 use super::{follow, Health, Learner, Pass, Refusal, Report};
 

@@ -15,7 +15,6 @@ mod gpu;
 mod health;
 mod optimizer;
 mod outputs;
-mod scalars;
 mod sources;
 mod spikes;
 mod sums;
@@ -34,7 +33,6 @@ pub use updates::Updates;
 pub use weights::Weights;
 
 pub(crate) use continued::new_teacher;
-pub(crate) use scalars::scalar;
 pub(crate) use views::check_views;
 
 use std::collections::BTreeMap;

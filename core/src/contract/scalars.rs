@@ -5,7 +5,7 @@
 
 use std::cell::RefCell;
 
-use crate::contract::{At, Schedule};
+use super::{At, Schedule};
 use crate::tensor::cannot_record;
 use crate::{DType, Device, Result, Tensor};
 
@@ -13,7 +13,7 @@ use crate::{DType, Device, Result, Tensor};
 const MOST: usize = 256;
 
 /// The schedules that a step asked for, in order, and their values on a GPU (f32).
-pub(super) struct Feed {
+pub(crate) struct Feed {
     schedules: Vec<Schedule>,
     values: Tensor,
     next: usize,
@@ -24,13 +24,13 @@ thread_local! {
 }
 
 impl Feed {
-    pub(super) fn new(device: Device) -> Self {
+    pub(crate) fn new(device: Device) -> Self {
         let values = device.with(|| Tensor::zeros(&[MOST], DType::F32));
         Self { schedules: Vec::new(), values, next: 0 }
     }
 
     /// Runs a step with the values of its schedules on the GPU.
-    pub(super) fn during<R>(&mut self, at: At, f: impl FnOnce() -> Result<R>) -> Result<R> {
+    pub(crate) fn during<R>(&mut self, at: At, f: impl FnOnce() -> Result<R>) -> Result<R> {
         self.fill(at)?;
         let here = Self { schedules: std::mem::take(&mut self.schedules), values: self.values.clone(), next: 0 };
         FEED.set(Some(here));
@@ -41,7 +41,7 @@ impl Feed {
     }
 
     /// Writes the values at `at` of all schedules known so far.
-    pub(super) fn fill(&self, at: At) -> Result<()> {
+    pub(crate) fn fill(&self, at: At) -> Result<()> {
         let values: Vec<f32> = self.schedules.iter().map(|s| s.at(at) as f32).collect();
         self.write(0, &values)
     }

@@ -1,0 +1,74 @@
+//! Rooms of core that use each other are read as one: there are no more of these pairs than are written down here, and the aim
+//! is none. What counts are the modules directly under `core/src`; tests inside them do not.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+/// Pairs that go both ways, in the order of the alphabet. A pair that goes one way only is taken out.
+const BOTH_WAYS: [(&str, &str); 8] = [
+    ("contract", "registry"),
+    ("cuda", "tensor"),
+    ("error", "recipe"),
+    ("ops", "tensor"),
+    ("recipe", "registry"),
+    ("recipe", "step"),
+    ("recipe", "weights"),
+    ("step", "weights"),
+];
+/// What the crate's root hands on, by its room.
+const HANDED_ON: [(&str, &str); 5] =
+    [("Tensor", "tensor"), ("DType", "tensor"), ("Device", "tensor"), ("Error", "error"), ("Result", "error")];
+
+/// A file without comments and without the tests at its end.
+fn code(path: &Path) -> String {
+    let text = std::fs::read_to_string(path).expect("the sources can be read");
+    let text = text.split("#[cfg(test)]\nmod tests").next().unwrap_or_default().to_string();
+    text.lines().map(|line| line.split("//").next().unwrap_or_default()).collect::<Vec<_>>().join("\n")
+}
+
+/// The first names after every `crate::`, also of lists in braces.
+fn used(code: &str) -> Vec<String> {
+    let word = |text: &str| text.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect::<String>();
+    let names = |after: &str| match after.strip_prefix('{') {
+        Some(list) => list.split('}').next().unwrap_or_default().split(',').map(|name| word(name.trim())).collect(),
+        None => vec![word(after)],
+    };
+    code.split("crate::").skip(1).flat_map(names).collect()
+}
+
+#[test]
+fn no_more_rooms_use_each_other_than_are_written_down() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../core/src");
+    let room_of = |path: &Path| {
+        let first = path.strip_prefix(&root).expect("inside").components().next().expect("a name");
+        first.as_os_str().to_str().expect("UTF-8").trim_end_matches(".rs").to_string()
+    };
+    let files = walkdir::WalkDir::new(&root).into_iter().map(|entry| entry.expect("readable").into_path());
+    let files: Vec<_> = files.filter(|path| path.extension().is_some_and(|e| e == "rs")).collect();
+    let rooms: BTreeSet<String> = files.iter().map(|path| room_of(path)).filter(|room| room != "lib").collect();
+    let mut uses: BTreeMap<(String, String), BTreeSet<String>> = BTreeMap::new();
+    let of_tests = |path: &Path| {
+        let name = path.file_name().expect("a file").to_string_lossy().into_owned();
+        name.ends_with("_tests.rs") || name == "test_plugins.rs"
+    };
+    for path in files.iter().filter(|path| !of_tests(path)) {
+        let room = room_of(path);
+        for name in used(&code(path)) {
+            let handed_on = HANDED_ON.iter().find(|(known, _)| *known == name).map(|(_, room)| room.to_string());
+            let other = handed_on.unwrap_or(name);
+            if room != "lib" && other != room && rooms.contains(&other) {
+                uses.entry((room.clone(), other)).or_default().insert(path.display().to_string());
+            }
+        }
+    }
+    assert!(uses.contains_key(&("step".to_string(), "tensor".to_string())), "the sources are read");
+    let both = uses.keys().filter(|(a, b)| a < b && uses.contains_key(&(b.clone(), a.clone())));
+    let both: Vec<(&str, &str)> = both.map(|(a, b)| (a.as_str(), b.as_str())).collect();
+    let new: Vec<_> = both.iter().filter(|pair| !BOTH_WAYS.contains(pair)).collect();
+    let files = |a: &str, b: &str| format!("{:#?}", uses[&(a.to_string(), b.to_string())]);
+    let why: String =
+        new.iter().map(|(a, b)| format!("{a} uses {b} in {}, and {b} {a} in {}\n", files(a, b), files(b, a))).collect();
+    assert!(new.is_empty(), "rooms that did not use each other now do:\n{why}");
+    let gone: Vec<_> = BOTH_WAYS.iter().filter(|pair| !both.contains(pair)).collect();
+    assert!(gone.is_empty(), "{gone:?} use each other no more: take them out of the list");
+}
