@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use dinolab_plugins as _;
 use dinolab_tests::emulator;
 use program::{assert_same_weights, json, metrics, root, signal, wait_until, Ended, Folder};
 
@@ -240,6 +241,26 @@ fn a_process_that_hangs_is_told_by_those_that_wait_and_ends_all() {
     drop(Command::new("kill").args(["-KILL", &follower]).status());
     assert!(ended.code != 0 && begin.elapsed() < Duration::from_secs(20), "{}", ended.code);
     assert!(ended.err.contains("rank 0 of 2 on") && ended.err.contains("has waited"), "{}", ended.err);
+}
+
+#[test]
+fn what_processes_move_is_what_the_cost_says() {
+    let folder = Folder::with_micro();
+    let Some(mpi) = found().into_iter().next() else { return };
+    let sets = ["batch.micro_batches=2", "batch.shards=2", "losses.koleo.enabled=false"];
+    let sets: Vec<&str> = sets.into_iter().flat_map(|set| ["--set", set]).collect();
+    let bench = ["bench", "micro.toml", "--device", "cpu", "--steps", "3", "--json"];
+    let ended = mpi.run(&folder, 2, &[&bench[..], &sets].concat());
+    assert_eq!(ended.code, 0, "{}{}", ended.out, ended.err);
+    let line = ended.out.lines().find(|line| line.starts_with('{')).expect("one object");
+    let measured =
+        serde_json::from_str::<serde_json::Value>(line).expect("JSON")["ranks"]["mib"].as_f64().expect("a number");
+    let overrides = dinolab_core::recipe::Overrides { sets: vec!["device=cpu".into()], env: false };
+    let raw = dinolab_core::recipe::RawRecipe::load(folder.path("micro.toml")).expect("a recipe");
+    let mut recipe = raw.with(&overrides).expect("a recipe").resolve().expect("a recipe").recipe;
+    (recipe.batch.micro_batches, recipe.batch.shards) = (2, 2);
+    let expected = dinolab_core::recipe::cost::shared(&recipe, 2).expect("two share it").received / f64::from(1 << 20);
+    assert!((measured / expected - 1.0).abs() < 0.05, "{measured} MiB of {expected}");
 }
 
 /// The commands of the book's page on processes, as they are written there.

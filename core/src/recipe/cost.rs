@@ -8,7 +8,7 @@ use super::{Recipe, Resolution};
 use crate::contract::{Cost, Grid, ImageSize, LossCost, LossRows, View};
 use crate::recipe::DeviceChoice;
 use crate::step::{declare, distilled_model, named_teachers, Declared, Teacher, CHANNELS, GLOBALS};
-use crate::{cuda, DType, Device, Result};
+use crate::{cuda, DType, Device, Error, Result};
 
 /// What a recipe costs.
 #[derive(Clone, Debug, PartialEq)]
@@ -177,6 +177,38 @@ pub fn probes(recipe: &Recipe, start: u64) -> Result<(u64, f64, f64)> {
     Ok((taken, images, flops))
 }
 
+/// What a step costs one of several processes that share it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Shared {
+    /// Images of this process.
+    pub images: usize,
+    /// What it costs it: memory is its own.
+    pub own: RunCost,
+    /// Bytes that it receives: its share of the gradients of all others, and the sums of theirs. What losses exchange is
+    /// little beside it: a number a prototype, a few times.
+    pub received: f64,
+}
+
+/// What a step of `recipe` costs each of `ranks` processes.
+///
+/// # Errors
+/// If they cannot share it, or a plugin refuses its configuration.
+pub fn shared(recipe: &Recipe, ranks: usize) -> Result<Shared> {
+    let shards = recipe.batch.shards;
+    if ranks == 0 || !shards.is_multiple_of(ranks) {
+        let problem = format!("{ranks} processes cannot share batch.shards = {shards} evenly");
+        return Err(Error::user(problem, "name a power of two up to batch.shards, or set more batch.shards"));
+    }
+    let mut own = recipe.clone();
+    own.batch.size /= ranks;
+    own.batch.micro_batches /= ranks;
+    own.batch.shards /= ranks;
+    let cost = cost(&own)?;
+    let gradients = cost.memory.iter().find(|(name, _)| *name == "gradients").map_or(0.0, |(_, bytes)| *bytes);
+    let others = (ranks - 1) as f64 / ranks as f64;
+    Ok(Shared { images: own.batch.size, own: cost, received: 2.0 * others * gradients })
+}
+
 /// Numbers in the parameters whose names begin with `prefix`.
 fn count_in(model: &Declared, prefix: &str) -> usize {
     let inside = model.layout.specs().iter().filter(|s| s.name.starts_with(prefix));
@@ -196,6 +228,9 @@ fn weights(
     let features = recipe.dtype(device);
     let wide = |n: usize| n as f64 * features.wide().size() as f64;
     let mut memory = vec![("student", wide(own)), ("gradients", wide(own))];
+    // Shards wait for each other in a tree; their sum is made beside them.
+    let waiting = recipe.batch.shards.ilog2();
+    memory.extend((waiting > 0).then(|| ("gradients of shards", f64::from(waiting + 1) * wide(own))));
     memory.extend(teacher.then(|| ("EMA teacher", wide(own))));
     let moments = recipe.optimizer.plugin.build(&mut ()).map_or(0, |optimizer| optimizer.moments().len());
     memory.extend(match moments {

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use dinolab_core::checkpoint;
-use dinolab_core::recipe::{cost, describe, fit, Overrides, Resolved};
+use dinolab_core::recipe::{cost, describe, fit, Overrides, Recipe, Resolved};
 use dinolab_core::registry::DataContext;
 use dinolab_core::text::printable;
 use dinolab_core::Result;
@@ -35,6 +35,15 @@ pub enum Command {
         /// Print parameters, operations an image and memory by component. Nothing is allocated.
         #[arg(long)]
         cost: bool,
+        /// What a step costs each of so many processes that share it: memory, and what they send each other.
+        #[arg(long, requires = "cost", value_name = "N")]
+        ranks: Option<usize>,
+        /// What a process computes a second, for an estimate of the time of a step.
+        #[arg(long, requires = "ranks", value_name = "TFLOP/S")]
+        tflops: Option<f64>,
+        /// What a process receives a second from the others, for the same.
+        #[arg(long, requires = "ranks", value_name = "GB/S")]
+        link: Option<f64>,
     },
     /// Print what differs between two recipes; of two runs also code, data and metrics.
     Diff {
@@ -74,7 +83,8 @@ pub enum SchemaOf {
 pub fn run(command: Command) -> Result<ExitCode> {
     match command {
         Command::Show(args) => show::run(&args)?,
-        Command::Check { paths, set, cost } => {
+        Command::Check { paths, set, cost, ranks, tflops, link } => {
+            let cost = cost.then_some(Asked { ranks, tflops, link });
             let failed = paths.iter().filter(|path| !check(path, &set.overrides(), cost)).count();
             return Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::from(BAD_INPUT) });
         }
@@ -92,8 +102,42 @@ pub fn run(command: Command) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// What is asked about the cost of a recipe.
+#[derive(Clone, Copy)]
+struct Asked {
+    ranks: Option<usize>,
+    tflops: Option<f64>,
+    link: Option<f64>,
+}
+
+impl Asked {
+    fn answer(self, recipe: &Recipe) -> Result<String> {
+        let Some(ranks) = self.ranks else { return cost::cost(recipe).map(|cost| cost_table(&cost)) };
+        let shared = cost::shared(recipe, ranks)?;
+        let flops = shared.own.flops_per_image * shared.images as f64;
+        let compute = self.tflops.map(|tflops| flops / (tflops * 1e12));
+        let moving = self.link.map(|link| shared.received / (link * 1e9));
+        let time = |what: String, seconds: Option<f64>| match seconds {
+            Some(seconds) => format!("{what}, {:.3} ms", seconds * 1e3),
+            None => what,
+        };
+        let row = |name: &str, value: String| vec![format!("  {name}"), value];
+        let mut rows = vec![
+            row("images", shared.images.to_string()),
+            row("operations", time(format!("{}FLOP", style::si(flops)), compute)),
+            row("received", time(style::bytes(shared.received), moving)),
+        ];
+        if let (Some(compute), Some(moving)) = (compute, moving) {
+            let share = 100.0 * moving / (compute + moving);
+            rows.push(row("moving's share", format!("{share:.1}%, where nothing overlaps")));
+        }
+        let title = style::out().bold(&format!("a step, each of {ranks} processes"));
+        Ok(format!("{}{title}\n{}\n", cost_table(&shared.own), style::table(rows)))
+    }
+}
+
 /// Prints what is wrong with one recipe, or that it is right.
-fn check(path: &Path, overrides: &Overrides, with_cost: bool) -> bool {
+fn check(path: &Path, overrides: &Overrides, cost: Option<Asked>) -> bool {
     let checked = Resolved::load(path, overrides).and_then(|resolved| {
         resolved.warnings.iter().for_each(style::warn);
         // The recipe of a run has every key there is.
@@ -113,13 +157,13 @@ fn check(path: &Path, overrides: &Overrides, with_cost: bool) -> bool {
             Ok(device) => fit(recipe, device)?.into_iter().for_each(|fit| warn(&fit.into_error())),
             Err(error) => warn(&error),
         }
-        let cost = with_cost.then(|| cost::cost(&resolved.recipe)).transpose()?;
+        let cost = cost.map(|asked| asked.answer(&resolved.recipe)).transpose()?;
         Ok((resolved, cost))
     });
     match checked {
         Ok((resolved, cost)) => {
             style::print(&format!("{}  {}  {}\n", style::out().green("ok"), printable(path), &resolved.hash[..16]));
-            cost.iter().for_each(|cost| style::print(&cost_table(cost)));
+            cost.iter().for_each(|text| style::print(text));
             true
         }
         Err(error) => {
