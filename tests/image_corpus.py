@@ -1,5 +1,5 @@
 """The other side of tests/tests/decoding.rs: images of every kind, whole and damaged, and what Pillow (libjpeg-turbo,
-libpng, libwebp) sees in them.
+libpng, libwebp, libtiff) sees in them.
 
 image_corpus.py [FLIPS] [SEED]    writes cases to stdout, each a line of JSON and two blobs: the file, and 8-bit RGB
 
@@ -210,9 +210,41 @@ def webps():
         yield "good", f"orientation_{n}.webp", encode(RGB, "WEBP", exif=exif(n, n % 2 == 0))
 
 
+def others():
+    """TIFF, BMP and GIF, which have no check sums: whole and cut, no bit turned."""
+    wide = np.clip(GREY.astype(int) * 257 + np.random.default_rng(2).integers(-90, 90, GREY.shape), 0, 65535).astype(np.uint16)
+    few = Image.fromarray(RGB).quantize(40)
+    for name in ("raw", "tiff_lzw", "tiff_adobe_deflate", "packbits"):
+        for label, image in {"rgb": RGB, "rgba": RGBA, "grey": GREY, "grey_16": wide}.items():
+            yield "good", f"{label}_{name}.tif", encode(image, "TIFF", compression=name)
+        yield "good", f"rows_{name}.tif", encode(RGB, "TIFF", compression=name, tiffinfo={278: 5})
+        yield "rare", f"palette_{name}.tif", encode(few, "TIFF", compression=name)
+        yield "rare", f"cmyk_{name}.tif", encode(Image.fromarray(RGB).convert("CMYK"), "TIFF", compression=name)
+        yield "rare", f"two_colours_{name}.tif", encode(Image.fromarray(GREY).convert("1"), "TIFF", compression=name)
+    yield "rare", "jpeg.tif", encode(RGB, "TIFF", compression="jpeg")
+    yield "rare", "fax.tif", encode(Image.fromarray(GREY).convert("1"), "TIFF", compression="group4")
+    yield "good", "big.tif", encode(RGB, "TIFF", big_tiff=True)
+    for n in range(1, 9):
+        yield "good", f"orientation_{n}.tif", encode(RGB, "TIFF", tiffinfo={274: n})
+    yield "good", "rgb.bmp", encode(RGB, "BMP")
+    yield "good", "grey.bmp", encode(GREY, "BMP")
+    yield "good", "palette.bmp", encode(few, "BMP")
+    yield "good", "two_colours.bmp", encode(Image.fromarray(GREY).convert("1"), "BMP")
+    for width, height in ((1, 1), (1, 60), (60, 1), (17, 16)):
+        small = picture(width, height)[..., :3]
+        yield "good", f"{width}x{height}.tif", encode(small, "TIFF")
+        yield "good", f"{width}x{height}.bmp", encode(small, "BMP")
+        yield "good", f"{width}x{height}.gif", encode(Image.fromarray(small).quantize(8), "GIF")
+    for interlace in (0, 1):
+        yield "good", f"palette_{interlace}.gif", encode(few, "GIF", interlace=interlace)
+        yield "good", f"grey_{interlace}.gif", encode(GREY, "GIF", interlace=interlace)
+        yield "good", f"see_through_{interlace}.gif", encode(few, "GIF", interlace=interlace, transparency=3)
+    yield "good", "animated.gif", encode(few, "GIF", save_all=True, append_images=[Image.fromarray(RGB[::-1]).quantize(40)])
+
+
 def upright(data, lenient):
     ImageFile.LOAD_TRUNCATED_IMAGES = lenient
-    with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
+    with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")) as image:
         image.load()
         see_through = image.info.get("transparency")
         image = ImageOps.exif_transpose(image)
@@ -250,14 +282,15 @@ def main():
     flips = int(sys.argv[1]) if len(sys.argv) > 1 else 2
     draw = random.Random(int(sys.argv[2]) if len(sys.argv) > 2 else 1)
     Image.MAX_IMAGE_PIXELS = 4_000_000
-    cases = [*jpegs(), *pngs(), *webps()]
+    cases = [*jpegs(), *pngs(), *webps(), *others()]
     for kind, name, data in cases:
         show(name, kind, data)
     for kind, name, data in cases:
         shares = range(5, 100, 5) if flips > 20 else draw.sample(range(5, 100, 5), 3)
         for share in shares:
             show(f"{name} cut at {share} %", "cut", data[: len(data) * share // 100])
-        for _ in range(flips):
+        checked = name.endswith((".jpg", ".png", ".webp"))
+        for _ in range(flips if checked else 0):
             at, bit = draw.randrange(len(data)), draw.randrange(8)
             damaged = bytearray(data)
             damaged[at] ^= 1 << bit

@@ -9,7 +9,7 @@
 //! | loss | [`dino`], [`ibot`], [`koleo`], [`gram`], [`byol`], [`vicreg`], [`barlow_twins`], [`info_nce`], [`sigreg`], [`inpainting`], [`rotation`], [`jigsaw`], [`relative_location`], [`cka`], [`online_linear`] |
 //! | scheduler | [`constant`], [`linear_warmup`], [`linear_warmup_cosine`], [`cosine`], [`step`] |
 //! | teacher policy | [`ema`], [`frozen`], [`gram_anchor`], [`no_teacher`] |
-//! | dataset | [`scenes`], [`image_folder`], [`manifest`](image_folder::manifest) |
+//! | dataset | [`scenes`], [`image_folder`], [`manifest`](image_folder::manifest), [`webdataset`], [`parquet`], [`cut_outs`] |
 //! | augmentation | [`multi_crop`], [`resized`] |
 //! | masking | [`block`], [`random`], [`multi_block`] |
 //! | probe | [`knn`], [`linear_classification`], [`few_shot`], [`retrieval`], [`linear_segmentation`], [`knn_segmentation`], [`depth`], [`tracking`], [`patch_similarity`], [`cls_patch_cosine`], [`patch_spread`], [`dse`], [`effective_rank`], [`correspondence`], [`robustness`] |
@@ -72,8 +72,12 @@ pub mod muon;
 pub mod sgd;
 
 // Datasets
+pub mod cut_outs;
 pub mod image_folder;
+mod packed;
+pub mod parquet;
 pub mod scenes;
+pub mod webdataset;
 
 // Augmentation
 pub mod multi_crop;

@@ -156,7 +156,7 @@ fn broken_files_are_named_with_their_problem() {
     huge[29..33].copy_from_slice(&crc.to_be_bytes());
     let files = [
         ("0_empty.jpg", Vec::new(), "empty"),
-        ("1_text.png", b"hello, I am text".to_vec(), "neither JPEG, PNG nor WebP"),
+        ("1_text.png", b"hello, I am text".to_vec(), "neither JPEG, PNG, WebP"),
         ("2_cut.png", png[..png.len() / 2].to_vec(), ""),
         ("3_huge.png", huge, "60000x60000"),
         ("4_header.jpg", encode(&picture(), ImageFormat::Jpeg)[..100].to_vec(), ""),
@@ -250,13 +250,13 @@ fn hidden_folders_and_those_of_systems_are_passed_over_and_said() {
 
 #[test]
 fn files_of_other_types_are_counted_by_type() {
-    let folder = folder_of(&["a.jpg", "b.JFIF", "c.Jpeg", "d.jpe", "e.gif", "f.gif", "g.tif", "h", "i.jpg.txt"]);
+    let folder = folder_of(&["a.jpg", "b.JFIF", "c.Jpeg", "d.jpe", "e.mp4", "f.mp4", "g.psd", "h", "i.jpg.txt"]);
     let dataset = open(folder.path(), 0.25).unwrap();
     assert_eq!((dataset.len(), dataset.held_out().unwrap().len()), (3, 1));
     let said = said(&dataset);
     assert!(said.contains("3 images, 1 more held out for probes"), "{said}");
     assert!(
-        said.contains("5 files of other types passed over (2 .gif, 1 without an ending, 1 .tif, 1 .txt)"),
+        said.contains("5 files of other types passed over (2 .mp4, 1 without an ending, 1 .psd, 1 .txt)"),
         "{said}"
     );
 }

@@ -1,7 +1,7 @@
 //! What sub-folders say: the class of every image, and which images are there to be tested on.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
 use dinolab_core::text::printable;
@@ -10,8 +10,8 @@ use dinolab_core::{Error, Result};
 use super::listing::{files, some};
 
 /// Names of folders with images to train on, and with others to test on, the best first.
-pub(super) const TRAIN: [&str; 2] = ["train", "training"];
-pub(super) const TEST: [&str; 5] = ["val", "valid", "validation", "test", "testing"];
+pub(crate) const TRAIN: [&str; 2] = ["train", "training"];
+pub(crate) const TEST: [&str; 5] = ["val", "valid", "validation", "test", "testing"];
 
 /// The images of a folder, divided and labelled.
 #[derive(Debug, Default)]
@@ -29,9 +29,9 @@ pub(super) struct Labelled {
 /// What the folders below `root` say of images: if every image lies in one of at least two sub-folders, these are the
 /// classes; but `train` and `val` are parts of the data, whose sub-folders are the classes.
 pub(super) fn label(root: &Path, paths: &[PathBuf]) -> Labelled {
-    let folders: Vec<Vec<OsString>> = paths.iter().map(|path| folders(root, path)).collect();
+    let top = |path: &PathBuf| folders(root, path).next().map(lower);
     let mut found = Labelled::default();
-    let tops: BTreeSet<Option<String>> = folders.iter().map(|f| f.first().map(lower)).collect();
+    let tops: BTreeSet<Option<String>> = paths.iter().map(top).collect();
     let known = |top: &Option<String>| top.as_deref().is_some_and(|t| TRAIN.contains(&t) || TEST.contains(&t));
     let has = |names: &[&'static str]| names.iter().copied().find(|n| tops.contains(&Some(n.to_string())));
     let mut depth = 0;
@@ -39,7 +39,7 @@ pub(super) fn label(root: &Path, paths: &[PathBuf]) -> Labelled {
         (Some(train), Some(test)) if tops.iter().all(known) => {
             depth = 1;
             let part = |name: &str| -> Vec<usize> {
-                let inside = |i: &usize| folders[*i].first().map(lower).as_deref() == Some(name);
+                let inside = |i: &usize| top(&paths[*i]).as_deref() == Some(name);
                 (0..paths.len()).filter(inside).collect()
             };
             let parts = [part(train), part(test)];
@@ -61,10 +61,10 @@ pub(super) fn label(root: &Path, paths: &[PathBuf]) -> Labelled {
         )),
         _ => {}
     }
-    let mut count: BTreeMap<&OsString, usize> = BTreeMap::new();
+    let mut count: BTreeMap<&OsStr, usize> = BTreeMap::new();
     let mut loose = Vec::new();
-    for (path, folders) in paths.iter().zip(&folders) {
-        match folders.get(depth) {
+    for path in paths {
+        match folders(root, path).nth(depth) {
             Some(class) => *count.entry(class).or_default() += 1,
             None => loose.push(path),
         }
@@ -86,9 +86,12 @@ pub(super) fn label(root: &Path, paths: &[PathBuf]) -> Labelled {
     if alike.len() < count.len() {
         found.notes.push("some classes differ in upper and lower case only".into());
     }
-    found.classes = count.into_keys().cloned().collect();
-    let class = |folders: &Vec<OsString>| found.classes.binary_search(&folders[depth]).expect("all classes are listed");
-    found.labels = folders.iter().map(|folders| Some(class(folders) as u32)).collect();
+    found.classes = count.into_keys().map(OsStr::to_os_string).collect();
+    let class = |path: &PathBuf| {
+        let name = folders(root, path).nth(depth)?;
+        found.classes.binary_search_by(|class| class.as_os_str().cmp(name)).ok().map(|class| class as u32)
+    };
+    found.labels = paths.iter().map(class).collect();
     found
 }
 
@@ -104,9 +107,9 @@ pub(super) fn with_val(root: &Path, paths: &mut Vec<PathBuf>, val: &Path, theirs
     }
     if !found.classes.is_empty() {
         for path in &theirs {
-            let class = folders(val, path).into_iter().next();
-            let place = class.as_ref().map(|class| found.classes.binary_search(class));
-            if let (Some(class), Some(Err(_))) = (&class, place) {
+            let class = folders(val, path).next();
+            let place = class.map(|class| found.classes.binary_search_by(|other| other.as_os_str().cmp(class)));
+            if let (Some(class), Some(Err(_))) = (class, place) {
                 let problem =
                     format!("there is a class `{}`, which {} does not have", printable(class), printable(root));
                 return Err(Error::content(
@@ -124,13 +127,26 @@ pub(super) fn with_val(root: &Path, paths: &mut Vec<PathBuf>, val: &Path, theirs
     Ok(found)
 }
 
-fn lower(name: &OsString) -> String {
+/// Different labels in order: numbers, if all are, or texts in that of the alphabet, as they come.
+pub(crate) fn in_order<'a>(names: impl Iterator<Item = &'a String>) -> Vec<&'a String> {
+    let names: Vec<&String> = names.collect();
+    let numbers = names.iter().map(|name| name.parse::<i64>().ok().map(|n| (n, *name))).collect::<Option<Vec<_>>>();
+    match numbers {
+        // 10 comes after 9.
+        Some(mut numbers) => {
+            numbers.sort();
+            numbers.into_iter().map(|(_, name)| name).collect()
+        }
+        None => names,
+    }
+}
+
+fn lower(name: &OsStr) -> String {
     name.to_string_lossy().to_lowercase()
 }
 
 /// The names of the folders between the root and an image.
-fn folders(root: &Path, path: &Path) -> Vec<OsString> {
+pub(crate) fn folders<'a>(root: &Path, path: &'a Path) -> impl Iterator<Item = &'a OsStr> {
     let inside = path.strip_prefix(root).unwrap_or(path);
-    let folder = inside.parent().unwrap_or(Path::new(""));
-    folder.components().map(|part| part.as_os_str().to_os_string()).collect()
+    inside.parent().unwrap_or(Path::new("")).components().map(|part| part.as_os_str())
 }

@@ -8,7 +8,7 @@ use dinolab_core::text::printable;
 use dinolab_core::{Error, Result};
 
 /// File names that count as images end in one of these.
-const EXTENSIONS: [&str; 6] = ["jpg", "jpeg", "jpe", "jfif", "png", "webp"];
+const EXTENSIONS: [&str; 10] = ["jpg", "jpeg", "jpe", "jfif", "png", "webp", "tif", "tiff", "bmp", "gif"];
 /// Folders that systems and network drives keep for themselves; others of theirs begin with a dot.
 const SYSTEM: [&str; 8] = [
     "__MACOSX",
@@ -22,6 +22,11 @@ const SYSTEM: [&str; 8] = [
 ];
 /// Names that a sentence tells.
 const TOLD: usize = 3;
+
+/// Whether files with this ending, in small letters, are images.
+pub(crate) fn is_image(ending: &str) -> bool {
+    EXTENSIONS.contains(&ending)
+}
 
 /// The images of a folder, and what was passed over.
 #[derive(Debug, Default)]
@@ -90,13 +95,12 @@ impl Walk {
                 self.twice.push(folder);
                 continue;
             }
-            let entries = fs::read_dir(&folder).and_then(Iterator::collect::<std::io::Result<Vec<_>>>);
+            let entries = fs::read_dir(&folder)
+                .and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect::<std::io::Result<Vec<PathBuf>>>());
             match entries {
                 Ok(mut entries) => {
-                    entries.sort_by_key(fs::DirEntry::file_name);
-                    for entry in entries {
-                        self.entry(entry.path(), &mut left);
-                    }
+                    entries.sort_unstable();
+                    entries.into_iter().for_each(|path| self.entry(path, &mut left));
                 }
                 Err(error) => self.unreadable.push((folder, error)),
             }
@@ -110,7 +114,7 @@ impl Walk {
             return;
         }
         let extension = path.extension().map(|e| e.to_string_lossy().to_ascii_lowercase());
-        let image = extension.as_deref().is_some_and(|e| EXTENSIONS.contains(&e));
+        let image = extension.as_deref().is_some_and(is_image);
         let found = fs::symlink_metadata(&path).map(|entry| (entry.is_symlink(), fs::metadata(&path)));
         match found {
             Ok((true, Ok(target))) if target.is_dir() => self.links.push_back(path),

@@ -9,7 +9,7 @@ use dinolab_core::registry::DataContext;
 use dinolab_core::{plugin, Error, Result};
 
 use super::depth::Depths;
-use super::labels::{Labelled, TEST, TRAIN};
+use super::labels::{in_order, Labelled, TEST, TRAIN};
 use super::masks::{MaskConfig, Masks};
 use super::{Beside, Files, ImageFolder};
 
@@ -126,14 +126,7 @@ fn open(config: &ManifestConfig) -> Result<ImageFolder> {
 /// All labels in order, and the class of every row.
 fn classes(rows: &[Row]) -> (Vec<OsString>, Vec<Option<u32>>) {
     let names: BTreeSet<&String> = rows.iter().filter_map(|row| row.label.as_ref()).collect();
-    let mut names: Vec<&String> = names.into_iter().collect();
-    // 10 comes after 9.
-    if let Some(mut numbers) =
-        names.iter().map(|name| name.parse::<i64>().ok().map(|n| (n, *name))).collect::<Option<Vec<_>>>()
-    {
-        numbers.sort();
-        names = numbers.into_iter().map(|(_, name)| name).collect();
-    }
+    let names = in_order(names.into_iter());
     let place: BTreeMap<&String, u32> = names.iter().enumerate().map(|(i, name)| (*name, i as u32)).collect();
     let labels = rows.iter().map(|row| row.label.as_ref().map(|label| place[label])).collect();
     (names.into_iter().map(OsString::from).collect(), labels)

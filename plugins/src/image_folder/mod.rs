@@ -2,9 +2,9 @@
 
 mod beside;
 mod copies;
-mod decode;
+pub(crate) mod decode;
 mod depth;
-mod labels;
+pub(crate) mod labels;
 mod listing;
 pub mod manifest;
 mod masks;
@@ -26,6 +26,8 @@ use labels::Labelled;
 use masks::Masks;
 
 pub use decode::read;
+pub(crate) use labels::in_order;
+pub(crate) use listing::is_image;
 pub use listing::{list, Listing};
 pub(crate) use masks::read as read_mask;
 pub use masks::{MaskConfig, IGNORED};
@@ -35,7 +37,7 @@ pub const BACKGROUND: [u8; 3] = [255; 3];
 /// Classes that the summary names.
 const NAMED: usize = 10;
 
-/// Images in a folder and its sub-folders: JPEG, PNG and WebP.
+/// Images in a folder and its sub-folders: JPEG, PNG, WebP, TIFF, BMP and GIF.
 ///
 /// If every image lies in one of at least two sub-folders, the sub-folders' names are the classes, in alphabetical
 /// order. If the sub-folders are `train` and `val` (or `test`), the first is trained on, the second held out, and the
@@ -109,7 +111,7 @@ impl ImageFolderConfig {
     }
 }
 
-fn default_held_out() -> f64 {
+pub(crate) fn default_held_out() -> f64 {
     0.1
 }
 
@@ -117,7 +119,7 @@ fn default_depth_scale() -> f64 {
     0.001
 }
 
-fn default_background() -> [u8; 3] {
+pub(crate) fn default_background() -> [u8; 3] {
     BACKGROUND
 }
 
@@ -172,7 +174,7 @@ impl ImageFolder {
         let files = Arc::new(files);
         let [train, test] = match &files.labelled.split {
             Some(parts) => parts.clone(),
-            None => files.split(at, held_out)?,
+            None => set_aside(files.paths.len(), at, held_out)?,
         };
         let part = |part: Vec<usize>| Arc::new(Self { files: files.clone(), part, held_out: None });
         let held_out = (!test.is_empty()).then(|| part(test));
@@ -233,17 +235,9 @@ impl Dataset for ImageFolder {
 
     fn summary(&self) -> Summary {
         let Files { paths, sizes, labelled, beside: Beside { masks, depth }, notes, .. } = self.files.as_ref();
-        let mut content = format!("{} images", self.len());
-        if !labelled.classes.is_empty() {
-            let mut count = vec![0usize; labelled.classes.len()];
-            self.part.iter().filter_map(|&i| labelled.labels[i]).for_each(|label| count[label as usize] += 1);
-            let class = |(name, n)| format!("{} {n}", printable(name));
-            let mut named: Vec<String> = labelled.classes.iter().zip(count).take(NAMED).map(class).collect();
-            if labelled.classes.len() > NAMED {
-                named.push("...".into());
-            }
-            content += &format!(" in {} classes ({})", labelled.classes.len(), named.join(", "));
-        }
+        let classes = self.class_names();
+        let labels = self.part.iter().filter_map(|&i| labelled.labels.get(i).copied());
+        let mut content = format!("{} images{}", self.len(), count_classes(&classes, labels));
         if let Some(masks) = masks {
             content += &format!(", masks of {} classes", masks.classes());
         }
@@ -344,24 +338,40 @@ impl Files {
         let known = paths.iter().map(|_| Known::default()).collect();
         Self { paths, sizes, known, labelled, beside, notes, background, fingerprint }
     }
+}
 
-    /// Images to train on, and a share of them to test on.
-    fn split(&self, root: &Path, share: f64) -> Result<[Vec<usize>; 2]> {
-        let count = self.paths.len();
-        let aside = (count as f64 * share).round() as usize;
-        let aside = if share > 0.0 { aside.max(1) } else { 0 };
-        if aside >= count {
-            let problem = format!("{count} image(s) are too few to set {aside} aside for probes");
-            return Err(Error::content(root, problem, "add images, or set held_out = 0"));
-        }
-        // A random but fixed split: not of the run's seed, so that runs with several seeds share it.
-        let order = Order::new(0, count);
-        let mut test: Vec<usize> = (0..count as u64).map(|i| order.sample(i)).collect();
-        let mut train = test.split_off(aside);
-        train.sort_unstable();
-        test.sort_unstable();
-        Ok([train, test])
+/// A share of `count` images to test on, and the others to train on; `at` is where they are, for messages.
+///
+/// # Errors
+/// If there are too few.
+pub(crate) fn set_aside(count: usize, at: &Path, share: f64) -> Result<[Vec<usize>; 2]> {
+    let aside = (count as f64 * share).round() as usize;
+    let aside = if share > 0.0 { aside.max(1) } else { 0 };
+    if aside >= count {
+        let problem = format!("{count} image(s) are too few to set {aside} aside for probes");
+        return Err(Error::content(at, problem, "add images, or set held_out = 0"));
     }
+    // A random but fixed split: not of the run's seed, so that runs with several seeds share it.
+    let order = Order::new(0, count);
+    let mut test: Vec<usize> = (0..count as u64).map(|i| order.sample(i)).collect();
+    let mut train = test.split_off(aside);
+    train.sort_unstable();
+    test.sort_unstable();
+    Ok([train, test])
+}
+
+/// How many images each class has, in words: ` in 2 classes (cat 3, dog 5)`; nothing without classes.
+pub(crate) fn count_classes(classes: &[String], labels: impl Iterator<Item = Option<u32>>) -> String {
+    if classes.is_empty() {
+        return String::new();
+    }
+    let mut count = vec![0usize; classes.len()];
+    labels.flatten().for_each(|label| count[label as usize] += 1);
+    let mut named: Vec<String> = classes.iter().zip(count).take(NAMED).map(|(name, n)| format!("{name} {n}")).collect();
+    if classes.len() > NAMED {
+        named.push("...".into());
+    }
+    format!(" in {} classes ({})", classes.len(), named.join(", "))
 }
 
 /// The images of the folder that a key names.

@@ -131,6 +131,15 @@ pub fn example(kind: &str, name: &str) -> Option<&'static str> {
         ("dataset", "manifest") => {
             "extends = \"tiny_photos.toml\"\n\n[data]\nplugin = \"manifest\"\npath = \"/path/to/images.csv\""
         }
+        ("dataset", "cut_outs") => {
+            "[data]\nplugin = \"cut_outs\"\npath = \"/path/to/cut_outs\"\nbackgrounds = \"/path/to/photographs\""
+        }
+        ("dataset", "webdataset") => {
+            "extends = \"tiny_photos.toml\"\n\n[data]\nplugin = \"webdataset\"\npath = \"/path/to/train-{000000..000146}.tar\"\nval = \"/path/to/val-{000000..000006}.tar\""
+        }
+        ("dataset", "parquet") => {
+            "extends = \"tiny_photos.toml\"\n\n[data]\nplugin = \"parquet\"\npath = \"/path/to/data\""
+        }
         ("dataset", "image_folder") => {
             "extends = \"tiny_photos.toml\"\n\n[data]\nplugin = \"image_folder\"\npath = \"/path/to/images\""
         }

@@ -4,14 +4,11 @@ use image::ImageFormat;
 
 use super::Refusal;
 
+/// What is not read.
+const NONE: &str = "neither JPEG, PNG, WebP, TIFF, BMP nor GIF";
+
 /// Beginnings of files that are found under the name of an image, and what they are.
-const KNOWN: [(&[u8], &str); 29] = [
-    (b"GIF8", "a GIF"),
-    (b"BM", "a BMP"),
-    (b"II*\0", "a TIFF, or the raw data of a camera"),
-    (b"MM\0*", "a TIFF, or the raw data of a camera"),
-    (b"II+\0", "a BigTIFF"),
-    (b"MM\0+", "a BigTIFF"),
+const KNOWN: [(&[u8], &str); 23] = [
     (b"II\xbc", "a JPEG XR"),
     (b"\xff\x0a", "a JPEG XL"),
     (b"\0\0\0\x0cJXL ", "a JPEG XL"),
@@ -47,6 +44,10 @@ pub(super) fn format(bytes: &[u8]) -> Result<ImageFormat, Refusal> {
         [0xff, 0xd8, 0xff, next, ..] if *next != 0xf7 => Ok(ImageFormat::Jpeg),
         [0x89, b'P', b'N', b'G', b'\r', b'\n', 0x1a, b'\n', ..] => Ok(ImageFormat::Png),
         [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'E', b'B', b'P', ..] => Ok(ImageFormat::WebP),
+        [b'G', b'I', b'F', b'8', b'7' | b'9', b'a', ..] => Ok(ImageFormat::Gif),
+        [b'I', b'I', b'*' | b'+', 0, ..] | [b'M', b'M', 0, b'*' | b'+', ..] => Ok(ImageFormat::Tiff),
+        // Two letters alone may begin a text; the four bytes here are zero in every BMP.
+        [b'B', b'M', _, _, _, _, 0, 0, 0, 0, ..] => Ok(ImageFormat::Bmp),
         _ => Err(named(bytes)),
     }
 }
@@ -66,15 +67,15 @@ fn named(bytes: &[u8]) -> Refusal {
         return again("this is a web page", "its download failed: get the file again, or remove it");
     }
     if lower.contains("<svg") {
-        return Refusal::unsupported("this is an SVG, neither JPEG, PNG nor WebP");
+        return Refusal::unsupported(format!("this is an SVG, {NONE}"));
     }
     if lower.starts_with("<?xml") || lower.starts_with('{') {
         return again("this is the answer of a server", "its download failed: get the file again, or remove it");
     }
     let known = KNOWN.iter().find(|(start, _)| bytes.starts_with(start)).map(|(_, name)| *name);
     match known.or_else(|| boxed(bytes)).or_else(|| archive(bytes)).or_else(|| plain(bytes)) {
-        Some(name) => Refusal::unsupported(format!("this is {name}, neither JPEG, PNG nor WebP")),
-        None => "the content is neither JPEG, PNG nor WebP".into(),
+        Some(name) => Refusal::unsupported(format!("this is {name}, {NONE}")),
+        None => format!("the content is {NONE}").into(),
     }
 }
 
@@ -113,7 +114,7 @@ mod tests {
             (b"<?xml version=\"1.0\"?><Error><Code>AccessDenied", "server"),
             (b"{\"error\": 403}", "server"),
             (b"PK\x03\x04....", "ZIP"),
-            (b"GIF89a..", "GIF"),
+            (b"BMI is a measure", "text, neither JPEG"),
             (b"\0\0\0\x1cftypavif", "AVIF"),
             (b"\0\0\0\x18ftypheic", "HEIC"),
             (b"\xff\x0a\xfa\x7f", "JPEG XL"),

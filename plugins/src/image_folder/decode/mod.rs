@@ -8,6 +8,7 @@ mod content;
 mod jpeg;
 mod pixels;
 mod png;
+mod tiff;
 mod webp;
 
 use std::fs::File;
@@ -18,7 +19,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use dinolab_core::{Error, Result};
 use image::metadata::Orientation;
-use image::{DynamicImage, ImageFormat, ImageReader, Limits, RgbImage};
+use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, RgbImage, RgbaImage};
 
 /// More pixels than this are refused before they are decoded (Pillow's limit for "decompression bombs").
 const MOST_PIXELS: u64 = 178_956_970;
@@ -38,7 +39,8 @@ struct Refusal {
 
 impl Refusal {
     fn unsupported(problem: impl Into<String>) -> Self {
-        let help = "save it anew as JPEG, PNG or WebP with any image program, such as `magick old.jpg new.png`";
+        let help =
+            "save it anew as JPEG, PNG, WebP, TIFF or BMP with any image program, such as `magick old.jpg new.png`";
         Self { problem: problem.into(), help }
     }
 }
@@ -60,7 +62,7 @@ pub fn read(path: &Path, background: [u8; 3]) -> Result<RgbImage> {
 
 /// The content of a file that was found to be whole, so that it need not be found again in every epoch.
 #[derive(Debug, Default)]
-pub(super) struct Known(AtomicU64);
+pub(crate) struct Known(AtomicU64);
 
 impl Known {
     fn hash(bytes: &[u8]) -> u64 {
@@ -80,10 +82,32 @@ impl Known {
 /// As [`read`], of a file that may be `known`.
 pub(super) fn read_again(path: &Path, background: [u8; 3], known: &Known) -> Result<RgbImage> {
     let refused = |Refusal { problem, help }| Error::content(path, problem, help);
-    let bytes = load(path, refused)?;
-    // Decoders are written for damaged files, but one that panics must not end a run of days.
-    let image = std::panic::catch_unwind(AssertUnwindSafe(|| decode(&bytes, background, known)));
-    image.unwrap_or_else(|_| Err("its decoder panicked".into())).map_err(refused)
+    read_bytes(path, &load(path, refused)?, background, known)
+}
+
+/// The image in the bytes of a file, that `path` names for messages; its content may be `known`.
+///
+/// # Errors
+/// If they are no whole image.
+pub(crate) fn read_bytes(path: &Path, bytes: &[u8], background: [u8; 3], known: &Known) -> Result<RgbImage> {
+    guarded(path, || decode(bytes, background, known))
+}
+
+/// The image in a file, upright, with its opacity.
+///
+/// # Errors
+/// If the file cannot be read, or holds no whole image.
+pub(crate) fn read_rgba(path: &Path) -> Result<RgbaImage> {
+    let bytes = load(path, |Refusal { problem, help }| Error::content(path, problem, help))?;
+    let convert = |image| pixels::to_rgba8(image).map(DynamicImage::from);
+    guarded(path, || upright(&bytes, &Known::default(), convert).map(DynamicImage::into_rgba8))
+}
+
+/// What `decode` makes of the file `path`. Decoders are written for damaged files, but one that panics must not end a run of days.
+fn guarded<T>(path: &Path, decode: impl FnOnce() -> Result<T, Refusal>) -> Result<T> {
+    let image = std::panic::catch_unwind(AssertUnwindSafe(decode));
+    let image = image.unwrap_or_else(|_| Err("its decoder panicked".into()));
+    image.map_err(|Refusal { problem, help }| Error::content(path, problem, help))
 }
 
 /// The bytes of an image file. Its first ones are looked at before the others are read.
@@ -105,40 +129,57 @@ fn load(path: &Path, refused: impl Fn(Refusal) -> Error) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// The picture in the bytes of a file of any supported format, whatever its name says.
+/// The picture in the bytes of a file, on `background`.
 fn decode(bytes: &[u8], background: [u8; 3], known: &Known) -> Result<RgbImage, Refusal> {
+    let convert = |image| pixels::to_rgb8(image, background).map(DynamicImage::from);
+    upright(bytes, known, convert).map(DynamicImage::into_rgb8)
+}
+
+/// The picture in the bytes of a file of any supported format, whatever its name says, converted and turned upright.
+fn upright(
+    bytes: &[u8],
+    known: &Known,
+    convert: impl FnOnce(DynamicImage) -> Result<DynamicImage, Refusal>,
+) -> Result<DynamicImage, Refusal> {
     let format = content::format(bytes)?;
-    let (image, exif) = match format {
+    let (image, orientation) = match format {
         ImageFormat::Jpeg => {
             let hash = Known::hash(bytes);
             let found = jpeg::decode(bytes, known.holds(hash))?;
             known.set(hash);
-            found
+            (found.0, found.1.and_then(|exif| of_exif(exif.as_ref())))
         }
-        ImageFormat::Png => (whole(bytes, format)?, png::exif(bytes)?),
-        _ => {
-            let exif = webp::exif(bytes)?;
-            (whole(bytes, format)?, exif)
+        ImageFormat::Png => (whole(bytes, format)?.0, png::exif(bytes)?.and_then(|exif| of_exif(&exif))),
+        ImageFormat::WebP => (whole(bytes, format)?.0, webp::exif(bytes)?.and_then(|exif| of_exif(&exif))),
+        ImageFormat::Tiff => {
+            tiff::check(bytes)?;
+            whole(bytes, format)?
         }
+        _ => (whole(bytes, format)?.0, None),
     };
-    let mut image = DynamicImage::from(pixels::to_rgb8(image, background)?);
-    // A damaged note of the orientation is no reason to lose the image.
-    if let Some(orientation) = exif.and_then(|exif| Orientation::from_exif_chunk(exif.as_ref())) {
+    let mut image = convert(image)?;
+    if let Some(orientation) = orientation {
         image.apply_orientation(orientation);
     }
-    Ok(image.into_rgb8())
+    Ok(image)
 }
 
-/// The picture of a PNG or WebP.
-fn whole(bytes: &[u8], format: ImageFormat) -> Result<DynamicImage, Refusal> {
+/// How the picture is turned. A damaged note of it is no reason to lose the image.
+fn of_exif(exif: &[u8]) -> Option<Orientation> {
+    Orientation::from_exif_chunk(exif)
+}
+
+/// The picture of any format but JPEG, and how it is turned where the format itself says it.
+fn whole(bytes: &[u8], format: ImageFormat) -> Result<(DynamicImage, Option<Orientation>), Refusal> {
     let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
     let mut limits = Limits::default();
     limits.max_alloc = Some(BYTES_A_PIXEL * MOST_PIXELS);
     reader.limits(limits);
-    let decoder = reader.into_decoder().map_err(|e| e.to_string())?;
-    let (width, height) = image::ImageDecoder::dimensions(&decoder);
+    let mut decoder = reader.into_decoder().map_err(|e| e.to_string())?;
+    let (width, height) = decoder.dimensions();
     affordable(width.into(), height.into())?;
-    Ok(DynamicImage::from_decoder(decoder).map_err(|e| e.to_string())?)
+    let orientation = decoder.orientation().ok();
+    Ok((DynamicImage::from_decoder(decoder).map_err(|e| e.to_string())?, orientation))
 }
 
 /// Fails if an image has too many pixels, or there is no memory for them. Decoders take theirs without asking.
@@ -170,7 +211,7 @@ mod tests {
         bytes.into_inner()
     }
 
-    /// Nine good files.
+    /// Good files.
     fn wholes() -> &'static [Vec<u8>] {
         static FILES: std::sync::OnceLock<Vec<Vec<u8>>> = std::sync::OnceLock::new();
         FILES.get_or_init(encode_all)
@@ -183,6 +224,9 @@ mod tests {
         let mut files: Vec<Vec<u8>> = kinds.iter().map(|kind| encoded(ImageFormat::Png, kind)).collect();
         files.extend(kinds[..3].iter().map(|kind| encoded(ImageFormat::WebP, kind)));
         files.extend(kinds[..2].iter().map(|kind| encoded(ImageFormat::Jpeg, kind)));
+        files.extend(kinds.iter().map(|kind| encoded(ImageFormat::Tiff, kind)));
+        files.extend(kinds[..3].iter().map(|kind| encoded(ImageFormat::Bmp, kind)));
+        files.push(encoded(ImageFormat::Gif, &kinds[2]));
         files
     }
 
@@ -204,7 +248,7 @@ mod tests {
         /// A decoder's own panic would be caught by [`read`]; here it fails the test.
         #[test]
         fn no_bytes_end_or_hang_the_program(
-            which in 0..9usize,
+            which in 0..17usize,
             flips in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..6),
             cut in any::<prop::sample::Index>(),
             keep in any::<bool>(),
@@ -225,7 +269,7 @@ mod tests {
         }
 
         #[test]
-        fn noise_behind_any_beginning_is_refused(start in 0..9usize, length in 0..40usize, noise: Vec<u8>) {
+        fn noise_behind_any_beginning_is_refused(start in 0..17usize, length in 0..40usize, noise: Vec<u8>) {
             let mut bytes = wholes()[start].clone();
             bytes.truncate(length);
             bytes.extend(noise);

@@ -1,6 +1,6 @@
 //! From what a file holds to 8-bit RGB.
 
-use image::{DynamicImage, ImageBuffer, RgbImage};
+use image::{DynamicImage, ImageBuffer, RgbImage, RgbaImage};
 
 use super::Refusal;
 
@@ -26,6 +26,15 @@ pub(super) fn to_rgb8(image: DynamicImage, background: [u8; 3]) -> Result<RgbIma
         }
     };
     Ok(ImageBuffer::from_raw(width, height, raw).expect("every pixel became three bytes"))
+}
+
+/// The image in 8 bits with its opacity.
+///
+/// # Errors
+/// As [`to_rgb8`].
+pub(super) fn to_rgba8(image: DynamicImage) -> Result<RgbaImage, Refusal> {
+    bright_enough(&image)?;
+    Ok(image.into_rgba8())
 }
 
 /// Pixels of colours and opacity over a background.

@@ -1,0 +1,317 @@
+//! `parquet`: images in the tables of Hugging Face datasets.
+
+use std::fs::File;
+use std::panic::AssertUnwindSafe;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use dinolab_core::contract::Dataset;
+use dinolab_core::registry::DataContext;
+use dinolab_core::text::printable;
+use dinolab_core::{plugin, Error, Result};
+use parquet::basic::Type;
+use parquet::column::reader::{get_column_reader, ColumnReader, ColumnReaderImpl};
+use parquet::data_type::DataType;
+use parquet::errors::ParquetError;
+use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
+use parquet::file::serialized_reader::SerializedPageReader;
+use rayon::prelude::*;
+use serde_json::Value;
+
+use crate::image_folder::labels::{TEST, TRAIN};
+use crate::packed::{files, unlabelled, All, Labels, Packed, Store};
+
+const HELP: &str = "copy or download the file again, or leave it out";
+
+/// Images in local Parquet files, in the layout of Hugging Face datasets.
+///
+/// An image is a cell of a column that holds files: a struct of `bytes` and `path`, or bytes alone. It is read as `image_folder`
+/// reads a file. The columns and the names of the classes are those that the files' own description (`huggingface`) says,
+/// unless keys name others. Labels are whole numbers, those below 0 none, or text: without names the classes are all labels.
+///
+/// What is compressed, is so by Snappy (as Hugging Face does). Tables and labels are read once at the start; then an image is read
+/// from its place, so that images are shuffled across all files and a run resumes exactly.
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ParquetConfig {
+    /// The files: a `.parquet` file, several by brace expansion, such as `train-{00000..00004}-of-00005.parquet`, or a folder of
+    /// them. In a folder `train-*` is trained on and `validation-*` or `test-*` held out, where both are there.
+    #[schemars(extend("format" = "path"))]
+    pub path: PathBuf,
+    /// Other files, whose images are held out for probes in place of a share of these.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("format" = "path"))]
+    pub val: Option<PathBuf>,
+    /// Share of the images set aside for probes: the same ones for every seed.
+    #[serde(default = "crate::image_folder::default_held_out")]
+    #[schemars(extend("minimum" = 0, "exclusiveMaximum" = 1))]
+    pub held_out: f64,
+    /// The column of images. By default the first that is described as one, or `image`, or `img`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<String>,
+    /// The column of labels. By default the first that is described as one, or `label` where it is there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub label: Option<String>,
+    /// Names of the classes, in order: labels are their numbers or the names.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub classes: Vec<String>,
+    /// The colour that transparent images lie on: red, green and blue, 0 to 255.
+    #[serde(default = "crate::image_folder::default_background")]
+    pub background: [u8; 3],
+}
+
+plugin!(Dataset, "parquet", ParquetConfig, |config: ParquetConfig, _: &mut DataContext| {
+    open(&config).map(|data| Box::new(data) as Box<dyn Dataset>)
+});
+
+/// Where the images of all tables lie.
+#[derive(Debug, Default)]
+struct Tables {
+    tables: Vec<Table>,
+    /// The row groups of all tables, in order.
+    groups: Vec<Group>,
+}
+
+/// A file.
+#[derive(Debug)]
+struct Table {
+    path: PathBuf,
+    about: ParquetMetaData,
+    /// Its column of images.
+    image: usize,
+}
+
+/// A part of a table.
+#[derive(Debug)]
+struct Group {
+    /// The number of its first image.
+    first: usize,
+    /// Its first row in the table.
+    row: usize,
+    table: usize,
+    /// Its place in the table.
+    number: usize,
+}
+
+impl Tables {
+    /// The group of an image, and the image's row in it.
+    fn find(&self, index: usize) -> (&Group, usize) {
+        let group = &self.groups[self.groups.partition_point(|group| group.first <= index) - 1];
+        (group, index - group.first)
+    }
+}
+
+impl Store for Tables {
+    fn bytes(&self, index: usize) -> Result<Vec<u8>> {
+        let (group, row) = self.find(index);
+        let Table { path, about, image, .. } = &self.tables[group.table];
+        let damaged = |problem: String| Error::content(self.place(index), problem, HELP);
+        let file = Arc::new(File::open(path).map_err(Error::io("read", path))?);
+        let read = || -> Result<Option<Vec<u8>>, ParquetError> {
+            let ColumnReader::ByteArrayColumnReader(mut column) = column(file, about, group.number, *image)? else {
+                unreachable!("the type was checked")
+            };
+            column.skip_records(row)?;
+            let (mut defined, mut values) = (Vec::new(), Vec::new());
+            column.read_records(1, Some(&mut defined), None, &mut values)?;
+            Ok(values.pop().map(|bytes| bytes.data().to_vec()))
+        };
+        // Readers are written for damaged files, but one that panics must not end a run of days.
+        let found = std::panic::catch_unwind(AssertUnwindSafe(read));
+        let found = found.map_err(|_| damaged("its reader panicked".into()))?.map_err(|e| damaged(e.to_string()))?;
+        let help = "embed the images: `dataset.to_parquet` of a dataset whose images were read, or use the files with `image_folder`";
+        found.ok_or_else(|| Error::content(self.place(index), "the cell has no bytes of an image", help))
+    }
+
+    fn place(&self, index: usize) -> PathBuf {
+        let (group, row) = self.find(index);
+        self.tables[group.table].path.join(format!("row {}", group.row + row))
+    }
+}
+
+/// Reads what the files say of themselves, and labels; no image is read.
+fn open(config: &ParquetConfig) -> Result<Packed<Tables>> {
+    let (train_files, test_files, mut notes) = parts(config)?;
+    let first = train_files.len();
+    let paths: Vec<PathBuf> = [train_files, test_files].concat();
+    let found: Vec<Found> = paths.par_iter().map(|path| look(path, config)).collect::<Result<_>>()?;
+    let (mut store, mut labels, mut names) = (Tables::default(), Labels::default(), config.classes.clone());
+    let mut hash = blake3::Hasher::new();
+    let (mut count, mut train) = (0, 0);
+    for (number, (path, found)) in paths.into_iter().zip(found).enumerate() {
+        if names.is_empty() {
+            names.clone_from(&found.names);
+        } else if config.classes.is_empty() && !found.names.is_empty() && found.names != names {
+            let other = printable(&store.tables[0].path);
+            let help = "use files of one dataset, or name the classes in data.classes";
+            return Err(Error::content(path, format!("its classes are others than those of {other}"), help));
+        }
+        let length = std::fs::metadata(&path).map_or(0, |found| found.len());
+        hash.update(path.file_name().unwrap_or_default().as_encoded_bytes()).update(&[0]).update(&length.to_le_bytes());
+        let mut row = 0;
+        for (group, about) in found.about.row_groups().iter().enumerate() {
+            store.groups.push(Group { first: count, row, table: number, number: group });
+            row += about.num_rows() as usize;
+            count += about.num_rows() as usize;
+        }
+        for label in found.labels {
+            hash.update(label.as_deref().unwrap_or_default().as_bytes()).update(&[0]);
+            labels.push(label);
+        }
+        store.groups.retain(|group| group.first < count);
+        store.tables.push(Table { path, about: found.about, image: found.image });
+        if number + 1 == first {
+            train = count;
+        }
+    }
+    if train == 0 {
+        return Err(Error::content(&config.path, "the files have no row", "name files with images in data.path"));
+    }
+    let (labels, classes) = labels.classes(&names).map_err(|(index, label)| {
+        let problem = format!("its label `{label}` is none of the {} classes", names.len());
+        Error::content(store.place(index), problem, "name all classes in data.classes")
+    })?;
+    notes.extend(unlabelled(&labels));
+    let fingerprint = hash.finalize().to_hex().to_string();
+    let all = All { store, labels, classes, notes, fingerprint, background: config.background };
+    Packed::new(all, train, config.held_out, &config.path)
+}
+
+/// The files to train on, those that are held out, and what to say of them.
+fn parts(config: &ParquetConfig) -> Result<(Vec<PathBuf>, Vec<PathBuf>, Vec<String>)> {
+    let all = files(&config.path, "parquet", "data.path")?;
+    if let Some(val) = &config.val {
+        let notes = vec![format!("the images of {} are held out for probes", printable(val))];
+        return Ok((all, files(val, "parquet", "data.val")?, notes));
+    }
+    let part = |path: &PathBuf| {
+        let stem = path.file_stem().unwrap_or_default().to_string_lossy().to_lowercase();
+        stem.split(['-', '_', '.']).next().unwrap_or_default().to_string()
+    };
+    let of = |names: &[&'static str]| names.iter().copied().find(|name| all.iter().any(|path| part(path) == *name));
+    let (Some(train), Some(test)) = (of(&TRAIN), of(&TEST)) else { return Ok((all, Vec::new(), Vec::new())) };
+    let those = |name: &str| all.iter().filter(|path| part(path) == name).cloned().collect::<Vec<_>>();
+    let (of_train, of_test) = (those(train), those(test));
+    let mut notes = vec![format!("files {train} are trained on, files {test} are held out for probes")];
+    let left = all.len() - of_train.len() - of_test.len();
+    if left > 0 {
+        notes.push(format!("{left} other files beside them are not used"));
+    }
+    Ok((of_train, of_test, notes))
+}
+
+/// What a file says.
+struct Found {
+    about: ParquetMetaData,
+    image: usize,
+    labels: Vec<Option<String>>,
+    names: Vec<String>,
+}
+
+/// Reads what a file says of itself, and its labels.
+fn look(path: &Path, config: &ParquetConfig) -> Result<Found> {
+    let file = File::open(path).map_err(Error::io("read", path))?;
+    let damaged = |e: ParquetError| Error::content(path, format!("this is no whole Parquet file: {e}"), HELP);
+    let about = ParquetMetaDataReader::new().parse_and_finish(&file).map_err(damaged)?;
+    let (file, features) = (Arc::new(file), features(&about));
+    let schema = about.file_metadata().schema_descr();
+    let leaf = |parts: &[&str]| schema.columns().iter().position(|column| column.path().parts() == parts);
+    let described = |kind: &str| {
+        let is = |(_, feature): &(&String, &Value)| feature.get("_type").and_then(Value::as_str) == Some(kind);
+        features.iter().find(is).map(|(name, _)| name.clone())
+    };
+    let top: Vec<&str> = schema.root_schema().get_fields().iter().map(|field| field.name()).collect();
+    let there = || format!("it has {}", top.join(", "));
+    let known = |names: &[&str]| names.iter().find(|name| top.contains(name)).map(|name| name.to_string());
+
+    let image = config.image.clone().or_else(|| described("Image")).or_else(|| known(&["image", "img"]));
+    let help = "set data.image to the column that has the images";
+    let Some(image) = image else {
+        return Err(Error::content(path, format!("no column is described as an image: {}", there()), help));
+    };
+    let Some(column) = leaf(&[&image, "bytes"]).or_else(|| leaf(&[&image])) else {
+        return Err(Error::content(path, format!("there is no column `{image}` of bytes: {}", there()), help));
+    };
+    let about_column = schema.column(column);
+    if about_column.physical_type() != Type::BYTE_ARRAY || about_column.max_rep_level() > 0 {
+        return Err(Error::content(path, format!("the column `{image}` does not hold an image a row"), help));
+    }
+    if let Some(group) = about.row_groups().first() {
+        // One that is compressed otherwise is found here, and not in every row.
+        SerializedPageReader::new(file.clone(), group.column(column), group.num_rows() as usize, None)
+            .map_err(damaged)?;
+    }
+
+    let label = config.label.clone().or_else(|| described("ClassLabel")).or_else(|| known(&["label"]));
+    let labels = match &label {
+        None => vec![None; about.file_metadata().num_rows() as usize],
+        Some(label) => {
+            let help = "set data.label to a column of whole numbers or texts";
+            let Some(column) = leaf(&[label]) else {
+                return Err(Error::content(path, format!("there is no column `{label}`: {}", there()), help));
+            };
+            let none = || Error::content(path, format!("the column `{label}` is no label"), help);
+            read_labels(&file, &about, column).map_err(damaged)?.ok_or_else(none)?
+        }
+    };
+    let names = label.and_then(|label| Some(features.get(&label)?.get("names")?.as_array()?.clone()));
+    let names = names.unwrap_or_default().iter().filter_map(|name| Some(name.as_str()?.to_string())).collect();
+    Ok(Found { about, image: column, labels, names })
+}
+
+/// What `huggingface` in the file says of the columns.
+fn features(about: &ParquetMetaData) -> serde_json::Map<String, Value> {
+    let said = about.file_metadata().key_value_metadata().into_iter().flatten();
+    let said = said.filter(|pair| pair.key == "huggingface").find_map(|pair| pair.value.as_deref());
+    let said: Option<Value> = said.and_then(|text| serde_json::from_str(text).ok());
+    let features = said.as_ref().and_then(|said| said.get("info")?.get("features")?.as_object());
+    features.cloned().unwrap_or_default()
+}
+
+/// A column of a row group.
+fn column(file: Arc<File>, about: &ParquetMetaData, group: usize, leaf: usize) -> Result<ColumnReader, ParquetError> {
+    let group = about.row_group(group);
+    let pages = SerializedPageReader::new(file, group.column(leaf), group.num_rows() as usize, None)?;
+    Ok(get_column_reader(about.file_metadata().schema_descr().column(leaf), Box::new(pages)))
+}
+
+/// The labels of all rows; `None` if the column holds neither whole numbers nor texts.
+fn read_labels(
+    file: &Arc<File>,
+    about: &ParquetMetaData,
+    leaf: usize,
+) -> Result<Option<Vec<Option<String>>>, ParquetError> {
+    if about.file_metadata().schema_descr().column(leaf).max_rep_level() > 0 {
+        return Ok(None);
+    }
+    let mut labels = Vec::new();
+    for group in 0..about.num_row_groups() {
+        let rows = about.row_group(group).num_rows() as usize;
+        labels.extend(match column(file.clone(), about, group, leaf)? {
+            ColumnReader::Int32ColumnReader(column) => cells(column, rows, |number| number.to_string())?,
+            ColumnReader::Int64ColumnReader(column) => cells(column, rows, |number| number.to_string())?,
+            ColumnReader::ByteArrayColumnReader(column) => {
+                cells(column, rows, |text| String::from_utf8_lossy(text.data()).into_owned())?
+            }
+            _ => return Ok(None),
+        });
+    }
+    Ok(Some(labels))
+}
+
+/// All cells of a column.
+fn cells<T: DataType>(
+    mut column: ColumnReaderImpl<T>,
+    rows: usize,
+    text: impl Fn(&T::T) -> String,
+) -> Result<Vec<Option<String>>, ParquetError> {
+    let (mut defined, mut values) = (Vec::new(), Vec::new());
+    while column.read_records(rows, Some(&mut defined), None, &mut values)?.0 > 0 {}
+    let most = defined.iter().copied().max().unwrap_or(0);
+    let mut values = values.iter().map(text);
+    let cells = match defined.is_empty() {
+        true => values.map(Some).collect(),
+        false => defined.iter().map(|&level| if level == most { values.next() } else { None }).collect(),
+    };
+    Ok(cells)
+}
