@@ -21,6 +21,7 @@ pub mod pictures;
 pub mod pulse;
 pub mod report;
 pub mod signals;
+pub mod stages;
 pub mod statistics;
 pub mod style;
 pub mod suite;

@@ -48,6 +48,9 @@ pub struct RunInfo {
     pub device: String,
     /// CPU threads.
     pub threads: usize,
+    /// BLAKE3 of the weights that it started from, by the key that names them: see `parents.json`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub parents: BTreeMap<String, String>,
     /// Seconds since 1970.
     pub started_unix: u64,
 }
@@ -141,6 +144,7 @@ impl RunFolder {
         options: &RunOptions,
         data: &dyn Dataset,
         (start, resumed): (u64, bool),
+        parents: BTreeMap<String, String>,
     ) -> Result<Vec<String>> {
         let recipe_device = match resolved.recipe.device()? {
             Device::Cpu => "cpu".to_string(),
@@ -154,6 +158,7 @@ impl RunFolder {
             data: data.fingerprint(),
             device: recipe_device,
             threads: rayon::current_num_threads(),
+            parents,
             started_unix: since.map_or(0, |d| d.as_secs()),
         };
         let mut notes = if resumed { self.compare(&info)? } else { Vec::new() };

@@ -228,8 +228,16 @@ fn run_on(resolved: &Resolved, options: &RunOptions, observer: &mut dyn Observer
     let spec = LoaderSpec { left_out: rewinds.left_out(), ..loader_spec(recipe, &learner, start) };
     let probes = probes::Probes::new(recipe, train.clone(), test)?;
     let loader = Loader::new(train.clone(), spec)?;
+    let parents = match &begun {
+        Some(begun) => begun.parents.clone(),
+        None => Parent::read(folder.path())?,
+    };
+    let parents = parents.into_iter().map(|parent| (parent.key, parent.weights)).collect();
     messages.extend(
-        folder.begin(resolved, options, train.as_ref(), (start, resumed))?.into_iter().map(|text| ("resume", text)),
+        folder
+            .begin(resolved, options, train.as_ref(), (start, resumed), parents)?
+            .into_iter()
+            .map(|text| ("resume", text)),
     );
     if let Some(begun) = &begun {
         begun.write(folder.path(), &rewinds)?;
