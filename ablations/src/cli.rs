@@ -35,6 +35,8 @@ enum Command {
     Ablate(commands::ablate::Args),
     /// Train a recipe, or go on with a run.
     Train(commands::train::Args),
+    /// Run stages that go on from each other: pretraining, Gram anchoring, high resolution.
+    Stages(commands::stages::Args),
     /// Show the report of a run or a suite in a browser while it runs.
     Watch(commands::watch::Args),
     /// Read published DINOv3 weights into a folder that recipes can start from.
@@ -72,7 +74,9 @@ impl Command {
     /// What it does when a signal asks it to stop; those that are left out end as any program does.
     fn answer(&self) -> Option<Answer> {
         match self {
-            Self::Ablate(_) | Self::Train(_) | Self::Features(_) | Self::Eval(_) => Some(Answer::Save),
+            Self::Ablate(_) | Self::Train(_) | Self::Stages(_) | Self::Features(_) | Self::Eval(_) => {
+                Some(Answer::Save)
+            }
             Self::Import(_) | Self::Export(_) | Self::Bench(_) => Some(Answer::End),
             _ => None,
         }
@@ -87,6 +91,7 @@ impl Command {
         match self {
             Self::Ablate(args) => commands::ablate::run(args),
             Self::Train(args) => commands::train::run(&args),
+            Self::Stages(args) => commands::stages::run(&args),
             Self::Watch(args) => commands::watch::run(&args),
             Self::Import(args) => commands::import::run(&args),
             Self::Export(args) => commands::export::run(&args),

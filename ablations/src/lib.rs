@@ -22,6 +22,7 @@ pub mod pulse;
 pub mod ranks;
 pub mod report;
 pub mod signals;
+pub mod stages;
 pub mod statistics;
 pub mod style;
 pub mod suite;

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::report::duration;
+use crate::style::duration;
 
 /// Says when a line is due: at the first step, and then now and then.
 #[derive(Debug)]

@@ -126,6 +126,36 @@ pub fn seeds_needed(d_z: f64) -> Option<usize> {
     (2.max(start as usize)..=MAX_SEEDS).find(|&n| power(d, n) >= POWER)
 }
 
+/// The smallest effect, as Cohen's d_z, that `n` pairs find with 80% power; `None` for fewer than two.
+pub fn effect_found(n: usize) -> Option<f64> {
+    if n < 2 {
+        return None;
+    }
+    let (mut low, mut high) = (0.0, 1.0);
+    while power(high, n) < POWER {
+        high *= 2.0;
+    }
+    for _ in 0..60 {
+        let middle = 0.5 * (low + high);
+        if power(middle, n) < POWER {
+            low = middle;
+        } else {
+            high = middle;
+        }
+    }
+    Some(high)
+}
+
+/// Where the mean of `m` further values of the same kind lies in 95 of 100 cases, given mean and standard deviation of `n`:
+/// mean ± t(0.975, n - 1) · sd · √(1/n + 1/m); `None` for n below two.
+pub fn prediction(mean: f64, sd: f64, n: usize, m: usize) -> Option<[f64; 2]> {
+    if n < 2 || m < 1 {
+        return None;
+    }
+    let half = student(n).inverse_cdf(1.0 - ALPHA / 2.0) * sd * (1.0 / n as f64 + 1.0 / m as f64).sqrt();
+    Some([mean - half, mean + half])
+}
+
 /// Power of the two-sided paired t-test with `n` pairs and effect `d`: the chance that a noncentral t with n - 1 degrees
 /// of freedom and noncentrality d√n falls outside ± t(1 - α/2).
 ///

@@ -53,6 +53,10 @@ pub struct Gram {
     pub tokens: Tokens,
     /// Log the loss on masked and on unmasked patches beside it.
     pub log_parts: bool,
+    /// Log as `health/gram/drift` how far the targets are from those that the EMA teacher of the moment would give: the same
+    /// mean squared difference, between the Gram matrices of the two teachers. It grows from one refresh to the next, and is
+    /// what a refresh changes.
+    pub log_drift: bool,
     /// The teacher with which the student is compared: the name of its table, `[teachers.<name>]`.
     pub teacher: String,
 }
@@ -65,6 +69,7 @@ impl Default for Gram {
             remove_negative: RemoveNegative::None,
             tokens: Tokens::All,
             log_parts: false,
+            log_drift: false,
             teacher: "gram".into(),
         }
     }
@@ -91,7 +96,7 @@ impl Loss for Gram {
     fn needs(&self) -> Needs {
         let masks = self.log_parts || self.tokens != Tokens::All;
         let teachers = vec![self.teacher.clone()];
-        Needs { locals: false, teachers, masks, teacher: false, min_batch: 1, ..Needs::default() }
+        Needs { locals: false, teachers, masks, teacher: self.log_drift, min_batch: 1, ..Needs::default() }
     }
 
     fn compute(&self, _: &Params<'_>, out: &Outputs<'_>, _: &StepContext<'_>) -> Result<LossValue> {
@@ -107,6 +112,10 @@ impl Loss for Gram {
             let student = student.detach();
             parts.push(("masked", self.over(&student, teacher, out.student.mask_indices)?));
             parts.push(("unmasked", self.over(&student, teacher, out.unmasked_indices)?));
+        }
+        if self.log_drift {
+            let now = out.teacher.patches.detach();
+            parts.push(("health/drift", now.similarity_distance(teacher, self.options(self.image_level))?));
         }
         Ok(LossValue::of(loss).with_parts(parts))
     }

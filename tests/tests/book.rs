@@ -7,6 +7,7 @@
 //! |---|---|
 //! | `toml` whose first line is a comment with a path (`# recipes/mine.toml`) | written to that file; then as below |
 //! | `toml` with arms or a grid | `dinolab ablate --dry-run` |
+//! | `toml` with stages | `dinolab stages --dry-run` |
 //! | `toml` | `dinolab recipe check`, on top of the tiny recipe if it is only a part of one |
 //! | `sh` | run by bash, page by page from top to bottom; `cargo run --release --` is `dinolab` |
 //! | `sh,fails` | has to fail |
@@ -162,12 +163,17 @@ fn check_toml(folder: &Folder, block: &Block) -> String {
         fs::create_dir_all(folder.path("").join(inside)).expect("the folder can be written");
     }
     let suite = ["arm", "grid"].iter().any(|key| table.contains_key(*key));
-    let whole = suite || table.contains_key("extends") || table.contains_key("backbone") && table.contains_key("data");
+    let stages = table.contains_key("stage");
+    let whole = suite
+        || stages
+        || table.contains_key("extends")
+        || table.contains_key("backbone") && table.contains_key("data");
     let extends = if whole { "" } else { "extends = \"tiny.toml\"\n" };
     folder.write(path, &format!("{extends}{}", block.text));
-    match suite {
-        true => format!("dinolab ablate --dry-run {path} > /dev/null"),
-        false => format!("dinolab recipe check {path} > /dev/null"),
+    match (suite, stages) {
+        (true, _) => format!("dinolab ablate --dry-run {path} > /dev/null"),
+        (_, true) => format!("dinolab stages --dry-run {path} > /dev/null"),
+        _ => format!("dinolab recipe check {path} > /dev/null"),
     }
 }
 

@@ -36,6 +36,7 @@ fn every_shipped_recipe_and_suite_is_valid_and_mistakes_are_not() {
     assert!(recipes.len() > 10 && suites.len() > 5);
     assert_eq!(problems(&python, &folder, &[], &recipes), "");
     assert_eq!(problems(&python, &folder, &["suite"], &suites), "");
+    assert_eq!(problems(&python, &folder, &["stages"], &shipped("recipes/stages")), "");
 
     folder.write(
         "typo.toml",

@@ -1,6 +1,6 @@
 //! Statistics of a suite against values known in closed form or from published tables, and properties.
 
-use dinolab::statistics::{estimate, holm, paired, power, seeds_needed};
+use dinolab::statistics::{effect_found, estimate, holm, paired, power, prediction, seeds_needed};
 use proptest::prelude::*;
 
 fn close(a: f64, b: f64, tolerance: f64) -> bool {
@@ -88,6 +88,27 @@ fn seeds_needed_are_the_tabulated_sample_sizes() {
     }
     assert_eq!(seeds_needed(0.0), None);
     assert_eq!(seeds_needed(1e-4), None);
+}
+
+#[test]
+fn the_smallest_effect_that_seeds_find_is_the_inverse_of_the_seeds_needed() {
+    assert_eq!((effect_found(0), effect_found(1)), (None, None));
+    for n in [2, 3, 5, 10, 34] {
+        let d = effect_found(n).expect("two seeds or more");
+        assert!(close(power(d, n), 0.8, 1e-9), "{n}: {d}");
+        // A little more is found by as many, a little less is not.
+        assert_eq!((seeds_needed(1.001 * d), seeds_needed(0.999 * d)), (Some(n), Some(n + 1)));
+    }
+}
+
+/// With n = 3 earlier values and one further the half width is t(0.975, 2) · sd · √(4/3).
+#[test]
+fn the_interval_of_a_further_mean_uses_the_t_table() {
+    let one = prediction(1.0, 0.5, 3, 1).expect("three values");
+    assert!(close(one[1], 1.0 + 4.30265 * 0.5 * (4.0f64 / 3.0).sqrt(), 1e-5), "{one:?}");
+    let many = prediction(1.0, 0.5, 3, 1_000_000).expect("three values");
+    assert!(close(many[0], 1.0 - 4.30265 * 0.5 / 3.0f64.sqrt(), 1e-5), "{many:?}");
+    assert_eq!(prediction(1.0, 0.5, 1, 1), None);
 }
 
 #[test]

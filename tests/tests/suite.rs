@@ -131,7 +131,11 @@ impl Prepared for Fake {
             lines += &format!("{line}\n");
         }
         write("metrics.jsonl", lines);
-        (job.watch)(Event::Step { step: start, steps, text: "training" });
+        let values = [("loss/total".to_string(), if gram { 9.5 } else { 1.0 })].into();
+        (job.watch)(Event::Step { step: start, steps, text: "training", values: &values });
+        if job.stop.load(Ordering::Relaxed) {
+            return Ok(Outcome::Interrupted { step: start });
+        }
         let halfway = self.trainer.stop_at.borrow_mut().take_if(|stop| *stop == id && steps > 2);
         if halfway.is_some() {
             fs::write(&checkpoint, (steps / 2).to_string()).expect("a temporary folder");
@@ -484,6 +488,112 @@ fn what_does_not_fit_is_begun_anew_with_more_micro_batches_if_the_suite_says_so(
     let (summary, _) = report::write(&plan, provenance(), &look).expect("it was written");
     let said = summary.warnings.join("\n");
     assert!(said.contains("off seed 0 did not fit and was begun anew with batch.micro_batches = 4"), "{said}");
+}
+
+#[test]
+fn a_rule_drops_a_run_or_its_arm_and_says_so() {
+    let rule = |more: &str| format!("{}\n[[drop]]\nabove = 9.0\n{more}\n", suite());
+    let lab = Lab::new();
+    let plan = lab.plan(&rule("after = 50")).expect("a valid suite");
+    assert_eq!(lab.execute(&plan, |_| ()).expect("it ran").finished, 6, "the rule holds from step 50 on");
+
+    let lab = Lab::new();
+    let plan = lab.plan(&rule("")).expect("a valid suite");
+    let tally = lab.execute(&plan, |_| ()).expect("it ran");
+    assert_eq!((tally.finished, tally.failed.len(), tally.interrupted), (3, 3, None));
+    assert_eq!(lab.log().len(), 6, "every seed is tried");
+    assert!(tally.failed[0].1.contains("dropped after step 0: loss/total = 9.5000 is above 9"), "{:?}", tally.failed);
+    let (summary, _) = report::write(&plan, provenance(), &look).expect("it was written");
+    let said = summary.warnings.join("\n");
+    assert!(said.contains("on seed 2 was dropped after step 0") && said.contains("looks better than it is"), "{said}");
+
+    let lab = Lab::new();
+    let plan = lab.plan(&rule("arm = true")).expect("a valid suite");
+    let tally = lab.execute(&plan, |_| ()).expect("it ran");
+    assert_eq!(lab.log().iter().filter(|run| run.starts_with("on")).count(), 1, "one seed drops the arm");
+    assert!(tally.failed[2].1.contains("dropped with its arm: see on seed 0"), "{:?}", tally.failed);
+
+    // A signal reaches a run that is under rules.
+    let lab = Lab::new();
+    let plan = lab.plan(&rule("metric = \"loss/dino\"")).expect("a valid suite");
+    *lab.trainer.stop_at.borrow_mut() = Some("on 0".into());
+    assert!(lab.execute(&plan, |_| ()).expect("it ran").interrupted.is_some());
+}
+
+#[test]
+fn an_effect_that_is_worth_finding_says_what_it_takes() {
+    let error = refused(&format!("effect = {{ \"probe/seg/mio\" = 0.01 }}\n{}", suite()));
+    assert!(error.contains("no metric of the suite") && error.contains("did you mean `probe/seg/miou`"), "{error}");
+    let error = refused(&format!("effect = {{ \"loss/total\" = 0.0 }}\n{}", suite()));
+    assert!(error.contains("a difference above zero"), "{error}");
+
+    let lab = Lab::new();
+    let plan = lab.plan(&format!("effect = {{ \"loss/total\" = 0.01 }}\n{}", suite())).expect("a valid suite");
+    lab.execute(&plan, |_| ()).expect("it ran");
+    // Differences of -0.02, 0.01 and 0.04: a standard deviation of 0.03, three times the effect.
+    for (seed, total) in [(0, 0.98), (1, 1.02), (2, 1.06)] {
+        let path = lab.out().join(format!("arms/on/seed-{seed}/result.json"));
+        let metrics = json!({ "probe/seg/miou": 0.5, "loss/total": total });
+        fs::write(path, json!({ "steps": 40, "seconds": 40.0, "metrics": metrics }).to_string()).expect("it is there");
+    }
+    let (summary, _) = report::write(&plan, provenance(), &look).expect("it was written");
+    let loss = summary.comparisons.iter().find(|c| c.metric == "loss/total").expect("it was compared");
+    let seeds = loss.seeds_for_effect.expect("it is in reach");
+    // 2 + (1.96 + 0.84)² · 9 = 73 by the normal approximation.
+    assert!((71..=75).contains(&seeds), "{seeds}");
+    assert!(loss.sentence.contains(&format!("To find a difference of 0.01 four times in five takes {seeds} seeds")));
+}
+
+/// The suite with a head that says what it gave.
+fn with_head(miou: f64) -> String {
+    format!(
+        "{}\n[measured]\non = \"a fake\"\nn = 3\nseconds = 40.0\n[measured.arms.on]\n\"probe/seg/miou\" = {{ mean = {miou}, sd = 0.01 }}\n",
+        suite()
+    )
+}
+
+#[test]
+fn a_suite_says_whether_it_gave_what_its_head_says() {
+    // The fake gives 0.55 and noise of 0.02.
+    for (said, agrees) in [(0.55, true), (0.9, false)] {
+        let lab = Lab::new();
+        let plan = lab.plan(&with_head(said)).expect("a valid suite");
+        lab.execute(&plan, |_| ()).expect("it ran");
+        let (summary, _) = report::write(&plan, provenance(), &look).expect("it was written");
+        assert_eq!(summary.reproduction.len(), 1);
+        assert_eq!(summary.reproduction[0].agrees, Some(agrees), "{:?}", summary.reproduction);
+        let page = fs::read_to_string(lab.out().join("report.html")).expect("it was written");
+        assert!(page.contains(if agrees { "as said" } else { "other than said" }));
+        let text = fs::read_to_string(lab.out().join("summary.md")).expect("it was written");
+        assert!(text.contains("## Beside what the suite's file says"), "{text}");
+    }
+    let error = refused(&with_head(0.5).replace("arms.on", "arms.onn"));
+    assert!(error.contains("[measured] has an arm `onn`") && error.contains("did you mean `on`"), "{error}");
+}
+
+#[test]
+fn the_summary_has_drawings_and_hours() {
+    let lab = Lab::new();
+    let plan = lab.plan(&suite()).expect("a valid suite");
+    lab.execute(&plan, |_| ()).expect("it ran");
+    for (arm, device) in [("on", "cuda:0 (a GPU)"), ("off", "cpu")] {
+        for seed in 0..3 {
+            let path = lab.out().join(format!("arms/{arm}/seed-{seed}/run.json"));
+            fs::write(path, json!({ "device": device, "threads": 9 }).to_string()).expect("it is there");
+        }
+    }
+    let (summary, _) = report::write(&plan, provenance(), &look).expect("it was written");
+    // Three runs of 40 s each: on one GPU, and on nine threads.
+    assert!((summary.compute.gpu_hours - 120.0 / 3600.0).abs() < 1e-12);
+    assert!((summary.compute.core_hours - 9.0 * 120.0 / 3600.0).abs() < 1e-12);
+    let text = fs::read_to_string(lab.out().join("summary.md")).expect("it was written");
+    assert!(text.contains("0.03333 GPU hours and 0.3 core hours"), "{text}");
+    for line in text.lines().filter(|line| line.starts_with("![")) {
+        let path = line.rsplit_once('(').expect("a picture has a path").1.trim_end_matches(')');
+        assert!(fs::read_to_string(lab.out().join(path)).expect("it was drawn").starts_with("<svg"));
+    }
+    // Differences and a curve of each of the two metrics.
+    assert_eq!(text.matches("](summary/").count(), 4, "{text}");
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use dinolab_core::{Error, Result};
 
-use super::parallel::PROGRAM;
+use super::slot::PROGRAM;
 use crate::suite::{has_trunk, Plan, PlannedRun, Status, TRUNK};
 
 /// The commands that do parts of a suite, from any working directory.

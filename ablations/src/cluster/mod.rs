@@ -8,11 +8,13 @@ mod board;
 mod job;
 mod kubernetes;
 mod parallel;
+mod slot;
 mod slurm;
 mod status;
 
 pub use job::Jobs;
-pub use parallel::{execute, Slot, PROGRAM};
+pub use parallel::execute;
+pub use slot::{Slot, PROGRAM};
 pub use slurm::Submission;
 pub use status::table;
 

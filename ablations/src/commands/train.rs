@@ -5,13 +5,15 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use dinolab_core::recipe::Expected;
 use dinolab_core::text::printable;
-use dinolab_core::train::{self, Lead, Observer, Outcome, Progress, RunOptions, Start};
+use dinolab_core::train::{self, Lead, Observer, Outcome, Progress, RunInfo, RunOptions, Start};
 use dinolab_core::Result;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::cli::{RecipeArgs, RESUMABLE};
 use crate::pulse::Pulse;
+use crate::report::expectation;
 use crate::{ranks, signals, style};
 
 /// What it is given.
@@ -45,7 +47,9 @@ fn train_on(args: &Args, lead: &Lead) -> Result<u8> {
         stop: signals::stop_flag(),
         revision: crate::REVISION.into(),
     };
-    let mut bar = Bar::new(ProgressBar::new(resolved.recipe.steps));
+    let expected = expectation::of(&args.recipe.path, &resolved);
+    let mut bar =
+        Bar::new(ProgressBar::new(resolved.recipe.steps), expected.clone().map(|expected| (expected, out.clone())));
     let outcome = train::lead(&resolved, &options, lead, &mut bar);
     bar.bar.finish();
     match outcome? {
@@ -55,6 +59,16 @@ fn train_on(args: &Args, lead: &Lead) -> Result<u8> {
             }
             if let Some(why) = &result.stopped {
                 style::say(&format!("ended before its {} steps: {why}", resolved.recipe.steps));
+            }
+            if let Some(expected) = &expected {
+                let data = RunInfo::read(&out)?.and_then(|info| info.data);
+                style::say(&format!(
+                    "beside what the recipe says ({} runs on {}, 95% of further ones):",
+                    expected.n, expected.on
+                ));
+                for line in expectation::compare(expected, &result.metrics, data.as_deref()) {
+                    style::say(&format!("  {line}"));
+                }
             }
             let (steps, seconds) = (result.steps, result.seconds);
             style::say(&format!("finished {steps} steps in {seconds:.0} s; everything is in {}", printable(&out)));
@@ -71,20 +85,25 @@ fn train_on(args: &Args, lead: &Lead) -> Result<u8> {
 struct Bar {
     bar: ProgressBar,
     pulse: Pulse,
+    /// What is expected of the run, and its folder.
+    expected: Option<(Expected, PathBuf)>,
 }
 
 impl Bar {
-    fn new(bar: ProgressBar) -> Self {
+    fn new(bar: ProgressBar, expected: Option<(Expected, PathBuf)>) -> Self {
         let style = "{prefix}[{elapsed_precise}] {bar:28} {pos}/{len} eta {eta} {wide_msg}";
         bar.set_style(ProgressStyle::with_template(style).expect("the template is fixed").progress_chars("=> "));
         bar.enable_steady_tick(Duration::from_millis(500));
-        Self { bar, pulse: Pulse::default() }
+        Self { bar, pulse: Pulse::default(), expected }
     }
 }
 
 impl Observer for Bar {
     fn started(&mut self, start: &Start) {
         self.bar.suspend(|| style::line(&start.to_string()));
+        if let Some(Err(error)) = self.expected.as_ref().map(|(expected, run)| expectation::write(expected, run)) {
+            self.bar.suspend(|| style::warn(&error));
+        }
         self.bar.set_position(start.step);
         self.bar.reset_eta();
     }

@@ -1,16 +1,17 @@
 //! `report.html`: one file with everything in it, no script and no request; and what the pages of
 //! `dinolab watch` and `dinolab eval` share with it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
+use dinolab_core::recipe::Curve;
 use dinolab_core::Result;
 use minijinja::value::Serde;
 use minijinja::{context, Environment, Value};
 use plotters::style::RGBColor;
 
 use super::markdown::{estimate_text, verdict_word};
-use super::plots::{bounds, color, css, curves, forest, Band, ForestRow, Mark, Points, TRUNK_COLOR};
-use super::{duration, number, p_text, rounded_to, Comparison, EventSummary, Gallery, Summary, Verdict};
+use super::plots::{bounds, color, css, curves, forest, Band, ForestRow, Mark, Point, Points, TRUNK_COLOR};
+use super::{duration, number, p_text, rounded_to, Comparison, EventSummary, Gallery, Reproduction, Summary, Verdict};
 use crate::filmstrip::STRIPS;
 use crate::suite::{Better, Plan, RunRecord, Series, TRUNK};
 
@@ -41,8 +42,7 @@ pub(super) fn page(
     gallery: &Gallery,
     live: bool,
 ) -> Result<String> {
-    let baseline = summary.arms.iter().position(|a| a.name == summary.baseline).expect("the baseline is an arm");
-    let colors: Vec<_> = (0..summary.arms.len()).map(|i| color(i, baseline)).collect();
+    let colors = arm_colors(summary);
     let arms: Vec<Value> = summary
         .arms
         .iter()
@@ -58,7 +58,7 @@ pub(super) fn page(
             }
         })
         .collect();
-    let arm_color = |name: &str| colors[summary.arms.iter().position(|a| a.name == name).unwrap_or(baseline)];
+    let arm_color = |name: &str| color_of(summary, &colors, name);
     let metrics: Vec<Value> = plan
         .suite
         .metrics
@@ -66,18 +66,10 @@ pub(super) fn page(
         .map(|metric| {
             let comparisons: Vec<&Comparison> =
                 summary.comparisons.iter().filter(|c| c.metric == metric.name).collect();
-            let rows: Vec<ForestRow> = comparisons
-                .iter()
-                .filter_map(|c| {
-                    let seeds = c.per_seed.iter().map(|s| s.difference).collect();
-                    let (label, color) = (c.arm.clone(), arm_color(&c.arm));
-                    Some(ForestRow { label, color, difference: c.paired.difference?, ci95: c.paired.ci95, seeds })
-                })
-                .collect();
             context! {
                 name => metric.name.as_str(), parts => metric.name.split('/').map(String::from).collect::<Vec<_>>(),
                 better => if metric.better == Better::Higher { "higher is better" } else { "lower is better" },
-                forest => (!rows.is_empty()).then(|| Value::from_safe_string(forest(&rows))),
+                forest => forest_of(summary, &metric.name).map(Value::from_safe_string),
                 comparisons => comparisons.into_iter().map(|c| comparison(c, metric.better)).collect::<Vec<_>>(),
             }
         })
@@ -89,10 +81,9 @@ pub(super) fn page(
             context! { sentence => c.sentence.as_str(), verdict, worth, color => css(arm_color(&c.arm)) }
         })
         .collect();
-    let mut lines: Vec<(&str, RGBColor)> = summary.trunk.iter().map(|_| (TRUNK, TRUNK_COLOR)).collect();
-    lines.extend(summary.arms.iter().zip(&colors).map(|(arm, color)| (arm.name.as_str(), *color)));
+    let lines = drawn_lines(summary);
     let happened = happened(&summary.events, &lines);
-    let curve_groups = curve_groups(&summary.metrics, records, &lines, &marks(&happened));
+    let curve_groups = curve_groups(&summary.metrics, records, &lines, &marks(&happened), &BTreeMap::new());
     let lines: Vec<Value> =
         lines.iter().map(|(name, color)| context! { name => *name, color => css(*color) }).collect();
     let happened: Vec<Value> = happened.iter().map(Happened::shown).collect();
@@ -100,10 +91,79 @@ pub(super) fn page(
     let environment = environment("report.html", TEMPLATE);
     let page = environment.get_template("report.html").expect("it was added above").render(context! {
         summary => Value::from(Serde(summary)), arms, metrics, headlines, curve_groups, lines, happened, live,
-        total_time => duration(summary.seconds), filmstrip => film.map(|film| Value::from(Serde(film))),
+        total_time => duration(summary.seconds), compute => summary.compute.words(), reproduction => reproduction(summary), filmstrip => film.map(|film| Value::from(Serde(film))),
         pictures => pictures.map(|p| context! { seed => p.seed, rows => Value::from(Serde(&p.rows)) }),
     });
     Ok(page.expect("the template asks for nothing that it is not given"))
+}
+
+/// The colour of every arm, in order.
+pub(super) fn arm_colors(summary: &Summary) -> Vec<RGBColor> {
+    let baseline = summary.arms.iter().position(|a| a.name == summary.baseline).expect("the baseline is an arm");
+    (0..summary.arms.len()).map(|i| color(i, baseline)).collect()
+}
+
+fn color_of(summary: &Summary, colors: &[RGBColor], name: &str) -> RGBColor {
+    colors[summary.arms.iter().position(|a| a.name == name).expect("comparisons are of arms")]
+}
+
+/// What is drawn as a curve: the trunk and the arms, with their colours.
+pub(super) fn drawn_lines(summary: &Summary) -> Vec<(&str, RGBColor)> {
+    let trunk = summary.trunk.iter().map(|_| (TRUNK, TRUNK_COLOR));
+    trunk.chain(summary.arms.iter().map(|arm| arm.name.as_str()).zip(arm_colors(summary))).collect()
+}
+
+/// The differences of all arms in a metric, as a drawing; none without pairs.
+pub(super) fn forest_of(summary: &Summary, metric: &str) -> Option<String> {
+    let colors = arm_colors(summary);
+    let row = |c: &Comparison| {
+        let seeds = c.per_seed.iter().map(|s| s.difference).collect();
+        let (label, color) = (c.arm.clone(), color_of(summary, &colors, &c.arm));
+        Some(ForestRow { label, color, difference: c.paired.difference?, ci95: c.paired.ci95, seeds })
+    };
+    let rows: Vec<ForestRow> = summary.comparisons.iter().filter(|c| c.metric == metric).filter_map(row).collect();
+    (!rows.is_empty()).then(|| forest(&rows))
+}
+
+/// A metric of all that is drawn over steps, as a drawing; none where it was measured once.
+pub(super) fn curve_of(
+    metric: &str,
+    records: &[RunRecord],
+    colors: &[(&str, RGBColor)],
+    (steps, marks): ((f64, f64), &[Mark]),
+    expected: Option<&Curve>,
+) -> Option<String> {
+    let band = |&(arm, color): &(&str, RGBColor)| {
+        let runs: Vec<&Series> = records.iter().filter(|r| r.arm == arm).filter_map(|r| r.curves.get(metric)).collect();
+        Band { color, points: Points::over(&runs).0 }
+    };
+    let bands: Vec<Band> = colors.iter().map(band).filter(|b| !b.points.is_empty()).collect();
+    let expected: Vec<Point> = expected.into_iter().flat_map(expected_points).collect();
+    // What was measured once is in the tables.
+    bands.iter().any(|b| b.points.len() > 1).then(|| curves(&bands, steps, marks, &expected))
+}
+
+fn expected_points(curve: &Curve) -> impl Iterator<Item = Point> + '_ {
+    let values = curve.mean.iter().zip(&curve.sd);
+    curve.steps.iter().zip(values).map(|(&step, (&mean, &std))| Point { step: step as f64, mean, std, n: 1 })
+}
+
+/// The steps that any of these runs logged: the first and the last.
+pub(super) fn axis(records: &[RunRecord]) -> (f64, f64) {
+    bounds(records.iter().flat_map(|r| r.curves.values().flatten()).map(|(step, _)| *step as f64))
+}
+
+/// What the suite's head says, beside what it gave.
+fn reproduction(summary: &Summary) -> Vec<Value> {
+    let row = |r: &Reproduction| {
+        let show = rounded_to(r.within95);
+        context! {
+            arm => r.arm.as_str(), metric => r.metric.as_str(), here => show(r.here), said => show(r.said), n => r.n,
+            within => r.within95.map(|[low, high]| format!("{} … {}", show(low), show(high))),
+            agrees => r.agrees.map_or("unknown", |agrees| if agrees { "as said" } else { "other than said" }),
+        }
+    };
+    summary.reproduction.iter().map(row).collect()
 }
 
 /// Whether a difference that was found is for the better; `None` if none was.
@@ -129,12 +189,13 @@ fn comparison(c: &Comparison, better: Better) -> Value {
 }
 
 /// Curves by theme: the metrics that decide, other probes, losses, and the rest, which is folded away. All have the same
-/// axis and the same lines where something happened.
+/// axis and the same lines where something happened; behind some is what was expected.
 pub(super) fn curve_groups(
     metrics: &[String],
     records: &[RunRecord],
     colors: &[(&str, RGBColor)],
     marks: &[Mark],
+    expected: &BTreeMap<String, Curve>,
 ) -> Vec<Value> {
     let names: BTreeSet<&String> = records.iter().flat_map(|r| r.curves.keys()).collect();
     let group = |name: &str| match name {
@@ -145,17 +206,10 @@ pub(super) fn curve_groups(
     };
     let probes = if metrics.is_empty() { "Probes" } else { "Other probes" };
     let titles = ["What decides", probes, "Losses", "Optimisation and throughput"];
-    let steps = bounds(records.iter().flat_map(|r| r.curves.values().flatten()).map(|(step, _)| *step as f64));
+    let steps = axis(records);
     let drawn = |name: &&String| {
-        let band = |&(arm, color): &(&str, RGBColor)| {
-            let runs: Vec<&Series> =
-                records.iter().filter(|r| r.arm == arm).filter_map(|r| r.curves.get(*name)).collect();
-            Band { color, points: Points::over(&runs).0 }
-        };
-        let bands: Vec<Band> = colors.iter().map(band).filter(|b| !b.points.is_empty()).collect();
-        // What was measured once is in the tables.
-        let curve = bands.iter().any(|b| b.points.len() > 1);
-        curve.then(|| context! { name => name.as_str(), svg => Value::from_safe_string(curves(&bands, steps, marks)) })
+        let svg = curve_of(name, records, colors, (steps, marks), expected.get(*name))?;
+        Some(context! { name => name.as_str(), svg => Value::from_safe_string(svg) })
     };
     let themes = titles.iter().enumerate().map(|(i, title)| {
         let plots: Vec<Value> = names.iter().filter(|n| group(n) == i).filter_map(drawn).collect();

@@ -1,10 +1,30 @@
 //! `summary.md`: the table and the verdicts, for an issue or a lab book.
 
+use super::html::{axis, curve_of, drawn_lines, forest_of, happened, marks};
 use super::{duration, number, p_text, rounded_to, Summary};
 use crate::statistics::Estimate;
+use crate::suite::{Plan, RunRecord};
 
-/// The page.
-pub(super) fn page(summary: &Summary) -> String {
+/// The folder of its drawings, in the suite's.
+pub(super) const PICTURES: &str = "summary";
+
+/// The drawings of the page by their paths in the suite's folder: differences and curves of what decides.
+pub(super) fn pictures(plan: &Plan, records: &[RunRecord], summary: &Summary) -> Vec<(String, String)> {
+    let lines = drawn_lines(summary);
+    let happened = happened(&summary.events, &lines);
+    let marks = marks(&happened);
+    let mut all = Vec::new();
+    for metric in &plan.suite.metrics {
+        let file = |what: &str| format!("{PICTURES}/{what}-{}.svg", metric.name.replace('/', "-"));
+        all.extend(forest_of(summary, &metric.name).map(|svg| (file("differences"), svg)));
+        let curve = curve_of(&metric.name, records, &lines, (axis(records), &marks), None);
+        all.extend(curve.map(|svg| (file("curve"), svg)));
+    }
+    all
+}
+
+/// The page, with these drawings.
+pub(super) fn page(summary: &Summary, pictures: &[(String, String)]) -> String {
     let mut text = format!("# {}\n\n", summary.suite);
     if !summary.description.is_empty() {
         text += &format!("{}\n\n", summary.description.trim());
@@ -35,6 +55,16 @@ pub(super) fn page(summary: &Summary) -> String {
         let n = c.paired.n.to_string();
         text += &row([arm, metric, difference, ci, p(c.paired.p_value), p(c.p_holm), n, verdict].into_iter());
     }
+    for (path, _) in pictures {
+        let title = path.trim_start_matches(PICTURES).trim_matches('/').trim_end_matches(".svg");
+        text += &format!("\n![{title}]({path})\n");
+    }
+    if !summary.reproduction.is_empty() {
+        text += "\n## Beside what the suite's file says\n\n";
+        for r in &summary.reproduction {
+            text += &format!("- {}\n", r.sentence());
+        }
+    }
     if !summary.warnings.is_empty() {
         text += "\n## Read this before believing the numbers\n\n";
         for warning in &summary.warnings {
@@ -43,7 +73,9 @@ pub(super) fn page(summary: &Summary) -> String {
     }
     let p = &summary.provenance;
     let revision = p.revision.as_ref().map_or(String::new(), |r| format!(" ({r})"));
-    text += &format!("\nAll runs took {}; dinolab {}{revision}.\n", duration(summary.seconds), p.version);
+    let hours = Some(summary.compute.words()).filter(|words| !words.is_empty());
+    let hours = hours.map_or(String::new(), |words| format!(" ({words}, probes not counted)"));
+    text += &format!("\nAll runs took {}{hours}; dinolab {}{revision}.\n", duration(summary.seconds), p.version);
     text += &format!("\n```sh\n{}\n```\n", p.command);
     text
 }

@@ -1,19 +1,27 @@
 //! The report of a suite: `summary.json` for programs, `summary.md` for pasting, `report.html` for reading.
 
+mod compute;
+pub mod expectation;
 pub(crate) mod html;
 mod look;
 mod markdown;
 mod pictures;
 pub(crate) mod plots;
+mod reproduction;
 mod run;
+mod stages;
 mod summary;
+mod warnings;
 
 use std::path::{Path, PathBuf};
 
 use dinolab_core::{checkpoint, Device, Error, Result};
 
+pub use compute::Compute;
 pub use look::look;
+pub use reproduction::Reproduction;
 pub use run::{run_page, waiting_page};
+pub use stages::{stages_page, StageRow};
 pub use summary::{
     ArmSummary, Comparison, EventSummary, Provenance, RunSummary, SeedDifference, SeriesSummary, Summary, TrunkSummary,
     Verdict,
@@ -21,6 +29,7 @@ pub use summary::{
 
 use crate::filmstrip::{filmstrip, to_tensorboard, Filmstrip};
 use crate::pictures::PatchView;
+pub(crate) use crate::style::duration;
 use crate::suite::{lock_folder, Plan, RunRecord, TRUNK};
 
 /// What a trained run sees in the held-out images, given its folder: [`look()`].
@@ -45,9 +54,15 @@ pub fn write(plan: &Plan, provenance: Provenance, look: Look<'_>) -> Result<(Sum
     let report = plan.out.join("report.html");
     let page = html::page(plan, &records, &summary, &gallery, false)?;
     let _lock = lock_folder(plan)?;
+    let pictures = markdown::pictures(plan, &records, &summary);
+    let folder = plan.out.join(markdown::PICTURES);
+    std::fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
+    for (name, svg) in &pictures {
+        checkpoint::write_file(&plan.out.join(name), svg.as_bytes())?;
+    }
     for (path, text) in [
         (plan.out.join("summary.json"), json + "\n"),
-        (plan.out.join("summary.md"), markdown::page(&summary)),
+        (plan.out.join("summary.md"), markdown::page(&summary, &pictures)),
         (report.clone(), page),
     ] {
         checkpoint::write_file(&path, text.as_bytes())?;
@@ -182,14 +197,5 @@ pub(crate) fn p_text(p: f64) -> String {
         "p < 0.001".into()
     } else {
         format!("p = {p:.3}")
-    }
-}
-
-/// Seconds as a person says them.
-pub(crate) fn duration(seconds: f64) -> String {
-    match seconds {
-        s if s < 90.0 => format!("{s:.0} s"),
-        s if s < 5400.0 => format!("{:.1} min", s / 60.0),
-        s => format!("{:.1} h", s / 3600.0),
     }
 }

@@ -104,12 +104,20 @@ pub struct Mark {
 /// The colour of the trunk that arms go on from.
 pub const TRUNK_COLOR: RGBColor = RGBColor(0x4a, 0x4a, 0x52);
 
-/// Curves over steps, one band an arm, on an axis from the first of `steps` to the last, with lines where something happened.
-pub fn curves(bands: &[Band], (x0, x1): (f64, f64), marks: &[Mark]) -> String {
+/// Curves over steps, one band an arm, on an axis from the first of `steps` to the last, with lines where something happened;
+/// behind them, in grey, two standard deviations to each side of the points that were `expected`.
+pub fn curves(bands: &[Band], (x0, x1): (f64, f64), marks: &[Mark], expected: &[Point]) -> String {
     let all = || bands.iter().flat_map(|b| b.points.iter());
-    let (y0, y1) = bounds(all().flat_map(|p| [p.mean - p.std, p.mean + p.std]));
+    let expected: Vec<&Point> = expected.iter().filter(|p| (x0..=x1).contains(&p.step)).collect();
+    let seen = all().flat_map(|p| [p.mean - p.std, p.mean + p.std]);
+    let (y0, y1) = bounds(seen.chain(expected.iter().flat_map(|p| [p.mean - 2.0 * p.std, p.mean + 2.0 * p.std])));
     draw((400, 250), |area| {
         let mut chart = axes(area, x0..x1, (y0, y1))?;
+        if !expected.is_empty() {
+            let upper = expected.iter().map(|p| (p.step, p.mean + 2.0 * p.std));
+            let lower = expected.iter().rev().map(|p| (p.step, p.mean - 2.0 * p.std));
+            chart.draw_series([Polygon::new(upper.chain(lower).collect::<Vec<_>>(), INK.mix(0.1))])?;
+        }
         for mark in marks {
             let y = chart.y_range();
             let line = vec![(mark.step, y.start), (mark.step, y.end)];

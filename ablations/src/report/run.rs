@@ -1,5 +1,6 @@
 //! The page of one run, and of a folder in which nothing has begun: what `dinolab watch` shows of them.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use dinolab_core::recipe::{Overrides, Resolved};
@@ -11,7 +12,7 @@ use minijinja::{context, Value};
 use super::html::{curve_groups, environment, happened, marks, Happened};
 use super::plots::{color, css};
 use super::summary::events;
-use super::{duration, number};
+use super::{duration, expectation, number};
 use crate::filmstrip::Filmstrip;
 use crate::suite::{RunRecord, Status};
 
@@ -49,10 +50,16 @@ pub fn run_page(folder: &Path, film: Option<&Filmstrip>) -> Result<String> {
     let records = [record.clone()];
     let (lines, events) = ([(name.as_str(), color(1, 0))], events(&records));
     let happened = happened(&events, &lines);
-    let groups = curve_groups(&[], &records, &lines, &marks(&happened));
+    let expected = expectation::read(folder)?;
+    let bands = expected.as_ref().map_or(BTreeMap::new(), |expected| expected.curves.clone());
+    let groups = curve_groups(&[], &records, &lines, &marks(&happened), &bands);
+    let behind = expected.filter(|expected| !expected.curves.is_empty());
+    let behind =
+        behind.map(|e| format!("Grey: {} runs on {}, two standard deviations to each side of their mean.", e.n, e.on));
     let environment = environment("run.html", TEMPLATE);
     let page = environment.get_template("run.html").expect("it was added above").render(context! {
         name => name.as_str(), facts, warnings, single => true, summary => context! {}, scores => Value::from(Serde(&scores)), curve_groups => groups,
+        behind,
         said => record.result().and_then(|r| r.stopped.clone()),
         lines => vec![context! { name => lines[0].0, color => css(lines[0].1) }],
         happened => happened.iter().map(Happened::shown).collect::<Vec<_>>(),

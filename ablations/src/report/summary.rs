@@ -4,10 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
+use super::compute::Compute;
 use super::plots::{Point, Points};
+use super::reproduction::{reproduction, Reproduction};
+use super::warnings::warnings;
 use super::{p_text, rounded_to};
-use crate::statistics::{estimate, holm, paired, Estimate, Paired, ALPHA};
-use crate::suite::{Attempt, Better, Metric, Plan, RunRecord, Status, Warning, TRUNK};
+use crate::statistics::{estimate, holm, paired, seeds_needed, Estimate, Paired, ALPHA};
+use crate::suite::{Attempt, Better, Metric, Plan, RunRecord, Status, TRUNK};
 
 /// `summary.json`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -39,8 +42,14 @@ pub struct Summary {
     pub events: Vec<EventSummary>,
     /// What a reader must know before believing the numbers: failed and missing runs, lost pairs, sicknesses.
     pub warnings: Vec<String>,
+    /// What the suite's head says that it gives, beside what it gave.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub reproduction: Vec<Reproduction>,
     /// Seconds of all finished runs together.
     pub seconds: f64,
+    /// The same by what they ran on.
+    #[serde(default)]
+    pub compute: Compute,
     /// What produced this.
     pub provenance: Provenance,
 }
@@ -158,6 +167,12 @@ pub struct Comparison {
     pub p_holm: Option<f64>,
     /// Differences of the single seeds, in the suite's order.
     pub per_seed: Vec<SeedDifference>,
+    /// The difference that the suite says is worth finding.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub effect: Option<f64>,
+    /// Seeds that find it with 80% power, by the spread of the differences seen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seeds_for_effect: Option<usize>,
     /// What may be concluded.
     pub verdict: Verdict,
     /// The same in a sentence.
@@ -216,7 +231,9 @@ impl Summary {
             series: series(plan, records),
             events: events(records),
             warnings: warnings(plan, records),
+            reproduction: reproduction(plan, records),
             seconds: records.iter().filter_map(RunRecord::result).map(|r| r.seconds).sum(),
+            compute: Compute::of(records),
             provenance,
         }
     }
@@ -317,6 +334,8 @@ fn compare(plan: &Plan, metric: &Metric, records: &[RunRecord]) -> Vec<Compariso
             paired: paired(&pairs),
             p_holm: None,
             per_seed: per_seed.collect(),
+            effect: suite.effect.get(&metric.name).copied(),
+            seeds_for_effect: None,
             verdict: Verdict::NoInterval,
             sentence: String::new(),
         });
@@ -327,8 +346,12 @@ fn compare(plan: &Plan, metric: &Metric, records: &[RunRecord]) -> Vec<Compariso
         comparisons[i].p_holm = Some(p);
     }
     for comparison in &mut comparisons {
+        // Differences without any spread find everything.
+        let spread = comparison.paired.std.filter(|std| *std > 0.0);
+        comparison.seeds_for_effect =
+            comparison.effect.zip(spread).and_then(|(effect, std)| seeds_needed(effect / std));
         comparison.verdict = verdict(comparison);
-        comparison.sentence = sentence(comparison, metric, tested.len());
+        comparison.sentence = sentence(comparison, metric, tested.len()) + &of_effect(comparison);
     }
     comparisons
 }
@@ -394,70 +417,22 @@ fn sentence(c: &Comparison, metric: &Metric, tests: usize) -> String {
     }
 }
 
-/// Nothing is dropped silently: what is missing, failed or sick is said.
-fn warnings(plan: &Plan, records: &[RunRecord]) -> Vec<String> {
-    let mut warnings = plan.warnings.clone();
-    for record in records {
-        let run = format!("{} seed {}", record.arm, record.seed);
-        match &record.status {
-            Status::Finished(_) => {}
-            Status::Failed(error) => warnings.push(format!("{run} failed and is not in the numbers: {error}")),
-            // It may be going on at this moment.
-            Status::Interrupted => warnings.push(format!("{run} is not finished and not in the numbers")),
-            Status::Pending => warnings.push(format!("{run} is pending and not in the numbers")),
-        }
-        warnings.extend(record.attempts.iter().map(|attempt| match attempt.micro_batches {
-            Some(parts) => format!(
-                "{run} did not fit and was begun anew with batch.micro_batches = {parts}: losses that look across a \
-                 micro-batch see fewer images in it than in the runs that it is compared with ({})",
-                attempt.error
-            ),
-            None => format!("{run} was tried again after: {}", attempt.error),
-        }));
-        // A trunk has only to be there.
-        for metric in plan.suite.metrics.iter().filter(|_| record.result().is_some() && record.arm != TRUNK) {
-            if record.score(&metric.name).is_none() {
-                warnings.push(format!("{run} gave no finite {}: it is left out of that metric", metric.name));
-            }
-        }
+/// What can be said of the difference that the suite says is worth finding.
+fn of_effect(c: &Comparison) -> String {
+    let (Some(effect), Some(std)) = (c.effect, c.paired.std) else { return String::new() };
+    let n = c.paired.n;
+    let excluded = c.paired.ci95.filter(|[low, high]| *low > -effect && *high < effect);
+    if excluded.is_some() {
+        return format!(" A difference of {} or more is left out by the interval.", super::number(effect));
     }
-    let mut kinds = BTreeMap::<&str, Vec<(&RunRecord, &Warning)>>::new();
-    // That a run goes on from another is no sickness; it is among the events.
-    let all = records.iter().flat_map(|r| r.warnings.iter().map(move |w| (r, w)));
-    for (record, warning) in all.filter(|(_, warning)| warning.kind != "fork") {
-        kinds.entry(&warning.kind).or_default().push((record, warning));
+    match c.seeds_for_effect {
+        Some(seeds) if seeds > n => format!(
+            " To find a difference of {} four times in five takes {seeds} seeds: from seed to seed it varies by {}.",
+            super::number(effect),
+            super::number(std)
+        ),
+        Some(_) => format!(" {n} seeds are enough to find a difference of {}.", super::number(effect)),
+        None if std > 0.0 => format!(" No number of seeds in reach finds a difference of {}.", super::number(effect)),
+        None => String::new(),
     }
-    warnings.extend(kinds.into_values().map(|said| told_once(&said)));
-    for arm in plan.suite.arms.iter().filter(|a| a.name != plan.suite.baseline) {
-        let changes = plan.differences(&arm.name);
-        let seen: Vec<&str> = changes.iter().map(|c| c.0.as_str()).filter(|key| changes_batches(key)).collect();
-        if !seen.is_empty() {
-            let keys = seen.join(", ");
-            warnings.push(format!("{} does not see what the baseline sees in a step: it differs in {keys}", arm.name));
-        }
-    }
-    warnings
-}
-
-/// Whether runs that differ in `key` have other images, crops or masks in a step. Keys of the Gram teacher's crops and
-/// `batch.micro_batches` change none of the student's.
-fn changes_batches(key: &str) -> bool {
-    const KEYS: [&str; 5] = ["seed", "data", "masking", "batch.size", "backbone.patch_size"];
-    let within = |table: &str| key == table || key.starts_with(&format!("{table}."));
-    KEYS.into_iter().any(within) || within("crops") && key != "crops.teacher_without_distortion"
-}
-
-/// Warnings of one kind as one: the text of the first, and who else gave one.
-fn told_once(said: &[(&RunRecord, &Warning)]) -> String {
-    let (record, first) = said[0];
-    let mut text = format!("{} seed {}, step {}: {}", record.arm, record.seed, first.step, first.text);
-    let mut runs: Vec<String> = said.iter().map(|(r, _)| format!("{} seed {}", r.arm, r.seed)).collect();
-    runs.dedup();
-    if said.len() > runs.len() {
-        text += &format!(" ({} like this; see messages.jsonl of the runs)", said.len());
-    }
-    if runs.len() > 1 {
-        text += &format!(". The like in {} more runs: {}", runs.len() - 1, runs[1..].join(", "));
-    }
-    text
 }

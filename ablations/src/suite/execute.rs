@@ -1,57 +1,30 @@
 //! Doing the runs of a plan: those that are not done yet, one after the other, each under a lock of its own.
 //!
 //! A second process on the same folder takes runs that nobody holds, so several can work on one suite; processes that do
-//! one run each are started by [`cluster`](crate::cluster). Every arm is first tried for a few steps, so that a broken arm
+//! one run each are started by `cluster`. Every arm is first tried for a few steps, so that a broken arm
 //! or a misspelt metric costs seconds and not hours.
 
-use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
+use std::time::Duration;
 
 use dinolab_core::{Error, Result};
-use fs4::{FileExt, TryLockError};
 
 use super::file::{nearest, Overrides};
-use super::plan::{Event, Job, Outcome, Plan, PlannedRun, Prepare};
+use super::locks::{lock_folder, lock_path, try_lock};
+use super::options::{ExecuteOptions, Tally};
+use super::plan::{Event, Job, Outcome, Plan, PlannedRun, Prepare, Prepared};
 use super::progress::Progress;
 use super::record::{RunResult, Status, FAILURE};
 use super::retry::{record_failure, Budget, Next};
+use super::rules;
+use super::trial::{smoke, untried};
 use super::trunk::TRUNK;
 
-/// What to do of a plan, and how.
-#[derive(Clone, Debug)]
-pub struct ExecuteOptions {
-    /// Arms to run; all if empty.
-    pub arms: Vec<String>,
-    /// Seeds to run; all if empty.
-    pub seeds: Vec<u64>,
-    /// Steps of the trial run of every arm; 0: no trial.
-    pub smoke_steps: u64,
-    /// End at the first run that fails, instead of going on with the others.
-    pub fail_fast: bool,
-    /// Do failed runs again, from their newest checkpoint if they have one.
-    pub retry_failed: bool,
-    /// Set by signals: finish the step, save, and return.
-    pub stop: Arc<AtomicBool>,
-}
-
-/// What was done and what is left.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Tally {
-    /// Runs that this process finished.
-    pub finished: usize,
-    /// Runs that had been finished before.
-    pub skipped: usize,
-    /// Runs that failed, now or before: folder and error.
-    pub failed: Vec<(String, String)>,
-    /// Runs that another process holds.
-    pub elsewhere: Vec<String>,
-    /// Runs whose trunk failed, or is being run by another process.
-    pub waiting: Vec<String>,
-    /// The run that was asked to stop, and its step.
-    pub interrupted: Option<(String, u64)>,
-}
+/// How often a run under rules looks whether all are asked to stop.
+const PASS_ON: Duration = Duration::from_millis(20);
 
 /// Does every selected run of `plan` that is not finished.
 ///
@@ -132,23 +105,6 @@ pub fn claim(plan: &Plan) -> Result<()> {
     let _lock = lock_folder(plan)?;
     dinolab_core::checkpoint::remove_unfinished(&plan.out)?;
     plan.claim_folder()
-}
-
-/// Of each arm none of whose `runs` has begun the first.
-///
-/// # Errors
-/// If a run's folder has files that cannot be understood.
-pub fn untried<'a>(plan: &Plan, runs: &[&'a PlannedRun]) -> Result<Vec<&'a PlannedRun>> {
-    let mut tried = Vec::new();
-    for arm in &plan.suite.arms {
-        let mine: Vec<_> = runs.iter().filter(|r| r.arm == arm.name).collect();
-        let mut begun = false;
-        for run in &mine {
-            begun |= Status::of(&plan.out.join(&run.dir))? != Status::Pending;
-        }
-        tried.extend(mine.first().filter(|_| !begun).copied().copied());
-    }
-    Ok(tried)
 }
 
 /// The runs of these arms and seeds; no names mean all.
@@ -236,14 +192,20 @@ fn one(
         Status::Pending => false,
     };
     std::fs::create_dir_all(&dir).map_err(Error::io("create", &dir))?;
+    if let Some(why) = rules::with_its_arm(plan, run)? {
+        return fails(plan, run, &why, progress, tally);
+    }
     let mut budget = Budget::of(&plan.suite, &dir, options.retry_failed)?;
     let mut changed = None;
     loop {
         progress.begin(&label);
-        let mut watch = |event: Event<'_>| progress.watch(&event);
-        let job = Job { out: &dir, resume, stop: options.stop.clone(), watch: &mut watch };
-        let error = match changed.as_ref().unwrap_or(&run.prepared).run(job) {
+        let (ended, dropped) =
+            under_rules(plan, changed.as_ref().unwrap_or(&run.prepared).as_ref(), &dir, resume, options, progress);
+        let error = match ended {
             Ok(Outcome::Finished) => break,
+            Ok(Outcome::Interrupted { .. }) if dropped.is_some() => {
+                return fails(plan, run, &dropped.unwrap_or_default(), progress, tally);
+            }
             Ok(Outcome::Interrupted { step }) => {
                 tally.interrupted = Some((label, step));
                 return Ok(());
@@ -276,6 +238,47 @@ fn one(
     Ok(())
 }
 
+/// Runs what was prepared; if a rule of the suite ends it before its steps are done, with the reason.
+fn under_rules(
+    plan: &Plan,
+    prepared: &dyn Prepared,
+    dir: &Path,
+    resume: bool,
+    options: &ExecuteOptions,
+    progress: &Progress,
+) -> (Result<Outcome>, Option<String>) {
+    let rules = &plan.suite.drop;
+    let mut dropped = None;
+    if rules.is_empty() {
+        let mut watch = |event: Event<'_>| progress.watch(&event);
+        return (prepared.run(Job { out: dir, resume, stop: options.stop.clone(), watch: &mut watch }), None);
+    }
+    // A rule ends this run; a signal ends all, and this one with them.
+    let (own, done) = (Arc::new(AtomicBool::new(false)), AtomicBool::new(false));
+    let ended = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                own.fetch_or(options.stop.load(Ordering::Relaxed), Ordering::Relaxed);
+                std::thread::sleep(PASS_ON);
+            }
+        });
+        let mut watch = |event: Event<'_>| {
+            progress.watch(&event);
+            if dropped.is_none() {
+                dropped = rules::judge(rules, &event);
+                own.fetch_or(dropped.is_some(), Ordering::Relaxed);
+            }
+        };
+        // Whatever ends the run ends the thread.
+        let ended = catch_unwind(AssertUnwindSafe(|| {
+            prepared.run(Job { out: dir, resume, stop: own.clone(), watch: &mut watch })
+        }));
+        done.store(true, Ordering::Relaxed);
+        ended.unwrap_or_else(|payload| resume_unwind(payload))
+    });
+    (ended, dropped)
+}
+
 /// Records and tells that a run ended with `error`.
 fn fails(plan: &Plan, run: &PlannedRun, error: &str, progress: &Progress, tally: &mut Tally) -> Result<()> {
     record_failure(&plan.out.join(&run.dir), error)?;
@@ -290,90 +293,6 @@ fn said(overrides: &Overrides) -> String {
     overrides.iter().map(|(key, value)| format!("{key} = {value}")).collect::<Vec<_>>().join(", ")
 }
 
-/// A short run of the runs in `tried`, in a folder that is thrown away; false if it was asked to stop.
-fn smoke(
-    plan: &Plan,
-    tried: &[&PlannedRun],
-    options: &ExecuteOptions,
-    prepare: Prepare<'_>,
-    progress: &Progress,
-) -> Result<bool> {
-    let mut broken = Vec::new();
-    if options.smoke_steps == 0 {
-        return Ok(true);
-    }
-    // Arms are tried from a trunk that was tried, which is kept until all are.
-    let trunk = tried.first().and_then(|first| plan.trunks.iter().find(|trunk| trunk.seed == first.seed));
-    let mut trunk_trial = None;
-    for run in trunk.into_iter().chain(tried.iter().copied()) {
-        // One process at a time tries an arm; a killed one may have left its folder.
-        let lock = lock(&locks(plan)?.join(format!("trial-{}.lock", run.arm)))?;
-        let folder = Trial::begin(plan.out.join(format!(".trial-{}", run.arm)))?;
-        progress.begin(&format!("trying {}", run.arm));
-        let overrides = plan.trial_of(run, options.smoke_steps);
-        let out = folder.0.clone();
-        let mut watch = |event: Event<'_>| progress.watch(&event);
-        let job = Job { out: &out, resume: false, stop: options.stop.clone(), watch: &mut watch };
-        match prepare(&run.base, &overrides).and_then(|p| p.run(job)) {
-            Ok(Outcome::Interrupted { .. }) => return Ok(false),
-            Ok(Outcome::Finished) if run.arm == TRUNK => trunk_trial = Some((folder, lock)),
-            Ok(Outcome::Finished) => broken.extend(unmeasured(plan, &run.arm, &out)?),
-            // Its runs will be tried with more micro-batches.
-            Err(error) if plan.suite.on_out_of_memory.shrinks(&error.to_string()) => {}
-            Err(error) => broken.push(format!("{}: {error}", run.arm)),
-        }
-        if run.arm == TRUNK && trunk_trial.is_none() {
-            break;
-        }
-    }
-    drop(trunk_trial);
-    if broken.is_empty() {
-        return Ok(true);
-    }
-    progress.finish();
-    let problem = format!("a trial of {} steps shows:\n  {}", options.smoke_steps, broken.join("\n  "));
-    let help = "nothing was run yet; mend it, or go ahead without trials: --smoke-steps 0";
-    Err(Error::content(&plan.suite.path, problem, help))
-}
-
-/// The folder of a trial run, which goes with it.
-struct Trial(PathBuf);
-
-impl Trial {
-    fn begin(path: PathBuf) -> Result<Self> {
-        if path.exists() {
-            std::fs::remove_dir_all(&path).map_err(Error::io("remove", &path))?;
-        }
-        std::fs::create_dir_all(&path).map_err(Error::io("create", &path))?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for Trial {
-    fn drop(&mut self) {
-        // What cannot be removed now is removed before the next trial of the arm.
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
-/// Metrics of the suite that the trial run in `out` did not measure.
-fn unmeasured(plan: &Plan, arm: &str, out: &Path) -> Result<Vec<String>> {
-    let Status::Finished(result) = Status::of(out)? else {
-        return Ok(vec![format!("{arm}: the run ended but left no result.json")]);
-    };
-    let known: Vec<&str> = result.metrics.keys().map(String::as_str).collect();
-    let missing = plan.suite.metrics.iter().filter(|m| !known.contains(&m.name.as_str()));
-    let say = |name: &str| {
-        format!(
-            "{arm}: metric `{name}` is not measured; did you mean `{}`? ({})",
-            nearest(name, &known),
-            known.join(", ")
-        )
-    };
-    // A loss that an arm switches off is missing there by design; `Plan::warnings` said so.
-    Ok(missing.filter(|m| !plan.warnings.iter().any(|w| w.contains(&m.name))).map(|m| say(&m.name)).collect())
-}
-
 fn headline(plan: &Plan, result: &RunResult) -> String {
     let metric = &plan.suite.metrics[0].name;
     let value = match result.metrics.get(metric) {
@@ -382,40 +301,4 @@ fn headline(plan: &Plan, result: &RunResult) -> String {
         None => "not measured".into(),
     };
     format!("{metric} {value}, {} steps in {:.0} s", result.steps, result.seconds)
-}
-
-/// Locks live beside the runs, so that a run's folder holds nothing but the run.
-fn locks(plan: &Plan) -> Result<PathBuf> {
-    let folder = plan.out.join("locks");
-    std::fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
-    Ok(folder)
-}
-
-fn lock_path(plan: &Plan, run: &PlannedRun) -> Result<PathBuf> {
-    Ok(locks(plan)?.join(format!("{}-seed-{}.lock", run.arm, run.seed)))
-}
-
-/// The lock under which the files of the suite's folder are written.
-///
-/// # Errors
-/// If it cannot be taken.
-pub fn lock_folder(plan: &Plan) -> Result<File> {
-    lock(&plan.out.join("suite.lock"))
-}
-
-/// The lock, held until the file is dropped; the operating system frees it when a process dies.
-fn lock(path: &Path) -> Result<File> {
-    let file = File::create(path).map_err(Error::io("create", path))?;
-    FileExt::lock(&file).map_err(Error::io("lock", path))?;
-    Ok(file)
-}
-
-/// As [`lock`], but `None` if somebody holds it.
-fn try_lock(path: &Path) -> Result<Option<File>> {
-    let file = File::create(path).map_err(Error::io("create", path))?;
-    match FileExt::try_lock(&file) {
-        Ok(()) => Ok(Some(file)),
-        Err(TryLockError::WouldBlock) => Ok(None),
-        Err(TryLockError::Error(e)) => Err(Error::io("lock", path)(e)),
-    }
 }

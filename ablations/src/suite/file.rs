@@ -3,13 +3,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path, PathBuf};
 
+use dinolab_core::recipe::Spread;
 use dinolab_core::text::printable;
 use dinolab_core::{Error, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use toml::Value;
 
+use super::grid_names::{mark, short_key, short_values, MARK};
 use super::retry::OnOutOfMemory;
+use super::rules::DropRule;
 use super::trunk::{Trunk, TrunkEntry, TRUNK};
 
 /// Changes to a recipe: dotted key to value, as `--set` takes them.
@@ -52,6 +55,16 @@ pub struct SuiteFile {
     /// that come with `backbone.preset`. A table stands for all its keys.
     #[serde(default)]
     pub follows: Vec<String>,
+    /// The smallest difference to the baseline that is worth finding, by metric: `effect = { "probe/knn/top1" = 0.01 }`. The
+    /// dry run and the report say how many seeds that takes.
+    #[serde(default)]
+    pub effect: BTreeMap<String, f64>,
+    /// Rules by which a run ends before its steps are done.
+    #[serde(default)]
+    pub drop: Vec<DropRule>,
+    /// What the suite gave: whoever runs it again is told how that compares.
+    #[serde(default)]
+    pub measured: Option<SuiteMeasured>,
     /// How often a run that fails is tried again, from its newest checkpoint.
     #[serde(default)]
     pub retries: u32,
@@ -116,6 +129,22 @@ pub struct ArmEntry {
     pub set: toml::Table,
 }
 
+/// What runs of a suite gave: the table `[measured]`.
+#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SuiteMeasured {
+    /// What they ran on, in words.
+    pub on: String,
+    /// Seeds of each arm.
+    pub n: usize,
+    /// Seconds of a run.
+    #[serde(default)]
+    pub seconds: Option<f64>,
+    /// Final values by arm and metric: `[measured.arms.off]`, `"probe/knn/top1" = { mean = 0.3, sd = 0.04 }`.
+    #[serde(default)]
+    pub arms: BTreeMap<String, BTreeMap<String, Spread>>,
+}
+
 /// An arm: a name and its changes to the recipe.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Arm {
@@ -144,6 +173,12 @@ pub struct Suite {
     pub baseline: String,
     /// Keys that may differ although no arm sets them.
     pub follows: Vec<String>,
+    /// The smallest difference that is worth finding, by metric.
+    pub effect: BTreeMap<String, f64>,
+    /// Rules by which a run ends before its steps are done.
+    pub drop: Vec<DropRule>,
+    /// What the suite gave.
+    pub measured: Option<SuiteMeasured>,
     /// How often a run that fails is tried again.
     pub retries: u32,
     /// What becomes of a run that does not fit into memory.
@@ -224,7 +259,25 @@ impl Suite {
         }
         let (name, description, seeds, baseline) = (file.name, file.description, file.seeds, file.baseline);
         let (path, follows) = (path.to_path_buf(), file.follows);
+        for (name, size) in &file.effect {
+            if !metrics.iter().any(|metric| metric.name == *name) {
+                let known: Vec<&str> = metrics.iter().map(|metric| metric.name.as_str()).collect();
+                let help = format!("its metrics are {}; did you mean `{}`?", known.join(", "), nearest(name, &known));
+                return Err(problem(format!("`effect` names `{name}`, which is no metric of the suite"), help));
+            }
+            if !(size.is_finite() && *size > 0.0) {
+                return Err(problem(format!("the effect of `{name}` is {size}"), "name a difference above zero"));
+            }
+        }
+        if let Some(measured) = &file.measured {
+            let known: Vec<&str> = arms.iter().map(|a| a.name.as_str()).collect();
+            if let Some(name) = measured.arms.keys().find(|name| !known.contains(&name.as_str())) {
+                let help = format!("its arms are {}; did you mean `{}`?", known.join(", "), nearest(name, &known));
+                return Err(problem(format!("[measured] has an arm `{name}`, which the suite has not"), help));
+            }
+        }
         let (retries, on_out_of_memory) = (file.retries, file.on_out_of_memory);
+        let (effect, drop, measured) = (file.effect, file.drop, file.measured);
         Ok(Self {
             name,
             description,
@@ -234,6 +287,9 @@ impl Suite {
             metrics,
             baseline,
             follows,
+            effect,
+            drop,
+            measured,
             retries,
             on_out_of_memory,
             common,
@@ -286,7 +342,7 @@ pub fn overrides(table: &toml::Table) -> Overrides {
 }
 
 /// `base` relative to the folder of `path`, without `folder/..` in it, since people read it in messages.
-fn beside(path: &Path, base: &Path) -> PathBuf {
+pub(crate) fn beside(path: &Path, base: &Path) -> PathBuf {
     let mut joined = path.parent().unwrap_or(Path::new("")).to_path_buf();
     for part in base.components() {
         let inside = matches!(joined.components().next_back(), Some(Component::Normal(_)));
@@ -345,7 +401,7 @@ const MOST_RUNS: usize = 10_000;
 const LONGEST_NAME: usize = 200;
 
 /// Names become folders, so they are kept to characters that every file system and shell takes as they are.
-fn check_name(what: &str, name: &str) -> Result<(), (String, String)> {
+pub(crate) fn check_name(what: &str, name: &str) -> Result<(), (String, String)> {
     let fits = |c: char| c.is_ascii_alphanumeric() || "._=+-".contains(c);
     if name.is_empty() || name.starts_with('.') || !name.chars().all(fits) {
         let help = "it becomes a folder: use letters, digits and ._=+- and do not begin with a dot";
@@ -411,49 +467,4 @@ fn grid_arms(grid: &BTreeMap<String, Vec<Value>>) -> Result<Vec<Arm>, (String, S
         return Err(problem(format!("the grid gives two arms of the name `{name}`"), "write it as `[[arm]]` tables"));
     }
     Ok(arms)
-}
-
-/// The end of a grid's key that tells it from the others: two parts, `koleo.weight` of `losses.koleo.weight`, or more where
-/// keys end alike.
-fn short_key(key: &str, all: &[&str]) -> String {
-    let end = |parts: usize| key.rmatch_indices('.').nth(parts - 1).map_or(key, |(at, _)| &key[at + 1..]);
-    let alone = |end: &&str| all.iter().filter(|k| **k == *end || k.ends_with(&format!(".{end}"))).count() == 1;
-    let shortest = (2..).map(end).find(|e| alone(e) || *e == key).unwrap_or(key);
-    folder_part(shortest)
-}
-
-/// The values of a key as parts of names. Those that would look alike get a mark of their own.
-fn short_values(values: &[Value]) -> Vec<String> {
-    let short: Vec<String> = values.iter().map(short_value).collect();
-    let alike = |name: &String| short.iter().filter(|other| *other == name).count() > 1;
-    let name = |(value, name): (&Value, &String)| match alike(name) {
-        true => format!("{name}-{}", mark(&value.to_string())),
-        false => name.clone(),
-    };
-    values.iter().zip(&short).map(name).collect()
-}
-
-fn short_value(value: &Value) -> String {
-    let text = match value {
-        Value::String(text) => text.clone(),
-        Value::Table(table) => match table.get("plugin") {
-            Some(Value::String(plugin)) => plugin.clone(),
-            _ => value.to_string(),
-        },
-        _ => value.to_string(),
-    };
-    folder_part(&text)
-}
-
-fn folder_part(text: &str) -> String {
-    let fits = |c: char| c.is_ascii_alphanumeric() || "._+-".contains(c);
-    text.chars().map(|c| if fits(c) { c } else { '_' }).collect()
-}
-
-/// Characters of a mark.
-const MARK: usize = 8;
-
-/// A few characters that differ where texts do.
-fn mark(text: &str) -> String {
-    blake3::hash(text.as_bytes()).to_hex()[..MARK].to_string()
 }

@@ -6,22 +6,30 @@
 
 mod execute;
 mod file;
+mod grid_names;
+mod locks;
+mod options;
 mod plan;
 mod progress;
 mod record;
 mod retry;
+mod rules;
 mod state;
+mod trial;
 mod trunk;
 
-pub use execute::{
-    chosen, claim, execute, execute_run, has_trunk, lock_folder, try_arms, untried, ExecuteOptions, Tally,
-};
-pub use file::{nearest, Arm, Better, Metric, Overrides, Suite, SuiteFile};
+pub use execute::{chosen, claim, execute, execute_run, has_trunk, try_arms};
+pub(crate) use file::{beside, check_name, overrides};
+pub use file::{nearest, Arm, Better, Metric, Overrides, Suite, SuiteFile, SuiteMeasured};
+pub use locks::lock_folder;
+pub use options::{ExecuteOptions, Tally};
 pub use plan::{changed_keys, Event, Job, Outcome, Plan, PlannedRun, Prepare, Prepared};
 pub(crate) use progress::bar_style;
 pub use progress::Progress;
 pub use record::{RunRecord, RunResult, Series, Status, Warning};
 pub(crate) use retry::{record_failure, Budget, Next};
 pub use retry::{Attempt, OnOutOfMemory};
+pub use rules::{DropRule, DROPPED};
 pub use state::Origin;
+pub use trial::untried;
 pub use trunk::{Trunk, TrunkEntry, TRUNK};

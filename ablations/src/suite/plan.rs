@@ -68,6 +68,15 @@ pub enum Event<'a> {
         steps: u64,
         /// What is worth reading beside the bar: losses, images a second.
         text: &'a str,
+        /// What the step gave, by name.
+        values: &'a BTreeMap<String, f64>,
+    },
+    /// Probes were taken.
+    Probed {
+        /// Steps done.
+        step: u64,
+        /// Their scores, by name.
+        values: &'a BTreeMap<String, f64>,
     },
     /// A run starts: on what, with what, line by line. What all runs share need not be said of each.
     Started(&'a str),
@@ -195,6 +204,11 @@ impl Plan {
         plan.warnings = plan.metric_warnings();
         plan.recipe_warnings = plan.gather_recipe_warnings();
         Ok(plan)
+    }
+
+    /// Whether the command line changed what changes numbers: then the runs are not those that the suite's file tells of.
+    pub fn is_changed(&self) -> bool {
+        self.set.keys().any(|key| key == "steps" || self.runs[0].prepared.matters(key))
     }
 
     /// Every run: each trunk before the arms that go on from it.

@@ -55,7 +55,7 @@ impl Progress {
     /// Something happened in the run.
     pub fn watch(&self, event: &Event<'_>) {
         match *event {
-            Event::Step { step, steps, text } => {
+            Event::Step { step, steps, text, .. } => {
                 self.run.set_length(steps);
                 self.run.set_position(step);
                 self.run.set_message(text.to_string());
@@ -73,6 +73,7 @@ impl Progress {
                 }
             }
             Event::Message(text) => self.say(&format!("  {text}")),
+            Event::Probed { .. } => {}
         }
     }
 

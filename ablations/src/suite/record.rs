@@ -95,6 +95,8 @@ pub struct RunRecord {
     pub events: Vec<RunEvent>,
     /// What it ran on, from `run.json`.
     pub device: Option<String>,
+    /// CPU threads, from `run.json`.
+    pub threads: Option<u64>,
     /// The tries before the last, which ended with an error.
     pub attempts: Vec<Attempt>,
 }
@@ -126,11 +128,12 @@ impl RunRecord {
     pub fn of(arm: &str, seed: u64, shown: String, dir: &Path) -> Result<Self> {
         let status = Status::of(dir)?;
         let info: Option<serde_json::Value> = read_json(&dir.join("run.json"))?;
-        let device = info.and_then(|i| i["device"].as_str().map(String::from));
+        let device = info.as_ref().and_then(|i| i["device"].as_str().map(String::from));
+        let threads = info.and_then(|i| i["threads"].as_u64());
         let (arm, curves, warnings) = (arm.to_string(), BTreeMap::new(), Vec::new());
         let events = RunEvent::read(dir)?;
         let attempts = Attempt::read(dir)?;
-        let mut record = Self { arm, seed, dir: shown, status, curves, warnings, events, device, attempts };
+        let mut record = Self { arm, seed, dir: shown, status, curves, warnings, events, device, threads, attempts };
         let (metrics, messages) = (Lines::read(&dir.join("metrics.jsonl"))?, Lines::read(&dir.join("messages.jsonl"))?);
         for (name, lines) in [("metrics.jsonl", &metrics), ("messages.jsonl", &messages)] {
             let damage = lines.problem().map(|problem| format!("{name}: {problem}: what is whole is shown"));

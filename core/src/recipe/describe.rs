@@ -24,6 +24,7 @@ pub fn schema() -> Json {
             "schema".into(),
             serde_json::json!({ "type": "integer", "const": super::SCHEMA, "description": version }),
         );
+        properties.insert(super::expected::KEY.into(), schema_of::<super::Expected>());
     }
     schema
 }
@@ -201,7 +202,7 @@ fn trainer_part(key: &str) -> &'static str {
         "optimizer" => "optimizer",
         "log" => "logger",
         "checkpoint" => "checkpoints",
-        "extends" | "schema" => "recipe reader",
+        "extends" | "schema" | "measured" => "recipe reader",
         "losses" => "training step",
         "probes" => "probe runner",
         _ => "registry (it chooses the plugin)",

@@ -17,6 +17,7 @@ use figment::Provider;
 
 use super::beside::{BackboneConfig, OwnKeys};
 use super::entries::{Entry, LossEntry, ProbeEntry};
+use super::expected::{self, Expected};
 use super::old_names;
 use super::problem::{nearest, Origin, Problem, SourceFile};
 use super::resolved::Resolved;
@@ -68,6 +69,8 @@ pub struct RawRecipe {
     path: PathBuf,
     /// What the file itself inherits from.
     base: Option<Box<RawRecipe>>,
+    /// What the file itself says that runs of it gave.
+    expected: Option<Expected>,
     warnings: Vec<Problem>,
 }
 
@@ -105,6 +108,7 @@ impl RawRecipe {
             let origin = origin(&problem.key);
             Problem { at_value: false, ..problem.at(origin) }
         };
+        let expected = value.remove(expected::KEY).map(Expected::of).transpose().map_err(at)?;
         let renamed = old_names::rename(&mut value).map_err(at)?;
         let base = match value.remove("extends") {
             None => None,
@@ -131,9 +135,10 @@ impl RawRecipe {
             origins: BTreeMap::new(),
             path: PathBuf::new(),
             base: None,
+            expected: None,
             warnings: Vec::new(),
         });
-        raw.path = source.path.clone();
+        (raw.path, raw.expected) = (source.path.clone(), expected);
         let repeated = raw.merge(value, &origin);
         if let Some(base) = &base {
             // A table that says again which plugin it is of is easier to read.
@@ -277,6 +282,11 @@ impl RawRecipe {
     /// The recipe that the file extends, alone.
     pub fn base(&self) -> Option<&RawRecipe> {
         self.base.as_deref()
+    }
+
+    /// What the file says that its runs gave: its own table `[measured]`, not that of a recipe that it extends.
+    pub fn expected(&self) -> Option<&Expected> {
+        self.expected.as_ref()
     }
 
     /// What was written, merged.

@@ -52,6 +52,9 @@ pub struct RunInfo {
     /// Processes that share its steps, and what joins them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ranks: Option<RanksInfo>,
+    /// BLAKE3 of the weights that it started from, by the key that names them: see `parents.json`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub parents: BTreeMap<String, String>,
     /// Seconds since 1970.
     pub started_unix: u64,
 }
@@ -162,6 +165,7 @@ impl RunFolder {
         data: &dyn Dataset,
         ranks: &Ranks,
         (start, resumed): (u64, bool),
+        parents: BTreeMap<String, String>,
     ) -> Result<Vec<String>> {
         let recipe_device = match resolved.recipe.device()? {
             Device::Cpu => "cpu".to_string(),
@@ -176,6 +180,7 @@ impl RunFolder {
             device: recipe_device,
             threads: rayon::current_num_threads(),
             ranks: RanksInfo::of(ranks),
+            parents,
             started_unix: since.map_or(0, |d| d.as_secs()),
         };
         let mut notes = if resumed { self.compare(&info)? } else { Vec::new() };

@@ -255,9 +255,14 @@ fn run_on(
     let spec = LoaderSpec { left_out, ..loader_spec(recipe, &learner, start) };
     let probes = probes::Probes::new(recipe, train.clone(), test)?;
     let loader = Loader::new(train.clone(), spec)?;
+    let parents = match &begun {
+        Some(begun) => begun.parents.clone(),
+        None => Parent::read(folder.path())?,
+    };
+    let parents = parents.into_iter().map(|parent| (parent.key, parent.weights)).collect();
     messages.extend(
         folder
-            .begin(resolved, options, train.as_ref(), learner.ranks(), (start, resumed))?
+            .begin(resolved, options, train.as_ref(), learner.ranks(), (start, resumed), parents)?
             .into_iter()
             .map(|text| ("resume", text)),
     );

@@ -100,7 +100,8 @@ pub(super) struct Begun {
     pub(super) differences: Vec<String>,
     /// Data that the run it continues left out.
     pub(super) rewinds: Rewinds,
-    parents: Vec<Parent>,
+    /// The weights that it starts from.
+    pub(super) parents: Vec<Parent>,
 }
 
 /// A model at the start of a run: new, or as another run left it.

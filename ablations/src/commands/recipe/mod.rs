@@ -16,6 +16,7 @@ use dinolab_core::text::printable;
 use dinolab_core::Result;
 
 use crate::cli::{SetArgs, BAD_INPUT};
+use crate::stages::StagesFile;
 use crate::style;
 use crate::suite::SuiteFile;
 
@@ -52,7 +53,7 @@ pub enum Command {
         /// Another.
         b: PathBuf,
     },
-    /// Print the JSON schema of recipes (all plugins included) or suites, for editors.
+    /// Print the JSON schema of recipes (all plugins included), suites or stages, for editors.
     Schema {
         /// Of what.
         #[arg(value_enum, default_value = "recipe")]
@@ -77,6 +78,8 @@ pub enum SchemaOf {
     Recipe,
     /// An ablation.
     Suite,
+    /// A chain of stages.
+    Stages,
 }
 
 /// Runs one of the commands.
@@ -93,6 +96,7 @@ pub fn run(command: Command) -> Result<ExitCode> {
             let schema = match of {
                 SchemaOf::Recipe => schema::for_editors(),
                 SchemaOf::Suite => describe::schema_of::<SuiteFile>(),
+                SchemaOf::Stages => describe::schema_of::<StagesFile>(),
             };
             let text = serde_json::to_string_pretty(&schema).expect("a schema is plain data");
             style::print(&(text + "\n"));

@@ -6,7 +6,7 @@ use std::time::SystemTime;
 use dinolab_core::checkpoint;
 use dinolab_core::{Device, Result};
 
-use crate::commands::ablate::prepare;
+use crate::commands::prepared::prepare;
 use crate::filmstrip::{filmstrip, Filmstrip};
 use crate::report::{self, Gallery, Provenance};
 use crate::suite::{Origin, Plan, Suite};

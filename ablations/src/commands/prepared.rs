@@ -1,0 +1,86 @@
+//! A recipe of a suite, ready to run by the trainer.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use dinolab_core::recipe::{Overrides as Sets, RawRecipe, Resolved};
+use dinolab_core::train::{self, Observer, RunOptions, Start};
+use dinolab_core::Result;
+
+use crate::suite::{Event, Job, Outcome, Overrides, Prepared};
+
+/// A resolved recipe and the trainer.
+struct Recipe {
+    resolved: Resolved,
+    table: toml::Table,
+}
+
+/// The recipe at `base` under the environment and a suite's overrides.
+///
+/// # Errors
+/// If it cannot be resolved.
+pub(super) fn resolve(base: &Path, overrides: &Overrides) -> Result<Resolved> {
+    let environment = Sets { sets: Vec::new(), env: true };
+    let pairs = overrides.iter().map(|(key, value)| (key.as_str(), value));
+    RawRecipe::load(base)?.with(&environment)?.with_overrides("suite", pairs)?.resolve()?.absolute()
+}
+
+/// A recipe of a suite, ready to run.
+///
+/// # Errors
+/// If it cannot be resolved.
+pub(super) fn prepare(base: &Path, overrides: &Overrides) -> Result<Box<dyn Prepared>> {
+    let resolved = resolve(base, overrides)?;
+    let table = resolved.to_toml().parse().expect("a resolved recipe is written as TOML");
+    Ok(Box::new(Recipe { resolved, table }))
+}
+
+impl Prepared for Recipe {
+    fn recipe(&self) -> &toml::Table {
+        &self.table
+    }
+
+    fn hash(&self) -> &str {
+        &self.resolved.hash
+    }
+
+    fn matters(&self, key: &str) -> bool {
+        self.resolved.matters(key)
+    }
+
+    fn warnings(&self) -> Vec<String> {
+        self.resolved.warnings.iter().map(ToString::to_string).collect()
+    }
+
+    fn run(&self, job: Job<'_>) -> Result<Outcome> {
+        let Job { out, resume, stop, watch } = job;
+        let options = RunOptions { out: out.to_path_buf(), resume, stop, revision: crate::REVISION.into() };
+        Ok(match train::run(&self.resolved, &options, &mut Watcher(watch))? {
+            train::Outcome::Finished(_) => Outcome::Finished,
+            train::Outcome::Interrupted { step } => Outcome::Interrupted { step },
+        })
+    }
+}
+
+/// Hands the trainer's news to the suite.
+struct Watcher<'a>(&'a mut dyn FnMut(Event<'_>));
+
+impl Observer for Watcher<'_> {
+    fn started(&mut self, start: &Start) {
+        (self.0)(Event::Started(&start.to_string()));
+    }
+
+    fn step(&mut self, p: &train::Progress<'_>) {
+        let loss = p.report.losses.get("loss/total").copied().unwrap_or(f64::NAN);
+        let text = format!("loss {loss:.3}, {:.0} img/s", p.images_per_s);
+        (self.0)(Event::Step { step: p.step, steps: p.total, text: &text, values: &p.report.losses });
+    }
+
+    fn probed(&mut self, step: u64, scores: &BTreeMap<String, f64>) {
+        (self.0)(Event::Probed { step, values: scores });
+    }
+
+    fn warning(&mut self, text: &str) {
+        (self.0)(Event::Message(text));
+    }
+}

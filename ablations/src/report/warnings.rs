@@ -1,0 +1,76 @@
+//! What a reader must know before believing the numbers.
+
+use std::collections::BTreeMap;
+
+use crate::suite::{Plan, RunRecord, Status, Warning, DROPPED, TRUNK};
+
+/// Nothing is dropped silently: what is missing, failed or sick is said.
+pub(super) fn warnings(plan: &Plan, records: &[RunRecord]) -> Vec<String> {
+    let mut warnings = plan.warnings.clone();
+    for record in records {
+        let run = format!("{} seed {}", record.arm, record.seed);
+        match &record.status {
+            Status::Finished(_) => {}
+            Status::Failed(error) if error.starts_with(DROPPED) => warnings.push(format!(
+                "{run} was {error}. It is not in the numbers: an arm that loses its bad runs looks better than it is"
+            )),
+            Status::Failed(error) => warnings.push(format!("{run} failed and is not in the numbers: {error}")),
+            // It may be going on at this moment.
+            Status::Interrupted => warnings.push(format!("{run} is not finished and not in the numbers")),
+            Status::Pending => warnings.push(format!("{run} is pending and not in the numbers")),
+        }
+        warnings.extend(record.attempts.iter().map(|attempt| match attempt.micro_batches {
+            Some(parts) => format!(
+                "{run} did not fit and was begun anew with batch.micro_batches = {parts}: losses that look across a \
+                 micro-batch see fewer images in it than in the runs that it is compared with ({})",
+                attempt.error
+            ),
+            None => format!("{run} was tried again after: {}", attempt.error),
+        }));
+        // A trunk has only to be there.
+        for metric in plan.suite.metrics.iter().filter(|_| record.result().is_some() && record.arm != TRUNK) {
+            if record.score(&metric.name).is_none() {
+                warnings.push(format!("{run} gave no finite {}: it is left out of that metric", metric.name));
+            }
+        }
+    }
+    let mut kinds = BTreeMap::<&str, Vec<(&RunRecord, &Warning)>>::new();
+    // That a run goes on from another is no sickness; it is among the events.
+    let all = records.iter().flat_map(|r| r.warnings.iter().map(move |w| (r, w)));
+    for (record, warning) in all.filter(|(_, warning)| warning.kind != "fork") {
+        kinds.entry(&warning.kind).or_default().push((record, warning));
+    }
+    warnings.extend(kinds.into_values().map(|said| told_once(&said)));
+    for arm in plan.suite.arms.iter().filter(|a| a.name != plan.suite.baseline) {
+        let changes = plan.differences(&arm.name);
+        let seen: Vec<&str> = changes.iter().map(|c| c.0.as_str()).filter(|key| changes_batches(key)).collect();
+        if !seen.is_empty() {
+            let keys = seen.join(", ");
+            warnings.push(format!("{} does not see what the baseline sees in a step: it differs in {keys}", arm.name));
+        }
+    }
+    warnings
+}
+
+/// Whether runs that differ in `key` have other images, crops or masks in a step. Keys of the Gram teacher's crops and
+/// `batch.micro_batches` change none of the student's.
+fn changes_batches(key: &str) -> bool {
+    const KEYS: [&str; 5] = ["seed", "data", "masking", "batch.size", "backbone.patch_size"];
+    let within = |table: &str| key == table || key.starts_with(&format!("{table}."));
+    KEYS.into_iter().any(within) || within("crops") && key != "crops.teacher_without_distortion"
+}
+
+/// Warnings of one kind as one: the text of the first, and who else gave one.
+fn told_once(said: &[(&RunRecord, &Warning)]) -> String {
+    let (record, first) = said[0];
+    let mut text = format!("{} seed {}, step {}: {}", record.arm, record.seed, first.step, first.text);
+    let mut runs: Vec<String> = said.iter().map(|(r, _)| format!("{} seed {}", r.arm, r.seed)).collect();
+    runs.dedup();
+    if said.len() > runs.len() {
+        text += &format!(" ({} like this; see messages.jsonl of the runs)", said.len());
+    }
+    if runs.len() > 1 {
+        text += &format!(". The like in {} more runs: {}", runs.len() - 1, runs[1..].join(", "));
+    }
+    text
+}

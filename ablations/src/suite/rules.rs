@@ -1,0 +1,83 @@
+//! Rules by which a run of a suite ends before its steps are done: it diverged, or is so far off that the rest of it would be
+//! wasted.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use dinolab_core::Result;
+use schemars::JsonSchema;
+use serde::Deserialize;
+
+use super::plan::{Event, Plan, PlannedRun};
+use super::record::Status;
+
+/// How the error of a run begins that was dropped by a rule.
+pub const DROPPED: &str = "dropped";
+
+/// A rule: `[[drop]]` of a suite. It holds from step `after` on, of every value that a step or a probe gives. Without a
+/// bound it drops what is not a finite number.
+#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DropRule {
+    /// The name of the value, such as `loss/total` or `probe/knn/top1`.
+    #[serde(default = "total")]
+    pub metric: String,
+    /// A run ends with a value above this.
+    #[serde(default)]
+    pub above: Option<f64>,
+    /// A run ends with a value below this.
+    #[serde(default)]
+    pub below: Option<f64>,
+    /// Steps before which the rule does not hold.
+    #[serde(default)]
+    pub after: u64,
+    /// Whether the other seeds of the arm are dropped too: those that have not finished.
+    #[serde(default)]
+    pub arm: bool,
+}
+
+fn total() -> String {
+    "loss/total".into()
+}
+
+impl DropRule {
+    /// Why a run is dropped that has these values after `step` steps.
+    fn judge(&self, step: u64, values: &BTreeMap<String, f64>) -> Option<String> {
+        let value = *values.get(&self.metric).filter(|_| step >= self.after)?;
+        let why = match (self.above, self.below) {
+            _ if !value.is_finite() => "is not finite".to_string(),
+            (Some(bound), _) if value > bound => format!("is above {bound}"),
+            (_, Some(bound)) if value < bound => format!("is below {bound}"),
+            _ => return None,
+        };
+        let arm = if self.arm { ", and its arm with it" } else { "" };
+        Some(format!("{DROPPED} after step {step}{arm}: {} = {value:.4} {why}", self.metric))
+    }
+}
+
+/// Why what happens in a run drops it, if it does.
+pub(super) fn judge(rules: &[DropRule], event: &Event<'_>) -> Option<String> {
+    let (Event::Step { step, values, .. } | Event::Probed { step, values }) = event else { return None };
+    rules.iter().find_map(|rule| rule.judge(*step, values))
+}
+
+/// Why a run is dropped with its arm: another seed of it was.
+///
+/// # Errors
+/// If a run's folder has files that cannot be understood.
+pub(super) fn with_its_arm(plan: &Plan, run: &PlannedRun) -> Result<Option<String>> {
+    if !plan.suite.drop.iter().any(|rule| rule.arm) {
+        return Ok(None);
+    }
+    for other in plan.runs.iter().filter(|other| other.arm == run.arm && other.seed != run.seed) {
+        if was_dropped_with_its_arm(&plan.out.join(&other.dir))? {
+            return Ok(Some(format!("{DROPPED} with its arm: see {}", other.label())));
+        }
+    }
+    Ok(None)
+}
+
+fn was_dropped_with_its_arm(dir: &Path) -> Result<bool> {
+    let status = Status::of(dir)?;
+    Ok(matches!(status, Status::Failed(error) if error.starts_with(DROPPED) && error.contains(", and its arm with it")))
+}

@@ -1,0 +1,143 @@
+//! The trial of every arm before any run: a few steps in a folder that is thrown away.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use dinolab_core::{Error, Result};
+
+use super::file::nearest;
+use super::locks::{lock, locks};
+use super::options::ExecuteOptions;
+use super::plan::{Event, Job, Outcome, Plan, PlannedRun, Prepare};
+use super::progress::Progress;
+use super::record::Status;
+use super::trunk::TRUNK;
+use crate::style::duration;
+
+/// Of each arm none of whose `runs` has begun the first.
+///
+/// # Errors
+/// If a run's folder has files that cannot be understood.
+pub fn untried<'a>(plan: &Plan, runs: &[&'a PlannedRun]) -> Result<Vec<&'a PlannedRun>> {
+    let mut tried = Vec::new();
+    for arm in &plan.suite.arms {
+        let mine: Vec<_> = runs.iter().filter(|r| r.arm == arm.name).collect();
+        let mut begun = false;
+        for run in &mine {
+            begun |= Status::of(&plan.out.join(&run.dir))? != Status::Pending;
+        }
+        tried.extend(mine.first().filter(|_| !begun).copied().copied());
+    }
+    Ok(tried)
+}
+
+/// A short run of the runs in `tried`, in a folder that is thrown away; false if it was asked to stop.
+pub(super) fn smoke(
+    plan: &Plan,
+    tried: &[&PlannedRun],
+    options: &ExecuteOptions,
+    prepare: Prepare<'_>,
+    progress: &Progress,
+) -> Result<bool> {
+    let mut broken = Vec::new();
+    if options.smoke_steps == 0 {
+        return Ok(true);
+    }
+    // Arms are tried from a trunk that was tried, which is kept until all are.
+    let trunk = tried.first().and_then(|first| plan.trunks.iter().find(|trunk| trunk.seed == first.seed));
+    let mut trunk_trial = None;
+    let mut seconds = 0.0;
+    for run in trunk.into_iter().chain(tried.iter().copied()) {
+        // One process at a time tries an arm; a killed one may have left its folder.
+        let mut took = None;
+        let lock = lock(&locks(plan)?.join(format!("trial-{}.lock", run.arm)))?;
+        let folder = Trial::begin(plan.out.join(format!(".trial-{}", run.arm)))?;
+        progress.begin(&format!("trying {}", run.arm));
+        let overrides = plan.trial_of(run, options.smoke_steps);
+        let out = folder.0.clone();
+        let mut last = None;
+        let mut watch = |event: Event<'_>| {
+            if let Event::Step { .. } = event {
+                let now = Instant::now();
+                // The first step has no step before it, and does what is done once.
+                took = last.replace(now).map(|before: Instant| (now - before).as_secs_f64());
+            }
+            progress.watch(&event);
+        };
+        let job = Job { out: &out, resume: false, stop: options.stop.clone(), watch: &mut watch };
+        match prepare(&run.base, &overrides).and_then(|p| p.run(job)) {
+            Ok(Outcome::Interrupted { .. }) => return Ok(false),
+            Ok(Outcome::Finished) if run.arm == TRUNK => trunk_trial = Some((folder, lock)),
+            Ok(Outcome::Finished) => {
+                broken.extend(unmeasured(plan, &run.arm, &out)?);
+                let all = plan.runs.iter().filter(|other| other.arm == run.arm).count();
+                seconds += took.unwrap_or(f64::NAN) * steps_of(plan, run) * all as f64;
+            }
+            // Its runs will be tried with more micro-batches.
+            Err(error) if plan.suite.on_out_of_memory.shrinks(&error.to_string()) => {}
+            Err(error) => broken.push(format!("{}: {error}", run.arm)),
+        }
+        if run.arm == TRUNK && trunk_trial.is_none() {
+            break;
+        }
+    }
+    drop(trunk_trial);
+    if broken.is_empty() {
+        if seconds > 0.0 {
+            let all = duration(seconds);
+            progress.say(&format!(
+                "by the last steps of the trials, arms take about {all} one after the other, without probes"
+            ));
+        }
+        return Ok(true);
+    }
+    progress.finish();
+    let problem = format!("a trial of {} steps shows:\n  {}", options.smoke_steps, broken.join("\n  "));
+    let help = "nothing was run yet; mend it, or go ahead without trials: --smoke-steps 0";
+    Err(Error::content(&plan.suite.path, problem, help))
+}
+
+/// The folder of a trial run, which goes with it.
+struct Trial(PathBuf);
+
+impl Trial {
+    fn begin(path: PathBuf) -> Result<Self> {
+        if path.exists() {
+            std::fs::remove_dir_all(&path).map_err(Error::io("remove", &path))?;
+        }
+        std::fs::create_dir_all(&path).map_err(Error::io("create", &path))?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Trial {
+    fn drop(&mut self) {
+        // What cannot be removed now is removed before the next trial of the arm.
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Metrics of the suite that the trial run in `out` did not measure.
+fn unmeasured(plan: &Plan, arm: &str, out: &Path) -> Result<Vec<String>> {
+    let Status::Finished(result) = Status::of(out)? else {
+        return Ok(vec![format!("{arm}: the run ended but left no result.json")]);
+    };
+    let known: Vec<&str> = result.metrics.keys().map(String::as_str).collect();
+    let missing = plan.suite.metrics.iter().filter(|m| !known.contains(&m.name.as_str()));
+    let say = |name: &str| {
+        format!(
+            "{arm}: metric `{name}` is not measured; did you mean `{}`? ({})",
+            nearest(name, &known),
+            known.join(", ")
+        )
+    };
+    // A loss that an arm switches off is missing there by design; `Plan::warnings` said so.
+    Ok(missing.filter(|m| !plan.warnings.iter().any(|w| w.contains(&m.name))).map(|m| say(&m.name)).collect())
+}
+
+/// Steps that a run does itself.
+fn steps_of(plan: &Plan, run: &PlannedRun) -> f64 {
+    let steps = run.prepared.recipe().get("steps").and_then(toml::Value::as_integer).unwrap_or(0);
+    let before = plan.suite.trunk.as_ref().map_or(0, |trunk| trunk.fork as i64);
+    (steps - before) as f64
+}

@@ -1,0 +1,120 @@
+//! What runs of a recipe gave, as its own table `[measured]` says it. Whoever runs it again is told how that compares.
+//!
+//! The table is no part of the recipe: it changes no number and no hash, and a recipe that extends another does not inherit
+//! it, since another recipe gives other numbers.
+
+use std::collections::BTreeMap;
+
+use figment::value::Value;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::nested::Nested;
+use super::problem::Problem;
+
+/// The table of a recipe.
+pub(super) const KEY: &str = "measured";
+
+/// What runs gave: the table `[measured]` of a recipe.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Expected {
+    /// What they ran on, in words.
+    pub on: String,
+    /// How many they were, each with a seed of its own.
+    pub n: usize,
+    /// Seconds of a run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seconds: Option<f64>,
+    /// Hash of the data that they saw, of a dataset that has one: `data` of their `run.json`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data: Option<String>,
+    /// Final values by name: `"probe/knn/top1" = { mean = 0.298, sd = 0.041 }`.
+    #[serde(default)]
+    pub metrics: BTreeMap<String, Spread>,
+    /// Values over steps by name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub curves: BTreeMap<String, Curve>,
+}
+
+/// A value over seeds.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Spread {
+    /// Mean.
+    pub mean: f64,
+    /// Sample standard deviation.
+    pub sd: f64,
+}
+
+/// A value over steps and seeds: lists of equal length.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Curve {
+    /// Steps done, ascending.
+    pub steps: Vec<u64>,
+    /// Mean at each.
+    pub mean: Vec<f64>,
+    /// Sample standard deviation at each.
+    pub sd: Vec<f64>,
+}
+
+impl Expected {
+    /// The table as it was written.
+    pub(super) fn of(value: Value) -> Result<Self, Problem> {
+        let read: Self = value.deserialize().map_err(|e: figment::Error| {
+            let mut problem = Problem::of(&Nested::of(&e));
+            problem.key = if problem.key.is_empty() { KEY.into() } else { format!("{KEY}.{}", problem.key) };
+            problem
+        })?;
+        let bad = |key: String, message: &str| Err(Problem::error(&key, message));
+        if read.n == 0 {
+            return bad(format!("{KEY}.n"), "expected the number of runs, at least 1");
+        }
+        for (name, spread) in &read.metrics {
+            if !(spread.mean.is_finite() && spread.sd.is_finite() && spread.sd >= 0.0) {
+                return bad(format!("{KEY}.metrics"), &format!("{name}: expected a number and a spread of 0 or more"));
+            }
+        }
+        for (name, curve) in &read.curves {
+            if curve.steps.len() != curve.mean.len() || curve.steps.len() != curve.sd.len() || !curve.steps.is_sorted()
+            {
+                return bad(
+                    format!("{KEY}.curves"),
+                    &format!("{name}: expected lists of equal length, steps ascending"),
+                );
+            }
+        }
+        Ok(read)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Overrides, RawRecipe};
+    use crate::recipe::test_plugins::RECIPE;
+
+    #[test]
+    fn what_was_measured_is_no_part_of_a_recipe() {
+        let table = "\n[measured]\non = \"a laptop\"\nn = 3\nmetrics = { \"loss/total\" = { mean = 1.0, sd = 0.1 } }\n";
+        let with = RawRecipe::from_text(&format!("{RECIPE}{table}")).unwrap();
+        assert_eq!(with.expected().unwrap().metrics["loss/total"].mean, 1.0);
+        let plain = RawRecipe::from_text(RECIPE).unwrap();
+        assert!(plain.expected().is_none());
+        let hash = |raw: RawRecipe| raw.with(&Overrides::default()).unwrap().resolve().unwrap().hash;
+        assert_eq!(hash(with), hash(plain));
+    }
+
+    #[test]
+    fn a_wrong_table_is_an_error_with_its_key() {
+        for (table, said) in [
+            ("n = 3", "on"),
+            ("on = \"x\"\nn = 0", "at least 1"),
+            ("on = \"x\"\nn = 2\nmetrics = { a = { mean = 1.0, sd = -1.0 } }", "a: expected a number and a spread"),
+            ("on = \"x\"\nn = 2\ncurves = { a = { steps = [1, 2], mean = [1.0], sd = [1.0] } }", "equal length"),
+        ] {
+            let error = RawRecipe::from_text(&format!("{RECIPE}\n[measured]\n{table}\n")).unwrap_err().to_string();
+            assert!(error.contains("measured") && error.contains(said), "{error}");
+        }
+    }
+}
