@@ -14,6 +14,7 @@
 pub mod cli;
 pub mod commands;
 pub mod evaluate;
+pub mod export;
 pub mod features;
 pub mod filmstrip;
 pub mod pictures;

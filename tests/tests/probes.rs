@@ -196,7 +196,7 @@ fn scores_are_those_of_scikit_learn() {
             name.into(),
             json!({ "config": chosen.config(), "train": train.json(), "test": test.json(), "classes": CLASSES,
                 "names": test.mask_class_names(), "grid": GRID,
-                "draws": if name == "few_shot" { draws(&chosen.config(), &train, &seen.borrow()) } else { json!({}) } }),
+                "draws": if name == "few_shot" { draws(chosen.config(), &train, &seen.borrow()) } else { json!({}) } }),
         );
     }
     let folder = program::Folder::new();
