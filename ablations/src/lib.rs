@@ -15,6 +15,7 @@ pub mod cli;
 pub mod cluster;
 pub mod commands;
 pub mod evaluate;
+pub mod export;
 pub mod features;
 pub mod filmstrip;
 pub mod pictures;

@@ -101,6 +101,8 @@ fn masks_beside_images_are_classes_of_pixels() {
     let mask = data.get(1).unwrap().mask.unwrap();
     assert_eq!(mask[..6], [2, 2, 2, 1, 1, 1]);
     assert_eq!(mask[23], 255);
+    // Training reads no masks.
+    assert_eq!(data.get_image(1).unwrap(), Sample { mask: None, ..data.get(1).unwrap() });
     let summary = data.summary();
     assert!(summary.content.contains("masks of 3 classes"), "{}", summary.content);
     assert!(summary.notes.iter().any(|note| note.contains("3 files read to count the pixel classes")), "{summary:?}");

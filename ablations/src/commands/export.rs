@@ -4,14 +4,15 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use dinolab_core::checkpoint::{write_file, write_pieces};
+use dinolab_core::checkpoint::write_file;
 use dinolab_core::weights::convert::{self, Piece};
-use dinolab_core::weights::{write_folder, ModelInfo, Source, TensorFiles, MODEL_FILE, WEIGHTS_FILE};
-use dinolab_core::Result;
+use dinolab_core::weights::{write_folder, ModelInfo, Source, TensorFiles, WEIGHTS_FILE};
+use dinolab_core::{Error, Result};
 use dinolab_plugins::published;
 use safetensors::tensor::{Dtype, View};
 use serde_json::{json, Value as Json};
 
+use crate::export::{card, shards};
 use crate::style;
 
 /// What it is given.
@@ -28,6 +29,15 @@ pub struct Args {
     /// Whose weights, of a run
     #[arg(long, default_value = "teacher")]
     role: Role,
+    /// Split the weights into files of at most so many megabytes, with an index, as Hugging Face does (hf and timm)
+    #[arg(long, value_name = "MEGABYTES", value_parser = clap::value_parser!(u64).range(1..))]
+    shard_size: Option<u64>,
+    /// An eval.json of these weights: its scores go into the model card
+    #[arg(long, value_name = "EVAL_JSON")]
+    scores: Option<PathBuf>,
+    /// The licence of the weights, for the model card: that of the weights which the training began from, if it did
+    #[arg(long)]
+    license: Option<String>,
 }
 
 /// Who reads an export.
@@ -39,6 +49,8 @@ enum Format {
     Onnx,
     /// Everything that opens safetensors, and dinolab: the backbone and the heads
     Safetensors,
+    /// timm: `timm.create_model("local-dir:DIR", pretrained=True)`, a ViT
+    Timm,
 }
 
 /// A model of a run.
@@ -54,6 +66,26 @@ enum Role {
 pub fn run(args: &Args) -> Result<ExitCode> {
     let source = Source::at(&args.run)?;
     let model = source.known_model()?;
+    let shards = args.shard_size.map(|megabytes| megabytes.saturating_mul(1_000_000));
+    if shards.is_some() && !matches!(args.format, Format::Hf | Format::Timm) {
+        let problem = "--shard-size splits the weights of --format hf and timm only";
+        return Err(Error::user(problem, "leave it out; this format is one file"));
+    }
+    let library = match args.format {
+        Format::Hf => "transformers",
+        Format::Timm => "timm",
+        Format::Onnx => "onnx",
+        Format::Safetensors => "dinolab",
+    };
+    let about = card::About {
+        source: &source,
+        model: &model,
+        library,
+        scores: args.scores.as_deref(),
+        license: args.license.as_deref(),
+    };
+    // What is wrong with its parts is said before anything is written.
+    let card = card::card(&about)?;
     let files = TensorFiles::open(&source.model_file()?)?;
     let prefix = match (source.has_roles(), args.role) {
         (false, _) => "",
@@ -61,29 +93,38 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         (true, Role::Teacher) => "student.",
         (true, Role::Student) => "student.",
     };
-    write_folder(&args.out, |folder| match args.format {
-        Format::Hf => write_hf(folder, &files, prefix, &model),
-        Format::Onnx => {
-            write_file(&folder.join("model.onnx"), &published::onnx(&model, &files, prefix)?)?;
-            write_json(folder, "preprocessor_config.json", &processor(&model))
+    write_folder(&args.out, |folder| {
+        match args.format {
+            Format::Hf => write_hf(folder, &files, prefix, &model, shards)?,
+            Format::Timm => {
+                let (config, rules) = published::timm(&model)?;
+                let pieces = convert::to_published(&files, prefix, &rules)?;
+                shards::write(folder, pieces, &[("format", "pt".into())], shards)?;
+                write_json(folder, "config.json", &config)?;
+            }
+            Format::Onnx => {
+                write_file(&folder.join("model.onnx"), &published::onnx(&model, &files, prefix)?)?;
+                write_json(folder, "preprocessor_config.json", &processor(&model))?;
+            }
+            Format::Safetensors => {
+                shards::write(folder, convert::without_prefix(&files, prefix)?, &[], None)?;
+                let from = args.run.display();
+                let about = format!("# Exported by dinolab {} from {from}\n", env!("CARGO_PKG_VERSION"));
+                write_file(&folder.join(WEIGHTS_FILE), (about + &model.to_toml()).as_bytes())?;
+            }
         }
-        Format::Safetensors => {
-            write_pieces(&folder.join(MODEL_FILE), convert::without_prefix(&files, prefix)?, &[])?;
-            let from = args.run.display();
-            let about = format!("# Exported by dinolab {} from {from}\n", env!("CARGO_PKG_VERSION"));
-            write_file(&folder.join(WEIGHTS_FILE), (about + &model.to_toml()).as_bytes())
-        }
+        write_file(&folder.join("README.md"), card.as_bytes())
     })?;
     style::say(&format!("written to {}", args.out.display()));
     Ok(ExitCode::SUCCESS)
 }
 
-fn write_hf(folder: &Path, files: &TensorFiles, prefix: &str, model: &ModelInfo) -> Result<()> {
+fn write_hf(folder: &Path, files: &TensorFiles, prefix: &str, model: &ModelInfo, shards: Option<u64>) -> Result<()> {
     let (mut config, rules) = published::hugging_face(&model.backbone)?;
     let pieces = convert::to_published(files, prefix, &rules)?;
     config["image_size"] = model.crops.global_size.into();
     config["dtype"] = dtype_name(&pieces).into();
-    write_pieces(&folder.join(MODEL_FILE), pieces, &[("format", "pt".into())])?;
+    shards::write(folder, pieces, &[("format", "pt".into())], shards)?;
     write_json(folder, "config.json", &config)?;
     write_json(folder, "preprocessor_config.json", &processor(model))
 }

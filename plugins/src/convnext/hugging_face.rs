@@ -82,5 +82,5 @@ pub(crate) fn read(files: &TensorFiles, mut keys: JsonTable, notes: &mut Vec<Str
         Rule::renamed(&spec.name, &spec.shape, name, &spec.shape)
     });
     let title = format!("ConvNeXt: widths {dims:?}, blocks {depths:?}, Hugging Face layout");
-    Ok(Published { title, said_by: "config.json", rules: rules.collect(), model, unused: |_| false })
+    Ok(Published { zeros: Vec::new(), title, said_by: "config.json", rules: rules.collect(), model, unused: |_| false })
 }

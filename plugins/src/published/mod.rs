@@ -3,12 +3,13 @@
 mod names;
 mod processor;
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 use dinolab_core::checkpoint::{write_file, write_pieces};
 use dinolab_core::contract::Backbone;
 use dinolab_core::registry::Chosen;
-use dinolab_core::weights::convert::{from_published, Rule};
+use dinolab_core::weights::convert::{from_published, Piece, Rule};
 use dinolab_core::weights::{
     check_free, write_folder, JsonTable, ModelInfo, Pixels, Source, TensorFiles, MODEL_FILE, WEIGHTS_FILE,
 };
@@ -29,6 +30,8 @@ pub(crate) struct Published {
     pub said_by: &'static str,
     /// Where each of its tensors is.
     pub rules: Vec<Rule>,
+    /// Tensors that the layout has no place for, with their shapes: they are zero.
+    pub zeros: Vec<(String, Vec<usize>)>,
     /// Tensors of the files that a model does not need: buffers that follow from its configuration.
     pub unused: fn(&str) -> bool,
 }
@@ -112,6 +115,9 @@ pub fn import(from: &Path, out: &Path) -> Result<Imported> {
     let mut dtypes: Vec<Dtype> = pieces.iter().map(|(_, piece)| piece.dtype()).collect();
     dtypes.sort();
     dtypes.dedup();
+    let zeros = published.zeros.into_iter().map(|(name, shape)| (name, Tensor::Zeros(shape)));
+    let tensors = pieces.into_iter().map(|(name, piece)| (name, Tensor::Read(piece))).chain(zeros).collect();
+    let pieces: Vec<(String, Tensor<'_>)> = tensors;
     let imported = Imported {
         title: published.title,
         tensors: pieces.len(),
@@ -129,6 +135,36 @@ pub fn import(from: &Path, out: &Path) -> Result<Imported> {
     Ok(imported)
 }
 
+/// A tensor of an import.
+enum Tensor<'a> {
+    Read(Piece<'a>),
+    Zeros(Vec<usize>),
+}
+
+impl View for Tensor<'_> {
+    fn dtype(&self) -> Dtype {
+        match self {
+            Self::Read(piece) => piece.dtype(),
+            Self::Zeros(_) => Dtype::F32,
+        }
+    }
+    fn shape(&self) -> &[usize] {
+        match self {
+            Self::Read(piece) => piece.shape(),
+            Self::Zeros(shape) => shape,
+        }
+    }
+    fn data(&self) -> Cow<'_, [u8]> {
+        match self {
+            Self::Read(piece) => piece.data(),
+            Self::Zeros(_) => vec![0; self.data_len()].into(),
+        }
+    }
+    fn data_len(&self) -> usize {
+        self.shape().iter().product::<usize>() * self.dtype().bitsize() / 8
+    }
+}
+
 /// The file of that name beside the weights; beside what they are a link to, if there is none.
 pub(crate) fn beside(weights: &Path, name: &str) -> Option<PathBuf> {
     let real = weights.canonicalize().unwrap_or_default();
@@ -142,6 +178,15 @@ pub(crate) fn beside(weights: &Path, name: &str) -> Option<PathBuf> {
 /// If it is no model that dinolab has, or its configuration asks for something that dinolab does not do.
 fn recognise(files: &TensorFiles, layout: Option<Layout>, notes: &mut Vec<String>) -> Result<Published> {
     let config = beside(files.path(), "config.json").map(|file| JsonTable::read(&file)).transpose()?;
+    if layout == Some(Layout::ReferenceVit) && files.get("blocks.0.gamma_1").is_some() {
+        return match config {
+            Some(config) if config.peek("architecture").is_some() => vit::timm::read(files, config, notes),
+            _ => {
+                let problem = "these are weights of timm, and no config.json of timm beside them says of which model";
+                Err(Error::content(files.path(), problem, "download config.json into the same folder"))
+            }
+        };
+    }
     if let Some(config) = &config {
         known_model_type(config)?;
     }
@@ -184,8 +229,8 @@ fn known_model_type(config: &JsonTable) -> Result<()> {
         Some(model_type) if known.contains(&model_type) => Ok(()),
         None if config.peek("architecture").is_some() => {
             let name = config.peek("architecture").unwrap_or_default();
-            let problem = format!("these are weights of timm (`{name}`), in a layout that dinolab does not read");
-            let help = "take the same model from Meta: `facebook/dinov3-...` on Hugging Face, or the original file";
+            let problem = format!("these are weights of timm (`{name}`), which is no DINOv3 that dinolab reads");
+            let help = "dinolab reads timm's vit_..._dinov3, and ViT and ConvNeXt of `facebook/dinov3-...`";
             Err(config.wrong("architecture", problem, help))
         }
         None => {
@@ -300,6 +345,20 @@ pub fn hugging_face(backbone: &Chosen<dyn Backbone>) -> Result<(Json, Vec<Rule>)
         "vit" => vit::hf::write(backbone),
         other => {
             let problem = format!("the Hugging Face layout has no place for the backbone `{other}`");
+            Err(Error::user(problem, "export it with --format safetensors"))
+        }
+    }
+}
+
+/// The files of a backbone in timm's layout: `config.json`, and where each tensor goes.
+///
+/// # Errors
+/// If that layout cannot express the backbone.
+pub fn timm(model: &ModelInfo) -> Result<(Json, Vec<Rule>)> {
+    match model.backbone.name() {
+        "vit" => vit::timm::write(&model.backbone, &model.crops),
+        other => {
+            let problem = format!("timm's layout has no place for the backbone `{other}`");
             Err(Error::user(problem, "export it with --format safetensors"))
         }
     }

@@ -101,7 +101,7 @@ pub(crate) fn foreign(files: &TensorFiles) -> Error {
         "take the model of the same name that Meta publishes: `facebook/dinov3-...` on Hugging Face, or \
         the original file";
     let (what, help) = if any("reg_token") || any("blocks.0.gamma_1") || any("blocks.0.attn.q_bias") {
-        ("these are weights of timm, in a layout that dinolab does not read", FACEBOOK)
+        ("these are weights of timm, of a model that dinolab does not read", FACEBOOK)
     } else if any("embeddings.position_embeddings") || any("embeddings.patch_embeddings.projection.weight") {
         ("these are weights of DINOv2 or of another plain ViT, in Hugging Face's layout", DINOV3)
     } else if any("pos_embed") {

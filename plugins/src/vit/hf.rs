@@ -201,6 +201,7 @@ pub(crate) fn read(files: &TensorFiles, mut keys: JsonTable, notes: &mut Vec<Str
     let rules = specs.iter().map(|spec| rule(spec, layer, bias).ok_or_else(|| unknown(&spec.name)));
     let unused = if c.num_register_tokens == 0 { |name: &str| name == REGISTERS } else { |_: &str| false };
     Ok(Published {
+        zeros: Vec::new(),
         title: format!("{title}, Hugging Face layout"),
         said_by: "config.json",
         rules: rules.collect::<Result<_>>()?,
@@ -218,34 +219,7 @@ pub const REGISTERS: &str = "embeddings.register_tokens";
 /// If the layout cannot express the backbone.
 pub(crate) fn write(backbone: &Chosen<dyn Backbone>) -> Result<(Json, Vec<Rule>)> {
     let config = VitConfig::of(backbone)?;
-    let refuse = |what: &str| {
-        let problem = format!("the Hugging Face layout cannot express a model with {what}");
-        Err(Error::user(problem, "export it with --format safetensors"))
-    };
-    if config.norm != Norm::LayerNorm {
-        return refuse("RMSNorm (backbone.norm)");
-    }
-    if config.layer_scale == 0.0 {
-        return refuse("no LayerScale (backbone.layer_scale = 0)");
-    }
-    if config.untie_cls_and_patch_norms {
-        return refuse("a norm of its own for CLS (backbone.untie_cls_and_patch_norms)");
-    }
-    let position = &config.pos_encoding;
-    if position.name() != "rope_box" {
-        return refuse(&format!("the position encoding `{}`", position.name()));
-    }
-    let rope: RopeBoxConfig = serde_json::from_value(position.config().clone()).expect("it was checked when read");
-    let Periods::Base(base) = rope.periods else {
-        return refuse("rotary periods given as a range (backbone.pos_encoding.periods)");
-    };
-    if rope.normalize != crate::box_coords::Normalize::Separate || rope.dtype != TableType::F32 {
-        return refuse("a rotary box other than `normalize = \"separate\"`, `dtype = \"f32\"` (backbone.pos_encoding)");
-    }
-    let rescale = match rope.rescale {
-        Some(crate::box_coords::Rescale::LogUniform(s)) => Some(s),
-        _ => None,
-    };
+    let Expressible { base, rope, rescale } = expressible(&config, "the Hugging Face layout")?;
     let gated = config.ffn == Ffn::Swiglu;
     let c = Config {
         patch_size: config.patch_size,
@@ -280,6 +254,49 @@ pub(crate) fn write(backbone: &Chosen<dyn Backbone>) -> Result<(Json, Vec<Rule>)
     json["architectures"] = json!(["DINOv3ViTModel"]);
     json["model_type"] = MODEL_TYPE.into();
     Ok((json, rules))
+}
+
+/// What published layouts say of positions.
+pub(super) struct Expressible {
+    pub base: f64,
+    rope: RopeBoxConfig,
+    rescale: Option<f64>,
+}
+
+/// Fails, naming it, if a model has what published layouts have no words for.
+///
+/// # Errors
+/// If it has.
+pub(super) fn expressible(config: &VitConfig, layout: &str) -> Result<Expressible> {
+    let refuse = |what: &str| {
+        let problem = format!("{layout} cannot express a model with {what}");
+        Err(Error::user(problem, "export it with --format safetensors"))
+    };
+    if config.norm != Norm::LayerNorm {
+        return refuse("RMSNorm (backbone.norm)");
+    }
+    if config.layer_scale == 0.0 {
+        return refuse("no LayerScale (backbone.layer_scale = 0)");
+    }
+    if config.untie_cls_and_patch_norms {
+        return refuse("a norm of its own for CLS (backbone.untie_cls_and_patch_norms)");
+    }
+    let position = &config.pos_encoding;
+    if position.name() != "rope_box" {
+        return refuse(&format!("the position encoding `{}`", position.name()));
+    }
+    let rope: RopeBoxConfig = serde_json::from_value(position.config().clone()).expect("it was checked when read");
+    let Periods::Base(base) = rope.periods else {
+        return refuse("rotary periods given as a range (backbone.pos_encoding.periods)");
+    };
+    if rope.normalize != crate::box_coords::Normalize::Separate || rope.dtype != TableType::F32 {
+        return refuse("a rotary box other than `normalize = \"separate\"`, `dtype = \"f32\"` (backbone.pos_encoding)");
+    }
+    let rescale = match rope.rescale {
+        Some(crate::box_coords::Rescale::LogUniform(s)) => Some(s),
+        _ => None,
+    };
+    Ok(Expressible { base, rope, rescale })
 }
 
 /// Where a parameter is in the layout; `None` if it has no place there. `bias` says which of queries, keys and values

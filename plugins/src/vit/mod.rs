@@ -16,6 +16,7 @@ pub(crate) mod hf;
 mod model;
 pub(crate) mod onnx;
 pub(crate) mod original;
+pub(crate) mod timm;
 
 use model::Vit;
 

@@ -99,6 +99,7 @@ pub(crate) fn read(files: &TensorFiles, notes: &mut Vec<String>) -> Result<Publi
         Rule::renamed(&spec.name, &spec.shape, name, &spec.shape)
     });
     Ok(Published {
+        zeros: Vec::new(),
         title: format!("{title}, layout of the reference"),
         said_by: "its own first block",
         rules: rules.collect(),

@@ -1,0 +1,118 @@
+//! The model card of an export: `README.md` as Hugging Face reads it.
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use dinolab_core::recipe::toml_value;
+use dinolab_core::text::printable;
+use dinolab_core::weights::{ModelInfo, Source};
+use dinolab_core::{Error, Result};
+use serde_json::Value as Json;
+
+/// What a card is about.
+pub struct About<'a> {
+    /// Where the weights are from.
+    pub source: &'a Source,
+    /// What model they are of.
+    pub model: &'a ModelInfo,
+    /// The library that reads the export.
+    pub library: &'a str,
+    /// An `eval.json` that has scores of them.
+    pub scores: Option<&'a Path>,
+    /// Their licence.
+    pub license: Option<&'a str>,
+}
+
+/// The text of the card.
+///
+/// # Errors
+/// If the recipe of a run or the scores cannot be read, or these are of other weights.
+pub fn card(about: &About<'_>) -> Result<String> {
+    let recipe = about.source.has_roles().then(|| about.source.recipe()).transpose()?;
+    let began = recipe.as_ref().and_then(|r| r.recipe.backbone.weights.clone().or(r.recipe.init_from.clone()));
+    let scores = about.scores.map(|file| scores(file, &about.source.hash()?)).transpose()?;
+    let license = match about.license {
+        Some(license) => format!("license: other\nlicense_name: {}\n", toml_value(&license.into())),
+        None => String::new(),
+    };
+    let mut text = format!(
+        "---\nlibrary_name: {}\npipeline_tag: image-feature-extraction\n{license}tags:\n- dinov3\n- self-supervised\n- dinolab\n---\n\n",
+        about.library
+    );
+    let name = recipe.as_ref().map_or_else(|| printable(about.source.path()), |r| r.recipe.name.clone());
+    let (version, revision) = (env!("CARGO_PKG_VERSION"), crate::REVISION);
+    let command = ["dinolab".to_string()]
+        .into_iter()
+        .chain(std::env::args().skip(1))
+        .map(|word| quoted(&word))
+        .collect::<Vec<_>>()
+        .join(" ");
+    write!(
+        text,
+        "# {name}\n\nFeatures of images, learned without labels. Exported by dinolab {version} ({revision}) with\n\n    {command}\n\n\
+        BLAKE3 of the weights that it was made of: `{}`.\n\n## Model\n\n```toml\n{}```\n",
+        about.source.hash()?,
+        about.model.to_toml()
+    )
+    .expect("writing to a string");
+    text += "\n## Licence\n\n";
+    text += &match (about.license, &began) {
+        (Some(license), _) => format!("{license}\n"),
+        (None, Some(from)) => format!(
+            "Not said. The training began from the weights {}, whose licence holds for these too.\n",
+            printable(from)
+        ),
+        (None, None) if recipe.is_some() => "Not said. The training began from random weights.\n".into(),
+        (None, None) => "Not said. That of the weights that were imported holds for these too.\n".into(),
+    };
+    if let Some(scores) = scores {
+        text += &scores;
+    }
+    if let Some(recipe) = recipe {
+        write!(text, "\n## Training: data and recipe\n\n```toml\n{}```\n", recipe.to_toml())
+            .expect("writing to a string");
+    }
+    Ok(text)
+}
+
+/// A word of a command as a shell reads it.
+fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_alphanumeric() || "-_./=:@,".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        word.into()
+    } else {
+        format!("'{}'", word.replace('\'', "'\\''"))
+    }
+}
+
+/// The scores of these weights as a table.
+fn scores(file: &Path, hash: &str) -> Result<String> {
+    let text = std::fs::read_to_string(file).map_err(Error::io("read", file))?;
+    let help = "name the eval.json that `dinolab eval` wrote for these weights";
+    let eval: Json = serde_json::from_str(&text).map_err(|e| Error::content(file, format!("not JSON: {e}"), help))?;
+    let list = |value: &Json, key: &str| value[key].as_array().cloned().unwrap_or_default();
+    let weights = list(&eval, "weights");
+    let Some(of_these) = weights.iter().find(|w| w["hash"] == hash) else {
+        let others = weights.iter().filter_map(|w| w["name"].as_str()).collect::<Vec<_>>().join(", ");
+        let problem = format!("it has scores of {others}, none of them the weights that are exported");
+        return Err(Error::content(file, problem, help));
+    };
+    let mut table = format!(
+        "\n## Scores\n\nOn {}, with 95% intervals over test images.\n\n| score | pixels | value |\n|---|---|---|\n",
+        eval["content"].as_str().unwrap_or("the data of the evaluation")
+    );
+    for size in list(of_these, "sizes") {
+        for score in list(&size, "scores").iter().filter(|s| s["detail"] != true) {
+            let number = |value: &Json| value.as_f64().map_or("-".into(), |x| format!("{x:.4}"));
+            let interval = match &score["ci95"] {
+                Json::Array(ends) if ends.len() == 2 => format!(" [{}, {}]", number(&ends[0]), number(&ends[1])),
+                _ => String::new(),
+            };
+            let [probe, name] = ["probe", "score"].map(|key| score[key].as_str().unwrap_or_default());
+            let pixels = size["size"].as_str().map_or_else(|| size["size"].to_string(), String::from);
+            writeln!(table, "| {probe}/{name} | {pixels} | {}{interval} |", number(&score["value"]))
+                .expect("writing to a string");
+        }
+    }
+    Ok(table)
+}
