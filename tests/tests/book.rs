@@ -74,7 +74,7 @@ cargo() {
 
 /// Makes the commands of a block parsed only: clap reads all arguments before it shows its help.
 const NO_RUN: &str = r#"
-PATH=
+PATH=/nowhere
 dinolab() { "$PROGRAM" "$@" --help > /dev/null; }
 command_not_found_handle() { :; }
 "#;

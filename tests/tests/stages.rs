@@ -84,7 +84,7 @@ fn a_chain_is_the_runs_that_one_command_each_gives_and_says_what_came_from_what(
     }
     assert_eq!(json(&folder, "chain/high_res/run.json")["parents"].as_object().expect("a table").len(), 1);
     let page = folder.read("chain/report.html");
-    for part in ["<svg", ">continue_from<", ">init_from<", "steps 8 to 20", "12 steps", "probe/cls_patch_cosine/mean"] {
+    for part in ["<svg", ">continue_from<", ">init_from<", "steps 8 to 20", "12 steps", "cls_patch_cosine"] {
         assert!(page.contains(part), "no `{part}` in the report");
     }
     assert!(!page.contains("stroke-dasharray"), "nothing was done anew");
@@ -130,7 +130,7 @@ fn a_mistake_in_a_chain_is_named_before_anything_runs() {
         ("{gram}", "{gramm}", "did you mean `gram`"),
         ("name = \"gram\"", "name = \"pretrain\"", "stage name `pretrain` is repeated"),
         ("init_role", "init_rol", "init_rol"),
-        ("[[stage]]", "stagez = 1\n[[stage]]", "unknown field `stagez`"),
+        ("[[stage]]", "stagez = 1\n[[stage]]", "stagez: unknown key"),
     ] {
         folder.write("wrong.toml", &folder.read("chain.toml").replacen(was, is, 1));
         let ended = folder.run(&["stages", "wrong.toml", "--out", "out"]);
