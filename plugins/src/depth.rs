@@ -209,7 +209,7 @@ mod tests {
         let data = Halves { len: 90, width: 32, height: 32 };
         let values = |model| run(&Depth { l2: 1e-6, ..Depth::default() }, &data, &data, model);
         let known = values(&perfect);
-        assert!(known[2].value > 0.95 && known[0].value < 0.6, "{known:?}");
+        assert!(known[2].value > 0.9 && known[0].value < 0.6, "{known:?}");
         // Nothing known: the mean, 3 metres or so, which is off by one.
         let unknown = values(&random);
         assert!((unknown[0].value - 1.0).abs() < 0.1 && unknown[2].value < 0.1, "{unknown:?}");

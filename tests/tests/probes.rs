@@ -223,7 +223,8 @@ fn scores_are_those_of_scikit_learn() {
             println!("{name}/{} {a:.6}", score.name);
             assert!((a - b).abs() < TOLERANCE, "{name}/{}: {a}, but scikit-learn gives {b}", score.name);
         }
-        let mut whole = scores.iter().filter(|s| !s.detail && s.name != "rmse");
+        // The images that robustness is told of are easy while they are whole.
+        let mut whole = scores.iter().filter(|s| !s.detail && !["rmse", "clean"].contains(&s.name.as_ref()));
         assert!(whole.all(|s| s.value > 0.1 && s.value < 1.0), "{name}: neither chance nor perfect: {scores:?}");
     }
     assert!(theirs["crops"]["levels"] <= 1.0, "{:?}", theirs["crops"]);

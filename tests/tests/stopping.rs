@@ -207,7 +207,7 @@ fn killed_suite(suite: &str, trunks: &[u64]) {
                     run["recipe_hash"].take();
                 }
             }
-            let kept = |key: &String| !["seconds", "provenance"].contains(&key.as_str());
+            let kept = |key: &String| !["seconds", "compute", "provenance"].contains(&key.as_str());
             summary.as_object_mut().expect("a table").retain(|key, _| kept(key));
             // That a run was resumed is said, and is all that differs.
             summary["events"].as_array_mut().expect("a list").retain(|event| event["kind"] != "resume");

@@ -25,6 +25,7 @@ pub struct Expected {
     pub n: usize,
     /// Seconds of a run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 1e12))]
     pub seconds: Option<f64>,
     /// Hash of the data that they saw, of a dataset that has one: `data` of their `run.json`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -42,8 +43,10 @@ pub struct Expected {
 #[serde(deny_unknown_fields)]
 pub struct Spread {
     /// Mean.
+    #[schemars(range(min = -1e30, max = 1e30))]
     pub mean: f64,
     /// Sample standard deviation.
+    #[schemars(range(min = 0, max = 1e30))]
     pub sd: f64,
 }
 
@@ -54,8 +57,10 @@ pub struct Curve {
     /// Steps done, ascending.
     pub steps: Vec<u64>,
     /// Mean at each.
+    #[schemars(inner(range(min = -1e30, max = 1e30)))]
     pub mean: Vec<f64>,
     /// Sample standard deviation at each.
+    #[schemars(inner(range(min = 0, max = 1e30)))]
     pub sd: Vec<f64>,
 }
 

@@ -45,7 +45,7 @@ pub struct ManifestConfig {
     pub mask: MaskConfig,
     /// Metres of a unit of depth in PNG files and arrays of whole numbers. Arrays of floats hold metres.
     #[serde(default = "super::default_depth_scale")]
-    #[schemars(extend("exclusiveMinimum" = 0))]
+    #[schemars(range(max = 1e6), extend("exclusiveMinimum" = 0))]
     pub depth_scale: f64,
 }
 

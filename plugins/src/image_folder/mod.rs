@@ -89,7 +89,7 @@ pub struct ImageFolderConfig {
     /// Metres of a unit of depth in PNG files and arrays of whole numbers: 0.001 for millimetres, 1/256 in KITTI. Arrays of
     /// floats hold metres.
     #[serde(default = "default_depth_scale")]
-    #[schemars(extend("exclusiveMinimum" = 0))]
+    #[schemars(range(max = 1e6), extend("exclusiveMinimum" = 0))]
     pub depth_scale: f64,
 }
 
