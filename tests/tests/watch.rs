@@ -86,7 +86,10 @@ fn a_run_is_shown_before_it_begins_while_it_goes_on_and_when_it_is_done() {
     let (_watch, address) = watch(&folder, &["run"]);
     assert!(wait("a first page", || Some(page(address)).filter(|p| !p.is_empty())).contains("Nothing is here yet"));
     folder.succeed(&["train", "micro.toml", "--out", "run", "--set", "probes.dse.batch_clusters=4"]);
-    let done = wait("the run", || Some(page(address)).filter(|p| p.contains("step <b>12 of 12</b>")));
+    // Pictures come when there is time for them.
+    let pictures = "Similarity to the framed patch";
+    let done =
+        wait("the run", || Some(page(address)).filter(|p| p.contains("step <b>12 of 12</b>") && p.contains(pictures)));
     let parts = ["<b>finished</b>", "loss/total", "probe/dse/inter", "Similarity to the framed patch", "<svg"];
     parts.iter().for_each(|part| assert!(done.contains(part), "no {part}"));
     // Longer: the same page goes on.
@@ -261,7 +264,7 @@ fn in_a_browser_the_page_follows_the_files_in_place_and_fetches_nothing_else() {
     let icons = browser.value(&session, "document.querySelectorAll('.plots svg').length").as_u64().expect("a number");
     assert!(icons > 3, "{icons} curves");
     let images = "[...document.images].length && [...document.images].every(image => image.naturalWidth > 0)";
-    assert_eq!(browser.value(&session, images), true);
+    wait("pictures", || Some(browser.value(&session, images)).filter(|all| *all == true));
     // A reader has scrolled down and opened what is folded.
     browser.value(&session, "document.querySelectorAll('details').forEach(d => { d.open = true; })");
     browser.value(&session, "document.querySelector('.film').scrollIntoView(); window.mark = 'the same page'");
