@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 use toml::Value;
 
-use crate::suite::{beside, check_name, nearest, overrides, Overrides};
+use crate::suite::{beside, check_name, nearest, overrides, walk, Overrides};
 
 /// Runs that go on from each other, as their file says it.
 ///
@@ -162,15 +162,6 @@ fn named(value: &Value) -> Vec<String> {
         }
     });
     found
-}
-
-fn walk(value: &mut Value, see: &mut dyn FnMut(&mut String)) {
-    match value {
-        Value::String(text) => see(text),
-        Value::Array(list) => list.iter_mut().for_each(|inner| walk(inner, see)),
-        Value::Table(table) => table.iter_mut().for_each(|(_, inner)| walk(inner, see)),
-        _ => {}
-    }
 }
 
 #[cfg(test)]

@@ -125,7 +125,8 @@ pub fn named_steps(set: &Overrides) -> Vec<u64> {
     steps
 }
 
-fn walk(value: &mut Value, see: &mut dyn FnMut(&mut String)) {
+/// Shows every text in a value.
+pub fn walk(value: &mut Value, see: &mut dyn FnMut(&mut String)) {
     match value {
         Value::String(text) => see(text),
         Value::Array(list) => list.iter_mut().for_each(|inner| walk(inner, see)),

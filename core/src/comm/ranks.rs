@@ -84,11 +84,6 @@ impl Ranks {
         self.comm.traffic()
     }
 
-    /// Ends all ranks.
-    pub fn abort(&self) {
-        self.comm.abort();
-    }
-
     /// What moves the bytes, for a person.
     pub fn engine(&self) -> String {
         match &self.nccl {
@@ -147,9 +142,22 @@ impl Ranks {
     /// # Errors
     /// If a rank has failed.
     pub(crate) fn least(&self, own: u64) -> Result<u64> {
+        Ok(self.numbers(own)?.into_iter().min().unwrap_or(own))
+    }
+
+    /// The sum of a count over all ranks.
+    ///
+    /// # Errors
+    /// If a rank has failed.
+    pub(crate) fn sum_of_all(&self, own: usize) -> Result<usize> {
+        Ok(self.numbers(own as u64)?.into_iter().sum::<u64>() as usize)
+    }
+
+    /// Every rank's number, in order of rank.
+    fn numbers(&self, own: u64) -> Result<Vec<u64>> {
         let mut all = vec![0u64; self.world()];
         self.comm.all_gather(bytemuck::bytes_of(&own), bytemuck::cast_slice_mut(&mut all))?;
-        Ok(all.into_iter().min().unwrap_or(own))
+        Ok(all)
     }
 
     /// The sum of all ranks' tensors in the order of the tree, on all of them. Each rank adds its share of the elements.

@@ -55,10 +55,7 @@ impl<'a> Shards<'a> {
     /// # Errors
     /// If a rank has failed.
     pub fn all_rows(&self, rows: usize) -> Result<usize> {
-        let Some(ranks) = self.ranks else { return Ok(rows) };
-        let mut all = vec![0u64; ranks.world()];
-        ranks.comm().all_gather(bytemuck::bytes_of(&(rows as u64)), bytemuck::cast_slice_mut(&mut all))?;
-        Ok(all.iter().sum::<u64>() as usize)
+        self.ranks.map_or(Ok(rows), |ranks| ranks.sum_of_all(rows))
     }
 
     /// The sum over all shards of all ranks; `parts` are those of the own shards, of one shape.

@@ -193,6 +193,8 @@ struct OnGpu<'a> {
     logits: &'a Tensor,
     temperature: &'a Tensor,
     shards: &'a Shards<'a>,
+    /// Rows of all shards.
+    all_rows: usize,
     /// Of every own shard: its rows, and how they are summed.
     own: Vec<Runs>,
 }
@@ -219,7 +221,8 @@ impl<'a> OnGpu<'a> {
             Runs { rows, run, runs: start..end }
         };
         let own = shards.ranges(logits.dim(0))?.into_iter().map(runs_of).collect();
-        Ok(Self { gpu, logits, temperature, shards, own })
+        let all_rows = shards.all_rows(logits.dim(0))?;
+        Ok(Self { gpu, logits, temperature, shards, all_rows, own })
     }
 
     fn run(&self, iterations: usize) -> Result<Tensor> {
@@ -320,8 +323,8 @@ impl<'a> OnGpu<'a> {
 
     /// `base + log2(sum over runs and shards / (B / K))`; sums that are relative to `tops` are made relative to `base` first.
     fn shifted(&self, base: &Tensor, sums: &Tensor, tops: Option<&Tensor>) -> Result<Tensor> {
-        let (rows, k) = (self.shards.all_rows(self.logits.dim(0))?, self.logits.dim(1));
-        let (share, k) = ((k as f64 / rows as f64) as f32, k as i32);
+        let k = self.logits.dim(1);
+        let (share, k) = ((k as f64 / self.all_rows as f64) as f32, k as i32);
         let of_shard = |own: &Runs| {
             if own.rows.is_empty() {
                 return Ok(Tensor::zeros(&[self.logits.dim(1)], DType::F32));

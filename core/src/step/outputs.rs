@@ -121,6 +121,14 @@ impl TeacherPass {
                 continue;
             };
             let _scope = scope::enter(format!("losses.{}", declared.name));
+            let masked: usize = batches.iter().map(|batch| batch.masks.indices.len()).sum();
+            if declared.needs.masks && learner.ranks.sum_of_all(masked)? == 0 {
+                let problem =
+                    format!("no patch of this step's crops is masked, and the loss `{}` is of those", declared.name);
+                let help =
+                    "raise masking.probability or masking.ratio: of some crop at least one patch has to be masked";
+                return Err(Error::user(problem, help));
+            }
             let project = |((features, layers), batch): ((&Features, &Vec<Tensor>), &Batch)| {
                 taught.loss.project(&params, &tokens(features, None, layers, &taught.needs, batch))
             };
@@ -129,13 +137,6 @@ impl TeacherPass {
             let all = Tensor::cat(&parts.iter().collect::<Vec<_>>())?;
             let rows: Vec<usize> = parts.iter().map(|part| part.dim(0)).collect();
             let (shards, rows) = (learner.ranks.shards_of(&rows), rows.iter().sum::<usize>());
-            if declared.needs.masks && shards.all_rows(batches.iter().map(|b| b.masks.indices.len()).sum())? == 0 {
-                let problem =
-                    format!("no patch of this step's crops is masked, and the loss `{}` is of those", declared.name);
-                let help =
-                    "raise masking.probability or masking.ratio: of some crop at least one patch has to be masked";
-                return Err(Error::user(problem, help));
-            }
             let Targets { rows: all, state: new } = declared.loss.targets(&all, &learner.context(at, old, &shards))?;
             if all.shape() != [rows, spec.width] {
                 let (name, gives, asks) = (&declared.name, all.shape(), [rows, spec.width]);
