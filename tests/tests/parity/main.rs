@@ -78,6 +78,7 @@ families! {
     dino_head: BOTH, model::head;
     dino_loss: BOTH, ops::dino_loss;
     dino_sinkhorn: BOTH, ops::sinkhorn_and_centring;
+    distillation_step: BOTH, step::one_step;
     gram_loss: BOTH, ops::gram_loss;
     hf: BOTH, hf::published_layout;
     ibot_loss: BOTH, ops::ibot_loss;

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use crate::golden::{Comparison, Golden};
-use dinolab_core::checkpoint::write_tensors;
+use dinolab_core::checkpoint::{self, write_tensors, Content, Keep};
 use dinolab_core::contract::{
     At, BatchImage, Loss, LossCost, LossRows, LossValue, ModelOutputs, Needs, Outputs, Schedule, Scheduler, StateSpec,
     StepContext, Targets,
@@ -283,7 +283,10 @@ fn recipe(g: &Golden, dtype: DType, folder: &Path) -> Value {
             "local_count": cfg["crops"]["local_crops_number"],
         },
         "losses": losses,
-        "teacher": { "plugin": "ema", "momentum": rates.momentum },
+        "teacher": match distils(g) {
+            true => json!({ "plugin": "frozen", "checkpoint": folder.join("large"), "momentum": rates.momentum }),
+            false => json!({ "plugin": "ema", "momentum": rates.momentum }),
+        },
         "optimizer": {
             "lr": rates.lr,
             "last_layer_lr": rates.last_layer_lr,
@@ -302,13 +305,45 @@ fn recipe(g: &Golden, dtype: DType, folder: &Path) -> Value {
     recipe
 }
 
-/// The file's weights as files to start from: student and teacher, and the Gram teacher if there is one.
-fn write_start(g: &Golden, folder: &Path) {
+/// Whether the teacher is a frozen model of another size.
+fn distils(g: &Golden) -> bool {
+    g.options["cfg"]["distillation"]["enabled"] == true
+}
+
+/// The teacher to distil from, as a run of the student's recipe with its own sizes.
+fn write_large(g: &Golden, student: &Value, weights: Vec<(String, Tensor)>, folder: &Path) {
+    let mut recipe = student.clone();
+    let arch = &g.options["teacher_arch"];
+    for (key, ours) in [("depth", "depth"), ("embed_dim", "dim"), ("ffn_ratio", "ffn_ratio"), ("num_heads", "heads")] {
+        recipe["backbone"][ours] = arch[key].clone();
+    }
+    for (loss, sizes) in g.options["teacher_heads"].as_object().unwrap() {
+        for (key, size) in sizes.as_object().unwrap() {
+            recipe["losses"][loss]["loss"]["head"][key] = size.clone();
+        }
+    }
+    recipe["teacher"] = json!({ "plugin": "ema" });
+    recipe.as_object_mut().unwrap().remove("init_from");
+    let resolved = Resolved::from_text(&toml::to_string(&recipe).unwrap()).unwrap();
+    let content = Content { step: 1, skipped: 0, model: weights, optimizer: Vec::new() };
+    checkpoint::save(folder, &content, Keep::newest(1)).unwrap();
+    std::fs::write(folder.join("recipe.toml"), resolved.to_toml()).unwrap();
+}
+
+/// The file's weights as files to start from: student and teacher, the Gram teacher if there is one, and the teacher to
+/// distil from.
+fn write_start(g: &Golden, recipe: &Value, folder: &Path) {
     let renamed = |from: &str, to: &str| -> Vec<(String, Tensor)> {
         let names = g.names().filter_map(|n| Some((n, n.strip_prefix(from)?)));
         names.map(|(n, inner)| (format!("{to}{inner}"), g.tensor(n, DType::F32))).collect()
     };
-    let start = [renamed("s.", "student."), renamed("t.", "teacher.")].concat();
+    let mut start = renamed("s.", "student.");
+    if distils(g) {
+        let large = ["student.", "teacher."].map(|role| renamed("t.", role)).concat();
+        write_large(g, recipe, large, &folder.join("large"));
+    } else {
+        start.extend(renamed("t.", "teacher."));
+    }
     write_tensors(&folder.join("start.safetensors"), &start, &[]).unwrap();
     let gram = renamed("gt.", "gram_teacher.");
     if !gram.is_empty() {
@@ -411,8 +446,9 @@ fn check_rules(g: &Golden, learner: &Learner) {
 /// A learner with the file's weights, and its resolved recipe.
 fn learner(g: &Golden, dtype: DType) -> (Learner, Value) {
     let folder = tempfile::tempdir().unwrap();
-    write_start(g, folder.path());
-    let text = toml::to_string(&recipe(g, dtype, folder.path())).unwrap();
+    let recipe = recipe(g, dtype, folder.path());
+    write_start(g, &recipe, folder.path());
+    let text = toml::to_string(&recipe).unwrap();
     let resolved = Resolved::from_text(&text).unwrap_or_else(|e| panic!("{text}\n{e}"));
     let learner = Learner::new(&resolved.recipe).unwrap();
     check_rules(g, &learner);
@@ -480,7 +516,8 @@ pub fn one_step(g: &Golden, dtype: DType, c: &mut Comparison<'_>) {
         }
     }
     check_weights(g, c, &learner, ("u.", "s."), &learner.weights().student);
-    check_weights(g, c, &learner, ("e.", "t."), learner.weights().teacher.as_ref().unwrap());
+    let average = if distils(g) { "s." } else { "t." };
+    check_weights(g, c, &learner, ("e.", average), learner.weights().teacher.as_ref().unwrap());
 }
 
 pub fn trajectory(g: &Golden, dtype: DType, c: &mut Comparison<'_>) {
