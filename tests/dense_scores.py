@@ -1,4 +1,4 @@
-"""The other side of tests/tests/dense_scores.rs: label-free scores of patch features, stated in NumPy.
+"""The other side of tests/tests/scores/dense_scores.rs: label-free scores of patch features, stated in NumPy.
 
 dense_scores.py CASES    for every case in the JSON file: its scores by name
 """

@@ -1,4 +1,4 @@
-"""The other side of tests/tests/hugging_face.rs: models of Hugging Face transformers.
+"""The other side of tests/tests/weights/hugging_face.rs: models of Hugging Face transformers.
 
 hugging_face.py make DIR     one folder a model, with random weights, and what the model gives for some images
 hugging_face.py run DIR..    what the models in these folders give for their `pixels.safetensors`

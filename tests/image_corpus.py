@@ -1,4 +1,4 @@
-"""The other side of tests/tests/decoding.rs: images of every kind, whole and damaged, and what Pillow (libjpeg-turbo,
+"""The other side of tests/tests/data/decoding.rs: images of every kind, whole and damaged, and what Pillow (libjpeg-turbo,
 libpng, libwebp, libtiff) sees in them.
 
 image_corpus.py [FLIPS] [SEED]    writes cases to stdout, each a line of JSON and two blobs: the file, and 8-bit RGB

@@ -1,4 +1,4 @@
-"""The other side of tests/tests/methods.rs: losses stated in PyTorch, after their authors' code.
+"""The other side of tests/tests/ops/methods.rs: losses stated in PyTorch, after their authors' code.
 
 methods.py CASES    for every loss and case in the JSON file: the value, and the gradients of the student's inputs
 """

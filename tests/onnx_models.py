@@ -1,4 +1,4 @@
-"""The other side of tests/tests/onnx.rs: what onnxruntime makes of a `model.onnx`.
+"""The other side of tests/tests/weights/onnx.rs: what onnxruntime makes of a `model.onnx`.
 
 onnx_models.py DIR    checks DIR/model.onnx and writes DIR/features.safetensors for DIR/pixels.safetensors
 """

@@ -1,4 +1,4 @@
-"""The other side of tests/tests/optimizers.rs: optimizers stated in PyTorch.
+"""The other side of tests/tests/ops/optimizers.rs: optimizers stated in PyTorch.
 
 optimizers.py CASES    for every case in the JSON file: the weights of every parameter after the last update
 """

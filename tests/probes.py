@@ -1,4 +1,4 @@
-"""The other side of tests/tests/probes.rs: scores of probes by scikit-learn and numpy, given the same features.
+"""The other side of tests/tests/scores/probes.rs: scores of probes by scikit-learn and numpy, given the same features.
 
 probes.py CASES    for every probe in the JSON file: its scores
 """

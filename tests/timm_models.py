@@ -1,4 +1,4 @@
-"""The other side of tests/tests/timm.rs: models of timm.
+"""The other side of tests/tests/weights/timm.rs: models of timm.
 
 timm_models.py make DIR        one folder a model of timm, with random weights, pixels and what the model gives
 timm_models.py run DIR..       what the models in these folders give for their `pixels.safetensors`

@@ -1,6 +1,7 @@
 //! Tests that cross crates: what they share, and the pages of the book whose Rust is compiled as documentation tests.
 
 pub mod emulator;
+pub mod program;
 
 /// Pages, by name.
 #[cfg(doctest)]

@@ -16,15 +16,12 @@
 //! Blocks of `rust` are compiled as documentation tests of this crate (`tests/src/lib.rs` lists the pages); `python` needs
 //! other programs and `json` is output, like `text`: they are not run.
 
-#[allow(dead_code)]
-mod program;
-
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
-use program::{root, Ended, Folder};
+use dinolab_tests::program::{root, Ended, Folder};
 use rayon::prelude::*;
 
 /// The tiny recipe as pages get it: a step takes a moment.

@@ -1,16 +1,13 @@
 //! A suite over several processes: side by side, as a list of commands, as an Indexed Job, as jobs of a real Slurm. However it
 //! is run, its numbers are those of one process.
 
-#[allow(dead_code)]
-mod program;
-
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
-use program::{assert_same_weights, root, signal, wait_until, Ended, Folder};
+use dinolab_tests::program::{assert_same_weights, root, signal, wait_until, Ended, Folder};
 use serde_json::Value;
 
 const SUITE: &str = r#"

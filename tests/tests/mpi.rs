@@ -1,9 +1,6 @@
 //! The program on several processes, joined by the MPI libraries that are here: Open MPI (Debian's `openmpi-bin`) and MPICH
 //! (`pip install mpich`), the latter by its own binary interface and by the standard's.
 
-#[allow(dead_code)]
-mod program;
-
 use std::fs;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -11,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use dinolab_plugins as _;
 use dinolab_tests::emulator;
-use program::{assert_same_weights, json, metrics, root, signal, wait_until, Ended, Folder};
+use dinolab_tests::program::{assert_same_weights, json, metrics, root, signal, wait_until, Ended, Folder};
 
 /// A launcher, and the library that its processes open.
 struct Mpi {

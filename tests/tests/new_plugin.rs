@@ -1,13 +1,10 @@
 //! `dinolab new plugin`: what it writes compiles and passes its tests untouched, for every kind.
 
-#[allow(dead_code)]
-mod program;
-
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use dinolab_core::registry::KINDS;
-use program::{root, Folder};
+use dinolab_tests::program::{root, Folder};
 
 /// Where the tests' programs are built.
 fn target() -> PathBuf {

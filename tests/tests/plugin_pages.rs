@@ -7,16 +7,13 @@
 mod content;
 #[path = "plugin_pages/figures.rs"]
 mod figures;
-#[allow(dead_code)]
-mod program;
-
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
 
 use dinolab::commands::plugins::keys;
 use dinolab_core::registry::{self, PluginInfo};
-use program::root;
+use dinolab_tests::program::root;
 use serde_json::Value as Json;
 
 /// A formula as MathML.

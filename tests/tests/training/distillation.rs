@@ -1,0 +1,144 @@
+//! A small student that learns from a frozen large model.
+
+use dinolab_tests::program::Folder;
+use serde_json::Value;
+
+/// The micro recipe, taught by the run `teacher`.
+const STUDENT: &str = r#"
+extends = "micro.toml"
+name = "student"
+[teacher]
+plugin = "frozen"
+checkpoint = "teacher"
+momentum = 0.9
+"#;
+
+/// A folder with a finished run `teacher` of the micro recipe, and `student.toml`.
+fn taught() -> Folder {
+    let folder = Folder::with_micro();
+    folder.succeed(&["train", "micro.toml", "--out", "teacher"]);
+    folder.write("student.toml", STUDENT);
+    folder
+}
+
+fn losses(folder: &Folder, run: &str, name: &str) -> Vec<f64> {
+    let value = |line: &str| serde_json::from_str::<Value>(line).expect("JSON")[name].as_f64().expect("a loss");
+    folder.read(&format!("{run}/metrics.jsonl")).lines().map(value).collect()
+}
+
+#[test]
+fn the_targets_are_those_of_the_teachers_run() {
+    let folder = taught();
+    // Started from the same weights, the first step has the same teacher, whether it is one's own or a frozen one; from
+    // then on only one of them moves.
+    let start = ["--set", "init_from=teacher"];
+    folder.succeed(&[&["train", "micro.toml", "--out", "own"][..], &start].concat());
+    folder.succeed(&[&["train", "student.toml", "--out", "frozen"][..], &start].concat());
+    for of_targets in ["health/dino/target_entropy", "health/ibot/marginal_entropy"] {
+        let (own, frozen) = (losses(&folder, "own", of_targets), losses(&folder, "frozen", of_targets));
+        assert_eq!(own[0], frozen[0], "{of_targets}");
+        assert_ne!(own[5], frozen[5], "{of_targets}");
+    }
+}
+
+#[test]
+fn a_distilled_student_sees_whole_crops() {
+    // `get_student_output` of the reference hands masks to the student only if `distillation.enabled` is false; the patches of
+    // the iBOT loss are those of the masks all the same.
+    let folder = taught();
+    let first = |recipe: &str, ratio: &str, loss: &str| {
+        let run = format!("{recipe}-{ratio}");
+        if !folder.path(&run).exists() {
+            let set = format!("masking.ratio=[{ratio}, {ratio}]");
+            let recipe = format!("{recipe}.toml");
+            let args =
+                ["train", &recipe, "--out", &run, "--set", "steps=1", "--set", &set, "--set", "init_from=teacher"];
+            folder.succeed(&args);
+        }
+        losses(&folder, &run, loss)[0]
+    };
+    for loss in ["loss/dino", "loss/koleo"] {
+        assert_eq!(first("student", "0.1", loss), first("student", "0.5", loss), "{loss} of no hidden patch");
+        assert_ne!(first("micro", "0.1", loss), first("micro", "0.5", loss), "{loss} of hidden patches");
+    }
+    assert_ne!(first("student", "0.1", "loss/ibot"), first("student", "0.5", "loss/ibot"), "other patches count");
+    // Student and teacher are equal and see the same, so the loss is near the least that it can be: lower than with patches hidden.
+    assert!(first("student", "0.5", "loss/ibot") < first("micro", "0.5", "loss/ibot"));
+}
+
+#[test]
+fn a_student_of_another_size_and_kind_learns_and_resumes_to_the_same_bytes() {
+    let folder = taught();
+    let kinds: [(&str, &[&str]); 2] = [
+        ("narrow", &["backbone.dim=16", "backbone.depth=1", "losses.dino.head.hidden=24"]),
+        (
+            "convnext",
+            &[
+                "backbone={ plugin = \"convnext\", depths = [1, 1, 1, 1], dims = [4, 6, 8, 12], patch_size = 8 }",
+                "crops.local_size=32",
+            ],
+        ),
+    ];
+    for (run, sets) in kinds {
+        let mut args = vec!["train", "student.toml", "--out", run];
+        args.extend(sets.iter().flat_map(|set| ["--set", set]));
+        folder.succeed(&args);
+        let path = folder.path(run).join("checkpoints/step-00000012/model.safetensors");
+        let whole = std::fs::read(&path).expect("it was written");
+        std::fs::remove_dir_all(path.parent().expect("a folder")).expect("it is there");
+        std::fs::remove_file(folder.path(run).join("result.json")).expect("it is there");
+        args.push("--resume");
+        folder.succeed(&args);
+        assert!(std::fs::read(&path).expect("it was written") == whole, "{run}: the resumed run differs");
+    }
+}
+
+#[test]
+fn the_evaluated_model_is_the_students_average() {
+    let folder = taught();
+    folder.succeed(&["train", "student.toml", "--out", "run", "--set", "teacher.momentum=0.0"]);
+    let path = folder.path("run/checkpoints/step-00000012/model.safetensors");
+    let file = dinolab_core::checkpoint::read_tensors(&path).expect("a checkpoint");
+    let names: Vec<&str> = file.names().filter_map(|n| n.strip_prefix("student.")).collect();
+    assert!(names.len() > 20);
+    for name in names {
+        let [student, teacher] = ["student", "teacher"].map(|role| file.get(&format!("{role}.{name}")).expect("both"));
+        assert_eq!(student.to_f64_vec(), teacher.to_f64_vec(), "with momentum 0 the average is the student: {name}");
+    }
+}
+
+#[test]
+fn a_teacher_that_does_not_fit_is_refused_with_the_remedy_and_nothing_is_left() {
+    let folder = taught();
+    let cases: [(&[&str], &str); 5] = [
+        (&["losses.dino.head.prototypes=48"], "set losses.dino.head.prototypes = 32"),
+        (&["backbone.patch_size=16"], "set backbone.patch_size = 8"),
+        (&["teacher.checkpoint=nowhere"], "nowhere: does not exist"),
+        (&["teacher.momentum=1.5"], "teacher.momentum: has to be 0 to 1"),
+        (
+            &["losses.other={ plugin = \"dino\", head = { hidden = 8, bottleneck = 8, prototypes = 8 } }"],
+            "no head for it",
+        ),
+    ];
+    for (sets, said) in cases {
+        let mut args = vec!["train", "student.toml", "--out", "refused"];
+        args.extend(sets.iter().flat_map(|set| ["--set", set]));
+        let ended = folder.run(&args);
+        assert_eq!(ended.code, 2, "{sets:?}: {}", ended.err);
+        assert!(ended.err.contains(said), "{sets:?}: {}", ended.err);
+        assert!(!folder.path("refused/recipe.toml").exists());
+    }
+    let gram =
+        ["recipe", "check", "micro.toml", "--set", "teachers.gram={ plugin = \"frozen\", checkpoint = \"teacher\" }"];
+    let ended = folder.run(&gram);
+    assert!(ended.code == 2 && ended.err.contains("copies weights"), "{}", ended.err);
+}
+
+#[test]
+fn the_cost_of_a_distillation_counts_the_teacher() {
+    let folder = taught();
+    let cost = |args: &[&str]| folder.succeed(&[&["recipe", "check", "--cost", "student.toml"][..], args].concat()).out;
+    let found = cost(&[]);
+    assert!(found.contains("teacher to distil from"), "{found}");
+    assert!(!cost(&["--set", "teacher.checkpoint=not/there/yet"]).contains("teacher to distil from"));
+}

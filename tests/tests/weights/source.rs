@@ -1,0 +1,216 @@
+//! What may lie at a path that is named for weights: every place takes the same things, and says of others by which command
+//! they become usable.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+use dinolab_core::checkpoint::write_tensors;
+use dinolab_core::train::Trained;
+use dinolab_core::weights::Source;
+use dinolab_core::Tensor;
+use dinolab_plugins as _;
+use dinolab_tests::program::{root, Folder};
+
+/// A run with two checkpoints, and what can be made of it.
+fn run() -> Folder {
+    let folder = Folder::with_micro();
+    folder.succeed(&["train", "micro.toml", "--out", "runs/first", "--set", "steps=2", "--set", "checkpoint.every=1"]);
+    folder.succeed(&["export", "runs/first", "--format", "safetensors", "--out", "weights"]);
+    let newest = folder.path("runs/first/checkpoints/step-00000002");
+    copy(&newest, &folder.path("copied"));
+    symlink(&newest, folder.path("latest")).unwrap();
+    symlink(folder.path("weights/model.safetensors"), folder.path("link.safetensors")).unwrap();
+    symlink("gone", folder.path("dead")).unwrap();
+    folder
+}
+
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir(to).unwrap();
+    for entry in fs::read_dir(from).unwrap().map(|e| e.unwrap()) {
+        fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+    }
+}
+
+fn refusal(path: &Path) -> String {
+    let said = Source::at(path).map(|s| format!("{s:?}")).expect_err("it is refused").to_string();
+    assert!(said.contains("help: "), "{said}");
+    said
+}
+
+#[test]
+fn runs_checkpoints_weights_and_their_files_are_found_through_links_and_copies() {
+    let folder = run();
+    for path in [
+        "runs/first",
+        "runs/first/recipe.toml",
+        "runs/first/checkpoints/step-00000002",
+        "runs/first/checkpoints/step-00000002/model.safetensors",
+        "runs/first/checkpoints/step-00000002/state.json",
+        "copied",
+        "copied/model.safetensors",
+        "latest",
+        "latest/model.safetensors",
+        "weights",
+        "weights/model.safetensors",
+        "weights/weights.toml",
+        "link.safetensors",
+    ] {
+        let source = Source::at(&folder.path(path)).unwrap_or_else(|e| panic!("{path}: {e}"));
+        assert_eq!(source.known_model().unwrap().crops.global_size, 32, "{path}");
+        Trained::open(&folder.path(path)).unwrap_or_else(|e| panic!("{path}: {e}"));
+        assert_eq!(source.recipe().is_ok(), source.has_roles(), "{path}");
+    }
+    // A checkpoint of a version that wrote no recipe into it, inside its run and out of it.
+    let newest = folder.path("runs/first/checkpoints/step-00000002");
+    for checkpoint in [&newest, &folder.path("copied")] {
+        fs::remove_file(checkpoint.join("recipe.toml")).unwrap();
+        let mut state: serde_json::Value =
+            serde_json::from_str(&fs::read_to_string(checkpoint.join("state.json")).unwrap()).unwrap();
+        state["files"].as_object_mut().unwrap().remove("recipe.toml");
+        fs::write(checkpoint.join("state.json"), state.to_string()).unwrap();
+    }
+    for path in ["runs/first", "latest"] {
+        Trained::open(&folder.path(path)).unwrap_or_else(|e| panic!("{path}: {e}"));
+    }
+    let said = Trained::open(&folder.path("copied")).err().expect("its model is unknown").to_string();
+    assert!(said.contains("copy the recipe.toml of the run"), "{said}");
+    fs::copy(folder.path("runs/first/recipe.toml"), folder.path("copied/recipe.toml")).unwrap();
+    Trained::open(&folder.path("copied")).unwrap();
+}
+
+#[test]
+fn what_is_no_weights_is_named_with_what_to_do() {
+    let folder = run();
+    let published = root().join("tests/golden/hf_mlp");
+    let cache = folder.path("models--facebook--tiny/snapshots/0123");
+    fs::create_dir_all(&cache).unwrap();
+    fs::create_dir(folder.path("empty")).unwrap();
+    fs::create_dir(folder.path("begun")).unwrap();
+    fs::copy(folder.path("runs/first/recipe.toml"), folder.path("begun/recipe.toml")).unwrap();
+    folder.write("dinov3.pth", "PK");
+    for (path, said) in [
+        (published.clone(), "dinolab import"),
+        (published.join("model.safetensors"), "dinolab import"),
+        (folder.path("models--facebook--tiny"), "Hugging Face's cache"),
+        (cache, "there are no weights here"),
+        (folder.path("runs"), "runs below"),
+        (folder.path("runs/first/checkpoints"), "the checkpoints of a run"),
+        (folder.path("runs/first/checkpoints/step-00000002/optimizer.safetensors"), "other names than dinolab's"),
+        (folder.path("begun"), "no checkpoint yet"),
+        (folder.path("empty"), "there are no weights here"),
+        (folder.path("dead"), "a link to gone, where nothing is"),
+        (folder.path("nowhere"), "does not exist"),
+        (folder.path("dinov3.pth"), "dinolab import"),
+        (folder.path("micro.toml"), "not a safetensors file but a text"),
+    ] {
+        let refused = refusal(&path);
+        assert!(refused.contains(said), "{}: no `{said}` in {refused}", path.display());
+    }
+    // A file by itself has no model, but a recipe may have it.
+    fs::copy(folder.path("weights/model.safetensors"), folder.path("alone.safetensors")).unwrap();
+    let source = Source::at(&folder.path("alone.safetensors")).unwrap();
+    assert!(source.model().unwrap().is_none());
+    assert!(source.known_model().unwrap_err().to_string().contains("weights.toml"));
+}
+
+#[test]
+fn every_place_takes_a_copied_checkpoint_and_says_how_to_import_what_is_published() {
+    let folder = run();
+    folder.add_photos("photos");
+    let published = root().join("tests/golden/hf_mlp").display().to_string();
+    let places: [&[&str]; 6] = [
+        &["features", "photos", "--no-pictures", "--size", "48", "--weights", "PATH", "--out", "OUT"],
+        &["export", "PATH", "--format", "safetensors", "--out", "OUT"],
+        &["train", "micro.toml", "--set", "steps=1", "--set", "init_from=PATH", "--out", "OUT"],
+        &["train", "micro.toml", "--set", "steps=1", "--set", "backbone.weights=PATH", "--out", "OUT"],
+        &[
+            "train",
+            "micro.toml",
+            "--set",
+            "steps=1",
+            "--set",
+            "losses.gram.enabled=true",
+            "--set",
+            "teachers.gram.source.checkpoint=PATH",
+            "--out",
+            "OUT",
+        ],
+        &[
+            "train",
+            "micro.toml",
+            "--set",
+            "steps=1",
+            "--set",
+            "teacher={ plugin = 'frozen', checkpoint = 'PATH' }",
+            "--out",
+            "OUT",
+        ],
+    ];
+    for (i, place) in places.into_iter().enumerate() {
+        let with = |path: &str, out: &str| -> Vec<String> {
+            place.iter().map(|part| part.replace("PATH", path).replace("OUT", out)).collect()
+        };
+        let run = |args: Vec<String>| folder.run(&args.iter().map(String::as_str).collect::<Vec<_>>());
+        let ended = run(with("copied", &format!("out{i}")));
+        assert_eq!(ended.code, 0, "{place:?}: {}{}", ended.out, ended.err);
+        let ended = run(with(&published, "refused"));
+        assert_eq!(ended.code, 2, "{place:?}: {}{}", ended.out, ended.err);
+        assert!(ended.err.contains(&format!("dinolab import {published}")), "{place:?}: {}", ended.err);
+    }
+}
+
+#[test]
+fn weights_that_are_not_finite_are_refused_wherever_they_are_used() {
+    let folder = run();
+    let tensors = Source::at(&folder.path("weights")).unwrap().tensors().unwrap();
+    let mut list: Vec<(String, Tensor)> =
+        tensors.names().map(|n| (n.into(), tensors.get(n).unwrap().clone())).collect();
+    let norm = list.iter_mut().find(|(name, _)| name == "backbone.norm.weight").unwrap();
+    norm.1 = norm.1.scale(f64::NAN).unwrap();
+    write_tensors(&folder.path("weights/model.safetensors"), &list, &[]).unwrap();
+    for place in [
+        &["features", "micro.toml", "--weights", "weights"][..],
+        &["export", "weights", "--format", "hf", "--out", "hf"],
+        &["export", "weights", "--format", "safetensors", "--out", "again"],
+        &["train", "micro.toml", "--set", "backbone.weights=weights", "--out", "second"],
+        &["train", "micro.toml", "--set", "init_from=weights", "--out", "second"],
+    ] {
+        let ended = folder.run(place);
+        assert_eq!(ended.code, 2, "{place:?}: {}{}", ended.out, ended.err);
+        assert!(ended.err.contains("norm.weight has 32 of 32 numbers that are not finite"), "{place:?}: {}", ended.err);
+    }
+}
+
+#[test]
+fn a_broken_newest_checkpoint_is_not_passed_over_without_a_word() {
+    let folder = run();
+    let newest = folder.path("runs/first/checkpoints/step-00000002/model.safetensors");
+    let bytes = fs::read(&newest).unwrap();
+    fs::write(&newest, &bytes[..bytes.len() / 2]).unwrap();
+    let said = Trained::open(&folder.path("runs/first")).err().expect("it is broken").to_string();
+    assert!(said.contains("the newest checkpoint of this run is broken") && said.contains("step-00000001"), "{said}");
+    Trained::open(&folder.path("runs/first/checkpoints/step-00000001")).unwrap();
+}
+
+#[test]
+fn keys_of_a_weights_folder_that_somebody_wrote_count_or_are_refused() {
+    let folder = run();
+    let text = folder.read("weights/weights.toml");
+    for (from, to, said) in [
+        ("mean = ", "maen = ", "maen"),
+        ("[crops]", "[crosp]", "crosp"),
+        ("dim = 32", "dmi = 32", "dmi"),
+        ("schema = 1", "schema = 2", "reads version 1"),
+        ("std = [", "std = [0.5, ", "crops.std: expected a list of 3 numbers"),
+        ("mean = [0.485, 0.456, 0.406]", "mean = [123.7, 116.3, 103.5]", "divide"),
+        ("mean = [0.485, 0.456, 0.406]", "mean = [0.485, 0.456]", "crops.mean"),
+    ] {
+        assert!(text.contains(from), "{text}");
+        folder.write("weights/weights.toml", &text.replace(from, to));
+        let refused = Trained::open(&folder.path("weights")).err().expect(said).to_string();
+        assert!(refused.contains("weights.toml") && refused.contains(said), "{said}: {refused}");
+    }
+    folder.write("weights/weights.toml", &text.replace("mean = [0.485, 0.456, 0.406]", "mean = [0.43, 0.411, 0.296]"));
+    assert_eq!(Trained::open(&folder.path("weights")).unwrap().normalization.0, [0.43, 0.411, 0.296]);
+}
