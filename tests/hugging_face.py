@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import DINOv3ViTConfig, DINOv3ViTModel
+from transformers import AutoModel, DINOv3ViTConfig, DINOv3ViTModel
 from transformers.utils import logging
 
 logging.disable_progress_bar()
@@ -101,9 +101,9 @@ def make(folder):
 
 
 def run(folder):
-    model, info = DINOv3ViTModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, info = AutoModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     problems = {key: set(map(str, names)) for key, names in info.items() if names}
-    if not model.config.num_register_tokens:
+    if not getattr(model.config, "num_register_tokens", 0):
         # An empty tensor, which a file may leave out.
         problems = {key: names - {"embeddings.register_tokens"} for key, names in problems.items()}
     problems = {key: sorted(names) for key, names in problems.items() if names}

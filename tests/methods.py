@@ -83,6 +83,15 @@ def sigreg(case, config):
     return (1 - weight) * (z - centre).square().mean() + weight * statistic.mean()
 
 
+def feature_distillation(case, config):
+    """AM-RADIO's cosine terms, of CLS and of patches; the teacher's features are as wide as the student's here."""
+    def term(scope, features):
+        predicted = F.linear(case[f"student_{features}"], case[f"params.{scope}.weight"], case[f"params.{scope}.bias"])
+        return (1 - F.cosine_similarity(predicted, case[f"teacher_{features}"], dim=-1)).mean()
+
+    return config["cls_weight"] * term("cls", "cls") + config["patch_weight"] * term("patches", "patches")
+
+
 def online_linear(case, config):
     """Cross-entropy; an image without a label counts with zero."""
     logits = F.linear(case["student_cls"].detach(), case["params.classifier.weight"], case["params.classifier.bias"])

@@ -18,7 +18,7 @@ assert model.opset_import[0].version >= 17
 session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
 found = {}
 for name, pixels in load_file(folder / "pixels.safetensors").items():
-    outputs = session.run(["cls", "registers", "patches"], {"pixels": pixels})
-    found |= {f"{name}.{kind}": np.ascontiguousarray(x)
-              for kind, x in zip(["cls", "registers", "patches"], outputs) if x.size}
+    kinds = [output.name for output in session.get_outputs()]
+    outputs = session.run(kinds, {"pixels": pixels})
+    found |= {f"{name}.{kind}": np.ascontiguousarray(x) for kind, x in zip(kinds, outputs) if x.size}
 save_file(found, folder / "features.safetensors")

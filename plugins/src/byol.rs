@@ -64,7 +64,7 @@ impl ByolLoss {
 
 impl Loss for ByolLoss {
     fn needs(&self) -> Needs {
-        let targets = Some(TargetSpec { width: self.config.projector.output, distribution: false });
+        let targets = Some(TargetSpec { width: self.config.projector.output, distribution: false, features: false });
         Needs { locals: false, targets, teacher: false, whole_batch: true, min_batch: 2, ..Needs::default() }
     }
 

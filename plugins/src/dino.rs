@@ -110,7 +110,7 @@ impl DinoLoss {
 
 impl Loss for DinoLoss {
     fn needs(&self) -> Needs {
-        let targets = Some(TargetSpec { width: self.config.head.prototypes, distribution: true });
+        let targets = Some(TargetSpec { width: self.config.head.prototypes, distribution: true, features: false });
         Needs { targets, teacher: false, min_batch: 1, ..Needs::default() }
     }
 

@@ -13,11 +13,11 @@ use crate::ema::Ema;
 /// (arXiv:2508.10104, section 5.2).
 ///
 /// Backbone and heads are those of the run's own recipe, so a small student may learn from a large teacher; patch size and
-/// prototypes must be the same. What is evaluated is the exponential moving average of the student.
+/// prototypes must be the same. Weights without heads, as they are published, teach by `feature_distillation`. What is evaluated is the exponential moving average of the student.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Frozen {
-    /// A run folder (its newest checkpoint), or a checkpoint folder inside one.
+    /// A run folder (its newest checkpoint), a checkpoint folder inside one, or a folder that `dinolab import` wrote.
     #[schemars(extend("format" = "path"))]
     pub checkpoint: PathBuf,
     /// Share of the student's average that is kept each step.

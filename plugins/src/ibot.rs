@@ -78,7 +78,7 @@ impl IbotLoss {
 
 impl Loss for IbotLoss {
     fn needs(&self) -> Needs {
-        let targets = Some(TargetSpec { width: self.config.head.prototypes, distribution: true });
+        let targets = Some(TargetSpec { width: self.config.head.prototypes, distribution: true, features: false });
         Needs { locals: false, targets, masks: true, teacher: false, min_batch: 1, ..Needs::default() }
     }
 

@@ -6,7 +6,7 @@
 //! |---|---|
 //! | backbone | [`vit`], [`convnext`] |
 //! | position encoding | [`rope_box`], [`relative_bias_box`], [`learned_absolute`], [`none`] |
-//! | loss | [`dino`], [`ibot`], [`koleo`], [`gram`], [`byol`], [`vicreg`], [`barlow_twins`], [`info_nce`], [`sigreg`], [`inpainting`], [`rotation`], [`jigsaw`], [`relative_location`], [`cka`], [`online_linear`] |
+//! | loss | [`dino`], [`ibot`], [`koleo`], [`gram`], [`byol`], [`vicreg`], [`barlow_twins`], [`info_nce`], [`sigreg`], [`inpainting`], [`rotation`], [`jigsaw`], [`relative_location`], [`cka`], [`feature_distillation`], [`online_linear`] |
 //! | scheduler | [`constant`], [`linear_warmup`], [`linear_warmup_cosine`], [`cosine`], [`step`] |
 //! | teacher policy | [`ema`], [`frozen`], [`gram_anchor`], [`no_teacher`] |
 //! | dataset | [`scenes`], [`image_folder`], [`manifest`](image_folder::manifest), [`webdataset`], [`parquet`], [`cut_outs`] |
@@ -95,6 +95,7 @@ pub mod correspondence;
 pub mod depth;
 pub mod dse;
 pub mod effective_rank;
+pub mod feature_distillation;
 pub mod few_shot;
 pub mod knn;
 pub mod knn_segmentation;

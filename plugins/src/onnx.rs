@@ -4,7 +4,11 @@
 //! generated when the crate is built.
 
 use std::collections::BTreeMap;
+use std::f64::consts::SQRT_2;
 
+use dinolab_core::params::ParamSpec;
+use dinolab_core::weights::{Pixels, TensorFiles};
+use dinolab_core::{Error, Result};
 use prost::Message;
 
 /// The set of operators that graphs are of: the first with `LayerNormalization`.
@@ -14,6 +18,24 @@ const IR_VERSION: i64 = 8;
 /// Element types.
 const FLOAT: i32 = 1;
 const INT64: i32 = 7;
+
+/// Bytes that a file of protocol buffers may have.
+const MOST_BYTES: usize = i32::MAX as usize;
+/// The end of an axis, however long.
+pub(crate) const END: i64 = i64::MAX;
+
+/// Fails if a model with these parameters is too large for one file.
+///
+/// # Errors
+/// If it is.
+pub(crate) fn check_size(specs: &[ParamSpec]) -> Result<()> {
+    let bytes = specs.iter().map(|spec| 4 * spec.shape.iter().product::<usize>()).sum::<usize>();
+    if bytes <= MOST_BYTES {
+        return Ok(());
+    }
+    let problem = format!("an ONNX file has at most 2 GiB, and the weights of this model in f32 {bytes} bytes");
+    Err(Error::user(problem, "export it with --format hf or safetensors"))
+}
 
 #[derive(Clone, PartialEq, Message)]
 struct ModelProto {
@@ -83,6 +105,8 @@ struct AttributeProto {
     f: Option<f32>,
     #[prost(int64, optional, tag = "3")]
     i: Option<i64>,
+    #[prost(bytes = "vec", optional, tag = "4")]
+    s: Option<Vec<u8>>,
     #[prost(int64, repeated, tag = "8")]
     ints: Vec<i64>,
     #[prost(int32, tag = "20")]
@@ -146,6 +170,8 @@ pub(crate) enum Attribute<'a> {
     Int(i64),
     /// Whole numbers.
     Ints(&'a [i64]),
+    /// A word.
+    Word(&'static str),
 }
 
 /// A length of an axis: known, or named and known when the graph runs.
@@ -158,14 +184,20 @@ pub(crate) enum Dim {
 }
 
 /// A graph in the making. Values are called by the names that its methods give.
-#[derive(Debug, Default)]
-pub(crate) struct Graph {
+pub(crate) struct Graph<'a> {
     graph: GraphProto,
     /// Lists of whole numbers that the graph has already.
     ints: BTreeMap<Vec<i64>, String>,
+    files: &'a TensorFiles,
+    prefix: String,
 }
 
-impl Graph {
+impl<'a> Graph<'a> {
+    /// An empty one, of a model whose tensors are in `files` as `<prefix><name>`.
+    pub(crate) fn of(files: &'a TensorFiles, prefix: String) -> Self {
+        Self { graph: GraphProto::default(), ints: BTreeMap::new(), files, prefix }
+    }
+
     /// A node with one output.
     pub(crate) fn node(&mut self, op: &str, inputs: &[&str], attributes: &[(&str, Attribute<'_>)]) -> String {
         self.nodes(op, inputs, 1, attributes).remove(0)
@@ -188,6 +220,7 @@ impl Graph {
                 Attribute::Float(x) => (proto.f, proto.r#type) = (Some(x as f32), 1),
                 Attribute::Int(x) => (proto.i, proto.r#type) = (Some(x), 2),
                 Attribute::Ints(x) => (proto.ints, proto.r#type) = (x.to_vec(), 7),
+                Attribute::Word(x) => (proto.s, proto.r#type) = (Some(x.as_bytes().to_vec()), 3),
             }
             proto
         });
@@ -253,18 +286,109 @@ impl Graph {
         self.graph.output.push(value(name, shape));
     }
 
-    /// The file, with facts about the model by name.
-    pub(crate) fn encode(mut self, name: &str, facts: &[(&str, String)]) -> Vec<u8> {
+    /// A tensor of the model under its own name, in f32.
+    pub(crate) fn tensor(&mut self, name: &str) -> Result<String> {
+        let (shape, values) = self.values(name)?;
+        Ok(self.floats(name, &shape, values))
+    }
+
+    /// Shape and numbers of a tensor of the model, in f32.
+    fn values(&self, name: &str) -> Result<(Vec<usize>, Vec<f32>)> {
+        let full = format!("{}{name}", self.prefix);
+        let missing = |problem: String| {
+            Error::content(
+                self.files.path(),
+                problem,
+                "take an earlier checkpoint of the run, or import the weights again",
+            )
+        };
+        let tensor = self.files.get(&full).ok_or_else(|| missing(format!("missing {full}")))?;
+        let values = tensor.values().ok_or_else(|| missing(format!("{full} is of type {:?}", tensor.dtype)))?;
+        let values: Vec<f32> = values.map(|x| x as f32).collect();
+        if values.iter().any(|x| !x.is_finite()) {
+            return Err(missing(format!("{full} has numbers that are not finite in f32")));
+        }
+        Ok((tensor.shape.to_vec(), values))
+    }
+
+    /// `x W^T + b` of a layer; the bias is left out where there is none, and `mask_k` takes that of keys away.
+    pub(crate) fn linear(&mut self, name: &str, x: &str, bias: bool, mask_k: bool) -> Result<String> {
+        let (shape, values) = self.values(&format!("{name}.weight"))?;
+        let (to, from) = (shape[0], shape[1]);
+        let turned = (0..from * to).map(|i| values[i % to * from + i / to]);
+        let weight = self.floats(&format!("{name}.weight"), &[from, to], turned);
+        let y = self.node("MatMul", &[x, &weight], &[]);
+        if !bias {
+            return Ok(y);
+        }
+        let (shape, mut values) = self.values(&format!("{name}.bias"))?;
+        if mask_k {
+            values[to / 3..to / 3 * 2].fill(0.0);
+        }
+        let bias = self.floats(&format!("{name}.bias"), &shape, values);
+        Ok(self.node("Add", &[&y, &bias], &[]))
+    }
+
+    /// `x[from..to]` along an axis.
+    pub(crate) fn slice(&mut self, x: &str, axis: i64, from: i64, to: i64) -> String {
+        let [from, to, axis] = [from, to, axis].map(|n| self.ints(&[n]));
+        self.node("Slice", &[x, &from, &to, &axis], &[])
+    }
+
+    /// `x` in another shape: 0 keeps a length, -1 is what is left.
+    pub(crate) fn reshape(&mut self, x: &str, shape: &[i64]) -> String {
+        let shape = self.ints(shape);
+        self.node("Reshape", &[x, &shape], &[])
+    }
+
+    /// `x / 2 (1 + erf(x / sqrt 2))`.
+    pub(crate) fn gelu(&mut self, x: &str) -> String {
+        let [root, one, half] = [SQRT_2, 1.0, 0.5].map(|x| self.float(x));
+        let scaled = self.node("Div", &[x, &root], &[]);
+        let erf = self.node("Erf", &[&scaled], &[]);
+        let shifted = self.node("Add", &[&erf, &one], &[]);
+        let product = self.node("Mul", &[x, &shifted], &[]);
+        self.node("Mul", &[&product, &half], &[])
+    }
+
+    /// LayerNorm over the last axis.
+    pub(crate) fn layer_norm(&mut self, name: &str, x: &str, eps: f64) -> Result<String> {
+        let [weight, bias] = ["weight", "bias"].map(|kind| self.tensor(&format!("{name}.{kind}")));
+        let attributes = [("axis", Attribute::Int(-1)), ("epsilon", Attribute::Float(eps))];
+        Ok(self.node("LayerNormalization", &[x, &weight?, &bias?], &attributes))
+    }
+
+    /// A convolution with weight and bias, and with these attributes.
+    pub(crate) fn conv(&mut self, name: &str, x: &str, attributes: &[(&str, Attribute<'_>)]) -> Result<String> {
+        let [weight, bias] = ["weight", "bias"].map(|kind| self.tensor(&format!("{name}.{kind}")));
+        Ok(self.node("Conv", &[x, &weight?, &bias?], attributes))
+    }
+
+    /// A convolution of squares that do not overlap, of so many pixels a side.
+    pub(crate) fn patchify(&mut self, name: &str, x: &str, side: usize) -> Result<String> {
+        let side = [side as i64; 2];
+        self.conv(name, x, &[("kernel_shape", Attribute::Ints(&side)), ("strides", Attribute::Ints(&side))])
+    }
+
+    /// The file, with what a program needs to know of the pixels.
+    pub(crate) fn encode(mut self, name: &str, pixels: &Pixels, patch_size: usize) -> Vec<u8> {
         self.graph.name = name.into();
-        let metadata =
-            facts.iter().map(|(key, value)| StringStringEntryProto { key: (*key).into(), value: value.clone() });
+        let list = |x: [f32; 3]| x.map(|x| x.to_string()).join(", ");
+        let facts = [
+            ("pixels", "RGB in [0, 1], less mean, divided by std".to_string()),
+            ("mean", list(pixels.mean)),
+            ("std", list(pixels.std)),
+            ("patch_size", patch_size.to_string()),
+            ("image_size", pixels.global_size.to_string()),
+        ];
+        let metadata = facts.map(|(key, value)| StringStringEntryProto { key: key.into(), value });
         let model = ModelProto {
             ir_version: IR_VERSION,
             producer_name: "dinolab".into(),
             producer_version: env!("CARGO_PKG_VERSION").into(),
             graph: Some(self.graph),
             opset_import: vec![OperatorSetIdProto { domain: String::new(), version: OPSET }],
-            metadata_props: metadata.collect(),
+            metadata_props: metadata.into(),
         };
         model.encode_to_vec()
     }

@@ -45,7 +45,7 @@ pub struct Args {
 enum Format {
     /// Hugging Face transformers: `DINOv3ViTModel.from_pretrained(DIR)`
     Hf,
-    /// onnxruntime and other programs that run ONNX: a ViT for images of any size
+    /// onnxruntime and other programs that run ONNX: a ViT or ConvNeXt for images of any size
     Onnx,
     /// Everything that opens safetensors, and dinolab: the backbone and the heads
     Safetensors,

@@ -78,6 +78,9 @@ pub struct TargetSpec {
     /// Whether a target is a distribution over K prototypes. The log then tells how spread out targets are, and a
     /// collapse is named.
     pub distribution: bool,
+    /// Whether a target is the teacher's features as they are: [`Loss::project`] uses no layers of the loss, so that any model
+    /// can teach, also one without heads. K is the teacher's width, which is the loss's key `teacher_dim`.
+    pub features: bool,
 }
 
 /// A loss's buffers by name.

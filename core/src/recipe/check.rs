@@ -383,6 +383,16 @@ fn losses(
             let help = format!("add a table [teacher] with `plugin = \"ema\"`, or {off}");
             problems.push(Problem::error(&key, message).help(help));
         }
+        // What it is of another model is known when that model is read.
+        let features = needs.targets.filter(|targets| targets.features && !distils);
+        if let Some(targets) = features.filter(|targets| targets.width != backbone.dim()) {
+            let (width, dim) = (targets.width, backbone.dim());
+            let message =
+                format!("expects features of {width} numbers, and the teacher is the student's average: {dim}");
+            let help =
+                format!("remove {key}.teacher_dim, or set teacher.plugin = \"frozen\" to learn from another model");
+            problems.push(Problem::error(&key, message).help(help));
+        }
         if needs.min_batch > images {
             let least = needs.min_batch;
             let message = format!("needs at least {least} images of a micro-batch; there is {images}");

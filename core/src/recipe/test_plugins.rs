@@ -137,7 +137,7 @@ loss!(
     Cls,
     "test_cls",
     |c: &Cls| {
-        let targets = Some(TargetSpec { width: c.head.prototypes, distribution: true });
+        let targets = Some(TargetSpec { width: c.head.prototypes, distribution: true, features: false });
         Needs { targets, ..Needs::default() }
     },
     Cls::build

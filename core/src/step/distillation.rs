@@ -1,15 +1,15 @@
 //! Distillation: the targets come from a trained model with an architecture of its own, which stays as it is.
 //!
 //! The student learns by the same losses as in pretraining. In place of a teacher of its own layout, the frozen model
-//! (backbone and heads as its run's recipe says) sees the global crops. Prototypes are what both have in common. The
-//! student's EMA goes on beside it, for evaluation alone (Siméoni et al., arXiv:2508.10104, section 5.2).
+//! (backbone and heads as its run's recipe says) sees the global crops. Prototypes are what both have in common; losses whose
+//! targets are features ask for no heads, so that published weights can teach. The student's EMA goes on beside it, for evaluation alone (Siméoni et al., arXiv:2508.10104, section 5.2).
 
 use std::path::Path;
 
 use serde_json::Value as Json;
 
 use crate::contract::TeacherPolicy;
-use crate::params::load_named;
+use crate::params::{load_named, ParamBuilder};
 use crate::recipe::Recipe;
 use crate::weights::Source;
 use crate::{Device, Error, Result, Tensor};
@@ -24,11 +24,16 @@ pub(super) struct TeacherModel {
     pub(super) flat: Tensor,
 }
 
-/// The model of the run or checkpoint at `path`, declared but without weights.
+/// The model of the run, checkpoint or weights folder at `path`, declared but without weights.
 fn declared_by(path: &Path) -> Result<(Source, Declared)> {
     let source = Source::at(path)?;
-    let model = declare(&source.recipe()?.recipe)?;
-    Ok((source, model))
+    if source.has_roles() {
+        let model = declare(&source.recipe()?.recipe)?;
+        return Ok((source, model));
+    }
+    let mut params = ParamBuilder::new();
+    let backbone = source.known_model()?.build(&mut params)?;
+    Ok((source, Declared { backbone, losses: Vec::new(), layout: params.finish() }))
 }
 
 /// The model from which `recipe` distils, where its run can be read.
@@ -50,8 +55,8 @@ impl TeacherModel {
         let device = recipe.device()?;
         let dtype = recipe.dtype(device);
         let mut flat = Device::Cpu.with(|| Tensor::zeros(&[model.layout.len()], dtype.wide()));
-        let role = if source.has("teacher.") { "teacher" } else { "student" };
-        load_named(&model.layout, &mut flat, |name| source.get(&format!("{role}.{name}")).cloned(), path)?;
+        let role = ["teacher.", "student."].into_iter().find(|role| source.has(role)).unwrap_or_default();
+        load_named(&model.layout, &mut flat, |name| source.get(&format!("{role}{name}")).cloned(), path)?;
         let flat = flat.cast(dtype)?.to(device);
         Ok(Some(Self { model, flat }))
     }
@@ -73,10 +78,21 @@ fn fits(path: &Path, teacher: &Declared, student: &Declared) -> Result<()> {
     for loss in &student.losses {
         let Some(spec) = loss.needs.targets else { continue };
         let name = &loss.name;
+        if spec.features {
+            let (theirs, ours) = (teacher.backbone.dim(), spec.width);
+            if theirs != ours {
+                let problem = format!("the teacher's features have {theirs} numbers, and `{name}` expects {ours}");
+                return Err(Error::content(path, problem, format!("set losses.{name}.teacher_dim = {theirs}")));
+            }
+            continue;
+        }
         let found = teacher.loss(name).filter(|l| l.chosen.name() == loss.chosen.name());
         let Some((taught, found)) = found.and_then(|l| Some((l, l.needs.targets?))) else {
             let problem = format!("the teacher was not trained with the loss `{name}`, so it has no head for it");
-            return Err(Error::content(path, problem, format!("set losses.{name}.enabled = false")));
+            let help = format!(
+                "set losses.{name}.enabled = false; a loss between features (`feature_distillation`) needs no head"
+            );
+            return Err(Error::content(path, problem, help));
         };
         if found.width != spec.width {
             let (theirs, ours) = (found.width, spec.width);

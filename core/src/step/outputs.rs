@@ -115,7 +115,10 @@ impl TeacherPass {
         }
         let (mut targets, mut state) = (Vec::new(), Vec::new());
         for (declared, old) in learner.model.losses.iter().zip(&learner.weights.loss_state) {
-            let (Some(spec), Some(taught)) = (declared.needs.targets, model.loss(&declared.name)) else {
+            let spec = declared.needs.targets;
+            let taught =
+                if spec.is_some_and(|spec| spec.features) { Some(declared) } else { model.loss(&declared.name) };
+            let (Some(spec), Some(taught)) = (spec, taught) else {
                 targets.push(vec![None; batches.len()]);
                 state.push(old.clone());
                 continue;

@@ -1,13 +1,15 @@
 //! ConvNeXt in the layout of Hugging Face `transformers` (`facebook/dinov3-convnext-*`, class `DINOv3ConvNextModel`):
 //! which tensor there is which parameter here, and what its `config.json` says. Shapes are the same.
 
-use dinolab_core::params::ParamBuilder;
+use dinolab_core::contract::Backbone;
+use dinolab_core::params::{ParamBuilder, ParamSpec};
+use dinolab_core::registry::Chosen;
 use dinolab_core::weights::convert::Rule;
-use dinolab_core::weights::{JsonTable, ModelInfo, TensorFiles};
+use dinolab_core::weights::{JsonTable, ModelInfo, Pixels, TensorFiles};
 use dinolab_core::{Error, Result};
-use serde_json::json;
+use serde_json::{json, Value as Json};
 
-use super::STAGES;
+use super::{ConvNextConfig, STAGES};
 use crate::published::{check_eps, check_sizes, pixels, Published, HARMLESS};
 
 /// The `model_type` of such a configuration.
@@ -73,14 +75,46 @@ pub(crate) fn read(files: &TensorFiles, mut keys: JsonTable, notes: &mut Vec<Str
     let wrong = |problem: String| Error::content(&file, problem, NO_SUCH);
     let backbone = serde_json::from_value(table).map_err(|e| wrong(format!("not a model that can be built: {e}")))?;
     let model = ModelInfo { backbone, crops };
+    let rules = rules(&model).map_err(|e| wrong(e.problem()))?;
+    let title = format!("ConvNeXt: widths {dims:?}, blocks {depths:?}, Hugging Face layout");
+    Ok(Published { zeros: Vec::new(), title, said_by: "config.json", rules, model, unused: |_| false })
+}
+
+/// Where every tensor of a model is.
+fn rules(model: &ModelInfo) -> Result<Vec<Rule>> {
     let mut params = ParamBuilder::new();
-    model.build(&mut params).map_err(|e| wrong(e.problem()))?;
+    model.build(&mut params)?;
     let layout = params.finish();
-    let rules = layout.specs().iter().map(|spec| {
+    let rule = |spec: &ParamSpec| {
         let name = spec.name.strip_prefix("backbone.").and_then(hf_name);
         let name = name.unwrap_or_else(|| panic!("{} has a place in the layout", spec.name));
         Rule::renamed(&spec.name, &spec.shape, name, &spec.shape)
+    };
+    Ok(layout.specs().iter().map(rule).collect())
+}
+
+/// `config.json` of a ConvNeXt, and where each tensor goes. Its class gives the patches of the map, one every 32 pixels, whatever
+/// the patch size here.
+///
+/// # Errors
+/// If the model has no LayerScale.
+pub(crate) fn write(backbone: &Chosen<dyn Backbone>) -> Result<(Json, Vec<Rule>)> {
+    let config = ConvNextConfig::of(backbone)?;
+    if config.layer_scale == 0.0 {
+        let problem = "the Hugging Face layout cannot express a model with no LayerScale (backbone.layer_scale = 0)";
+        return Err(Error::user(problem, "export it with --format safetensors"));
+    }
+    let rules = rules(&ModelInfo { backbone: backbone.clone(), crops: Pixels::default() })?;
+    let json = json!({
+        "architectures": ["DINOv3ConvNextModel"],
+        "model_type": MODEL_TYPE,
+        "num_channels": 3,
+        "depths": config.depths,
+        "hidden_sizes": config.dims,
+        "hidden_act": "gelu",
+        "layer_norm_eps": config.norm_eps,
+        "layer_scale_init_value": config.layer_scale,
+        "drop_path_rate": config.drop_path,
     });
-    let title = format!("ConvNeXt: widths {dims:?}, blocks {depths:?}, Hugging Face layout");
-    Ok(Published { zeros: Vec::new(), title, said_by: "config.json", rules: rules.collect(), model, unused: |_| false })
+    Ok((json, rules))
 }

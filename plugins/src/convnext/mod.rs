@@ -1,14 +1,18 @@
 //! ConvNeXt (Liu et al., "A ConvNet for the 2020s", arXiv:2201.03545), with the features that DINOv3 takes from it.
 //!
-//! Options and presets are here; `model` has the forward pass, `block` one block, `hugging_face` the published names.
+//! Options and presets are here; `model` has the forward pass, `block` one block, `hugging_face` the published names, `onnx`
+//! the graph.
 
-use dinolab_core::plugin;
+use dinolab_core::contract::Backbone;
+use dinolab_core::registry::Chosen;
+use dinolab_core::{plugin, Error, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 mod block;
 pub(crate) mod hugging_face;
 mod model;
+pub(crate) mod onnx;
 
 use model::ConvNext;
 
@@ -97,6 +101,13 @@ impl JsonSchema for ConvNextConfig {
 
     fn json_schema(generator: &mut schemars::SchemaGenerator) -> schemars::Schema {
         Written::json_schema(generator)
+    }
+}
+
+impl ConvNextConfig {
+    /// The configuration of a backbone that is a ConvNeXt.
+    pub(crate) fn of(backbone: &Chosen<dyn Backbone>) -> Result<Self> {
+        serde_json::from_value(backbone.config().clone()).map_err(|e| Error::user(e.to_string(), "name a `convnext`"))
     }
 }
 

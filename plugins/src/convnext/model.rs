@@ -29,7 +29,7 @@ struct Stage {
 }
 
 /// Side of a downsampling's squares.
-fn squares(stage: usize) -> usize {
+pub(super) fn squares(stage: usize) -> usize {
     if stage == 0 {
         4
     } else {

@@ -343,6 +343,7 @@ pub(crate) fn check_sizes(files: &TensorFiles, path: &Path, sizes: &[(&str, &[us
 pub fn hugging_face(backbone: &Chosen<dyn Backbone>) -> Result<(Json, Vec<Rule>)> {
     match backbone.name() {
         "vit" => vit::hf::write(backbone),
+        "convnext" => convnext::hugging_face::write(backbone),
         other => {
             let problem = format!("the Hugging Face layout has no place for the backbone `{other}`");
             Err(Error::user(problem, "export it with --format safetensors"))
@@ -371,9 +372,10 @@ pub fn timm(model: &ModelInfo) -> Result<(Json, Vec<Rule>)> {
 pub fn onnx(model: &ModelInfo, files: &TensorFiles, prefix: &str) -> Result<Vec<u8>> {
     match model.backbone.name() {
         "vit" => vit::onnx::write(model, files, prefix),
+        "convnext" => convnext::onnx::write(model, files, prefix),
         other => {
             let problem = format!("the backbone `{other}` is not written as ONNX");
-            Err(Error::user(problem, "a `vit` is; export this one with --format safetensors"))
+            Err(Error::user(problem, "`vit` and `convnext` are; export this one with --format safetensors"))
         }
     }
 }

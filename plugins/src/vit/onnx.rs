@@ -1,6 +1,6 @@
 //! A ViT as a graph of ONNX: pixels of any size in, CLS, registers and patches out.
 
-use std::f64::consts::{PI, SQRT_2};
+use std::f64::consts::PI;
 
 use dinolab_core::contract::Backbone;
 use dinolab_core::registry::Chosen;
@@ -9,15 +9,10 @@ use dinolab_core::{Error, Result};
 
 use super::{Ffn, Norm, VitConfig};
 use crate::box_coords::Normalize;
-use crate::onnx::{Attribute, Dim, Graph};
+use crate::onnx::{check_size, Attribute, Dim, Graph, END};
 use crate::rope_box::{RopeBox, RopeBoxConfig, TableType};
 
-use Attribute::{Float, Int, Ints};
-
-/// Bytes that a file of protocol buffers may have.
-const MOST_BYTES: usize = i32::MAX as usize;
-/// The end of an axis, however long.
-const END: i64 = i64::MAX;
+use Attribute::{Int, Ints};
 
 /// The file of a ViT whose tensors are in `files` as `<prefix>backbone.<name>`: input `pixels` `[B, 3, H, W]`, normalised, with sides
 /// that are whole numbers of patches; outputs `cls` `[B, D]`, `registers` `[B, R, D]` and `patches` `[B, P, D]` after the final
@@ -29,13 +24,9 @@ const END: i64 = i64::MAX;
 pub(crate) fn write(model: &ModelInfo, files: &TensorFiles, prefix: &str) -> Result<Vec<u8>> {
     let config = VitConfig::of(&model.backbone)?;
     let specs = super::declared(model)?.1;
-    let bytes = specs.iter().map(|spec| 4 * spec.shape.iter().product::<usize>()).sum::<usize>();
-    if bytes > MOST_BYTES {
-        let problem = format!("an ONNX file has at most 2 GiB, and the weights of this model in f32 {bytes} bytes");
-        return Err(Error::user(problem, "export it with --format hf or safetensors"));
-    }
+    check_size(&specs)?;
     let rope = rope(&model.backbone, &config)?;
-    let export = Export { graph: Graph::default(), files, prefix: format!("{prefix}backbone."), config };
+    let export = Export { graph: Graph::of(files, format!("{prefix}backbone.")), config };
     export.whole(rope, model)
 }
 
@@ -60,9 +51,7 @@ fn rope(backbone: &Chosen<dyn Backbone>, config: &VitConfig) -> Result<Option<Ro
 }
 
 struct Export<'a> {
-    graph: Graph,
-    files: &'a TensorFiles,
-    prefix: String,
+    graph: Graph<'a>,
     config: VitConfig,
 }
 
@@ -72,16 +61,10 @@ impl Export<'_> {
         let prefix = 1 + registers as i64;
         let (images, rows, columns) = (Dim::Any("images"), Dim::Any("height"), Dim::Any("width"));
         self.graph.input("pixels", &[images, Dim::Is(3), rows, columns]);
-        let [weight, bias] = ["weight", "bias"].map(|kind| self.tensor(&format!("patch_embed.proj.{kind}")));
-        let side = [patch_size as i64; 2];
-        let map = self.graph.node(
-            "Conv",
-            &["pixels", &weight?, &bias?],
-            &[("kernel_shape", Ints(&side)), ("strides", Ints(&side))],
-        );
+        let map = self.graph.patchify("patch_embed.proj", "pixels", patch_size)?;
         let shape = self.graph.node("Shape", &[&map], &[]);
         let tables = rope.map(|rope| self.tables(&rope, &shape));
-        let flat = self.reshape(&map, &[0, dim as i64, -1]);
+        let flat = self.graph.reshape(&map, &[0, dim as i64, -1]);
         let patches = self.graph.node("Transpose", &[&flat], &[("perm", Ints(&[0, 2, 1]))]);
         let first = self.tokens(&shape)?;
         let mut x = self.graph.node("Concat", &[&first, &patches], &[("axis", Int(1))]);
@@ -90,74 +73,23 @@ impl Export<'_> {
         }
         let normed = self.norm("norm", &x)?;
         let head = if self.config.untie_cls_and_patch_norms { self.norm("cls_norm", &x)? } else { normed.clone() };
-        let cls = self.slice(&head, 1, 0, 1);
+        let cls = self.graph.slice(&head, 1, 0, 1);
         let axis = self.graph.ints(&[1]);
         let cls = self.graph.node("Squeeze", &[&cls, &axis], &[]);
-        let (of_registers, patches) = (self.slice(&head, 1, 1, prefix), self.slice(&normed, 1, prefix, END));
+        let (of_registers, patches) =
+            (self.graph.slice(&head, 1, 1, prefix), self.graph.slice(&normed, 1, prefix, END));
         self.graph.output("cls", &cls, &[images, Dim::Is(dim)]);
         self.graph.output("registers", &of_registers, &[images, Dim::Is(registers), Dim::Is(dim)]);
         self.graph.output("patches", &patches, &[images, Dim::Any("patches"), Dim::Is(dim)]);
-        let list = |x: [f32; 3]| x.map(|x| x.to_string()).join(", ");
-        let facts = [
-            ("pixels", "RGB in [0, 1], less mean, divided by std".into()),
-            ("mean", list(model.crops.mean)),
-            ("std", list(model.crops.std)),
-            ("patch_size", patch_size.to_string()),
-            ("image_size", model.crops.global_size.to_string()),
-        ];
-        Ok(self.graph.encode("vit", &facts))
-    }
-
-    /// A tensor of the model under its own name, in f32.
-    fn tensor(&mut self, name: &str) -> Result<String> {
-        let (shape, values) = self.values(name)?;
-        Ok(self.graph.floats(name, &shape, values))
-    }
-
-    fn values(&self, name: &str) -> Result<(Vec<usize>, Vec<f32>)> {
-        let full = format!("{}{name}", self.prefix);
-        let missing = |problem: String| {
-            Error::content(
-                self.files.path(),
-                problem,
-                "take an earlier checkpoint of the run, or import the weights again",
-            )
-        };
-        let tensor = self.files.get(&full).ok_or_else(|| missing(format!("missing {full}")))?;
-        let values = tensor.values().ok_or_else(|| missing(format!("{full} is of type {:?}", tensor.dtype)))?;
-        let values: Vec<f32> = values.map(|x| x as f32).collect();
-        if values.iter().any(|x| !x.is_finite()) {
-            return Err(missing(format!("{full} has numbers that are not finite in f32")));
-        }
-        Ok((tensor.shape.to_vec(), values))
-    }
-
-    /// `x W^T + b` of a layer; the bias is left out where there is none, and `mask_k` takes that of keys away.
-    fn linear(&mut self, name: &str, x: &str, bias: bool, mask_k: bool) -> Result<String> {
-        let (shape, values) = self.values(&format!("{name}.weight"))?;
-        let (to, from) = (shape[0], shape[1]);
-        let turned = (0..from * to).map(|i| values[i % to * from + i / to]);
-        let weight = self.graph.floats(&format!("{name}.weight"), &[from, to], turned);
-        let y = self.graph.node("MatMul", &[x, &weight], &[]);
-        if !bias {
-            return Ok(y);
-        }
-        let (shape, mut values) = self.values(&format!("{name}.bias"))?;
-        if mask_k {
-            values[to / 3..to / 3 * 2].fill(0.0);
-        }
-        let bias = self.graph.floats(&format!("{name}.bias"), &shape, values);
-        Ok(self.graph.node("Add", &[&y, &bias], &[]))
+        Ok(self.graph.encode("vit", &model.crops, patch_size))
     }
 
     fn norm(&mut self, name: &str, x: &str) -> Result<String> {
-        let weight = self.tensor(&format!("{name}.weight"))?;
         let eps = self.config.norm_eps;
         if self.config.norm == Norm::LayerNorm {
-            let bias = self.tensor(&format!("{name}.bias"))?;
-            let attributes = [("axis", Int(-1)), ("epsilon", Float(eps))];
-            return Ok(self.graph.node("LayerNormalization", &[x, &weight, &bias], &attributes));
+            return self.graph.layer_norm(name, x, eps);
         }
+        let weight = self.graph.tensor(&format!("{name}.weight"))?;
         let square = self.graph.node("Mul", &[x, x], &[]);
         let mean = self.graph.node("ReduceMean", &[&square], &[("axes", Ints(&[-1])), ("keepdims", Int(1))]);
         let eps = self.graph.float(eps);
@@ -167,27 +99,17 @@ impl Export<'_> {
         Ok(self.graph.node("Mul", &[&scaled, &weight], &[]))
     }
 
-    fn slice(&mut self, x: &str, axis: i64, from: i64, to: i64) -> String {
-        let [from, to, axis] = [from, to, axis].map(|n| self.graph.ints(&[n]));
-        self.graph.node("Slice", &[x, &from, &to, &axis], &[])
-    }
-
-    fn reshape(&mut self, x: &str, shape: &[i64]) -> String {
-        let shape = self.graph.ints(shape);
-        self.graph.node("Reshape", &[x, &shape], &[])
-    }
-
     /// CLS and registers of every image, `[B, 1 + R, D]`; `shape` is that of the map of patches.
     fn tokens(&mut self, shape: &str) -> Result<String> {
-        let cls = self.tensor("cls_token")?;
+        let cls = self.graph.tensor("cls_token")?;
         let first = match self.config.registers {
             0 => cls,
             _ => {
-                let registers = self.tensor("storage_tokens")?;
+                let registers = self.graph.tensor("storage_tokens")?;
                 self.graph.node("Concat", &[&cls, &registers], &[("axis", Int(1))])
             }
         };
-        let images = self.slice(shape, 0, 0, 1);
+        let images = self.graph.slice(shape, 0, 0, 1);
         let ones = self.graph.ints(&[1, 1]);
         let shape = self.graph.node("Concat", &[&images, &ones], &[("axis", Int(0))]);
         Ok(self.graph.node("Expand", &[&first, &shape], &[]))
@@ -223,26 +145,26 @@ impl Export<'_> {
             let centres = self.graph.node("Div", &[&centres, &side], &[]);
             let centres = self.graph.node("Mul", &[&centres, &two], &[]);
             let centres = self.graph.node("Add", &[&centres, &less], &[]);
-            let column = self.reshape(&centres, &[-1, 1]);
+            let column = self.graph.reshape(&centres, &[-1, 1]);
             let angles = self.graph.node("Mul", &[&column, &turns], &[]);
             let shape = if axis == 0 { [-1, 1, n as i64] } else { [1, -1, n as i64] };
-            self.reshape(&angles, &shape)
+            self.graph.reshape(&angles, &shape)
         });
-        let height = self.slice(shape, 0, 2, 4);
+        let height = self.graph.slice(shape, 0, 2, 4);
         let n = self.graph.ints(&[n as i64]);
         let all = self.graph.node("Concat", &[&height, &n], &[("axis", Int(0))]);
         let [rows, columns] = angles.map(|x| self.graph.node("Expand", &[&x, &all], &[]));
         let twice = [&rows[..], &columns, &rows, &columns];
         let angles = self.graph.node("Concat", &twice, &[("axis", Int(2))]);
-        let angles = self.reshape(&angles, &[-1, head as i64]);
+        let angles = self.graph.reshape(&angles, &[-1, head as i64]);
         ["Sin", "Cos"].map(|wave| self.graph.node(wave, &[&angles], &[]))
     }
 
     /// Queries or keys `[B, H, N, D/H]` with their patches turned.
     fn rotate(&mut self, x: &str, [sin, cos]: &[String; 2]) -> String {
         let (prefix, half) = (1 + self.config.registers as i64, (self.config.dim / self.config.heads / 2) as i64);
-        let (first, patches) = (self.slice(x, 2, 0, prefix), self.slice(x, 2, prefix, END));
-        let (left, right) = (self.slice(&patches, 3, 0, half), self.slice(&patches, 3, half, END));
+        let (first, patches) = (self.graph.slice(x, 2, 0, prefix), self.graph.slice(x, 2, prefix, END));
+        let (left, right) = (self.graph.slice(&patches, 3, 0, half), self.graph.slice(&patches, 3, half, END));
         let right = self.graph.node("Neg", &[&right], &[]);
         let turned = self.graph.node("Concat", &[&right, &left], &[("axis", Int(3))]);
         let turned = self.graph.node("Mul", &[&turned, sin], &[]);
@@ -255,10 +177,10 @@ impl Export<'_> {
         let VitConfig { dim, heads, ffn_bias, qkv_bias, mask_k_bias, proj_bias, ffn, .. } = self.config;
         let head = (dim / heads) as i64;
         let normed = self.norm(&format!("{name}norm1"), x)?;
-        let qkv = self.linear(&format!("{name}attn.qkv"), &normed, qkv_bias, mask_k_bias)?;
+        let qkv = self.graph.linear(&format!("{name}attn.qkv"), &normed, qkv_bias, mask_k_bias)?;
         let parts = self.graph.nodes("Split", &[&qkv], 3, &[("axis", Int(-1))]);
         let mut parts = parts.into_iter().map(|part| {
-            let part = self.reshape(&part, &[0, 0, heads as i64, head]);
+            let part = self.graph.reshape(&part, &[0, 0, heads as i64, head]);
             self.graph.node("Transpose", &[&part], &[("perm", Ints(&[0, 2, 1, 3]))])
         });
         let [mut q, mut k, v] = std::array::from_fn(|_| parts.next().expect("there are three parts"));
@@ -273,16 +195,17 @@ impl Export<'_> {
         let shares = self.graph.node("Softmax", &[&scores], &[("axis", Int(-1))]);
         let attended = self.graph.node("MatMul", &[&shares, &v], &[]);
         let attended = self.graph.node("Transpose", &[&attended], &[("perm", Ints(&[0, 2, 1, 3]))]);
-        let attended = self.reshape(&attended, &[0, 0, dim as i64]);
-        let attended = self.linear(&format!("{name}attn.proj"), &attended, proj_bias, false)?;
+        let attended = self.graph.reshape(&attended, &[0, 0, dim as i64]);
+        let attended = self.graph.linear(&format!("{name}attn.proj"), &attended, proj_bias, false)?;
         let x = self.onto(x, &attended, &format!("{name}ls1.gamma"))?;
         let normed = self.norm(&format!("{name}norm2"), &x)?;
-        let layer =
-            |layer: &str, x: &str, this: &mut Self| this.linear(&format!("{name}mlp.{layer}"), x, ffn_bias, false);
+        let layer = |layer: &str, x: &str, this: &mut Self| {
+            this.graph.linear(&format!("{name}mlp.{layer}"), x, ffn_bias, false)
+        };
         let last = match ffn {
             Ffn::Mlp => {
                 let hidden = layer("fc1", &normed, self)?;
-                let hidden = self.gelu(&hidden);
+                let hidden = self.graph.gelu(&hidden);
                 layer("fc2", &hidden, self)?
             }
             Ffn::Swiglu => {
@@ -296,22 +219,12 @@ impl Export<'_> {
         self.onto(&x, &last, &format!("{name}ls2.gamma"))
     }
 
-    /// `x / 2 (1 + erf(x / sqrt 2))`.
-    fn gelu(&mut self, x: &str) -> String {
-        let [root, one, half] = [SQRT_2, 1.0, 0.5].map(|x| self.graph.float(x));
-        let scaled = self.graph.node("Div", &[x, &root], &[]);
-        let erf = self.graph.node("Erf", &[&scaled], &[]);
-        let shifted = self.graph.node("Add", &[&erf, &one], &[]);
-        let product = self.graph.node("Mul", &[x, &shifted], &[]);
-        self.graph.node("Mul", &[&product, &half], &[])
-    }
-
     /// `x + gamma y`, or `x + y` without LayerScale.
     fn onto(&mut self, x: &str, y: &str, gamma: &str) -> Result<String> {
         let y = match self.config.layer_scale {
             0.0 => y.to_string(),
             _ => {
-                let gamma = self.tensor(gamma)?;
+                let gamma = self.graph.tensor(gamma)?;
                 self.graph.node("Mul", &[y, &gamma], &[])
             }
         };

@@ -77,6 +77,7 @@ neighbours = 5
 hidden = 16
 [losses.cka]
 points = 3
+[losses.feature_distillation]
 [losses.online_linear]
 classes = 4
 [teacher]

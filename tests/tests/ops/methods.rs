@@ -16,7 +16,7 @@ use serde_json::{json, Value as Json};
 // The plugins register themselves when they are linked in.
 use dinolab_plugins as _;
 
-const LOSSES: [&str; 11] = [
+const LOSSES: [&str; 12] = [
     "byol",
     "vicreg",
     "barlow_twins",
@@ -28,6 +28,7 @@ const LOSSES: [&str; 11] = [
     "jigsaw",
     "relative_location",
     "cka",
+    "feature_distillation",
 ];
 /// Cases of every loss.
 const CASES: usize = 40;

@@ -66,6 +66,10 @@ pub fn formula(kind: &str, name: &str) -> Option<&'static str> {
             r"\mathcal{L} = \frac{1}{2B} \sum_{i,c} \left[ 1 - \frac{\langle H K H, H L H \rangle}
               {\lVert H K H \rVert_F \lVert H L H \rVert_F} \right], \qquad K = X_S X_S^\top, \quad L = X_T X_T^\top"
         }
+        ("loss", "feature_distillation") => {
+            r"\mathcal{L} = \alpha \frac{1}{N} \sum_{i} \left[ 1 - \cos(A s_i + a,\, t_i) \right]
+              + \beta \frac{1}{N P} \sum_{i,p} \left[ 1 - \cos(B s_{ip} + b,\, t_{ip}) \right]"
+        }
         ("loss", "inpainting") => {
             r"\mathcal{L} = \frac{1}{3 p^2 M} \sum_{i=1}^{M} \left\lVert W h_i + b - x_i \right\rVert_1"
         }

@@ -1,6 +1,6 @@
 //! A small student that learns from a frozen large model.
 
-use dinolab_tests::program::Folder;
+use dinolab_tests::program::{root, Folder};
 use serde_json::Value;
 
 /// The micro recipe, taught by the run `teacher`.
@@ -141,4 +141,45 @@ fn the_cost_of_a_distillation_counts_the_teacher() {
     let found = cost(&[]);
     assert!(found.contains("teacher to distil from"), "{found}");
     assert!(!cost(&["--set", "teacher.checkpoint=not/there/yet"]).contains("teacher to distil from"));
+}
+
+/// The micro recipe without DINOv3's losses, taught by the features of `teacher`.
+fn by_features(folder: &Folder, teacher: &str, more: &str) {
+    let text = format!(
+        "extends = \"micro.toml\"\nname = \"by_features\"\n[teacher]\nplugin = \"frozen\"\ncheckpoint = \"{teacher}\"\n\
+         [losses]\ndino = {{ enabled = false }}\nibot = {{ enabled = false }}\nkoleo = {{ enabled = false }}\n\
+         gram = {{ enabled = false }}\n[losses.feature_distillation]\n{more}\n"
+    );
+    folder.write("by_features.toml", &text);
+}
+
+#[test]
+fn published_weights_without_heads_teach_by_their_features() {
+    let folder = Folder::with_micro();
+    let published = root().join("tests/golden/hf_mlp");
+    folder.succeed(&["import", published.to_str().expect("a UTF-8 path"), "--out", "published"]);
+    by_features(&folder, "published", "");
+    let ended = folder.run(&["recipe", "check", "by_features.toml"]);
+    let remedy = "set losses.feature_distillation.teacher_dim = 64";
+    assert!(ended.code == 2 && ended.err.contains(remedy), "{}", ended.err);
+    by_features(&folder, "published", "teacher_dim = 64");
+    let longer = ["train", "by_features.toml", "--set", "steps=40", "--set", "optimizer.lr=5e-3", "--out", "run"];
+    folder.succeed(&longer);
+    let found = losses(&folder, "run", "loss/feature_distillation");
+    assert!(found[39] < 0.8 * found[0], "the student comes nearer: {found:?}");
+    // No other model can teach features of that width.
+    let ended = folder.run(&["recipe", "check", "by_features.toml", "--set", "teacher={ plugin = \"ema\" }"]);
+    assert!(ended.code == 2 && ended.err.contains("expects features of 64 numbers"), "{}", ended.err);
+}
+
+#[test]
+fn a_run_and_its_exported_weights_teach_the_same() {
+    let folder = taught();
+    folder.succeed(&["export", "teacher", "--format", "safetensors", "--out", "exported"]);
+    for teacher in ["teacher", "exported"] {
+        by_features(&folder, teacher, "");
+        folder.succeed(&["train", "by_features.toml", "--out", &format!("by_{teacher}")]);
+    }
+    let of = |run: &str| losses(&folder, run, "loss/feature_distillation");
+    assert_eq!(of("by_teacher"), of("by_exported"));
 }

@@ -107,15 +107,25 @@ fn same_bits(a: &Path, b: &Path) {
 fn transformers_reads_a_trained_teacher() {
     let Some(python) = python(MODULES) else { return };
     let folder = Folder::with_micro();
-    folder.succeed(&["train", "micro.toml", "--out", "run", "--set", "steps=2"]);
-    folder.succeed(&["export", "run", "--format", "hf", "--out", "hf"]);
-    let trained = Trained::open(&folder.path("run")).unwrap();
-    let pixels: Vec<f32> = (0..3 * 40 * 24).map(|i| (i as f32 * 0.37).sin()).collect();
-    let pixels = Tensor::from_slice(&pixels, &[1, 3, 40, 24]).unwrap();
-    write_tensors(&folder.path("hf/pixels.safetensors"), &[("pixels".into(), pixels.clone())], &[]).unwrap();
-    script(&python, "hugging_face.py", &[Path::new("run"), &folder.path("hf")]);
-    let expected = read_tensors(&folder.path("hf/expected.safetensors")).unwrap();
-    let got = tokens(&trained.features(&pixels).unwrap());
-    let error = relative_error(&got, &expected.get("last_hidden_state").unwrap().to_f64_vec());
-    assert!(error < 1e-5, "{error:e}");
+    let convnext = "backbone={ plugin = \"convnext\", depths = [1, 2, 1, 1], dims = [4, 6, 8, 12], layer_scale = 0.5 }";
+    let (vit, convnext) =
+        (["steps=2"; 4], [convnext, "crops.global_size=64", "crops.local_size=32", "teachers.gram.crop_size=64"]);
+    for (run, sets, (height, width)) in [("vit", vit, (40, 24)), ("convnext", convnext, (64, 96))] {
+        let sets = sets.iter().flat_map(|set| ["--set", set]);
+        let args: Vec<&str> =
+            ["train", "micro.toml", "--set", "steps=2", "--out", run].into_iter().chain(sets).collect();
+        folder.succeed(&args);
+        let out = format!("{run}_hf");
+        folder.succeed(&["export", run, "--format", "hf", "--out", &out]);
+        let trained = Trained::open(&folder.path(run)).unwrap();
+        let pixels: Vec<f32> = (0..3 * height * width).map(|i| (i as f32 * 0.37).sin()).collect();
+        let pixels = Tensor::from_slice(&pixels, &[1, 3, height, width]).unwrap();
+        let file = folder.path(&out).join("pixels.safetensors");
+        write_tensors(&file, &[("pixels".into(), pixels.clone())], &[]).unwrap();
+        script(&python, "hugging_face.py", &[Path::new("run"), &folder.path(&out)]);
+        let expected = read_tensors(&folder.path(&out).join("expected.safetensors")).unwrap();
+        let got = tokens(&trained.features(&pixels).unwrap());
+        let error = relative_error(&got, &expected.get("last_hidden_state").unwrap().to_f64_vec());
+        assert!(error < 1e-5, "{run}: {error:e}");
+    }
 }
