@@ -3,7 +3,7 @@
 use std::num::NonZeroUsize;
 
 use dinolab_core::contract::{ImageSize, Probe, ProbeContext, Score};
-use dinolab_core::{plugin, DType, Error, Result, Tensor};
+use dinolab_core::{plugin, DType, Result, Tensor};
 use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -73,15 +73,9 @@ impl Probe for LinearSegmentation {
         let classes = context.test.mask_classes();
         let [train, test] = draw_two(context, self.train_samples.get(), self.test_samples.get());
         let whole = context.image_size;
-        let window = self.window.unwrap_or(whole);
-        let windows = |data| Windows::new(data, whole, window, self.stride);
+        let size = self.window(whole);
+        let windows = |data| Windows::new(data, whole, size, self.stride);
         let (train_windows, test_windows) = (windows(context.train), windows(context.test));
-        let size = test_windows.size();
-        let unfit = size.unfit(context.patch_size, 0).filter(|_| self.window.is_some());
-        if let Some((problem, near)) = unfit {
-            let problem = format!("probe `linear_segmentation`: windows are {problem}");
-            return Err(Error::user(problem, format!("set `window` to {near}")));
-        }
         // At the size of a window, whole images are brought there as all probes do.
         let [train, test] = if size == whole {
             [Look::at(context.train, &train).features(context)?, Look::at(context.test, &test).features(context)?]
@@ -150,6 +144,12 @@ impl Probe for LinearSegmentation {
 
     fn needs(&self) -> (bool, bool) {
         (false, true)
+    }
+
+    /// No larger than the image.
+    fn window(&self, size: ImageSize) -> ImageSize {
+        let window = self.window.unwrap_or(size);
+        ImageSize { width: window.width.min(size.width), height: window.height.min(size.height) }
     }
 
     fn images(&self) -> usize {

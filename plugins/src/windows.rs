@@ -24,19 +24,13 @@ fn starts(side: usize, window: usize, stride: usize) -> Vec<usize> {
 }
 
 impl<'a> Windows<'a> {
-    /// Of images of this size, `stride` (a share of its sides) apart.
+    /// Of images of this size, which windows are not larger than, `stride` (a share of its sides) apart.
     pub(crate) fn new(dataset: &'a dyn Dataset, whole: ImageSize, window: ImageSize, stride: f64) -> Self {
-        let window = ImageSize { width: window.width.min(whole.width), height: window.height.min(whole.height) };
         let step = |side: usize| ((side as f64 * stride).round() as usize).max(1);
         let columns = starts(whole.width, window.width, step(window.width));
         let rows = starts(whole.height, window.height, step(window.height));
         let places = rows.iter().flat_map(|&top| columns.iter().map(move |&left| [left, top])).collect();
         Self { dataset, whole, window, places }
-    }
-
-    /// The size of a window.
-    pub(crate) fn size(&self) -> ImageSize {
-        self.window
     }
 
     /// Left and top of every window of an image.

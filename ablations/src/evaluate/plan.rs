@@ -130,6 +130,14 @@ impl Job {
                 let problem = format!("these weights cannot be shown {problem}");
                 return Err(Error::content(path, problem, format!("in {key}, choose {near}")));
             }
+            for Taken { name, probe, .. } in probes {
+                let window = probe.window(*size);
+                let unfit = window.unfit(backbone.patch_size(), backbone.smallest_crop()).filter(|_| window != *size);
+                if let Some((problem, near)) = unfit {
+                    let problem = format!("these weights cannot be shown windows of {problem}");
+                    return Err(Error::content(path, problem, format!("set probes.{name}.window to {near}")));
+                }
+            }
         }
         Ok(Self { path: path.to_path_buf(), hash: source.hash()?, model, usual, sizes: all })
     }

@@ -153,6 +153,11 @@ pub trait Probe: fmt::Debug + Send + Sync {
         false
     }
 
+    /// Size of what the model is shown of images of `size`: another, if the probe has a key `window`.
+    fn window(&self, size: ImageSize) -> ImageSize {
+        size
+    }
+
     /// Images that it computes features of, each time that it runs: most of what it costs.
     fn images(&self) -> usize {
         0

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::problem::{Problem, Severity};
 use super::{sizes, Recipe, Resolution};
-use crate::contract::{At, Backbone, Dataset, Grid, Loss, Masking, TeacherPolicy};
+use crate::contract::{At, Backbone, Dataset, Grid, ImageSize, Loss, Masking, TeacherPolicy};
 use crate::registry::{BackboneContext, Chosen, CropContext};
 use crate::step::{build_loss, check_views, declare, Declared, CHANNELS, GLOBALS};
 use crate::{params::ParamBuilder, Error};
@@ -57,6 +57,14 @@ fn probe_sizes(recipe: &Recipe, backbone: &dyn Backbone) -> Vec<Problem> {
                 problem(format!("{size} stands there twice"), "list it once".into());
             }
         }
+        let Ok(probe) = entry.probe.build(&mut ()) else { continue };
+        let usual = [ImageSize::square(recipe.crops.global_size)];
+        let sizes = if entry.sizes.is_empty() { &usual[..] } else { &entry.sizes };
+        let windows = sizes.iter().map(|size| (size, probe.window(*size))).filter(|(size, window)| *size != window);
+        let unfit = |(_, window): (_, ImageSize)| window.unfit(backbone.patch_size(), backbone.smallest_crop());
+        problems.extend(windows.filter_map(unfit).next().map(|(message, near)| {
+            Problem::error(format!("probes.{name}.window"), message).help(format!("use {near}"))
+        }));
     }
     problems
 }

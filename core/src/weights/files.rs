@@ -16,7 +16,7 @@ use crate::{Error, Result};
 
 /// Named tensors of one or several memory-mapped safetensors files. Nothing is read before it is asked for.
 pub struct TensorFiles {
-    path: PathBuf,
+    pub(super) path: PathBuf,
     maps: Vec<Mmap>,
     tensors: BTreeMap<String, Place>,
 }
@@ -72,6 +72,9 @@ impl TensorFiles {
     /// If there is no such file, it is something else, a shard is missing, or a file is cut off.
     pub fn open(path: &Path) -> Result<Self> {
         let file = if path.is_dir() { places::published_in(path)? } else { path.to_path_buf() };
+        if places::is_pickle(&file) {
+            return Err(places::import_first(&file));
+        }
         let mut all = Self { path: file.clone(), maps: Vec::new(), tensors: BTreeMap::new() };
         if file.extension().is_some_and(|e| e == "json") {
             all.add_shards(&file)?;
@@ -79,6 +82,19 @@ impl TensorFiles {
             all.add(&file)?;
         }
         Ok(all)
+    }
+
+    /// Opens what was published: as [`open`](Self::open), and PyTorch's own files too, whose tensors are copied, one at a
+    /// time, to a file in the folder `beside` that is gone with this.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open), or if a PyTorch file is damaged or holds tensors that have no plain form.
+    pub fn published(path: &Path, beside: &Path) -> Result<Self> {
+        let file = if path.is_dir() { places::published_in(path)? } else { path.to_path_buf() };
+        match places::is_pickle(&file) && missing(&file).is_none() {
+            true => Self::unpickle(&file, beside),
+            false => Self::open(&file),
+        }
     }
 
     /// Adds the tensors of a file.

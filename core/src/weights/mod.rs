@@ -16,13 +16,13 @@ mod files;
 mod folder;
 mod json;
 mod places;
+mod pytorch;
 mod source;
 
 pub use crate::checkpoint::MODEL_FILE;
 pub use files::{RawTensor, TensorFiles};
 pub use folder::{check_free, write_folder, ModelInfo, Pixels, WEIGHTS_FILE};
 pub use json::JsonTable;
-pub use places::PICKLES;
 pub use source::Source;
 
 use folder::differences;

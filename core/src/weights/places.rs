@@ -10,7 +10,18 @@ use crate::{Error, Result};
 pub(super) const INDEX_FILE: &str = "model.safetensors.index.json";
 
 /// Endings of PyTorch's own files.
-pub const PICKLES: [&str; 5] = ["pth", "pt", "bin", "ckpt", "pkl"];
+const PICKLES: [&str; 5] = ["pth", "pt", "bin", "ckpt", "pkl"];
+
+/// The error of a PyTorch file where weights are used as they lie.
+pub(super) fn import_first(path: &Path) -> Error {
+    let help = format!("`dinolab import {} --out weights`, and name that folder", printable(path));
+    Error::content(path, "this is a file of PyTorch, which has to be imported first", help)
+}
+
+/// Whether a file has a name of PyTorch's.
+pub(super) fn is_pickle(path: &Path) -> bool {
+    path.extension().is_some_and(|ending| PICKLES.iter().any(|known| ending == *known))
+}
 
 /// Most entries of a folder that are looked at.
 const MOST: usize = 10_000;
@@ -53,13 +64,10 @@ pub(super) fn published_in(folder: &Path) -> Result<PathBuf> {
     let names = entries(folder)?;
     let ends = |name: &&String, endings: &[&str]| endings.iter().any(|ending| name.ends_with(ending));
     let found: Vec<&String> = names.iter().filter(|n| ends(n, &[".safetensors", ".safetensors.index.json"])).collect();
-    let (problem, help) = match found[..] {
+    let (problem, help): (String, String) = match found[..] {
         [only] => return Ok(folder.join(only)),
-        [] => match names.iter().find(|n| PICKLES.iter().any(|e| n.ends_with(&format!(".{e}")))) {
-            Some(name) => (
-                "this folder has no safetensors file, but one of PyTorch".to_string(),
-                format!("`dinolab import {}` says how to convert it", printable(folder.join(name))),
-            ),
+        [] => match names.iter().find(|name| is_pickle(Path::new(name))) {
+            Some(name) => return Ok(folder.join(name)),
             None => {
                 let problem = format!("this folder has no {MODEL_FILE} and no {INDEX_FILE}");
                 (problem, "name a safetensors file, or a folder with one under that name".into())

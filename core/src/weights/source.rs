@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::places::{entries, is_there, missing, published_in, snapshot, PICKLES};
+use super::places::{entries, import_first, is_pickle, is_there, missing, published_in, snapshot};
 use super::{differences, ModelInfo, RawTensor, TensorFiles, WEIGHTS_FILE};
 use crate::checkpoint::{self, read_tensors, NamedTensors, MODEL_FILE, RECIPE_FILE, STATE_FILE};
 use crate::contract::Backbone;
@@ -110,10 +110,8 @@ impl Source {
     }
 
     fn file(path: &Path) -> Result<Self> {
-        let ending = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
-        if PICKLES.contains(&ending) {
-            let help = format!("`dinolab import {}` says how to convert it", printable(path));
-            return Err(Error::content(path, "a PyTorch file is read by running it, which dinolab does not do", help));
+        if is_pickle(path) {
+            return Err(import_first(path));
         }
         let files = TensorFiles::open(path)?;
         // `student.backbone..`, `teacher.backbone..`, `<name>_teacher.backbone..`, or one model without a role.

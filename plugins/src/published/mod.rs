@@ -105,7 +105,9 @@ pub fn import(from: &Path, out: &Path) -> Result<Imported> {
         return Err(Error::content(from, "these are weights of dinolab already", help));
     }
     let mut notes = Vec::new();
-    let mut files = TensorFiles::open(from)?;
+    // Copies of a PyTorch file's tensors are where the result will be.
+    let beside = out.ancestors().skip(1).find(|folder| folder.is_dir()).unwrap_or(Path::new("."));
+    let mut files = TensorFiles::published(from, beside)?;
     if files.path() != from {
         notes.push(format!("read {}", files.path().display()));
     }

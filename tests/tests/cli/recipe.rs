@@ -253,3 +253,18 @@ fn keys_that_nothing_reads_now_are_told_by_check() {
         assert!(ended.err.lines().any(|l| l.starts_with("warning: ") && l.contains(said)), "{said}: {}", ended.err);
     }
 }
+
+#[test]
+fn a_window_that_the_model_cannot_be_shown_is_refused_before_the_run() {
+    let folder = Folder::with_micro();
+    let check = |set: &str| {
+        let probe = format!("probes.linear_segmentation={{ enabled = true, {set} }}");
+        folder.run(&["recipe", "check", "micro.toml", "--set", &probe])
+    };
+    let ended = check("window = 20");
+    let said = "probes.linear_segmentation.window: ";
+    assert!(ended.code == 2 && ended.err.contains(said) && ended.err.contains("use 16 or 24"), "{}", ended.err);
+    // Windows end where the image does.
+    let ended = check("window = 20, sizes = [16]");
+    assert_eq!(ended.code, 0, "{}", ended.err);
+}

@@ -125,11 +125,21 @@ fn everything_that_is_wrong_with_a_file_is_listed() {
 }
 
 #[test]
-fn a_pickle_is_not_run_but_explained() {
-    let folder = Folder::new();
-    folder.write("dinov3.pth", "PK");
-    let ended = folder.run(&["import", "dinov3.pth", "--out", "weights"]);
-    assert!(ended.code == 2 && ended.err.contains("weights_only=True"), "{}", ended.err);
+fn a_damaged_pickle_and_one_that_runs_something_are_refused_in_words() {
+    let folder = Folder::with_micro();
+    // `os.system("touch ran")`, as pickle writes it.
+    let program = "cposix\nsystem\n(S'touch ran'\ntR.";
+    for (name, bytes) in [("cut.pth", "PK"), ("empty.pt", ""), ("runs.pth", program)] {
+        folder.write(name, bytes);
+        let ended = folder.run(&["import", name, "--out", "weights"]);
+        assert!(ended.code == 2 && ended.err.contains(&format!("{name}: as a PyTorch file: ")), "{}", ended.err);
+        assert!(!folder.path("weights").exists() && !folder.path("ran").exists());
+        let set = format!("backbone.weights={name}");
+        let ended = folder.run(&["recipe", "check", "micro.toml", "--set", &set]);
+        assert!(ended.code == 2 && ended.err.contains(&format!("dinolab import {name}")), "{}", ended.err);
+    }
+    let left = std::fs::read_dir(folder.path("")).expect("a folder").count();
+    assert_eq!(left, 4, "three files and the recipe");
 }
 
 #[test]
