@@ -48,7 +48,13 @@ const TAR: Really = really("a tar archive", UNPACK);
 const MAGIC: [(&[u8], Really); 27] = [
     (b"version https://git-lfs", LFS),
     (b"/annex/objects/", ANNEX),
-    (b"PK\x03\x04", really("a zip archive, as PyTorch's .pth files are", "unpack it, or convert it with PyTorch")),
+    (
+        b"PK\x03\x04",
+        really(
+            "a zip archive, as PyTorch's .pth files are",
+            "unpack it; if it is PyTorch's, let its name end in .pth and import it",
+        ),
+    ),
     (b"PK\x05\x06", really("an empty zip archive", AGAIN)),
     (b"\x1f\x8b", really("compressed with gzip", UNPACK)),
     (b"\x28\xb5\x2f\xfd", really("compressed with zstd", UNPACK)),
@@ -112,7 +118,7 @@ impl Really {
             return Some(TAR);
         }
         if let [0x80, 2..=5, ..] = head {
-            return Some(really("a Python pickle, as old PyTorch files are", "convert it with PyTorch"));
+            return Some(really("a Python pickle, as old PyTorch files are", "let its name end in .pth and import it"));
         }
         if head.iter().all(|&byte| byte == 0) {
             return Some(ZEROS);

@@ -11,7 +11,11 @@ use safetensors::Dtype;
 
 use super::TensorFiles;
 use crate::checkpoint::write_pieces;
+use crate::files::Really;
 use crate::{Error, Result};
+
+/// What PyTorch writes.
+const OWN: [&str; 3] = ["a zip archive", "a Python pickle", "a tar archive"];
 
 /// A tensor that is read when it is written.
 struct Lazy<'a> {
@@ -64,7 +68,11 @@ impl TensorFiles {
                 "download it again; or let PyTorch read it (`weights_only=True`) and save its tensors with safetensors";
             Error::content(path, format!("as a PyTorch file: {problem}"), help)
         };
-        let reader = PytorchReader::new(path).map_err(|e| wrong(e.to_string()))?;
+        let reader = PytorchReader::new(path).map_err(|e| match Really::at(path) {
+            // Pickles and archives of them are what it should be.
+            Some(other) if !OWN.iter().any(|own| other.what.starts_with(own)) => other.error(path, "a PyTorch file"),
+            _ => wrong(e.to_string()),
+        })?;
         if reader.is_empty() {
             return Err(wrong("there is no tensor in it".into()));
         }

@@ -129,17 +129,24 @@ fn a_damaged_pickle_and_one_that_runs_something_are_refused_in_words() {
     let folder = Folder::with_micro();
     // `os.system("touch ran")`, as pickle writes it.
     let program = "cposix\nsystem\n(S'touch ran'\ntR.";
-    for (name, bytes) in [("cut.pth", "PK"), ("empty.pt", ""), ("runs.pth", program)] {
+    let pointer = "version https://git-lfs.github.com/spec/v1\n";
+    let files = [
+        ("cut.pth", "PK\u{3}\u{4}", "as a PyTorch file"),
+        ("empty.pt", "", "empty (0 bytes)"),
+        ("pointer.pth", pointer, "a Git LFS pointer"),
+        ("runs.pth", program, "a text"),
+    ];
+    for (name, bytes, said) in files {
         folder.write(name, bytes);
         let ended = folder.run(&["import", name, "--out", "weights"]);
-        assert!(ended.code == 2 && ended.err.contains(&format!("{name}: as a PyTorch file: ")), "{}", ended.err);
+        assert!(ended.code == 2 && ended.err.contains(name) && ended.err.contains(said), "{}", ended.err);
         assert!(!folder.path("weights").exists() && !folder.path("ran").exists());
         let set = format!("backbone.weights={name}");
         let ended = folder.run(&["recipe", "check", "micro.toml", "--set", &set]);
         assert!(ended.code == 2 && ended.err.contains(&format!("dinolab import {name}")), "{}", ended.err);
     }
     let left = std::fs::read_dir(folder.path("")).expect("a folder").count();
-    assert_eq!(left, 4, "three files and the recipe");
+    assert_eq!(left, 5, "four files and the recipe");
 }
 
 #[test]
