@@ -1,6 +1,6 @@
 //! The real program, run in a folder of its own.
 
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -154,6 +154,14 @@ impl Folder {
         command.args(args).current_dir(self.0.path()).stdin(Stdio::null());
         // The tests' own variable; to the program it is a recipe's key.
         command.env_remove("DINOLAB_GOLDEN");
+        // What is ignored at the start stays ignored: these tests may run under `nohup`.
+        // SAFETY: signal(2) may be called between fork and exec.
+        unsafe {
+            command.pre_exec(|| {
+                libc::signal(libc::SIGHUP, libc::SIG_DFL);
+                Ok(())
+            })
+        };
         command
     }
 
