@@ -192,6 +192,13 @@ fn files_of_every_kind_keep_their_values() {
     let upper: Vec<u8> = grey.iter().map(|&x| (f64::from(x) / 257.0).round() as u8).collect();
     assert_eq!(read("b.png", png(grey_16(grey)), 1, Some(8)), Ok(upper.clone().into()));
     assert_eq!(read("b.npy", npy(&[HEIGHT as u64, WIDTH as u64], &upper), 1, None), Ok(upper.into()));
+    let smooth: ImageBuffer<Luma<u8>, _> = ImageBuffer::from_fn(32, 32, |x, y| Luma([(3 * x + 4 * y) as u8]));
+    let mut jpeg = std::io::Cursor::new(Vec::new());
+    smooth.write_to(&mut jpeg, image::ImageFormat::Jpeg).unwrap();
+    let Ok(Pixels::U8(read_back)) = read("a.jpg", jpeg.into_inner(), 1, None) else {
+        panic!("a grey JPEG has one channel")
+    };
+    assert!(read_back.len() == 1024 && read_back.iter().zip(smooth.as_raw()).all(|(a, b)| a.abs_diff(*b) < 8));
     let rgba = values(1, 1, 4);
     let image: ImageBuffer<Rgba<u16>, _> = ImageBuffer::from_raw(WIDTH as u32, HEIGHT as u32, rgba.clone()).unwrap();
     assert_eq!(read("c.png", png(image), 4, None), Ok(rgba.into()));
@@ -225,6 +232,10 @@ fn what_has_other_channels_is_refused_with_a_remedy() {
     assert!(refused("e.npy", npy(&[20, 20], &[0f32; 400]), 1).contains("numpy.uint16"));
     let palette = tiff(&values(0, 0, 1), 1, false, 3);
     assert!(refused("f.tif", palette, 1).contains("palette"));
+    let one_bit = tiff(&values(0, 0, 1), 1, false, 1);
+    let bits = one_bit.windows(8).position(|w| w == [2, 1, 3, 0, 1, 0, 0, 0]).unwrap() + 8;
+    let one_bit = [&one_bit[..bits], &[1], &one_bit[bits + 1..]].concat();
+    assert!(refused("h.tif", one_bit, 1).contains("fewer than 8 bits"));
     // Where everything becomes RGB an array is no image.
     assert!(refused("g.npy", npy(&[20, 20, 3], &[0u8; 1200]), 3).contains("NumPy"));
 }

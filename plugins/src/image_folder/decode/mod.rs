@@ -174,11 +174,14 @@ fn decode_as(bytes: &[u8], wanted: &Wanted, known: &Known) -> Result<Sample, Ref
     if content::is_array(bytes) {
         return array::read(bytes, wanted);
     }
-    if wanted.channels != 3 && content::format(bytes)? == ImageFormat::Tiff {
+    let format = content::format(bytes)?;
+    if wanted.channels != 3 && format == ImageFormat::Tiff {
         tiff::check(bytes)?;
         return tiff::read(bytes, wanted);
     }
-    pixels::as_wanted(upright(bytes, known, Ok)?, wanted)
+    let grey = wanted.channels == 1 && format == ImageFormat::Jpeg && jpeg::is_grey(bytes)?;
+    let untripled = |image: DynamicImage| Ok(if grey { image.into_luma8().into() } else { image });
+    pixels::as_wanted(upright(bytes, known, untripled)?, wanted)
 }
 
 /// Fails if an image has another number of channels than are wanted.
@@ -326,6 +329,13 @@ mod tests {
             }
             if !keep {
                 bytes.truncate(cut.index(bytes.len()));
+            }
+            for channels in [1, 3, 4] {
+                let wanted = Wanted::new(channels, Some(16), [255; 3]);
+                match decode_as(&bytes, &wanted, &Known::default()) {
+                    Ok(image) => prop_assert_eq!(image.pixels.len(), channels * image.width * image.height),
+                    Err(refusal) => prop_assert!(!refusal.problem.is_empty()),
+                }
             }
             match decode(&bytes, [255; 3], &Known::default()) {
                 Ok(image) => prop_assert!(image.width() > 0 && image.height() > 0),

@@ -8,7 +8,7 @@ use dinolab_core::contract::Sample;
 use tiff::decoder::{Decoder, DecodingResult, Limits};
 use tiff::tags::{ByteOrder, CompressionMethod, PhotometricInterpretation, PlanarConfiguration, Tag};
 
-use super::{affordable, check_channels, pixels, Refusal, Wanted, BYTES_A_PIXEL, MOST_PIXELS};
+use super::{affordable, check_channels, no_memory, pixels, Refusal, Wanted};
 
 /// Fails if the first picture of a TIFF is compressed in a way that cannot be checked, or its data lie beyond the end.
 pub(super) fn check(bytes: &[u8]) -> Result<(), Refusal> {
@@ -36,9 +36,7 @@ pub(super) fn check(bytes: &[u8]) -> Result<(), Refusal> {
 pub(super) fn read(bytes: &[u8], wanted: &Wanted) -> Result<Sample, Refusal> {
     let text = |e: tiff::TiffError| Refusal::from(e.to_string());
     let bytes = as_samples(bytes)?;
-    let mut limits = Limits::default();
-    limits.decoding_buffer_size = (BYTES_A_PIXEL * MOST_PIXELS) as usize;
-    let mut decoder = Decoder::new(Cursor::new(&bytes[..])).map_err(text)?.with_limits(limits);
+    let mut decoder = Decoder::new(Cursor::new(&bytes[..])).map_err(text)?;
     let (width, height) = decoder.dimensions().map_err(text)?;
     affordable(width.into(), height.into())?;
     let mut number = |tag| decoder.find_tag_unsigned::<u16>(tag).map_err(text).map(|found| found.unwrap_or(1));
@@ -49,14 +47,22 @@ pub(super) fn read(bytes: &[u8], wanted: &Wanted) -> Result<Sample, Refusal> {
         let help = "turn it before, such as `magick old.tif -auto-orient new.tif`";
         return Err(Refusal { problem: "it is to be turned (tag Orientation), which is not done here".into(), help });
     }
-    let mut result = DecodingResult::U8(Vec::new());
-    let layout = decoder.read_image_to_buffer(&mut result).map_err(text)?;
-    if result.as_buffer(0).as_bytes().len() < layout.complete_len {
-        return Err("it has more channels than can be decoded".into());
-    }
-    let by_plane = samples > 1 && planar == PlanarConfiguration::Planar.to_u16();
     let n = usize::from(samples);
+    let values = width as usize * height as usize * n;
+    // Two bytes each, and what is made of them.
+    Vec::<u8>::new().try_reserve_exact(4 * values).map_err(|_| no_memory())?;
+    let mut limits = Limits::default();
+    limits.decoding_buffer_size = 8 * values;
+    let mut decoder = decoder.with_limits(limits);
+    let mut result = DecodingResult::U8(Vec::new());
+    decoder.read_image_to_buffer(&mut result).map_err(text)?;
+    let by_plane = n > 1 && planar == PlanarConfiguration::Planar.to_u16();
+    let found = result.as_buffer(0).as_bytes().len();
     match result {
+        DecodingResult::U8(_) if found != values => {
+            let help = "save it with 8 or 16 bits a sample, such as `gdal_translate -ot Byte`";
+            Err(Refusal { problem: "its samples have fewer than 8 bits".into(), help })
+        }
         DecodingResult::U8(values) => Ok(pixels::sample((width, height), interleaved(values, n, by_plane))),
         DecodingResult::U16(values) => {
             Ok(pixels::sample((width, height), pixels::narrowed(interleaved(values, n, by_plane), wanted)))
