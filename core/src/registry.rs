@@ -84,6 +84,8 @@ pub struct LossContext<'a> {
     pub patches: usize,
     /// Side of a patch in pixels.
     pub patch_size: usize,
+    /// Channels of the images.
+    pub channels: usize,
 }
 
 /// What a dataset is built with.
@@ -104,6 +106,8 @@ pub struct CropContext {
     pub local_count: usize,
     /// Side of a patch in pixels.
     pub patch_size: usize,
+    /// Channels of the images; with another number than 3 saturation, hue and grey mean nothing.
+    pub channels: usize,
 }
 
 macro_rules! kinds {

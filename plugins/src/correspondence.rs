@@ -3,16 +3,15 @@
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
-use dinolab_core::contract::{Grid, ImageSize, Parts, Picture, Probe, ProbeContext, Score};
+use dinolab_core::contract::{Grid, ImageSize, Parts, Picture, Probe, ProbeContext, Sample, Score};
 use dinolab_core::rng::{Rng, Stream};
 use dinolab_core::{plugin, Result};
-use image::imageops::crop_imm;
-use image::RgbImage;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::pictures;
-use crate::probe_data::{draw_test, middle, resized, Look};
+use crate::pixels::{cropped, resized, rgb};
+use crate::probe_data::{draw_test, middle, Look};
 
 /// Places in two crops of an image, matched by the cosine of patch features.
 ///
@@ -76,10 +75,9 @@ impl Part {
         Self { left, top, width: of(width, size.width), height: of(height, size.height) }
     }
 
-    fn cut(self, image: &RgbImage) -> RgbImage {
-        let size = ImageSize { width: image.width() as usize, height: image.height() as usize };
-        let [left, top, width, height] = self.pixels(size).map(|x| x as u32);
-        crop_imm(image, left, top, width, height).to_image()
+    fn cut(self, image: &Sample) -> Sample {
+        let [left, top, width, height] = self.pixels(ImageSize { width: image.width, height: image.height });
+        cropped(image, [left, top], ImageSize { width, height })
     }
 
     /// Where a place of this part lies in `other`, both in sides.
@@ -143,7 +141,7 @@ impl Probe for Correspondence {
     fn run(&self, context: &ProbeContext<'_>) -> Result<Vec<Score>> {
         let indices = draw_test(context, self.samples.get());
         let seed = context.seed;
-        let crop = |number: usize| move |index: usize, image: RgbImage| Part::pair(seed, index)[number].cut(&image);
+        let crop = |number: usize| move |index: usize, image: Sample| Part::pair(seed, index)[number].cut(&image);
         let [from, to] = [
             Look::at(context.test, &indices).changed(&crop(0)).features(context)?,
             Look::at(context.test, &indices).changed(&crop(1)).features(context)?,
@@ -164,7 +162,8 @@ impl Probe for Correspondence {
                 all.truncate(FOLLOWED);
                 let index = from.sources[i].0;
                 let whole = middle(context.test.get_image(index)?, context.image_size);
-                let crop = |number: usize| resized(Part::pair(seed, index)[number].cut(&whole), context.image_size);
+                let crop =
+                    |number: usize| rgb(&resized(Part::pair(seed, index)[number].cut(&whole), context.image_size));
                 let panel = |label: &str, number: usize, place: &dyn Fn(&Match) -> (f64, f64)| {
                     pictures::panel(label, pictures::points(crop(number), &all.iter().map(place).collect::<Vec<_>>()))
                 };

@@ -198,7 +198,7 @@ impl Dataset for CutOuts {
             label: largest.map(|id| objects[id - 1].class as u32),
             mask: Some(canvas.ids.iter().map(|&id| of(id).map_or(0, |object| object.class as u8 + 1)).collect()),
             depth: Some(canvas.ids.iter().map(|&id| of(id).map_or(BEHIND, |object| object.distance as f32)).collect()),
-            rgb: canvas.rgb,
+            pixels: canvas.rgb.into(),
             ..Sample::default()
         })
     }

@@ -13,8 +13,8 @@ plugin!(Loss, "inpainting", Inpainting, InpaintingLoss::build);
 /// Mean absolute difference between the pixels of masked patches and a linear map of the student's features there. There
 /// is no teacher.
 ///
-/// With masked patches i of M, pixels x_i and features h_i, `loss = 1 / (3 p^2 M) sum_i |W h_i + b - x_i|_1` for patches of p
-/// pixels a side (Xie et al., "SimMIM", arXiv:2111.09886, section 3; the idea of Pathak et al., arXiv:1604.07379). Pixels are
+/// With masked patches i of M, pixels x_i and features h_i, `loss = 1 / (C p^2 M) sum_i |W h_i + b - x_i|_1` for patches of p
+/// pixels a side and C channels (Xie et al., "SimMIM", arXiv:2111.09886, section 3; the idea of Pathak et al., arXiv:1604.07379). Pixels are
 /// normalised by channel as the model sees them.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -28,10 +28,10 @@ struct InpaintingLoss {
 
 impl InpaintingLoss {
     fn build(_: Inpainting, context: &mut LossContext<'_>) -> Result<Box<dyn Loss>> {
-        let (dim, patch) = (context.dim, context.patch_size);
-        let decoder = context
-            .params
-            .role(ParamRole::Output, |p| p.scope("decoder", |p| Linear::declare(p, dim, 3 * patch * patch, true)));
+        let (dim, patch, channels) = (context.dim, context.patch_size, context.channels);
+        let decoder = context.params.role(ParamRole::Output, |p| {
+            p.scope("decoder", |p| Linear::declare(p, dim, channels * patch * patch, true))
+        });
         Ok(Box::new(Self { decoder, patch }))
     }
 }

@@ -106,6 +106,7 @@ pub mod linear_segmentation;
 pub mod patch_similarity;
 pub mod patch_spread;
 mod pictures;
+pub mod pixels;
 mod probe_data;
 pub mod retrieval;
 pub mod robustness;

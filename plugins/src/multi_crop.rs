@@ -46,16 +46,18 @@ pub struct MultiCrop {
     /// Brightness is multiplied by a factor in 1 plus or minus this.
     #[schemars(range(min = 0, max = 1))]
     pub brightness: f64,
-    /// Distances to the mean grey are multiplied by a factor in 1 plus or minus this.
+    /// Distances to the mean grey are multiplied by a factor in 1 plus or minus this; of images that are not RGB, distances to the mean
+    /// of all values of all channels.
     #[schemars(range(min = 0, max = 1))]
     pub contrast: f64,
-    /// Distances to the pixel's grey are multiplied by a factor in 1 plus or minus this.
+    /// Distances to the pixel's grey are multiplied by a factor in 1 plus or minus this. For RGB only: 0 with another number of
+    /// channels.
     #[schemars(range(min = 0, max = 1))]
     pub saturation: f64,
-    /// Hue is turned by at most this share of a turn, either way.
+    /// Hue is turned by at most this share of a turn, either way. For RGB only: 0 with another number of channels.
     #[schemars(range(min = 0, max = 0.5))]
     pub hue: f64,
-    /// Probability that a crop is made grey.
+    /// Probability that a crop is made grey. For RGB only: 0 with another number of channels.
     #[schemars(range(min = 0, max = 1))]
     pub grey_probability: f64,
     /// Probability that a crop is blurred: [first global, second global, local]. The default is what the reference
@@ -69,7 +71,7 @@ pub struct MultiCrop {
     /// Probability that a crop is solarised: [first global, second global, local].
     #[schemars(inner(range(min = 0, max = 1)))]
     pub solarize: [f64; 3],
-    /// Solarisation inverts values of at least this many, of 0 to 255.
+    /// Solarisation inverts values of at least this many, of 0 to 255; of 16 bits, of at least 257 times as many.
     #[schemars(range(min = 0, max = 255))]
     pub solarize_threshold: u8,
 }
@@ -152,6 +154,16 @@ impl Planner {
             return Err(Error::user(
                 format!("local crops of {local_size} pixels cannot be cut from global ones of {global_size}"),
                 format!("use a local_size of at most {global_size}, or set crops.local_from_global = false"),
+            ));
+        }
+        let colours =
+            [("saturation", config.saturation), ("hue", config.hue), ("grey_probability", config.grey_probability)];
+        let on: Vec<&str> = colours.iter().filter(|(_, value)| *value != 0.0).map(|(key, _)| *key).collect();
+        if crops.channels != 3 && !on.is_empty() {
+            let off: Vec<String> = on.iter().map(|key| format!("{key} = 0")).collect();
+            return Err(Error::user(
+                format!("{} change colours of RGB, and the images have {} channels", on.join(", "), crops.channels),
+                format!("set {} in this table", off.join(", ")),
             ));
         }
         Ok(Box::new(Self { config, crops: *crops }))

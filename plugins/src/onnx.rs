@@ -373,11 +373,11 @@ impl<'a> Graph<'a> {
     /// The file, with what a program needs to know of the pixels.
     pub(crate) fn encode(mut self, name: &str, pixels: &Pixels, patch_size: usize) -> Vec<u8> {
         self.graph.name = name.into();
-        let list = |x: [f32; 3]| x.map(|x| x.to_string()).join(", ");
+        let list = |x: &[f32]| x.iter().map(f32::to_string).collect::<Vec<_>>().join(", ");
         let facts = [
-            ("pixels", "RGB in [0, 1], less mean, divided by std".to_string()),
-            ("mean", list(pixels.mean)),
-            ("std", list(pixels.std)),
+            ("pixels", "channels (three are RGB) in [0, 1], less mean, divided by std".to_string()),
+            ("mean", list(&pixels.mean)),
+            ("std", list(&pixels.std)),
             ("patch_size", patch_size.to_string()),
             ("image_size", pixels.global_size.to_string()),
         ];

@@ -9,7 +9,7 @@ use dinolab_core::contract::{Dataset, Sample, Summary};
 use dinolab_core::text::printable;
 use dinolab_core::{Error, Result};
 
-use crate::image_folder::decode::{self, Known};
+use crate::image_folder::decode::{self, Known, Wanted};
 use crate::image_folder::{count_classes, in_order, set_aside};
 
 /// Files that a pattern stands for before it is refused.
@@ -40,8 +40,8 @@ pub(crate) struct All<S> {
     pub notes: Vec<String>,
     /// A hash of what is there.
     pub fingerprint: String,
-    /// What transparent images lie on.
-    pub background: [u8; 3],
+    /// What images are read as.
+    pub wanted: Wanted,
 }
 
 /// The images of a store, or the part of them that is trained on or held out.
@@ -81,9 +81,12 @@ impl<S: Store + 'static> Dataset for Packed<S> {
     fn get(&self, index: usize) -> Result<Sample> {
         let (index, all) = (self.part[index], &self.all);
         let bytes = all.store.bytes(index)?;
-        let image = decode::read_bytes(&all.store.place(index), &bytes, all.background, &self.known[index])?;
-        let (width, height) = (image.width() as usize, image.height() as usize);
-        Ok(Sample { width, height, rgb: image.into_raw(), label: all.labels[index], ..Sample::default() })
+        let image = decode::read_bytes(&all.store.place(index), &bytes, &all.wanted, &self.known[index])?;
+        Ok(Sample { label: all.labels[index], ..image })
+    }
+
+    fn channels(&self) -> usize {
+        self.all.wanted.channels
     }
 
     fn classes(&self) -> usize {

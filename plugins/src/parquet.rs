@@ -19,6 +19,7 @@ use rayon::prelude::*;
 use serde_json::Value;
 
 use crate::image_folder::labels::{TEST, TRAIN};
+use crate::image_folder::Wanted;
 use crate::packed::{files, unlabelled, All, Labels, Packed, Store};
 
 const HELP: &str = "copy or download the file again, or leave it out";
@@ -55,6 +56,16 @@ pub struct ParquetConfig {
     /// Names of the classes, in order: labels are their numbers or the names.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub classes: Vec<String>,
+    /// Channels of an image. 3 makes RGB of whatever a file holds; of any other number every file has to have as many. `crops.mean`
+    /// and `crops.std` have a number for each.
+    #[serde(default = "crate::image_folder::default_channels")]
+    #[schemars(range(min = 1, max = 1024))]
+    pub channels: usize,
+    /// Bits of a value that are kept: 8 rounds files of 16 bits to 8, 16 keeps them as they are; files of 8 bits stay so. By default 8
+    /// for 3 channels and 16 for any other number.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("enum" = [8, 16]))]
+    pub bits: Option<u8>,
     /// The colour that transparent images lie on: red, green and blue, 0 to 255.
     #[serde(default = "crate::image_folder::default_background")]
     pub background: [u8; 3],
@@ -173,7 +184,8 @@ fn open(config: &ParquetConfig) -> Result<Packed<Tables>> {
     })?;
     notes.extend(unlabelled(&labels));
     let fingerprint = hash.finalize().to_hex().to_string();
-    let all = All { store, labels, classes, notes, fingerprint, background: config.background };
+    let wanted = Wanted::new(config.channels, config.bits, config.background);
+    let all = All { store, labels, classes, notes, fingerprint, wanted };
     Packed::new(all, train, config.held_out, &config.path)
 }
 

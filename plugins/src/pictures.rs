@@ -4,7 +4,8 @@ use dinolab_core::contract::{Dataset, ImageSize, Panel, Picture, ProbeContext};
 use dinolab_core::Result;
 use image::RgbImage;
 
-use crate::probe_data::{middle, resized, Features};
+use crate::pixels::{resized, rgb};
+use crate::probe_data::{middle, Features};
 
 /// Pictures of a probe at a size.
 pub(crate) const MOST: usize = 6;
@@ -14,7 +15,7 @@ pub(crate) const MOST: usize = 6;
 /// # Errors
 /// If it cannot be read.
 pub(crate) fn image(dataset: &dyn Dataset, index: usize, size: ImageSize) -> Result<RgbImage> {
-    Ok(resized(middle(dataset.get_image(index)?, size), size))
+    Ok(rgb(&resized(middle(dataset.get_image(index)?, size), size)))
 }
 
 /// Training images beside a test image.

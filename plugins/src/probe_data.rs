@@ -3,9 +3,9 @@
 use dinolab_core::contract::{Dataset, Grid, ImageSize, ProbeContext, Sample};
 use dinolab_core::rng::{Rng, Stream};
 use dinolab_core::{DType, Error, Result, Tensor};
-use image::imageops::{crop_imm, resize, FilterType};
-use image::RgbImage;
 use rayon::prelude::*;
+
+use crate::pixels::{cropped, normalized, resized};
 
 /// Images whose features are computed together.
 const BATCH: usize = 64;
@@ -71,7 +71,7 @@ pub(crate) struct Features {
 }
 
 /// What is done to the middle part of sample `index` before it is brought to the model's size.
-pub(crate) type Change<'a> = &'a (dyn Fn(usize, RgbImage) -> RgbImage + Sync);
+pub(crate) type Change<'a> = &'a (dyn Fn(usize, Sample) -> Sample + Sync);
 
 /// Which images are looked at, and for what.
 pub(crate) struct Look<'a> {
@@ -113,18 +113,23 @@ impl<'a> Look<'a> {
 fn look(context: &ProbeContext<'_>, of: Look<'_>) -> Result<Features> {
     let Look { dataset, indices, change, patches: with_patches } = of;
     let (size, normalization) = (context.image_size, context.normalization);
+    let channels = normalization.0.len();
     let (mut cls, mut patches, mut truth, mut sources) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let mut grid = Grid { height: 0, width: 0 };
     let mut failures = Vec::new();
     for chunk in indices.chunks(BATCH) {
         let read = |&index: &usize| {
             let sample = dataset.get(index)?;
+            if sample.channels() != channels {
+                let problem = format!("it has {} channels, and the model sees {channels}", sample.channels());
+                return Err(Error::content(dataset.describe(index), problem, "choose data of as many channels"));
+            }
             let part = size.within(sample.width, sample.height);
             let (pixels, known) = prepare(sample, size, normalization, change.map(|change| (index, change)));
             Ok((pixels, known, part))
         };
         let read: Vec<Result<(Vec<f32>, Truth, ImageSize)>> = chunk.par_iter().map(read).collect();
-        let mut pixels = Vec::with_capacity(chunk.len() * 3 * size.pixels());
+        let mut pixels = Vec::with_capacity(chunk.len() * channels * size.pixels());
         let known = truth.len();
         for (&index, sample) in chunk.iter().zip(read) {
             match sample {
@@ -140,7 +145,7 @@ fn look(context: &ProbeContext<'_>, of: Look<'_>) -> Result<Features> {
         if images == 0 {
             continue;
         }
-        let features = (context.features)(&Tensor::from_slice(&pixels, &[images, 3, size.height, size.width])?)?;
+        let features = (context.features)(&Tensor::from_slice(&pixels, &[images, channels, size.height, size.width])?)?;
         cls.push(features.cls.detach().cast(DType::F32)?);
         if with_patches {
             patches.push(features.patches.detach().cast(DType::F32)?);
@@ -160,11 +165,11 @@ fn look(context: &ProbeContext<'_>, of: Look<'_>) -> Result<Features> {
     Ok(Features { cls: join(cls)?, patches, grid, truth, sources })
 }
 
-/// A sample brought to `size`: normalised pixels `[3, height, width]`, and what is known about it. A changed one has no mask.
+/// A sample brought to `size`: normalised pixels `[channels, height, width]`, and what is known about it. A changed one has no mask.
 fn prepare(
     mut sample: Sample,
     size: ImageSize,
-    normalization: ([f32; 3], [f32; 3]),
+    normalization: (&[f32], &[f32]),
     change: Option<(usize, Change<'_>)>,
 ) -> (Vec<f32>, Truth) {
     let (mut mask, mut depth, label) = (sample.mask.take(), sample.depth.take(), sample.label);
@@ -191,28 +196,11 @@ pub(crate) fn nearest_pixels(sample: &Sample, size: ImageSize) -> impl Fn(usize)
     }
 }
 
-/// The largest middle part of a sample with the shape of `size`.
-pub(crate) fn middle(sample: Sample, size: ImageSize) -> RgbImage {
+/// The largest middle part of a sample with the shape of `size`: its pixels alone.
+pub(crate) fn middle(sample: Sample, size: ImageSize) -> Sample {
     let part = size.within(sample.width, sample.height);
-    let (left, top) = ((sample.width - part.width) / 2, (sample.height - part.height) / 2);
-    let image = RgbImage::from_raw(sample.width as u32, sample.height as u32, sample.rgb)
-        .expect("a sample has three bytes a pixel");
-    crop_imm(&image, left as u32, top as u32, part.width as u32, part.height as u32).to_image()
-}
-
-/// Pixels `[3, height, width]` with mean and standard deviation taken out.
-pub(crate) fn normalized(image: &RgbImage, (mean, std): ([f32; 3], [f32; 3])) -> Vec<f32> {
-    let channel = |c: usize| image.pixels().map(move |p| (f32::from(p.0[c]) / 255.0 - mean[c]) / std[c]);
-    (0..3).flat_map(channel).collect()
-}
-
-/// An image brought to a size.
-pub(crate) fn resized(image: RgbImage, size: ImageSize) -> RgbImage {
-    let (width, height) = (size.width as u32, size.height as u32);
-    match image.dimensions() == (width, height) {
-        true => image,
-        false => resize(&image, width, height, FilterType::Triangle),
-    }
+    let corner = [(sample.width - part.width) / 2, (sample.height - part.height) / 2];
+    cropped(&sample, corner, part)
 }
 
 /// The share of each class among the pixels of every patch of all images, `[N * P, classes]`: all 0 where an image has no mask,
@@ -279,14 +267,14 @@ pub(crate) mod testing {
             let (width, height) = (self.width, self.height);
             let class = |i: usize| if i % width < width / 2 { 1 + (index % 3) as u8 } else { 0 };
             let mask: Vec<u8> = (0..width * height).map(class).collect();
-            let rgb = mask.iter().flat_map(|&c| [60 * c, 0, 0]).collect();
+            let rgb = mask.iter().flat_map(|&c| [60 * c, 0, 0]).collect::<Vec<u8>>().into();
             let unknown = |i: usize| i.is_multiple_of(11);
             let metres = |(i, &c): (usize, &u8)| if unknown(i) { 0.0 } else { 4.0 - 2.0 * f32::from(c.min(1)) };
             let depth = Some(mask.iter().enumerate().map(metres).collect());
             Ok(Sample {
                 width,
                 height,
-                rgb,
+                pixels: rgb,
                 label: Some((index % 3) as u32),
                 mask: Some(mask),
                 depth,
@@ -343,7 +331,7 @@ pub(crate) mod testing {
             let registers = Tensor::zeros(&[n, 0, dim], DType::F32);
             Ok(ModelFeatures { cls, registers, prenorm: patches.clone(), patches, layers: Vec::new(), grid })
         };
-        let normalization = ([0.0; 3], [1.0; 3]);
+        let normalization: (&[f32], &[f32]) = (&[0.0; 3], &[1.0; 3]);
         let context = ProbeContext {
             features: &features,
             train,
@@ -372,7 +360,7 @@ pub(crate) mod testing {
     fn sets_from_one_dataset_never_overlap() {
         let data = Halves { len: 50, width: 8, height: 8 };
         let none = |_: &Tensor| -> Result<ModelFeatures> { unreachable!("nothing is read") };
-        let normalization = ([0.0; 3], [1.0; 3]);
+        let normalization: (&[f32], &[f32]) = (&[0.0; 3], &[1.0; 3]);
         let context = ProbeContext {
             features: &none,
             train: &data,
@@ -396,7 +384,7 @@ pub(crate) mod testing {
     #[test]
     fn masks_follow_the_middle_part() {
         let sample = Halves { len: 1, width: 80, height: 40 }.get(0).unwrap();
-        let (pixels, truth) = prepare(sample, ImageSize::square(20), ([0.0; 3], [1.0; 3]), None);
+        let (pixels, truth) = prepare(sample, ImageSize::square(20), (&[0.0; 3], &[1.0; 3]), None);
         let mask = truth.mask.unwrap();
         for (i, (&class, red)) in mask.iter().zip(&pixels).enumerate() {
             assert_eq!(class, u8::from(i % 20 < 10), "pixel {i}");
@@ -413,7 +401,7 @@ pub(crate) mod testing {
         // Of 40 x 80 pixels, wide: the middle 40 x 20.
         let sample = Halves { len: 1, width: 40, height: 80 }.get(0).unwrap();
         let size = ImageSize { width: 16, height: 8 };
-        let (pixels, truth) = prepare(sample, size, ([0.0; 3], [1.0; 3]), None);
+        let (pixels, truth) = prepare(sample, size, (&[0.0; 3], &[1.0; 3]), None);
         let mask = truth.mask.unwrap();
         assert_eq!((pixels.len(), mask.len()), (3 * 16 * 8, 16 * 8));
         assert!(mask.iter().enumerate().all(|(i, &class)| class == u8::from(i % 16 < 8)));

@@ -180,7 +180,7 @@ impl Scenes {
         Sample {
             width: self.width,
             height: self.height,
-            rgb: canvas.rgb(),
+            pixels: canvas.rgb().into(),
             label: Some(objects[largest - 1].class as u32),
             mask: dense.then(mask),
             depth: dense.then(depth),
@@ -235,8 +235,8 @@ impl Scenes {
                 object.texture_start = moved.map(|moved| (start as f64 - moved) as usize);
             }
             let canvas = self.paint(&parts);
-            let (width, height, rgb) = (self.width, self.height, canvas.rgb());
-            Sample { width, height, rgb, mask: Some(canvas.ids), ..Sample::default() }
+            let (width, height, pixels) = (self.width, self.height, canvas.rgb().into());
+            Sample { width, height, pixels, mask: Some(canvas.ids), ..Sample::default() }
         };
         (0..frames).map(frame).collect()
     }
@@ -484,14 +484,14 @@ mod tests {
             moved += usize::from(from != to);
             // Away from shadows the ground is the same.
             let ground = (0..96 * 96).filter(|&i| a[i] == 0 && b[i] == 0);
-            let same = ground.clone().filter(|&i| first.rgb[3 * i..][..3] == last.rgb[3 * i..][..3]).count();
+            let same = ground.clone().filter(|&i| first.rgb()[3 * i..][..3] == last.rgb()[3 * i..][..3]).count();
             assert!(same as f64 > 0.5 * ground.count() as f64, "film {index}");
             // Inside, the object looks the same where it went.
             if from.len() == to.len() {
                 let alike = from
                     .iter()
                     .zip(&to)
-                    .filter(|(i, k)| (0..3).all(|c| first.rgb[3 * **i + c].abs_diff(last.rgb[3 * **k + c]) < 8));
+                    .filter(|(i, k)| (0..3).all(|c| first.rgb()[3 * **i + c].abs_diff(last.rgb()[3 * **k + c]) < 8));
                 assert!(alike.count() as f64 > 0.8 * from.len() as f64, "film {index}");
             }
         }
@@ -503,8 +503,8 @@ mod tests {
         let scenes = scenes(Size::Rectangle([80, 48]));
         for index in 0..50 {
             let scene = scenes.get(index).unwrap();
-            let (label, mask) = (scene.label.unwrap(), scene.mask.unwrap());
-            assert_eq!((scene.width, scene.height, scene.rgb.len(), mask.len()), (80, 48, 3 * 80 * 48, 80 * 48));
+            let (label, mask) = (scene.label.unwrap(), scene.mask.clone().unwrap());
+            assert_eq!((scene.width, scene.height, scene.rgb().len(), mask.len()), (80, 48, 3 * 80 * 48, 80 * 48));
             assert!(mask.iter().all(|&class| usize::from(class) < scenes.mask_classes()));
             let seen = mask.iter().filter(|&&class| u32::from(class) == label + 1).count();
             assert!(seen > 80, "scene {index}: {seen} pixels of the labelled class");
@@ -539,11 +539,11 @@ mod tests {
             let mut sums = [0.0; 2];
             for index in 0..200 {
                 let scene = scenes.get(index).unwrap();
-                let mask = scene.mask.unwrap();
+                let mask = scene.mask.clone().unwrap();
                 for x in 0..scene.width {
                     let column: Vec<usize> = (0..scene.height).filter(|y| mask[y * scene.width + x] > 0).collect();
                     let (Some(first), Some(last)) = (column.first(), column.last()) else { continue };
-                    let at = |y: usize| f64::from(scene.rgb[3 * (y * scene.width + x)]);
+                    let at = |y: usize| f64::from(scene.rgb()[3 * (y * scene.width + x)]);
                     if *first >= 2 && last + 2 < scene.height {
                         sums = [sums[0] + at(last + 2), sums[1] + at(first - 2)];
                     }
@@ -561,7 +561,7 @@ mod tests {
         let features = |from: usize| -> Vec<([f64; 3], usize)> {
             let mean = |scene: &Sample| -> [f64; 3] {
                 std::array::from_fn(|c| {
-                    scene.rgb.iter().skip(c).step_by(3).map(|&x| f64::from(x)).sum::<f64>() / 1024.0
+                    scene.rgb().iter().skip(c).step_by(3).map(|&x| f64::from(x)).sum::<f64>() / 1024.0
                 })
             };
             let read = |i| scenes.get(i).map(|s| (mean(&s), s.label.unwrap() as usize)).unwrap();

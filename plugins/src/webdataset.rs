@@ -12,7 +12,7 @@ use dinolab_core::text::printable;
 use dinolab_core::{plugin, Error, Result};
 use rayon::prelude::*;
 
-use crate::image_folder::is_image;
+use crate::image_folder::{is_image, Wanted};
 use crate::packed::{files, unlabelled, All, Labels, Packed, Store};
 
 /// A label is a file of at most so many bytes.
@@ -47,6 +47,16 @@ pub struct WebdatasetConfig {
     /// Names of the classes, in order: labels are their numbers or the names.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub classes: Vec<String>,
+    /// Channels of an image. 3 makes RGB of whatever a file holds; of any other number every file has to have as many. `crops.mean`
+    /// and `crops.std` have a number for each.
+    #[serde(default = "crate::image_folder::default_channels")]
+    #[schemars(range(min = 1, max = 1024))]
+    pub channels: usize,
+    /// Bits of a value that are kept: 8 rounds files of 16 bits to 8, 16 keeps them as they are; files of 8 bits stay so. By default 8
+    /// for 3 channels and 16 for any other number.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("enum" = [8, 16]))]
+    pub bits: Option<u8>,
     /// The colour that transparent images lie on: red, green and blue, 0 to 255.
     #[serde(default = "crate::image_folder::default_background")]
     pub background: [u8; 3],
@@ -102,12 +112,14 @@ impl Store for Shards {
 
 /// Reads the headers of all shards, and labels; no image is read.
 fn open(config: &WebdatasetConfig) -> Result<Packed<Shards>> {
+    let wanted = Wanted::new(config.channels, config.bits, config.background);
     let mut shards = files(&config.path, "tar", "data.path")?;
     let first = shards.len();
     if let Some(val) = &config.val {
         shards.extend(files(val, "tar", "data.val")?);
     }
-    let found: Vec<Shard> = shards.par_iter().map(|path| index(path, &config.label)).collect::<Result<_>>()?;
+    let found: Vec<Shard> =
+        shards.par_iter().map(|path| index(path, &config.label, wanted.takes_arrays())).collect::<Result<_>>()?;
     let (mut store, mut labels, mut notes) = (Shards::default(), Labels::default(), Vec::new());
     let (mut train, mut no_image) = (0, 0);
     let mut hash = blake3::Hasher::new();
@@ -153,7 +165,7 @@ fn open(config: &WebdatasetConfig) -> Result<Packed<Shards>> {
         notes.push(format!("the images of {} are held out for probes", printable(val)));
     }
     let fingerprint = hash.finalize().to_hex().to_string();
-    let all = All { store, labels, classes, notes, fingerprint, background: config.background };
+    let all = All { store, labels, classes, notes, fingerprint, wanted };
     Packed::new(all, train, config.held_out, &config.path)
 }
 
@@ -181,8 +193,8 @@ struct Sample {
     json: Option<(String, Range<u64>)>,
 }
 
-/// Reads the headers of a shard, and labels.
-fn index(path: &Path, key: &str) -> Result<Shard> {
+/// Reads the headers of a shard, and labels; `arrays` says whether arrays are images.
+fn index(path: &Path, key: &str, arrays: bool) -> Result<Shard> {
     let mut file = File::open(path).map_err(Error::io("read", path))?;
     let length = file.metadata().map_err(Error::io("read", path))?.len();
     let mut head = Vec::new();
@@ -226,7 +238,7 @@ fn index(path: &Path, key: &str) -> Result<Shard> {
                 let slot = match ending.as_str() {
                     "cls" => Some(&mut sample.cls),
                     "json" => Some(&mut sample.json),
-                    _ if is_image(&ending) => Some(&mut sample.image),
+                    _ if is_image(&ending, arrays) => Some(&mut sample.image),
                     _ => None,
                 };
                 if let Some(slot) = slot {

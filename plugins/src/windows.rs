@@ -2,10 +2,9 @@
 
 use dinolab_core::contract::{Dataset, ImageSize, Sample};
 use dinolab_core::Result;
-use image::imageops::crop_imm;
-use image::RgbImage;
 
-use crate::probe_data::{middle, nearest_pixels, resized};
+use crate::pixels::{cropped, resized};
+use crate::probe_data::{middle, nearest_pixels};
 
 /// The windows of a dataset's samples as samples of their own: number `i * n + k` is window `k` of `n` of sample `i`, whose
 /// largest middle part of the shape of `whole` is brought to that.
@@ -60,10 +59,12 @@ impl Dataset for Windows<'_> {
             (0..window.pixels()).map(pixel).collect()
         });
         let label = sample.label;
-        let image: RgbImage = resized(middle(sample, whole), whole);
-        let image = crop_imm(&image, left as u32, top as u32, window.width as u32, window.height as u32).to_image();
-        let rgb = image.into_raw();
-        Ok(Sample { width: window.width, height: window.height, rgb, label, mask, ..Sample::default() })
+        let image = cropped(&resized(middle(sample, whole), whole), [left, top], window);
+        Ok(Sample { label, mask, ..image })
+    }
+
+    fn channels(&self) -> usize {
+        self.dataset.channels()
     }
 
     fn mask_classes(&self) -> usize {
@@ -99,8 +100,11 @@ mod tests {
             let sample = windows.get(8 + k).unwrap();
             let [left, _] = windows.places()[k];
             let class = |i: usize| if left + i % 16 < 20 { 2 } else { 0 };
-            let mask = sample.mask.unwrap();
-            assert!(mask.iter().enumerate().all(|(i, &c)| c == class(i) && sample.rgb[3 * i] == 60 * c), "window {k}");
+            let mask = sample.mask.clone().unwrap();
+            assert!(
+                mask.iter().enumerate().all(|(i, &c)| c == class(i) && sample.rgb()[3 * i] == 60 * c),
+                "window {k}"
+            );
         }
     }
 }

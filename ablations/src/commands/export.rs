@@ -120,7 +120,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 }
 
 fn write_hf(folder: &Path, files: &TensorFiles, prefix: &str, model: &ModelInfo, shards: Option<u64>) -> Result<()> {
-    let (mut config, rules) = published::hugging_face(&model.backbone)?;
+    let (mut config, rules) = published::hugging_face(model)?;
     let pieces = convert::to_published(files, prefix, &rules)?;
     config["image_size"] = model.crops.global_size.into();
     config["dtype"] = dtype_name(&pieces).into();

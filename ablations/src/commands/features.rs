@@ -7,11 +7,11 @@ use std::sync::mpsc::sync_channel;
 use std::time::Instant;
 
 use dinolab_core::checkpoint::write_file;
+use dinolab_core::contract::Sample;
 use dinolab_core::text::printable;
 use dinolab_core::train::Trained;
 use dinolab_core::{Error, Result};
-use dinolab_plugins::image_folder;
-use image::RgbImage;
+use dinolab_plugins::image_folder::{self, Wanted};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::cli::RESUMABLE;
@@ -99,7 +99,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     }
     let stop = signals::stop_flag();
     let models = models(args)?;
-    let (images, notes) = features::images(&args.images)?;
+    let wanted = wanted(args, &models)?;
+    let (images, notes) = features::images(&args.images, wanted.takes_arrays())?;
     notes.iter().for_each(style::warn);
     let mut record = Record::open(&args.out, &made_with(args, &models)?)?;
     let inputs = features::name(images, &record);
@@ -119,8 +120,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     std::thread::scope(|scope| -> Result<()> {
         let (inputs, todo) = (&inputs, &todo);
         let decoder = scope.spawn(move || {
-            let read =
-                |(input, &todo): (&Input, &bool)| todo.then(|| image_folder::read(&input.path, args.background.0));
+            let read = |(input, &todo): (&Input, &bool)| todo.then(|| image_folder::read_as(&input.path, &wanted));
             // The receiver is gone when the run has failed, or is asked to stop.
             inputs
                 .iter()
@@ -139,7 +139,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
                 // What was made before is shown again, if it is still there.
                 None if pages.is_none() => Ok(Vec::new()),
                 None => again(input, &models, args).or_else(|_| {
-                    let image = image_folder::read(&input.path, args.background.0)?;
+                    let image = image_folder::read_as(&input.path, &wanted)?;
                     look(&image, input, &models, args)
                 }),
                 Some(image) => image.and_then(|image| look(&image, input, &models, args)).and_then(|seen| {
@@ -269,18 +269,29 @@ fn models(args: &Args) -> Result<Vec<Model>> {
     paths.iter().zip(folders).map(open).collect()
 }
 
+/// What images are read as: what all models see.
+fn wanted(args: &Args, models: &[Model]) -> Result<Wanted> {
+    let channels = |model: &Model| model.trained.normalization.0.len();
+    let first = channels(&models[0]);
+    if let Some(other) = models.iter().map(channels).find(|n| *n != first) {
+        let problem = format!("one model sees {first} channels and the other {other}");
+        return Err(Error::user(problem, "compare models of as many channels"));
+    }
+    Ok(Wanted::new(first, None, args.background.0))
+}
+
 /// One image as every model sees it; features and pictures are written. Signs of components follow the first model's where
 /// grids agree, so that colours can be compared.
-fn look(image: &RgbImage, input: &Input, models: &[Model], args: &Args) -> Result<Vec<(Seen, Maps)>> {
+fn look(image: &Sample, input: &Input, models: &[Model], args: &Args) -> Result<Vec<(Seen, Maps)>> {
     let size = args.size.map_or(Size::Native, Size::Long);
     let mut all: Vec<(Seen, Maps)> = Vec::new();
     for model in models {
         let patch = model.trained.backbone.patch_size();
         let least = model.trained.backbone.smallest_crop();
-        let whole = |image: &RgbImage| image.width().min(image.height()) as usize >= least;
+        let whole = |image: &Sample| image.width.min(image.height) >= least;
         affordable(image, size, model, args).map_err(|problem| Error::content(&input.path, problem, "lower --size"))?;
         let fitted = fit(image, size, patch).filter(whole).ok_or_else(|| {
-            let (width, height) = image.dimensions();
+            let (width, height) = (image.width, image.height);
             let problem = format!("{width}x{height} pixels are too few: the model sees at least {least} a side");
             Error::content(&input.path, problem, "enlarge it with --size")
         })?;
@@ -331,13 +342,13 @@ fn maps_of(seen: &Seen, input: &Input, first: Option<&(Seen, Maps)>, args: &Args
 }
 
 /// Fails if there is no memory for an image at its size: what takes it later does not ask.
-fn affordable(image: &RgbImage, size: Size, model: &Model, args: &Args) -> Result<(), String> {
+fn affordable(image: &Sample, size: Size, model: &Model, args: &Args) -> Result<(), String> {
     let patch = model.trained.backbone.patch_size();
-    let Some((width, height)) = sides(image.dimensions(), size, patch) else { return Ok(()) };
+    let Some((width, height)) = sides((image.width, image.height), size, patch) else { return Ok(()) };
     let (width, height) = (width as f64, height as f64);
     let pictures = if args.no_pictures { 1.0 } else { 5.0 + args.patches.len().max(1) as f64 };
     // Every picture in 8-bit RGB; four numbers a pixel between the passes of the resize; the features and their sum.
-    let pixels = 3.0 * pictures * width * height + 16.0 * height * f64::from(image.width());
+    let pixels = 3.0 * pictures * width * height + 16.0 * height * image.width as f64;
     let patches = width * height / (patch * patch) as f64;
     let bytes = pixels + patches * 20.0 * model.trained.backbone.dim() as f64;
     let known = bytes < isize::MAX as f64 && width.max(height) < f64::from(u32::MAX);

@@ -50,7 +50,7 @@ pub fn measure(
             test: test.as_ref(),
             image_size: size,
             patch_size: trained.backbone.patch_size(),
-            normalization: trained.normalization,
+            normalization: (&trained.normalization.0, &trained.normalization.1),
             seed: plan.data.seed,
             warn: &|text| warnings.borrow_mut().push(format!("probe `{name}` at {size} pixels: {text}")),
             show: Some(&|picture| pictures.borrow_mut().push(PictureRecord::of(name, &picture))),

@@ -74,7 +74,13 @@ impl Plan {
         let train: Arc<dyn Dataset> = data.data.build(&mut DataContext { seed: data.seed })?.into();
         let test = train.held_out().unwrap_or_else(|| train.clone());
         let probes = choose(&data, probes, test.as_ref())?;
-        let jobs = weights.iter().map(|path| Job::new(path, sizes, &probes)).collect::<Result<_>>()?;
+        let jobs: Vec<Job> = weights.iter().map(|path| Job::new(path, sizes, &probes)).collect::<Result<_>>()?;
+        let (there, sees) = (test.channels(), |job: &&Job| job.model.crops.channels());
+        if let Some(job) = jobs.iter().find(|job| sees(job) != there) {
+            let problem = format!("these weights see {} channels, and the images have {there}", sees(&job));
+            let help = "choose data of as many channels: `channels` of [data]";
+            return Err(Error::content(&job.path, problem, help));
+        }
         Ok(Self { data, train, test, probes, jobs, sized: !sizes.is_empty() })
     }
 

@@ -61,7 +61,7 @@ impl<'a> Seen<'a> {
         }
     }
 
-    /// [`Trained::features`] of pixels `[B, 3, h, w]`.
+    /// [`Trained::features`] of pixels `[B, channels, h, w]`.
     ///
     /// # Errors
     /// As there, or if they cannot be kept.

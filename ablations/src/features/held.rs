@@ -2,12 +2,12 @@
 
 use std::path::Path;
 
-use dinolab_core::contract::Sample;
+use dinolab_core::contract::{ImageSize, Sample};
 use dinolab_core::train::{datasets, Trained};
 use dinolab_core::weights::Source;
 use dinolab_core::{Device, Error, Result};
-use image::imageops::{crop_imm, resize, FilterType};
-use image::RgbImage;
+use dinolab_plugins::pixels::{cropped, resized_by};
+use image::imageops::FilterType;
 
 use super::{see, Seen};
 use crate::pictures::PatchView;
@@ -43,17 +43,19 @@ impl Held {
 }
 
 fn see_sample(trained: &Trained, sample: &Sample, patches: usize) -> Result<Seen> {
-    let (width, height) = (sample.width as u32, sample.height as u32);
-    let whole = RgbImage::from_raw(width, height, sample.rgb.clone())
-        .ok_or_else(|| Error::user("a held-out image has another size than it says", "correct the dataset plugin"))?;
+    let (width, height) = (sample.width, sample.height);
+    if sample.pixels.len() != width * height * trained.normalization.0.len() {
+        let problem = "a held-out image has another size than it says, or another number of channels than the model";
+        return Err(Error::user(problem, "correct the dataset plugin"));
+    }
     let square = width.min(height);
     let (left, top) = ((width - square) / 2, (height - square) / 2);
-    let image = crop_imm(&whole, left, top, square, square).to_image();
-    let side = (patches * trained.backbone.patch_size()) as u32;
-    let seen = see(trained, resize(&image, side, side, FilterType::CatmullRom), patches)?;
+    let image = cropped(sample, [left, top], ImageSize::square(square));
+    let side = ImageSize::square(patches * trained.backbone.patch_size());
+    let seen = see(trained, resized_by(image, side, FilterType::CatmullRom), patches)?;
     // An object is where the pixel under the middle of a patch is not background, class 0.
     let foreground = sample.mask.as_ref().map(|mask| {
-        let at = |i: usize, start: u32| start as usize + (2 * i + 1) * square as usize / (2 * patches);
+        let at = |i: usize, start: usize| start + (2 * i + 1) * square / (2 * patches);
         let object = |p: usize| mask[at(p / patches, top) * sample.width + at(p % patches, left)] != 0;
         (0..patches * patches).map(object).collect()
     });

@@ -43,16 +43,17 @@ pub struct Found {
     pub inside: PathBuf,
 }
 
-/// All images that were named, or lie in folders that were, and what was passed over in these.
+/// All images that were named, or lie in folders that were, `.npy` files among them where `arrays` are images, and what was passed
+/// over.
 ///
 /// # Errors
 /// If one does not exist, or a folder holds no image.
-pub fn images(named: &[PathBuf]) -> Result<(Vec<Found>, Vec<String>)> {
+pub fn images(named: &[PathBuf], arrays: bool) -> Result<(Vec<Found>, Vec<String>)> {
     let (mut images, mut notes, mut seen) = (Vec::new(), Vec::new(), BTreeSet::new());
     for root in named {
         let (base, paths) = match root.is_dir() {
             true => {
-                let listing = image_folder::list(root)?;
+                let listing = image_folder::list(root, arrays)?;
                 notes.extend(listing.notes.into_iter().map(|note| format!("{}: {note}", printable(root))));
                 (root.as_path(), listing.paths)
             }

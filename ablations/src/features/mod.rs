@@ -12,10 +12,10 @@ mod sheet;
 mod viewer;
 pub mod windows;
 
+use dinolab_core::contract::{ImageSize, Sample};
 use dinolab_core::train::Trained;
 use dinolab_core::{Result, Tensor};
-use image::imageops::crop_imm;
-use image::RgbImage;
+use dinolab_plugins::pixels::{cropped, normalized, rgb};
 
 use crate::pictures::{foreground, principal_scores, PatchView};
 
@@ -67,24 +67,22 @@ impl Seen {
 ///
 /// # Errors
 /// If the model cannot be run.
-pub fn see(trained: &Trained, image: RgbImage, window: usize) -> Result<Seen> {
+pub fn see(trained: &Trained, image: Sample, window: usize) -> Result<Seen> {
     let patch = trained.backbone.patch_size();
-    let (height, width) = (image.height() as usize / patch, image.width() as usize / patch);
+    let (height, width) = (image.height / patch, image.width / patch);
     let mut sum = windows::Blend::new(height, width, trained.backbone.dim());
     for window in windows::cover(height, width, window) {
-        let [left, top, w, h] = [window.left, window.top, window.width, window.height].map(|n| (n * patch) as u32);
-        let pixels = normalised(trained, &crop_imm(&image, left, top, w, h).to_image())?;
+        let [left, top, width, height] = [window.left, window.top, window.width, window.height].map(|n| n * patch);
+        let pixels = normalised(trained, &cropped(&image, [left, top], ImageSize { width, height }))?;
         let features = trained.features(&pixels)?;
         sum.add(&window, &features.patches.to_f64_vec(), &features.cls.to_f64_vec());
     }
     let (features, cls) = sum.finish();
-    Ok(Seen { view: PatchView { image, height, width, features, foreground: None }, cls })
+    Ok(Seen { view: PatchView { image: rgb(&image), height, width, features, foreground: None }, cls })
 }
 
-/// Pixels as the model was trained on: `[1, 3, h, w]`.
-fn normalised(trained: &Trained, image: &RgbImage) -> Result<Tensor> {
-    let (mean, std) = trained.normalization;
-    let channel = |c: usize| image.pixels().map(move |p| (f32::from(p.0[c]) / 255.0 - mean[c]) / std[c]);
-    let pixels: Vec<f32> = (0..3).flat_map(channel).collect();
-    Tensor::from_slice(&pixels, &[1, 3, image.height() as usize, image.width() as usize])
+/// Pixels as the model was trained on: `[1, channels, h, w]`.
+fn normalised(trained: &Trained, image: &Sample) -> Result<Tensor> {
+    let (mean, std) = &trained.normalization;
+    Tensor::from_slice(&normalized(image, (mean, std)), &[1, mean.len(), image.height, image.width])
 }

@@ -57,8 +57,8 @@ impl Dataset for MyPlugin {
             let place = across * (i % side) as f64 + down * (i / side) as f64 + phase;
             colours[(place / width).floor().rem_euclid(2.0) as usize]
         };
-        let rgb = (0..side * side).flat_map(pixel).collect();
-        Ok(Sample { width: side, height: side, rgb, label: Some(class as u32), ..Sample::default() })
+        let pixels = (0..side * side).flat_map(pixel).collect();
+        Ok(Sample { width: side, height: side, pixels, label: Some(class as u32), ..Sample::default() })
     }
 
     fn classes(&self) -> usize {

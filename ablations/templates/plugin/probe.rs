@@ -2,7 +2,7 @@
 
 use std::num::NonZeroUsize;
 
-use dinolab_core::contract::{Probe, ProbeContext, Sample, Score};
+use dinolab_core::contract::{ImageSize, Probe, ProbeContext, Sample, Score};
 use dinolab_core::{plugin, Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -22,15 +22,16 @@ impl Default for MyPlugin {
     }
 }
 
-/// An image as the model sees it, `[3, height, width]` by nearest neighbours, mirrored or not.
+/// An image as the model sees it, `[channels, height, width]` by nearest neighbours, mirrored or not.
 fn pixels(sample: &Sample, context: &ProbeContext<'_>, mirrored: bool) -> Vec<f32> {
     let (size, (mean, std)) = (context.image_size, context.normalization);
-    let mut out = Vec::with_capacity(3 * size.pixels());
-    for (channel, i) in (0..3).flat_map(|c| (0..size.pixels()).map(move |i| (c, i))) {
+    let channels = mean.len();
+    let mut out = Vec::with_capacity(channels * size.pixels());
+    for (channel, i) in (0..channels).flat_map(|c| (0..size.pixels()).map(move |i| (c, i))) {
         let (y, x) = (i / size.width, i % size.width);
         let x = if mirrored { size.width - 1 - x } else { x };
         let from = y * sample.height / size.height * sample.width + x * sample.width / size.width;
-        out.push((f32::from(sample.rgb[3 * from + channel]) / 255.0 - mean[channel]) / std[channel]);
+        out.push((sample.pixels.get(channels * from + channel) - mean[channel]) / std[channel]);
     }
     out
 }
@@ -41,7 +42,9 @@ impl Probe for MyPlugin {
         let samples: Vec<Sample> = (0..count).map(|i| context.test.get(i)).collect::<Result<_>>()?;
         let cls = |mirrored: bool| -> Result<Tensor> {
             let all: Vec<f32> = samples.iter().flat_map(|s| pixels(s, context, mirrored)).collect();
-            let batch = Tensor::from_slice(&all, &[count, 3, context.image_size.height, context.image_size.width])?;
+            let channels = context.normalization.0.len();
+            let ImageSize { height, width } = context.image_size;
+            let batch = Tensor::from_slice(&all, &[count, channels, height, width])?;
             (context.features)(&batch)?.cls.l2_normalize(1e-12)
         };
         let cosine = cls(false)?.mul(&cls(true)?)?.sum()?.item() / count as f64;

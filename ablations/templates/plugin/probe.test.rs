@@ -12,8 +12,8 @@ impl Dataset for Halves {
         4
     }
     fn get(&self, _: usize) -> Result<Sample> {
-        let rgb = (0..3 * 8 * 8).map(|i| if i / 3 % 8 < 4 { 0 } else { 255 }).collect();
-        Ok(Sample { width: 8, height: 8, rgb, ..Sample::default() })
+        let pixels = (0..3 * 8 * 8).map(|i| if i / 3 % 8 < 4 { 0u8 } else { 255 }).collect();
+        Ok(Sample { width: 8, height: 8, pixels, ..Sample::default() })
     }
 }
 
@@ -33,7 +33,7 @@ fn score(see: std::ops::Range<usize>) -> f64 {
         test: &Halves,
         image_size: ImageSize::square(8),
         patch_size: 1,
-        normalization: ([0.5; 3], [0.5; 3]),
+        normalization: (&[0.5; 3], &[0.5; 3]),
         seed: 0,
         warn: &|_| (),
         show: None,

@@ -1,9 +1,10 @@
 //! Where images come from.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
 
-use super::ImageSize;
+use super::{ImageSize, Pixels};
 use crate::Result;
 
 /// One image with what is known about it.
@@ -13,8 +14,8 @@ pub struct Sample {
     pub width: usize,
     /// Height in pixels.
     pub height: usize,
-    /// 8-bit RGB, row-major, interleaved: `3 * width * height` bytes.
-    pub rgb: Vec<u8>,
+    /// The pixels, of 8 or 16 bits, row-major, interleaved: `width * height` times [`Dataset::channels`] values.
+    pub pixels: Pixels,
     /// Class of the image.
     pub label: Option<u32>,
     /// Class of every pixel, row-major: `width * height` bytes, below [`Dataset::mask_classes`]; or 255 for a pixel that counts
@@ -24,6 +25,19 @@ pub struct Sample {
     pub depth: Option<Vec<f32>>,
     /// What else is known about it: the numbers of each of [`Dataset::fields`], row-major.
     pub fields: Vec<Vec<f32>>,
+}
+
+impl Sample {
+    /// Values of a pixel.
+    pub fn channels(&self) -> usize {
+        self.pixels.len() / (self.width * self.height).max(1)
+    }
+
+    /// The image in 8-bit RGB, to be looked at: of three or more channels the first three, of fewer the first as grey; of 16 bits
+    /// the upper 8.
+    pub fn rgb(&self) -> Cow<'_, [u8]> {
+        self.pixels.to_rgb(self.channels())
+    }
 }
 
 /// Numbers that a dataset adds to its samples for losses that ask for them: an embedding of a caption, a pose, metadata.
@@ -59,8 +73,8 @@ pub struct Summary {
 ///         256
 ///     }
 ///     fn get(&self, index: usize) -> Result<Sample> {
-///         let rgb = vec![index as u8; 3 * 32 * 32];
-///         Ok(Sample { width: 32, height: 32, rgb, label: Some(u32::from(index >= 128)), ..Sample::default() })
+///         let pixels = vec![index as u8; 3 * 32 * 32].into();
+///         Ok(Sample { width: 32, height: 32, pixels, label: Some(u32::from(index >= 128)), ..Sample::default() })
 ///     }
 ///     fn classes(&self) -> usize {
 ///         2
@@ -91,6 +105,11 @@ pub trait Dataset: fmt::Debug + Send + Sync {
     /// As [`get`](Self::get).
     fn get_image(&self, index: usize) -> Result<Sample> {
         self.get(index)
+    }
+
+    /// Channels of every image: 3 for RGB. A recipe with another number has as many numbers in `crops.mean` and `crops.std`.
+    fn channels(&self) -> usize {
+        3
     }
 
     /// Number of image classes; 0 if images carry no label.

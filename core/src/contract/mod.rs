@@ -23,6 +23,7 @@ mod image_size;
 mod loss;
 mod masking;
 mod optimizer;
+mod pixels;
 mod plan;
 mod pos_encoding;
 mod probe;
@@ -41,6 +42,7 @@ pub use loss::{
 };
 pub use masking::{Masking, Unmasked};
 pub use optimizer::{Direction, Optimizer, ParamUpdate, Reach};
+pub use pixels::Pixels;
 pub use plan::{ColorPlan, CropPlan, Cut, ImagePlan, Jitter, JitterOp, Rect};
 pub use pos_encoding::{Grid, PosContext, PosEncoding, PosTables};
 pub use probe::{Combine, Panel, Parts, Picture, Probe, ProbeContext, Score};

@@ -23,11 +23,11 @@ pub struct Rect {
 pub enum JitterOp {
     /// Blend with black.
     Brightness,
-    /// Blend with the mean grey.
+    /// Blend with the mean grey; of images that are not RGB, with the mean of all values.
     Contrast,
-    /// Blend with the pixel's grey.
+    /// Blend with the pixel's grey. RGB only.
     Saturation,
-    /// Turn the colour circle.
+    /// Turn the colour circle. RGB only.
     Hue,
 }
 
@@ -58,7 +58,7 @@ impl Jitter {
 pub struct ColorPlan {
     /// Random changes of brightness, contrast, saturation and hue.
     pub jitter: Option<Jitter>,
-    /// Whether colours are removed (after the jitter).
+    /// Whether colours are removed (after the jitter). RGB only.
     pub grey: bool,
 }
 
@@ -92,7 +92,8 @@ pub struct CropPlan {
     pub color: ColorPlan,
     /// Standard deviation of the Gaussian blur, in pixels of the crop (of a teacher's larger one too).
     pub blur: Option<f32>,
-    /// Values of at least this many are inverted: `x` becomes `255 - x`.
+    /// Values of at least this many, of 255, are inverted: `x` becomes `255 - x`. Of 16 bits, `x` becomes `65535 - x` from 257
+    /// times this on.
     pub solarize: Option<u8>,
 }
 
@@ -150,15 +151,23 @@ impl ImagePlan {
         if self.locals.len() != crops.local_count {
             return Some(format!("has {} local crops in place of {}", self.locals.len(), crops.local_count));
         }
-        let color = |color: &ColorPlan| match &color.jitter {
-            None => true,
-            Some(j) => {
+        let color = |color: &ColorPlan| {
+            let in_range = color.jitter.is_none_or(|j| {
                 let factors = [j.brightness, j.contrast, j.saturation].iter().all(|x| (0.0..=2.0).contains(x));
                 factors && (-0.5..=0.5).contains(&j.hue)
+            });
+            let colours = color.grey || color.jitter.is_some_and(|j| j.saturation != 1.0 || j.hue_shift() != 0.0);
+            match (in_range, colours && crops.channels != 3) {
+                (true, false) => None,
+                (false, _) => Some("has a colour factor outside of [0, 2], or more than half a turn of hue".into()),
+                (_, true) => Some(format!(
+                    "changes saturation or hue or is made grey, which is for images of 3 channels, not {}",
+                    crops.channels
+                )),
             }
         };
-        if !self.shared_color.iter().all(color) {
-            return Some("has a colour factor outside of [0, 2], or more than half a turn of hue".into());
+        if let Some(wrong) = self.shared_color.iter().find_map(color) {
+            return Some(wrong);
         }
         let names = ["global", "local"].into_iter().zip([&self.globals[..], &self.locals[..]]);
         names.flat_map(|(name, crops)| crops.iter().map(move |crop| (name, crop))).find_map(|(name, crop)| {
@@ -173,8 +182,8 @@ impl ImagePlan {
             };
             let wrong = if !cut {
                 format!("cuts {:?}", crop.cut)
-            } else if !color(&crop.color) {
-                "has a colour factor outside of [0, 2], or more than half a turn of hue".into()
+            } else if let Some(wrong) = color(&crop.color) {
+                wrong
             } else if crop.blur.is_some_and(|sigma| !(sigma.is_finite() && sigma > 0.0)) {
                 format!("is blurred by {:?} pixels", crop.blur)
             } else {

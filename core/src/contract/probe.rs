@@ -12,7 +12,7 @@ use crate::{Result, Tensor};
 
 /// What a probe may use.
 pub struct ProbeContext<'a> {
-    /// Features of the EMA teacher for pixels `[B, 3, h, w]` (normalised as in training), in evaluation. Gives one
+    /// Features of the EMA teacher for pixels `[B, channels, h, w]` (normalised as in training), in evaluation. Gives one
     /// [`Features`] for the batch; batches of any size, any image size that is a multiple of the patch.
     pub features: &'a dyn Fn(&Tensor) -> Result<Features>,
     /// Images the model was trained on.
@@ -24,8 +24,8 @@ pub struct ProbeContext<'a> {
     pub image_size: ImageSize,
     /// Side of a patch in pixels.
     pub patch_size: usize,
-    /// Mean and standard deviation per channel, for normalisation.
-    pub normalization: ([f32; 3], [f32; 3]),
+    /// Mean and standard deviation per channel, for normalisation: as many numbers as the images have channels.
+    pub normalization: (&'a [f32], &'a [f32]),
     /// The run's seed.
     pub seed: u64,
     /// Tells the user of something that a score does not show, such as a sample that was left out.

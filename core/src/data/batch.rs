@@ -8,16 +8,16 @@ use super::pipeline::BrokenSample;
 use crate::contract::BatchImage;
 use crate::Tensor;
 
-/// The images of one micro-batch, `B` of them. Crops are crop-major: crop 0 of every image, then crop 1.
+/// The images of one micro-batch, `B` of them, of `C` channels. Crops are crop-major: crop 0 of every image, then crop 1.
 #[derive(Clone, Debug)]
 pub struct Batch {
-    /// Global crops: `[2B, 3, G, G]`, f32, normalised.
+    /// Global crops: `[2B, C, G, G]`, f32, normalised.
     pub global: Tensor,
-    /// Local crops: `[L*B, 3, l, l]`; `None` if there are none.
+    /// Local crops: `[L*B, C, l, l]`; `None` if there are none.
     pub local: Option<Tensor>,
-    /// Teachers' own crops, of the same boxes as `global`: `[2B, 3, T, T]`; `None` if no teacher has a size of its own.
+    /// Teachers' own crops, of the same boxes as `global`: `[2B, C, T, T]`; `None` if no teacher has a size of its own.
     pub teacher: Option<Tensor>,
-    /// Crops of further augmentations by name, as `global`: `[2B, 3, S, S]`.
+    /// Crops of further augmentations by name, as `global`: `[2B, C, S, S]`.
     pub further: Vec<(String, Tensor)>,
     /// Which patches of the global crops are hidden from the student. How many there are, `M`, is the same from step to
     /// step, in a whole batch and (nearly always) in each of its parts.

@@ -19,6 +19,7 @@ mod masks;
 mod order;
 mod pipeline;
 mod resize;
+mod value;
 
 pub use augment::{CropMaker, Views};
 pub use batch::{views_of_images, Batch, StepBatches};

@@ -135,6 +135,11 @@ impl Pipeline {
         if dataset.is_empty() {
             return Err(Error::user("the dataset has no samples", "point [data] at some images"));
         }
+        let (channels, expected) = (dataset.channels(), spec.crops.channels());
+        if channels != expected {
+            let problem = format!("images of {channels} channels, and crops.mean has {expected} numbers");
+            return Err(Error::user(problem, format!("set crops.mean and crops.std to {channels} numbers each")));
+        }
         let variant = |sizes: Resolution| {
             let side = sizes.global_size / spec.patch_size;
             let crops =
@@ -275,7 +280,8 @@ impl Pipeline {
 
     fn allocate(&self, variant: &Variant) -> Crops {
         let (images, locals, sizes) = (self.images(), self.spec.crops.local_count, &variant.sizes);
-        let tensor = |count: usize, side: usize| Tensor::uninit(&[count * images, 3, side, side], DType::F32);
+        let channels = self.spec.crops.channels();
+        let tensor = |count: usize, side: usize| Tensor::uninit(&[count * images, channels, side, side], DType::F32);
         Crops {
             global: tensor(2, sizes.global_size),
             local: (locals > 0).then(|| tensor(locals, sizes.local_size)),
@@ -384,8 +390,9 @@ impl Pipeline {
         if width.min(height) < patch {
             return Err(format!("{width}x{height} pixels are less than a patch of {patch}x{patch}"));
         }
-        if sample.rgb.len() != 3 * width * height {
-            return Err(format!("{} bytes are not {width}x{height} RGB pixels", sample.rgb.len()));
+        let (values, channels) = (sample.pixels.len(), self.spec.crops.channels());
+        if values != channels * width * height {
+            return Err(format!("{values} values are not {width}x{height} pixels of {channels} channels"));
         }
         if sample.fields.len() != self.fields.len() {
             return Err(format!("it has {} fields, and the dataset says {}", sample.fields.len(), self.fields.len()));

@@ -1,36 +1,62 @@
 //! Antialiased bicubic resizing (a = -0.5, Pillow's and torchvision's), by the crate `fast_image_resize`.
 
 use fast_image_resize::images::TypedImage;
-use fast_image_resize::pixels::U8x3;
-use fast_image_resize::{FilterType, ResizeAlg, ResizeOptions, Resizer};
+use fast_image_resize::{FilterType, PixelTrait, ResizeAlg, ResizeOptions, Resizer};
 
+use super::value::Value;
 use crate::contract::Rect;
 
 fn bicubic() -> ResizeOptions {
     ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::CatmullRom))
 }
 
-/// Cuts `area` out of an interleaved 8-bit image of `width x height` and resizes it to `side x side` into `out`.
+/// Cuts `area` out of an interleaved image of `channels` and `width x height` and resizes it to `side x side` into `out`.
 ///
 /// Pixels outside `area` have no influence: as in torchvision, the crop comes before the resize.
-pub(super) fn cut_rgb(
+pub(super) fn cut<V: Value>(
     resizer: &mut Resizer,
-    rgb: &[u8],
-    (width, height): (usize, usize),
+    pixels: &[V],
+    (channels, width, height): (usize, usize, usize),
     area: Rect,
     side: usize,
-    out: &mut Vec<u8>,
+    out: &mut Vec<V>,
 ) {
-    out.resize(3 * side * side, 0);
-    assert_eq!(rgb.len(), 3 * width * height, "the pipeline checked that the image has 3 bytes a pixel");
-    let rows = rgb.chunks_exact(3 * width).skip(area.y).take(area.height);
-    let mut cut = Vec::with_capacity(3 * area.width * area.height);
-    rows.for_each(|row| cut.extend_from_slice(&row[3 * area.x..][..3 * area.width]));
+    out.resize(channels * side * side, V::zeroed());
+    assert_eq!(pixels.len(), channels * width * height, "the pipeline checked that the image has so many channels");
+    let rows = || pixels.chunks_exact(channels * width).skip(area.y).take(area.height);
+    let rows = || rows().map(|row| &row[channels * area.x..][..channels * area.width]);
+    let mut cut = Vec::with_capacity(channels * area.width * area.height);
+    if channels == 3 {
+        rows().for_each(|row| cut.extend_from_slice(row));
+        return resize::<V::Three, V>(resizer, &mut cut, area, side, out);
+    }
+    let mut plane = vec![V::zeroed(); side * side];
+    for channel in 0..channels {
+        cut.clear();
+        rows().for_each(|row| cut.extend(row.iter().skip(channel).step_by(channels)));
+        resize::<V::One, V>(resizer, &mut cut, area, side, &mut plane);
+        out.iter_mut().skip(channel).step_by(channels).zip(&plane).for_each(|(out, value)| *out = *value);
+    }
+}
+
+/// Resizes what was cut of `area`, in pixels `P`, to `side x side`: columns first. Of values of 16 bits the crate would begin with
+/// rows, so they have a call for each axis.
+fn resize<P: PixelTrait, V: Value>(resizer: &mut Resizer, cut: &mut [V], area: Rect, side: usize, out: &mut [V]) {
     // Source and target are of one type, for which the crate's kernels are compiled once.
-    let image = |pixels, width, height| TypedImage::<U8x3>::from_buffer(width as u32, height as u32, pixels);
-    let source = image(&mut cut, area.width, area.height).expect("a plan's box lies inside its image");
-    let mut target = image(out, side, side).expect("resized above");
-    resizer.resize_typed(&source, &mut target, &bicubic()).expect("sizes and types were checked above");
+    fn image<P: PixelTrait, V: Value>(pixels: &mut [V], width: usize, height: usize) -> TypedImage<'_, P> {
+        let pixels = bytemuck::cast_slice_mut(pixels);
+        TypedImage::from_buffer(width as u32, height as u32, pixels).expect("it has so many pixels")
+    }
+    let mut scale = |from: TypedImage<'_, P>, mut to: TypedImage<'_, P>| {
+        resizer.resize_typed(&from, &mut to, &bicubic()).expect("sizes and types were checked above");
+    };
+    if V::TOP > u8::TOP {
+        let mut columns = vec![V::zeroed(); cut.len() / area.height * side];
+        scale(image(cut, area.width, area.height), image(&mut columns, area.width, side));
+        scale(image(&mut columns, area.width, side), image(out, side, side));
+    } else {
+        scale(image(cut, area.width, area.height), image(out, side, side));
+    }
 }
 
 /// The weights of one axis of such a resize, for a device: those that `fast_image_resize` computes.
@@ -72,10 +98,11 @@ impl Weights {
     }
 
     /// Fractional bits with which all weights fit into 16 bits; at most 21, so that sums of products with 8-bit values
-    /// fit into 32.
-    pub(super) fn precision(&self) -> u32 {
+    /// fit into 32. For values of 16 bits (`wide`) both are twice as wide, and the bits at most 45.
+    pub(super) fn precision(&self, wide: bool) -> u32 {
+        let (bits, last) = if wide { (31, 45) } else { (15, 21) };
         let most = self.rows.iter().flat_map(|(_, weights)| weights).copied().fold(0.0, f64::max);
-        (0..22).find(|bits| (most * f64::from(2 << bits)).round() >= 32768.0).unwrap_or(21)
+        (0..last).find(|p| (most * (2u64 << p) as f64).round() >= f64::from(1u32 << bits)).unwrap_or(last)
     }
 }
 
@@ -117,11 +144,11 @@ mod tests {
         let rgb: Vec<u8> = (0..3 * width * height).map(value).collect();
         for to in [8, 16, 32] {
             let mut out = Vec::new();
-            cut_rgb(&mut Resizer::new(), &rgb, (width, height), area, to, &mut out);
+            cut(&mut Resizer::new(), &rgb, (3, width, height), area, to, &mut out);
             for c in 0..3 {
                 let pixel = |i: usize| f64::from(rgb[3 * ((3 + i / 22) * width + 5 + i % 22) + c]);
-                let cut: Vec<f64> = (0..22 * 19).map(pixel).collect();
-                for (i, want) in direct_2d(&cut, 22, to).into_iter().enumerate() {
+                let inside: Vec<f64> = (0..22 * 19).map(pixel).collect();
+                for (i, want) in direct_2d(&inside, 22, to).into_iter().enumerate() {
                     let got = f64::from(out[3 * i + c]);
                     // Two passes, each rounded to 8 bits.
                     assert!((got - want).abs() < 2.0, "to {to}, channel {c}: {got}, {want}");

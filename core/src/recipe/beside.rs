@@ -85,7 +85,13 @@ impl CropsEntry {
     /// If the plugin refuses its configuration, or does not go with the sizes.
     pub fn build(&self, sizes: &Resolution, patch_size: usize) -> crate::Result<(Box<dyn Augmentation>, CropContext)> {
         let Resolution { global_size, local_size, .. } = *sizes;
-        let mut context = CropContext { global_size, local_size, local_count: self.local_count, patch_size };
+        let mut context = CropContext {
+            global_size,
+            local_size,
+            local_count: self.local_count,
+            patch_size,
+            channels: self.channels(),
+        };
         Ok((self.plugin.build(&mut context)?, context))
     }
 }

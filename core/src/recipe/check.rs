@@ -6,7 +6,7 @@ use super::problem::{Problem, Severity};
 use super::{sizes, Recipe, Resolution};
 use crate::contract::{At, Backbone, Dataset, Grid, ImageSize, Loss, Masking, TeacherPolicy};
 use crate::registry::{BackboneContext, Chosen, CropContext};
-use crate::step::{build_loss, check_views, declare, Declared, CHANNELS, GLOBALS};
+use crate::step::{build_loss, check_views, declare, Declared, GLOBALS};
 use crate::{params::ParamBuilder, Error};
 
 /// Everything that is wrong with, or odd about, a recipe whose types and ranges are right.
@@ -17,8 +17,11 @@ pub(super) fn check(recipe: &Recipe) -> Vec<Problem> {
     let (teacher, named) = teachers(recipe, &mut problems);
     let masking = recipe.masking.build(&mut ()).map_err(|e| problems.push(refused("masking", e))).ok();
     let mut params = ParamBuilder::new();
-    let mut context =
-        BackboneContext { params: &mut params, global_size: recipe.crops.global_size, channels: CHANNELS };
+    let mut context = BackboneContext {
+        params: &mut params,
+        global_size: recipe.crops.global_size,
+        channels: recipe.crops.channels(),
+    };
     let built = recipe.backbone.plugin.build(&mut context);
     match built.and_then(|backbone| params.check().map(|()| backbone)) {
         Ok(backbone) => {
@@ -86,7 +89,13 @@ pub(super) fn check_data(recipe: &Recipe, data: &dyn Dataset) -> Vec<Problem> {
         let depth = (probe.needs_depth() && !data.has_depth()).then(|| lacks("depth"));
         labels.into_iter().chain(masks).chain(depth)
     });
-    lacking.chain(labels(recipe, data)).chain(fields(recipe, data)).chain(too_small(recipe, data)).collect()
+    let channels = channels_of(recipe, data.channels());
+    lacking
+        .chain(channels)
+        .chain(labels(recipe, data))
+        .chain(fields(recipe, data))
+        .chain(too_small(recipe, data))
+        .collect()
 }
 
 /// Losses that learn from labels which the dataset does not have, or has of more classes or fewer.
@@ -127,8 +136,11 @@ fn too_small(recipe: &Recipe, data: &dyn Dataset) -> Option<Problem> {
         return None;
     }
     let mut params = ParamBuilder::new();
-    let mut context =
-        BackboneContext { params: &mut params, global_size: recipe.crops.global_size, channels: CHANNELS };
+    let mut context = BackboneContext {
+        params: &mut params,
+        global_size: recipe.crops.global_size,
+        channels: recipe.crops.channels(),
+    };
     let patch = recipe.backbone.plugin.build(&mut context).ok()?.patch_size();
     let sample = data.get(0).ok()?;
     let message = format!("images of {}x{} pixels are smaller than a patch of {patch}", sample.width, sample.height);
@@ -206,6 +218,7 @@ fn together(recipe: &Recipe, problems: &mut Vec<Problem>) {
         let message = format!("{} steps of {size} images are more images than can be counted", recipe.steps);
         problems.push(Problem::error("steps", message).help("lower steps or batch.size"));
     }
+    problems.extend(channels(recipe));
     problems.extend(decay_of_all(recipe));
     problems.extend(stop(recipe));
     for (name, entry) in recipe.losses.0.iter().filter(|(_, e)| e.enabled) {
@@ -217,6 +230,32 @@ fn together(recipe: &Recipe, problems: &mut Vec<Problem>) {
         let problem = lowest.map(|message| Problem::warning(format!("losses.{name}.weight"), message));
         problems.extend(problem.map(|p| p.help("this is right for a few ideas only; losses are minimised")));
     }
+}
+
+/// Another number of channels in `crops.mean`, in `crops.std` and in the images.
+fn channels(recipe: &Recipe) -> Option<Problem> {
+    // A dataset whose images may have any number has a key for it.
+    let stated = recipe.data.config().get("channels").and_then(serde_json::Value::as_u64).map(|n| n as usize);
+    if let Some(problem) = stated.and_then(|there| channels_of(recipe, there)) {
+        return Some(problem);
+    }
+    let (means, stds) = (recipe.crops.mean.len(), recipe.crops.std.len());
+    let message = format!("has {stds} numbers, and crops.mean {means}: one for every channel");
+    let help = format!("set crops.std to {means} numbers");
+    (stds != means).then(|| Problem::error("crops.std", message).help(help))
+}
+
+/// `crops.mean` or `crops.std` of another length than images of `there` channels ask for.
+fn channels_of(recipe: &Recipe, there: usize) -> Option<Problem> {
+    let (key, numbers) = [("crops.mean", recipe.crops.mean.len()), ("crops.std", recipe.crops.std.len())]
+        .into_iter()
+        .find(|(_, numbers)| *numbers != there)?;
+    let message = format!("has {numbers} numbers, and the images have {there} channels");
+    let help = match there {
+        3 => "set it to 3 numbers, or leave it out for ImageNet's; or set data.channels".into(),
+        n => format!("set crops.mean and crops.std to {n} numbers each, one for every channel, of pixels in [0, 1]"),
+    };
+    Some(Problem::error(key, message).help(help))
 }
 
 /// A rule that could never end the run.
@@ -459,7 +498,13 @@ fn augmentations(recipe: &Recipe, model: &Declared, problems: &mut Vec<Problem>)
     for sizes in recipe.crops.variants(None) {
         let Resolution { global_size, local_size, .. } = sizes;
         for (name, entry) in &recipe.augmentations.0 {
-            let built = entry.build(&mut CropContext { global_size, local_size, local_count: 0, patch_size });
+            let built = entry.build(&mut CropContext {
+                global_size,
+                local_size,
+                local_count: 0,
+                patch_size,
+                channels: recipe.crops.channels(),
+            });
             problems.extend(built.err().map(|e| refused(format!("augmentations.{name}"), e)));
         }
     }

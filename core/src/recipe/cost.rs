@@ -7,7 +7,7 @@
 use super::{Recipe, Resolution};
 use crate::contract::{Cost, Grid, ImageSize, LossCost, LossRows, View};
 use crate::recipe::DeviceChoice;
-use crate::step::{declare, distilled_model, named_teachers, Declared, Teacher, CHANNELS, GLOBALS};
+use crate::step::{declare, distilled_model, named_teachers, Declared, Teacher, GLOBALS};
 use crate::{cuda, DType, Device, Error, Result};
 
 /// What a recipe costs.
@@ -127,7 +127,7 @@ fn cost_at(recipe: &Recipe, sizes: &Resolution, (model, named): (&Declared, &[Te
     let number = recipe.dtype(device).size() as f64;
     let all = recipe.batch.size as f64;
     let part = recipe.batch.images() as f64;
-    let pixels = |count: usize, side: usize| (count * CHANNELS) as f64 * (side as f64).powi(2);
+    let pixels = |count: usize, side: usize| (count * recipe.crops.channels()) as f64 * (side as f64).powi(2);
     let teacher_pixels = sizes.teacher_size.map_or(0.0, |side| pixels(GLOBALS, side));
     let further = model.augmentations(recipe).len() as f64 * pixels(GLOBALS, sizes.global_size);
     let crops = pixels(GLOBALS, sizes.global_size) + pixels(locals.0, sizes.local_size) + further;

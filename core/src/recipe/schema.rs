@@ -258,14 +258,14 @@ pub struct CropConfig {
     pub resolutions: Vec<Resolution>,
     /// Whether teachers' own crops are spared the colour distortion of the student's.
     pub teacher_without_distortion: bool,
-    /// Mean of the pixels per channel, in [0, 1].
+    /// Mean of the pixels per channel, in [0, 1]: one number for every channel of the images. The default is ImageNet's, for RGB.
     #[serde(serialize_with = "as_written")]
-    #[schemars(inner(range(min = 0, max = 1)), extend("x-help" = BY_255))]
-    pub mean: [f32; 3],
-    /// Standard deviation of the pixels per channel, in [0, 1].
+    #[schemars(length(min = 1), inner(range(min = 0, max = 1)), extend("x-help" = BY_255))]
+    pub mean: Vec<f32>,
+    /// Standard deviation of the pixels per channel, in [0, 1]; as `mean`.
     #[serde(serialize_with = "as_written")]
-    #[schemars(inner(range(min = 0.001, max = 1)), extend("x-help" = BY_255))]
-    pub std: [f32; 3],
+    #[schemars(length(min = 1), inner(range(min = 0.001, max = 1)), extend("x-help" = BY_255))]
+    pub std: Vec<f32>,
 }
 
 impl Default for CropConfig {
@@ -276,8 +276,8 @@ impl Default for CropConfig {
             local_size: 112,
             resolutions: Vec::new(),
             teacher_without_distortion: false,
-            mean: [0.485, 0.456, 0.406],
-            std: [0.229, 0.224, 0.225],
+            mean: vec![0.485, 0.456, 0.406],
+            std: vec![0.229, 0.224, 0.225],
         }
     }
 }
@@ -302,6 +302,11 @@ pub struct Resolution {
 }
 
 impl CropConfig {
+    /// Channels of the images: as many as `mean` has numbers.
+    pub fn channels(&self) -> usize {
+        self.mean.len()
+    }
+
     /// Every set of sizes with its share; `teacher` is the size of teachers' own crops.
     pub fn variants(&self, teacher: Option<usize>) -> Vec<Resolution> {
         let (global_size, local_size) = (self.global_size, self.local_size);
@@ -320,8 +325,8 @@ impl CropConfig {
 }
 
 /// Writes f32 as the shortest decimals that mean it: 0.485, not 0.48500001430511475.
-pub(crate) fn as_written<S: Serializer>(values: &[f32; 3], serializer: S) -> Result<S::Ok, S::Error> {
-    values.map(|x| x.to_string().parse::<f64>().expect("a printed number is a number")).serialize(serializer)
+pub(crate) fn as_written<S: Serializer>(values: &[f32], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(values.iter().map(|x| x.to_string().parse::<f64>().expect("a printed number is a number")))
 }
 
 /// What every optimizer has: rates, decay and clipping, by the reference's parameter groups.

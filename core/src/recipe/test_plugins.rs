@@ -314,7 +314,7 @@ impl Dataset for Greys {
         self.count
     }
     fn get(&self, _: usize) -> Result<Sample> {
-        Ok(Sample { width: 64, height: 64, rgb: vec![0; 3 * 64 * 64], ..Sample::default() })
+        Ok(Sample { width: 64, height: 64, pixels: vec![0u8; 3 * 64 * 64].into(), ..Sample::default() })
     }
 }
 plugin!(Dataset, "test_greys", Greys);

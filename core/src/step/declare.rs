@@ -9,8 +9,6 @@ use crate::recipe::Recipe;
 use crate::registry::{BackboneContext, Chosen, LossContext};
 use crate::Result;
 
-/// Channels of the images: datasets give RGB.
-pub const CHANNELS: usize = 3;
 /// Global crops an image.
 pub const GLOBALS: usize = 2;
 
@@ -23,6 +21,8 @@ pub struct Declared {
     pub losses: Vec<DeclaredLoss>,
     /// All parameters: the backbone, then those of the losses, in their order.
     pub layout: Arc<Layout>,
+    /// Channels of the images.
+    pub channels: usize,
 }
 
 impl Declared {
@@ -79,9 +79,9 @@ pub struct DeclaredLoss {
 /// If a plugin refuses its configuration.
 pub fn declare(recipe: &Recipe) -> Result<Declared> {
     let mut params = ParamBuilder::new();
-    let global_size = recipe.crops.global_size;
+    let (global_size, channels) = (recipe.crops.global_size, recipe.crops.channels());
     let backbone = params.scope("backbone", |params| {
-        let built = recipe.backbone.plugin.build(&mut BackboneContext { params, global_size, channels: CHANNELS })?;
+        let built = recipe.backbone.plugin.build(&mut BackboneContext { params, global_size, channels })?;
         params.check().map(|()| built)
     })?;
     let losses = recipe.losses.0.iter().filter(|(_, entry)| entry.enabled);
@@ -92,7 +92,7 @@ pub fn declare(recipe: &Recipe) -> Result<Declared> {
         Ok(DeclaredLoss { name: name.clone(), weight: entry.weight.clone(), chosen, loss, needs })
     });
     let losses = losses.collect::<Result<_>>()?;
-    Ok(Declared { backbone, losses, layout: params.finish() })
+    Ok(Declared { backbone, losses, layout: params.finish(), channels })
 }
 
 /// Builds a loss of a recipe and declares its parameters.
@@ -113,6 +113,7 @@ pub(crate) fn build_loss(
         locals: recipe.crops.local_count,
         patches: (recipe.crops.global_size / backbone.patch_size()).pow(2),
         patch_size: backbone.patch_size(),
+        channels: recipe.crops.channels(),
     })?;
     params.check().map(|()| built)
 }

@@ -32,8 +32,9 @@ fn declared_by(path: &Path) -> Result<(Source, Declared)> {
         return Ok((source, model));
     }
     let mut params = ParamBuilder::new();
-    let backbone = source.known_model()?.build(&mut params)?;
-    Ok((source, Declared { backbone, losses: Vec::new(), layout: params.finish() }))
+    let model = source.known_model()?;
+    let (backbone, channels) = (model.build(&mut params)?, model.crops.channels());
+    Ok((source, Declared { backbone, losses: Vec::new(), layout: params.finish(), channels }))
 }
 
 /// The model from which `recipe` distils, where its run can be read.
@@ -67,13 +68,18 @@ pub(super) fn fits_student(path: &Path, student: &Declared) -> Result<()> {
     fits(path, &declared_by(path)?.1, student)
 }
 
-/// Fails unless teacher and student have the same patches and, for every loss of the student with targets, targets
+/// Fails unless teacher and student have the same patches and channels and, for every loss of the student with targets, targets
 /// of the same width.
 fn fits(path: &Path, teacher: &Declared, student: &Declared) -> Result<()> {
     let (theirs, ours) = (teacher.backbone.patch_size(), student.backbone.patch_size());
     if theirs != ours {
         let problem = format!("the teacher's patches have {theirs} pixels a side, the student's {ours}");
         return Err(Error::content(path, problem, format!("set backbone.patch_size = {theirs}")));
+    }
+    let (theirs, ours) = (teacher.channels, student.channels);
+    if theirs != ours {
+        let problem = format!("the teacher sees images of {theirs} channels, the student of {ours}");
+        return Err(Error::content(path, problem, "choose a teacher that was trained on images of as many channels"));
     }
     for loss in &student.losses {
         let Some(spec) = loss.needs.targets else { continue };

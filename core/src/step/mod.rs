@@ -24,11 +24,11 @@ mod views;
 mod weights;
 
 pub(crate) use declare::build_loss;
-pub use declare::{declare, Declared, DeclaredLoss, CHANNELS, GLOBALS};
+pub use declare::{declare, Declared, DeclaredLoss, GLOBALS};
 pub(crate) use distillation::distilled_model;
 pub use health::Health;
 pub use optimizer::ParamRule;
-pub use sources::{check_sources, sources_of};
+pub use sources::{adaptations, check_sources, sources_of};
 pub use updates::Updates;
 pub use weights::Weights;
 

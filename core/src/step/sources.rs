@@ -1,9 +1,10 @@
 //! Where a recipe takes weights from, checked before a run and without reading a tensor.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::declare;
 use super::distillation::fits_student;
+use super::weights::RGB;
 use crate::contract::Role;
 use crate::recipe::{Problem, Recipe};
 use crate::weights::Source;
@@ -35,14 +36,54 @@ pub fn check_sources(recipe: &Recipe) -> Result<Vec<Problem>> {
             problems.push(Problem::warning(&key, format!("{} is not there (yet)", path.display())));
             continue;
         }
-        problems.extend(fits(&path, how).err().map(|error| match error {
-            Error::Content { path, problem, help } => {
-                Problem::error(&key, format!("{}: {problem}", path.display())).help(help)
-            }
-            other => Problem::error(&key, other.to_string()),
+        let found = fits(&path, how).and_then(|()| match how {
+            Use::Start => other_channels(&path, &key, model.channels),
+            Use::Distil => Ok(None),
+        });
+        problems.extend(found.unwrap_or_else(|error| {
+            Some(match error {
+                Error::Content { path, problem, help } => {
+                    Problem::error(&key, format!("{}: {problem}", path.display())).help(help)
+                }
+                other => Problem::error(&key, other.to_string()),
+            })
         }));
     }
     Ok(problems)
+}
+
+/// What becomes of weights of other channels that a recipe starts from, a sentence each.
+///
+/// # Errors
+/// If they are of a number that is not adapted.
+pub fn adaptations(recipe: &Recipe) -> Result<Vec<String>> {
+    let start = sources(recipe)?.into_iter().filter(|(_, path, how)| *how == Use::Start && Source::is_named(path));
+    let found = start.map(|(key, path, _)| other_channels(&path, &key, recipe.crops.channels()));
+    let found: Vec<Option<Problem>> = found.collect::<Result<_>>()?;
+    Ok(found.into_iter().flatten().map(|problem| format!("{}: {}", problem.key, problem.message)).collect())
+}
+
+/// What becomes of a patch embedding of another number of channels than the recipe's.
+fn other_channels(path: &Path, key: &str, channels: usize) -> Result<Option<Problem>> {
+    let theirs = Source::at(path)?.model()?.map_or(channels, |model| model.crops.channels());
+    if theirs == channels {
+        return Ok(None);
+    }
+    if theirs != RGB || key == "continue_from" {
+        let problem = format!("its patch embedding is of {theirs} channels, and crops.mean has {channels} numbers");
+        let help = match key {
+            "continue_from" => "a run goes on with images of as many channels: start from the weights with `init_from`",
+            _ => "only weights of RGB are adapted to another number of channels: choose others",
+        };
+        return Err(Error::content(path, problem, help));
+    }
+    let how = match channels {
+        1 => "the sum over red, green and blue".to_string(),
+        n => format!("red, green and blue repeated up to {n} channels, times 3/{n}"),
+    };
+    let message =
+        format!("{}: its patch embedding is of RGB, the recipe's of {channels}: it becomes {how}", path.display());
+    Ok(Some(Problem::warning(key, message).help("channels are taken in the order of the images'")))
 }
 
 /// Keys of a recipe that name weights, with what they name, in the order in which they are read.

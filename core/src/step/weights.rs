@@ -350,9 +350,35 @@ fn load_role(layout: &Layout, flat: &mut Tensor, source: &NamedTensors, prefixes
         layout.modules().into_iter().filter(|m| m == "backbone" || source.has(&format!("{prefix}{m}."))).collect();
     for module in known {
         let part = layout.part(&format!("{module}."));
-        load(&part, flat, |name| source.get(&format!("{prefix}{name}")).cloned(), path)?;
+        let shape = |name: &str| part.specs().iter().find(|spec| spec.name == name).map(|spec| spec.shape.as_slice());
+        let get = |name: &str| Some(adapted(source.get(&format!("{prefix}{name}"))?, shape(name)?));
+        load(&part, flat, get, path)?;
     }
     Ok(())
+}
+
+/// Channels of images in colour.
+pub(super) const RGB: usize = 3;
+
+/// A map `[D, 3, p, p]` of RGB as one of the shape `[D, n, p, p]`, by the rule of timm's `adapt_input_conv`: for one channel the
+/// sum over RGB; for more RGB repeated, cut to n, times 3/n, so that a grey image gives what it gave. Any other tensor is itself.
+fn adapted(tensor: &Tensor, shape: &[usize]) -> Tensor {
+    let (&[to, RGB, height, width], &[_, n, _, _]) = (tensor.shape(), shape) else { return tensor.clone() };
+    if n == RGB || shape != [to, n, height, width] {
+        return tensor.clone();
+    }
+    let (from, pixels) = (tensor.to_f64_vec(), height * width);
+    let at = |row: usize, channel: usize, i: usize| from[(row * RGB + channel) * pixels + i];
+    let value = |k: usize| {
+        let (row, channel, i) = (k / (n * pixels), k / pixels % n, k % pixels);
+        match n {
+            1 => (0..RGB).map(|channel| at(row, channel, i)).sum(),
+            _ => at(row, channel % RGB, i) * RGB as f64 / n as f64,
+        }
+    };
+    let values: Vec<f64> = (0..shape.iter().product()).map(value).collect();
+    let dtype = if tensor.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+    Tensor::from_f64(&values, shape, dtype).expect("it has the shape's numbers")
 }
 
 /// [`load_named`] into a buffer wherever it is.

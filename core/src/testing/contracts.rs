@@ -10,7 +10,7 @@ use crate::params::{Init, Layout, ParamBuilder, ParamRole, Params};
 use crate::recipe::OptimizerEntry;
 use crate::registry::{self, BackboneContext, Chosen, CropContext, Kind};
 use crate::rng::{Rng, Stream};
-use crate::step::{Updates, CHANNELS};
+use crate::step::Updates;
 use crate::tensor::Tape;
 use crate::testing::normal;
 use crate::{DType, Device, Error, Result, Tensor};
@@ -112,7 +112,10 @@ pub fn dataset(data: &dyn Dataset) -> Held {
         let get = || data.get(index).map_err(|e| e.to_string());
         let sample = get()?;
         let pixels = sample.width * sample.height;
-        ensure(pixels > 0 && sample.rgb.len() == 3 * pixels, format!("sample {index} has not 3 bytes a pixel"))?;
+        ensure(
+            pixels > 0 && sample.pixels.len() == data.channels() * pixels,
+            format!("sample {index} has not {} values a pixel", data.channels()),
+        )?;
         ensure(sample == get()?, format!("sample {index} is another the second time"))?;
         let fits = sample.label.is_none_or(|label| (label as usize) < data.classes());
         ensure(fits, format!("sample {index} has label {:?} of {} classes", sample.label, data.classes()))?;
@@ -134,7 +137,7 @@ pub fn dataset(data: &dyn Dataset) -> Held {
 /// What does not hold.
 pub fn augmentation(table: &str) -> Held {
     for local_count in [0, 1, 6] {
-        let mut context = CropContext { global_size: 64, local_size: 32, local_count, patch_size: 8 };
+        let mut context = CropContext { global_size: 64, local_size: 32, local_count, patch_size: 8, channels: 3 };
         let plugin = plugin::<dyn Augmentation>(table, &mut context).map_err(|e| e.to_string())?;
         for (i, size) in [(8, 8), (9, 500), (300, 11), (64, 64), (640, 480)].into_iter().enumerate() {
             for image in 0..100 {
@@ -182,13 +185,13 @@ pub fn masking(masking: &dyn Masking) -> Held {
 pub fn backbone(table: &str) -> Held {
     let text = |e: Error| e.to_string();
     let mut builder = ParamBuilder::new();
-    let context = &mut BackboneContext { params: &mut builder, global_size: 32, channels: CHANNELS };
+    let context = &mut BackboneContext { params: &mut builder, global_size: 32, channels: 3 };
     let model = plugin::<dyn Backbone>(table, context).map_err(text)?;
     let layout = builder.finish();
     let flat = layout.init(0, DType::F64).map_err(text)?;
     let (patch, dim) = (model.patch_size(), model.dim());
     let (b, grid) = (2, Grid { height: 2, width: 3 });
-    let pixels = normal(0, 0, &[b, CHANNELS, grid.height * patch, grid.width * patch]);
+    let pixels = normal(0, 0, &[b, 3, grid.height * patch, grid.width * patch]);
     let draws = model.draw(&|stream, index| Rng::new(0, stream, 0, index), &[b]);
     let tape = Tape::new();
     let tracked = Params::tracked(&layout, &flat, &tape);

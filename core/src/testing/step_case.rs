@@ -216,6 +216,7 @@ pub(super) fn build(name: &str, case: &Case) -> Result<Built> {
         locals,
         patches,
         patch_size: PATCH,
+        channels: 3,
     })?;
     params.check()?;
     Ok(Built { loss, layout: params.finish() })

@@ -173,7 +173,7 @@ impl Log {
 /// Up to four images with all their crops as one picture: RGB, width, height.
 fn contact_sheet(batch: &Batch, recipe: &Recipe) -> (Vec<u8>, usize, usize) {
     const GAP: usize = 2;
-    let images = batch.images();
+    let (images, channels) = (batch.images(), recipe.crops.channels());
     let kinds: Vec<(&Tensor, usize)> =
         [Some(&batch.global), batch.local.as_ref()].into_iter().flatten().map(|t| (t, t.dim(0) / images)).collect();
     let width: usize = kinds.iter().map(|(t, n)| n * (t.dim(3) + GAP)).sum();
@@ -187,12 +187,14 @@ fn contact_sheet(batch: &Batch, recipe: &Recipe) -> (Vec<u8>, usize, usize) {
             let host = crops.cast(crate::DType::F32).expect("crops are real").to(crate::Device::Cpu);
             let data = host.as_slice::<f32>();
             for crop in 0..*count {
-                let base = (crop * images + image) * 3 * h * w;
-                for (i, channel) in (0..h * w).flat_map(|i| (0..3).map(move |c| (i, c))) {
+                let base = (crop * images + image) * channels * h * w;
+                for (i, shown) in (0..h * w).flat_map(|i| (0..3).map(move |c| (i, c))) {
+                    // Of three channels or more the first three; of fewer the first, as grey.
+                    let channel = if channels < 3 { 0 } else { shown };
                     let value =
                         data[base + channel * h * w + i] * recipe.crops.std[channel] + recipe.crops.mean[channel];
                     let (y, x) = (image * row + i / w, left + i % w);
-                    sheet[3 * (y * width + x) + channel] = (value * 255.0).clamp(0.0, 255.0) as u8;
+                    sheet[3 * (y * width + x) + shown] = (value * 255.0).clamp(0.0, 255.0) as u8;
                 }
                 left += w + GAP;
             }

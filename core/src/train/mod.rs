@@ -59,7 +59,7 @@ use crate::recipe::{self, OnNonFinite, Recipe, Resolved};
 use crate::registry::DataContext;
 use crate::step::{Learner, Report};
 use crate::text::printable;
-use crate::{checkpoint, Error, Result};
+use crate::{checkpoint, step, Error, Result};
 
 /// Where and how a run runs.
 #[derive(Clone, Debug)]
@@ -213,6 +213,7 @@ fn run_on(
             (Learner::from_checkpoint(recipe, &checkpoint)?, checkpoint.step, None)
         }
         None => {
+            messages.extend(step::adaptations(recipe)?.into_iter().map(|text| ("weights", text)));
             let (learner, begun) = parents::begin(resolved, train.as_ref())?;
             begun.check(folder.path())?;
             (learner, begun.step, Some(begun))

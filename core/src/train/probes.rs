@@ -76,7 +76,7 @@ impl Probes {
                 test: test.as_ref(),
                 image_size: size.unwrap_or(ImageSize::square(recipe.crops.global_size)),
                 patch_size: learner.model().backbone.patch_size(),
-                normalization: (recipe.crops.mean, recipe.crops.std),
+                normalization: (&recipe.crops.mean, &recipe.crops.std),
                 seed: recipe.seed,
                 warn: &|text| warnings.borrow_mut().push(format!("probe `{name}{at}`: {text}")),
                 show: None,

@@ -18,7 +18,7 @@ pub struct Trained {
     /// The backbone.
     pub backbone: Box<dyn Backbone>,
     /// Mean and standard deviation of pixels per channel, for normalisation.
-    pub normalization: ([f32; 3], [f32; 3]),
+    pub normalization: (Vec<f32>, Vec<f32>),
     /// Side in pixels of the global crops that it was trained on.
     pub global_size: usize,
     layout: Arc<Layout>,
@@ -70,8 +70,8 @@ impl Trained {
     /// If the weights cannot be brought to the host.
     pub fn fingerprint(&self) -> Result<String> {
         let mut hash = blake3::Hasher::new();
-        let (mean, std) = self.normalization;
-        for x in mean.iter().chain(&std) {
+        let (mean, std) = &self.normalization;
+        for x in mean.iter().chain(std) {
             hash.update(&x.to_le_bytes());
         }
         hash.update(format!("{:?}", self.backbone).as_bytes());
@@ -83,7 +83,7 @@ impl Trained {
         Ok(hash.finalize().to_hex().to_string())
     }
 
-    /// Features of normalised pixels `[B, 3, h, w]`, in evaluation; everything on the host.
+    /// Features of normalised pixels `[B, channels, h, w]`, in evaluation; everything on the host.
     ///
     /// # Errors
     /// If the image is too small for the model, or too large for the device's memory.

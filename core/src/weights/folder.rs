@@ -13,7 +13,6 @@ use crate::contract::Backbone;
 use crate::params::ParamBuilder;
 use crate::recipe::{as_written, check_schema, check_tables, toml_value, CropConfig, Nested, Problem, SCHEMA};
 use crate::registry::{BackboneContext, Chosen};
-use crate::step::CHANNELS;
 use crate::{Error, Result};
 
 /// The file that makes a folder one of weights.
@@ -30,32 +29,41 @@ pub struct ModelInfo {
 }
 
 /// What a model was trained on: size and normalisation.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Pixels {
     /// Side of a global crop: a learned position table has as many places.
     pub global_size: usize,
-    /// Mean of the pixels per channel, in [0, 1].
+    /// Mean of the pixels per channel, in [0, 1]: one number for every channel of the images.
     #[serde(serialize_with = "as_written")]
-    pub mean: [f32; 3],
+    pub mean: Vec<f32>,
     /// Standard deviation of the pixels per channel, in [0, 1].
     #[serde(serialize_with = "as_written")]
-    pub std: [f32; 3],
+    pub std: Vec<f32>,
 }
 
 impl Pixels {
     const KEYS: [&'static str; 3] = ["global_size", "mean", "std"];
 
+    /// Channels of the images: as many as `mean` has numbers.
+    pub fn channels(&self) -> usize {
+        self.mean.len()
+    }
+
     /// Fails, naming the key, if these are no mean and standard deviation of pixels in [0, 1].
     fn check(&self) -> Result<(), (&'static str, String)> {
-        let range = |key, values: [f32; 3], least: f32| match values.iter().all(|x| (least..=1.0).contains(x)) {
+        let [means, stds] = [&self.mean, &self.std].map(Vec::len);
+        if means == 0 || stds != means {
+            return Err(("crops.std", format!("has {stds} numbers, and crops.mean {means}: one for every channel")));
+        }
+        let range = |key, values: &[f32], least: f32| match values.iter().all(|x| (least..=1.0).contains(x)) {
             true => Ok(()),
             false => {
                 Err((key, format!("{values:?} is outside of pixels in [0, 1]: divide numbers of 0 to 255 by 255")))
             }
         };
-        range("crops.mean", self.mean, 0.0)?;
-        range("crops.std", self.std, f32::MIN_POSITIVE)
+        range("crops.mean", &self.mean, 0.0)?;
+        range("crops.std", &self.std, f32::MIN_POSITIVE)
     }
 }
 
@@ -92,8 +100,8 @@ impl ModelInfo {
             ));
         }
         for key in ["mean", "std"] {
-            if crops.get(key).is_some_and(|v| v.clone().try_into::<[f32; 3]>().is_err()) {
-                return Err(wrong(&format!("crops.{key}"), "expected a list of 3 numbers".into()));
+            if crops.get(key).is_some_and(|v| v.clone().try_into::<Vec<f32>>().is_err()) {
+                return Err(wrong(&format!("crops.{key}"), "expected a list of numbers".into()));
             }
         }
         let pixels: Pixels = crops.try_into().map_err(|e: toml::de::Error| wrong("crops", e.message().into()))?;
@@ -140,10 +148,8 @@ impl ModelInfo {
                 "the file that describes the model is damaged or of another kind of model",
             ));
         }
-        let global_size = self.crops.global_size;
-        params.scope("backbone", |params| {
-            self.backbone.build(&mut BackboneContext { params, global_size, channels: CHANNELS })
-        })
+        let (global_size, channels) = (self.crops.global_size, self.crops.channels());
+        params.scope("backbone", |params| self.backbone.build(&mut BackboneContext { params, global_size, channels }))
     }
 }
 

@@ -1,16 +1,14 @@
 //! ConvNeXt in the layout of Hugging Face `transformers` (`facebook/dinov3-convnext-*`, class `DINOv3ConvNextModel`):
 //! which tensor there is which parameter here, and what its `config.json` says. Shapes are the same.
 
-use dinolab_core::contract::Backbone;
 use dinolab_core::params::{ParamBuilder, ParamSpec};
-use dinolab_core::registry::Chosen;
 use dinolab_core::weights::convert::Rule;
-use dinolab_core::weights::{JsonTable, ModelInfo, Pixels, TensorFiles};
+use dinolab_core::weights::{JsonTable, ModelInfo, TensorFiles};
 use dinolab_core::{Error, Result};
 use serde_json::{json, Value as Json};
 
 use super::{ConvNextConfig, STAGES};
-use crate::published::{check_eps, check_sizes, pixels, Published, HARMLESS};
+use crate::published::{check_channels, check_eps, check_sizes, pixels, Published, HARMLESS};
 
 /// The `model_type` of such a configuration.
 pub const MODEL_TYPE: &str = "dinov3_convnext";
@@ -43,14 +41,13 @@ pub fn hf_name(name: &str) -> Option<String> {
 pub(crate) fn read(files: &TensorFiles, mut keys: JsonTable, notes: &mut Vec<String>) -> Result<Published> {
     const NO_SUCH: &str = "dinolab has no such model";
     keys.harmless(&HARMLESS);
-    let crops = pixels(files, &mut keys, notes)?;
+    let channels = keys.take("num_channels")?.unwrap_or(3);
+    check_channels(&keys, channels)?;
+    let crops = pixels(files, &mut keys, channels, notes)?;
     let activation: String = keys.need("hidden_act")?;
     if activation != "gelu" {
         let problem = format!("`{activation}` is not known here, only the exact `gelu` of the published models is");
         return Err(keys.wrong("hidden_act", problem, NO_SUCH));
-    }
-    if keys.take("num_channels")?.is_some_and(|channels: usize| channels != 3) {
-        return Err(keys.wrong("num_channels", "dinolab's images have 3", NO_SUCH));
     }
     let (depths, dims): ([usize; STAGES], [usize; STAGES]) = (keys.need("depths")?, keys.need("hidden_sizes")?);
     if depths.iter().any(|&depth| depth > files.names().count()) {
@@ -98,17 +95,17 @@ fn rules(model: &ModelInfo) -> Result<Vec<Rule>> {
 ///
 /// # Errors
 /// If the model has no LayerScale.
-pub(crate) fn write(backbone: &Chosen<dyn Backbone>) -> Result<(Json, Vec<Rule>)> {
-    let config = ConvNextConfig::of(backbone)?;
+pub(crate) fn write(model: &ModelInfo) -> Result<(Json, Vec<Rule>)> {
+    let config = ConvNextConfig::of(&model.backbone)?;
     if config.layer_scale == 0.0 {
         let problem = "the Hugging Face layout cannot express a model with no LayerScale (backbone.layer_scale = 0)";
         return Err(Error::user(problem, "export it with --format safetensors"));
     }
-    let rules = rules(&ModelInfo { backbone: backbone.clone(), crops: Pixels::default() })?;
+    let rules = rules(model)?;
     let json = json!({
         "architectures": ["DINOv3ConvNextModel"],
         "model_type": MODEL_TYPE,
-        "num_channels": 3,
+        "num_channels": model.crops.channels(),
         "depths": config.depths,
         "hidden_sizes": config.dims,
         "hidden_act": "gelu",

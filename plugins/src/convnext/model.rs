@@ -76,7 +76,10 @@ impl ConvNext {
             return Err(Error::shape("convnext", format!("crops are [B, C, H, W], not {:?}", pixels.shape())));
         };
         if channels != self.channels || height < STRIDE || width < STRIDE {
-            let problem = format!("{channels} channels of {height}x{width} pixels: it needs 3 of at least {STRIDE}");
+            let problem = format!(
+                "{channels} channels of {height}x{width} pixels: it needs {} of at least {STRIDE}",
+                self.channels
+            );
             return Err(Error::shape("convnext", problem));
         }
         let mut x = pixels.cast(params.dtype())?;

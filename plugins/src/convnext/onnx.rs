@@ -31,7 +31,7 @@ pub(crate) fn write(model: &ModelInfo, files: &TensorFiles, prefix: &str) -> Res
     }
     let mut graph = Graph::of(files, format!("{prefix}backbone."));
     let (images, dim) = (Dim::Any("images"), config.dims[STAGES - 1]);
-    graph.input("pixels", &[images, Dim::Is(3), Dim::Any("height"), Dim::Any("width")]);
+    graph.input("pixels", &[images, Dim::Is(model.crops.channels()), Dim::Any("height"), Dim::Any("width")]);
     let mut x = "pixels".to_string();
     for stage in 0..STAGES {
         let place = |layer: usize| format!("downsample_layers.{stage}.{layer}");

@@ -73,7 +73,7 @@ impl Source {
     pub fn open(cut_outs: &Path, backgrounds: &Path, aside: f64, largest: u32, cover: [u32; 2]) -> Result<Self> {
         let [cut, photo] = [(cut_outs, "data.path"), (backgrounds, "data.backgrounds")].map(|(root, key)| {
             if root.is_dir() {
-                return list(root);
+                return list(root, false);
             }
             let problem = if root.exists() { "this is not a folder" } else { "there is no such folder" };
             Err(Error::content(root, problem, format!("set {key} to a folder of images")))

@@ -23,9 +23,12 @@ const SYSTEM: [&str; 8] = [
 /// Names that a sentence tells.
 const TOLD: usize = 3;
 
-/// Whether files with this ending, in small letters, are images.
-pub(crate) fn is_image(ending: &str) -> bool {
-    EXTENSIONS.contains(&ending)
+/// Arrays, where they are images.
+const ARRAY: &str = "npy";
+
+/// Whether files with this ending, in small letters, are images; `arrays` says whether arrays are.
+pub(crate) fn is_image(ending: &str, arrays: bool) -> bool {
+    EXTENSIONS.contains(&ending) || (arrays && ending == ARRAY)
 }
 
 /// The images of a folder, and what was passed over.
@@ -37,15 +40,15 @@ pub struct Listing {
     pub notes: Vec<String>,
 }
 
-/// The images in a folder and its sub-folders. A folder is taken once, however many links lead to it, and links are
+/// The images in a folder and its sub-folders, `.npy` files among them where `arrays` are images. A folder is taken once, however many links lead to it, and links are
 /// followed after everything else. What cannot be listed is noted; a link to nowhere that is named like an image is a broken
 /// one.
 ///
 /// # Errors
 /// If the folder itself cannot be listed, or holds no image.
-pub fn list(root: &Path) -> Result<Listing> {
+pub fn list(root: &Path, arrays: bool) -> Result<Listing> {
     fs::read_dir(root).map_err(Error::io("list", root))?;
-    let mut walk = Walk::default();
+    let mut walk = Walk { arrays, ..Walk::default() };
     walk.links.push_back(root.to_path_buf());
     while let Some(link) = walk.links.pop_front() {
         walk.folder(link);
@@ -65,6 +68,8 @@ pub fn list(root: &Path) -> Result<Listing> {
 
 #[derive(Default)]
 struct Walk {
+    /// Whether arrays are images.
+    arrays: bool,
     paths: Vec<PathBuf>,
     /// Links to folders, to be followed once all real folders are known.
     links: VecDeque<PathBuf>,
@@ -114,7 +119,7 @@ impl Walk {
             return;
         }
         let extension = path.extension().map(|e| e.to_string_lossy().to_ascii_lowercase());
-        let image = extension.as_deref().is_some_and(is_image);
+        let image = extension.as_deref().is_some_and(|ending| is_image(ending, self.arrays));
         let found = fs::symlink_metadata(&path).map(|entry| (entry.is_symlink(), fs::metadata(&path)));
         match found {
             Ok((true, Ok(target))) if target.is_dir() => self.links.push_back(path),

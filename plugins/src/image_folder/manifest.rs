@@ -11,7 +11,7 @@ use dinolab_core::{plugin, Error, Result};
 use super::depth::Depths;
 use super::labels::{in_order, Labelled, TEST, TRAIN};
 use super::masks::{MaskConfig, Masks};
-use super::{Beside, Files, ImageFolder};
+use super::{Beside, Files, ImageFolder, Wanted};
 
 /// The columns that are known.
 const COLUMNS: [&str; 5] = ["path", "label", "split", "mask", "depth"];
@@ -37,6 +37,16 @@ pub struct ManifestConfig {
     #[serde(default = "super::default_held_out")]
     #[schemars(extend("minimum" = 0, "exclusiveMaximum" = 1))]
     pub held_out: f64,
+    /// Channels of an image. 3 makes RGB of whatever a file holds; of any other number every file has to have as many. `crops.mean`
+    /// and `crops.std` have a number for each.
+    #[serde(default = "super::default_channels")]
+    #[schemars(range(min = 1, max = 1024))]
+    pub channels: usize,
+    /// Bits of a value that are kept: 8 rounds files of 16 bits to 8, 16 keeps them as they are; files of 8 bits stay so. By default 8
+    /// for 3 channels and 16 for any other number.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("enum" = [8, 16]))]
+    pub bits: Option<u8>,
     /// The colour that transparent images lie on: red, green and blue, 0 to 255.
     #[serde(default = "super::default_background")]
     pub background: [u8; 3],
@@ -116,7 +126,8 @@ fn open(config: &ManifestConfig) -> Result<ImageFolder> {
         depth: column(|row| &row.depth).map(|files| Depths::of(config.depth_scale, files)),
     };
     let paths = rows.into_iter().map(|row| row.path).collect();
-    let mut files = Files::new(&root, paths, labelled, beside, notes, config.background);
+    let wanted = Wanted::new(config.channels, config.bits, config.background);
+    let mut files = Files::new(&root, paths, labelled, beside, notes, wanted);
     // Labels and parts make other data too.
     let table = std::fs::read(file).map_err(Error::io("read", file))?;
     files.fingerprint = blake3::hash(&[files.fingerprint.as_bytes(), &table].concat()).to_hex().to_string();

@@ -25,7 +25,7 @@ use depth::Depths;
 use labels::Labelled;
 use masks::Masks;
 
-pub use decode::read;
+pub use decode::{read, read_as, Wanted};
 pub(crate) use labels::in_order;
 pub(crate) use listing::is_image;
 pub use listing::{list, Listing};
@@ -44,8 +44,10 @@ const NAMED: usize = 10;
 /// folders in them are the classes. Hidden folders and files, those of systems (`__MACOSX`, `@eaDir`) and other types of
 /// files are passed over and counted; links are followed, and a folder is taken once.
 ///
-/// Colours become 8-bit RGB: grey is tripled, CMYK converted, 16 bits rounded to 8, what is transparent laid on
-/// `background`. Colour profiles (ICC) and gamma are not applied. Of an animation the first picture is taken. The
+/// Colours become 8-bit RGB: grey is tripled, CMYK converted, 16 bits rounded to 8 (unless `bits = 16`), what is transparent laid on
+/// `background`. With another number of `channels` nothing is converted: a file has so many, or is refused. Then grey files are of
+/// one channel, RGBA of four, a TIFF of as many as it has samples a pixel, of 8 or 16 bits; and files `.npy` are images too, `[height,
+/// width, channels]` or `[height, width]` of u8 or u16. Colour profiles (ICC) and gamma are not applied. Of an animation the first picture is taken. The
 /// orientation that a camera noted (EXIF) is applied. A file that ends early or is damaged is never used: it is named, counted
 /// and replaced by another (`batch.max_broken_share`).
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
@@ -59,6 +61,16 @@ pub struct ImageFolderConfig {
     #[serde(default = "default_held_out")]
     #[schemars(extend("minimum" = 0, "exclusiveMaximum" = 1))]
     pub held_out: f64,
+    /// Channels of an image. 3 makes RGB of whatever a file holds; of any other number every file has to have as many. `crops.mean`
+    /// and `crops.std` have a number for each.
+    #[serde(default = "default_channels")]
+    #[schemars(range(min = 1, max = 1024))]
+    pub channels: usize,
+    /// Bits of a value that are kept: 8 rounds files of 16 bits to 8, 16 keeps them as they are; files of 8 bits stay so. By default 8
+    /// for 3 channels and 16 for any other number.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("enum" = [8, 16]))]
+    pub bits: Option<u8>,
     /// The colour that transparent images lie on: red, green and blue, 0 to 255.
     #[serde(default = "default_background")]
     pub background: [u8; 3],
@@ -99,6 +111,8 @@ impl ImageFolderConfig {
         Self {
             path: path.into(),
             held_out: default_held_out(),
+            channels: default_channels(),
+            bits: None,
             background: default_background(),
             val: None,
             masks: None,
@@ -117,6 +131,10 @@ pub(crate) fn default_held_out() -> f64 {
 
 fn default_depth_scale() -> f64 {
     0.001
+}
+
+pub(crate) fn default_channels() -> usize {
+    3
 }
 
 pub(crate) fn default_background() -> [u8; 3] {
@@ -148,7 +166,7 @@ struct Files {
     beside: Beside,
     /// What was passed over.
     notes: Vec<String>,
-    background: [u8; 3],
+    wanted: Wanted,
     /// BLAKE3 of every path in the folder and the size of its file.
     fingerprint: String,
 }
@@ -203,10 +221,13 @@ impl Dataset for ImageFolder {
 
     fn get_image(&self, index: usize) -> Result<Sample> {
         let known = &self.files.known[self.part[index]];
-        let image = read_again(self.path(index), self.files.background, known)?;
-        let (width, height) = (image.width() as usize, image.height() as usize);
+        let image = read_again(self.path(index), &self.files.wanted, known)?;
         let label = self.files.labelled.labels.get(self.part[index]).copied().flatten();
-        Ok(Sample { width, height, rgb: image.into_raw(), label, ..Sample::default() })
+        Ok(Sample { label, ..image })
+    }
+
+    fn channels(&self) -> usize {
+        self.files.wanted.channels
     }
 
     fn classes(&self) -> usize {
@@ -266,7 +287,8 @@ impl Dataset for ImageFolder {
 impl Files {
     fn list(config: &ImageFolderConfig) -> Result<Self> {
         let root = &config.path;
-        let Listing { mut paths, mut notes } = listed(root, "data.path")?;
+        let wanted = Wanted::new(config.channels, config.bits, config.background);
+        let Listing { mut paths, mut notes } = listed(root, "data.path", &wanted)?;
         let kinds = [(&MASK, &config.masks, &config.val_masks), (&DEPTH, &config.depth, &config.val_depth)];
         let mut found: [Option<Vec<Option<PathBuf>>>; 2] = [None, None];
         for (found, (kind, folder, val)) in found.iter_mut().zip(kinds) {
@@ -281,7 +303,7 @@ impl Files {
         }
         let labelled = match &config.val {
             Some(val) => {
-                let theirs = listed(val, "data.val")?;
+                let theirs = listed(val, "data.val", &wanted)?;
                 notes.extend(theirs.notes.into_iter().map(|note| format!("{}: {note}", printable(val))));
                 for (found, (kind, _, folder)) in found.iter_mut().zip(kinds) {
                     match (found, folder) {
@@ -309,7 +331,7 @@ impl Files {
             masks: masks.map(|files| Masks::open(&config.mask, files)).transpose()?,
             depth: depth.map(|files| Depths::of(config.depth_scale, files)),
         };
-        Ok(Self::new(root, paths, labelled, beside, notes, config.background))
+        Ok(Self::new(root, paths, labelled, beside, notes, wanted))
     }
 
     /// Of files that were found.
@@ -319,7 +341,7 @@ impl Files {
         labelled: Labelled,
         beside: Beside,
         notes: Vec<String>,
-        background: [u8; 3],
+        wanted: Wanted,
     ) -> Self {
         let mut hash = blake3::Hasher::new();
         let mut add = |path: &Path| {
@@ -336,7 +358,7 @@ impl Files {
         }
         let fingerprint = hash.finalize().to_hex().to_string();
         let known = paths.iter().map(|_| Known::default()).collect();
-        Self { paths, sizes, known, labelled, beside, notes, background, fingerprint }
+        Self { paths, sizes, known, labelled, beside, notes, wanted, fingerprint }
     }
 }
 
@@ -375,9 +397,9 @@ pub(crate) fn count_classes(classes: &[String], labels: impl Iterator<Item = Opt
 }
 
 /// The images of the folder that a key names.
-fn listed(root: &Path, key: &str) -> Result<Listing> {
+fn listed(root: &Path, key: &str, wanted: &Wanted) -> Result<Listing> {
     if root.is_dir() {
-        return list(root);
+        return list(root, wanted.takes_arrays());
     }
     let problem = if root.exists() { "this is not a folder" } else { "there is no such folder" };
     let help = format!("set {key} to a folder of images; a relative path starts where the program is run");

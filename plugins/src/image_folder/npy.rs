@@ -32,7 +32,8 @@ pub(super) fn read(path: &Path) -> Result<Array> {
     parse(&bytes).map_err(|(problem, help)| wrong(problem, help))
 }
 
-fn parse(bytes: &[u8]) -> Result<Array, (String, &'static str)> {
+/// The array in the bytes of a file, or what is wrong with them and what to do.
+pub(super) fn parse(bytes: &[u8]) -> Result<Array, (String, &'static str)> {
     let damaged = |problem: String| (problem, "an array is a .npy file that numpy.save wrote: mend or replace it");
     let mut rest = bytes;
     let file = NpyFile::new(&mut rest).map_err(|e| damaged(e.to_string()))?;

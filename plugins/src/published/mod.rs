@@ -7,8 +7,6 @@ use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 use dinolab_core::checkpoint::{write_file, write_pieces};
-use dinolab_core::contract::Backbone;
-use dinolab_core::registry::Chosen;
 use dinolab_core::weights::convert::{from_published, Piece, Rule};
 use dinolab_core::weights::{
     check_free, write_folder, JsonTable, ModelInfo, Pixels, Source, TensorFiles, MODEL_FILE, WEIGHTS_FILE,
@@ -256,7 +254,12 @@ fn known_model_type(config: &JsonTable) -> Result<()> {
 ///
 /// # Errors
 /// If the configuration or the processor says something that dinolab does not know.
-pub(crate) fn pixels(files: &TensorFiles, config: &mut JsonTable, notes: &mut Vec<String>) -> Result<Pixels> {
+pub(crate) fn pixels(
+    files: &TensorFiles,
+    config: &mut JsonTable,
+    channels: usize,
+    notes: &mut Vec<String>,
+) -> Result<Pixels> {
     let global_size = side(config, "image_size")?;
     let global_size = global_size.unwrap_or_else(|| {
         notes.push("config.json has no `image_size`: 224 is assumed as the side of global crops".into());
@@ -270,7 +273,7 @@ pub(crate) fn pixels(files: &TensorFiles, config: &mut JsonTable, notes: &mut Ve
         ));
     }
     let pixels = Pixels { global_size, ..Pixels::default() };
-    processor::pixels(files.path(), pixels, false, notes)
+    processor::pixels(files.path(), pixels, channels, false, notes)
 }
 
 /// As [`pixels`], of weights without a configuration.
@@ -280,10 +283,11 @@ pub(crate) fn pixels(files: &TensorFiles, config: &mut JsonTable, notes: &mut Ve
 pub(crate) fn pixels_of_size(
     files: &TensorFiles,
     global_size: usize,
+    channels: usize,
     satellite: bool,
     notes: &mut Vec<String>,
 ) -> Result<Pixels> {
-    processor::pixels(files.path(), Pixels { global_size, ..Pixels::default() }, satellite, notes)
+    processor::pixels(files.path(), Pixels { global_size, ..Pixels::default() }, channels, satellite, notes)
 }
 
 /// The side of a square, which may be written twice.
@@ -304,6 +308,17 @@ pub(crate) fn side(config: &mut JsonTable, key: &'static str) -> Result<Option<u
         Some(Side::Two(sides)) => {
             Err(config.wrong(key, format!("{sides:?} is no square"), "only squares are known here"))
         }
+    }
+}
+
+/// Fails unless images can have so many channels.
+///
+/// # Errors
+/// If there is none, or more than a recipe may have.
+pub(crate) fn check_channels(config: &JsonTable, channels: usize) -> Result<()> {
+    match (1..=1024).contains(&channels) {
+        true => Ok(()),
+        false => Err(config.wrong("num_channels", format!("{channels} is not from 1 to 1024"), "RGB has 3")),
     }
 }
 
@@ -342,10 +357,10 @@ pub(crate) fn check_sizes(files: &TensorFiles, path: &Path, sizes: &[(&str, &[us
 ///
 /// # Errors
 /// If that layout cannot express the backbone.
-pub fn hugging_face(backbone: &Chosen<dyn Backbone>) -> Result<(Json, Vec<Rule>)> {
-    match backbone.name() {
-        "vit" => vit::hf::write(backbone),
-        "convnext" => convnext::hugging_face::write(backbone),
+pub fn hugging_face(model: &ModelInfo) -> Result<(Json, Vec<Rule>)> {
+    match model.backbone.name() {
+        "vit" => vit::hf::write(model),
+        "convnext" => convnext::hugging_face::write(model),
         other => {
             let problem = format!("the Hugging Face layout has no place for the backbone `{other}`");
             Err(Error::user(problem, "export it with --format safetensors"))
@@ -359,7 +374,7 @@ pub fn hugging_face(backbone: &Chosen<dyn Backbone>) -> Result<(Json, Vec<Rule>)
 /// If that layout cannot express the backbone.
 pub fn timm(model: &ModelInfo) -> Result<(Json, Vec<Rule>)> {
     match model.backbone.name() {
-        "vit" => vit::timm::write(&model.backbone, &model.crops),
+        "vit" => vit::timm::write(model),
         other => {
             let problem = format!("timm's layout has no place for the backbone `{other}`");
             Err(Error::user(problem, "export it with --format safetensors"))

@@ -11,10 +11,10 @@ pub(crate) const FILE: &str = "preprocessor_config.json";
 
 /// A number for all channels, or one for each.
 #[derive(Deserialize)]
-#[serde(untagged, expecting = "a number, or a list of three")]
+#[serde(untagged, expecting = "a number, or a list with one for every channel")]
 enum Channels {
     One(f64),
-    Three([f64; 3]),
+    Each(Vec<f64>),
 }
 
 /// Keys that say how images are brought to a size, which dinolab does in its own way, and what the file is of.
@@ -56,7 +56,17 @@ const HARMLESS: [&str; 28] = [
 ///
 /// # Errors
 /// If the file says something that dinolab does not know, or that makes no sense.
-pub(crate) fn pixels(weights: &Path, pixels: Pixels, satellite: bool, notes: &mut Vec<String>) -> Result<Pixels> {
+pub(crate) fn pixels(
+    weights: &Path,
+    mut pixels: Pixels,
+    channels: usize,
+    satellite: bool,
+    notes: &mut Vec<String>,
+) -> Result<Pixels> {
+    if channels != pixels.channels() {
+        // Nothing is known of them.
+        (pixels.mean, pixels.std) = (vec![0.5; channels], vec![0.5; channels]);
+    }
     let Some(file) = super::beside(weights, FILE) else {
         notes.push(assumed(&format!("there is no {FILE}"), &pixels, satellite));
         return Ok(pixels);
@@ -81,22 +91,26 @@ pub(crate) fn pixels(weights: &Path, pixels: Pixels, satellite: bool, notes: &mu
         ));
     }
     let unit = 255.0 * factor;
-    let three = |value: Option<Channels>| match value? {
-        Channels::One(x) => Some([x; 3]),
-        Channels::Three(x) => Some(x),
+    let each = |value: Option<Channels>| match value? {
+        Channels::One(x) => Some(vec![x; channels]),
+        Channels::Each(x) => Some(x),
     };
     if keys.take("do_normalize")? == Some(false) {
         keys.harmless(&["image_mean", "image_std"]);
         keys.finish()?;
-        return Ok(Pixels { mean: [0.0; 3], std: [(1.0 / unit) as f32; 3], ..pixels });
+        return Ok(Pixels { mean: vec![0.0; channels], std: vec![(1.0 / unit) as f32; channels], ..pixels });
     }
-    let mean = three(keys.take("image_mean")?);
-    let std = three(keys.take("image_std")?);
-    for (key, value) in [("image_mean", mean), ("image_std", std)] {
+    let mean = each(keys.take("image_mean")?);
+    let std = each(keys.take("image_std")?);
+    for (key, value) in [("image_mean", &mean), ("image_std", &std)] {
+        if let Some(value) = value.as_ref().filter(|value| value.len() != channels) {
+            let problem = format!("it has {} numbers, and the model sees {channels} channels", value.len());
+            return Err(keys.wrong(key, problem, "give one number for every channel"));
+        }
         // What the keys `crops.mean` and `crops.std` take.
         let least = if key == "image_std" { 1e-3 } else { 0.0 };
         let inside = |x: &f64| (least..=1.0).contains(&(x / unit));
-        if let Some(value) = value.filter(|value| !value.iter().all(inside)) {
+        if let Some(value) = value.as_ref().filter(|value| !value.iter().all(inside)) {
             let problem = format!("{value:?} is outside what pixels from 0 to {} can have", as_number(unit));
             let help = match value.iter().all(|x| (least..=1.0).contains(&(x / unit / 255.0))) {
                 true => "these are numbers of pixels from 0 to 255: divide them by 255, or set do_rescale to false",
@@ -106,10 +120,10 @@ pub(crate) fn pixels(weights: &Path, pixels: Pixels, satellite: bool, notes: &mu
         }
     }
     keys.finish()?;
-    let scaled = |value: [f64; 3]| value.map(|x| (x / unit) as f32);
+    let scaled = |value: Vec<f64>| value.into_iter().map(|x| (x / unit) as f32).collect();
+    let given = [("image_mean", mean.is_some()), ("image_std", std.is_some())];
+    let missing: Vec<&str> = given.iter().filter(|(_, given)| !given).map(|(key, _)| *key).collect();
     let found = Pixels { mean: mean.map_or(pixels.mean, scaled), std: std.map_or(pixels.std, scaled), ..pixels };
-    let missing: Vec<&str> =
-        [("image_mean", mean), ("image_std", std)].iter().filter(|(_, v)| v.is_none()).map(|(key, _)| *key).collect();
     if !missing.is_empty() {
         notes.push(assumed(&format!("{FILE} has no {}", missing.join(" and no ")), &found, satellite));
     }
@@ -128,6 +142,7 @@ fn as_number(x: f64) -> String {
 /// That mean and standard deviation are a guess, and where to set others.
 fn assumed(because: &str, pixels: &Pixels, satellite: bool) -> String {
     let Pixels { mean, std, .. } = pixels;
+    let whose = if pixels.channels() == 3 { "ImageNet's" } else { "a guess" };
     let also = match satellite {
         true => {
             "; a norm of local crops is what the satellite models have: theirs are [0.430, 0.411, 0.296] and [0.213, 0.156, \
@@ -136,7 +151,7 @@ fn assumed(because: &str, pixels: &Pixels, satellite: bool) -> String {
         false => "",
     };
     format!(
-        "{because}, so the pixels' mean {mean:?} and standard deviation {std:?} (ImageNet's) are assumed{also}: if others \
+        "{because}, so the pixels' mean {mean:?} and standard deviation {std:?} ({whose}) are assumed{also}: if others \
         are right, set `mean` and `std` under [crops] of weights.toml, or crops.mean and crops.std of a recipe"
     )
 }

@@ -2,15 +2,15 @@
 
 use std::io::Cursor;
 
-use dinolab_core::contract::ImageSize;
+use dinolab_core::contract::{ImageSize, Pixels, Sample};
 use dinolab_core::rng::{Rng, Stream};
 use image::codecs::jpeg::JpegEncoder;
-use image::imageops::{blur, resize, FilterType};
-use image::{ImageFormat, RgbImage};
+use image::imageops::blur;
+use image::{ImageBuffer, ImageFormat, Pixel, RgbImage};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::probe_data::resized;
+use crate::pixels::{filtered, resized, rgb, Filter};
 
 /// How many strengths a corruption has.
 pub const STRENGTHS: usize = 5;
@@ -54,46 +54,79 @@ impl Corruption {
         }
     }
 
+    /// Whether it is of RGB alone.
+    pub fn needs_rgb(self) -> bool {
+        self == Self::Jpeg
+    }
+
     /// An image brought to `size` and corrupted, with a strength of 1 to 5. Noise is a function of seed, strength and the
-    /// image's number.
-    pub fn apply(self, image: RgbImage, size: ImageSize, strength: usize, seed: u64, index: usize) -> RgbImage {
-        let mut image = resized(image, size);
-        let (width, height) = (size.width as u32, size.height as u32);
+    /// image's number. JPEG is of 8-bit RGB.
+    pub fn apply(self, image: Sample, size: ImageSize, strength: usize, seed: u64, index: usize) -> Sample {
+        let image = resized(image, size);
         let at = strength - 1;
         match self {
             Self::Noise => {
                 let mut rng = Rng::new(seed, Stream::Probe, 2 + strength as u64, index as u64);
-                image.iter_mut().for_each(|x| *x = byte(f64::from(*x) + 255.0 * NOISE[at] * rng.normal()));
-                image
+                changed(image, |top, _, x| x + top * NOISE[at] * rng.normal())
             }
-            Self::Blur => blur(&image, BLUR[at] * size.width.min(size.height) as f32 / SIDE),
+            Self::Blur => filtered(image, &Blur(BLUR[at] * size.width.min(size.height) as f32 / SIDE)),
             Self::Contrast => {
-                let pixels = f64::from(image.width() * image.height());
-                let mut mean = [0.0; 3];
-                image.pixels().for_each(|p| (0..3).for_each(|c| mean[c] += f64::from(p.0[c]) / pixels));
-                for pixel in image.pixels_mut() {
-                    (0..3).for_each(|c| pixel.0[c] = byte(mean[c] + CONTRAST[at] * (f64::from(pixel.0[c]) - mean[c])));
-                }
-                image
+                let n = image.channels();
+                let mean = means(&image);
+                changed(image, |_, i, x| mean[i % n] + CONTRAST[at] * (x - mean[i % n]))
             }
             Self::Jpeg => {
                 let mut bytes = Cursor::new(Vec::new());
-                let encoded = JpegEncoder::new_with_quality(&mut bytes, QUALITY[at]).encode_image(&image);
+                let encoded = JpegEncoder::new_with_quality(&mut bytes, QUALITY[at]).encode_image(&rgb(&image));
                 encoded.expect("an image in memory can be encoded");
                 let decoded = image::load_from_memory_with_format(bytes.get_ref(), ImageFormat::Jpeg);
-                decoded.expect("it was just encoded").into_rgb8()
+                let decoded: RgbImage = decoded.expect("it was just encoded").into_rgb8();
+                Sample { pixels: decoded.into_raw().into(), ..image }
             }
             Self::Scale => {
-                let small = |side: u32| ((f64::from(side) * SCALE[at]).round() as u32).max(1);
-                let small = resize(&image, small(width), small(height), FilterType::Triangle);
-                resize(&small, width, height, FilterType::Triangle)
+                let small = |side: usize| ((side as f64 * SCALE[at]).round() as usize).max(1);
+                resized(resized(image, ImageSize { width: small(size.width), height: small(size.height) }), size)
             }
         }
     }
 }
 
-fn byte(x: f64) -> u8 {
-    x.round().clamp(0.0, 255.0) as u8
+/// A Gaussian blur of this standard deviation in pixels.
+struct Blur(f32);
+
+impl Filter for Blur {
+    fn apply<P: Pixel<Subpixel: 'static> + 'static>(
+        &self,
+        image: &ImageBuffer<P, Vec<P::Subpixel>>,
+    ) -> ImageBuffer<P, Vec<P::Subpixel>> {
+        blur(image, self.0)
+    }
+}
+
+/// The mean of every channel.
+fn means(image: &Sample) -> Vec<f64> {
+    let (n, pixels) = (image.channels(), (image.width * image.height) as f64);
+    let mut means = vec![0.0; n];
+    let mut add = |(i, x): (usize, f64)| means[i % n] += x / pixels;
+    match &image.pixels {
+        Pixels::U8(values) => values.iter().map(|&x| x.into()).enumerate().for_each(&mut add),
+        Pixels::U16(values) => values.iter().map(|&x| x.into()).enumerate().for_each(&mut add),
+    }
+    means
+}
+
+/// `f` of the greatest value, of the place of a value and of the value itself, of all values; rounded.
+fn changed(mut image: Sample, mut f: impl FnMut(f64, usize, f64) -> f64) -> Sample {
+    let mut value = |top: f64, i: usize, x: f64| f(top, i, x).round().clamp(0.0, top);
+    match &mut image.pixels {
+        Pixels::U8(values) => {
+            values.iter_mut().enumerate().for_each(|(i, x)| *x = value(255.0, i, f64::from(*x)) as u8)
+        }
+        Pixels::U16(values) => {
+            values.iter_mut().enumerate().for_each(|(i, x)| *x = value(65535.0, i, f64::from(*x)) as u16)
+        }
+    }
+    image
 }
 
 #[cfg(test)]
@@ -101,12 +134,14 @@ mod tests {
     use super::*;
 
     /// Waves that become finer to the right, and a slope: whatever is lost first is there.
-    fn picture() -> RgbImage {
+    fn picture() -> Sample {
         let wave = |x: u32| (120.0 + 100.0 * (f64::from(x * x) / 300.0).sin()) as u8;
-        RgbImage::from_fn(224, 224, |x, y| image::Rgb([wave(x), (y / 2 + 60) as u8, 90]))
+        let image = RgbImage::from_fn(224, 224, |x, y| image::Rgb([wave(x), (y / 2 + 60) as u8, 90]));
+        Sample { width: 224, height: 224, pixels: image.into_raw().into(), ..Sample::default() }
     }
 
-    fn distance(a: &RgbImage, b: &RgbImage) -> f64 {
+    fn distance(a: &Sample, b: &Sample) -> f64 {
+        let (a, b) = (a.rgb(), b.rgb());
         a.iter().zip(b.iter()).map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2)).sum::<f64>().sqrt()
     }
 
@@ -123,7 +158,7 @@ mod tests {
 
     #[test]
     fn noise_has_the_deviation_that_is_said_and_is_another_for_every_image() {
-        let grey = RgbImage::from_pixel(64, 64, image::Rgb([128; 3]));
+        let grey = Sample { width: 64, height: 64, pixels: vec![128u8; 3 * 64 * 64].into(), ..Sample::default() };
         let noisy = |index| Corruption::Noise.apply(grey.clone(), ImageSize::square(64), 1, 0, index);
         let deviation = distance(&noisy(0), &grey) / (3.0f64 * 64.0 * 64.0).sqrt() / 255.0;
         assert!((deviation - 0.08).abs() < 0.002, "{deviation}");

@@ -26,7 +26,7 @@ use crate::probe_data::{draw_two, Look};
 /// | `noise`: Gaussian, standard deviation of values in \[0, 1\] | 0.08, 0.12, 0.18, 0.26, 0.38 |
 /// | `blur`: Gaussian, standard deviation in pixels of 224 | 1, 2, 3, 4, 6 |
 /// | `contrast`: distances to each channel's mean, times | 0.4, 0.3, 0.2, 0.1, 0.05 |
-/// | `jpeg`: quality | 25, 18, 15, 10, 7 |
+/// | `jpeg`: quality; RGB only | 25, 18, 15, 10, 7 |
 /// | `scale`: made smaller and as large again, to a side of | 0.6, 0.5, 0.4, 0.3, 0.25 |
 ///
 /// Scores: `clean`, the share of right test images as they are; `corrupted`, the mean over corruptions and strengths;
@@ -60,6 +60,12 @@ impl Probe for Robustness {
         if self.corruptions.is_empty() {
             let problem = "probe `robustness`: there is no corruption";
             return Err(Error::user(problem, "list one or more in `corruptions`"));
+        }
+        let channels = context.normalization.0.len();
+        if let Some(wrong) = self.corruptions.iter().find(|c| c.needs_rgb() && channels != 3) {
+            let name = wrong.name();
+            let problem = format!("probe `robustness`: `{name}` is of RGB images, and these have {channels} channels");
+            return Err(Error::user(problem, format!("list the other corruptions in `corruptions`, without `{name}`")));
         }
         let [train, test] = draw_two(context, self.train_samples.get(), self.test_samples.get());
         let known = Look::cls(context.train, &train).features(context)?;

@@ -5,16 +5,16 @@ use std::path::{Path, PathBuf};
 use dinolab_core::contract::{ImageSize, ProbeContext, Sample};
 use dinolab_core::text::printable;
 use dinolab_core::{Error, Result};
-use image::RgbImage;
 
 use super::Tracking;
 use crate::image_folder::{list, read, read_mask};
-use crate::probe_data::{middle, nearest_pixels, resized};
+use crate::pixels::resized;
+use crate::probe_data::{middle, nearest_pixels};
 use crate::scenes::{Scenes, ScenesConfig, Size};
 
 /// A frame at the probe's size.
 pub(super) struct Frame {
-    pub image: RgbImage,
+    pub image: Sample,
     /// The object of every pixel, 0 for the background, where it is known.
     pub objects: Option<Vec<u8>>,
 }
@@ -100,7 +100,7 @@ impl Film {
     fn of(folder: &Path, masks: &Path) -> Result<Self> {
         let name = folder.file_name().unwrap_or_default();
         let masks = masks.join(name);
-        let mut images = list(folder)?.paths;
+        let mut images = list(folder, false)?.paths;
         images.sort();
         if images.len() < 3 {
             let problem = format!("{} frames are too few to follow anything", images.len());
@@ -136,7 +136,7 @@ fn load(image: &Path, mask: Option<&Path>, size: ImageSize) -> Result<Frame> {
         }
         None => None,
     };
-    Ok(frame(Sample { width, height, rgb: rgb.into_raw(), mask, ..Sample::default() }, size))
+    Ok(frame(Sample { width, height, pixels: rgb.into_raw().into(), mask, ..Sample::default() }, size))
 }
 
 /// A sample at a size, its mask by the nearest pixel.

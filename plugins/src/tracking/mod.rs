@@ -14,7 +14,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::pictures;
-use crate::probe_data::normalized;
+use crate::pixels::{normalized, rgb};
 use films::{Films, Frame};
 
 /// Objects tracked through films by their mask in the first frame, with nothing trained.
@@ -123,6 +123,11 @@ const BATCH: usize = 16;
 
 impl Probe for Tracking {
     fn run(&self, context: &ProbeContext<'_>) -> Result<Vec<Score>> {
+        let channels = context.normalization.0.len();
+        if channels != 3 {
+            let problem = format!("probe `tracking`: films are RGB, and the model sees {channels} channels");
+            return Err(Error::user(problem, "take the probe out"));
+        }
         let films = Films::of(self, context)?;
         let mut objects: Vec<Vec<f64>> = Vec::new();
         for film in 0..films.len() {
@@ -156,10 +161,10 @@ impl Probe for Tracking {
 
 /// The first frame with its mask, the middle one and the last but one with what was carried there.
 fn picture(name: String, frames: &[Frame], answers: &[Vec<u8>], size: ImageSize) -> Picture {
-    let mut panels = vec![pictures::panel("first frame", frames[0].image.clone())];
+    let mut panels = vec![pictures::panel("first frame", rgb(&frames[0].image))];
     panels.extend(frames[0].objects.as_ref().map(|mask| pictures::classes("its mask", mask, size.width)));
     for at in [frames.len() / 2, frames.len() - 2] {
-        panels.push(pictures::panel(format!("frame {}", at + 1), frames[at].image.clone()));
+        panels.push(pictures::panel(format!("frame {}", at + 1), rgb(&frames[at].image)));
         panels.extend(frames[at].objects.as_ref().map(|mask| pictures::classes("true", mask, size.width)));
         panels.push(pictures::classes("carried there", &answers[at], size.width));
     }

@@ -7,13 +7,13 @@ use dinolab_core::contract::Backbone;
 use dinolab_core::params::ParamSpec;
 use dinolab_core::registry::Chosen;
 use dinolab_core::weights::convert::{Part, Rule};
-use dinolab_core::weights::{JsonTable, ModelInfo, Pixels, TensorFiles};
+use dinolab_core::weights::{JsonTable, ModelInfo, TensorFiles};
 use dinolab_core::{Error, Result};
 use serde::Serialize;
 use serde_json::{json, Value as Json};
 
 use super::{Ffn, Norm, VitConfig};
-use crate::published::{check_eps, check_sizes, pixels, side, Published, HARMLESS};
+use crate::published::{check_channels, check_eps, check_sizes, pixels, side, Published, HARMLESS};
 use crate::rope_box::{Periods, RopeBoxConfig, TableType};
 
 /// What `config.json` calls it.
@@ -124,7 +124,8 @@ pub(crate) fn read(files: &TensorFiles, mut keys: JsonTable, notes: &mut Vec<Str
     const NO_SUCH: &str = "dinolab has no such model";
     keys.harmless(&HARMLESS);
     let c = Config::read(&mut keys, notes)?;
-    let crops = pixels(files, &mut keys, notes)?;
+    check_channels(&keys, c.num_channels)?;
+    let crops = pixels(files, &mut keys, c.num_channels, notes)?;
     if keys.take("attention_dropout")?.is_some_and(|share: f64| share != 0.0) {
         notes.push("`attention_dropout` is of training only, and dinolab has none".into());
     }
@@ -134,14 +135,11 @@ pub(crate) fn read(files: &TensorFiles, mut keys: JsonTable, notes: &mut Vec<Str
         let problem = format!("`{}` is not known here, only `{activation}` is", c.hidden_act);
         return Err(keys.wrong("hidden_act", problem, NO_SUCH));
     }
-    if c.num_channels != 3 {
-        return Err(keys.wrong("num_channels", format!("{}, dinolab's images have 3", c.num_channels), NO_SUCH));
-    }
     let Config { hidden_size: dim, intermediate_size: hidden, num_hidden_layers: depth, patch_size: patch, .. } = c;
     let sizes: [(&str, &[usize]); 4] = [
         ("hidden_size", &[3, dim, dim]),
         ("hidden_size and intermediate_size", &[dim, hidden]),
-        ("hidden_size and patch_size", &[dim, 3, patch, patch]),
+        ("hidden_size and patch_size", &[dim, c.num_channels, patch, patch]),
         ("num_hidden_layers and hidden_size", &[depth, dim, dim]),
     ];
     check_sizes(files, keys.file(), &sizes)?;
@@ -217,8 +215,8 @@ pub const REGISTERS: &str = "embeddings.register_tokens";
 ///
 /// # Errors
 /// If the layout cannot express the backbone.
-pub(crate) fn write(backbone: &Chosen<dyn Backbone>) -> Result<(Json, Vec<Rule>)> {
-    let config = VitConfig::of(backbone)?;
+pub(crate) fn write(model: &ModelInfo) -> Result<(Json, Vec<Rule>)> {
+    let config = VitConfig::of(&model.backbone)?;
     let Expressible { base, rope, rescale } = expressible(&config, "the Hugging Face layout")?;
     let gated = config.ffn == Ffn::Swiglu;
     let c = Config {
@@ -227,7 +225,7 @@ pub(crate) fn write(backbone: &Chosen<dyn Backbone>) -> Result<(Json, Vec<Rule>)
         intermediate_size: config.hidden(),
         num_hidden_layers: config.depth,
         num_attention_heads: config.heads,
-        num_channels: 3,
+        num_channels: model.crops.channels(),
         num_register_tokens: config.registers,
         hidden_act: if gated { "silu" } else { "gelu" }.into(),
         use_gated_mlp: gated,
@@ -244,8 +242,7 @@ pub(crate) fn write(backbone: &Chosen<dyn Backbone>) -> Result<(Json, Vec<Rule>)
         pos_embed_jitter: rope.jitter,
         pos_embed_rescale: rescale,
     };
-    let model = ModelInfo { backbone: backbone.clone(), crops: Pixels::default() };
-    let specs = super::declared(&model)?.1;
+    let specs = super::declared(model)?.1;
     // The norm of local crops is of training only.
     let specs = specs.iter().filter(|spec| !spec.name.starts_with("backbone.local_cls_norm."));
     let bias = [c.query_bias, c.key_bias, c.value_bias];

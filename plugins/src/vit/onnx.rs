@@ -14,7 +14,7 @@ use crate::rope_box::{RopeBox, RopeBoxConfig, TableType};
 
 use Attribute::{Int, Ints};
 
-/// The file of a ViT whose tensors are in `files` as `<prefix>backbone.<name>`: input `pixels` `[B, 3, H, W]`, normalised, with sides
+/// The file of a ViT whose tensors are in `files` as `<prefix>backbone.<name>`: input `pixels` `[B, C, H, W]`, normalised, with sides
 /// that are whole numbers of patches; outputs `cls` `[B, D]`, `registers` `[B, R, D]` and `patches` `[B, P, D]` after the final
 /// norm, row-major over the grid. Computed in f32.
 ///
@@ -60,7 +60,7 @@ impl Export<'_> {
         let VitConfig { dim, depth, registers, patch_size, .. } = self.config;
         let prefix = 1 + registers as i64;
         let (images, rows, columns) = (Dim::Any("images"), Dim::Any("height"), Dim::Any("width"));
-        self.graph.input("pixels", &[images, Dim::Is(3), rows, columns]);
+        self.graph.input("pixels", &[images, Dim::Is(model.crops.channels()), rows, columns]);
         let map = self.graph.patchify("patch_embed.proj", "pixels", patch_size)?;
         let shape = self.graph.node("Shape", &[&map], &[]);
         let tables = rope.map(|rope| self.tables(&rope, &shape));

@@ -32,16 +32,13 @@ pub(crate) fn read(files: &TensorFiles, notes: &mut Vec<String>) -> Result<Publi
         other => Err(wrong(format!("{name} is {other:?}, expected {rank} dimensions"))),
     };
     let &[dim, channels, patch_size, _] = shape(PATCH_EMBED, 4)? else { unreachable!("the rank was checked") };
-    if channels != 3 {
-        return Err(wrong(format!("its images have {channels} channels, dinolab's 3")));
-    }
     let depth = (0..).take_while(|i| has(&format!("blocks.{i}.norm1.weight"))).count();
     let ffn = if has("blocks.0.mlp.w1.weight") { Ffn::Swiglu } else { Ffn::Mlp };
     let first = if ffn == Ffn::Swiglu { "w1" } else { "fc1" };
     let hidden = shape(&format!("blocks.0.mlp.{first}.weight"), 2)?[0];
     let registers = if has("storage_tokens") { shape("storage_tokens", 3)?[1] } else { 0 };
     let sizes: [(&str, &[usize]); 4] = [
-        (PATCH_EMBED, &[dim, 3, patch_size, patch_size]),
+        (PATCH_EMBED, &[dim, channels, patch_size, patch_size]),
         ("blocks.0.mlp", &[dim, hidden]),
         ("storage_tokens", &[registers.max(1), dim]),
         ("blocks", &[depth, 3, dim, dim]),
@@ -91,7 +88,7 @@ pub(crate) fn read(files: &TensorFiles, notes: &mut Vec<String>) -> Result<Publi
     });
     let backbone: Chosen<dyn Backbone> = serde_json::from_value(table).map_err(|e| wrong(e.to_string()))?;
     // The 7B has a norm of local crops too.
-    let crops = pixels_of_size(files, 16 * patch_size, local_norm && dim != 4096, notes)?;
+    let crops = pixels_of_size(files, 16 * patch_size, channels, local_norm && dim != 4096, notes)?;
     let model = ModelInfo { backbone, crops };
     let (title, specs) = super::declared(&model).map_err(|e| wrong(e.problem()))?;
     let rules = specs.iter().map(|spec| {

@@ -20,7 +20,8 @@ const EPS: f64 = 1e-5;
 
 /// Keys of `config.json` that say what the tensors' shapes do, or nothing about features.
 const HARMLESS: [&str; 4] = ["num_classes", "num_features", "global_pool", "labels"];
-const HARMLESS_ARGS: [&str; 14] = [
+const HARMLESS_ARGS: [&str; 15] = [
+    "in_chans",
     "patch_size",
     "embed_dim",
     "depth",
@@ -102,8 +103,9 @@ pub(crate) fn read(files: &TensorFiles, mut keys: JsonTable, notes: &mut Vec<Str
         other => Err(wrong(format!("{name} is {other:?}, expected {rank} dimensions"))),
     };
     let &[dim, channels, patch_size, _] = shape("patch_embed.proj.weight", 4)? else { unreachable!("checked") };
-    if channels != 3 {
-        return Err(wrong(format!("its images have {channels} channels, dinolab's 3")));
+    if pixels.channels() != channels || pixels.std.len() != channels {
+        let problem = format!("mean and std of its pretrained_cfg are not of {channels} channels, as its tensors are");
+        return Err(wrong(problem));
     }
     let depth = (0..).take_while(|i| has(&format!("blocks.{i}.norm1.weight"))).count();
     let ffn = if has("blocks.0.mlp.fc1_g.weight") { Ffn::Swiglu } else { Ffn::Mlp };
@@ -111,7 +113,7 @@ pub(crate) fn read(files: &TensorFiles, mut keys: JsonTable, notes: &mut Vec<Str
     let hidden = shape(&format!("blocks.0.mlp.{first}.weight"), 2)?[0];
     let registers = if has("reg_token") { shape("reg_token", 3)?[1] } else { 0 };
     let sizes: [(&str, &[usize]); 3] = [
-        ("patch_embed.proj.weight", &[dim, 3, patch_size, patch_size]),
+        ("patch_embed.proj.weight", &[dim, channels, patch_size, patch_size]),
         ("blocks.0.mlp", &[dim, hidden]),
         ("blocks", &[depth, 3, dim, dim]),
     ];
@@ -158,8 +160,8 @@ pub(crate) fn read(files: &TensorFiles, mut keys: JsonTable, notes: &mut Vec<Str
 ///
 /// # Errors
 /// If the layout cannot express the backbone.
-pub(crate) fn write(backbone: &Chosen<dyn Backbone>, pixels: &Pixels) -> Result<(Json, Vec<Rule>)> {
-    let config = VitConfig::of(backbone)?;
+pub(crate) fn write(model: &ModelInfo) -> Result<(Json, Vec<Rule>)> {
+    let (config, pixels) = (VitConfig::of(&model.backbone)?, &model.crops);
     let base = hf::expressible(&config, "timm's layout")?.base;
     let refuse = |what: &str| {
         let problem = format!("timm's layout cannot express a model with {what}");
@@ -190,12 +192,13 @@ pub(crate) fn write(backbone: &Chosen<dyn Backbone>, pixels: &Pixels) -> Result<
             "num_heads": config.heads,
             // Half a unit above: timm rounds down.
             "mlp_ratio": (config.hidden() as f64 + 0.5) / config.dim as f64,
+            "in_chans": pixels.channels(),
             "num_reg_tokens": config.registers,
             "rope_temperature": base,
         },
         "pretrained_cfg": {
             "num_classes": 0,
-            "input_size": [3, side, side],
+            "input_size": [pixels.channels(), side, side],
             "fixed_input_size": false,
             "crop_pct": 1.0,
             "interpolation": "bicubic",
@@ -208,8 +211,7 @@ pub(crate) fn write(backbone: &Chosen<dyn Backbone>, pixels: &Pixels) -> Result<
     if gated {
         json["model_args"]["swiglu_align_to"] = 1.into();
     }
-    let model = ModelInfo { backbone: backbone.clone(), crops: *pixels };
-    let specs = super::declared(&model)?.1;
+    let specs = super::declared(model)?.1;
     Ok((json, specs.iter().filter(|spec| !is_left_out(spec)).map(rule).collect()))
 }
 

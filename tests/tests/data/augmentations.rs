@@ -17,7 +17,7 @@ const SIZE: (usize, usize) = (120, 80);
 
 /// Plans for images of [`SIZE`] with two local crops, by the keys of an augmentation.
 fn plans(keys: &str) -> Vec<ImagePlan> {
-    let mut crops = CropContext { global_size: 64, local_size: 32, local_count: 2, patch_size: 8 };
+    let mut crops = CropContext { global_size: 64, local_size: 32, local_count: 2, patch_size: 8, channels: 3 };
     let plugin = contracts::plugin::<dyn Augmentation>(keys, &mut crops).unwrap();
     let rng = |image: u64| move |crop: u64| Rng::new(1, Stream::Augment, 0, image << 16 | crop);
     (0..500).map(|image| plugin.plan(SIZE, &rng(image))).collect()
@@ -217,7 +217,7 @@ impl Dataset for Grey {
     }
 
     fn get(&self, _: usize) -> Result<Sample> {
-        Ok(Sample { width: 40, height: 32, rgb: vec![9; 3 * 40 * 32], ..Sample::default() })
+        Ok(Sample { width: 40, height: 32, pixels: vec![9u8; 3 * 40 * 32].into(), ..Sample::default() })
     }
 }
 

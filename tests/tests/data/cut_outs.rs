@@ -85,7 +85,9 @@ fn masks_labels_and_depths_are_those_of_what_is_seen() {
     assert_eq!(data.mask_class_names()[0], "background");
     let (mut told, mut edges) = (0, 0);
     for index in 0..50 {
-        let Sample { width, height, rgb, label, mask, depth, .. } = data.get(index).unwrap();
+        let sample = data.get(index).unwrap();
+        let rgb = sample.rgb().into_owned();
+        let Sample { width, height, label, mask, depth, .. } = sample;
         assert_eq!((width, height), (80, 64));
         let (mask, depth) = (mask.unwrap(), depth.unwrap());
         for (i, (&class, &distance)) in mask.iter().zip(&depth).enumerate() {
@@ -177,7 +179,8 @@ fn a_scene_depends_on_seed_index_and_part_alone_and_parts_share_no_file() {
         let of = |i: usize| {
             let sample = data.get(i).unwrap();
             // An edge has a colour.
-            let mut grey = sample.rgb.as_chunks::<3>().0.iter().filter(|[r, g, b]| r == g && g == b);
+            let rgb = sample.rgb();
+            let mut grey = rgb.as_chunks::<3>().0.iter().filter(|[r, g, b]| r == g && g == b);
             grey.next().expect("some of the photograph is seen")[0]
         };
         (0..data.len()).map(of).collect::<std::collections::BTreeSet<u8>>()

@@ -2,6 +2,7 @@
 
 mod augmentations;
 mod broken_images;
+mod channels;
 mod cut_outs;
 mod decoding;
 mod folder;

@@ -138,7 +138,7 @@ impl Dataset for Greys {
     }
 
     fn get(&self, index: usize) -> Result<Sample> {
-        Ok(Sample { width: 32, height: 32, rgb: vec![index as u8; 3 * 32 * 32], ..Sample::default() })
+        Ok(Sample { width: 32, height: 32, pixels: vec![index as u8; 3 * 32 * 32].into(), ..Sample::default() })
     }
 }
 

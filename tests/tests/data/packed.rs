@@ -105,7 +105,7 @@ fn picture(number: u8) -> Vec<u8> {
 
 /// The red of every image, with its label.
 fn seen(data: &dyn Dataset) -> Vec<(u8, Option<u32>)> {
-    (0..data.len()).map(|i| data.get(i).map(|sample| (sample.rgb[0], sample.label)).expect("it is read")).collect()
+    (0..data.len()).map(|i| data.get(i).map(|sample| (sample.rgb()[0], sample.label)).expect("it is read")).collect()
 }
 
 fn two_shards() -> Lab {
@@ -257,7 +257,7 @@ fn what_is_wrong_with_tables_is_named_with_file_and_row() {
     some[2].0 = Some(picture(2)[..50].to_vec());
     lab.table("holes.parquet", &some, None);
     let data = lab.open("parquet", json!({ "path": "holes.parquet", "held_out": 0.0 })).unwrap();
-    assert_eq!(data.get(0).unwrap().rgb[0], 0);
+    assert_eq!(data.get(0).unwrap().rgb()[0], 0);
     for (row, said) in [(1, "no bytes"), (2, "end of file")] {
         let problem = data.get(row).unwrap_err().to_string();
         assert!(problem.contains(&format!("holes.parquet/row {row}")) && problem.contains(said), "{problem}");

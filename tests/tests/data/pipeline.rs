@@ -43,8 +43,8 @@ impl Dataset for Noise {
         }
         let (width, height) = (24 + index % 5, 20 + index % 7);
         let mut rng = Rng::new(0, Stream::Plugin, 0, index as u64);
-        let rgb = (0..3 * width * height).map(|_| rng.u32() as u8).collect();
-        Ok(Sample { width, height, rgb, ..Sample::default() })
+        let pixels = (0..3 * width * height).map(|_| rng.u32() as u8).collect();
+        Ok(Sample { width, height, pixels, ..Sample::default() })
     }
 
     fn describe(&self, index: usize) -> String {
@@ -441,7 +441,7 @@ fn crops_of(config: &CropsEntry, gram: Option<usize>, image: &Sample, plan: &Ima
 /// Red grows to the right, green downwards.
 fn ramp(side: usize) -> Sample {
     let rgb = (0..side * side).flat_map(|i| [(i % side) as u8, (i / side) as u8, 128]).collect();
-    Sample { width: side, height: side, rgb, ..Sample::default() }
+    Sample { width: side, height: side, pixels: rgb, ..Sample::default() }
 }
 
 #[test]

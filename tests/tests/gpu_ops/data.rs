@@ -32,7 +32,7 @@ impl Dataset for Pictures {
             let smooth = 128.0 + 120.0 * ((x * (c + 1) + index * 17) as f64 / 23.0).sin() * (y as f64 / 17.0).cos();
             (smooth + rng.uniform(-20.0, 20.0)).clamp(0.0, 255.0) as u8
         });
-        Ok(Sample { width, height, rgb: rgb.collect(), ..Sample::default() })
+        Ok(Sample { width, height, pixels: rgb.collect(), ..Sample::default() })
     }
 }
 
@@ -60,14 +60,48 @@ fn host(batch: &Batch) -> Vec<Tensor> {
     batch.tensors().map(|t| t.to(Device::Cpu)).collect()
 }
 
+/// [`Pictures`] of other channels: their number, and whether an image has 16 bits.
+#[derive(Debug)]
+struct Channels(usize, Wide);
+
+/// Whether image so-and-so has 16 bits.
+type Wide = fn(usize) -> bool;
+
+impl Dataset for Channels {
+    fn len(&self) -> usize {
+        Pictures.len()
+    }
+
+    fn get(&self, index: usize) -> Result<Sample> {
+        let Self(channels, wide) = *self;
+        let rgb = Pictures.get(index)?;
+        let mut rng = Rng::new(4, Stream::Plugin, 0, index as u64);
+        let value = |i: usize| rgb.rgb()[3 * (i / channels) + i % channels % 3];
+        let values = 0..channels * rgb.width * rgb.height;
+        let pixels = match wide(index) {
+            true => values.map(|i| (257 * u16::from(value(i))) ^ rng.below(256) as u16).collect(),
+            false => values.map(value).collect(),
+        };
+        Ok(Sample { pixels, ..rgb })
+    }
+
+    fn channels(&self) -> usize {
+        self.0
+    }
+}
+
 /// The largest difference of all crops and masks over all steps.
 fn difference(spec: LoaderSpec) -> f64 {
+    difference_of(Arc::new(Pictures), spec)
+}
+
+fn difference_of(data: Arc<dyn Dataset>, spec: LoaderSpec) -> f64 {
     Gpu::get(0).unwrap();
     let on_gpu = LoaderSpec { device: Device::Cuda(0), ..spec.clone() };
-    let cpu = Pipeline::new(Arc::new(Pictures), spec.clone()).unwrap();
+    let cpu = Pipeline::new(data.clone(), spec.clone()).unwrap();
     let mut most = 0.0f64;
     let mut steps = 0;
-    for step in Loader::new(Arc::new(Pictures), on_gpu).unwrap() {
+    for step in Loader::new(data, on_gpu).unwrap() {
         let step = step.unwrap();
         let expected = cpu.step(step.step).unwrap();
         for (batch, expected) in step.batches.iter().zip(&expected.batches) {
@@ -102,6 +136,36 @@ gpu_test!(every_distortion_at_its_strongest_is_the_same, {
     let thresholds = |threshold: u8| format!("solarize = [1.0, 1.0, 1.0]\nsolarize_threshold = {threshold}");
     for keys in [thresholds(0), thresholds(255), "grey_probability = 1.0".into()] {
         assert_eq!(difference(spec(CropConfig::default(), &keys, None)), 0.0, "{keys}");
+    }
+});
+
+gpu_test!(crops_of_any_number_of_channels_and_of_16_bits_are_the_same, {
+    let strong = "jitter_probability = 1.0\nbrightness = 1.0\ncontrast = 1.0\nblur = [1.0, 0.5, 0.5]\nsolarize = [0.5, 1.0, 0.5]";
+    let off = "\nsaturation = 0.0\nhue = 0.0\ngrey_probability = 0.0";
+    let every_second = |index: usize| index.is_multiple_of(2);
+    let kinds: [(usize, Wide); 7] = [
+        (1, |_| false),
+        (1, |_| true),
+        (2, every_second),
+        (3, |_| true),
+        (3, every_second),
+        (4, |_| true),
+        (7, every_second),
+    ];
+    for (channels, wide) in kinds {
+        let own = match channels {
+            3 => CropConfig::default(),
+            n => CropConfig {
+                mean: vec![0.4; n],
+                std: (1..=n).map(|c| 0.1 * c as f32).collect(),
+                ..CropConfig::default()
+            },
+        };
+        for shared in ["", "\nshare_color_jitter = true\nlocal_from_global = true"] {
+            let keys = format!("{strong}{}{shared}", if channels == 3 { "" } else { off });
+            let data = Arc::new(Channels(channels, wide));
+            assert_eq!(difference_of(data, spec(own.clone(), &keys, Some(96))), 0.0, "{channels} channels, {keys}");
+        }
     }
 });
 

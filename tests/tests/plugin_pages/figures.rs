@@ -182,7 +182,7 @@ fn scenes() -> String {
                 palette[usize::from(sample.mask.as_ref().expect("scenes have masks")[at])]
             } else {
                 // Fewer colours, so that the file stays small.
-                [0, 1, 2].map(|c| sample.rgb[3 * at + c] & 0xf0 | 0x08)
+                [0, 1, 2].map(|c| sample.rgb()[3 * at + c] & 0xf0 | 0x08)
             });
         }
     }

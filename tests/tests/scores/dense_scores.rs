@@ -28,7 +28,7 @@ impl Dataset for Greys {
         SHAPE.0
     }
     fn get(&self, index: usize) -> Result<Sample> {
-        Ok(Sample { width: 8, height: 8, rgb: vec![index as u8; 8 * 8 * 3], ..Sample::default() })
+        Ok(Sample { width: 8, height: 8, pixels: vec![index as u8; 8 * 8 * 3].into(), ..Sample::default() })
     }
 }
 
@@ -68,7 +68,7 @@ fn scores(probe: &dyn Probe, cls: &[f32], patches: &[f32]) -> (BTreeMap<String, 
         test: &Greys,
         image_size: ImageSize::square(8),
         patch_size: 2,
-        normalization: ([0.0; 3], [1.0; 3]),
+        normalization: (&[0.0; 3], &[1.0; 3]),
         seed: SEED,
         warn: &|text| panic!("{text}"),
         show: None,

@@ -88,7 +88,7 @@ impl Dataset for Numbered {
         Ok(Sample {
             width: SIZE,
             height: SIZE,
-            rgb: pixel.repeat(SIZE * SIZE),
+            pixels: pixel.repeat(SIZE * SIZE).into(),
             label: Some(self.labels[index]),
             mask: Some(self.masks[index].clone()),
             depth: Some(self.depth[index].clone()),
@@ -182,7 +182,7 @@ fn scores_are_those_of_scikit_learn() {
             test: &test,
             image_size: ImageSize::square(SIZE),
             patch_size: SIZE / GRID,
-            normalization: ([0.0; 3], [1.0; 3]),
+            normalization: (&[0.0; 3], &[1.0; 3]),
             seed: 0,
             warn: &|text| panic!("{text}"),
             show: None,

@@ -28,8 +28,8 @@ impl Dataset for Poisoned {
     }
 
     fn get(&self, index: usize) -> Result<Sample> {
-        let value = if self.white.contains(&index) { 255 } else { 0 };
-        Ok(Sample { width: 16, height: 16, rgb: vec![value; 3 * 256], ..Sample::default() })
+        let value = if self.white.contains(&index) { 255u8 } else { 0 };
+        Ok(Sample { width: 16, height: 16, pixels: vec![value; 3 * 256].into(), ..Sample::default() })
     }
 
     fn describe(&self, index: usize) -> String {

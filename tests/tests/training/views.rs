@@ -28,9 +28,9 @@ impl Dataset for Rulers {
     fn get(&self, index: usize) -> Result<Sample> {
         let (width, height) = (100, 80);
         let pixel = |i: usize| [2 * (i % width) as u8, 3 * (i / width) as u8, index as u8];
-        let rgb = (0..width * height).flat_map(pixel).collect();
+        let pixels = (0..width * height).flat_map(pixel).collect();
         let fields = vec![vec![index as f32, 10.0 * index as f32]];
-        Ok(Sample { width, height, rgb, fields, ..Sample::default() })
+        Ok(Sample { width, height, pixels, fields, ..Sample::default() })
     }
 
     fn fields(&self) -> Vec<FieldSpec> {
@@ -210,7 +210,7 @@ fn boxes_and_flips_say_where_crops_were_cut() {
     // The Gram teacher's crops have the boxes of the global ones, and no distortion if asked.
     let mut spec = LoaderSpec { teacher_crop_size: Some(24), ..train::loader_spec(&resolved.recipe, &learner, 0) };
     spec.crops.own.teacher_without_distortion = true;
-    let (mean, std) = (spec.crops.mean, spec.crops.std);
+    let (mean, std) = (spec.crops.mean.clone(), spec.crops.std.clone());
     let pipeline = Pipeline::new(Arc::new(Rulers {}), spec).unwrap();
     let mut flips = [0; 2];
     for step in 0..4 {

@@ -37,7 +37,7 @@ fn lab() -> Folder {
 /// The patch features `[H, W, D]` and CLS that the model gives for an image when it is called directly.
 fn direct(run: &Path, image: &RgbImage) -> (Tensor, Tensor) {
     let trained = Trained::open(run).expect("a run");
-    let (mean, std) = trained.normalization;
+    let (mean, std) = &trained.normalization;
     let pixels: Vec<f32> =
         (0..3).flat_map(|c| image.pixels().map(move |p| (f32::from(p.0[c]) / 255.0 - mean[c]) / std[c])).collect();
     let shape = [1, 3, image.height() as usize, image.width() as usize];

@@ -326,7 +326,7 @@ fn rotary_settings_are_read_in_every_spelling_and_never_guessed() {
         (with(&config, json!({ "rope_theta": -1.0 })), "rope_theta: -1"),
         (with(&config, json!({ "quantization_config": { "bits": 4 } })), "quantization_config = a table"),
         (with(&config, json!({ "hidden_act": "quick_gelu" })), "hidden_act: `quick_gelu`"),
-        (with(&config, json!({ "num_channels": 4 })), "num_channels: 4"),
+        (with(&config, json!({ "num_channels": 4 })), "[64, 3, 8, 8], expected [64, 4, 8, 8]"),
         (with(&config, json!({ "num_attention_heads": 5 })), "config.json"),
         (with(&config, json!({ "hidden_size": 4_000_000_000u64 })), "hidden_size"),
         (with(&config, json!({ "num_hidden_layers": 1_000_000_000 })), "num_hidden_layers"),

@@ -202,7 +202,7 @@ fn keys_of_a_weights_folder_that_somebody_wrote_count_or_are_refused() {
         ("[crops]", "[crosp]", "crosp"),
         ("dim = 32", "dmi = 32", "dmi"),
         ("schema = 1", "schema = 2", "reads version 1"),
-        ("std = [", "std = [0.5, ", "crops.std: expected a list of 3 numbers"),
+        ("std = [", "std = [0.5, ", "crops.std: has 4 numbers, and crops.mean 3"),
         ("mean = [0.485, 0.456, 0.406]", "mean = [123.7, 116.3, 103.5]", "divide"),
         ("mean = [0.485, 0.456, 0.406]", "mean = [0.485, 0.456]", "crops.mean"),
     ] {

@@ -1,13 +1,13 @@
 //! Batches on a GPU, at addresses that do not change from step to step, so that a recorded step finds them.
 //!
-//! Decoded images go up once, eight bits a value; all crops are cut from them there, by the plans that the CPU would
+//! Decoded images go up once, as they are; all crops are cut from them there, by the plans that the CPU would
 //! follow ([`pack`]). Resizes, colours and blur round to whole numbers where the CPU's do, so crops are the same numbers
 //! (f32; in bf16 those numbers rounded).
 
 mod jobs;
 mod pack;
 
-use crate::cuda::{self, args, Arg, Gpu, Launch, Staging};
+use crate::cuda::{self, args, Gpu, Launch, Staging};
 use crate::data::batch::Batch;
 use crate::data::Masks;
 use crate::tensor::scope;
@@ -36,7 +36,7 @@ struct Shapes {
 
 impl Shapes {
     fn of(batch: &Batch) -> Self {
-        let crops = |t: &Tensor| -> [usize; 4] { t.shape().try_into().expect("crops are [N, 3, H, W]") };
+        let crops = |t: &Tensor| -> [usize; 4] { t.shape().try_into().expect("crops are [N, C, H, W]") };
         let Masks { masks, indices, unmasked, weights } = &batch.masks;
         Self {
             global: crops(&batch.global),
@@ -148,11 +148,11 @@ impl DeviceBatches {
     /// Makes the crops of a step from its images, behind all work given before. Gives back what they were uploaded with.
     pub(super) fn augment(&mut self, staged: Staged) -> Result<(&[Batch], Staging)> {
         let _scope = scope::enter("augmentation");
-        let Staged { mut staging, micros, normal, .. } = staged;
+        let Staged { mut staging, micros, channels, normal, .. } = staged;
         let set = self.set(micros.iter().map(|m| m.shapes.clone()).collect());
         let base = staging.receive()?;
         for (micro, batch) in micros.iter().zip(&self.sets[set].1) {
-            self.crops(micro, batch, base, Arg::plain(normal))?;
+            self.crops(micro, batch, base, channels, base + normal)?;
             let Masks { masks, indices, unmasked, weights } = &batch.masks;
             let lists = [masks, indices, unmasked, weights, &batch.labels].into_iter();
             for (target, &at) in lists.chain(batch.fields.iter().map(|(_, field)| field)).zip(&micro.lists) {
@@ -168,7 +168,7 @@ impl DeviceBatches {
         Ok((&self.sets[set].1, staging))
     }
 
-    fn crops(&self, micro: &Micro, batch: &Batch, base: u64, normal: Arg) -> Result<()> {
+    fn crops(&self, micro: &Micro, batch: &Batch, base: u64, channels: usize, normal: u64) -> Result<()> {
         let gpu = self.gpu;
         // Scratch memory is taken where steps take theirs, which is free before the step begins.
         let _step = cuda::step_scope();
@@ -177,30 +177,41 @@ impl DeviceBatches {
         let jobs = |section: &Section| base + section.at;
         let tables = base + micro.tables;
         let scratch = memory(micro.scratch);
+        // Images of another kind than 8-bit RGB have kernels that are told how many channels there are.
+        let kernel = |of_rgb: &'static str, of_any: &'static str, dtype: DType| {
+            gpu.kernel(&AUGMENT, if micro.rgb { of_rgb } else { of_any }, dtype)
+        };
+        let n = channels as i32;
         let means = |section: &Section, from: u64, job_bytes: usize| -> Result<Tensor> {
             let means = memory(4 * section.jobs);
-            let kernel = gpu.kernel(&AUGMENT, "mean_grey", DType::U32)?.grid(section.jobs, 512);
-            kernel.launch(args![jobs(section), job_bytes as i32, from, &means])?;
+            let kernel = kernel("mean_grey", "mean_grey_any", DType::U32)?.grid(section.jobs, 512);
+            kernel.launch(args![jobs(section), job_bytes as i32, from, &means, n])?;
             Ok(means)
         };
         // Threads take several pixels each, so that small crops beside large ones leave few blocks without work.
-        let launch = |name, section: &Section| -> Result<Launch> {
+        let launch = |of_rgb, of_any, section: &Section| -> Result<Launch> {
             let blocks = section.most.div_ceil(256 * 8);
-            let kernel = gpu.kernel(&AUGMENT, name, DType::U32)?.grid((section.jobs, blocks), 256);
+            let kernel = kernel(of_rgb, of_any, DType::U32)?.grid((section.jobs, blocks), 256);
             Ok(kernel.work(0.0, section.bytes))
         };
         if micro.repaint.jobs > 0 {
             let means = means(&micro.repaint, base, size_of::<Paint>())?;
-            launch("repaint", &micro.repaint)?.launch(args![jobs(&micro.repaint), base, &means])?;
+            launch("repaint", "repaint_any", &micro.repaint)?.launch(args![jobs(&micro.repaint), base, &means, n])?;
         }
-        launch("resize_columns", &micro.cut)?.launch(args![jobs(&micro.cut), tables, base, &scratch])?;
-        launch("resize_rows", &micro.cut)?.launch(args![jobs(&micro.cut), tables, &scratch])?;
+        launch("resize_columns", "resize_columns_any", &micro.cut)?.launch(args![
+            jobs(&micro.cut),
+            tables,
+            base,
+            &scratch,
+            n
+        ])?;
+        launch("resize_rows", "resize_rows_any", &micro.cut)?.launch(args![jobs(&micro.cut), tables, &scratch, n])?;
         let finish = |section: &Section, out: &Tensor| -> Result<()> {
             let means = means(section, scratch.device_address(), size_of::<Finish>())?;
-            let kernel = gpu.kernel(&AUGMENT, "finish", out.dtype())?;
+            let kernel = kernel("finish", "finish_any", out.dtype())?;
             let launch = kernel.grid((section.jobs, section.most.div_ceil(32).pow(2)), 256);
             let launch = launch.work(0.0, (out.len() * (1 + out.dtype().size())) as f64);
-            launch.launch(&mut [out.into(), jobs(section).into(), (&scratch).into(), (&means).into(), normal])
+            launch.launch(args![out, jobs(section), &scratch, &means, normal, n])
         };
         let [global, local, teacher, further @ ..] = &micro.finish[..] else { unreachable!("it has three kinds") };
         finish(global, &batch.global)?;

@@ -2,9 +2,9 @@
 
 use rayon::prelude::*;
 
-use super::jobs::Jobs;
+use super::jobs::{Image, Jobs};
 use super::{Shapes, ALIGN};
-use crate::contract::BatchImage;
+use crate::contract::{BatchImage, Pixels};
 use crate::cuda::Staging;
 use crate::data::pipeline::{labels, BrokenSample, Pipeline, RawImage, RawStep};
 use crate::data::Masks;
@@ -45,8 +45,10 @@ impl<'a> Pack<'a> {
 pub(crate) struct Staged {
     pub(super) staging: Staging,
     pub(super) micros: Vec<Micro>,
-    /// Three factors and three summands of the normalisation.
-    pub(super) normal: [f32; 6],
+    /// Values of a pixel.
+    pub(super) channels: usize,
+    /// Where the normalisation is: factors of values of 8 bits, of 16, and summands, one a channel.
+    pub(super) normal: u64,
     pub(crate) step: u64,
     pub(crate) broken: Vec<BrokenSample>,
 }
@@ -62,6 +64,8 @@ impl Staged {
 #[derive(Debug)]
 pub(super) struct Micro {
     pub(super) shapes: Shapes,
+    /// Whether all images are 8-bit RGB, which has kernels of its own.
+    pub(super) rgb: bool,
     pub(super) repaint: Section,
     pub(super) cut: Section,
     /// Into global, local and the teachers' crops, and into those of each further augmentation.
@@ -89,6 +93,8 @@ pub(super) struct Section {
 pub(crate) fn pack(pipeline: &Pipeline, raw: RawStep, mut staging: Staging) -> Result<Staged> {
     let images = raw.images.len() / raw.masks.len();
     let (maker, sizes) = pipeline.of_step(raw.step);
+    let channels = maker.shift.len();
+    let normal: Vec<f32> = maker.scales.iter().chain([&maker.shift]).flatten().copied().collect();
     let of_part = |part: &[RawImage]| labels(part.iter().map(|image| pipeline.label(&image.sample)));
     let labels: Vec<Tensor> = raw.images.chunks(images).map(of_part).collect();
     let of_part = |part: &[RawImage]| pipeline.fields(part.iter().map(|image| image.sample.fields.as_slice()));
@@ -99,10 +105,12 @@ pub(crate) fn pack(pipeline: &Pipeline, raw: RawStep, mut staging: Staging) -> R
     let of_micro = |(part, at): (&[RawImage], &[Vec<u64>])| {
         let mut jobs = Jobs { finish: vec![Vec::new(); 3 + pipeline.names().count()], ..Jobs::default() };
         for (i, (image, at)) in part.iter().zip(at).enumerate() {
-            let size = (image.sample.width, image.sample.height);
-            jobs.add(maker, &image.plan, at[0], size, i, images);
+            let sample = &image.sample;
+            let wide = matches!(sample.pixels, Pixels::U16(_));
+            let on_device = |at| Image { at, size: (sample.width, sample.height), channels, wide };
+            jobs.add(maker, &image.plan, on_device(at[0]), i, images);
             for (k, (plan, &at)) in image.further.iter().zip(&at[1..]).enumerate() {
-                jobs.add_further(k, plan, (at, sizes.global_size), size, (i, images));
+                jobs.add_further(k, plan, on_device(at), sizes.global_size, (i, images));
             }
         }
         jobs
@@ -111,7 +119,7 @@ pub(crate) fn pack(pipeline: &Pipeline, raw: RawStep, mut staging: Staging) -> R
     let locals = maker.config.local_count;
     let mut micros = Vec::with_capacity(jobs.len());
     for (i, ((jobs, masks), part)) in jobs.iter().zip(&raw.masks).zip(raw.images.chunks(images)).enumerate() {
-        let crops = |count: usize, side: usize| [count * images, 3, side, side];
+        let crops = |count: usize, side: usize| [count * images, channels, side, side];
         let Masks { masks, indices, unmasked, weights } = masks;
         let fields = &fields[i];
         let lists = [masks, indices, unmasked, weights, &labels[i]].into_iter();
@@ -125,8 +133,9 @@ pub(crate) fn pack(pipeline: &Pipeline, raw: RawStep, mut staging: Staging) -> R
                 lists: [masks, indices, unmasked, weights, &labels[i]].map(Tensor::len),
                 fields: fields.iter().map(|(name, field)| (name.clone(), field.shape().to_vec())).collect(),
             },
-            repaint: section(&mut pack, &jobs.repaint, |j| j.pixels as usize, |j| 3.0 * j.pixels as f64),
-            cut: resizes(&mut pack, &jobs.cut),
+            rgb: channels == 3 && part.iter().all(|image| matches!(image.sample.pixels, Pixels::U8(_))),
+            repaint: section(&mut pack, &jobs.repaint, |j| j.pixels as usize, |j| (channels as u64 * j.pixels) as f64),
+            cut: resizes(&mut pack, &jobs.cut, channels),
             finish: jobs.finish.iter().map(|f| section(&mut pack, f, |j| j.out as usize, |_| 0.0)).collect(),
             tables: pack.put(bytemuck::cast_slice(&jobs.tables)),
             lists: lists.into_iter().map(|t| pack.put(t.as_bytes())).collect(),
@@ -134,21 +143,20 @@ pub(crate) fn pack(pipeline: &Pipeline, raw: RawStep, mut staging: Staging) -> R
             sources: part.iter().map(|image| image.source.clone()).collect(),
         });
     }
+    let normal = pack.put(bytemuck::cast_slice(&normal));
     pack.write(&mut staging)?;
     staging.send()?;
-    let [a, b, c] = maker.scale;
-    let [d, e, f] = maker.shift;
-    Ok(Staged { staging, micros, normal: [a, b, c, d, e, f], step: raw.step, broken: raw.broken })
+    Ok(Staged { staging, micros, channels, normal, step: raw.step, broken: raw.broken })
 }
 
 /// Where an image lies for each of its plans. Colours of a whole image are changed in place, so that such a plan, and the
 /// others beside it, have the image for themselves.
 fn put_image<'a>(pack: &mut Pack<'a>, image: &'a RawImage) -> Vec<u64> {
-    let own = pack.put(&image.sample.rgb);
+    let own = pack.put(image.sample.pixels.as_bytes());
     let mut shared = image.plan.shared_color.is_none().then_some(own);
     let further = image.further.iter().map(|plan| match plan.shared_color {
-        Some(_) => pack.put(&image.sample.rgb),
-        None => *shared.get_or_insert_with(|| pack.put(&image.sample.rgb)),
+        Some(_) => pack.put(image.sample.pixels.as_bytes()),
+        None => *shared.get_or_insert_with(|| pack.put(image.sample.pixels.as_bytes())),
     });
     let further: Vec<u64> = further.collect();
     [own].into_iter().chain(further).collect()
@@ -164,7 +172,7 @@ fn section<'a, J: bytemuck::NoUninit>(
     Section { at: pack.put(bytemuck::cast_slice(jobs)), jobs: jobs.len(), most, bytes }
 }
 
-fn resizes<'a>(pack: &mut Pack<'a>, jobs: &'a [super::jobs::Resize]) -> Section {
-    let size = |j: &super::jobs::Resize| 3 * (j.side * j.columns.max(j.side)) as usize;
+fn resizes<'a>(pack: &mut Pack<'a>, jobs: &'a [super::jobs::Resize], channels: usize) -> Section {
+    let size = |j: &super::jobs::Resize| channels * (j.side * j.columns.max(j.side)) as usize;
     section(pack, jobs, size, |j| size(j) as f64)
 }

@@ -34,6 +34,11 @@ const KNOWN: [(&[u8], &str); 23] = [
     (b"\0\x05\x16\x07", "data that macOS keeps beside a file, not the file"),
 ];
 
+/// Whether a file is an array of NumPy.
+pub(super) fn is_array(bytes: &[u8]) -> bool {
+    bytes.starts_with(b"\x93NUMPY")
+}
+
 /// The format of a file, by its first bytes.
 ///
 /// # Errors

@@ -1,9 +1,10 @@
-//! The picture in a file: whole, upright, in 8-bit RGB; or why there is none.
+//! The picture in a file: whole, upright, in 8-bit RGB or as many channels and bits as are wanted; or why there is none.
 //!
 //! Training, probes and `dinolab features` see an image through [`read`] alone. It is what Pillow (libjpeg-turbo, libpng,
 //! libwebp) sees, to within the rounding of a decoder, or an error: data that ran out or was damaged is never filled up.
 //! Files are not trusted: sizes are checked before memory is taken, and what is no regular file is never opened.
 
+mod array;
 mod content;
 mod jpeg;
 mod pixels;
@@ -17,6 +18,7 @@ use std::panic::AssertUnwindSafe;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use dinolab_core::contract::Sample;
 use dinolab_core::{Error, Result};
 use image::metadata::Orientation;
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, RgbImage, RgbaImage};
@@ -57,7 +59,8 @@ impl<T: Into<String>> From<T> for Refusal {
 /// # Errors
 /// If the file cannot be read, or holds no whole image.
 pub fn read(path: &Path, background: [u8; 3]) -> Result<RgbImage> {
-    read_again(path, background, &Known::default())
+    let bytes = load(path, false, |Refusal { problem, help }| Error::content(path, problem, help))?;
+    guarded(path, || decode(&bytes, background, &Known::default()))
 }
 
 /// The content of a file that was found to be whole, so that it need not be found again in every epoch.
@@ -79,18 +82,49 @@ impl Known {
     }
 }
 
-/// As [`read`], of a file that may be `known`.
-pub(super) fn read_again(path: &Path, background: [u8; 3], known: &Known) -> Result<RgbImage> {
+/// What images are read as.
+#[derive(Clone, Copy, Debug)]
+pub struct Wanted {
+    /// Values of a pixel. For 3 what is in a file becomes RGB; for any other number it has to have as many.
+    pub channels: usize,
+    /// Whether values of 16 bits are kept; else they are rounded to 8.
+    pub wide: bool,
+    /// What transparent images lie on where they become RGB.
+    pub background: [u8; 3],
+}
+
+impl Wanted {
+    /// As the keys of a dataset say it: `bits` of 8 or 16, by default 8 for RGB and 16 for any other number of channels.
+    pub fn new(channels: usize, bits: Option<u8>, background: [u8; 3]) -> Self {
+        Self { channels, wide: bits.map_or(channels != 3, |bits| bits == 16), background }
+    }
+
+    /// Whether `.npy` files are images: not where everything becomes 8-bit RGB.
+    pub fn takes_arrays(&self) -> bool {
+        self.channels != 3 || self.wide
+    }
+}
+
+/// The image in a file, upright, as it is wanted.
+///
+/// # Errors
+/// If the file cannot be read, holds no whole image, or one of another number of channels.
+pub fn read_as(path: &Path, wanted: &Wanted) -> Result<Sample> {
+    read_again(path, wanted, &Known::default())
+}
+
+/// As [`read_as`], of a file that may be `known`.
+pub(super) fn read_again(path: &Path, wanted: &Wanted, known: &Known) -> Result<Sample> {
     let refused = |Refusal { problem, help }| Error::content(path, problem, help);
-    read_bytes(path, &load(path, refused)?, background, known)
+    read_bytes(path, &load(path, wanted.takes_arrays(), refused)?, wanted, known)
 }
 
 /// The image in the bytes of a file, that `path` names for messages; its content may be `known`.
 ///
 /// # Errors
 /// If they are no whole image.
-pub(crate) fn read_bytes(path: &Path, bytes: &[u8], background: [u8; 3], known: &Known) -> Result<RgbImage> {
-    guarded(path, || decode(bytes, background, known))
+pub(crate) fn read_bytes(path: &Path, bytes: &[u8], wanted: &Wanted, known: &Known) -> Result<Sample> {
+    guarded(path, || decode_as(bytes, wanted, known))
 }
 
 /// The image in a file, upright, with its opacity.
@@ -98,7 +132,7 @@ pub(crate) fn read_bytes(path: &Path, bytes: &[u8], background: [u8; 3], known: 
 /// # Errors
 /// If the file cannot be read, or holds no whole image.
 pub(crate) fn read_rgba(path: &Path) -> Result<RgbaImage> {
-    let bytes = load(path, |Refusal { problem, help }| Error::content(path, problem, help))?;
+    let bytes = load(path, false, |Refusal { problem, help }| Error::content(path, problem, help))?;
     let convert = |image| pixels::to_rgba8(image).map(DynamicImage::from);
     guarded(path, || upright(&bytes, &Known::default(), convert).map(DynamicImage::into_rgba8))
 }
@@ -110,8 +144,8 @@ fn guarded<T>(path: &Path, decode: impl FnOnce() -> Result<T, Refusal>) -> Resul
     image.map_err(|Refusal { problem, help }| Error::content(path, problem, help))
 }
 
-/// The bytes of an image file. Its first ones are looked at before the others are read.
-fn load(path: &Path, refused: impl Fn(Refusal) -> Error) -> Result<Vec<u8>> {
+/// The bytes of an image file, or of an array where `arrays` are images. Its first ones are looked at before the others are read.
+fn load(path: &Path, arrays: bool, refused: impl Fn(Refusal) -> Error) -> Result<Vec<u8>> {
     let found = std::fs::metadata(path).map_err(Error::io("read", path))?;
     // To open a pipe is to wait for one who writes.
     if !found.is_file() {
@@ -120,13 +154,47 @@ fn load(path: &Path, refused: impl Fn(Refusal) -> Error) -> Result<Vec<u8>> {
     let mut file = File::open(path).map_err(Error::io("read", path))?;
     let mut bytes = Vec::new();
     (&mut file).take(HEAD as u64).read_to_end(&mut bytes).map_err(Error::io("read", path))?;
-    content::format(&bytes).map_err(&refused)?;
+    if !(arrays && content::is_array(&bytes)) {
+        content::format(&bytes).map_err(&refused)?;
+    }
     if found.len() > MOST_BYTES {
         return Err(refused(format!("{} bytes are more than the limit of {MOST_BYTES}", found.len()).into()));
     }
     bytes.try_reserve_exact((found.len() as usize).saturating_sub(bytes.len())).map_err(|_| refused(no_memory()))?;
     file.take(MOST_BYTES).read_to_end(&mut bytes).map_err(Error::io("read", path))?;
     Ok(bytes)
+}
+
+/// The picture in the bytes of a file, as it is wanted.
+fn decode_as(bytes: &[u8], wanted: &Wanted, known: &Known) -> Result<Sample, Refusal> {
+    if !wanted.takes_arrays() {
+        let image = decode(bytes, wanted.background, known)?;
+        return Ok(pixels::sample((image.width(), image.height()), image.into_raw()));
+    }
+    if content::is_array(bytes) {
+        return array::read(bytes, wanted);
+    }
+    let format = content::format(bytes)?;
+    if wanted.channels != 3 && format == ImageFormat::Tiff {
+        tiff::check(bytes)?;
+        return tiff::read(bytes, wanted);
+    }
+    let grey = wanted.channels == 1 && format == ImageFormat::Jpeg && jpeg::is_grey(bytes)?;
+    let untripled = |image: DynamicImage| Ok(if grey { image.into_luma8().into() } else { image });
+    pixels::as_wanted(upright(bytes, known, untripled)?, wanted)
+}
+
+/// Fails if an image has another number of channels than are wanted.
+fn check_channels(found: usize, what: &str, wanted: &Wanted) -> Result<(), Refusal> {
+    if found == wanted.channels {
+        return Ok(());
+    }
+    let help = match wanted.channels {
+        1 => "make it grey (`magick old.png -colorspace Gray new.png`), or set data.channels to what the images have",
+        _ => "set data.channels to what the images have, or leave out those of another number",
+    };
+    let problem = format!("it has {found} channels{what}, and data.channels is {}: {help}", wanted.channels);
+    Err(Refusal { problem, help })
 }
 
 /// The picture in the bytes of a file, on `background`.
@@ -261,6 +329,13 @@ mod tests {
             }
             if !keep {
                 bytes.truncate(cut.index(bytes.len()));
+            }
+            for channels in [1, 3, 4] {
+                let wanted = Wanted::new(channels, Some(16), [255; 3]);
+                match decode_as(&bytes, &wanted, &Known::default()) {
+                    Ok(image) => prop_assert_eq!(image.pixels.len(), channels * image.width * image.height),
+                    Err(refusal) => prop_assert!(!refusal.problem.is_empty()),
+                }
             }
             match decode(&bytes, [255; 3], &Known::default()) {
                 Ok(image) => prop_assert!(image.width() > 0 && image.height() > 0),

@@ -1,8 +1,9 @@
-//! From what a file holds to 8-bit RGB.
+//! From what a file holds to what is wanted: 8-bit RGB, or its channels as they are.
 
+use dinolab_core::contract::{Pixels, Sample};
 use image::{DynamicImage, ImageBuffer, RgbImage, RgbaImage};
 
-use super::Refusal;
+use super::{check_channels, Refusal, Wanted};
 
 /// Values of 16 bits that all lie below this hold 12 bits or fewer, and would be black in 8.
 const SCAN: u16 = 1 << 12;
@@ -35,6 +36,66 @@ pub(super) fn to_rgb8(image: DynamicImage, background: [u8; 3]) -> Result<RgbIma
 pub(super) fn to_rgba8(image: DynamicImage) -> Result<RgbaImage, Refusal> {
     bright_enough(&image)?;
     Ok(image.into_rgba8())
+}
+
+/// A sample of an image.
+pub(super) fn sample((width, height): (u32, u32), pixels: impl Into<Pixels>) -> Sample {
+    Sample { width: width as usize, height: height as usize, pixels: pixels.into(), ..Sample::default() }
+}
+
+/// Values of 16 bits, rounded to 8 where no more are wanted.
+pub(super) fn narrowed(values: Vec<u16>, wanted: &Wanted) -> Pixels {
+    match wanted.wide {
+        true => values.into(),
+        false => values.into_iter().map(|x| ((u32::from(x) + 128) / 257) as u8).collect::<Vec<u8>>().into(),
+    }
+}
+
+/// The image in the wanted channels, where these are not 8-bit RGB.
+///
+/// # Errors
+/// If it has another number of channels, where they are not 3.
+pub(super) fn as_wanted(image: DynamicImage, wanted: &Wanted) -> Result<Sample, Refusal> {
+    let (size, color) = ((image.width(), image.height()), image.color());
+    let wide = color.bytes_per_pixel() > color.channel_count();
+    if wanted.channels == 3 {
+        return Ok(match (wide, color.has_alpha()) {
+            (false, _) => sample(size, to_rgb8(image, wanted.background)?.into_raw()),
+            (true, false) => sample(size, image.into_rgb16().into_raw()),
+            (true, true) => sample(size, over_16(image.into_rgba16().as_raw(), wanted.background)),
+        });
+    }
+    let what = match color.channel_count() {
+        1 => " (grey)",
+        2 => " (grey and opacity)",
+        3 => " (red, green and blue)",
+        _ => " (red, green, blue and opacity)",
+    };
+    check_channels(color.channel_count().into(), what, wanted)?;
+    if color.channel_count() == 2 {
+        let help = "take its opacity off, such as `magick old.png -alpha off new.png`";
+        return Err(Refusal { problem: "it is grey with opacity, which is no image of two channels".into(), help });
+    }
+    Ok(match image {
+        DynamicImage::ImageLuma8(image) => sample(size, image.into_raw()),
+        DynamicImage::ImageRgba8(image) => sample(size, image.into_raw()),
+        DynamicImage::ImageLuma16(image) => sample(size, narrowed(image.into_raw(), wanted)),
+        DynamicImage::ImageRgba16(image) => sample(size, narrowed(image.into_raw(), wanted)),
+        other => return Err(format!("{:?} is no image of whole numbers", other.color()).into()),
+    })
+}
+
+/// Colours and opacity of 16 bits over a background of 8.
+fn over_16(raw: &[u16], background: [u8; 3]) -> Vec<u16> {
+    let mut out = Vec::with_capacity(raw.len() / 4 * 3);
+    for &[r, g, b, alpha] in raw.as_chunks::<4>().0 {
+        let mixed = |(x, under): (u16, u8)| {
+            let (x, alpha, under) = (u64::from(x), u64::from(alpha), 257 * u64::from(under));
+            ((x * alpha + under * (65535 - alpha) + 32767) / 65535) as u16
+        };
+        out.extend([r, g, b].into_iter().zip(background).map(mixed));
+    }
+    out
 }
 
 /// Pixels of colours and opacity over a background.

@@ -44,7 +44,7 @@ impl Dataset for Ellipses {
             [60.0, 75.0, 90.0].map(|base| (base + f64::from(class) * 35.0 + wave + noise) as u8)
         });
         let (rgb, label) = (rgb.collect(), Some(class as u32 - 1));
-        Ok(Sample { width, height, rgb, label, mask: Some(mask), ..Sample::default() })
+        Ok(Sample { width, height, pixels: rgb, label, mask: Some(mask), ..Sample::default() })
     }
     fn classes(&self) -> usize {
         CLASSES - 1
@@ -102,7 +102,7 @@ fn run(probe: &Json, train: &Ellipses, test: &Ellipses, image_size: ImageSize) -
         test,
         image_size,
         patch_size: PATCH,
-        normalization: ([0.0; 3], [1.0; 3]),
+        normalization: (&[0.0; 3], &[1.0; 3]),
         seed: 0,
         warn: &|text| panic!("{text}"),
         show: None,
@@ -137,7 +137,7 @@ pub fn windows() -> (Vec<Score>, Json) {
         let of = |window: &[f32]| {
             // The window at the image's first pixel is its corner.
             let same = |sample: &&Sample| {
-                (0..32 * 32).all(|i| (sample.rgb[3 * (i / 32 * 48 + i % 32)] as f32 - window[3 * i]).abs() < 0.5)
+                (0..32 * 32).all(|i| (sample.rgb()[3 * (i / 32 * 48 + i % 32)] as f32 - window[3 * i]).abs() < 0.5)
             };
             all.iter().find(same).expect("it is an image of the dataset").mask.clone().expect("it has a mask")
         };
@@ -162,8 +162,10 @@ pub fn correspondence() -> (Vec<Score>, Json) {
     // Every image is known by its two crops, which are those of its number.
     let order = drawn(30);
     let parts: Vec<_> = order.iter().map(|&i| Correspondence::parts(0, i, test.size)).collect();
-    let images: Vec<Vec<f32>> =
-        order.iter().map(|&i| test.get(i).expect("it is drawn").rgb.iter().map(|&x| f32::from(x)).collect()).collect();
+    let images: Vec<Vec<f32>> = order
+        .iter()
+        .map(|&i| test.get(i).expect("it is drawn").rgb().iter().map(|&x| f32::from(x)).collect())
+        .collect();
     let part = |range: std::ops::Range<usize>| {
         json!({ "patches": rows(&shown.patches[range.clone()], &[96, 12]),
             "rgb": rows(&shown.images[range], &[64, 96, 3]) })
@@ -182,7 +184,7 @@ fn drawn(n: usize) -> Vec<usize> {
             self.0
         }
         fn get(&self, index: usize) -> Result<Sample> {
-            Ok(Sample { width: 8, height: 8, rgb: vec![index as u8; 192], ..Sample::default() })
+            Ok(Sample { width: 8, height: 8, pixels: vec![index as u8; 192].into(), ..Sample::default() })
         }
     }
     let order = RefCell::new(Vec::new());
@@ -197,7 +199,7 @@ fn drawn(n: usize) -> Vec<usize> {
         test: &data,
         image_size: ImageSize::square(8),
         patch_size: PATCH,
-        normalization: ([0.0; 3], [1.0; 3]),
+        normalization: (&[0.0; 3], &[1.0; 3]),
         seed: 0,
         warn: &|text| panic!("{text}"),
         show: None,
@@ -216,8 +218,9 @@ pub fn robustness() -> (Vec<Score>, Json) {
     let (scores, shown, config) = run(&probe, &train, &test, size);
     let labels = |dataset: &Ellipses, images: &[Vec<f32>]| -> Vec<Option<u32>> {
         let all = whole(dataset);
-        let same =
-            |sample: &Sample, image: &[f32]| sample.rgb.iter().zip(image).all(|(a, b)| (f32::from(*a) - b).abs() < 0.5);
+        let same = |sample: &Sample, image: &[f32]| {
+            sample.rgb().iter().zip(image).all(|(a, b)| (f32::from(*a) - b).abs() < 0.5)
+        };
         images.iter().map(|image| all.iter().find(|s| same(s, image)).expect("it is an image").label).collect()
     };
     let kinds = ["noise", "blur", "contrast", "jpeg", "scale"].into_iter();
@@ -260,7 +263,7 @@ pub fn tracking(folder: &Path) -> (Vec<Score>, Json) {
             let mask: Vec<u8> = (0..96 * 64).map(|i| if i == 5 { 255 } else { object(i) }).collect();
             let pixel = |i: usize| {
                 let from = if mask[i] == 1 { (&near, i / 96 * 96 + (i % 96 + 96 - 3 * t) % 96) } else { (&far, i) };
-                [0, 1, 2].map(|c| from.0.rgb[3 * from.1 + c].saturating_add(80 * u8::from(mask[i] == 1)))
+                [0, 1, 2].map(|c| from.0.rgb()[3 * from.1 + c].saturating_add(80 * u8::from(mask[i] == 1)))
             };
             let rgb: Vec<u8> = (0..96 * 64).flat_map(pixel).collect();
             let save = |path: std::path::PathBuf, pixels: &[u8], color| {

@@ -51,6 +51,11 @@ pub(super) fn decode(bytes: &[u8], known: bool) -> Result<(DynamicImage, Option<
     Ok((image.into(), decoder.exif().cloned()))
 }
 
+/// Whether a file has one component, grey; [`decode`] triples it.
+pub(super) fn is_grey(bytes: &[u8]) -> Result<bool, Refusal> {
+    Ok(Walk::new(bytes).frame(false)?.ids.len() == 1)
+}
+
 /// What the headers say of the picture.
 struct Frame {
     geometry: Geometry,
