@@ -272,7 +272,7 @@ mod tests {
             step::<u8>(&mut narrow, &jitter, op);
             step::<u16>(&mut wide, &jitter, op);
             // An 8-bit hue is one of 255, a degree and a half each.
-            let most = if op == JitterOp::Hue { 8.0 } else { 1.01 };
+            let most = if op == JitterOp::Hue { 16.0 } else { 2.0 };
             for (a, b) in narrow.iter().zip(&wide) {
                 assert!((a - b / 257.0).abs() <= most, "{op:?}: {a}, {}", b / 257.0);
             }

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 /// Pairs that go both ways, in the order of the alphabet. A pair that goes one way only is taken out.
-const BOTH_WAYS: [(&str, &str); 8] = [
+const BOTH_WAYS: [(&str, &str); 7] = [
     ("contract", "registry"),
     ("cuda", "tensor"),
     ("error", "recipe"),
@@ -13,7 +13,6 @@ const BOTH_WAYS: [(&str, &str); 8] = [
     ("recipe", "registry"),
     ("recipe", "step"),
     ("recipe", "weights"),
-    ("step", "weights"),
 ];
 /// What the crate's root hands on, by its room.
 const HANDED_ON: [(&str, &str); 5] =
