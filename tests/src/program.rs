@@ -154,11 +154,13 @@ impl Folder {
         command.args(args).current_dir(self.0.path()).stdin(Stdio::null());
         // The tests' own variable; to the program it is a recipe's key.
         command.env_remove("DINOLAB_GOLDEN");
-        // What is ignored at the start stays ignored: these tests may run under `nohup`.
+        // What is ignored at the start stays ignored: these tests may run under `nohup`, or behind `&` of a script.
         // SAFETY: signal(2) may be called between fork and exec.
         unsafe {
             command.pre_exec(|| {
-                libc::signal(libc::SIGHUP, libc::SIG_DFL);
+                for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM] {
+                    libc::signal(signal, libc::SIG_DFL);
+                }
                 Ok(())
             })
         };

@@ -1,9 +1,6 @@
-//! Probes, `dinolab eval`, suites and their statistics.
+//! Probes and `dinolab eval`, and what reports say of them.
 
 mod dense_scores;
 mod evaluate;
 mod expected;
 mod probes;
-mod statistics;
-mod suite;
-mod suite_fuzz;

@@ -1,13 +1,7 @@
-//! Runs of the trainer: steps, teachers, ranks, resumed, extended and stopped runs.
+//! Runs of the program: resumed, extended, forked, stopped, killed and distilled.
 
 mod distillation;
 mod end_to_end;
-mod engine;
-mod gram_teacher;
 mod longer;
-mod ranks;
-mod rewind;
 mod stages;
 mod stopping;
-mod teachers;
-mod views;

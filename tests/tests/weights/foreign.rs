@@ -416,7 +416,7 @@ fn a_file_that_is_something_else_is_named_as_that() {
     let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 932\n";
     is_refused(&good, &[("config.json", pointer)], &["config.json", "Git LFS pointer"]);
     is_refused(&good, &[("config.json", "{\"model_type\": ")], &["config.json", "not JSON"]);
-    is_refused(&Tensors::new(), &[("pytorch_model.bin", "PK")], &["no safetensors file, but one of PyTorch"]);
+    is_refused(&Tensors::new(), &[("pytorch_model.bin", "PK")], &["not a PyTorch file"]);
 }
 
 #[test]

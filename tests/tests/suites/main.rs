@@ -1,0 +1,6 @@
+//! Suites inside this process, and their statistics. No test here starts a program: for a moment a new process holds the locks
+//! that this one holds.
+
+mod fuzz;
+mod statistics;
+mod suite;
