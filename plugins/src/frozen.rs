@@ -13,7 +13,8 @@ use crate::ema::Ema;
 /// (arXiv:2508.10104, section 5.2).
 ///
 /// Backbone and heads are those of the run's own recipe, so a small student may learn from a large teacher; patch size and
-/// prototypes must be the same. Weights without heads, as they are published, teach by `feature_distillation`. What is evaluated is the exponential moving average of the student.
+/// prototypes must be the same. Weights without heads, as they are published, teach by `feature_distillation`. What is
+/// evaluated is the exponential moving average of the student.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Frozen {

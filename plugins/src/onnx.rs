@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::f64::consts::SQRT_2;
 
 use dinolab_core::params::ParamSpec;
-use dinolab_core::weights::{Pixels, TensorFiles};
+use dinolab_core::weights::{Preprocessing, TensorFiles};
 use dinolab_core::{Error, Result};
 use prost::Message;
 
@@ -371,7 +371,7 @@ impl<'a> Graph<'a> {
     }
 
     /// The file, with what a program needs to know of the pixels.
-    pub(crate) fn encode(mut self, name: &str, pixels: &Pixels, patch_size: usize) -> Vec<u8> {
+    pub(crate) fn encode(mut self, name: &str, pixels: &Preprocessing, patch_size: usize) -> Vec<u8> {
         self.graph.name = name.into();
         let list = |x: &[f32]| x.iter().map(f32::to_string).collect::<Vec<_>>().join(", ");
         let facts = [

@@ -2,6 +2,7 @@
 
 pub mod emulator;
 pub mod program;
+pub mod recipes;
 
 /// Pages, by name.
 #[cfg(doctest)]

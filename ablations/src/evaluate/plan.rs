@@ -137,8 +137,7 @@ impl Job {
                 return Err(Error::content(path, problem, format!("in {key}, choose {near}")));
             }
             for Taken { name, probe, .. } in probes {
-                let window = probe.window(*size);
-                let unfit = window.unfit(backbone.patch_size(), backbone.smallest_crop()).filter(|_| window != *size);
+                let unfit = probe.unfit_window(*size, backbone.patch_size(), backbone.smallest_crop());
                 if let Some((problem, near)) = unfit {
                     let problem = format!("these weights cannot be shown windows of {problem}");
                     return Err(Error::content(path, problem, format!("set probes.{name}.window to {near}")));

@@ -163,3 +163,11 @@ pub trait Probe: fmt::Debug + Send + Sync {
         0
     }
 }
+
+impl dyn Probe {
+    /// Why a model cannot be shown the probe's windows of images of `size`, and the nearest sizes; see
+    /// [`ImageSize::unfit`].
+    pub fn unfit_window(&self, size: ImageSize, patch: usize, least: usize) -> Option<(String, String)> {
+        Some(self.window(size)).filter(|window| *window != size)?.unfit(patch, least)
+    }
+}

@@ -34,8 +34,8 @@ impl<'a> Views<'a> {
 /// Makes the crops of images by the plans of an augmentation, whichever it is.
 ///
 /// A crop is cut, resized (bicubic, antialiased), mirrored, jittered in colour, made grey, blurred, solarised and
-/// normalised, on whole numbers of the image's 8 or 16 bits until the last step. Teachers' own crops are made by the same plans at their
-/// size, without the distortion where [`CropConfig::teacher_without_distortion`] says so.
+/// normalised, on whole numbers of the image's 8 or 16 bits until the last step. Teachers' own crops are made by the same
+/// plans at their size, without the distortion where [`CropConfig::teacher_without_distortion`] says so.
 ///
 /// What the student sees never depends on whether a teacher looks too, so that arms of an ablation that differ in
 /// it share their pixels. In this it differs from the reference, which cuts at the larger of both sizes, distorts there

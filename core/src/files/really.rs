@@ -43,18 +43,17 @@ const XML: Really = really(
 const JSON: Really = really("a JSON text, such as a server sends in place of a file that it refuses", AGAIN);
 const TEXT: Really = really("a text", NAMED_SO);
 const TAR: Really = really("a tar archive", UNPACK);
+const ZIP: Really = really(
+    "a zip archive, as PyTorch's .pth files are",
+    "unpack it; if it is PyTorch's, let its name end in .pth and import it",
+);
+const PICKLE: Really = really("a Python pickle, as old PyTorch files are", "let its name end in .pth and import it");
 
 /// First bytes, and what begins with them.
 const MAGIC: [(&[u8], Really); 27] = [
     (b"version https://git-lfs", LFS),
     (b"/annex/objects/", ANNEX),
-    (
-        b"PK\x03\x04",
-        really(
-            "a zip archive, as PyTorch's .pth files are",
-            "unpack it; if it is PyTorch's, let its name end in .pth and import it",
-        ),
-    ),
+    (b"PK\x03\x04", ZIP),
     (b"PK\x05\x06", really("an empty zip archive", AGAIN)),
     (b"\x1f\x8b", really("compressed with gzip", UNPACK)),
     (b"\x28\xb5\x2f\xfd", really("compressed with zstd", UNPACK)),
@@ -118,7 +117,7 @@ impl Really {
             return Some(TAR);
         }
         if let [0x80, 2..=5, ..] = head {
-            return Some(really("a Python pickle, as old PyTorch files are", "let its name end in .pth and import it"));
+            return Some(PICKLE);
         }
         if head.iter().all(|&byte| byte == 0) {
             return Some(ZEROS);
@@ -131,6 +130,11 @@ impl Really {
         let mut head = Vec::new();
         File::open(path).ok()?.take(HEAD as u64).read_to_end(&mut head).ok()?;
         Self::of(&head)
+    }
+
+    /// Whether PyTorch writes such files.
+    pub(crate) fn is_pytorch(self) -> bool {
+        [ZIP, PICKLE, TAR].contains(&self)
     }
 
     /// The error of a file that should be `expected` ("a safetensors file") and is this.

@@ -79,19 +79,18 @@ impl OwnKeys for OptimizerConfig {
 }
 
 impl CropsEntry {
+    /// What an augmentation is built with for crops of these sizes.
+    pub(super) fn context(&self, sizes: &Resolution, patch_size: usize) -> CropContext {
+        let Resolution { global_size, local_size, .. } = *sizes;
+        CropContext { global_size, local_size, local_count: self.local_count, patch_size, channels: self.channels() }
+    }
+
     /// Builds the augmentation for crops of these sizes.
     ///
     /// # Errors
     /// If the plugin refuses its configuration, or does not go with the sizes.
     pub fn build(&self, sizes: &Resolution, patch_size: usize) -> crate::Result<(Box<dyn Augmentation>, CropContext)> {
-        let Resolution { global_size, local_size, .. } = *sizes;
-        let mut context = CropContext {
-            global_size,
-            local_size,
-            local_count: self.local_count,
-            patch_size,
-            channels: self.channels(),
-        };
+        let mut context = self.context(sizes, patch_size);
         Ok((self.plugin.build(&mut context)?, context))
     }
 }

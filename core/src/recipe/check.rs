@@ -3,10 +3,10 @@
 use std::collections::BTreeSet;
 
 use super::problem::{Problem, Severity};
-use super::{sizes, Recipe, Resolution};
+use super::{sizes, Recipe};
 use crate::contract::{At, Backbone, Dataset, Grid, ImageSize, Loss, Masking, TeacherPolicy};
-use crate::registry::{BackboneContext, Chosen, CropContext};
-use crate::step::{build_loss, check_views, declare, Declared, GLOBALS};
+use crate::registry::{Chosen, CropContext};
+use crate::step::{build_backbone, build_loss, check_views, declare, Declared, GLOBALS};
 use crate::{params::ParamBuilder, Error};
 
 /// Everything that is wrong with, or odd about, a recipe whose types and ranges are right.
@@ -16,14 +16,7 @@ pub(super) fn check(recipe: &Recipe) -> Vec<Problem> {
     together(recipe, &mut problems);
     let (teacher, named) = teachers(recipe, &mut problems);
     let masking = recipe.masking.build(&mut ()).map_err(|e| problems.push(refused("masking", e))).ok();
-    let mut params = ParamBuilder::new();
-    let mut context = BackboneContext {
-        params: &mut params,
-        global_size: recipe.crops.global_size,
-        channels: recipe.crops.channels(),
-    };
-    let built = recipe.backbone.plugin.build(&mut context);
-    match built.and_then(|backbone| params.check().map(|()| backbone)) {
+    match build_backbone(recipe, &mut ParamBuilder::new()) {
         Ok(backbone) => {
             let fits = crops(recipe, backbone.as_ref(), &named, &mut problems);
             problems.extend(probe_sizes(recipe, backbone.as_ref()));
@@ -63,9 +56,8 @@ fn probe_sizes(recipe: &Recipe, backbone: &dyn Backbone) -> Vec<Problem> {
         let Ok(probe) = entry.probe.build(&mut ()) else { continue };
         let usual = [ImageSize::square(recipe.crops.global_size)];
         let sizes = if entry.sizes.is_empty() { &usual[..] } else { &entry.sizes };
-        let windows = sizes.iter().map(|size| (size, probe.window(*size))).filter(|(size, window)| *size != window);
-        let unfit = |(_, window): (_, ImageSize)| window.unfit(backbone.patch_size(), backbone.smallest_crop());
-        problems.extend(windows.filter_map(unfit).next().map(|(message, near)| {
+        let unfit = |size: &ImageSize| probe.unfit_window(*size, backbone.patch_size(), backbone.smallest_crop());
+        problems.extend(sizes.iter().find_map(unfit).map(|(message, near)| {
             Problem::error(format!("probes.{name}.window"), message).help(format!("use {near}"))
         }));
     }
@@ -135,13 +127,7 @@ fn too_small(recipe: &Recipe, data: &dyn Dataset) -> Option<Problem> {
     if data.fingerprint().is_some() {
         return None;
     }
-    let mut params = ParamBuilder::new();
-    let mut context = BackboneContext {
-        params: &mut params,
-        global_size: recipe.crops.global_size,
-        channels: recipe.crops.channels(),
-    };
-    let patch = recipe.backbone.plugin.build(&mut context).ok()?.patch_size();
+    let patch = build_backbone(recipe, &mut ParamBuilder::new()).ok()?.patch_size();
     let sample = data.get(0).ok()?;
     let message = format!("images of {}x{} pixels are smaller than a patch of {patch}", sample.width, sample.height);
     (sample.width.min(sample.height) < patch).then(|| Problem::error("data", message).help("make larger images"))
@@ -496,15 +482,9 @@ fn views(recipe: &Recipe, problems: &mut Vec<Problem>) {
 fn augmentations(recipe: &Recipe, model: &Declared, problems: &mut Vec<Problem>) {
     let patch_size = model.backbone.patch_size();
     for sizes in recipe.crops.variants(None) {
-        let Resolution { global_size, local_size, .. } = sizes;
+        let context = CropContext { local_count: 0, ..recipe.crops.context(&sizes, patch_size) };
         for (name, entry) in &recipe.augmentations.0 {
-            let built = entry.build(&mut CropContext {
-                global_size,
-                local_size,
-                local_count: 0,
-                patch_size,
-                channels: recipe.crops.channels(),
-            });
+            let built = entry.build(&mut context.clone());
             problems.extend(built.err().map(|e| refused(format!("augmentations.{name}"), e)));
         }
     }

@@ -79,11 +79,7 @@ pub struct DeclaredLoss {
 /// If a plugin refuses its configuration.
 pub fn declare(recipe: &Recipe) -> Result<Declared> {
     let mut params = ParamBuilder::new();
-    let (global_size, channels) = (recipe.crops.global_size, recipe.crops.channels());
-    let backbone = params.scope("backbone", |params| {
-        let built = recipe.backbone.plugin.build(&mut BackboneContext { params, global_size, channels })?;
-        params.check().map(|()| built)
-    })?;
+    let backbone = params.scope("backbone", |params| build_backbone(recipe, params))?;
     let losses = recipe.losses.0.iter().filter(|(_, entry)| entry.enabled);
     let losses = losses.map(|(name, entry)| {
         let loss = params
@@ -92,7 +88,17 @@ pub fn declare(recipe: &Recipe) -> Result<Declared> {
         Ok(DeclaredLoss { name: name.clone(), weight: entry.weight.clone(), chosen, loss, needs })
     });
     let losses = losses.collect::<Result<_>>()?;
-    Ok(Declared { backbone, losses, layout: params.finish(), channels })
+    Ok(Declared { backbone, losses, layout: params.finish(), channels: recipe.crops.channels() })
+}
+
+/// Builds the backbone of a recipe and declares its parameters.
+///
+/// # Errors
+/// If the plugin refuses its configuration, or declares a parameter twice.
+pub(crate) fn build_backbone(recipe: &Recipe, params: &mut ParamBuilder) -> Result<Box<dyn Backbone>> {
+    let (global_size, channels) = (recipe.crops.global_size, recipe.crops.channels());
+    let built = recipe.backbone.plugin.build(&mut BackboneContext { params, global_size, channels })?;
+    params.check().map(|()| built)
 }
 
 /// Builds a loss of a recipe and declares its parameters.

@@ -2,7 +2,8 @@
 //!
 //! The student learns by the same losses as in pretraining. In place of a teacher of its own layout, the frozen model
 //! (backbone and heads as its run's recipe says) sees the global crops. Prototypes are what both have in common; losses whose
-//! targets are features ask for no heads, so that published weights can teach. The student's EMA goes on beside it, for evaluation alone (Siméoni et al., arXiv:2508.10104, section 5.2).
+//! targets are features ask for no heads, so that published weights can teach. The student's EMA goes on beside it, for
+//! evaluation alone (Siméoni et al., arXiv:2508.10104, section 5.2).
 
 use std::path::Path;
 

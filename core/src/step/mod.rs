@@ -23,7 +23,7 @@ mod updates;
 mod views;
 mod weights;
 
-pub(crate) use declare::build_loss;
+pub(crate) use declare::{build_backbone, build_loss};
 pub use declare::{declare, Declared, DeclaredLoss, GLOBALS};
 pub(crate) use distillation::distilled_model;
 pub use health::Health;

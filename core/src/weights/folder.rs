@@ -25,13 +25,13 @@ pub struct ModelInfo {
     pub backbone: Chosen<dyn Backbone>,
     /// The pixels that it was trained on.
     #[serde(default)]
-    pub crops: Pixels,
+    pub crops: Preprocessing,
 }
 
 /// What a model was trained on: size and normalisation.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct Pixels {
+pub struct Preprocessing {
     /// Side of a global crop: a learned position table has as many places.
     pub global_size: usize,
     /// Mean of the pixels per channel, in [0, 1]: one number for every channel of the images.
@@ -42,7 +42,7 @@ pub struct Pixels {
     pub std: Vec<f32>,
 }
 
-impl Pixels {
+impl Preprocessing {
     const KEYS: [&'static str; 3] = ["global_size", "mean", "std"];
 
     /// Channels of the images: as many as `mean` has numbers.
@@ -67,7 +67,7 @@ impl Pixels {
     }
 }
 
-impl Default for Pixels {
+impl Default for Preprocessing {
     fn default() -> Self {
         let CropConfig { global_size, mean, std, .. } = CropConfig::default();
         Self { global_size, mean, std }
@@ -92,11 +92,14 @@ impl ModelInfo {
         let backbone = take("backbone")?.ok_or_else(|| wrong("backbone", "missing in this file".into()))?;
         let mut crops = take("crops")?.unwrap_or_default();
         if !strict {
-            crops.retain(|key, _| Pixels::KEYS.contains(&key));
+            crops.retain(|key, _| Preprocessing::KEYS.contains(&key));
         } else if let Some(key) = table.keys().next() {
             return Err(wrong(
                 key,
-                format!("unknown key; known: backbone, {}", Pixels::KEYS.map(|k| format!("crops.{k}")).join(", ")),
+                format!(
+                    "unknown key; known: backbone, {}",
+                    Preprocessing::KEYS.map(|k| format!("crops.{k}")).join(", ")
+                ),
             ));
         }
         for key in ["mean", "std"] {
@@ -104,7 +107,8 @@ impl ModelInfo {
                 return Err(wrong(&format!("crops.{key}"), "expected a list of numbers".into()));
             }
         }
-        let pixels: Pixels = crops.try_into().map_err(|e: toml::de::Error| wrong("crops", e.message().into()))?;
+        let pixels: Preprocessing =
+            crops.try_into().map_err(|e: toml::de::Error| wrong("crops", e.message().into()))?;
         pixels.check().map_err(|(key, problem)| wrong(key, problem))?;
         let mut backbone = serde_json::to_value(backbone).expect("TOML is plain data");
         // A recipe's own key: where its weights came from.

@@ -14,9 +14,6 @@ use crate::checkpoint::write_pieces;
 use crate::files::Really;
 use crate::{Error, Result};
 
-/// What PyTorch writes.
-const OWN: [&str; 3] = ["a zip archive", "a Python pickle", "a tar archive"];
-
 /// A tensor that is read when it is written.
 struct Lazy<'a> {
     tensor: &'a Tensor,
@@ -69,8 +66,7 @@ impl TensorFiles {
             Error::content(path, format!("as a PyTorch file: {problem}"), help)
         };
         let reader = PytorchReader::new(path).map_err(|e| match Really::at(path) {
-            // Pickles and archives of them are what it should be.
-            Some(other) if !OWN.iter().any(|own| other.what.starts_with(own)) => other.error(path, "a PyTorch file"),
+            Some(other) if !other.is_pytorch() => other.error(path, "a PyTorch file"),
             _ => wrong(e.to_string()),
         })?;
         if reader.is_empty() {

@@ -1,7 +1,7 @@
 //! ConvNeXt in the layout of Hugging Face `transformers` (`facebook/dinov3-convnext-*`, class `DINOv3ConvNextModel`):
 //! which tensor there is which parameter here, and what its `config.json` says. Shapes are the same.
 
-use dinolab_core::params::{ParamBuilder, ParamSpec};
+use dinolab_core::params::ParamSpec;
 use dinolab_core::weights::convert::Rule;
 use dinolab_core::weights::{JsonTable, ModelInfo, TensorFiles};
 use dinolab_core::{Error, Result};
@@ -79,15 +79,12 @@ pub(crate) fn read(files: &TensorFiles, mut keys: JsonTable, notes: &mut Vec<Str
 
 /// Where every tensor of a model is.
 fn rules(model: &ModelInfo) -> Result<Vec<Rule>> {
-    let mut params = ParamBuilder::new();
-    model.build(&mut params)?;
-    let layout = params.finish();
     let rule = |spec: &ParamSpec| {
         let name = spec.name.strip_prefix("backbone.").and_then(hf_name);
         let name = name.unwrap_or_else(|| panic!("{} has a place in the layout", spec.name));
         Rule::renamed(&spec.name, &spec.shape, name, &spec.shape)
     };
-    Ok(layout.specs().iter().map(rule).collect())
+    Ok(super::specs(model)?.iter().map(rule).collect())
 }
 
 /// `config.json` of a ConvNeXt, and where each tensor goes. Its class gives the patches of the map, one every 32 pixels, whatever

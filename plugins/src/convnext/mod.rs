@@ -4,7 +4,9 @@
 //! the graph.
 
 use dinolab_core::contract::Backbone;
+use dinolab_core::params::{ParamBuilder, ParamSpec};
 use dinolab_core::registry::Chosen;
+use dinolab_core::weights::ModelInfo;
 use dinolab_core::{plugin, Error, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -109,6 +111,13 @@ impl ConvNextConfig {
     pub(crate) fn of(backbone: &Chosen<dyn Backbone>) -> Result<Self> {
         serde_json::from_value(backbone.config().clone()).map_err(|e| Error::user(e.to_string(), "name a `convnext`"))
     }
+}
+
+/// The parameters that a model declares.
+fn specs(model: &ModelInfo) -> Result<Vec<ParamSpec>> {
+    let mut params = ParamBuilder::new();
+    model.build(&mut params)?;
+    Ok(params.finish().specs().to_vec())
 }
 
 impl Preset {

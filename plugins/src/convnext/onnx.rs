@@ -1,6 +1,5 @@
 //! A ConvNeXt as a graph of ONNX: pixels of any size in, CLS and patches out.
 
-use dinolab_core::params::ParamBuilder;
 use dinolab_core::weights::{ModelInfo, TensorFiles};
 use dinolab_core::{Error, Result};
 
@@ -19,9 +18,7 @@ use Attribute::{Int, Ints, Word};
 /// float.
 pub(crate) fn write(model: &ModelInfo, files: &TensorFiles, prefix: &str) -> Result<Vec<u8>> {
     let config = ConvNextConfig::of(&model.backbone)?;
-    let mut params = ParamBuilder::new();
-    model.build(&mut params)?;
-    check_size(params.finish().specs())?;
+    check_size(&super::specs(model)?)?;
     if config.patch_size > STRIDE {
         let problem = format!(
             "its map is made smaller (backbone.patch_size = {}), and the anti-aliasing of ONNX is another",

@@ -40,8 +40,8 @@ pub struct Listing {
     pub notes: Vec<String>,
 }
 
-/// The images in a folder and its sub-folders, `.npy` files among them where `arrays` are images. A folder is taken once, however many links lead to it, and links are
-/// followed after everything else. What cannot be listed is noted; a link to nowhere that is named like an image is a broken
+/// The images in a folder and its sub-folders, `.npy` files among them where `arrays` are images. A folder is taken once,
+/// however many links lead to it, and links are followed after everything else. What cannot be listed is noted; a link to nowhere that is named like an image is a broken
 /// one.
 ///
 /// # Errors

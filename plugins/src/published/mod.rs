@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use dinolab_core::checkpoint::{write_file, write_pieces};
 use dinolab_core::weights::convert::{from_published, Piece, Rule};
 use dinolab_core::weights::{
-    check_free, write_folder, JsonTable, ModelInfo, Pixels, Source, TensorFiles, MODEL_FILE, WEIGHTS_FILE,
+    check_free, write_folder, JsonTable, ModelInfo, Preprocessing, Source, TensorFiles, MODEL_FILE, WEIGHTS_FILE,
 };
 use dinolab_core::{Error, Result};
 use safetensors::tensor::{Dtype, View};
@@ -259,7 +259,7 @@ pub(crate) fn pixels(
     config: &mut JsonTable,
     channels: usize,
     notes: &mut Vec<String>,
-) -> Result<Pixels> {
+) -> Result<Preprocessing> {
     let global_size = side(config, "image_size")?;
     let global_size = global_size.unwrap_or_else(|| {
         notes.push("config.json has no `image_size`: 224 is assumed as the side of global crops".into());
@@ -272,7 +272,7 @@ pub(crate) fn pixels(
             "published models have 224",
         ));
     }
-    let pixels = Pixels { global_size, ..Pixels::default() };
+    let pixels = Preprocessing { global_size, ..Preprocessing::default() };
     processor::pixels(files.path(), pixels, channels, false, notes)
 }
 
@@ -286,8 +286,14 @@ pub(crate) fn pixels_of_size(
     channels: usize,
     satellite: bool,
     notes: &mut Vec<String>,
-) -> Result<Pixels> {
-    processor::pixels(files.path(), Pixels { global_size, ..Pixels::default() }, channels, satellite, notes)
+) -> Result<Preprocessing> {
+    processor::pixels(
+        files.path(),
+        Preprocessing { global_size, ..Preprocessing::default() },
+        channels,
+        satellite,
+        notes,
+    )
 }
 
 /// The side of a square, which may be written twice.

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use dinolab_core::weights::{JsonTable, Pixels};
+use dinolab_core::weights::{JsonTable, Preprocessing};
 use dinolab_core::Result;
 use serde::Deserialize;
 
@@ -58,11 +58,11 @@ const HARMLESS: [&str; 28] = [
 /// If the file says something that dinolab does not know, or that makes no sense.
 pub(crate) fn pixels(
     weights: &Path,
-    mut pixels: Pixels,
+    mut pixels: Preprocessing,
     channels: usize,
     satellite: bool,
     notes: &mut Vec<String>,
-) -> Result<Pixels> {
+) -> Result<Preprocessing> {
     if channels != pixels.channels() {
         // Nothing is known of them.
         (pixels.mean, pixels.std) = (vec![0.5; channels], vec![0.5; channels]);
@@ -98,7 +98,7 @@ pub(crate) fn pixels(
     if keys.take("do_normalize")? == Some(false) {
         keys.harmless(&["image_mean", "image_std"]);
         keys.finish()?;
-        return Ok(Pixels { mean: vec![0.0; channels], std: vec![(1.0 / unit) as f32; channels], ..pixels });
+        return Ok(Preprocessing { mean: vec![0.0; channels], std: vec![(1.0 / unit) as f32; channels], ..pixels });
     }
     let mean = each(keys.take("image_mean")?);
     let std = each(keys.take("image_std")?);
@@ -123,7 +123,7 @@ pub(crate) fn pixels(
     let scaled = |value: Vec<f64>| value.into_iter().map(|x| (x / unit) as f32).collect();
     let given = [("image_mean", mean.is_some()), ("image_std", std.is_some())];
     let missing: Vec<&str> = given.iter().filter(|(_, given)| !given).map(|(key, _)| *key).collect();
-    let found = Pixels { mean: mean.map_or(pixels.mean, scaled), std: std.map_or(pixels.std, scaled), ..pixels };
+    let found = Preprocessing { mean: mean.map_or(pixels.mean, scaled), std: std.map_or(pixels.std, scaled), ..pixels };
     if !missing.is_empty() {
         notes.push(assumed(&format!("{FILE} has no {}", missing.join(" and no ")), &found, satellite));
     }
@@ -140,8 +140,8 @@ fn as_number(x: f64) -> String {
 }
 
 /// That mean and standard deviation are a guess, and where to set others.
-fn assumed(because: &str, pixels: &Pixels, satellite: bool) -> String {
-    let Pixels { mean, std, .. } = pixels;
+fn assumed(because: &str, pixels: &Preprocessing, satellite: bool) -> String {
+    let Preprocessing { mean, std, .. } = pixels;
     let whose = if pixels.channels() == 3 { "ImageNet's" } else { "a guess" };
     let also = match satellite {
         true => {

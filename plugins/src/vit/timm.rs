@@ -8,7 +8,7 @@ use dinolab_core::contract::Backbone;
 use dinolab_core::params::ParamSpec;
 use dinolab_core::registry::Chosen;
 use dinolab_core::weights::convert::{Part, Rule};
-use dinolab_core::weights::{JsonTable, ModelInfo, Pixels, TensorFiles};
+use dinolab_core::weights::{JsonTable, ModelInfo, Preprocessing, TensorFiles};
 use dinolab_core::{Error, Result};
 use serde_json::{json, Value as Json};
 
@@ -79,7 +79,7 @@ pub(crate) fn read(files: &TensorFiles, mut keys: JsonTable, notes: &mut Vec<Str
         (heads, base) = (args.take::<usize>("num_heads")?, args.take::<f64>("rope_temperature")?);
     }
     args.map_or(Ok(()), JsonTable::finish)?;
-    let mut pixels = Pixels { global_size: 256, ..Pixels::default() };
+    let mut pixels = Preprocessing { global_size: 256, ..Preprocessing::default() };
     match keys.table("pretrained_cfg")? {
         Some(mut cfg) => {
             cfg.harmless(&HARMLESS_CFG);

@@ -6,6 +6,7 @@ use dinolab_core::step::{Learner, Report};
 use dinolab_core::{train, Tensor};
 use dinolab_plugins as _;
 use dinolab_tests::gpu_test;
+use dinolab_tests::recipes::LOSSES_OF_PARTS;
 
 const RECIPE: &str = r#"
 name = "small"
@@ -52,7 +53,7 @@ lr = { plugin = "linear_warmup", peak = 1e-3, warmup_steps = 4 }
 freeze_last_layer_steps = 2
 "#;
 
-/// Every shipped loss beside DINOv3's, in place of those.
+/// The shipped losses of whole batches: with [`LOSSES_OF_PARTS`] all but DINOv3's, in place of those.
 const METHODS: &str = r#"
 [losses.byol]
 projector = { hidden = 16, output = 8, layers = 2 }
@@ -66,28 +67,13 @@ projector = { hidden = 16, output = 8, layers = 2 }
 [losses.sigreg]
 projector = { hidden = 16, output = 8, layers = 2 }
 directions = 8
-[losses.inpainting]
-[losses.rotation]
-turns = 3
-[losses.jigsaw]
-permutations = 6
-hidden = 16
-[losses.relative_location]
-neighbours = 5
-hidden = 16
-[losses.cka]
-points = 3
-[losses.feature_distillation]
-[losses.online_linear]
-classes = 4
-[teacher]
 "#;
 
-/// [`RECIPE`] with [`METHODS`].
+/// [`RECIPE`] with [`METHODS`] and [`LOSSES_OF_PARTS`].
 fn methods() -> String {
     let (before, rest) = RECIPE.split_once("[losses.dino]").expect("it has one");
     let (_, after) = rest.split_once("[teacher]").expect("it has one");
-    format!("{before}{METHODS}{after}").replace("count = 16", "count = 16\nclasses = 4")
+    format!("{before}{METHODS}{LOSSES_OF_PARTS}[teacher]\n{after}").replace("count = 16", "count = 16\nclasses = 4")
 }
 
 fn learner(device: &str, precision: &str, recipe: &str) -> (Learner, Loader) {

@@ -13,6 +13,7 @@ use dinolab_core::step::{Learner, Report};
 use dinolab_core::train::{self, Lead, Outcome, RunOptions, Silent};
 use dinolab_core::{plugin, Error, Result};
 use dinolab_plugins as _;
+use dinolab_tests::recipes::LOSSES_OF_PARTS;
 use serde::{Deserialize, Serialize};
 
 /// Not finite at one step, for one image.
@@ -91,24 +92,10 @@ first_step = 1
 refresh = { every = 2 }
 crop_size = 24
 "#;
-/// Every other shipped loss that does not need the whole batch at once, and another optimizer.
-const METHODS: &str = r#"
+/// Beside [`LOSSES_OF_PARTS`]: what hides patches.
+const IBOT: &str = r#"
 [losses.ibot]
 head = { hidden = 24, bottleneck = 16, prototypes = 32, prototype_std = 0.1 }
-[losses.inpainting]
-[losses.rotation]
-turns = 3
-[losses.jigsaw]
-permutations = 6
-hidden = 16
-[losses.relative_location]
-neighbours = 5
-hidden = 16
-[losses.cka]
-points = 3
-[losses.feature_distillation]
-[losses.online_linear]
-classes = 4
 "#;
 
 fn resolve(tables: &str, sets: &[&str]) -> Result<Resolved> {
@@ -155,10 +142,11 @@ fn bits((learner, reports): &(Learner, Vec<Report>)) -> Vec<(String, Vec<u64>)> 
 
 #[test]
 fn a_step_on_ranks_is_that_of_one_process_to_the_bit() {
+    let methods = format!("{IBOT}{LOSSES_OF_PARTS}");
     for (tables, precision, sets) in [
         (DINO, "f32", &[][..]),
         (DINO, "f64", &["batch.micro_batches=4"]),
-        (METHODS, "f32", &["optimizer.plugin=\"muon\""]),
+        (&methods, "f32", &["optimizer.plugin=\"muon\""]),
     ] {
         let precision = format!("precision=\"{precision}\"");
         let resolved = resolve(tables, &[sets, &[&precision]].concat()).unwrap_or_else(|e| panic!("{e}"));
