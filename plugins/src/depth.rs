@@ -3,7 +3,7 @@
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
-use dinolab_core::contract::{ImageSize, Parts, Picture, Probe, ProbeContext, Score};
+use dinolab_core::contract::{Annotation, ImageSize, Parts, Picture, Probe, ProbeContext, Score};
 use dinolab_core::{plugin, DType, Error, Result, Tensor};
 use faer::prelude::Solve;
 use faer::{Mat, Side};
@@ -187,8 +187,8 @@ impl Probe for Depth {
         ])
     }
 
-    fn needs_depth(&self) -> bool {
-        true
+    fn needs(&self) -> &'static [Annotation] {
+        &[Annotation::Depth]
     }
 
     fn images(&self) -> usize {

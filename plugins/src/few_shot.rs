@@ -3,7 +3,7 @@
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
-use dinolab_core::contract::{Parts, Probe, ProbeContext, Score};
+use dinolab_core::contract::{Annotation, Parts, Probe, ProbeContext, Score};
 use dinolab_core::rng::{Rng, Stream};
 use dinolab_core::{plugin, DType, Error, Result, Tensor};
 use schemars::JsonSchema;
@@ -134,8 +134,8 @@ impl Probe for FewShot {
         Ok(scores)
     }
 
-    fn needs(&self) -> (bool, bool) {
-        (true, false)
+    fn needs(&self) -> &'static [Annotation] {
+        &[Annotation::Labels]
     }
 
     fn images(&self) -> usize {

@@ -2,7 +2,7 @@
 
 use std::num::NonZeroUsize;
 
-use dinolab_core::contract::{Probe, ProbeContext, Score};
+use dinolab_core::contract::{Annotation, Probe, ProbeContext, Score};
 use dinolab_core::{plugin, Error, Result, Tensor};
 use rayon::prelude::*;
 use schemars::JsonSchema;
@@ -117,8 +117,8 @@ impl Probe for Knn {
         Ok(self.counts().enumerate().map(score).collect())
     }
 
-    fn needs(&self) -> (bool, bool) {
-        (true, false)
+    fn needs(&self) -> &'static [Annotation] {
+        &[Annotation::Labels]
     }
 
     fn images(&self) -> usize {

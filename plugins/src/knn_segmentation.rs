@@ -2,7 +2,7 @@
 
 use std::num::NonZeroUsize;
 
-use dinolab_core::contract::{Probe, ProbeContext, Score};
+use dinolab_core::contract::{Annotation, Probe, ProbeContext, Score};
 use dinolab_core::rng::{Rng, Stream};
 use dinolab_core::{plugin, Result, Tensor};
 use rayon::prelude::*;
@@ -120,8 +120,8 @@ impl Probe for KnnSegmentation {
         Ok(scores(images, context.test))
     }
 
-    fn needs(&self) -> (bool, bool) {
-        (false, true)
+    fn needs(&self) -> &'static [Annotation] {
+        &[Annotation::Masks]
     }
 
     fn images(&self) -> usize {

@@ -2,7 +2,7 @@
 
 use std::num::NonZeroUsize;
 
-use dinolab_core::contract::{Probe, ProbeContext, Score};
+use dinolab_core::contract::{Annotation, Probe, ProbeContext, Score};
 use dinolab_core::{plugin, DType, Error, Result, Tensor};
 use rayon::prelude::*;
 use schemars::JsonSchema;
@@ -134,8 +134,8 @@ impl Probe for LinearClassification {
         Ok([Score::mean("top1", within(1))].into_iter().chain(top5).chain([chosen]).collect())
     }
 
-    fn needs(&self) -> (bool, bool) {
-        (true, false)
+    fn needs(&self) -> &'static [Annotation] {
+        &[Annotation::Labels]
     }
 
     fn images(&self) -> usize {

@@ -2,7 +2,7 @@
 
 use std::num::NonZeroUsize;
 
-use dinolab_core::contract::{ImageSize, Probe, ProbeContext, Score};
+use dinolab_core::contract::{Annotation, ImageSize, Probe, ProbeContext, Score};
 use dinolab_core::{plugin, DType, Result, Tensor};
 use rayon::prelude::*;
 use schemars::JsonSchema;
@@ -142,8 +142,8 @@ impl Probe for LinearSegmentation {
         Ok(scores(overlaps.collect(), context.test))
     }
 
-    fn needs(&self) -> (bool, bool) {
-        (false, true)
+    fn needs(&self) -> &'static [Annotation] {
+        &[Annotation::Masks]
     }
 
     /// No larger than the image.

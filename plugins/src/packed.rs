@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::io::Cursor;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -10,7 +11,7 @@ use dinolab_core::text::printable;
 use dinolab_core::{Error, Result};
 
 use crate::image_folder::decode::{self, Known, Wanted};
-use crate::image_folder::{count_classes, in_order, set_aside};
+use crate::image_folder::{count_classes, decode_mask, in_order, set_aside, MaskConfig, PixelClasses};
 
 /// Files that a pattern stands for before it is refused.
 const MOST_FILES: usize = 1_000_000;
@@ -25,6 +26,29 @@ pub(crate) trait Store: fmt::Debug + Send + Sync {
 
     /// Where it lies: the file, and the place in it as if the file were a folder.
     fn place(&self, index: usize) -> PathBuf;
+
+    /// The bytes of its mask; `None` if it has none.
+    ///
+    /// # Errors
+    /// If they cannot be read.
+    fn mask(&self, index: usize) -> Result<Option<Vec<u8>>>;
+
+    /// Where its mask lies.
+    fn mask_place(&self, index: usize) -> PathBuf;
+}
+
+/// The values of an image's mask and their width.
+fn mask(store: &impl Store, index: usize) -> Result<Option<(Vec<u8>, usize)>> {
+    let Some(bytes) = store.mask(index)? else { return Ok(None) };
+    decode_mask(Cursor::new(bytes), &store.mask_place(index)).map(Some)
+}
+
+/// The classes in the masks of `images` images.
+///
+/// # Errors
+/// If they have to be counted and cannot be.
+pub(crate) fn pixel_classes(store: &impl Store, config: &MaskConfig, images: usize) -> Result<PixelClasses> {
+    PixelClasses::of(config, images, |index| mask(store, index))
 }
 
 /// The images of a store, and what is known of them.
@@ -36,6 +60,8 @@ pub(crate) struct All<S> {
     pub labels: Vec<Option<u32>>,
     /// The names of the classes.
     pub classes: Vec<String>,
+    /// The classes of pixels, where images have masks.
+    pub masks: Option<PixelClasses>,
     /// What a user may not expect, a sentence each.
     pub notes: Vec<String>,
     /// A hash of what is there.
@@ -79,6 +105,16 @@ impl<S: Store + 'static> Dataset for Packed<S> {
     }
 
     fn get(&self, index: usize) -> Result<Sample> {
+        let (number, Self { all, .. }) = (self.part[index], self);
+        let image = self.get_image(index)?;
+        let Some(classes) = &all.masks else { return Ok(image) };
+        let Some(values) = mask(&all.store, number)? else { return Ok(image) };
+        let size = [image.width, image.height];
+        let classes = classes.classify(values, size, &all.store.mask_place(number), &all.store.place(number))?;
+        Ok(Sample { mask: Some(classes), ..image })
+    }
+
+    fn get_image(&self, index: usize) -> Result<Sample> {
         let (index, all) = (self.part[index], &self.all);
         let bytes = all.store.bytes(index)?;
         let image = decode::read_bytes(&all.store.place(index), &bytes, &all.wanted, &self.known[index])?;
@@ -97,6 +133,14 @@ impl<S: Store + 'static> Dataset for Packed<S> {
         self.all.classes.clone()
     }
 
+    fn mask_classes(&self) -> usize {
+        self.all.masks.as_ref().map_or(0, PixelClasses::count)
+    }
+
+    fn mask_class_names(&self) -> Vec<String> {
+        self.all.masks.as_ref().map_or(Vec::new(), |masks| masks.names().to_vec())
+    }
+
     fn describe(&self, index: usize) -> String {
         printable(self.all.store.place(self.part[index]))
     }
@@ -104,6 +148,9 @@ impl<S: Store + 'static> Dataset for Packed<S> {
     fn summary(&self) -> Summary {
         let classes = count_classes(&self.all.classes, self.part.iter().map(|&i| self.all.labels[i]));
         let mut content = format!("{} images{classes}", self.len());
+        if let Some(masks) = &self.all.masks {
+            content += &format!(", masks of {} classes", masks.count());
+        }
         if let Some(held_out) = &self.held_out {
             content += &format!(", {} more held out for probes", held_out.len());
         }

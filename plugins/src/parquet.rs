@@ -19,8 +19,8 @@ use rayon::prelude::*;
 use serde_json::Value;
 
 use crate::image_folder::labels::{TEST, TRAIN};
-use crate::image_folder::Wanted;
-use crate::packed::{files, unlabelled, All, Labels, Packed, Store};
+use crate::image_folder::{MaskConfig, Wanted};
+use crate::packed::{files, pixel_classes, unlabelled, All, Labels, Packed, Store};
 
 const HELP: &str = "copy or download the file again, or leave it out";
 
@@ -56,6 +56,12 @@ pub struct ParquetConfig {
     /// Names of the classes, in order: labels are their numbers or the names.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub classes: Vec<String>,
+    /// The column of masks: PNG, indexed or grey, with the class of every pixel. Without, there are none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub masks: Option<String>,
+    /// What the values of masks mean.
+    #[serde(default)]
+    pub mask: MaskConfig,
     /// Channels of an image. 3 makes RGB of whatever a file holds; of any other number every file has to have as many. `crops.mean`
     /// and `crops.std` have a number for each.
     #[serde(default = "crate::image_folder::default_channels")]
@@ -81,6 +87,8 @@ struct Tables {
     tables: Vec<Table>,
     /// The row groups of all tables, in order.
     groups: Vec<Group>,
+    /// The name of the column of masks.
+    mask_name: String,
 }
 
 /// A file.
@@ -90,6 +98,8 @@ struct Table {
     about: ParquetMetaData,
     /// Its column of images.
     image: usize,
+    /// Its column of masks.
+    mask: Option<usize>,
 }
 
 /// A part of a table.
@@ -110,16 +120,19 @@ impl Tables {
         let group = &self.groups[self.groups.partition_point(|group| group.first <= index) - 1];
         (group, index - group.first)
     }
-}
 
-impl Store for Tables {
-    fn bytes(&self, index: usize) -> Result<Vec<u8>> {
+    fn table(&self, index: usize) -> &Table {
+        &self.tables[self.find(index).0.table]
+    }
+
+    /// What is in a column of the row of an image.
+    fn cell(&self, index: usize, leaf: usize) -> Result<Option<Vec<u8>>> {
         let (group, row) = self.find(index);
-        let Table { path, about, image, .. } = &self.tables[group.table];
+        let Table { path, about, .. } = &self.tables[group.table];
         let damaged = |problem: String| Error::content(self.place(index), problem, HELP);
         let file = Arc::new(File::open(path).map_err(Error::io("read", path))?);
         let read = || -> Result<Option<Vec<u8>>, ParquetError> {
-            let ColumnReader::ByteArrayColumnReader(mut column) = column(file, about, group.number, *image)? else {
+            let ColumnReader::ByteArrayColumnReader(mut column) = column(file, about, group.number, leaf)? else {
                 unreachable!("the type was checked")
             };
             column.skip_records(row)?;
@@ -129,14 +142,28 @@ impl Store for Tables {
         };
         // Readers are written for damaged files, but one that panics must not end a run of days.
         let found = std::panic::catch_unwind(AssertUnwindSafe(read));
-        let found = found.map_err(|_| damaged("its reader panicked".into()))?.map_err(|e| damaged(e.to_string()))?;
+        found.map_err(|_| damaged("its reader panicked".into()))?.map_err(|e| damaged(e.to_string()))
+    }
+}
+
+impl Store for Tables {
+    fn bytes(&self, index: usize) -> Result<Vec<u8>> {
         let help = "embed the images: `dataset.to_parquet` of a dataset whose images were read, or use the files with `image_folder`";
-        found.ok_or_else(|| Error::content(self.place(index), "the cell has no bytes of an image", help))
+        let none = || Error::content(self.place(index), "the cell has no bytes of an image", help);
+        self.cell(index, self.table(index).image)?.ok_or_else(none)
     }
 
     fn place(&self, index: usize) -> PathBuf {
         let (group, row) = self.find(index);
         self.tables[group.table].path.join(format!("row {}", group.row + row))
+    }
+
+    fn mask(&self, index: usize) -> Result<Option<Vec<u8>>> {
+        self.table(index).mask.map_or(Ok(None), |leaf| self.cell(index, leaf))
+    }
+
+    fn mask_place(&self, index: usize) -> PathBuf {
+        self.place(index).join(&self.mask_name)
     }
 }
 
@@ -170,7 +197,7 @@ fn open(config: &ParquetConfig) -> Result<Packed<Tables>> {
             labels.push(label);
         }
         store.groups.retain(|group| group.first < count);
-        store.tables.push(Table { path, about: found.about, image: found.image });
+        store.tables.push(Table { path, about: found.about, image: found.image, mask: found.mask });
         if number + 1 == first {
             train = count;
         }
@@ -183,9 +210,19 @@ fn open(config: &ParquetConfig) -> Result<Packed<Tables>> {
         Error::content(store.place(index), problem, "name all classes in data.classes")
     })?;
     notes.extend(unlabelled(&labels));
+    let masks = match &config.masks {
+        None => None,
+        Some(name) => {
+            hash.update(name.as_bytes());
+            store.mask_name.clone_from(name);
+            let masks = pixel_classes(&store, &config.mask, count)?;
+            notes.extend(masks.note());
+            Some(masks)
+        }
+    };
     let fingerprint = hash.finalize().to_hex().to_string();
     let wanted = Wanted::new(config.channels, config.bits, config.background);
-    let all = All { store, labels, classes, notes, fingerprint, wanted };
+    let all = All { store, labels, classes, masks, notes, fingerprint, wanted };
     Packed::new(all, train, config.held_out, &config.path)
 }
 
@@ -216,6 +253,7 @@ fn parts(config: &ParquetConfig) -> Result<(Vec<PathBuf>, Vec<PathBuf>, Vec<Stri
 struct Found {
     about: ParquetMetaData,
     image: usize,
+    mask: Option<usize>,
     labels: Vec<Option<String>>,
     names: Vec<String>,
 }
@@ -241,18 +279,24 @@ fn look(path: &Path, config: &ParquetConfig) -> Result<Found> {
     let Some(image) = image else {
         return Err(Error::content(path, format!("no column is described as an image: {}", there()), help));
     };
-    let Some(column) = leaf(&[&image, "bytes"]).or_else(|| leaf(&[&image])) else {
-        return Err(Error::content(path, format!("there is no column `{image}` of bytes: {}", there()), help));
+    let column_of_files = |name: &str, help: &str| {
+        let Some(column) = leaf(&[name, "bytes"]).or_else(|| leaf(&[name])) else {
+            return Err(Error::content(path, format!("there is no column `{name}` of bytes: {}", there()), help));
+        };
+        let about_column = schema.column(column);
+        if about_column.physical_type() != Type::BYTE_ARRAY || about_column.max_rep_level() > 0 {
+            return Err(Error::content(path, format!("the column `{name}` does not hold an image a row"), help));
+        }
+        if let Some(group) = about.row_groups().first() {
+            // One that is compressed otherwise is found here, and not in every row.
+            SerializedPageReader::new(file.clone(), group.column(column), group.num_rows() as usize, None)
+                .map_err(damaged)?;
+        }
+        Ok(column)
     };
-    let about_column = schema.column(column);
-    if about_column.physical_type() != Type::BYTE_ARRAY || about_column.max_rep_level() > 0 {
-        return Err(Error::content(path, format!("the column `{image}` does not hold an image a row"), help));
-    }
-    if let Some(group) = about.row_groups().first() {
-        // One that is compressed otherwise is found here, and not in every row.
-        SerializedPageReader::new(file.clone(), group.column(column), group.num_rows() as usize, None)
-            .map_err(damaged)?;
-    }
+    let image = column_of_files(&image, help)?;
+    let help = "set data.masks to the column that has the masks, or leave it out";
+    let mask = config.masks.as_deref().map(|name| column_of_files(name, help)).transpose()?;
 
     let label = config.label.clone().or_else(|| described("ClassLabel")).or_else(|| known(&["label"]));
     let labels = match &label {
@@ -268,7 +312,7 @@ fn look(path: &Path, config: &ParquetConfig) -> Result<Found> {
     };
     let names = label.and_then(|label| Some(features.get(&label)?.get("names")?.as_array()?.clone()));
     let names = names.unwrap_or_default().iter().filter_map(|name| Some(name.as_str()?.to_string())).collect();
-    Ok(Found { about, image: column, labels, names })
+    Ok(Found { about, image, mask, labels, names })
 }
 
 /// What `huggingface` in the file says of the columns.

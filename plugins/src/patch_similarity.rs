@@ -2,7 +2,7 @@
 
 use std::num::NonZeroUsize;
 
-use dinolab_core::contract::{Probe, ProbeContext, Score};
+use dinolab_core::contract::{Annotation, Probe, ProbeContext, Score};
 use dinolab_core::{plugin, Error, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -62,8 +62,8 @@ impl Probe for PatchSimilarity {
         Ok(vec![Score::new("inside", inside), Score::new("outside", outside), Score::new("gap", inside - outside)])
     }
 
-    fn needs(&self) -> (bool, bool) {
-        (false, true)
+    fn needs(&self) -> &'static [Annotation] {
+        &[Annotation::Masks]
     }
 
     fn images(&self) -> usize {

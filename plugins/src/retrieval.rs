@@ -2,7 +2,7 @@
 
 use std::num::NonZeroUsize;
 
-use dinolab_core::contract::{Probe, ProbeContext, Score};
+use dinolab_core::contract::{Annotation, Probe, ProbeContext, Score};
 use dinolab_core::{plugin, Error, Result};
 use rayon::prelude::*;
 use schemars::JsonSchema;
@@ -70,8 +70,8 @@ impl Probe for Retrieval {
         Ok([map].into_iter().chain(recall).collect())
     }
 
-    fn needs(&self) -> (bool, bool) {
-        (true, false)
+    fn needs(&self) -> &'static [Annotation] {
+        &[Annotation::Labels]
     }
 
     fn images(&self) -> usize {

@@ -12,8 +12,8 @@ use dinolab_core::text::printable;
 use dinolab_core::{plugin, Error, Result};
 use rayon::prelude::*;
 
-use crate::image_folder::{is_image, Wanted};
-use crate::packed::{files, unlabelled, All, Labels, Packed, Store};
+use crate::image_folder::{is_image, MaskConfig, Wanted};
+use crate::packed::{files, pixel_classes, unlabelled, All, Labels, Packed, Store};
 
 /// A label is a file of at most so many bytes.
 const MOST_LABEL: u64 = 1 << 20;
@@ -21,8 +21,9 @@ const MOST_LABEL: u64 = 1 << 20;
 /// Images in local tar shards, as WebDataset writes them.
 ///
 /// Members whose names are equal up to the first dot are one sample: `000017.jpg` and `000017.cls`. The image is read as `image_folder`
-/// reads a file. Its label is what `.cls` says, a number or a name, or a key of `.json`; of other members nothing is read. The classes
-/// are all labels, numbers in their order, texts in that of the alphabet, unless `classes` names them.
+/// reads a file. Its label is what `.cls` says, a number or a name, or a key of `.json`; its mask, if `masks` says so, a member such as
+/// `000017.mask.png`; of other members nothing is read. The classes are all labels, numbers in their order, texts in that of the
+/// alphabet, unless `classes` names them.
 ///
 /// Headers of all shards are read once at the start; then an image is read from its place, so that images are
 /// shuffled across all shards as those of a folder are, and a run resumes exactly. A shard that is cut short or damaged is
@@ -47,6 +48,12 @@ pub struct WebdatasetConfig {
     /// Names of the classes, in order: labels are their numbers or the names.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub classes: Vec<String>,
+    /// How the names of masks end after the first dot, such as `mask.png`: PNG, indexed or grey, with the class of every pixel.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub masks: Option<String>,
+    /// What the values of masks mean.
+    #[serde(default)]
+    pub mask: MaskConfig,
     /// Channels of an image. 3 makes RGB of whatever a file holds; of any other number every file has to have as many. `crops.mean`
     /// and `crops.std` have a number for each.
     #[serde(default = "crate::image_folder::default_channels")]
@@ -76,6 +83,10 @@ struct Shards {
     files: Vec<PathBuf>,
     /// Of each image.
     places: Vec<Place>,
+    /// Of each image's mask, where there are masks; of no bytes if it has none.
+    masks: Vec<(u64, u32)>,
+    /// How the names of masks end.
+    mask_ending: String,
     /// The names of the images, one after the other.
     names: String,
 }
@@ -91,6 +102,10 @@ struct Place {
 }
 
 impl Shards {
+    fn shard(&self, number: u32) -> &Path {
+        &self.files[number as usize]
+    }
+
     fn name(&self, index: usize) -> &str {
         let from = index.checked_sub(1).map_or(0, |before| self.places[before].name);
         &self.names[from as usize..self.places[index].name as usize]
@@ -100,13 +115,22 @@ impl Shards {
 impl Store for Shards {
     fn bytes(&self, index: usize) -> Result<Vec<u8>> {
         let Place { offset, size, shard, .. } = self.places[index];
-        let path = &self.files[shard as usize];
-        let mut file = File::open(path).map_err(Error::io("read", path))?;
-        read(&mut file, offset..offset + u64::from(size)).map_err(Error::io("read", self.place(index)))
+        read_at(self.shard(shard), offset, size).map_err(Error::io("read", self.place(index)))
     }
 
     fn place(&self, index: usize) -> PathBuf {
-        self.files[self.places[index].shard as usize].join(self.name(index))
+        self.shard(self.places[index].shard).join(self.name(index))
+    }
+
+    fn mask(&self, index: usize) -> Result<Option<Vec<u8>>> {
+        let Some((offset, size)) = self.masks.get(index).filter(|(_, size)| *size > 0) else { return Ok(None) };
+        let bytes = read_at(self.shard(self.places[index].shard), *offset, *size);
+        bytes.map(Some).map_err(Error::io("read", self.mask_place(index)))
+    }
+
+    fn mask_place(&self, index: usize) -> PathBuf {
+        let (sample, _) = sample_of(self.name(index)).expect("the name of a sample");
+        self.shard(self.places[index].shard).join(format!("{sample}.{}", self.mask_ending))
     }
 }
 
@@ -119,16 +143,21 @@ fn open(config: &WebdatasetConfig) -> Result<Packed<Shards>> {
         shards.extend(files(val, "tar", "data.val")?);
     }
     let found: Vec<Shard> =
-        shards.par_iter().map(|path| index(path, &config.label, wanted.takes_arrays())).collect::<Result<_>>()?;
+        shards.par_iter().map(|path| index(path, config, wanted.takes_arrays())).collect::<Result<_>>()?;
     let (mut store, mut labels, mut notes) = (Shards::default(), Labels::default(), Vec::new());
     let (mut train, mut no_image) = (0, 0);
     let mut hash = blake3::Hasher::new();
     for (number, (path, shard)) in shards.iter().zip(found).enumerate() {
         hash.update(path.file_name().unwrap_or_default().as_encoded_bytes()).update(&[0]);
-        for Found { name, offset, size, label } in shard.images {
+        for Found { name, offset, size, mask, label } in shard.images {
             hash.update(name.as_bytes()).update(&[0]).update(&offset.to_le_bytes()).update(&size.to_le_bytes());
             hash.update(label.as_deref().unwrap_or_default().as_bytes()).update(&[0]);
             labels.push(label);
+            if config.masks.is_some() {
+                let (offset, size) = mask.unwrap_or_default();
+                hash.update(&offset.to_le_bytes()).update(&size.to_le_bytes());
+                store.masks.push((offset, size));
+            }
             store.names += &name;
             store.places.push(Place { offset, size, shard: number as u32, name: store.names.len() as u64 });
         }
@@ -152,6 +181,7 @@ fn open(config: &WebdatasetConfig) -> Result<Packed<Shards>> {
         notes.push(format!("{no_image} samples without an image passed over"));
     }
     store.files = shards;
+    store.mask_ending = config.masks.clone().unwrap_or_default();
     let (labels, classes) = labels.classes(&config.classes).map_err(|(index, label)| {
         let problem = format!("its label `{label}` is none of the {} classes", config.classes.len());
         Error::content(
@@ -164,8 +194,22 @@ fn open(config: &WebdatasetConfig) -> Result<Packed<Shards>> {
     if let Some(val) = &config.val {
         notes.push(format!("the images of {} are held out for probes", printable(val)));
     }
+    let masks = match &config.masks {
+        None => None,
+        Some(ending) => {
+            let none = store.masks.iter().filter(|(_, size)| *size == 0).count();
+            if none == count {
+                let help = "set data.masks to what follows the first dot in the names of masks, or leave it out";
+                return Err(Error::content(&config.path, format!("no image has a member .{ending}"), help));
+            }
+            let masks = pixel_classes(&store, &config.mask, count)?;
+            notes.extend(masks.note());
+            notes.extend((none > 0).then(|| format!("{none} of {count} images have no mask")));
+            Some(masks)
+        }
+    };
     let fingerprint = hash.finalize().to_hex().to_string();
-    let all = All { store, labels, classes, notes, fingerprint, wanted };
+    let all = All { store, labels, classes, masks, notes, fingerprint, wanted };
     Packed::new(all, train, config.held_out, &config.path)
 }
 
@@ -182,6 +226,7 @@ struct Found {
     name: String,
     offset: u64,
     size: u32,
+    mask: Option<(u64, u32)>,
     label: Option<String>,
 }
 
@@ -189,12 +234,20 @@ struct Found {
 #[derive(Default)]
 struct Sample {
     image: Option<(String, Range<u64>)>,
+    mask: Option<(String, Range<u64>)>,
     cls: Option<(String, Range<u64>)>,
     json: Option<(String, Range<u64>)>,
 }
 
+/// The sample that a member belongs to, and the rest of its name, after the first dot.
+fn sample_of(name: &str) -> Option<(&str, &str)> {
+    let folder = name.rfind('/').map_or(0, |at| at + 1);
+    let dot = name[folder..].find('.').map(|at| folder + at).filter(|&at| at > folder)?;
+    Some((&name[..dot], &name[dot + 1..]))
+}
+
 /// Reads the headers of a shard, and labels; `arrays` says whether arrays are images.
-fn index(path: &Path, key: &str, arrays: bool) -> Result<Shard> {
+fn index(path: &Path, config: &WebdatasetConfig, arrays: bool) -> Result<Shard> {
     let mut file = File::open(path).map_err(Error::io("read", path))?;
     let length = file.metadata().map_err(Error::io("read", path))?.len();
     let mut head = Vec::new();
@@ -226,24 +279,22 @@ fn index(path: &Path, key: &str, arrays: bool) -> Result<Shard> {
         }
         end = range.end.next_multiple_of(512);
         if entry.header().entry_type().is_file() {
-            let folder = name.rfind('/').map_or(0, |at| at + 1);
-            let dot = name[folder..].find('.').map(|at| folder + at).filter(|&at| at > folder);
-            if let Some(dot) = dot {
-                let ending = name[dot + 1..].to_lowercase();
-                let at = *groups.entry(name[..dot].to_string()).or_insert_with(|| {
+            if let Some((sample_name, ending)) = sample_of(&name) {
+                let at = *groups.entry(sample_name.to_string()).or_insert_with(|| {
                     samples.push(Sample::default());
                     samples.len() - 1
                 });
                 let sample = &mut samples[at];
-                let slot = match ending.as_str() {
+                let slot = match ending.to_lowercase().as_str() {
+                    _ if config.masks.as_deref() == Some(ending) => Some(&mut sample.mask),
                     "cls" => Some(&mut sample.cls),
                     "json" => Some(&mut sample.json),
-                    _ if is_image(&ending, arrays) => Some(&mut sample.image),
+                    ending if is_image(ending, arrays) => Some(&mut sample.image),
                     _ => None,
                 };
                 if let Some(slot) = slot {
                     if let Some((other, _)) = slot {
-                        let problem = format!("the sample {} has two of a kind: {other} and {name}", &name[..dot]);
+                        let problem = format!("the sample {sample_name} has two of a kind: {other} and {name}");
                         return Err(Error::content(path, problem, "give every sample one image and one label"));
                     }
                     *slot = Some((name.clone(), range));
@@ -255,20 +306,27 @@ fn index(path: &Path, key: &str, arrays: bool) -> Result<Shard> {
     let note = (end >= length && end > 0)
         .then(|| format!("{} has no mark at its end: it may be cut short between two members", printable(path)));
     let mut shard = Shard { images: Vec::new(), no_image: 0, note };
-    for Sample { image, cls, json } in samples {
+    let size_of = |name: &str, range: &Range<u64>| -> Result<u32> {
+        let help = "cut it into tiles, or leave it out";
+        u32::try_from(range.end - range.start)
+            .map_err(|_| Error::content(path.join(name), "it is larger than 4 GB", help))
+    };
+    for Sample { image, mask, cls, json } in samples {
         let Some((name, range)) = image else {
             shard.no_image += 1;
             continue;
         };
-        let size = u32::try_from(range.end - range.start).map_err(|_| {
-            Error::content(path.join(&name), "it is larger than 4 GB", "cut it into tiles, or leave it out")
-        })?;
+        let size = size_of(&name, &range)?;
+        let mask = match mask {
+            Some((name, range)) => Some((range.start, size_of(&name, &range)?)),
+            None => None,
+        };
         let label = match (cls, json) {
             (Some(cls), _) => Some(text(&mut file, path, cls)?),
-            (None, Some(json)) => of_json(&mut file, path, json, key)?,
+            (None, Some(json)) => of_json(&mut file, path, json, &config.label)?,
             (None, None) => None,
         };
-        shard.images.push(Found { name, offset: range.start, size, label });
+        shard.images.push(Found { name, offset: range.start, size, mask, label });
     }
     Ok(shard)
 }
@@ -298,6 +356,10 @@ fn of_json(file: &mut File, shard: &Path, member: (String, Range<u64>), key: &st
         Some(serde_json::Value::Number(number)) if number.is_i64() || number.is_u64() => Ok(Some(number.to_string())),
         Some(other) => Err(Error::content(place, format!("`{key}` is {other}"), help)),
     }
+}
+
+fn read_at(path: &Path, offset: u64, size: u32) -> std::io::Result<Vec<u8>> {
+    read(&mut File::open(path)?, offset..offset + u64::from(size))
 }
 
 fn read(file: &mut File, range: Range<u64>) -> std::io::Result<Vec<u8>> {

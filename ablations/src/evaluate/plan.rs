@@ -181,15 +181,19 @@ fn choose(data: &Measured, named: &[String], test: &dyn Dataset) -> Result<Vec<T
             }
         };
         let probe = plugin.build(&mut ())?;
-        let lacks = lacks(probe.as_ref(), test);
-        match lacks {
+        let lacks = probe.lacks(test).first().map(|lacking| {
+            let (what, data) = (lacking.name(), data.data.name());
+            let problem = format!("probe `{name}` needs {what}, and the dataset `{data}` gives none");
+            (problem, "leave it out of --probes, or choose data that has them".into())
+        });
+        let unfit =
+            || Some(probe.unfit_channels(test.channels())?).map(|(p, help)| (format!("probe `{name}`: {p}"), help));
+        if let Some((problem, help)) = lacks.or_else(unfit) {
             // Of all that there are, those that the data allows.
-            Some(_) if named.is_empty() && data.probes.is_empty() => continue,
-            Some(what) => {
-                let problem = format!("probe `{name}` needs {what}, and the dataset `{}` gives none", data.data.name());
-                return Err(Error::user(problem, "leave it out of --probes, or choose data that has them"));
+            if named.is_empty() && data.probes.is_empty() {
+                continue;
             }
-            None => {}
+            return Err(Error::user(problem, help));
         }
         let sizes = entry.map_or(Vec::new(), |entry| entry.sizes.clone());
         chosen.push(Taken { name, table: serde_json::to_value(&plugin).expect("a table is plain data"), sizes, probe });
@@ -207,14 +211,4 @@ fn plain(name: &str) -> Result<Chosen<dyn Probe>> {
         let help = format!("give it a table [probes.{name}] in the file of --data");
         Error::user(format!("probe `{name}` has keys without a default: {e}"), help)
     })
-}
-
-/// What a probe needs and the data does not have.
-fn lacks(probe: &dyn Probe, data: &dyn Dataset) -> Option<&'static str> {
-    match probe.needs() {
-        (true, _) if data.classes() == 0 => Some("image labels"),
-        (_, true) if data.mask_classes() == 0 => Some("pixel masks"),
-        _ if probe.needs_depth() && !data.has_depth() => Some("depth"),
-        _ => None,
-    }
 }

@@ -45,7 +45,7 @@ pub use optimizer::{Direction, Optimizer, ParamUpdate, Reach};
 pub use pixels::Pixels;
 pub use plan::{ColorPlan, CropPlan, Cut, ImagePlan, Jitter, JitterOp, Rect};
 pub use pos_encoding::{Grid, PosContext, PosEncoding, PosTables};
-pub use probe::{Combine, Panel, Parts, Picture, Probe, ProbeContext, Score};
+pub use probe::{Annotation, Combine, Panel, Parts, Picture, Probe, ProbeContext, Score};
 pub(crate) use scalars::Feed;
 pub use scheduler::{At, Schedule, Scheduler};
 pub use teacher_policy::{Follow, Role, TeacherPolicy};

@@ -117,6 +117,37 @@ impl fmt::Debug for Parts {
     }
 }
 
+/// What a dataset may give beside images.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Annotation {
+    /// A class an image.
+    Labels,
+    /// A class a pixel.
+    Masks,
+    /// A distance a pixel.
+    Depth,
+}
+
+impl Annotation {
+    /// What it is called in messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Labels => "image labels",
+            Self::Masks => "pixel masks",
+            Self::Depth => "depth",
+        }
+    }
+
+    /// Whether a dataset gives it.
+    pub fn is_given_by(self, data: &dyn Dataset) -> bool {
+        match self {
+            Self::Labels => data.classes() > 0,
+            Self::Masks => data.mask_classes() > 0,
+            Self::Depth => data.has_depth(),
+        }
+    }
+}
+
 /// What a representation is worth, measured with the weights frozen: at chosen steps and at the end of a run.
 ///
 /// A probe is a pure function of weights, data and seed: the same run gives the same scores.
@@ -142,15 +173,14 @@ pub trait Probe: fmt::Debug + Send + Sync {
     /// Measures.
     fn run(&self, context: &ProbeContext<'_>) -> Result<Vec<Score>>;
 
-    /// What the probe asks of the dataset, as (image labels, pixel masks), so that a recipe whose data has none is
-    /// refused before the run.
-    fn needs(&self) -> (bool, bool) {
-        (false, false)
+    /// What the probe asks of the dataset, so that a recipe whose data has none is refused before the run.
+    fn needs(&self) -> &'static [Annotation] {
+        &[]
     }
 
-    /// Whether it asks the dataset for depth.
-    fn needs_depth(&self) -> bool {
-        false
+    /// Why it cannot be run on images of `channels`, and what helps, so that such a recipe is refused before the run.
+    fn unfit_channels(&self, _channels: usize) -> Option<(String, String)> {
+        None
     }
 
     /// Size of what the model is shown of images of `size`: another, if the probe has a key `window`.
@@ -165,6 +195,11 @@ pub trait Probe: fmt::Debug + Send + Sync {
 }
 
 impl dyn Probe {
+    /// What the probe needs and `data` does not have.
+    pub fn lacks(&self, data: &dyn Dataset) -> Vec<Annotation> {
+        self.needs().iter().copied().filter(|annotation| !annotation.is_given_by(data)).collect()
+    }
+
     /// Why a model cannot be shown the probe's windows of images of `size`, and the nearest sizes; see
     /// [`ImageSize::unfit`].
     pub fn unfit_window(&self, size: ImageSize, patch: usize, least: usize) -> Option<(String, String)> {

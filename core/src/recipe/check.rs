@@ -31,7 +31,14 @@ pub(super) fn check(recipe: &Recipe) -> Vec<Problem> {
         views(recipe, &mut problems);
     }
     for (name, entry) in recipe.probes.0.iter().filter(|(_, e)| e.enabled) {
-        problems.extend(entry.probe.build(&mut ()).err().map(|e| refused(format!("probes.{name}"), e)));
+        let key = format!("probes.{name}");
+        problems.extend(match entry.probe.build(&mut ()) {
+            Ok(probe) => {
+                let unfit = probe.unfit_channels(recipe.crops.channels());
+                unfit.map(|(message, help)| Problem::error(key, message).help(help))
+            }
+            Err(error) => Some(refused(key, error)),
+        });
     }
     if problems.iter().all(|p| p.severity == Severity::Warning) {
         problems.extend(sizes::overflow(recipe));
@@ -70,16 +77,12 @@ pub(super) fn check_data(recipe: &Recipe, data: &dyn Dataset) -> Vec<Problem> {
     let probes = enabled.filter_map(|(name, e)| Some((name, e.probe.build(&mut ()).ok()?)));
     let dataset = recipe.data.name();
     let lacking = probes.flat_map(|(name, probe)| {
-        let (labels, masks) = probe.needs();
-        let lacks = |what: &str| {
+        probe.lacks(data).into_iter().map(move |lacking| {
+            let what = lacking.name();
             let message = format!("needs {what}, and the dataset `{dataset}` gives none");
             let help = format!("set probes.{name}.enabled = false, or choose data with {what}");
             Problem::error(format!("probes.{name}"), message).help(help)
-        };
-        let labels = (labels && data.classes() == 0).then(|| lacks("image labels"));
-        let masks = (masks && data.mask_classes() == 0).then(|| lacks("pixel masks"));
-        let depth = (probe.needs_depth() && !data.has_depth()).then(|| lacks("depth"));
-        labels.into_iter().chain(masks).chain(depth)
+        })
     });
     let channels = channels_of(recipe, data.channels());
     lacking

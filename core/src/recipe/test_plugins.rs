@@ -330,8 +330,8 @@ impl Probe for Knn {
     fn run(&self, _: &ProbeContext<'_>) -> Result<Vec<Score>> {
         Ok(Vec::new())
     }
-    fn needs(&self) -> (bool, bool) {
-        (true, false)
+    fn needs(&self) -> &'static [Annotation] {
+        &[Annotation::Labels]
     }
 }
 plugin!(Probe, "test_knn", Knn);

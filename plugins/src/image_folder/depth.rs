@@ -33,7 +33,7 @@ impl Depths {
     ///
     /// # Errors
     /// If the file is missing or damaged, holds no depth, or is of another size.
-    pub fn read(&self, index: usize, size: (u32, u32), image: &Path) -> Result<Option<Vec<f32>>> {
+    pub fn read(&self, index: usize, size: [usize; 2], image: &Path) -> Result<Option<Vec<f32>>> {
         let Some(path) = &self.files[index] else { return Ok(None) };
         let (mut values, [width, height], whole) = match path.extension().is_some_and(|e| e.eq_ignore_ascii_case("npy"))
         {
@@ -53,8 +53,8 @@ impl Depths {
                 (values.into_iter().map(f32::from).collect(), size, true)
             }
         };
-        if (width, height) != (size.0 as usize, size.1 as usize) {
-            let (w, h) = size;
+        if [width, height] != size {
+            let [w, h] = size;
             let problem = format!("the depth has {width}x{height} pixels, and its image {} {w}x{h}", printable(image));
             return Err(Error::content(path, problem, "make it of the image's size, by nearest neighbours"));
         }

@@ -1,14 +1,12 @@
 //! Classes of pixels: PNG files beside images.
 
 use std::fs::File;
-use std::io::BufReader;
+use std::io::{BufRead, BufReader, Seek};
 use std::path::{Path, PathBuf};
 
 use dinolab_core::text::printable;
 use dinolab_core::{Error, Result};
 use rayon::prelude::*;
-
-use super::listing::files;
 
 /// What a pixel has that counts nowhere.
 pub const IGNORED: u8 = 255;
@@ -32,13 +30,12 @@ impl Default for MaskConfig {
     }
 }
 
-/// The masks of a dataset's images.
+/// The masks of a dataset's images, in files of their own.
 #[derive(Debug)]
 pub(super) struct Masks {
-    config: MaskConfig,
     /// The file of each image.
     files: Vec<Option<PathBuf>>,
-    classes: usize,
+    pub classes: PixelClasses,
 }
 
 impl Masks {
@@ -47,15 +44,8 @@ impl Masks {
     /// # Errors
     /// If there are too many classes, or, where classes have to be counted, a mask cannot be read.
     pub fn open(config: &MaskConfig, files: Vec<Option<PathBuf>>) -> Result<Self> {
-        let classes = match config.names.len() {
-            0 => greatest(config, &files)?.map_or(0, |class| usize::from(class) + 1),
-            n if n > usize::from(IGNORED) => {
-                let problem = format!("{n} names of pixel classes, and a mask of 8 bits has room for {IGNORED}");
-                return Err(Error::user(problem, "name fewer classes in data.mask.names"));
-            }
-            n => n,
-        };
-        Ok(Self { config: config.clone(), files, classes })
+        let classes = PixelClasses::of(config, files.len(), |index| files[index].as_deref().map(read).transpose())?;
+        Ok(Self { files, classes })
     }
 
     /// All of them.
@@ -63,8 +53,52 @@ impl Masks {
         self.files.iter().flatten()
     }
 
-    pub fn classes(&self) -> usize {
-        self.classes
+    /// The classes of the pixels of image `index`, which has that size.
+    ///
+    /// # Errors
+    /// If the file is missing or damaged, or [`PixelClasses::classify`] refuses it.
+    pub fn read(&self, index: usize, size: [usize; 2], image: &Path) -> Result<Option<Vec<u8>>> {
+        let Some(path) = &self.files[index] else { return Ok(None) };
+        self.classes.classify(read(path)?, size, path, image).map(Some)
+    }
+}
+
+/// Which classes the pixels of a dataset have.
+#[derive(Debug)]
+pub(crate) struct PixelClasses {
+    config: MaskConfig,
+    /// How many there are.
+    count: usize,
+    /// How many masks were read to count them.
+    read: Option<usize>,
+}
+
+impl PixelClasses {
+    /// Those of `images` masks; `read` gives the values of one and their width, or none.
+    ///
+    /// # Errors
+    /// If there are too many classes, or, where classes have to be counted, a mask cannot be read.
+    pub fn of(
+        config: &MaskConfig,
+        images: usize,
+        read: impl Fn(usize) -> Result<Option<(Vec<u8>, usize)>> + Sync,
+    ) -> Result<Self> {
+        let (count, read) = match config.names.len() {
+            0 => {
+                let (greatest, masks) = greatest(config, images, read)?;
+                (greatest.map_or(0, |class| usize::from(class) + 1), Some(masks))
+            }
+            n if n > usize::from(IGNORED) => {
+                let problem = format!("{n} names of pixel classes, and a mask of 8 bits has room for {IGNORED}");
+                return Err(Error::user(problem, "name fewer classes in data.mask.names"));
+            }
+            n => (n, None),
+        };
+        Ok(Self { config: config.clone(), count, read })
+    }
+
+    pub fn count(&self) -> usize {
+        self.count
     }
 
     pub fn names(&self) -> &[String] {
@@ -73,39 +107,42 @@ impl Masks {
 
     /// How the classes were found, if that may surprise.
     pub fn note(&self) -> Option<String> {
-        let n = self.files().count();
-        let found =
-            || format!("{} read to count the pixel classes: {} (data.mask.names names them)", files(n), self.classes);
-        self.config.names.is_empty().then(found)
+        let n = self.read?;
+        Some(format!("{} read to count the pixel classes: {} (data.mask.names names them)", masks(n), self.count))
     }
 
-    /// The classes of the pixels of image `index`, which has that size.
+    /// The classes of the pixels of a mask, of values and their width. It lies at `path` and belongs to an image of `size` (width,
+    /// height).
     ///
     /// # Errors
-    /// If the file is missing or damaged, is no mask, is of another size, or has a class that is not known.
-    pub fn read(&self, index: usize, size: (u32, u32), image: &Path) -> Result<Option<Vec<u8>>> {
-        let Some(path) = &self.files[index] else { return Ok(None) };
-        let (values, width) = read(path)?;
+    /// If it is of another size, or has a class that is not known.
+    pub fn classify(
+        &self,
+        (values, width): (Vec<u8>, usize),
+        size: [usize; 2],
+        path: &Path,
+        image: &Path,
+    ) -> Result<Vec<u8>> {
         let height = values.len() / width;
-        if (width, height) != (size.0 as usize, size.1 as usize) {
-            let (w, h) = size;
+        if [width, height] != size {
+            let [w, h] = size;
             let problem = format!("the mask has {width}x{height} pixels, and its image {} {w}x{h}", printable(image));
             return Err(Error::content(path, problem, "make it of the image's size, by nearest neighbours"));
         }
         let mut classes = Vec::with_capacity(values.len());
         for (i, value) in values.into_iter().enumerate() {
             let class = class(&self.config, value);
-            if class.is_some_and(|class| usize::from(class) >= self.classes) {
+            if class.is_some_and(|class| usize::from(class) >= self.count) {
                 let (x, y) = (i % width, i / width);
                 let problem = format!(
                     "pixel ({x}, {y}) has the value {value}, which is none of the {} classes and is not ignored ({})",
-                    self.classes, self.config.ignore
+                    self.count, self.config.ignore
                 );
                 return Err(Error::content(path, problem, "correct the mask, or data.mask.names or data.mask.ignore"));
             }
             classes.push(class.unwrap_or(IGNORED));
         }
-        Ok(Some(classes))
+        Ok(classes)
     }
 }
 
@@ -118,24 +155,42 @@ fn class(config: &MaskConfig, value: u8) -> Option<u8> {
     }
 }
 
-/// The greatest class in any mask.
-fn greatest(config: &MaskConfig, files: &[Option<PathBuf>]) -> Result<Option<u8>> {
-    let of = |path: &PathBuf| -> Result<Option<u8>> {
-        Ok(read(path)?.0.into_iter().filter_map(|value| class(config, value)).max())
+/// The greatest class in any mask, and the number of masks.
+fn greatest(
+    config: &MaskConfig,
+    images: usize,
+    read: impl Fn(usize) -> Result<Option<(Vec<u8>, usize)>> + Sync,
+) -> Result<(Option<u8>, usize)> {
+    let of = |index: usize| -> Result<(Option<u8>, usize)> {
+        let Some((values, _)) = read(index)? else { return Ok((None, 0)) };
+        Ok((values.into_iter().filter_map(|value| class(config, value)).max(), 1))
     };
-    let greatest = files.par_iter().flatten().map(of).try_reduce(|| None, |a, b| Ok(a.max(b)))?;
+    let all = (0..images).into_par_iter().map(of);
+    let (greatest, masks) = all.try_reduce(|| (None, 0), |a, b| Ok((a.0.max(b.0), a.1 + b.1)))?;
     if greatest == Some(IGNORED) {
         let help = "set data.mask.ignore to the value that counts nowhere";
         return Err(Error::user(format!("a mask has the class {IGNORED}, which dinolab ignores"), help));
     }
-    Ok(greatest)
+    Ok((greatest, masks))
+}
+
+fn masks(n: usize) -> String {
+    if n == 1 {
+        "1 mask".into()
+    } else {
+        format!("{n} masks")
+    }
 }
 
 /// The values of a PNG of one channel as they are stored, palettes unused, and its width.
 pub(crate) fn read(path: &Path) -> Result<(Vec<u8>, usize)> {
-    let file = File::open(path).map_err(Error::io("read", path))?;
+    decode(BufReader::new(File::open(path).map_err(Error::io("read", path))?), path)
+}
+
+/// The same of what lies at `path` in a larger file.
+pub(crate) fn decode(file: impl BufRead + Seek, path: &Path) -> Result<(Vec<u8>, usize)> {
     let broken = |e: png::DecodingError| Error::content(path, e.to_string(), "a mask is a PNG: mend or replace it");
-    let mut decoder = png::Decoder::new(BufReader::new(file));
+    let mut decoder = png::Decoder::new(file);
     decoder.set_transformations(png::Transformations::IDENTITY);
     let mut reader = decoder.read_info().map_err(broken)?;
     let (info, bits) = (reader.info(), reader.info().bit_depth as usize);

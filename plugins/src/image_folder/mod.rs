@@ -29,7 +29,7 @@ pub use decode::{read, read_as, Wanted};
 pub(crate) use labels::in_order;
 pub(crate) use listing::is_image;
 pub use listing::{list, Listing};
-pub(crate) use masks::read as read_mask;
+pub(crate) use masks::{decode as decode_mask, read as read_mask, PixelClasses};
 pub use masks::{MaskConfig, IGNORED};
 
 /// What transparent images lie on unless a recipe says otherwise: white, as in most viewers.
@@ -211,7 +211,7 @@ impl Dataset for ImageFolder {
 
     fn get(&self, index: usize) -> Result<Sample> {
         let image = self.get_image(index)?;
-        let size = (image.width as u32, image.height as u32);
+        let size = [image.width, image.height];
         let Beside { masks, depth } = &self.files.beside;
         let mask = masks.as_ref().map(|masks| masks.read(self.part[index], size, self.path(index)));
         let depth = depth.as_ref().map(|depth| depth.read(self.part[index], size, self.path(index)));
@@ -235,7 +235,7 @@ impl Dataset for ImageFolder {
     }
 
     fn mask_classes(&self) -> usize {
-        self.files.beside.masks.as_ref().map_or(0, Masks::classes)
+        self.files.beside.masks.as_ref().map_or(0, |masks| masks.classes.count())
     }
 
     fn has_depth(&self) -> bool {
@@ -247,7 +247,7 @@ impl Dataset for ImageFolder {
     }
 
     fn mask_class_names(&self) -> Vec<String> {
-        self.files.beside.masks.as_ref().map_or(Vec::new(), |masks| masks.names().to_vec())
+        self.files.beside.masks.as_ref().map_or(Vec::new(), |masks| masks.classes.names().to_vec())
     }
 
     fn describe(&self, index: usize) -> String {
@@ -260,7 +260,7 @@ impl Dataset for ImageFolder {
         let labels = self.part.iter().filter_map(|&i| labelled.labels.get(i).copied());
         let mut content = format!("{} images{}", self.len(), count_classes(&classes, labels));
         if let Some(masks) = masks {
-            content += &format!(", masks of {} classes", masks.classes());
+            content += &format!(", masks of {} classes", masks.classes.count());
         }
         if depth.is_some() {
             content += ", depth";
@@ -270,7 +270,7 @@ impl Dataset for ImageFolder {
         }
         let mut all = labelled.notes.clone();
         all.extend(notes.iter().cloned());
-        all.extend(masks.as_ref().and_then(Masks::note));
+        all.extend(masks.as_ref().and_then(|masks| masks.classes.note()));
         all.extend(copies::note(paths, sizes));
         Summary { content, notes: all }
     }

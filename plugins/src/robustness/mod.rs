@@ -5,7 +5,7 @@ mod corruption;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
-use dinolab_core::contract::{Parts, Probe, ProbeContext, Score};
+use dinolab_core::contract::{Annotation, Parts, Probe, ProbeContext, Score};
 use dinolab_core::{plugin, Error, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -61,12 +61,6 @@ impl Probe for Robustness {
             let problem = "probe `robustness`: there is no corruption";
             return Err(Error::user(problem, "list one or more in `corruptions`"));
         }
-        let channels = context.normalization.0.len();
-        if let Some(wrong) = self.corruptions.iter().find(|c| c.needs_rgb() && channels != 3) {
-            let name = wrong.name();
-            let problem = format!("probe `robustness`: `{name}` is of RGB images, and these have {channels} channels");
-            return Err(Error::user(problem, format!("list the other corruptions in `corruptions`, without `{name}`")));
-        }
         let [train, test] = draw_two(context, self.train_samples.get(), self.test_samples.get());
         let known = Look::cls(context.train, &train).features(context)?;
         let knn = Knn { k: self.k, ..Knn::default() };
@@ -103,8 +97,14 @@ impl Probe for Robustness {
         Ok(whole.into_iter().chain(details).collect())
     }
 
-    fn needs(&self) -> (bool, bool) {
-        (true, false)
+    fn needs(&self) -> &'static [Annotation] {
+        &[Annotation::Labels]
+    }
+
+    fn unfit_channels(&self, channels: usize) -> Option<(String, String)> {
+        let name = self.corruptions.iter().find(|c| c.needs_rgb() && channels != 3)?.name();
+        let problem = format!("the corruption `{name}` is of RGB images, and these have {channels} channels");
+        Some((problem, format!("list the other corruptions in `corruptions`, without `{name}`")))
     }
 
     fn images(&self) -> usize {

@@ -123,11 +123,6 @@ const BATCH: usize = 16;
 
 impl Probe for Tracking {
     fn run(&self, context: &ProbeContext<'_>) -> Result<Vec<Score>> {
-        let channels = context.normalization.0.len();
-        if channels != 3 {
-            let problem = format!("probe `tracking`: films are RGB, and the model sees {channels} channels");
-            return Err(Error::user(problem, "take the probe out"));
-        }
         let films = Films::of(self, context)?;
         let mut objects: Vec<Vec<f64>> = Vec::new();
         for film in 0..films.len() {
@@ -152,6 +147,11 @@ impl Probe for Tracking {
             score("j", |sum| sum[0] / sum[2]),
             score("f", |sum| sum[1] / sum[2]),
         ])
+    }
+
+    fn unfit_channels(&self, channels: usize) -> Option<(String, String)> {
+        let problem = || format!("films are RGB, and the model sees {channels} channels");
+        (channels != 3).then(|| (problem(), "take the probe out".into()))
     }
 
     fn images(&self) -> usize {

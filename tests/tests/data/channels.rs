@@ -384,6 +384,24 @@ fn a_recipe_without_numbers_for_every_channel_is_refused() {
 }
 
 #[test]
+fn probes_of_rgb_are_refused_before_the_run() {
+    let folder = Folder::with_micro();
+    let sets = pictures(&folder, "npy", 2);
+    for (probe, said) in [
+        ("robustness", "the corruption `jpeg` is of RGB images, and these have 2 channels"),
+        ("tracking", "films are RGB, and the model sees 2 channels"),
+    ] {
+        let table = format!("probes.{probe}.plugin={probe}");
+        let ended = folder.run(&with(&["recipe", "check", "micro.toml", "--set", &table], &sets));
+        assert!(ended.code == 2 && ended.err.contains(&format!("probes.{probe}")), "{}", ended.err);
+        assert!(ended.err.contains(said), "{}", ended.err);
+    }
+    folder.succeed(&with(&["train", "micro.toml", "--out", "run", "--set", "steps=1"], &sets));
+    let ended = folder.run(&["eval", "run", "--data", "run", "--probes", "robustness"]);
+    assert!(ended.code == 2 && ended.err.contains("without `jpeg`"), "{}", ended.err);
+}
+
+#[test]
 fn a_run_on_files_of_other_channels_names_them() {
     let folder = Folder::with_micro();
     let sets = pictures(&folder, "png", 4);

@@ -9,7 +9,7 @@ use dinolab_core::registry::{Chosen, DataContext};
 use dinolab_core::testing::contracts;
 use dinolab_core::Result;
 use dinolab_plugins as _;
-use image::{ImageFormat, Rgb, RgbImage};
+use image::{GrayImage, ImageFormat, Luma, Rgb, RgbImage};
 use parquet::basic::Compression;
 use parquet::data_type::{ByteArray, ByteArrayType, Int64Type};
 use parquet::file::metadata::KeyValue;
@@ -151,6 +151,56 @@ fn shards_are_one_list_of_images_with_labels() {
     let of = |path: &str| lab.open("webdataset", json!({ "path": path, "held_out": 0.0 })).unwrap().fingerprint();
     assert_ne!(of("train-00.tar"), of("train-01.tar"));
     assert_eq!(of("train-00.tar"), of("train-{00..00}.tar"));
+}
+
+/// A grey picture of 8 x 4 pixels with `number` in its lower half and 1 in its upper.
+fn grey(number: u8) -> Vec<u8> {
+    let mut bytes = std::io::Cursor::new(Vec::new());
+    let image = GrayImage::from_fn(8, 4, |_, y| Luma([if y < 2 { 1 } else { number }]));
+    image.write_to(&mut bytes, ImageFormat::Png).expect("it is encoded");
+    bytes.into_inner()
+}
+
+#[test]
+fn masks_lie_in_shards_and_tables() {
+    let lab = Lab::new();
+    let [a, b, c] = [10, 20, 30].map(picture);
+    let members = [("a/0.seg.png", grey(3)), ("a/0.png", a), ("1.png", b), ("1.seg.png", grey(255)), ("2.png", c)];
+    lab.tar("a.tar", &members.each_ref().map(|(name, bytes)| (*name, &bytes[..])));
+    lab.table("a.parquet", &[3, 255].map(|n| (Some(grey(n)), None)), None);
+    let halves = |lower: u8| Some([[1; 16], [lower; 16]].concat());
+    let masks = |data: &dyn Dataset| -> Vec<_> { (0..data.len()).map(|i| data.get(i).unwrap().mask).collect() };
+    for (plugin, path, ending, mut expected) in [
+        ("webdataset", "a.tar", "seg.png", vec![halves(3), halves(255), None]),
+        ("parquet", "a.parquet", "image", vec![halves(3), halves(255)]),
+    ] {
+        let table = json!({ "path": path, "held_out": 0, "masks": ending });
+        let data = lab.open(plugin, table.clone()).unwrap();
+        contracts::dataset(data.as_ref()).unwrap();
+        assert_eq!((data.mask_classes(), masks(data.as_ref())), (4, expected.clone()), "{plugin}");
+        let notes = data.summary().notes.join("\n");
+        assert!(notes.contains("2 masks read to count the pixel classes: 4"), "{notes}");
+        assert!(plugin == "parquet" || notes.contains("1 of 3 images have no mask"), "{notes}");
+        assert_eq!(data.get_image(0).unwrap().mask, None);
+
+        let mut named = table.clone();
+        named["mask"] = json!({ "ignore_zero": true, "names": ["a", "b", "c"] });
+        expected.iter_mut().flatten().for_each(|mask| mask.iter_mut().filter(|v| **v < 255).for_each(|v| *v -= 1));
+        let data = lab.open(plugin, named).unwrap();
+        assert_eq!((data.mask_class_names().len(), masks(data.as_ref())), (3, expected), "{plugin}");
+
+        let mut few = table.clone();
+        few["mask"] = json!({ "names": ["a", "b", "c"] });
+        let problem = lab.open(plugin, few).unwrap().get(0).unwrap_err().to_string();
+        assert!(problem.contains("pixel (0, 2) has the value 3") && problem.contains(path), "{problem}");
+        assert!(problem.contains(ending), "{problem}");
+        let mut none = table;
+        none["masks"] = "other".into();
+        lab.refused(plugin, none, &[path, "other", "data.masks"]);
+    }
+    let coloured = [("0.png", picture(1)), ("0.seg.png", picture(1)), ("1.png", picture(1))];
+    lab.tar("b.tar", &coloured.each_ref().map(|(name, bytes)| (*name, &bytes[..])));
+    lab.refused("webdataset", json!({ "path": "b.tar", "masks": "seg.png" }), &["b.tar/0.seg.png", "no class a pixel"]);
 }
 
 #[test]

@@ -105,7 +105,7 @@ fn masks_beside_images_are_classes_of_pixels() {
     assert_eq!(data.get_image(1).unwrap(), Sample { mask: None, ..data.get(1).unwrap() });
     let summary = data.summary();
     assert!(summary.content.contains("masks of 3 classes"), "{}", summary.content);
-    assert!(summary.notes.iter().any(|note| note.contains("3 files read to count the pixel classes")), "{summary:?}");
+    assert!(summary.notes.iter().any(|note| note.contains("3 masks read to count the pixel classes")), "{summary:?}");
     // Names say how many there are; nothing is read before it is asked for.
     let mut named = folder();
     named["mask"] = json!({ "names": ["background", "fur", "grass", "sky"] });
