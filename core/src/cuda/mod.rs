@@ -48,7 +48,6 @@ pub use device::{Gpu, GpuInfo};
 pub use graph::Graph;
 pub use launch::{Arg, Kernel, Launch};
 pub use libraries::{libraries, missing_in_driver, Library};
-pub use profile::{Profile, ProfileRow};
 pub use source::{compile, sources, Compiled, Source, SourceRef};
 pub use staging::Staging;
 

@@ -3,6 +3,7 @@
 use cudarc::driver::{result, sys};
 
 use super::{check, Failure, Gpu};
+use crate::tensor::Profile;
 use crate::Result;
 
 struct Event(sys::CUevent);
@@ -69,28 +70,6 @@ impl Recorder {
     }
 }
 
-/// What one kind of launch cost.
-#[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
-pub struct ProfileRow {
-    /// Kernel or matrix product.
-    pub name: String,
-    /// How often it was launched.
-    pub launches: usize,
-    /// Milliseconds, all launches together.
-    pub ms: f64,
-    /// Floating-point operations, where the launch says them.
-    pub flops: f64,
-    /// Bytes of memory touched, where the launch says them.
-    pub bytes: f64,
-}
-
-/// The launches of a piece of work, by kind, longest first.
-#[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
-pub struct Profile {
-    /// One row a kind.
-    pub rows: Vec<ProfileRow>,
-}
-
 impl Profile {
     /// Runs `f` with every launch timed. Timing keeps launches from overlapping, so the sum is a little more than `f`
     /// takes without.
@@ -103,21 +82,12 @@ impl Profile {
         let done = f().and_then(|r| gpu.synchronize().map(|()| r));
         let recorder = lock().take().expect("put there above");
         let value = done?;
-        let mut rows: Vec<ProfileRow> = Vec::new();
+        let mut profile = Self::default();
         for Timed { name, work: (flops, bytes), start, end } in recorder.0 {
             let Some(end) = end else { continue };
-            let at = rows.iter().position(|r| r.name == name).unwrap_or_else(|| {
-                rows.push(ProfileRow { name: name.to_string(), ..ProfileRow::default() });
-                rows.len() - 1
-            });
-            let row = &mut rows[at];
-            row.launches += 1;
-            row.ms += start.milliseconds_to(&end)?;
-            row.flops += flops;
-            row.bytes += bytes;
+            profile.add(name, start.milliseconds_to(&end)?, flops, bytes);
         }
-        rows.sort_by(|a, b| b.ms.total_cmp(&a.ms));
-        Ok((Self { rows }, value))
+        Ok((profile.longest_first(), value))
     }
 }
 

@@ -5,7 +5,7 @@ use gemm::{gemm, Parallelism};
 use crate::cuda::{Gpu, Matrix, Product};
 use crate::ops::blocks::*;
 use crate::ops::same_dtype;
-use crate::tensor::{GradMut, Grads, Op, Real};
+use crate::tensor::{profile, GradMut, Grads, Op, Real};
 use crate::{dispatch_real, Error, Result, Tensor};
 
 /// A matrix inside a slice: rows, columns, and the distance in elements between neighbours in each direction.
@@ -122,6 +122,7 @@ pub(crate) fn product<T: Real>(
     }
     assert!((m - 1) * out_stride + n <= out.len() && a.last() <= a.data.len() && b.last() <= b.data.len());
     let work = 2 * m * n * k;
+    profile::flops(work);
     let parallelism = match threads {
         Threads::All if work > 2 << 18 => Parallelism::Rayon(0),
         _ => Parallelism::None,

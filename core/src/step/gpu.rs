@@ -7,9 +7,9 @@
 use std::collections::{HashMap, HashSet};
 
 use crate::contract::{At, Backbone, Draws, Feed, Follow};
-use crate::cuda::{self, Gpu, Graph, Profile, Source};
+use crate::cuda::{self, Gpu, Graph, Source};
 use crate::data::{Batch, DeviceBatches};
-use crate::tensor::{catch_out_of_memory, recording};
+use crate::tensor::{catch_out_of_memory, recording, Profile};
 use crate::{ops, DType, Device, Result, Tensor};
 
 use super::update::DeviceUpdate;
@@ -150,15 +150,15 @@ impl Learner {
         self.gpu_step.as_ref().and_then(|g| g.reason.as_deref())
     }
 
-    /// Runs a step as [`Learner::step`] does, launch by launch, each one timed: where the time goes.
+    /// Runs a step as [`Learner::step`] does, each operation timed, on a GPU launch by launch: where the time goes.
     ///
     /// # Errors
     /// Those of the step.
-    ///
-    /// # Panics
-    /// If the learner is not on a GPU.
     pub fn profile(&mut self, step: u64, batches: &[Batch]) -> Result<Profile> {
-        let own = self.gpu_step.as_mut().expect("profiles are of steps on a GPU");
+        let Some(own) = self.gpu_step.as_mut() else {
+            let (profile, done) = Profile::on_cpu(|| self.step(step, batches, false));
+            return done.map(|_| profile);
+        };
         own.eager = true;
         let profiled = Profile::of(own.gpu, || self.step(step, batches, false));
         self.gpu_step.as_mut().expect("as above").eager = false;

@@ -46,7 +46,7 @@ use crate::params::Params;
 use crate::recipe::{Precision, Recipe};
 use crate::registry::Chosen;
 use crate::rng::{Rng, Stream};
-use crate::tensor::{catch_out_of_memory, scope, Tape};
+use crate::tensor::{catch_out_of_memory, profile, scope, Tape};
 use crate::{cuda, DType, Device, Error, Result, Tensor};
 
 use bounds::Reach;
@@ -308,7 +308,10 @@ impl Learner {
         let (limits, reach) = self.limits(at)?;
         let mut grads = self.weights.take_grads();
         let pass = self.forward_backward(at, batches, &draws, &mut grads, health);
-        let norms = self.optimizer.grad_norms(&grads);
+        let norms = {
+            let _part = profile::part("norms of gradients", false);
+            self.optimizer.grad_norms(&grads)
+        };
         self.weights.grads = grads;
         let Pass { losses, health, state, marks } = pass?;
         let report = Report {
@@ -325,6 +328,7 @@ impl Learner {
         if refusal.is_none() {
             self.weights.loss_state = state;
             let momentum = if let Follow::Ema { momentum } = follow { Some(momentum) } else { None };
+            let _part = profile::part("optimizer and EMA", false);
             self.optimizer.update(at, &mut self.weights, &report.grad_norms, momentum)?;
         }
         self.after_step(at, report, refusal, reach, follow)

@@ -7,6 +7,7 @@
 mod device;
 mod dtype;
 mod math;
+pub(crate) mod profile;
 pub mod scope;
 mod storage;
 pub mod tape;
@@ -17,6 +18,7 @@ use std::sync::Arc;
 pub(crate) use device::{cannot_record, recording};
 pub use device::{catch_out_of_memory, Device};
 pub use dtype::{DType, Element, Real};
+pub use profile::{Profile, ProfileRow};
 pub use storage::{memory_stats, reset_peak, trim, MemoryStats};
 pub(crate) use tape::Slot;
 pub use tape::{GradMut, Grads, LeafGrads, Op, Tape};

@@ -67,6 +67,26 @@ fn full() -> Stdio {
 }
 
 #[test]
+fn a_bench_says_where_the_time_of_a_step_goes() {
+    let folder = Folder::with_micro();
+    let bench = ["bench", "micro.toml", "--device", "cpu", "--steps", "2"];
+    let measured: serde_json::Value =
+        serde_json::from_str(&folder.succeed(&[&bench[..], &["--json"]].concat()).out).expect("one object");
+    let rows = measured["profile"]["rows"].as_array().expect("a list");
+    let of = |row: &serde_json::Value, key: &str| row[key].as_f64().expect("a number");
+    let row = |name: &str| rows.iter().find(|row| row["name"] == name).unwrap_or_else(|| panic!("{name}: {measured}"));
+    for name in ["linear", "gradient of linear", "attention"] {
+        assert!(of(row(name), "ms") > 0.0 && of(row(name), "flops") > 0.0, "{measured}");
+    }
+    // Products are all that a model's operations count, whoever asks for them.
+    let counted: f64 = rows.iter().map(|row| of(row, "flops")).sum();
+    let model = 1e9 * of(&measured, "gflop_per_image") * of(&measured, "batch");
+    assert!((counted / model - 1.0).abs() < 0.2, "{counted} operations of {model}: {measured}");
+    let table = folder.succeed(&bench).out;
+    assert!(table.contains("operation by operation") && table.contains("gradient of attention"), "{table}");
+}
+
+#[test]
 fn output_that_nobody_can_read_ends_no_work() {
     let folder = folder();
     for (i, args) in WORK.into_iter().enumerate() {

@@ -1,16 +1,20 @@
-//! What a card could do at most, and how near each kind of launch comes.
+//! What a machine could do at most, and how near each kind of operation or launch comes.
 
-use dinolab_core::cuda::{Profile, ProfileRow};
+use std::time::Instant;
+
+use dinolab_core::tensor::{Profile, ProfileRow};
+
+use dinolab_core::{DType, Result, Tensor};
 
 use crate::style;
 
-/// What makers publish: dense bf16 products with f32 sums, and memory.
-#[derive(Clone, Copy, Debug, PartialEq)]
+/// Of a card what makers publish: dense bf16 products with f32 sums, and memory. Of a CPU what one large product reaches.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
 pub(super) struct Ceiling {
     /// TFLOP/s.
     pub(super) tflops: f64,
     /// GB/s.
-    memory: f64,
+    memory: Option<f64>,
 }
 
 /// The ceilings of a card by the driver's name for it, if they are known. The first that fits counts.
@@ -27,13 +31,29 @@ pub(super) fn ceiling(card: &str) -> Option<Ceiling> {
         ("RTX 4090", 165.0, 1008.0),
     ];
     let found = known.into_iter().find(|(name, ..)| card.contains(name));
-    found.map(|(_, tflops, memory)| Ceiling { tflops, memory })
+    found.map(|(_, tflops, memory)| Ceiling { tflops, memory: Some(memory) })
+}
+
+/// What a matrix product in f32 of 1024 x 1024 x 1024 reaches here, all threads working: the best of several.
+///
+/// # Errors
+/// If there is no memory for it.
+pub(super) fn of_cpu() -> Result<Ceiling> {
+    let (n, tries) = (1024, 8);
+    let x = Tensor::full(&[n, n], DType::F32, 0.5)?;
+    let mut best = f64::INFINITY;
+    for _ in 0..tries {
+        let start = Instant::now();
+        x.matmul(&x)?;
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    Ok(Ceiling { tflops: 2.0 * (n as f64).powi(3) / best / 1e12, memory: None })
 }
 
 /// The longest rows of a profile as a table: launches, time, share, and what was reached of the nearer ceiling.
 pub(super) fn table(profile: &Profile, ceiling: Option<Ceiling>) -> String {
-    let total: f64 = profile.rows.iter().map(|r| r.ms).sum();
-    let head = ["", "launches", "ms", "share", "reached", "of the ceiling"].map(String::from).to_vec();
+    let total = profile.ms();
+    let head = ["", "times", "ms", "share", "reached", "of the ceiling"].map(String::from).to_vec();
     let row = |r: &ProfileRow| {
         let (reached, share) = reached(r, ceiling);
         let share = share.map_or(String::new(), |s| format!("{:.0}%", 100.0 * s));
@@ -54,11 +74,14 @@ pub(super) fn table(profile: &Profile, ceiling: Option<Ceiling>) -> String {
 fn reached(row: &ProfileRow, ceiling: Option<Ceiling>) -> (String, Option<f64>) {
     let seconds = row.ms / 1e3;
     let (flops, bytes) = (row.flops / seconds / 1e12, row.bytes / seconds / 1e9);
-    let of = |x: f64, most: fn(Ceiling) -> f64| ceiling.map(|c| x / most(c));
-    let (compute, memory) = (of(flops, |c| c.tflops), of(bytes, |c| c.memory));
+    let compute = ceiling.map(|c| flops / c.tflops);
+    let memory = ceiling.and_then(|c| Some(bytes / c.memory?));
     match (row.flops > 0.0, row.bytes > 0.0) {
         (false, false) => (String::new(), None),
-        (true, _) if compute >= memory || row.bytes == 0.0 => (format!("{flops:.0} TFLOP/s"), compute),
+        (true, _) if compute >= memory || row.bytes == 0.0 => match flops < 10.0 {
+            true => (format!("{:.0} GFLOP/s", 1e3 * flops), compute),
+            false => (format!("{flops:.0} TFLOP/s"), compute),
+        },
         _ => (format!("{bytes:.0} GB/s"), memory),
     }
 }
