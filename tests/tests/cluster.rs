@@ -105,7 +105,7 @@ fn a_broken_arm_stops_runs_side_by_side_before_they_begin() {
 
 #[test]
 fn a_signal_stops_all_that_run_side_by_side_and_they_go_on() {
-    let folder = lab(|suite| suite.replace("seeds =", "set.steps = 300\nseeds ="));
+    let folder = lab(|suite| suite.replace("seeds =", "set.steps = 120\nseeds ="));
     let args = ablate("two", &["--parallel", "2"]);
     let mut child = folder.start(&args);
     let saved = |run: &str| folder.path(&format!("two/{run}/checkpoints")).exists();
@@ -120,7 +120,7 @@ fn a_signal_stops_all_that_run_side_by_side_and_they_go_on() {
     assert!(status.contains("0 finished, 2 begun, 2 pending, 0 failed"), "{status}");
     folder.succeed(&args);
     for run in RUNS {
-        assert_same_weights(&folder, &format!("whole/{run}"), &format!("two/{run}"), 300);
+        assert_same_weights(&folder, &format!("whole/{run}"), &format!("two/{run}"), 120);
     }
 }
 
@@ -139,7 +139,7 @@ fn kill_a_worker(folder: &Folder, args: &[&str]) -> Ended {
 
 #[test]
 fn a_process_that_dies_is_told_and_its_run_goes_on_when_it_is_tried_again() {
-    let long = |suite: &str| suite.replace("seeds =", "set.steps = 300\nseeds =");
+    let long = |suite: &str| suite.replace("seeds =", "set.steps = 120\nseeds =");
     let folder = lab(long);
     let args = ablate("two", &["--parallel", "2"]);
     let ended = kill_a_worker(&folder, &args);
@@ -148,14 +148,14 @@ fn a_process_that_dies_is_told_and_its_run_goes_on_when_it_is_tried_again() {
     assert!(folder.path("two/arms/fast/seed-1/result.json").exists(), "the others went on");
     assert_eq!(folder.run(&args).code, 1, "it stays failed");
     folder.succeed(&[&args[..], &["--retry-failed"]].concat());
-    assert_same_weights(&folder, "whole/arms/slow/seed-0", "two/arms/slow/seed-0", 300);
+    assert_same_weights(&folder, "whole/arms/slow/seed-0", "two/arms/slow/seed-0", 120);
 
     // With a budget it is tried again by itself, and the report says so.
     fs::remove_dir_all(folder.path("two")).expect("it is there");
     folder.write("suite.toml", &long(SUITE).replace("seeds =", "retries = 1\nseeds ="));
     let ended = kill_a_worker(&folder, &args);
     assert_eq!(ended.code, 0, "{}{}", ended.out, ended.err);
-    assert_same_weights(&folder, "whole/arms/slow/seed-0", "two/arms/slow/seed-0", 300);
+    assert_same_weights(&folder, "whole/arms/slow/seed-0", "two/arms/slow/seed-0", 120);
     assert!(folder.read("two/summary.md").contains("slow seed 0 was tried again after: its process ended by signal 9"));
 }
 
