@@ -21,6 +21,7 @@ pub mod files;
 pub mod nn;
 pub mod ops;
 pub mod params;
+pub mod problem;
 pub mod recipe;
 pub mod registry;
 pub mod rng;

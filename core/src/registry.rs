@@ -45,7 +45,7 @@ use crate::contract::{
     Augmentation, Backbone, Dataset, Loss, Masking, Optimizer, PosEncoding, Probe, Scheduler, TeacherPolicy,
 };
 use crate::params::ParamBuilder;
-use crate::recipe::Nested;
+use crate::problem::Nested;
 use crate::{Error, Result};
 
 /// A kind of plugin: implemented for every `dyn Contract`.

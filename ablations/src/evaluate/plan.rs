@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use dinolab_core::contract::{Dataset, ImageSize, Probe};
 use dinolab_core::params::ParamBuilder;
-use dinolab_core::recipe::{nearest, Measured, Overrides};
+use dinolab_core::problem::nearest;
+use dinolab_core::recipe::{Measured, Overrides};
 use dinolab_core::registry::{self, Chosen, DataContext};
 use dinolab_core::text::printable;
 use dinolab_core::weights::{ModelInfo, Source};

@@ -10,8 +10,8 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::schema::{CropConfig, OptimizerConfig, Resolution};
-use super::Nested;
 use crate::contract::{Augmentation, Backbone, Optimizer};
+use crate::problem::Nested;
 use crate::registry::{default_of, plugin_schema, Chosen, CropContext, Kind};
 
 /// Keys that a plugin's table has whatever the plugin.

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use super::problem::{Problem, Severity};
 use super::{sizes, Recipe};
 use crate::contract::{At, Backbone, Dataset, Grid, ImageSize, Loss, Masking, TeacherPolicy};
+use crate::problem::{Problem, Severity};
 use crate::registry::{Chosen, CropContext};
 use crate::step::{build_backbone, build_loss, check_views, declare, Declared, GLOBALS};
 use crate::{params::ParamBuilder, Error};

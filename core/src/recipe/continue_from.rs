@@ -7,7 +7,7 @@ use schemars::{JsonSchema, SchemaGenerator};
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::Nested;
+use crate::problem::Nested;
 use crate::weights::Source;
 use crate::{Error, Result};
 

@@ -9,8 +9,8 @@ use figment::value::Value;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::nested::Nested;
-use super::problem::Problem;
+use crate::problem::Nested;
+use crate::problem::Problem;
 
 /// The table of a recipe.
 pub(super) const KEY: &str = "measured";

@@ -6,11 +6,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
 use super::layers::{Overrides, RawRecipe};
-use super::nested::Nested;
-use super::problem::Problem;
 use super::resolved::place;
 use super::{ranges, Probes};
 use crate::contract::Dataset;
+use crate::problem::Nested;
+use crate::problem::Problem;
 use crate::registry::Chosen;
 use crate::Result;
 

@@ -9,9 +9,9 @@ use serde_json::Value as Json;
 
 use super::describe::Guide;
 use super::layers::{Overrides, RawRecipe, SCHEMA};
-use super::nested::{Fault, Nested};
-use super::problem::{Origin, Problem, Severity};
 use super::{check, ranges, unread, Recipe};
+use crate::problem::{Fault, Nested};
+use crate::problem::{Origin, Problem, Severity};
 use crate::Result;
 
 /// Problems reported at once.

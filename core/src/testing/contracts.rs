@@ -42,7 +42,7 @@ pub fn chosen<K: ?Sized + Kind>(table: &str) -> Result<Chosen<K>> {
     let table: toml::Table =
         toml::from_str(table).map_err(|e| Error::user(e.to_string(), "write it as in a recipe"))?;
     let table = figment::value::Value::serialize(table).expect("a table is plain data");
-    let refused = |e: crate::recipe::Nested| Error::user(e.encode(), "see `dinolab plugins`");
+    let refused = |e: crate::problem::Nested| Error::user(e.encode(), "see `dinolab plugins`");
     Chosen::<K>::from_value(&table, registry::default_of::<K>()).map_err(refused)
 }
 

@@ -11,7 +11,8 @@ use serde_json::Value as Json;
 use crate::checkpoint::{new_folder, sync_dir, BUILDING};
 use crate::contract::Backbone;
 use crate::params::ParamBuilder;
-use crate::recipe::{as_written, check_schema, check_tables, toml_value, CropConfig, Nested, Problem, SCHEMA};
+use crate::problem::{Nested, Problem};
+use crate::recipe::{as_written, check_schema, check_tables, toml_value, CropConfig, SCHEMA};
 use crate::registry::{BackboneContext, Chosen};
 use crate::{Error, Result};
 

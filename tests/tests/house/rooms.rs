@@ -5,12 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 /// Pairs that go both ways, in the order of the alphabet. A pair that goes one way only is taken out.
-const BOTH_WAYS: [(&str, &str); 7] = [
+const BOTH_WAYS: [(&str, &str); 5] = [
     ("contract", "registry"),
     ("cuda", "tensor"),
-    ("error", "recipe"),
     ("ops", "tensor"),
-    ("recipe", "registry"),
     ("recipe", "step"),
     ("recipe", "weights"),
 ];
