@@ -10,9 +10,9 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::schema::{CropConfig, OptimizerConfig, Resolution};
-use crate::contract::{Augmentation, Backbone, Optimizer};
+use crate::contract::{Augmentation, Backbone, CropContext, Optimizer};
 use crate::problem::Nested;
-use crate::registry::{default_of, plugin_schema, Chosen, CropContext, Kind};
+use crate::registry::{default_of, plugin_schema, Chosen, Kind};
 
 /// Keys that a plugin's table has whatever the plugin.
 pub trait OwnKeys: Serialize + for<'de> Deserialize<'de> + JsonSchema {

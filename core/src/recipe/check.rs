@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 
 use super::{sizes, Recipe};
-use crate::contract::{At, Backbone, Dataset, Grid, ImageSize, Loss, Masking, TeacherPolicy};
+use crate::contract::{At, Backbone, CropContext, Dataset, Grid, ImageSize, Loss, Masking, TeacherPolicy};
 use crate::problem::{Problem, Severity};
-use crate::registry::{Chosen, CropContext};
+use crate::registry::Chosen;
 use crate::step::{build_backbone, build_loss, check_views, declare, Declared, GLOBALS};
 use crate::{params::ParamBuilder, Error};
 

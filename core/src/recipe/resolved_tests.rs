@@ -207,7 +207,7 @@ fn an_unused_teacher_is_a_warning() {
 #[test]
 fn a_probe_that_needs_labels_refuses_data_without() {
     let resolved = Resolved::from_text(&with("[probes.test_knn]")).unwrap();
-    let data = resolved.recipe.data.build(&mut crate::registry::DataContext { seed: 0 }).unwrap();
+    let data = resolved.recipe.data.build(&mut crate::contract::DataContext { seed: 0 }).unwrap();
     let message = resolved.check_data(data.as_ref()).unwrap_err().to_string();
     assert!(message.starts_with("recipe.toml:10:9: probes.test_knn: needs image labels"), "{message}");
     assert!(message.contains("set probes.test_knn.enabled = false"), "{message}");

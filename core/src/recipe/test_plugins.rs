@@ -3,8 +3,9 @@
 use serde::{Deserialize, Serialize};
 
 use crate::contract::*;
+use crate::contract::{BackboneContext, CropContext, LossContext};
 use crate::params::{Init, ParamSpec, Params};
-use crate::registry::{BackboneContext, Chosen, CropContext, LossContext};
+use crate::registry::Chosen;
 use crate::rng::Rng;
 use crate::{plugin, Error, Result, Tensor};
 

@@ -3,12 +3,12 @@
 //! Losses have more of their own: [`check`](super::check()).
 
 use crate::contract::{
-    At, Augmentation, Backbone, Crops, Dataset, Follow, Grid, Masking, Mode, Optimizer, PosContext, PosEncoding,
-    Scheduler, TeacherPolicy,
+    At, Augmentation, Backbone, BackboneContext, CropContext, Crops, Dataset, Follow, Grid, Masking, Mode, Optimizer,
+    PosContext, PosEncoding, Scheduler, TeacherPolicy,
 };
 use crate::params::{Init, Layout, ParamBuilder, ParamRole, Params};
 use crate::recipe::OptimizerEntry;
-use crate::registry::{self, BackboneContext, Chosen, CropContext, Kind};
+use crate::registry::{self, Chosen, Kind};
 use crate::rng::{Rng, Stream};
 use crate::step::Updates;
 use crate::tensor::Tape;

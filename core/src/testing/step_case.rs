@@ -9,11 +9,11 @@ use super::case::{cases, fixed, tracked, Bound, Case};
 use super::gradient::tensors;
 use crate::comm::Shards;
 use crate::contract::{
-    At, BatchImage, CropBox, Features, Grid, ImageContext, Loss, ModelOutputs, NamedTeacher, Needs, Outputs,
-    StepContext, Targets, View,
+    At, BatchImage, CropBox, Features, Grid, ImageContext, Loss, LossContext, ModelOutputs, NamedTeacher, Needs,
+    Outputs, StepContext, Targets, View,
 };
 use crate::params::{Layout, ParamBuilder, Params};
-use crate::registry::{self, Chosen, LossContext};
+use crate::registry::{self, Chosen};
 use crate::rng::{Rng, Stream};
 use crate::step::GLOBALS;
 use crate::{Error, Result, Tensor};

@@ -53,10 +53,9 @@ use std::time::{Duration, Instant};
 
 use self::broken::Broken;
 use self::ranks::Order;
-use crate::contract::Dataset;
+use crate::contract::{DataContext, Dataset};
 use crate::data::{Loader, LoaderSpec, Pipeline};
 use crate::recipe::{self, OnNonFinite, Recipe, Resolved};
-use crate::registry::DataContext;
 use crate::step::{Learner, Report};
 use crate::text::printable;
 use crate::{checkpoint, step, Error, Result};

@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use dinolab_core::contract::{Augmentation, CropPlan, Cut, Dataset, ImagePlan, Jitter, Rect, Sample};
+use dinolab_core::contract::{Augmentation, CropContext, CropPlan, Cut, Dataset, ImagePlan, Jitter, Rect, Sample};
 use dinolab_core::data::{LoaderSpec, Pipeline};
 use dinolab_core::recipe::{BatchConfig, Overrides, RawRecipe, Resolved};
-use dinolab_core::registry::{self, Chosen, CropContext};
+use dinolab_core::registry::{self, Chosen};
 use dinolab_core::rng::{Rng, Stream};
 use dinolab_core::testing::contracts;
 use dinolab_core::{DType, Device, Result};

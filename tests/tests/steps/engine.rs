@@ -5,13 +5,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use dinolab_core::checkpoint;
 use dinolab_core::contract::{
-    At, Backbone, Cost, Crops, Features, Grid, Loss, LossValue, Mode, Needs, Outputs, Schedule, Scheduler, StateSpec,
-    StepContext,
+    At, Backbone, BackboneContext, Cost, Crops, Features, Grid, Loss, LossValue, Mode, Needs, Outputs, Schedule,
+    Scheduler, StateSpec, StepContext,
 };
 use dinolab_core::data::{Batch, Masks, Pipeline};
 use dinolab_core::params::{Init, ParamId, Params};
 use dinolab_core::recipe::{Overrides, RawRecipe, Resolved};
-use dinolab_core::registry::BackboneContext;
 use dinolab_core::step::{Learner, Report};
 use dinolab_core::{plugin, train, DType, Device, Result, Tensor};
 use dinolab_plugins as _;

@@ -2,12 +2,11 @@
 
 use dinolab_core::checkpoint;
 use dinolab_core::contract::{
-    At, ImageContext, ImageDraws, Loss, LossValue, Needs, Outputs, SeenBy, StepContext, Tile, View,
+    At, ImageContext, ImageDraws, Loss, LossContext, LossValue, Needs, Outputs, SeenBy, StepContext, Tile, View,
 };
 use dinolab_core::nn::Linear;
 use dinolab_core::params::Params;
 use dinolab_core::recipe::{Overrides, RawRecipe, Resolved};
-use dinolab_core::registry::LossContext;
 use dinolab_core::step::{Learner, Report};
 use dinolab_core::{plugin, train, Result, Tensor};
 use dinolab_plugins as _;
