@@ -24,6 +24,7 @@ pub mod params;
 pub mod problem;
 pub mod recipe;
 pub mod registry;
+pub mod resolved;
 pub mod rng;
 pub mod step;
 pub mod tensor;

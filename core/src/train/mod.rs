@@ -55,7 +55,8 @@ use self::broken::Broken;
 use self::ranks::Order;
 use crate::contract::{DataContext, Dataset};
 use crate::data::{Loader, LoaderSpec, Pipeline};
-use crate::recipe::{self, OnNonFinite, Recipe, Resolved};
+use crate::recipe::{OnNonFinite, Recipe};
+use crate::resolved::{fit, Resolved};
 use crate::step::{Learner, Report};
 use crate::text::printable;
 use crate::{checkpoint, step, Error, Result};
@@ -192,7 +193,7 @@ fn run_on(
 ) -> Result<Option<Outcome>> {
     let recipe = &resolved.recipe;
     lead.check(recipe)?;
-    if let Some(fit) = recipe::fit(recipe, recipe.device()?)? {
+    if let Some(fit) = fit(recipe, recipe.device()?)? {
         return Err(fit.into_error());
     }
     let folder = RunFolder::open(resolved, options, &|key| Parent::only_moved(&options.out, resolved, key))?;

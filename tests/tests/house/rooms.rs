@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 /// Pairs that go both ways, in the order of the alphabet. A pair that goes one way only is taken out.
-const BOTH_WAYS: [(&str, &str); 3] = [("cuda", "tensor"), ("recipe", "step"), ("recipe", "weights")];
+const BOTH_WAYS: [(&str, &str); 1] = [("cuda", "tensor")];
 /// What the crate's root hands on, by its room.
 const HANDED_ON: [(&str, &str); 5] =
     [("Tensor", "tensor"), ("DType", "tensor"), ("Device", "tensor"), ("Error", "error"), ("Result", "error")];

@@ -13,8 +13,8 @@ use dinolab_core::contract::{
 };
 use dinolab_core::data::{Batch, Masks};
 use dinolab_core::params::Params;
-use dinolab_core::recipe::Resolved;
 use dinolab_core::registry::Chosen;
+use dinolab_core::resolved::Resolved;
 use dinolab_core::step::{Learner, Report};
 use dinolab_core::{plugin, DType, Result, Tensor};
 use dinolab_plugins as _;

@@ -2,9 +2,10 @@
 
 use std::collections::BTreeSet;
 
-use super::{sizes, Recipe};
+use super::sizes;
 use crate::contract::{At, Backbone, CropContext, Dataset, Grid, ImageSize, Loss, Masking, TeacherPolicy};
 use crate::problem::{Problem, Severity};
+use crate::recipe::Recipe;
 use crate::registry::Chosen;
 use crate::step::{build_backbone, build_loss, check_views, declare, Declared, GLOBALS};
 use crate::{params::ParamBuilder, Error};
