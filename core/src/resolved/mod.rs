@@ -73,7 +73,7 @@ impl Resolved {
         Self::load(source.recipe_file()?, &Overrides::default())
     }
 
-    /// Checks everything and fills in the defaults.
+    /// Checks everything and fills in the defaults: of what is not written, and of the model if `backbone.weights` says it.
     ///
     /// # Errors
     /// All that is wrong with the recipe, together.
