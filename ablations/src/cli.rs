@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use dinolab_core::comm::Launch;
-use dinolab_core::recipe::Resolved;
+use dinolab_core::resolved::Resolved;
 use dinolab_core::{registry, Error, Result};
 
 use crate::signals::{self, Answer};

@@ -30,9 +30,8 @@ use dfdx::prelude::{
 };
 use dfdx::tensor::AsArray as _;
 
-use crate::contract::{Features, Loss, LossValue, ModelOutputs, Needs, Outputs, StepContext};
+use crate::contract::{Features, Loss, LossContext, LossValue, ModelOutputs, Needs, Outputs, StepContext};
 use crate::params::{ParamId, Params};
-use crate::registry::LossContext;
 use crate::tensor::{Grads, Op};
 use crate::{Result, Tensor};
 

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use crate::problem::{Problem, RecipeError};
 use crate::text::printable;
 
 /// Result with [`Error`].
@@ -14,7 +15,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub enum Error {
     /// A recipe, suite or plugin table says something impossible.
     #[error(transparent)]
-    Recipe(#[from] Box<crate::recipe::RecipeError>),
+    Recipe(#[from] Box<RecipeError>),
     /// Operands whose shapes, types or devices do not fit together.
     #[error("{op}: {problem}")]
     Shape {
@@ -113,5 +114,17 @@ impl Error {
     pub fn io(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.into();
         move |source| Self::Io { action, path, source }
+    }
+}
+
+impl From<Vec<Problem>> for Error {
+    fn from(problems: Vec<Problem>) -> Self {
+        Box::new(RecipeError(problems)).into()
+    }
+}
+
+impl From<Problem> for Error {
+    fn from(problem: Problem) -> Self {
+        vec![problem].into()
     }
 }

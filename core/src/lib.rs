@@ -1,8 +1,10 @@
 //! The engine room of dinolab: what every plugin and every program is built from.
 //!
-//! Data flows one way: a [`recipe`] names plugins, the [`registry`] builds them, [`data`] makes a batch, the
-//! [`step`] runs teacher, student and losses, the [`tensor`] tape goes backward, the optimizer updates flat
-//! [`params`], teacher policies follow, and [`train`] logs and checkpoints.
+//! Data flows one way: a [`recipe`] names plugins, the [`registry`] builds them, [`resolved`] holds the recipe against the model
+//! that it declares, [`data`] makes a batch, the [`step`] runs teacher, student and losses, the [`tensor`] tape goes backward,
+//! the optimizer updates flat [`params`], teacher policies follow, and [`train`] logs and checkpoints.
+//!
+//! No two of these modules use each other, but for [`cuda`] and [`tensor`]; a test of the workspace holds them to it.
 //!
 //! This crate knows no plugin by name: backbones, position encodings, losses, schedulers, teacher policies,
 //! datasets, augmentations, maskings, probes and optimizers are implementations of the traits in [`contract`], registered with
@@ -21,8 +23,10 @@ pub mod files;
 pub mod nn;
 pub mod ops;
 pub mod params;
+pub mod problem;
 pub mod recipe;
 pub mod registry;
+pub mod resolved;
 pub mod rng;
 pub mod step;
 pub mod tensor;

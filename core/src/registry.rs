@@ -36,16 +36,18 @@
 //! Registration happens before `main` (crate `inventory`), for every crate that is linked in. Order is not defined
 //! there, so everything here is sorted by name, and a name used twice is an error of [`check`].
 
+mod schedule;
+
 use std::fmt;
 
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::contract::{
-    Augmentation, Backbone, Dataset, Loss, Masking, Optimizer, PosEncoding, Probe, Scheduler, TeacherPolicy,
+    Augmentation, Backbone, BackboneContext, CropContext, DataContext, Dataset, Loss, LossContext, Masking, Optimizer,
+    PosEncoding, Probe, Scheduler, TeacherPolicy,
 };
-use crate::params::ParamBuilder;
-use crate::recipe::Nested;
+use crate::problem::Nested;
 use crate::{Error, Result};
 
 /// A kind of plugin: implemented for every `dyn Contract`.
@@ -56,58 +58,6 @@ pub trait Kind: 'static {
     type Context<'a>;
     /// All registered plugins of this kind, unsorted.
     fn registrations() -> Box<dyn Iterator<Item = &'static Registration<Self>>>;
-}
-
-/// What a backbone is built with.
-pub struct BackboneContext<'a> {
-    /// Where it declares its parameters.
-    pub params: &'a mut ParamBuilder,
-    /// Side in pixels of a global crop.
-    pub global_size: usize,
-    /// Channels of the images.
-    pub channels: usize,
-}
-
-/// What a loss is built with.
-pub struct LossContext<'a> {
-    /// Where it declares its parameters.
-    pub params: &'a mut ParamBuilder,
-    /// Width of the student's features.
-    pub dim: usize,
-    /// Images of a micro-batch.
-    pub images: usize,
-    /// Global crops an image.
-    pub globals: usize,
-    /// Local crops an image.
-    pub locals: usize,
-    /// Patches of a global crop.
-    pub patches: usize,
-    /// Side of a patch in pixels.
-    pub patch_size: usize,
-    /// Channels of the images.
-    pub channels: usize,
-}
-
-/// What a dataset is built with.
-#[derive(Clone, Copy, Debug)]
-pub struct DataContext {
-    /// The run's seed, for generated data.
-    pub seed: u64,
-}
-
-/// What an augmentation is built with: the crops that its plans are for.
-#[derive(Clone, Copy, Debug)]
-pub struct CropContext {
-    /// Side in pixels of a global crop.
-    pub global_size: usize,
-    /// Side in pixels of a local crop.
-    pub local_size: usize,
-    /// Local crops an image.
-    pub local_count: usize,
-    /// Side of a patch in pixels.
-    pub patch_size: usize,
-    /// Channels of the images; with another number than 3 saturation, hue and grey mean nothing.
-    pub channels: usize,
 }
 
 macro_rules! kinds {
@@ -438,33 +388,4 @@ pub(crate) fn entry_schema<K: ?Sized + Kind>(
         }
     }
     schema
-}
-
-/// For [`Schedule`](crate::contract::Schedule): the scheduler of a table, and the table with defaults.
-pub(crate) fn build_scheduler(
-    table: &figment::value::Value,
-) -> std::result::Result<(std::sync::Arc<dyn Scheduler>, serde_json::Value), String> {
-    if table.as_dict().is_none() {
-        return Err(Nested::wrong_type(table, "a number, or a table that names a scheduler").encode());
-    }
-    let chosen = Chosen::<dyn Scheduler>::from_value(table, None).map_err(|e| e.encode())?;
-    let scheduler = chosen.build(&mut ()).map_err(|e| e.to_string())?;
-    let source = serde_json::to_value(&chosen).map_err(|e| e.to_string())?;
-    Ok((scheduler.into(), source))
-}
-
-/// For [`Schedule`](crate::contract::Schedule): a number, or a table that names a scheduler.
-pub(crate) fn scheduler_schema(generator: &mut schemars::SchemaGenerator) -> schemars::Schema {
-    // Schedulers hold numbers only, so this does not recurse.
-    let table = plugin_schema::<dyn Scheduler>(generator, &serde_json::Map::new(), None);
-    let mut alternatives = vec![serde_json::json!({ "type": "number" })];
-    if let Some(tables) = table.get("anyOf").and_then(|a| a.as_array()) {
-        alternatives.extend(tables.iter().cloned());
-    }
-    schemars::json_schema!({
-        "description": "A number (constant over time), or a table that names a scheduler.",
-        // Read by `recipe::describe`: an object here is a scheduler.
-        "x-schedule": true,
-        "anyOf": alternatives,
-    })
 }

@@ -1,9 +1,8 @@
 //! Barlow Twins: the cross-correlation of two crops' projections is the identity.
 
-use dinolab_core::contract::{Loss, LossCost, LossRows, LossValue, Needs, Outputs, StepContext};
+use dinolab_core::contract::{Loss, LossContext, LossCost, LossRows, LossValue, Needs, Outputs, StepContext};
 use dinolab_core::nn::BatchNorm;
 use dinolab_core::params::Params;
-use dinolab_core::registry::LossContext;
 use dinolab_core::{plugin, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

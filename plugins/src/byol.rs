@@ -1,10 +1,9 @@
 //! BYOL: the student predicts the teacher's projection of the other crop, without negative pairs.
 
 use dinolab_core::contract::{
-    Loss, LossCost, LossRows, LossValue, ModelOutputs, Needs, Outputs, StepContext, TargetSpec,
+    Loss, LossContext, LossCost, LossRows, LossValue, ModelOutputs, Needs, Outputs, StepContext, TargetSpec,
 };
 use dinolab_core::params::Params;
-use dinolab_core::registry::LossContext;
 use dinolab_core::{plugin, Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

@@ -1,11 +1,10 @@
 //! Patch-level kernel alignment: patches of two views of one image are to be alike in the same pairs.
 
 use dinolab_core::contract::{
-    BatchImage, CropBox, Grid, ImageContext, ImageDraws, Loss, LossCost, LossRows, LossValue, ModelOutputs, Needs,
-    Outputs, StepContext,
+    BatchImage, CropBox, Grid, ImageContext, ImageDraws, Loss, LossContext, LossCost, LossRows, LossValue,
+    ModelOutputs, Needs, Outputs, StepContext,
 };
 use dinolab_core::params::Params;
-use dinolab_core::registry::LossContext;
 use dinolab_core::{plugin, Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

@@ -6,8 +6,7 @@ mod source;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use dinolab_core::contract::{Dataset, Sample, Summary};
-use dinolab_core::registry::DataContext;
+use dinolab_core::contract::{DataContext, Dataset, Sample, Summary};
 use dinolab_core::rng::{Rng, Stream};
 use dinolab_core::{plugin, Result};
 

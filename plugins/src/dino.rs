@@ -1,11 +1,10 @@
 //! The image-level loss of DINO: every student crop predicts what the teacher says of another crop of the same image.
 
 use dinolab_core::contract::{
-    Loss, LossCost, LossRows, LossValue, ModelOutputs, Needs, Outputs, Schedule, StateSpec, StepContext, TargetSpec,
-    Targets,
+    Loss, LossContext, LossCost, LossRows, LossValue, ModelOutputs, Needs, Outputs, Schedule, StateSpec, StepContext,
+    TargetSpec, Targets,
 };
 use dinolab_core::params::Params;
-use dinolab_core::registry::LossContext;
 use dinolab_core::{plugin, Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

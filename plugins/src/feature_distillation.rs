@@ -1,11 +1,10 @@
 //! Feature distillation: the student's features, through a linear layer each for CLS and patches, point where a teacher's do.
 
 use dinolab_core::contract::{
-    Loss, LossCost, LossRows, LossValue, ModelOutputs, Needs, Outputs, StepContext, TargetSpec,
+    Loss, LossContext, LossCost, LossRows, LossValue, ModelOutputs, Needs, Outputs, StepContext, TargetSpec,
 };
 use dinolab_core::nn::Linear;
 use dinolab_core::params::{ParamRole, Params};
-use dinolab_core::registry::LossContext;
 use dinolab_core::{plugin, Error, Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

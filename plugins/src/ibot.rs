@@ -1,11 +1,10 @@
 //! The patch-level loss of iBOT: the student predicts, for the patches hidden from it, what the teacher sees there.
 
 use dinolab_core::contract::{
-    Loss, LossCost, LossRows, LossValue, ModelOutputs, Needs, Outputs, Schedule, StateSpec, StepContext, TargetSpec,
-    Targets,
+    Loss, LossContext, LossCost, LossRows, LossValue, ModelOutputs, Needs, Outputs, Schedule, StateSpec, StepContext,
+    TargetSpec, Targets,
 };
 use dinolab_core::params::Params;
-use dinolab_core::registry::LossContext;
 use dinolab_core::{plugin, Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

@@ -1,9 +1,8 @@
 //! Inpainting: the pixels of masked patches from what the student makes of the rest.
 
-use dinolab_core::contract::{Loss, LossCost, LossRows, LossValue, Needs, Outputs, StepContext};
+use dinolab_core::contract::{Loss, LossContext, LossCost, LossRows, LossValue, Needs, Outputs, StepContext};
 use dinolab_core::nn::Linear;
 use dinolab_core::params::{ParamRole, Params};
-use dinolab_core::registry::LossContext;
 use dinolab_core::{plugin, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

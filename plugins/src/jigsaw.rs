@@ -1,11 +1,10 @@
 //! Jigsaw puzzles: which of some permutations the pieces of an image are in.
 
 use dinolab_core::contract::{
-    ImageContext, ImageDraws, Loss, LossCost, LossRows, LossValue, Needs, Outputs, StepContext, View,
+    ImageContext, ImageDraws, Loss, LossContext, LossCost, LossRows, LossValue, Needs, Outputs, StepContext, View,
 };
 use dinolab_core::nn::{Activation, Mlp};
 use dinolab_core::params::Params;
-use dinolab_core::registry::LossContext;
 use dinolab_core::rng::{Rng, Stream};
 use dinolab_core::{plugin, Result};
 use schemars::JsonSchema;

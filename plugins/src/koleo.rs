@@ -1,9 +1,8 @@
 //! The KoLeo regulariser: class tokens keep their distance from their nearest neighbour.
 
-use dinolab_core::contract::{Loss, LossValue, Needs, Outputs, StepContext};
+use dinolab_core::contract::{Loss, LossContext, LossValue, Needs, Outputs, StepContext};
 use dinolab_core::ops::neighbour_group;
 use dinolab_core::params::Params;
-use dinolab_core::registry::LossContext;
 use dinolab_core::{plugin, Error, Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

@@ -1,7 +1,8 @@
 //! Multi-crop with colour jitter, blur and solarisation: DINO's augmentation, as DINOv2 and DINOv3 have it.
 
-use dinolab_core::contract::{Augmentation, ColorPlan, CropPlan, Cut, ImagePlan, Jitter, JitterOp, Rect, WHOLE_IMAGE};
-use dinolab_core::registry::CropContext;
+use dinolab_core::contract::{
+    Augmentation, ColorPlan, CropContext, CropPlan, Cut, ImagePlan, Jitter, JitterOp, Rect, WHOLE_IMAGE,
+};
 use dinolab_core::rng::Rng;
 use dinolab_core::{plugin, Error, Result};
 use schemars::JsonSchema;

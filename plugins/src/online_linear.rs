@@ -1,10 +1,9 @@
 //! A linear classifier trained beside the rest on features that it does not change: how well they separate classes, in the
 //! log.
 
-use dinolab_core::contract::{Loss, LossCost, LossRows, LossValue, Needs, Outputs, StepContext};
+use dinolab_core::contract::{Loss, LossContext, LossCost, LossRows, LossValue, Needs, Outputs, StepContext};
 use dinolab_core::nn::Linear;
 use dinolab_core::params::{ParamRole, Params};
-use dinolab_core::registry::LossContext;
 use dinolab_core::{plugin, Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

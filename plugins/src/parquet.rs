@@ -5,8 +5,7 @@ use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use dinolab_core::contract::Dataset;
-use dinolab_core::registry::DataContext;
+use dinolab_core::contract::{DataContext, Dataset};
 use dinolab_core::text::printable;
 use dinolab_core::{plugin, Error, Result};
 use parquet::basic::Type;

@@ -1,11 +1,10 @@
 //! Relative patch location: where a neighbour lies, seen from the middle.
 
 use dinolab_core::contract::{
-    ImageContext, ImageDraws, Loss, LossCost, LossRows, LossValue, Needs, Outputs, StepContext, View,
+    ImageContext, ImageDraws, Loss, LossContext, LossCost, LossRows, LossValue, Needs, Outputs, StepContext, View,
 };
 use dinolab_core::nn::{Activation, Mlp};
 use dinolab_core::params::Params;
-use dinolab_core::registry::LossContext;
 use dinolab_core::{plugin, Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

@@ -1,7 +1,6 @@
 //! Crops without distortion: what is left of self-supervision without augmentations of colour and scale.
 
-use dinolab_core::contract::{Augmentation, ColorPlan, CropPlan, Cut, ImagePlan, Rect};
-use dinolab_core::registry::CropContext;
+use dinolab_core::contract::{Augmentation, ColorPlan, CropContext, CropPlan, Cut, ImagePlan, Rect};
 use dinolab_core::rng::Rng;
 use dinolab_core::{plugin, Result};
 use schemars::JsonSchema;

@@ -1,11 +1,10 @@
 //! Rotation prediction: by how many quarter turns an image was turned.
 
 use dinolab_core::contract::{
-    ImageContext, ImageDraws, Loss, LossCost, LossRows, LossValue, Needs, Outputs, StepContext, Tile, View,
+    ImageContext, ImageDraws, Loss, LossContext, LossCost, LossRows, LossValue, Needs, Outputs, StepContext, Tile, View,
 };
 use dinolab_core::nn::Linear;
 use dinolab_core::params::Params;
-use dinolab_core::registry::LossContext;
 use dinolab_core::{plugin, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

@@ -5,10 +5,9 @@ mod texture;
 
 use std::sync::Arc;
 
-use dinolab_core::contract::{Dataset, ImageSize, Sample};
-use dinolab_core::ops::parallel::dispatch;
-use dinolab_core::registry::DataContext;
+use dinolab_core::contract::{DataContext, Dataset, ImageSize, Sample};
 use dinolab_core::rng::{Rng, Stream};
+use dinolab_core::tensor::parallel::dispatch;
 use dinolab_core::{plugin, Result};
 
 use shape::{Outline, Shape};

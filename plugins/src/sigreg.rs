@@ -1,8 +1,7 @@
 //! SIGReg of LeJEPA: projections of all crops agree, and are distributed as an isotropic normal.
 
-use dinolab_core::contract::{Loss, LossCost, LossRows, LossValue, Needs, Outputs, StepContext};
+use dinolab_core::contract::{Loss, LossContext, LossCost, LossRows, LossValue, Needs, Outputs, StepContext};
 use dinolab_core::params::Params;
-use dinolab_core::registry::LossContext;
 use dinolab_core::rng::Rng;
 use dinolab_core::{plugin, Result, Tensor};
 use schemars::JsonSchema;

@@ -6,8 +6,7 @@ use std::io::{Read, Seek, SeekFrom};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use dinolab_core::contract::Dataset;
-use dinolab_core::registry::DataContext;
+use dinolab_core::contract::{DataContext, Dataset};
 use dinolab_core::text::printable;
 use dinolab_core::{plugin, Error, Result};
 use rayon::prelude::*;

@@ -1,7 +1,7 @@
 //! What goes wrong on a GPU is said in words: which kernel, how much memory, what to do.
 
 use dinolab_core::cuda::args;
-use dinolab_core::recipe::Resolved;
+use dinolab_core::resolved::Resolved;
 use dinolab_core::step::Learner;
 use dinolab_core::{cuda_source, Device, Result, Tensor};
 use dinolab_plugins as _;

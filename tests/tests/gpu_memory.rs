@@ -3,7 +3,7 @@
 
 use dinolab_core::cuda::Gpu;
 use dinolab_core::data::Loader;
-use dinolab_core::recipe::{cost, Resolved};
+use dinolab_core::resolved::{cost, Resolved};
 use dinolab_core::step::Learner;
 use dinolab_core::{train, DType, Device, Tensor};
 use dinolab_plugins as _;

@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use dinolab_core::contract::Dataset;
-use dinolab_core::registry::{Chosen, DataContext};
+use dinolab_core::contract::{DataContext, Dataset};
+use dinolab_core::registry::Chosen;
 use dinolab_plugins as _;
 use serde_json::{json, Value};
 

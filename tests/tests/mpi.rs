@@ -254,9 +254,11 @@ fn what_processes_move_is_what_the_cost_says() {
         serde_json::from_str::<serde_json::Value>(line).expect("JSON")["ranks"]["mib"].as_f64().expect("a number");
     let overrides = dinolab_core::recipe::Overrides { sets: vec!["device=cpu".into()], env: false };
     let raw = dinolab_core::recipe::RawRecipe::load(folder.path("micro.toml")).expect("a recipe");
-    let mut recipe = raw.with(&overrides).expect("a recipe").resolve().expect("a recipe").recipe;
+    let mut recipe =
+        dinolab_core::resolved::Resolved::of(raw.with(&overrides).expect("a recipe")).expect("a recipe").recipe;
     (recipe.batch.micro_batches, recipe.batch.shards) = (2, 2);
-    let expected = dinolab_core::recipe::cost::shared(&recipe, 2).expect("two share it").received / f64::from(1 << 20);
+    let expected =
+        dinolab_core::resolved::cost::shared(&recipe, 2).expect("two share it").received / f64::from(1 << 20);
     assert!((measured / expected - 1.0).abs() < 0.05, "{measured} MiB of {expected}");
 }
 

@@ -8,6 +8,7 @@ use dinolab_core::comm::{host, Comm, Launch, Ranks, Shards};
 use dinolab_core::cuda::{self, Gpu};
 use dinolab_core::data::Pipeline;
 use dinolab_core::recipe::{Overrides, RawRecipe, Recipe};
+use dinolab_core::resolved::Resolved;
 use dinolab_core::rng::{Rng, Stream};
 use dinolab_core::step::{Learner, Report};
 use dinolab_core::testing::{tolerance, OP_CHECKS};
@@ -178,7 +179,7 @@ fn operations(device: Device) -> usize {
 fn step(gpu: usize, precision: &str, limit: f64) -> Result<usize> {
     let resolve = |sets: &[String]| -> Result<Recipe> {
         let sets = SMALL.iter().map(ToString::to_string).chain(sets.iter().cloned()).collect();
-        Ok(RawRecipe::from_text(STEP)?.with(&Overrides { sets, env: false })?.resolve()?.recipe)
+        Ok(Resolved::of(RawRecipe::from_text(STEP)?.with(&Overrides { sets, env: false })?)?.recipe)
     };
     let on_cpu = resolve(&["device=cpu".into(), "precision=f32".into()])?;
     let on_gpu = resolve(&[format!("device=cuda:{gpu}"), format!("precision={precision}")])?;

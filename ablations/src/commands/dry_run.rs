@@ -2,7 +2,7 @@
 
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::Table;
-use dinolab_core::recipe::cost;
+use dinolab_core::resolved::cost;
 use dinolab_core::text::printable;
 use dinolab_core::Result;
 

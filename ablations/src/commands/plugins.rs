@@ -3,7 +3,8 @@
 use std::fmt::Write as _;
 use std::process::ExitCode;
 
-use dinolab_core::recipe::{describe, nearest, toml_value};
+use dinolab_core::problem::nearest;
+use dinolab_core::recipe::{describe, toml_value};
 use dinolab_core::registry::{self, PluginInfo, KINDS};
 use dinolab_core::{Error, Result};
 use serde_json::Value as Json;

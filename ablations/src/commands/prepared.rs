@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use dinolab_core::recipe::{Overrides as Sets, RawRecipe, Resolved};
+use dinolab_core::recipe::{Overrides as Sets, RawRecipe};
+use dinolab_core::resolved::Resolved;
 use dinolab_core::train::{self, Observer, RunOptions, Start};
 use dinolab_core::Result;
 
@@ -22,7 +23,7 @@ struct Recipe {
 pub(super) fn resolve(base: &Path, overrides: &Overrides) -> Result<Resolved> {
     let environment = Sets { sets: Vec::new(), env: true };
     let pairs = overrides.iter().map(|(key, value)| (key.as_str(), value));
-    RawRecipe::load(base)?.with(&environment)?.with_overrides("suite", pairs)?.resolve()?.absolute()
+    Resolved::of(RawRecipe::load(base)?.with(&environment)?.with_overrides("suite", pairs)?)?.absolute()
 }
 
 /// A recipe of a suite, ready to run.

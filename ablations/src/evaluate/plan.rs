@@ -3,10 +3,12 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use dinolab_core::contract::{Dataset, ImageSize, Probe};
+use dinolab_core::contract::{DataContext, Dataset, ImageSize, Probe};
 use dinolab_core::params::ParamBuilder;
-use dinolab_core::recipe::{nearest, Measured, Overrides};
-use dinolab_core::registry::{self, Chosen, DataContext};
+use dinolab_core::problem::nearest;
+use dinolab_core::recipe::Overrides;
+use dinolab_core::registry::{self, Chosen};
+use dinolab_core::resolved::Measured;
 use dinolab_core::text::printable;
 use dinolab_core::weights::{ModelInfo, Source};
 use dinolab_core::{Error, Result};

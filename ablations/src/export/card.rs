@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use dinolab_core::recipe::toml_value;
+use dinolab_core::resolved::Resolved;
 use dinolab_core::text::printable;
 use dinolab_core::weights::{ModelInfo, Source};
 use dinolab_core::{Error, Result};
@@ -28,7 +29,7 @@ pub struct About<'a> {
 /// # Errors
 /// If the recipe of a run or the scores cannot be read, or these are of other weights.
 pub fn card(about: &About<'_>) -> Result<String> {
-    let recipe = about.source.has_roles().then(|| about.source.recipe()).transpose()?;
+    let recipe = about.source.has_roles().then(|| Resolved::of_source(about.source)).transpose()?;
     let began = recipe.as_ref().and_then(|r| r.recipe.backbone.weights.clone().or(r.recipe.init_from.clone()));
     let scores = about.scores.map(|file| scores(file, &about.source.hash()?)).transpose()?;
     let license = match about.license {

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use dinolab_core::contract::{ImageSize, Sample};
+use dinolab_core::resolved::Resolved;
 use dinolab_core::train::{datasets, Trained};
 use dinolab_core::weights::Source;
 use dinolab_core::{Device, Error, Result};
@@ -26,7 +27,7 @@ impl Held {
     /// # Errors
     /// If its recipe or an image cannot be read.
     pub fn of(run: &Path) -> Result<Self> {
-        let (_, held_out) = datasets(&Source::at(run)?.recipe()?.recipe)?;
+        let (_, held_out) = datasets(&Resolved::of_source(&Source::at(run)?)?.recipe)?;
         let shown = IMAGES.min(held_out.len());
         (0..shown).map(|i| held_out.get(i * held_out.len() / shown)).collect::<Result<_>>().map(Self)
     }

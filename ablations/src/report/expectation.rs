@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use dinolab_core::checkpoint::write_file;
-use dinolab_core::recipe::{changes, Expected, Overrides, RawRecipe, Resolved};
+use dinolab_core::recipe::{Expected, Overrides, RawRecipe};
+use dinolab_core::resolved::{changes, Resolved};
 use dinolab_core::{Error, Result};
 
 use super::rounded_to;
@@ -18,7 +19,7 @@ const FILE: &str = "measured.json";
 pub fn of(path: &Path, resolved: &Resolved) -> Option<Expected> {
     let raw = RawRecipe::load(path).ok()?;
     let expected = if path.is_dir() { read(path).ok()?? } else { raw.expected()?.clone() };
-    let plain = raw.with(&Overrides::default()).ok()?.resolve().ok()?;
+    let plain = Resolved::of(raw.with(&Overrides::default()).ok()?).ok()?;
     let other = changes(&plain.value, &resolved.value);
     (!other.iter().any(|change| change.key != "seed" && resolved.matters(&change.key))).then_some(expected)
 }

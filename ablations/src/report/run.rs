@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use dinolab_core::recipe::{Overrides, Resolved};
+use dinolab_core::recipe::Overrides;
+use dinolab_core::resolved::Resolved;
 use dinolab_core::text::printable;
 use dinolab_core::Result;
 use minijinja::value::Serde;

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::Arc;
 
-use dinolab_core::recipe::Resolved;
+use dinolab_core::resolved::Resolved;
 use dinolab_core::{Error, Result};
 use toml::Value;
 

@@ -1,7 +1,6 @@
 //! Augmentation `my_plugin`.
 
-use dinolab_core::contract::{Augmentation, ColorPlan, CropPlan, Cut, ImagePlan, Rect};
-use dinolab_core::registry::CropContext;
+use dinolab_core::contract::{Augmentation, ColorPlan, CropContext, CropPlan, Cut, ImagePlan, Rect};
 use dinolab_core::rng::Rng;
 use dinolab_core::{plugin, Result};
 use schemars::JsonSchema;

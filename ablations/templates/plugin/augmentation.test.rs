@@ -1,5 +1,4 @@
-use dinolab_core::contract::{Augmentation, Cut};
-use dinolab_core::registry::CropContext;
+use dinolab_core::contract::{Augmentation, CropContext, Cut};
 use dinolab_core::rng::{Rng, Stream};
 use dinolab_core::testing::contracts;
 use my_plugin as _;

@@ -2,9 +2,8 @@
 
 use std::num::NonZeroUsize;
 
-use dinolab_core::contract::{Backbone, Cost, Crops, Features, Grid, Mode};
+use dinolab_core::contract::{Backbone, BackboneContext, Cost, Crops, Features, Grid, Mode};
 use dinolab_core::params::{Init, ParamBuilder, ParamId, ParamRole, Params};
-use dinolab_core::registry::BackboneContext;
 use dinolab_core::{plugin, Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

@@ -2,8 +2,7 @@
 
 use std::num::NonZeroUsize;
 
-use dinolab_core::contract::{Dataset, Sample};
-use dinolab_core::registry::DataContext;
+use dinolab_core::contract::{DataContext, Dataset, Sample};
 use dinolab_core::rng::{Rng, Stream};
 use dinolab_core::{plugin, Result};
 use schemars::JsonSchema;

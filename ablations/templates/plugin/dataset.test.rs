@@ -1,5 +1,4 @@
-use dinolab_core::contract::Dataset;
-use dinolab_core::registry::DataContext;
+use dinolab_core::contract::{DataContext, Dataset};
 use dinolab_core::testing::contracts;
 use my_plugin as _;
 

@@ -1,11 +1,12 @@
 //! Loss `my_plugin`.
 
-use dinolab_core::contract::{Loss, LossCost, LossRows, LossValue, Needs, Outputs, StepContext};
+use dinolab_core::contract::{
+    Loss, LossContext, LossCost, LossRows, LossValue, Needs, Outputs, StepContext,
+};
 use dinolab_core::dfdx::prelude::*;
 use dinolab_core::dfdx_loss::{gelu, linear, unit_rows, DfdxLoss, DfdxOutputs, Scalar};
 use dinolab_core::nn::{Activation, Mlp};
 use dinolab_core::params::Params;
-use dinolab_core::registry::LossContext;
 use dinolab_core::{loss_oracle, plugin, Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

@@ -5,12 +5,27 @@ use std::fmt;
 use super::plan::ImagePlan;
 use crate::rng::Rng;
 
+/// What an augmentation is built with: the crops that its plans are for.
+#[derive(Clone, Copy, Debug)]
+pub struct CropContext {
+    /// Side in pixels of a global crop.
+    pub global_size: usize,
+    /// Side in pixels of a local crop.
+    pub local_size: usize,
+    /// Local crops an image.
+    pub local_count: usize,
+    /// Side of a patch in pixels.
+    pub patch_size: usize,
+    /// Channels of the images; with another number than 3 saturation, hue and grey mean nothing.
+    pub channels: usize,
+}
+
 /// Which crops of an image are seen and how they are distorted, as a plan: boxes, flips, colour factors, blur, in plain
 /// numbers. Crops are made of the image by the plan elsewhere, in the same way for every augmentation, on the CPU or on the
 /// GPU.
 ///
-/// An augmentation is built for crops of given sizes ([`CropContext`](crate::registry::CropContext)); a recipe with several
-/// resolutions has one for each.
+/// An augmentation is built for crops of given sizes ([`CropContext`]); a recipe with several resolutions has one for
+/// each.
 ///
 /// ```
 /// use dinolab_core::contract::{Augmentation, ColorPlan, CropPlan, Cut, ImagePlan, Rect};

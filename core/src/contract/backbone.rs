@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::pos_encoding::Grid;
-use crate::params::Params;
+use crate::params::{ParamBuilder, Params};
 use crate::rng::Rng;
 use crate::{Result, Tensor};
 
@@ -219,7 +219,7 @@ impl Features {
     }
 }
 
-/// What a model costs: what `dinolab recipe show --cost` adds up (see [`cost`](crate::recipe::cost)).
+/// What a model costs: what `dinolab recipe show --cost` adds up (see [`cost`](crate::resolved::cost)).
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Cost {
     /// Floating-point operations of one forward over the given tokens.
@@ -233,11 +233,20 @@ pub struct Cost {
     pub working: f64,
 }
 
+/// What a backbone is built with.
+pub struct BackboneContext<'a> {
+    /// Where it declares its parameters.
+    pub params: &'a mut ParamBuilder,
+    /// Side in pixels of a global crop.
+    pub global_size: usize,
+    /// Channels of the images.
+    pub channels: usize,
+}
+
 /// From crops to features: a vision transformer, or anything else that gives a global and dense features.
 ///
-/// A backbone owns no weights. It declares parameters when it is built (see
-/// [`BackboneContext`](crate::registry::BackboneContext)) and is given a flat buffer at every call, so that one object
-/// serves student and teachers.
+/// A backbone owns no weights. It declares parameters when it is built (see [`BackboneContext`]) and is given a flat buffer at
+/// every call, so that one object serves student and teachers.
 ///
 /// All kinds of crops go through one call, so that an implementation can pack their tokens for its linear layers.
 ///

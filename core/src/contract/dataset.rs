@@ -58,6 +58,13 @@ pub struct Summary {
     pub notes: Vec<String>,
 }
 
+/// What a dataset is built with.
+#[derive(Clone, Copy, Debug)]
+pub struct DataContext {
+    /// The run's seed, for generated data.
+    pub seed: u64,
+}
+
 /// Where images come from. Reading is a pure function of the index, so any thread may read any sample at any time.
 ///
 /// ```

@@ -7,7 +7,7 @@ use super::pos_encoding::Grid;
 use super::scheduler::{At, Schedule};
 use super::view::{ImageContext, ImageDraws, View};
 use crate::comm::Shards;
-use crate::params::Params;
+use crate::params::{ParamBuilder, Params};
 use crate::rng::Rng;
 use crate::{DType, Error, Result, Tensor};
 
@@ -313,19 +313,38 @@ impl Targets {
     }
 }
 
+/// What a loss is built with.
+pub struct LossContext<'a> {
+    /// Where it declares its parameters.
+    pub params: &'a mut ParamBuilder,
+    /// Width of the student's features.
+    pub dim: usize,
+    /// Images of a micro-batch.
+    pub images: usize,
+    /// Global crops an image.
+    pub globals: usize,
+    /// Local crops an image.
+    pub locals: usize,
+    /// Patches of a global crop.
+    pub patches: usize,
+    /// Side of a patch in pixels.
+    pub patch_size: usize,
+    /// Channels of the images.
+    pub channels: usize,
+}
+
 /// What the student is taught: a scalar from named student and teacher outputs.
 ///
 /// The weight (a schedule) and whether a loss is enabled are the recipe's business, the same for every loss.
 ///
-/// A loss may own parameters: layers of [`nn`](crate::nn) that it declares when it is built, in
-/// [`LossContext::params`](crate::registry::LossContext::params). The student's are trained with the rest; the teacher
-/// has a copy that follows as its backbone does. Both are named `<loss>_head.*`.
+/// A loss may own parameters: layers of [`nn`](crate::nn) that it declares when it is built, in [`LossContext::params`]. The
+/// student's are trained with the rest; the teacher has a copy that follows as its backbone does. Both are named
+/// `<loss>_head.*`.
 ///
 /// ```
-/// use dinolab_core::contract::{Loss, LossValue, Needs, Outputs, StepContext};
+/// use dinolab_core::contract::{Loss, LossContext, LossValue, Needs, Outputs, StepContext};
 /// use dinolab_core::nn::Linear;
 /// use dinolab_core::params::Params;
-/// use dinolab_core::registry::LossContext;
 /// use dinolab_core::{plugin, Result};
 ///
 /// /// Mean squared distance of the teacher's CLS and what a linear layer makes of the student's.

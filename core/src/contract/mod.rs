@@ -32,13 +32,13 @@ mod scheduler;
 mod teacher_policy;
 mod view;
 
-pub use augmentation::{Augmentation, WHOLE_IMAGE};
-pub use backbone::{Backbone, Cost, Crops, Draws, Features, Mode};
-pub use dataset::{at_size, Dataset, FieldSpec, Sample, Summary};
+pub use augmentation::{Augmentation, CropContext, WHOLE_IMAGE};
+pub use backbone::{Backbone, BackboneContext, Cost, Crops, Draws, Features, Mode};
+pub use dataset::{at_size, DataContext, Dataset, FieldSpec, Sample, Summary};
 pub use image_size::ImageSize;
 pub use loss::{
-    Loss, LossCost, LossRows, LossValue, ModelOutputs, NamedTeacher, Needs, Outputs, State, StateSpec, StepContext,
-    TargetSpec, Targets,
+    Loss, LossContext, LossCost, LossRows, LossValue, ModelOutputs, NamedTeacher, Needs, Outputs, State, StateSpec,
+    StepContext, TargetSpec, Targets,
 };
 pub use masking::{Masking, Unmasked};
 pub use optimizer::{Direction, Optimizer, ParamUpdate, Reach};

@@ -2,8 +2,8 @@
 //!
 //! The CPU and a device that holds the image apply the same plan, so crops are the same wherever they are made.
 
+use super::augmentation::CropContext;
 use super::view::CropBox;
-use crate::registry::CropContext;
 
 /// A box of pixels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde::{Serialize, Serializer};
 
 /// A moment of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,7 +57,8 @@ pub trait Scheduler: fmt::Debug + Send + Sync {
 /// Steps of a run that are looked at where a scheduler does not know its pieces.
 const SPREAD: u64 = 4096;
 
-/// A scheduler in a recipe: a bare number is constant, a table names a plugin.
+/// A scheduler in a recipe: a bare number is constant, a table names a plugin. The [`registry`](crate::registry) reads it, as it
+/// knows the plugins.
 #[derive(Clone)]
 pub struct Schedule {
     scheduler: Arc<dyn Scheduler>,
@@ -82,6 +83,11 @@ impl Schedule {
     /// The same value at every step.
     pub fn constant(value: f64) -> Self {
         Self { scheduler: Arc::new(Bare(value)), source: value.into() }
+    }
+
+    /// A plugin, and the table that it was made of with every default filled in.
+    pub(crate) fn of(scheduler: Arc<dyn Scheduler>, source: serde_json::Value) -> Self {
+        Self { scheduler, source }
     }
 
     /// The value at a step.
@@ -146,29 +152,5 @@ impl PartialEq for Schedule {
 impl Serialize for Schedule {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         self.source.serialize(serializer)
-    }
-}
-
-impl<'de> Deserialize<'de> for Schedule {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        use serde::de::Error;
-        let source = <figment::value::Value as Deserialize>::deserialize(deserializer)?;
-        if let Some(value) = source.to_num() {
-            return Ok(Self::constant(
-                value.to_f64().unwrap_or_else(|| value.to_i128().map_or(f64::NAN, |i| i as f64)),
-            ));
-        }
-        let (scheduler, source) = crate::registry::build_scheduler(&source).map_err(D::Error::custom)?;
-        Ok(Self { scheduler, source })
-    }
-}
-
-impl schemars::JsonSchema for Schedule {
-    fn schema_name() -> std::borrow::Cow<'static, str> {
-        "Schedule".into()
-    }
-
-    fn json_schema(generator: &mut schemars::SchemaGenerator) -> schemars::Schema {
-        crate::registry::scheduler_schema(generator)
     }
 }

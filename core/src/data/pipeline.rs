@@ -12,9 +12,9 @@ use super::batch::{views_of_images, Batch, StepBatches};
 use super::deal::deal;
 use super::masks::{draw_masks, Masks};
 use super::order::Order;
-use crate::contract::{Augmentation, BatchImage, Dataset, FieldSpec, Grid, ImagePlan, Masking, Sample};
+use crate::contract::{Augmentation, BatchImage, CropContext, Dataset, FieldSpec, Grid, ImagePlan, Masking, Sample};
 use crate::recipe::{BatchConfig, CropConfig, CropsEntry, Resolution};
-use crate::registry::{Chosen, CropContext};
+use crate::registry::Chosen;
 use crate::rng::{Rng, Stream};
 use crate::{DType, Device, Error, Result, Tensor};
 

@@ -6,8 +6,8 @@
 use std::ops::Range;
 
 use crate::cuda::args;
-use crate::ops::blocks::*;
-use crate::ops::parallel::{zip_mut, BLOCK};
+use crate::tensor::blocks::*;
+use crate::tensor::parallel::{zip_mut, BLOCK};
 use crate::tensor::Real;
 use crate::{cuda_source, dispatch_real, simd, Error, Result, Tensor};
 

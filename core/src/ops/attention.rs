@@ -16,10 +16,10 @@ pub(crate) use cuda::attention_kernels;
 use std::ops::Range;
 
 use self::head::Head;
-use crate::ops::blocks::*;
-use crate::ops::columns::sum_rows;
-use crate::ops::parallel::Parts;
 use crate::ops::same_dtype;
+use crate::tensor::blocks::*;
+use crate::tensor::columns::sum_rows;
+use crate::tensor::parallel::Parts;
 use crate::tensor::{Grads, Op, Real};
 use crate::{dispatch_real, DType, Error, Result, Tensor};
 

@@ -2,14 +2,14 @@
 //! row).
 
 use crate::cuda::{args, Gpu};
-use crate::ops::blocks::*;
-use crate::ops::columns::{sum_rows, Partial, RowSums};
-use crate::ops::parallel::{lane_sum, BLOCK};
 use crate::ops::same_dtype;
+use crate::tensor::blocks::*;
+use crate::tensor::columns::{sum_rows, Partial, RowSums, COLUMN_SUMS};
+use crate::tensor::parallel::{lane_sum, BLOCK};
 use crate::tensor::{Grads, Op, Real};
 use crate::{cuda_source, dispatch_real, simd, DType, Error, Result, Tensor};
 
-cuda_source! { static BROADCAST = "broadcast" { include_str!("columns.cuh"), include_str!("broadcast.cu") } }
+cuda_source! { static BROADCAST = "broadcast" { COLUMN_SUMS, include_str!("broadcast.cu") } }
 
 impl Tensor {
     /// `self + row` for every row of the last axis: `[.., D]`, `row [D]`; drow = sum of the rows of dy.

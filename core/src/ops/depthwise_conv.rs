@@ -6,10 +6,10 @@
 //!
 //! Channels are last, so that neighbours in memory go through the same tap: vectors run over channels.
 
-use crate::ops::blocks::*;
-use crate::ops::columns::sum_rows;
-use crate::ops::parallel::with_scratch;
 use crate::ops::same_dtype;
+use crate::tensor::blocks::*;
+use crate::tensor::columns::sum_rows;
+use crate::tensor::parallel::with_scratch;
 use crate::tensor::{Grads, Op, Real};
 use crate::{dispatch_real, simd, Error, Result, Tensor};
 

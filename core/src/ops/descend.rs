@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use super::adamw::{same_layout, Ema, Group};
-use super::parallel::BLOCK;
-use crate::ops::blocks::*;
+use crate::tensor::blocks::*;
+use crate::tensor::parallel::BLOCK;
 use crate::tensor::Real;
 use crate::{dispatch_real, Error, Result, Tensor};
 

@@ -1,9 +1,9 @@
 //! Element by element: arithmetic with a tensor of the same shape or a scalar, and functions of one variable.
 
 use crate::cuda::{args, Arg};
-use crate::ops::parallel::{map, map2};
 use crate::ops::same_dtype;
-use crate::tensor::{GradMut, Grads, Op, Real};
+use crate::tensor::parallel::{map, map2};
+use crate::tensor::{Grads, Op, Real};
 use crate::{cuda_source, dispatch_real, DType, Error, Result, Tensor};
 
 cuda_source! { static ELEMENTWISE = "elementwise" { include_str!("elementwise.cu") } }
@@ -24,44 +24,6 @@ fn by_kernel(name: &'static str, x: &Tensor, args: &[Arg]) -> Result<Tensor> {
 /// A function of one variable on a GPU, by the name of its kernel.
 pub(super) fn unary_on_gpu(name: &'static str, x: &Tensor) -> Result<Tensor> {
     by_kernel(name, x, &[x.into()])
-}
-
-/// Sets all elements of a tensor on a GPU.
-pub(crate) fn fill(out: &mut Tensor, value: f64) -> Result<()> {
-    let (n, dtype) = (out.len(), out.dtype());
-    let gpu = out.gpu().expect("called for a tensor on a GPU");
-    let kernel = gpu.kernel(&ELEMENTWISE, "fill", dtype)?;
-    match dtype {
-        DType::U32 => kernel.over(n).launch(args![out, value as u32, n]),
-        _ => kernel.over((n * dtype.size()).div_ceil(16)).launch(args![out, value as f32, n]),
-    }
-}
-
-/// Writes, or adds, a gradient on a GPU to its place, whatever their types.
-pub(crate) fn accumulate(place: &mut GradMut<'_>, grad: &Tensor) -> Result<()> {
-    let (n, gpu) = (grad.len(), grad.gpu().expect("called for a tensor on a GPU"));
-    let bytes = (n * (grad.dtype().size() + 8)) as f64;
-    gpu.kernel(&ELEMENTWISE, "accumulate", grad.dtype())?.over(n).work(0.0, bytes).launch(args![place, grad, n])
-}
-
-/// Between f32 and bf16 on a GPU, or from f64 to them.
-pub(crate) fn convert(x: &Tensor, to: DType) -> Result<Tensor> {
-    let mut out = Tensor::uninit(x.shape(), to);
-    convert_into(&mut out, x)?;
-    Ok(out)
-}
-
-/// [`convert`] into a tensor that is there already.
-pub(crate) fn convert_into(out: &mut Tensor, x: &Tensor) -> Result<()> {
-    let (n, gpu) = (x.len(), x.gpu().expect("called for a tensor on a GPU"));
-    let (name, kind, bytes) = match (x.dtype(), out.dtype()) {
-        (DType::F32, DType::BF16) => ("narrow", DType::F32, 2),
-        (DType::BF16, DType::F32) => ("widen", DType::BF16, 4),
-        (DType::F64, to @ (DType::F32 | DType::BF16)) => ("from_double", to, to.size()),
-        (from, to) => return Err(Error::shape("cast", format!("{from:?} to {to:?} on a GPU"))),
-    };
-    let kernel = gpu.kernel(&ELEMENTWISE, name, kind)?;
-    kernel.over((n * bytes).div_ceil(16)).work(0.0, 6.0 * n as f64).launch(args![out, x, n])
 }
 
 /// `to = from` (f32, on a GPU) if `flag` is not 0; `to` is a tensor that is written, or a place in one.

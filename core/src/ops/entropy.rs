@@ -1,7 +1,7 @@
 //! Entropies of the rows of a matrix, for diagnoses: a GPU gives one number a row to the host, not the matrix.
 
 use crate::cuda::args;
-use crate::ops::blocks::*;
+use crate::tensor::blocks::*;
 use crate::{cuda_source, DType, Result, Tensor};
 
 cuda_source! { static ENTROPY = "entropy" { include_str!("entropy.cu") } }

@@ -2,8 +2,8 @@
 //! arXiv:2304.07193, section 5: dropped samples are not computed at all).
 
 use crate::cuda::args;
-use crate::ops::blocks::*;
 use crate::ops::same_dtype;
+use crate::tensor::blocks::*;
 use crate::tensor::{Grads, Op};
 use crate::{cuda_source, dispatch_real, simd, Error, Result, Tensor};
 

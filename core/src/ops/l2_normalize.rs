@@ -1,7 +1,7 @@
 //! `y = x / max(|x|, eps)` over the last axis.
 
 use crate::cuda::args;
-use crate::ops::blocks::*;
+use crate::tensor::blocks::*;
 use crate::tensor::{Grads, Op, Real};
 use crate::{cuda_source, dispatch_real, simd, DType, Result, Tensor};
 

@@ -6,10 +6,10 @@
 //! dweight = sum of dy h and dbias = sum of dy over all rows.
 
 use crate::cuda::{args, Arg};
-use crate::ops::blocks::*;
-use crate::ops::columns::{Partial, RowSums};
-use crate::ops::parallel::lane_sum;
 use crate::ops::{same_dtype, with_grad};
+use crate::tensor::blocks::*;
+use crate::tensor::columns::{Partial, RowSums};
+use crate::tensor::parallel::lane_sum;
 use crate::tensor::{Grads, Op, Real};
 use crate::{cuda_source, dispatch_real, simd, DType, Error, Result, Tensor};
 

@@ -2,11 +2,11 @@
 //! (Touvron et al., arXiv:2103.17239) and a residual connection behind it.
 
 use crate::cuda::{Matrix, Product};
-use crate::ops::blocks::*;
-use crate::ops::columns::RowSums;
 use crate::ops::matmul::{multiply, product, Factor, Mat, Threads};
-use crate::ops::parallel::with_scratch;
 use crate::ops::same_dtype;
+use crate::tensor::blocks::*;
+use crate::tensor::columns::{RowSums, COLUMN_SUMS};
+use crate::tensor::parallel::with_scratch;
 use crate::tensor::{GradMut, Grads, Op, Real};
 use crate::{cuda_source, dispatch_real, simd, Error, Result, Tensor};
 
@@ -15,7 +15,7 @@ mod scale;
 
 use before::{Before, Kept};
 
-cuda_source! { static LINEAR = "linear" { include_str!("columns.cuh"), include_str!("linear/linear.cu") } }
+cuda_source! { static LINEAR = "linear" { COLUMN_SUMS, include_str!("linear/linear.cu") } }
 
 impl Tensor {
     /// `x W^T + b` over the last axis: `[.., I]`, `W [O, I]`, `b [O]` to `[.., O]`. [`Linear`] is

@@ -3,8 +3,8 @@
 use gemm::{gemm, Parallelism};
 
 use crate::cuda::{Gpu, Matrix, Product};
-use crate::ops::blocks::*;
 use crate::ops::same_dtype;
+use crate::tensor::blocks::*;
 use crate::tensor::{profile, GradMut, Grads, Op, Real};
 use crate::{dispatch_real, Error, Result, Tensor};
 

@@ -14,18 +14,13 @@
 //! Kernels are generic over `f32` and `f64`. Every reduction has a fixed order, so results do not depend on the number
 //! of threads.
 
-pub mod parallel;
-
 mod adamw;
 mod attention;
-mod blocks;
 mod broadcast;
-mod columns;
 mod depthwise_conv;
 mod descend;
 mod elementwise;
 mod entropy;
-mod greatest;
 mod index_add;
 mod l2_normalize;
 mod layer_norm;
@@ -56,11 +51,9 @@ pub use tokens::rows_of_images;
 
 pub(crate) use adamw::ADAMW;
 pub(crate) use attention::attention_kernels;
-pub(crate) use columns::RowSums;
 pub(crate) use descend::{descend, write_range};
-pub(crate) use elementwise::{accumulate, convert, convert_into, copy_if, fill};
+pub(crate) use elementwise::copy_if;
 pub(crate) use entropy::row_entropies;
-pub(crate) use greatest::greatest;
 
 use crate::tensor::{Grads, Real};
 use crate::{Error, Result, Tensor};

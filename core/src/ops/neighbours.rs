@@ -4,9 +4,9 @@
 //! DINOv2 (arXiv:2304.07193) and DINOv3 (arXiv:2508.10104).
 
 use crate::cuda::{args, Gpu, Matrix, Product};
-use crate::ops::blocks::*;
 use crate::ops::matmul::{product, Mat, Threads};
-use crate::ops::parallel::lane_sum;
+use crate::tensor::blocks::*;
+use crate::tensor::parallel::lane_sum;
 use crate::tensor::{Grads, Op, Real};
 use crate::{cuda_source, dispatch_real, simd, DType, Error, Result, Tensor};
 

@@ -1,7 +1,7 @@
 //! Images to rows of pixels, so that the patch embedding is a linear layer.
 
 use crate::cuda::{args, Arg};
-use crate::ops::blocks::*;
+use crate::tensor::blocks::*;
 use crate::tensor::{Grads, Op, Real};
 use crate::{cuda_source, dispatch_real, simd, Error, Result, Tensor};
 

@@ -1,7 +1,7 @@
 //! Sums and means: over everything, or over one axis.
 
 use crate::cuda::args;
-use crate::ops::parallel;
+use crate::tensor::parallel;
 use crate::tensor::{Grads, Op};
 use crate::{cuda_source, dispatch_real, DType, Error, Result, Tensor};
 

@@ -3,8 +3,8 @@
 //! Cubic convolution: Keys, "Cubic convolution interpolation for digital image processing" (1981).
 
 use crate::cuda::{args, Arg, Gpu};
-use crate::ops::blocks::*;
-use crate::ops::parallel::with_scratch;
+use crate::tensor::blocks::*;
+use crate::tensor::parallel::with_scratch;
 use crate::tensor::{Grads, Op, Real};
 use crate::{cuda_source, dispatch_real, simd, Error, Result, Tensor};
 

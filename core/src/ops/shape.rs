@@ -1,11 +1,9 @@
-//! Operations that move or reinterpret elements: `reshape`, `narrow`, `narrow_axis`, `cat`, `cast`, `gather_rows`.
-
-use half::bf16;
+//! Operations that move or reinterpret elements: `reshape`, `narrow`, `narrow_axis`, `cat`, `gather_rows`.
 
 use crate::cuda::{args, Gpu};
-use crate::ops::blocks::*;
 use crate::ops::same_dtype;
-use crate::tensor::{DType, GradMut, Grads, Op};
+use crate::tensor::blocks::*;
+use crate::tensor::{GradMut, Grads, Op};
 use crate::{cuda_source, dispatch_real, Error, Result, Tensor};
 
 cuda_source! { pub(crate) static SHAPE = "shape" { include_str!("shape.cu") } }
@@ -64,14 +62,6 @@ impl Tensor {
             [one] => Ok((*one).clone()),
             _ => Cat::default().apply(parts),
         }
-    }
-
-    /// The same values in another type. Gradients pass through between real types.
-    pub fn cast(&self, dtype: DType) -> Result<Tensor> {
-        if dtype == self.dtype() {
-            return Ok(self.clone());
-        }
-        Cast { from: self.dtype(), to: dtype }.apply(&[self])
     }
 
     /// Rows of the first axis by index (u32), repeats allowed: `out[i] = self[rows[i]]`; `dself[rows[i]] += dout[i]`.
@@ -266,52 +256,6 @@ impl Op for Cat {
             start += len;
         }
         Ok(())
-    }
-}
-
-struct Cast {
-    from: DType,
-    to: DType,
-}
-
-impl Op for Cast {
-    fn name(&self) -> &'static str {
-        "cast"
-    }
-
-    fn cuda(&self) -> bool {
-        true
-    }
-
-    fn forward(&mut self, inputs: &[&Tensor], _: bool) -> Result<Tensor> {
-        let x = inputs[0];
-        if x.gpu().is_some() {
-            return crate::ops::convert(x, self.to);
-        }
-        let mut out = Tensor::uninit(x.shape(), self.to);
-        macro_rules! convert {
-            ($from:ty, $to:ty, $f:expr) => {
-                for (y, &x) in out.as_mut_slice::<$to>().iter_mut().zip(x.as_slice::<$from>()) {
-                    *y = $f(x);
-                }
-            };
-        }
-        match (self.from, self.to) {
-            (DType::F32, DType::F64) => convert!(f32, f64, f64::from),
-            (DType::F64, DType::F32) => convert!(f64, f32, |x| x as f32),
-            (DType::F32, DType::BF16) => convert!(f32, bf16, bf16::from_f32),
-            (DType::BF16, DType::F32) => convert!(bf16, f32, bf16::to_f32),
-            (DType::F64, DType::BF16) => convert!(f64, bf16, bf16::from_f64),
-            (DType::BF16, DType::F64) => convert!(bf16, f64, bf16::to_f64),
-            (DType::U32, DType::F32) => convert!(u32, f32, |x| x as f32),
-            (DType::U32, DType::F64) => convert!(u32, f64, f64::from),
-            (from, to) => return Err(Error::shape("cast", format!("{from:?} to {to:?}"))),
-        }
-        Ok(out)
-    }
-
-    fn backward(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
-        grads.add(0, dy.cast(self.from)?)
     }
 }
 

@@ -4,10 +4,10 @@
 //! number of entries as in the reference.
 
 use crate::cuda::{args, Arg, Gpu, Matrix, Product};
-use crate::ops::blocks::*;
 use crate::ops::matmul::{product, Mat, Threads};
-use crate::ops::parallel::{lane_sum, with_scratch, BLOCK};
 use crate::ops::same_dtype;
+use crate::tensor::blocks::*;
+use crate::tensor::parallel::{lane_sum, with_scratch, BLOCK};
 use crate::tensor::{Grads, Op, Real};
 use crate::{cuda_source, dispatch_real, simd, DType, Error, Result, Tensor};
 

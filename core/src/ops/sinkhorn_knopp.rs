@@ -4,10 +4,10 @@ use std::ops::Range;
 
 use crate::comm::Shards;
 use crate::cuda::{args, Arg, Gpu, Launch};
-use crate::ops::blocks::*;
-use crate::ops::parallel::{lane_max, lane_sum};
 use crate::ops::scalars_of;
 use crate::ops::softmax::block_of;
+use crate::tensor::blocks::*;
+use crate::tensor::parallel::{lane_max, lane_sum};
 use crate::tensor::Real;
 use crate::{cuda_source, dispatch_real, simd, DType, Error, Result, Tensor};
 

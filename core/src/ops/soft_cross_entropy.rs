@@ -7,10 +7,10 @@
 use std::ops::Range;
 
 use crate::cuda::{args, Arg, Gpu};
-use crate::ops::blocks::*;
-use crate::ops::parallel::{lane_max, lane_sum, BLOCK};
 use crate::ops::softmax::block_of;
 use crate::ops::{same_dtype, scalars_of};
+use crate::tensor::blocks::*;
+use crate::tensor::parallel::{lane_max, lane_sum, BLOCK};
 use crate::tensor::{DType, Grads, Op, Real};
 use crate::{cuda_source, dispatch_real, simd, Error, Result, Tensor};
 

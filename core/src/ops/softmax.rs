@@ -1,8 +1,8 @@
 //! Softmax and its logarithm over the last axis.
 
 use crate::cuda::{args, Gpu};
-use crate::ops::blocks::*;
-use crate::ops::parallel::{lane_max, lane_sum, rows_per_task};
+use crate::tensor::blocks::*;
+use crate::tensor::parallel::{lane_max, lane_sum, rows_per_task};
 use crate::tensor::{Grads, Op, Real};
 use crate::{cuda_source, dispatch_real, simd, Result, Tensor};
 

@@ -3,10 +3,10 @@
 use std::ops::Range;
 
 use crate::comm::Shards;
-use crate::ops::blocks::*;
-use crate::ops::parallel::{lane_max, lane_sum};
 use crate::ops::scalars_of;
 use crate::ops::softmax::softmax_on;
+use crate::tensor::blocks::*;
+use crate::tensor::parallel::{lane_max, lane_sum};
 use crate::tensor::Real;
 use crate::{dispatch_real, simd, Error, Result, Tensor};
 

@@ -1,10 +1,10 @@
 //! The gate of SwiGLU feed-forward layers (Shazeer, arXiv:2002.05202).
 
 use crate::cuda::args;
-use crate::ops::blocks::*;
 use crate::ops::elementwise::sigmoid;
-use crate::ops::parallel::{map2, BLOCK};
 use crate::ops::same_dtype;
+use crate::tensor::blocks::*;
+use crate::tensor::parallel::{map2, BLOCK};
 use crate::tensor::{Grads, Op, Real};
 use crate::{cuda_source, dispatch_real, simd, Error, Result, Tensor};
 

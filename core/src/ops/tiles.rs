@@ -1,7 +1,7 @@
 //! Images put together from squares of others: the pixels of a loss's [views](crate::contract::View).
 
 use crate::cuda::{args, Arg};
-use crate::ops::blocks::*;
+use crate::tensor::blocks::*;
 use crate::tensor::{Grads, Op};
 use crate::{cuda_source, dispatch_real, DType, Error, Result, Tensor};
 

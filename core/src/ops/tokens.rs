@@ -1,13 +1,13 @@
 //! Patch embeddings to the token rows of a transformer: mask token in, prefix (CLS and registers) in front.
 
 use crate::cuda::{args, Arg, Gpu};
-use crate::ops::blocks::*;
-use crate::ops::columns::{sum_rows, Partial};
 use crate::ops::{same_dtype, with_grad};
+use crate::tensor::blocks::*;
+use crate::tensor::columns::{sum_rows, Partial, COLUMN_SUMS};
 use crate::tensor::{Grads, Op, Real};
 use crate::{cuda_source, dispatch_real, simd, DType, Error, Result, Tensor};
 
-cuda_source! { static TOKENS = "tokens" { include_str!("columns.cuh"), include_str!("tokens.cu") } }
+cuda_source! { static TOKENS = "tokens" { COLUMN_SUMS, include_str!("tokens.cu") } }
 
 impl Tensor {
     /// Tokens of `images` images: patch embeddings `[B P, D]` and a prefix `[1 + R, D]` (CLS and registers, the same

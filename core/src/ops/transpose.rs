@@ -1,8 +1,8 @@
 //! The last two axes exchanged.
 
 use crate::cuda::args;
-use crate::ops::blocks::*;
 use crate::ops::shape::SHAPE;
+use crate::tensor::blocks::*;
 use crate::tensor::{Element, Grads, Op};
 use crate::{dispatch_real, Error, Result, Tensor};
 

@@ -10,9 +10,9 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::schema::{CropConfig, OptimizerConfig, Resolution};
-use super::Nested;
-use crate::contract::{Augmentation, Backbone, Optimizer};
-use crate::registry::{default_of, plugin_schema, Chosen, CropContext, Kind};
+use crate::contract::{Augmentation, Backbone, CropContext, Optimizer};
+use crate::problem::Nested;
+use crate::registry::{default_of, plugin_schema, Chosen, Kind};
 
 /// Keys that a plugin's table has whatever the plugin.
 pub trait OwnKeys: Serialize + for<'de> Deserialize<'de> + JsonSchema {
@@ -80,7 +80,7 @@ impl OwnKeys for OptimizerConfig {
 
 impl CropsEntry {
     /// What an augmentation is built with for crops of these sizes.
-    pub(super) fn context(&self, sizes: &Resolution, patch_size: usize) -> CropContext {
+    pub(crate) fn context(&self, sizes: &Resolution, patch_size: usize) -> CropContext {
         let Resolution { global_size, local_size, .. } = *sizes;
         CropContext { global_size, local_size, local_count: self.local_count, patch_size, channels: self.channels() }
     }
@@ -172,7 +172,8 @@ impl<C: OwnKeys> JsonSchema for Beside<C> {
 mod tests {
     use super::*;
     use crate::recipe::test_plugins::{with, RECIPE};
-    use crate::recipe::{describe, Overrides, RawRecipe, Resolved};
+    use crate::recipe::{describe, Overrides, RawRecipe};
+    use crate::resolved::Resolved;
 
     #[test]
     fn the_keys_that_a_table_has_of_its_own_are_all_listed() {
@@ -211,9 +212,9 @@ mod tests {
         let base = with("[optimizer]\nlr = 0.5\neps = 1e-7");
         let set = |key: &str| Overrides { sets: vec![key.into()], env: false };
         let raw = RawRecipe::from_text(&base).unwrap().with(&set("optimizer.plugin=test_plain")).unwrap();
-        let resolved = raw.resolve().unwrap();
+        let resolved = Resolved::of(raw).unwrap();
         assert_eq!(resolved.value["optimizer"]["lr"], 0.5);
         let raw = RawRecipe::from_text(&base).unwrap().with(&set("optimizer.plugin=adamw")).unwrap();
-        assert_eq!(raw.resolve().unwrap().value["optimizer"]["eps"], 1e-7);
+        assert_eq!(Resolved::of(raw).unwrap().value["optimizer"]["eps"], 1e-7);
     }
 }

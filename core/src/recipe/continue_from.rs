@@ -7,9 +7,7 @@ use schemars::{JsonSchema, SchemaGenerator};
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::Nested;
-use crate::weights::Source;
-use crate::{Error, Result};
+use crate::problem::Nested;
 
 /// The checkpoint that a run goes on from: `{ run = "runs/a", step = 400 }`, or the path of a run or of a checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -28,26 +26,6 @@ impl ContinueFrom {
         let mut path = self.run.components().as_path().as_os_str().to_os_string();
         path.push(format!("@{step}"));
         path.into()
-    }
-
-    /// The folder of the checkpoint.
-    ///
-    /// # Errors
-    /// If there is none, or of this step none is kept.
-    pub fn checkpoint(&self) -> Result<PathBuf> {
-        let source = match self.step {
-            Some(step) => Source::step(&self.run, step)?,
-            None => Source::at(&self.run)?,
-        };
-        match source {
-            Source::Run { newest, .. } => Ok(newest),
-            Source::Checkpoint(path) => Ok(path),
-            other => {
-                let problem = "these are weights alone: moments, state and step of a run are not there";
-                let help = "name a run or a checkpoint of one, or start from the weights with `init_from`";
-                Err(Error::content(other.path(), problem, help))
-            }
-        }
     }
 }
 

@@ -9,8 +9,8 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::describe::DEFINITIONS;
-use super::Nested;
 use crate::contract::{Augmentation, ImageSize, Loss, Probe, Schedule, TeacherPolicy};
+use crate::problem::Nested;
 use crate::registry::{entry_schema, plugin_schema, plugins, Chosen, Kind};
 
 /// A loss in a recipe: the plugin's own keys and these.

@@ -9,8 +9,8 @@ use figment::value::Value;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::nested::Nested;
-use super::problem::Problem;
+use crate::problem::Nested;
+use crate::problem::Problem;
 
 /// The table of a recipe.
 pub(super) const KEY: &str = "measured";
@@ -98,6 +98,7 @@ impl Expected {
 mod tests {
     use super::super::{Overrides, RawRecipe};
     use crate::recipe::test_plugins::RECIPE;
+    use crate::resolved::Resolved;
 
     #[test]
     fn what_was_measured_is_no_part_of_a_recipe() {
@@ -106,7 +107,7 @@ mod tests {
         assert_eq!(with.expected().unwrap().metrics["loss/total"].mean, 1.0);
         let plain = RawRecipe::from_text(RECIPE).unwrap();
         assert!(plain.expected().is_none());
-        let hash = |raw: RawRecipe| raw.with(&Overrides::default()).unwrap().resolve().unwrap().hash;
+        let hash = |raw: RawRecipe| Resolved::of(raw.with(&Overrides::default()).unwrap()).unwrap().hash;
         assert_eq!(hash(with), hash(plain));
     }
 

@@ -19,13 +19,11 @@ use super::beside::{BackboneConfig, OwnKeys};
 use super::entries::{Entry, LossEntry, ProbeEntry};
 use super::expected::{self, Expected};
 use super::old_names;
-use super::problem::{nearest, Origin, Problem, SourceFile};
-use super::resolved::Resolved;
 use super::schema::{CropConfig, OptimizerConfig};
 use crate::contract::{Augmentation, Masking, Optimizer};
+use crate::problem::{nearest, Origin, Problem, SourceFile};
 use crate::registry;
-use crate::weights::Source;
-use crate::{Error, Result};
+use crate::Result;
 
 /// Variables of this prefix set keys: `DINOLAB_OPTIMIZER__LR=1e-3`.
 pub const ENV_PREFIX: &str = "DINOLAB_";
@@ -207,7 +205,7 @@ impl RawRecipe {
         Ok(self)
     }
 
-    pub(super) fn set(&mut self, key: &str, value: Value, origin: Origin) -> Result<()> {
+    pub(crate) fn set(&mut self, key: &str, value: Value, origin: Origin) -> Result<()> {
         if key.is_empty() || key.split('.').any(str::is_empty) {
             let wrong = Problem::error("", format!("`{key}` is not a dotted key")).at(origin);
             return Err(wrong.help("for example optimizer.lr").into());
@@ -238,40 +236,12 @@ impl RawRecipe {
         repeated
     }
 
-    /// With the model of `backbone.weights` below, if the recipe leaves the backbone's plugin to it.
-    fn with_model_of_weights(mut self) -> Result<Self> {
-        let path = self.get("backbone.weights").and_then(Value::as_str).map(PathBuf::from);
-        let (Some(path), None) = (path, self.get("backbone.plugin")) else { return Ok(self) };
-        let info = Source::at(&path).and_then(|source| source.known_model()).map_err(|e| match e {
-            Error::Content { path, problem, help } => {
-                Problem::error("backbone.weights", format!("{}: {problem}", path.display())).help(help)
-            }
-            other => Problem::error("backbone.weights", other.to_string()),
-        });
-        let info = info.map_err(|problem| problem.at(self.origin("backbone.weights")))?;
-        let Ok(Value::Dict(_, model)) = Value::serialize(info.to_table()) else { unreachable!("a struct is a table") };
-        let known = model.get("backbone").and_then(Value::as_dict).cloned().unwrap_or_default();
-        for key in self.get("backbone").and_then(Value::as_dict).into_iter().flat_map(Dict::keys) {
-            if !known.contains_key(key) && !BackboneConfig::KEYS.contains(&key.as_str()) {
-                let key = format!("backbone.{key}");
-                let m = format!("the model of {} has no such key", path.display());
-                let help = "set backbone.plugin too, to describe the whole model, or remove this key";
-                return Err(Problem::error(&key, m).help(help).at(self.origin(&key)).into());
-            }
-        }
+    /// With a layer below all others; `by` says where it is from.
+    pub(crate) fn above(mut self, layer: Dict, by: &Origin) -> Self {
         let (own, origins) = (std::mem::take(&mut self.value), std::mem::take(&mut self.origins));
-        let by = Origin::Override(format!("weights {}", path.display()));
-        self.merge(model, &|_| by.clone());
+        self.merge(layer, &|_| by.clone());
         self.merge(own, &|key| origins.get(key).cloned().unwrap_or(Origin::Default));
-        Ok(self)
-    }
-
-    /// Checks everything and fills in the defaults.
-    ///
-    /// # Errors
-    /// All that is wrong with the recipe, together.
-    pub fn resolve(self) -> Result<Resolved> {
-        Resolved::of(self.with_model_of_weights()?)
+        self
     }
 
     /// The file that was read.
@@ -323,7 +293,7 @@ impl RawRecipe {
     }
 
     /// Overrides that change nothing.
-    pub(super) fn warnings(&self) -> &[Problem] {
+    pub(crate) fn warnings(&self) -> &[Problem] {
         &self.warnings
     }
 }

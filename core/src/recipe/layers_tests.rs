@@ -1,5 +1,6 @@
 use super::*;
 use crate::recipe::test_plugins::{with, RECIPE};
+use crate::resolved::Resolved;
 
 fn files(named: &[(&str, &str)]) -> (tempfile::TempDir, PathBuf) {
     let folder = tempfile::tempdir().unwrap();
@@ -55,7 +56,7 @@ fn another_plugin_drops_the_keys_of_the_one_below() {
     assert!(other.get("losses.test_cls.temperature").is_none());
     assert_eq!(other.set_by("losses.test_cls.temperature"), Origin::Default);
     assert_eq!(number(&other, "losses.test_cls.weight"), 2.0, "the weight is the recipe's, not the plugin's");
-    other.resolve().unwrap();
+    Resolved::of(other).unwrap();
     let same = raw.with(&sets(&["losses.test_cls.plugin=test_cls"])).unwrap();
     assert_eq!(number(&same, "losses.test_cls.temperature"), 0.5);
 }
@@ -67,7 +68,7 @@ fn a_bare_number_replaces_a_scheduler_and_back() {
     assert_eq!(number(&flat, "losses.test_cls.weight"), 2.0);
     assert_eq!(flat.set_by("losses.test_cls.weight.to"), Origin::Default);
     let table = flat.with(&sets(&["losses.test_cls.weight={ plugin = \"test_ramp\" }"])).unwrap();
-    table.resolve().unwrap();
+    Resolved::of(table).unwrap();
 }
 
 #[test]
@@ -90,7 +91,7 @@ fn arms_override_with_a_name() {
 
 #[test]
 fn an_override_that_changes_nothing_is_a_warning() {
-    let resolved = RawRecipe::from_text(RECIPE).unwrap().with(&sets(&["steps=100"])).unwrap().resolve().unwrap();
+    let resolved = Resolved::of(RawRecipe::from_text(RECIPE).unwrap().with(&sets(&["steps=100"])).unwrap()).unwrap();
     let expected = "--set steps=100: steps: changes nothing: the recipe says the same already";
     assert_eq!(resolved.warnings.iter().map(ToString::to_string).collect::<Vec<_>>(), [expected]);
 }

@@ -2,7 +2,7 @@
 
 use figment::value::{Dict, Value};
 
-use super::problem::{Problem, Severity};
+use crate::problem::{Problem, Severity};
 
 /// Tables and keys: the old dotted name and the new one.
 const RENAMED: [(&str, &str); 2] =

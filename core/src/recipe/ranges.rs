@@ -13,9 +13,9 @@ use serde_json::Value as Json;
 
 use super::describe::{self, alternatives, table_schema, Guide};
 use super::layers::RawRecipe;
-use super::problem::Problem;
 use super::{toml_value, Precision, Recipe};
 use crate::contract::{At, Schedule};
+use crate::problem::Problem;
 
 /// What is out of range in a resolved recipe, and the keys that were given although another keeps them from being read
 /// (with what that would have to be). Numbers are looked at as they were written (`raw`), before a type has rounded them,

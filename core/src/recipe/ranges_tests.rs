@@ -2,11 +2,12 @@ use serde_json::json;
 
 use super::*;
 use crate::recipe::test_plugins::{with, RECIPE};
-use crate::recipe::{Overrides, RawRecipe, Resolved};
+use crate::recipe::{Overrides, RawRecipe};
+use crate::resolved::Resolved;
 
 fn set(sets: &[&str]) -> crate::Result<Resolved> {
     let overrides = Overrides { sets: sets.iter().map(ToString::to_string).collect(), env: false };
-    RawRecipe::from_text(RECIPE)?.with(&overrides)?.resolve()
+    Resolved::of(RawRecipe::from_text(RECIPE)?.with(&overrides)?)
 }
 
 fn refused(text: &str) -> String {

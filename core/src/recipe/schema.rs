@@ -179,7 +179,7 @@ impl Recipe {
     }
 
     /// Why the precision cannot be had on the device that the recipe names; `None` too if it leaves the device open.
-    pub(super) fn wrong_precision(&self) -> Option<&'static str> {
+    pub(crate) fn wrong_precision(&self) -> Option<&'static str> {
         match self.device.0.as_str() {
             "auto" => None,
             device => self.precision.refuses(device == "cpu"),

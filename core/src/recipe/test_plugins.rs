@@ -3,8 +3,9 @@
 use serde::{Deserialize, Serialize};
 
 use crate::contract::*;
+use crate::contract::{BackboneContext, CropContext, LossContext};
 use crate::params::{Init, ParamSpec, Params};
-use crate::registry::{BackboneContext, Chosen, CropContext, LossContext};
+use crate::registry::Chosen;
 use crate::rng::Rng;
 use crate::{plugin, Error, Result, Tensor};
 
@@ -374,7 +375,7 @@ optimizer!([default Optimizer] Adam, "adamw", &["mean", "square"]);
 optimizer!([Optimizer] Plain, "test_plain", &["mean"]);
 
 /// A small recipe that is right.
-pub(super) const RECIPE: &str = r#"name = "small"
+pub(crate) const RECIPE: &str = r#"name = "small"
 steps = 100
 [backbone]
 plugin = "test_matrix"
@@ -386,6 +387,6 @@ plugin = "test_slow"
 "#;
 
 /// [`RECIPE`] with more text after it.
-pub(super) fn with(more: &str) -> String {
+pub(crate) fn with(more: &str) -> String {
     format!("{RECIPE}{more}\n")
 }

@@ -7,7 +7,7 @@
 //! measured when they come from elsewhere, and when the bounds of a long run have drifted too far.
 
 use crate::contract;
-use crate::ops::greatest;
+use crate::tensor::greatest;
 use crate::{DType, Error, Result, Tensor};
 
 use super::weights::role_of;

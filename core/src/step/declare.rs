@@ -3,10 +3,10 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use crate::contract::{Augmentation, Backbone, Loss, Needs, Schedule};
+use crate::contract::{Augmentation, Backbone, BackboneContext, Loss, LossContext, Needs, Schedule};
 use crate::params::{Layout, ParamBuilder};
 use crate::recipe::Recipe;
-use crate::registry::{BackboneContext, Chosen, LossContext};
+use crate::registry::Chosen;
 use crate::Result;
 
 /// Global crops an image.

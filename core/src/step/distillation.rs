@@ -29,7 +29,7 @@ pub(super) struct TeacherModel {
 fn declared_by(path: &Path) -> Result<(Source, Declared)> {
     let source = Source::at(path)?;
     if source.has_roles() {
-        let model = declare(&source.recipe()?.recipe)?;
+        let model = declare(&source.recipe()?)?;
         return Ok((source, model));
     }
     let mut params = ParamBuilder::new();

@@ -6,7 +6,8 @@ use super::declare;
 use super::distillation::fits_student;
 use super::weights::RGB;
 use crate::contract::Role;
-use crate::recipe::{Problem, Recipe};
+use crate::problem::Problem;
+use crate::recipe::Recipe;
 use crate::weights::Source;
 use crate::{Error, Result};
 

@@ -4,10 +4,9 @@ use std::path::Path;
 
 use crate::checkpoint::{Checkpoint, Content, NamedTensors};
 use crate::contract::{At, Follow, Role, State, TeacherPolicy};
-use crate::ops::convert_into;
 use crate::params::{load_named, Layout};
 use crate::recipe::{InitRole, Recipe};
-use crate::tensor::catch_out_of_memory;
+use crate::tensor::{catch_out_of_memory, convert_into};
 use crate::weights::Source;
 use crate::{DType, Device, Error, Result, Tensor};
 

@@ -1,11 +1,14 @@
 //! Tensors: dynamic rank, row-major, contiguous, with a reverse-mode [`tape`].
 //!
-//! A [`Tensor`] is a cheap handle to a shared, read-only buffer. Operations live in [`crate::ops`] as methods; each
-//! computes its result at once and, when an operand is tracked by a [`Tape`], records itself for the backward pass.
+//! A [`Tensor`] is a cheap handle to a shared, read-only buffer. Operations live in [`crate::ops`] as methods, but for
+//! [`cast`](Tensor::cast), which the tape needs itself; each computes its result at once and, when an operand is tracked by a
+//! [`Tape`], records itself for the backward pass.
 //! A tensor made from untracked operands is untracked, so a teacher runs without a tape by being given plain weights.
 
+mod cast;
 mod device;
 mod dtype;
+mod kernels;
 mod math;
 pub(crate) mod profile;
 pub mod scope;
@@ -18,6 +21,8 @@ use std::sync::Arc;
 pub(crate) use device::{cannot_record, recording};
 pub use device::{catch_out_of_memory, Device};
 pub use dtype::{DType, Element, Real};
+pub use kernels::parallel;
+pub(crate) use kernels::{blocks, columns, convert_into, greatest};
 pub use profile::{Profile, ProfileRow};
 pub use storage::{memory_stats, reset_peak, trim, MemoryStats};
 pub(crate) use tape::Slot;
@@ -75,7 +80,7 @@ impl Tensor {
     pub fn full(shape: &[usize], dtype: DType, value: f64) -> Result<Self> {
         let mut out = Self::uninit(shape, dtype);
         if out.gpu().is_some() {
-            crate::ops::fill(&mut out, value)?;
+            kernels::fill(&mut out, value)?;
             return Ok(out);
         }
         dispatch_real!("full", dtype, T => {

@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 
-use super::Tensor;
+use super::{greatest, Tensor};
 
 thread_local! {
     static SCOPES: RefCell<Vec<String>> = const { RefCell::new(Vec::new()) };
@@ -60,7 +60,7 @@ pub(crate) fn observe(what: impl FnOnce() -> String, value: &Tensor) {
             return;
         }
         // Where the number cannot be had, the error shows at the operation that comes next.
-        let finite = crate::ops::greatest(value).map_or(true, f64::is_finite);
+        let finite = greatest(value).map_or(true, f64::is_finite);
         if !finite {
             watch.first = Some(what());
         }

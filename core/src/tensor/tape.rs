@@ -41,8 +41,8 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::kernels::{self, RowSums};
 use super::{profile, scope, DType, Device, Element, Tensor};
-use crate::ops::RowSums;
 use crate::{dispatch_real, Error, Result};
 
 /// A differentiable operation: forward once, then (if recorded) backward once.
@@ -360,14 +360,14 @@ impl Grads<'_> {
             return Ok(());
         }
         if grad.gpu().is_some() {
-            return self.accumulate(i, |mut dst| crate::ops::accumulate(&mut dst, &grad));
+            return self.accumulate(i, |mut dst| kernels::accumulate(&mut dst, &grad));
         }
         dispatch_real!("gradient", grad.dtype(), T => self.accumulate(i, |mut dst| {
             let add = dst.add;
             let dst = dst.as_mut_slice::<T>();
             let src = grad.as_slice::<T>();
             if add {
-                crate::ops::parallel::zip_mut(dst, src, |d, s| *d += s);
+                kernels::parallel::zip_mut(dst, src, |d, s| *d += s);
             } else {
                 dst.copy_from_slice(src);
             }

@@ -50,7 +50,7 @@ pub fn check(wanted: &[String], cases: u32, seed: u64) -> Result<Vec<Outcome>> {
     let device = Device::current();
     let all = names();
     if let Some(unknown) = wanted.iter().find(|w| !all.iter().any(|(_, name)| name == w)) {
-        let nearest = crate::recipe::nearest(unknown, all.iter().map(|(_, name)| *name));
+        let nearest = crate::problem::nearest(unknown, all.iter().map(|(_, name)| *name));
         let meant = nearest.map(|n| format!("did you mean `{n}`? ")).unwrap_or_default();
         let known: Vec<&str> = all.iter().map(|(_, name)| *name).collect();
         return Err(Error::user(

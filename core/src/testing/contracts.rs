@@ -3,12 +3,12 @@
 //! Losses have more of their own: [`check`](super::check()).
 
 use crate::contract::{
-    At, Augmentation, Backbone, Crops, Dataset, Follow, Grid, Masking, Mode, Optimizer, PosContext, PosEncoding,
-    Scheduler, TeacherPolicy,
+    At, Augmentation, Backbone, BackboneContext, CropContext, Crops, Dataset, Follow, Grid, Masking, Mode, Optimizer,
+    PosContext, PosEncoding, Scheduler, TeacherPolicy,
 };
 use crate::params::{Init, Layout, ParamBuilder, ParamRole, Params};
 use crate::recipe::OptimizerEntry;
-use crate::registry::{self, BackboneContext, Chosen, CropContext, Kind};
+use crate::registry::{self, Chosen, Kind};
 use crate::rng::{Rng, Stream};
 use crate::step::Updates;
 use crate::tensor::Tape;
@@ -42,7 +42,7 @@ pub fn chosen<K: ?Sized + Kind>(table: &str) -> Result<Chosen<K>> {
     let table: toml::Table =
         toml::from_str(table).map_err(|e| Error::user(e.to_string(), "write it as in a recipe"))?;
     let table = figment::value::Value::serialize(table).expect("a table is plain data");
-    let refused = |e: crate::recipe::Nested| Error::user(e.encode(), "see `dinolab plugins`");
+    let refused = |e: crate::problem::Nested| Error::user(e.encode(), "see `dinolab plugins`");
     Chosen::<K>::from_value(&table, registry::default_of::<K>()).map_err(refused)
 }
 

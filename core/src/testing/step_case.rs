@@ -9,11 +9,11 @@ use super::case::{cases, fixed, tracked, Bound, Case};
 use super::gradient::tensors;
 use crate::comm::Shards;
 use crate::contract::{
-    At, BatchImage, CropBox, Features, Grid, ImageContext, Loss, ModelOutputs, NamedTeacher, Needs, Outputs,
-    StepContext, Targets, View,
+    At, BatchImage, CropBox, Features, Grid, ImageContext, Loss, LossContext, ModelOutputs, NamedTeacher, Needs,
+    Outputs, StepContext, Targets, View,
 };
 use crate::params::{Layout, ParamBuilder, Params};
-use crate::registry::{self, Chosen, LossContext};
+use crate::registry::{self, Chosen};
 use crate::rng::{Rng, Stream};
 use crate::step::GLOBALS;
 use crate::{Error, Result, Tensor};
@@ -202,7 +202,7 @@ pub(super) fn build(name: &str, case: &Case) -> Result<Built> {
     let mut table = Map::from_iter([("plugin".to_string(), Json::from(name))]);
     table.extend(case.options["config"].as_object().cloned().unwrap_or_default());
     let table = figment::value::Value::serialize(table).expect("a table is plain data");
-    let refused = |e: crate::recipe::Nested| {
+    let refused = |e: crate::problem::Nested| {
         Error::user(format!("loss `{name}` refuses {}: {}", case.options["config"], e.encode()), "mend its defaults")
     };
     let chosen = Chosen::<dyn Loss>::from_value(&table, None).map_err(refused)?;

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use crate::checkpoint::{read_tensors, write_tensors, Checkpoint, NamedTensors};
 use crate::contract::{BatchImage, CropBox};
 use crate::data::{Batch, Masks};
-use crate::recipe::{Overrides, RawRecipe, Recipe, Resolved};
+use crate::recipe::{Overrides, RawRecipe, Recipe};
+use crate::resolved::Resolved;
 use crate::step::{Learner, Report};
 use crate::{Device, Error, Result, Tensor};
 
@@ -87,7 +88,7 @@ pub fn replay(path: &Path, overrides: &Overrides) -> Result<(Recipe, u64, Report
     let number = |key: &str| -> Result<u64> {
         meta(key)?.parse().map_err(|_| Error::content(path, format!("`{key}` is not a number"), help))
     };
-    let recipe = RawRecipe::from_text(meta("recipe")?)?.with(overrides)?.resolve()?.recipe;
+    let recipe = Resolved::of(RawRecipe::from_text(meta("recipe")?)?.with(overrides)?)?.recipe;
     let (step, skipped, count) = (number("step")?, number("skipped")?, number("batches")?);
     let batches = (0..count).map(|i| read_batch(&tensors, i, path)).collect::<Result<Vec<_>>>()?;
     let optimizer = read_tensors(path)?;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde_json::json;
 
 use crate::checkpoint::write_file;
-use crate::recipe::Resolved;
+use crate::resolved::Resolved;
 
 use super::folder::{RunFolder, RunInfo};
 use super::log::Log;

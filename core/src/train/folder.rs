@@ -10,7 +10,8 @@ use crate::checkpoint::{self, remove_unfinished, write_file};
 use crate::comm::Ranks;
 use crate::contract::Dataset;
 use crate::cuda::Gpu;
-use crate::recipe::{changes, Change, Overrides, Resolved};
+use crate::recipe::Overrides;
+use crate::resolved::{changes, Change, Resolved};
 use crate::{Device, Error, Result};
 
 use super::RunOptions;

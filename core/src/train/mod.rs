@@ -53,10 +53,10 @@ use std::time::{Duration, Instant};
 
 use self::broken::Broken;
 use self::ranks::Order;
-use crate::contract::Dataset;
+use crate::contract::{DataContext, Dataset};
 use crate::data::{Loader, LoaderSpec, Pipeline};
-use crate::recipe::{self, OnNonFinite, Recipe, Resolved};
-use crate::registry::DataContext;
+use crate::recipe::{OnNonFinite, Recipe};
+use crate::resolved::{fit, Resolved};
 use crate::step::{Learner, Report};
 use crate::text::printable;
 use crate::{checkpoint, step, Error, Result};
@@ -193,7 +193,7 @@ fn run_on(
 ) -> Result<Option<Outcome>> {
     let recipe = &resolved.recipe;
     lead.check(recipe)?;
-    if let Some(fit) = recipe::fit(recipe, recipe.device()?)? {
+    if let Some(fit) = fit(recipe, recipe.device()?)? {
         return Err(fit.into_error());
     }
     let folder = RunFolder::open(resolved, options, &|key| Parent::only_moved(&options.out, resolved, key))?;

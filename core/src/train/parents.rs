@@ -8,10 +8,11 @@ use super::folder::RunInfo;
 use super::rewind::Rewinds;
 use crate::checkpoint::{self, Checkpoint};
 use crate::contract::Dataset;
-use crate::recipe::{changes, Problem, Resolved};
+use crate::problem::Problem;
+use crate::resolved::{changes, Resolved};
 use crate::step::{new_teacher, sources_of, Learner};
 use crate::text::printable;
-use crate::weights::Source;
+use crate::weights::{to_continue, Source};
 use crate::{Error, Result};
 
 /// The file in a run's folder.
@@ -85,7 +86,7 @@ impl Parent {
             other => other.path().to_path_buf(),
         };
         // One that this program cannot read, of plugins that it does not have, is no reason to leave its weights.
-        let recipe = source.recipe().ok().map(|resolved| resolved.hash);
+        let recipe = Resolved::of_source(&source).ok().map(|resolved| resolved.hash);
         Ok(Self { key: key.into(), path: read, weights: source.hash()?, recipe, step: None, differences: Vec::new() })
     }
 }
@@ -115,7 +116,7 @@ pub(super) fn begin(resolved: &Resolved, data: &dyn Dataset) -> Result<(Learner,
     let learner = match &recipe.continue_from {
         None => Learner::new(recipe)?,
         Some(from) => {
-            let checkpoint = checkpoint::load(&from.checkpoint()?)?;
+            let checkpoint = checkpoint::load(&to_continue(from)?)?;
             begun.continues(&checkpoint, resolved, data)?
         }
     };
@@ -141,7 +142,7 @@ impl Begun {
             let help = "they are counted from the start of the run that this one continues: name more";
             return Err(Problem::error("steps", message).help(help).into());
         }
-        let parent = Source::at(&from.path)?.recipe()?;
+        let parent = Resolved::of_source(&Source::at(&from.path)?)?;
         let (learner, new) = Learner::continued(&resolved.recipe, from, &parent.recipe)?;
         let told = |key: &str| key != "name" && !key.starts_with("continue_from");
         let changed = changes(&parent.value, &resolved.value).into_iter().filter(|change| told(&change.key));

@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::lines::Lines;
-use crate::recipe::{nearest, StopConfig};
+use crate::problem::nearest;
+use crate::recipe::StopConfig;
 use crate::{Error, Result};
 
 /// The score that decides, as it was measured so far.

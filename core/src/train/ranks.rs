@@ -12,7 +12,8 @@ use serde::{Deserialize, Serialize};
 use super::{datasets, loader_spec, parents};
 use crate::comm::{Comm, Ranks, Single};
 use crate::data::{BrokenSample, Loader, LoaderSpec};
-use crate::recipe::{Recipe, Resolved};
+use crate::recipe::Recipe;
+use crate::resolved::Resolved;
 use crate::step::Learner;
 use crate::{checkpoint, Error, Result};
 

@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use super::lines::{Lines, Writer};
 use crate::contract::At;
-use crate::recipe::{Recipe, Resolved};
+use crate::recipe::Recipe;
+use crate::resolved::Resolved;
 use crate::step::declare;
 use crate::Result;
 

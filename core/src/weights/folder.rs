@@ -9,10 +9,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
 use crate::checkpoint::{new_folder, sync_dir, BUILDING};
-use crate::contract::Backbone;
+use crate::contract::{Backbone, BackboneContext};
 use crate::params::ParamBuilder;
-use crate::recipe::{as_written, check_schema, check_tables, toml_value, CropConfig, Nested, Problem, SCHEMA};
-use crate::registry::{BackboneContext, Chosen};
+use crate::problem::{Nested, Problem};
+use crate::recipe::{as_written, check_schema, check_tables, toml_value, CropConfig, SCHEMA};
+use crate::registry::Chosen;
 use crate::{Error, Result};
 
 /// The file that makes a folder one of weights.

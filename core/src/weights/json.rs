@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value as Json;
 
 use crate::files::{twice, Really};
-use crate::recipe::{nearest, Nested};
+use crate::problem::{nearest, Nested};
 use crate::text::printable;
 use crate::{Error, Result};
 

@@ -15,6 +15,7 @@ pub mod convert;
 mod files;
 mod folder;
 mod json;
+mod of_recipe;
 mod places;
 mod pytorch;
 mod source;
@@ -26,3 +27,4 @@ pub use json::JsonTable;
 pub use source::Source;
 
 use folder::differences;
+pub(crate) use of_recipe::{to_continue, with_model_of_weights};

@@ -3,11 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use super::places::{entries, import_first, is_pickle, is_there, missing, published_in, snapshot};
-use super::{differences, ModelInfo, RawTensor, TensorFiles, WEIGHTS_FILE};
+use super::{differences, with_model_of_weights, ModelInfo, RawTensor, TensorFiles, WEIGHTS_FILE};
 use crate::checkpoint::{self, read_tensors, NamedTensors, MODEL_FILE, RECIPE_FILE, STATE_FILE};
 use crate::contract::Backbone;
 use crate::params::ParamBuilder;
-use crate::recipe::{Overrides, Resolved};
+use crate::recipe::{RawRecipe, Recipe};
 use crate::text::printable;
 use crate::{DType, Error, Result};
 
@@ -163,22 +163,23 @@ impl Source {
         })
     }
 
-    /// The recipe of a run or of a checkpoint: the model with its heads.
+    /// The recipe of a run or of a checkpoint, which says what model it is and with what heads. Whether its values go together
+    /// was checked when the run began.
     ///
     /// # Errors
-    /// If there is none.
-    pub fn recipe(&self) -> Result<Resolved> {
-        if self.has_roles() {
-            return Resolved::load(self.recipe_file()?, &Overrides::default());
-        }
-        let problem = "these are weights without the recipe of their run, which says what heads there are";
-        Err(Error::content(self.path(), problem, "name a run, or a checkpoint of one (step-...)"))
+    /// If there is none, or a key, a type or a number of it is wrong.
+    pub(crate) fn recipe(&self) -> Result<Recipe> {
+        Ok(with_model_of_weights(RawRecipe::load(self.recipe_file()?)?)?.typed()?.recipe)
     }
 
     /// The recipe that lies in the checkpoint, or else that of its run.
-    fn recipe_file(&self) -> Result<PathBuf> {
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn recipe_file(&self) -> Result<PathBuf> {
         let (Self::Run { newest: checkpoint, .. } | Self::Checkpoint(checkpoint)) = self else {
-            unreachable!("other sources have no roles")
+            let problem = "these are weights without the recipe of their run, which says what heads there are";
+            return Err(Error::content(self.path(), problem, "name a run, or a checkpoint of one (step-...)"));
         };
         if let Some(own) = checkpoint::recipe_file(checkpoint).map_err(|e| self.broken(e))? {
             return Ok(own);

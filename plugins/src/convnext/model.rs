@@ -1,9 +1,8 @@
 //! The forward pass: four stages, each a downsampling and its blocks; then mean, resize and final norm.
 
-use dinolab_core::contract::{Backbone, Cost, Crops, Draws, Features, Grid, Mode};
+use dinolab_core::contract::{Backbone, BackboneContext, Cost, Crops, Draws, Features, Grid, Mode};
 use dinolab_core::nn::{Norm, PatchEmbed};
 use dinolab_core::params::{ParamBuilder, Params};
-use dinolab_core::registry::BackboneContext;
 use dinolab_core::rng::{Rng, Stream};
 use dinolab_core::tensor::scope;
 use dinolab_core::{Error, Result, Tensor};

@@ -4,8 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use dinolab_core::contract::Dataset;
-use dinolab_core::registry::DataContext;
+use dinolab_core::contract::{DataContext, Dataset};
 use dinolab_core::{plugin, Error, Result};
 
 use super::depth::Depths;

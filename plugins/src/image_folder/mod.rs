@@ -13,9 +13,8 @@ mod npy;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use dinolab_core::contract::{Dataset, Sample, Summary};
+use dinolab_core::contract::{DataContext, Dataset, Sample, Summary};
 use dinolab_core::data::Order;
-use dinolab_core::registry::DataContext;
 use dinolab_core::text::printable;
 use dinolab_core::{plugin, Error, Result};
 

@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use dinolab_core::contract::{Backbone, Cost, Crops, Draws, Features, Grid, Mode, PosContext, PosEncoding, PosTables};
+use dinolab_core::contract::{
+    Backbone, BackboneContext, Cost, Crops, Draws, Features, Grid, Mode, PosContext, PosEncoding, PosTables,
+};
 use dinolab_core::nn;
 use dinolab_core::params::{Init, ParamBuilder, ParamId, ParamRole, Params};
-use dinolab_core::registry::BackboneContext;
 use dinolab_core::rng::{Rng, Stream};
 use dinolab_core::tensor::scope;
 use dinolab_core::{Error, Result, Tensor};

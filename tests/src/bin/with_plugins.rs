@@ -2,12 +2,12 @@
 //! know. The tests of the command line run it.
 
 use dinolab_core::contract::{
-    Backbone, Cost, Crops, Dataset, Features, Grid, Loss, LossValue, Mode, Needs, Outputs, Sample, StepContext,
+    Backbone, BackboneContext, Cost, Crops, Dataset, Features, Grid, Loss, LossValue, Mode, Needs, Outputs, Sample,
+    StepContext,
 };
 use dinolab_core::dfdx::prelude::{MeanTo as _, Trace as _};
 use dinolab_core::dfdx_loss::{on_the_host, DfdxLoss, DfdxOutputs, Scalar};
 use dinolab_core::params::{Init, Params};
-use dinolab_core::registry::BackboneContext;
 use dinolab_core::{plugin, Result, Tensor};
 use serde::{Deserialize, Serialize};
 

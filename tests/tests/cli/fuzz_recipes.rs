@@ -13,9 +13,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cases::{Case, Cases, Mood};
-use dinolab_core::recipe::cost::cost_on;
-use dinolab_core::recipe::Resolved;
-use dinolab_core::registry::DataContext;
+use dinolab_core::contract::DataContext;
+use dinolab_core::resolved::cost::cost_on;
+use dinolab_core::resolved::Resolved;
 use dinolab_core::train::{self, Outcome, RunOptions, Silent};
 use dinolab_core::{Device, Error};
 use rayon::prelude::*;

@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
-use dinolab_core::contract::{Augmentation, CropPlan, Cut, Dataset, ImagePlan, Jitter, Rect, Sample};
+use dinolab_core::contract::{Augmentation, CropContext, CropPlan, Cut, Dataset, ImagePlan, Jitter, Rect, Sample};
 use dinolab_core::data::{LoaderSpec, Pipeline};
-use dinolab_core::recipe::{BatchConfig, Overrides, RawRecipe, Resolved};
-use dinolab_core::registry::{self, Chosen, CropContext};
+use dinolab_core::recipe::{BatchConfig, Overrides, RawRecipe};
+use dinolab_core::registry::{self, Chosen};
+use dinolab_core::resolved::Resolved;
 use dinolab_core::rng::{Rng, Stream};
 use dinolab_core::testing::contracts;
 use dinolab_core::{DType, Device, Result};
@@ -155,7 +156,7 @@ fn recipe(sets: &[&str]) -> Result<Resolved> {
         [data]\nplugin = \"scenes\"\n[batch]\nsize = 4\n[crops]\nglobal_size = 32\nlocal_size = 16\nlocal_count = 2\n\
         blur = [0, 0, 0]\n[losses.dino]\n[teacher]\nplugin = \"ema\"\n";
     let overrides = Overrides { sets: sets.iter().map(ToString::to_string).collect(), env: false };
-    RawRecipe::from_text(text)?.with(&overrides)?.resolve()
+    Resolved::of(RawRecipe::from_text(text)?.with(&overrides)?)
 }
 
 #[test]

@@ -5,7 +5,8 @@ use std::path::Path;
 
 use dinolab_core::contract::{ColorPlan, CropPlan, Cut, Dataset, ImagePlan, Jitter, JitterOp, Pixels, Rect, Sample};
 use dinolab_core::data::{CropMaker, Views};
-use dinolab_core::recipe::{CropConfig, Overrides, Resolved};
+use dinolab_core::recipe::{CropConfig, Overrides};
+use dinolab_core::resolved::Resolved;
 use dinolab_core::step::Learner;
 use dinolab_core::train::Trained;
 use dinolab_core::Tensor;

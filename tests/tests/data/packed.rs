@@ -4,8 +4,8 @@ use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use dinolab_core::contract::Dataset;
-use dinolab_core::registry::{Chosen, DataContext};
+use dinolab_core::contract::{DataContext, Dataset};
+use dinolab_core::registry::Chosen;
 use dinolab_core::testing::contracts;
 use dinolab_core::Result;
 use dinolab_plugins as _;

@@ -3,8 +3,8 @@
 use std::fs;
 use std::path::PathBuf;
 
-use dinolab_core::contract::{Dataset, Sample};
-use dinolab_core::registry::{Chosen, DataContext};
+use dinolab_core::contract::{DataContext, Dataset, Sample};
+use dinolab_core::registry::Chosen;
 use dinolab_core::testing::contracts;
 use dinolab_core::Result;
 use dinolab_plugins as _;

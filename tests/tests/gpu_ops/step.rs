@@ -1,7 +1,7 @@
 //! The whole training step on a GPU, held to the CPU's: eager, recorded and replayed.
 
 use dinolab_core::data::Loader;
-use dinolab_core::recipe::Resolved;
+use dinolab_core::resolved::Resolved;
 use dinolab_core::step::{Learner, Report};
 use dinolab_core::{train, Tensor};
 use dinolab_plugins as _;

@@ -9,8 +9,9 @@ mod runs;
 
 use dinolab_core::contract::{At, Optimizer};
 use dinolab_core::params::Layout;
-use dinolab_core::recipe::{cost, OptimizerEntry, Resolved};
+use dinolab_core::recipe::OptimizerEntry;
 use dinolab_core::registry;
+use dinolab_core::resolved::{cost, Resolved};
 use dinolab_core::step::{Learner, Updates};
 use dinolab_core::testing::contracts;
 use dinolab_core::{DType, Device, Tensor};

@@ -1,8 +1,8 @@
 //! What is random inside the model, against the closed form of its distribution.
 
-use dinolab_core::contract::{Backbone, PosEncoding};
+use dinolab_core::contract::{Backbone, BackboneContext, PosEncoding};
 use dinolab_core::params::ParamBuilder;
-use dinolab_core::registry::{BackboneContext, Chosen};
+use dinolab_core::registry::Chosen;
 use dinolab_core::rng::{Rng, Stream};
 use dinolab_plugins as _;
 use serde_json::{json, Value};

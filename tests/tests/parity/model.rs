@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use crate::golden::{Comparison, Golden};
-use dinolab_core::contract::{Backbone, Crops, Draws, Features, Grid, Mode, PosContext, PosEncoding};
+use dinolab_core::contract::{Backbone, BackboneContext, Crops, Draws, Features, Grid, Mode, PosContext, PosEncoding};
 use dinolab_core::params::{load_named, Layout, ParamBuilder, Params};
-use dinolab_core::registry::{BackboneContext, Chosen};
+use dinolab_core::registry::Chosen;
 use dinolab_core::rng::Rng;
 use dinolab_core::tensor::Tape;
 use dinolab_core::{DType, Tensor};

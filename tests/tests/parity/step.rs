@@ -8,13 +8,13 @@ use std::path::Path;
 use crate::golden::{Comparison, Golden};
 use dinolab_core::checkpoint::{self, write_tensors, Content, Keep};
 use dinolab_core::contract::{
-    At, BatchImage, Loss, LossCost, LossRows, LossValue, ModelOutputs, Needs, Outputs, Schedule, Scheduler, StateSpec,
-    StepContext, Targets,
+    At, BatchImage, Loss, LossContext, LossCost, LossRows, LossValue, ModelOutputs, Needs, Outputs, Schedule,
+    Scheduler, StateSpec, StepContext, Targets,
 };
 use dinolab_core::data::{Batch, Masks};
 use dinolab_core::params::Params;
-use dinolab_core::recipe::Resolved;
-use dinolab_core::registry::{Chosen, LossContext};
+use dinolab_core::registry::Chosen;
+use dinolab_core::resolved::Resolved;
 use dinolab_core::step::{Learner, Report};
 use dinolab_core::{plugin, DType, Result, Tensor};
 use dinolab_plugins as _;

@@ -2,9 +2,8 @@
 
 use std::fmt::Write as _;
 
-use dinolab_core::contract::{At, Dataset, Grid, Masking, PosContext, PosEncoding, Scheduler};
+use dinolab_core::contract::{At, DataContext, Dataset, Grid, Masking, PosContext, PosEncoding, Scheduler};
 use dinolab_core::params::{ParamBuilder, Params};
-use dinolab_core::registry::DataContext;
 use dinolab_core::rng::{Rng, Stream};
 use dinolab_core::testing::contracts;
 use dinolab_core::DType;

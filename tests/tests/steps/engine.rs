@@ -5,13 +5,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use dinolab_core::checkpoint;
 use dinolab_core::contract::{
-    At, Backbone, Cost, Crops, Features, Grid, Loss, LossValue, Mode, Needs, Outputs, Schedule, Scheduler, StateSpec,
-    StepContext,
+    At, Backbone, BackboneContext, Cost, Crops, Features, Grid, Loss, LossValue, Mode, Needs, Outputs, Schedule,
+    Scheduler, StateSpec, StepContext,
 };
 use dinolab_core::data::{Batch, Masks, Pipeline};
 use dinolab_core::params::{Init, ParamId, Params};
-use dinolab_core::recipe::{Overrides, RawRecipe, Resolved};
-use dinolab_core::registry::BackboneContext;
+use dinolab_core::recipe::{Overrides, RawRecipe};
+use dinolab_core::resolved::Resolved;
 use dinolab_core::step::{Learner, Report};
 use dinolab_core::{plugin, train, DType, Device, Result, Tensor};
 use dinolab_plugins as _;
@@ -241,7 +241,7 @@ fn recipe(sets: &str, tables: &str) -> Resolved {
 
 fn resolve(text: &str, sets: &str) -> Result<Resolved> {
     let sets = sets.lines().map(|line| line.replacen(" = ", "=", 1)).filter(|line| !line.is_empty()).collect();
-    RawRecipe::from_text(text)?.with(&Overrides { sets, env: false })?.resolve()
+    Resolved::of(RawRecipe::from_text(text)?.with(&Overrides { sets, env: false })?)
 }
 
 /// A learner and what makes its batches.

@@ -8,7 +8,8 @@ use dinolab_core::comm::{threads, Comm, Ranks};
 use dinolab_core::contract::{ImageContext, ImageDraws, Loss, LossValue, Needs, Outputs, StepContext};
 use dinolab_core::data::Pipeline;
 use dinolab_core::params::Params;
-use dinolab_core::recipe::{Overrides, RawRecipe, Resolved};
+use dinolab_core::recipe::{Overrides, RawRecipe};
+use dinolab_core::resolved::Resolved;
 use dinolab_core::step::{Learner, Report};
 use dinolab_core::train::{self, Lead, Outcome, RunOptions, Silent};
 use dinolab_core::{plugin, Error, Result};
@@ -100,7 +101,7 @@ head = { hidden = 24, bottleneck = 16, prototypes = 32, prototype_std = 0.1 }
 
 fn resolve(tables: &str, sets: &[&str]) -> Result<Resolved> {
     let overrides = Overrides { sets: sets.iter().map(ToString::to_string).collect(), env: false };
-    RawRecipe::from_text(&format!("{BASE}\n{tables}"))?.with(&overrides)?.resolve()
+    Resolved::of(RawRecipe::from_text(&format!("{BASE}\n{tables}"))?.with(&overrides)?)
 }
 
 /// What each of `world` ranks gives.

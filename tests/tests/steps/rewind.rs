@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use dinolab_core::contract::{Dataset, Loss, LossValue, Needs, Outputs, Sample, StepContext};
 use dinolab_core::params::Params;
-use dinolab_core::recipe::Resolved;
+use dinolab_core::resolved::Resolved;
 use dinolab_core::train::{self, Observer, Outcome, Progress, RunOptions};
 use dinolab_core::{plugin, Result};
 use dinolab_plugins as _;

@@ -2,12 +2,12 @@
 
 use dinolab_core::checkpoint;
 use dinolab_core::contract::{
-    At, ImageContext, ImageDraws, Loss, LossValue, Needs, Outputs, SeenBy, StepContext, Tile, View,
+    At, ImageContext, ImageDraws, Loss, LossContext, LossValue, Needs, Outputs, SeenBy, StepContext, Tile, View,
 };
 use dinolab_core::nn::Linear;
 use dinolab_core::params::Params;
-use dinolab_core::recipe::{Overrides, RawRecipe, Resolved};
-use dinolab_core::registry::LossContext;
+use dinolab_core::recipe::{Overrides, RawRecipe};
+use dinolab_core::resolved::Resolved;
 use dinolab_core::step::{Learner, Report};
 use dinolab_core::{plugin, train, Result, Tensor};
 use dinolab_plugins as _;
@@ -166,7 +166,7 @@ const TWO: &str = "[losses.gram]\n[losses.early]\nplugin = \"gram\"\nteacher = \
 
 fn resolve(tables: &str, sets: &[&str]) -> Result<Resolved> {
     let overrides = Overrides { sets: sets.iter().map(ToString::to_string).collect(), env: false };
-    RawRecipe::from_text(&format!("{BASE}\n{tables}"))?.with(&overrides)?.resolve()
+    Resolved::of(RawRecipe::from_text(&format!("{BASE}\n{tables}"))?.with(&overrides)?)
 }
 
 /// The learner after some steps, and their reports.

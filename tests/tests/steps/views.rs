@@ -8,7 +8,7 @@ use dinolab_core::contract::{
 };
 use dinolab_core::data::{LoaderSpec, Pipeline};
 use dinolab_core::params::Params;
-use dinolab_core::recipe::Resolved;
+use dinolab_core::resolved::Resolved;
 use dinolab_core::step::{Learner, Report};
 use dinolab_core::{plugin, train, DType, Device, Result, Tensor};
 use dinolab_plugins as _;

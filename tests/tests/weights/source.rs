@@ -6,6 +6,7 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use dinolab_core::checkpoint::write_tensors;
+use dinolab_core::resolved::Resolved;
 use dinolab_core::train::Trained;
 use dinolab_core::weights::Source;
 use dinolab_core::Tensor;
@@ -59,7 +60,7 @@ fn runs_checkpoints_weights_and_their_files_are_found_through_links_and_copies()
         let source = Source::at(&folder.path(path)).unwrap_or_else(|e| panic!("{path}: {e}"));
         assert_eq!(source.known_model().unwrap().crops.global_size, 32, "{path}");
         Trained::open(&folder.path(path)).unwrap_or_else(|e| panic!("{path}: {e}"));
-        assert_eq!(source.recipe().is_ok(), source.has_roles(), "{path}");
+        assert_eq!(Resolved::of_source(&source).is_ok(), source.has_roles(), "{path}");
     }
     // A checkpoint of a version that wrote no recipe into it, inside its run and out of it.
     let newest = folder.path("runs/first/checkpoints/step-00000002");

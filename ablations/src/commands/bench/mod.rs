@@ -10,10 +10,11 @@ use dinolab_core::comm::{Comm, Ranks, Traffic};
 use dinolab_core::cuda::Gpu;
 use dinolab_core::data::{Batch, Loader};
 use dinolab_core::recipe::Recipe;
+use dinolab_core::resolved::cost;
 use dinolab_core::step::{Learner, Report};
 use dinolab_core::tensor::Profile;
 use dinolab_core::train::{self, Lead};
-use dinolab_core::{recipe, tensor, Device, Error, Result};
+use dinolab_core::{tensor, Device, Error, Result};
 use serde::Serialize;
 
 use crate::cli::RecipeArgs;
@@ -156,7 +157,7 @@ fn measure(args: &Args, recipe: &Recipe, comm: &Arc<dyn Comm>, begin: Instant) -
     let profile = profiles?.into_iter().min_by(|a, b| a.ms().total_cmp(&b.ms())).expect("there are some");
     times.sort_by(f64::total_cmp);
     let median = times[times.len() / 2];
-    let cost = recipe::cost::cost(recipe)?;
+    let cost = cost::cost(recipe)?;
     let images_per_s = recipe.batch.size as f64 * 1e3 / median;
     let tflop_per_s = cost.flops_per_image * images_per_s / 1e12;
     let ceiling = match gpu {
@@ -248,20 +249,20 @@ fn timed(gpu: Option<&'static Gpu>, step: impl FnOnce() -> Result<Report>) -> Re
     Ok((report.expect("the step gave one"), ms))
 }
 
-fn loader(recipe: &recipe::Recipe, learner: &Learner, steps: usize) -> Result<Loader> {
+fn loader(recipe: &Recipe, learner: &Learner, steps: usize) -> Result<Loader> {
     let mut spec = train::loader_spec(recipe, learner, 0);
     spec.total_steps = steps as u64;
     Loader::new(train::datasets(recipe)?.0, spec)
 }
 
 /// The first step's batches, in memory of their own.
-fn first_step(recipe: &recipe::Recipe, learner: &Learner) -> Result<Vec<Batch>> {
+fn first_step(recipe: &Recipe, learner: &Learner) -> Result<Vec<Batch>> {
     let first = loader(recipe, learner, 1)?.next().expect("the loader makes one step")?;
     Ok(first.batches.iter().map(|batch| batch.map(tensor::Tensor::to_owned)).collect())
 }
 
 /// Milliseconds a step of the data pipeline alone.
-fn data_ms(recipe: &recipe::Recipe, learner: &Learner) -> Result<f64> {
+fn data_ms(recipe: &Recipe, learner: &Learner) -> Result<f64> {
     // What is prepared ahead takes memory that is there from then on: it is not timed.
     let ahead = recipe.batch.prefetch + 1;
     let mut steps = loader(recipe, learner, ahead + READ)?;

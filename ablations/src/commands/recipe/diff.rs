@@ -3,7 +3,8 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use dinolab_core::recipe::{toml_value, Overrides, Resolved};
+use dinolab_core::recipe::{toml_value, Overrides};
+use dinolab_core::resolved::Resolved;
 use dinolab_core::train::{RunInfo, RunResult};
 use dinolab_core::Result;
 use serde_json::{Map, Value as Json};

@@ -2,7 +2,9 @@
 
 use std::path::Path;
 
-use dinolab_core::recipe::{describe::Guide, nearest, toml_value, Origin, Overrides, Problem, Resolved};
+use dinolab_core::problem::{nearest, Origin, Problem};
+use dinolab_core::recipe::{describe::Guide, toml_value, Overrides};
+use dinolab_core::resolved::Resolved;
 use dinolab_core::Result;
 
 use crate::style;

@@ -10,8 +10,9 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use dinolab_core::checkpoint;
-use dinolab_core::recipe::{cost, describe, fit, Overrides, Recipe, Resolved};
-use dinolab_core::registry::DataContext;
+use dinolab_core::contract::DataContext;
+use dinolab_core::recipe::{describe, Overrides, Recipe};
+use dinolab_core::resolved::{cost, fit, Resolved};
 use dinolab_core::text::printable;
 use dinolab_core::Result;
 

@@ -4,7 +4,8 @@ use std::fmt::Write as _;
 use std::path::PathBuf;
 
 use dinolab_core::contract::{At, Schedule};
-use dinolab_core::recipe::{describe, RawRecipe, Resolved};
+use dinolab_core::recipe::{describe, RawRecipe};
+use dinolab_core::resolved::Resolved;
 use dinolab_core::{Error, Result};
 use textplots::{Chart, LabelBuilder, LabelFormat, Plot, Shape};
 
@@ -40,7 +41,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         style::print(&changes.unwrap_or_else(|| "no difference\n".into()));
         return Ok(());
     }
-    let resolved = raw.resolve()?;
+    let resolved = Resolved::of(raw)?;
     resolved.warnings.iter().for_each(style::warn);
     style::print(&if args.timeline { timeline(&resolved)? } else { resolved.to_toml() });
     Ok(())

@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use crate::ops::matmul::{product, Mat, Threads};
-use crate::ops::parallel::{lane_max, lane_sum, with_scratch, Parts};
 use crate::simd;
+use crate::tensor::parallel::{lane_max, lane_sum, with_scratch, Parts};
 use crate::tensor::Real;
 
 /// One head of one image: its place in the packed rows, and its positions.

@@ -2,11 +2,11 @@
 
 use super::LINEAR;
 use crate::cuda::args;
-use crate::ops::blocks::*;
-use crate::ops::columns::{Partial, RowSums};
 use crate::ops::elementwise::{gelu, gelu_and_slope, sigmoid, unary_on_gpu};
 use crate::ops::layer_norm::{Norm, Normed};
 use crate::ops::swiglu::swiglu_on_gpu;
+use crate::tensor::blocks::*;
+use crate::tensor::columns::{Partial, RowSums};
 use crate::tensor::{Grads, Real, Slot};
 use crate::{dispatch_real, simd, Error, Result, Tensor};
 

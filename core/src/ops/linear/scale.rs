@@ -2,8 +2,8 @@
 
 use super::LINEAR;
 use crate::cuda::{args, Arg};
-use crate::ops::blocks::*;
-use crate::ops::parallel::lane_sum;
+use crate::tensor::blocks::*;
+use crate::tensor::parallel::lane_sum;
 use crate::tensor::{Grads, Real};
 use crate::{dispatch_real, simd, Result, Tensor};
 

@@ -1,7 +1,8 @@
 //! Random recipes from the schema: which keys there are, and values that are right, just not right, or absurd.
 
-use dinolab_core::recipe::{describe, Overrides, RawRecipe, Resolved};
+use dinolab_core::recipe::{describe, Overrides, RawRecipe};
 use dinolab_core::registry;
+use dinolab_core::resolved::Resolved;
 use dinolab_core::rng::{Rng, Stream};
 use serde_json::Value as Json;
 
@@ -86,7 +87,7 @@ impl Case {
 
     pub fn resolve(&self) -> dinolab_core::Result<Resolved> {
         let overrides = Overrides { sets: self.sets.clone(), env: false };
-        RawRecipe::from_text(BASE)?.with(&overrides)?.resolve()
+        Resolved::of(RawRecipe::from_text(BASE)?.with(&overrides)?)
     }
 }
 

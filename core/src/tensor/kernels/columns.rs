@@ -2,11 +2,14 @@
 //! common. Rows are cut into blocks by their number alone, and the blocks' sums added in order.
 
 use crate::cuda::{args, Arg, Kernel, Launch};
-use crate::ops::blocks::*;
+use crate::tensor::blocks::*;
 use crate::tensor::{GradMut, Real};
 use crate::{cuda_source, dispatch_real, simd, DType, Result, Tensor};
 
-cuda_source! { static COLUMNS = "columns" { include_str!("columns.cuh"), include_str!("columns.cu") } }
+/// What a kernel that makes such sums stands behind: `column_sums`.
+pub(crate) const COLUMN_SUMS: &str = include_str!("columns.cuh");
+
+cuda_source! { static COLUMNS = "columns" { COLUMN_SUMS, include_str!("columns.cu") } }
 
 /// Blocks that rows are dealt to on a GPU, at most. A number of its own, not the device's, so that results do not depend
 /// on it.

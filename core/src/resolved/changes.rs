@@ -6,8 +6,9 @@ use std::path::Path;
 use figment::value::Value;
 use serde_json::Value as Json;
 
-use super::describe::Guide;
-use super::{toml_value, Resolved};
+use super::Resolved;
+use crate::recipe::describe::Guide;
+use crate::recipe::toml_value;
 use crate::{Error, Result};
 
 /// Keys, and tables of keys, that change no number of a run: its name, where it runs (arithmetic is told apart by the
@@ -102,7 +103,7 @@ impl Resolved {
             }
         }
         // What was warned of stays as it is.
-        Ok(if changed { Self { warnings: self.warnings, ..raw.resolve()? } } else { self })
+        Ok(if changed { Self { warnings: self.warnings, ..Self::of(raw)? } } else { self })
     }
 }
 
@@ -121,15 +122,11 @@ fn absolute(path: &str) -> Result<String> {
 mod tests {
     use super::*;
     use crate::recipe::test_plugins::RECIPE;
-    use crate::recipe::RawRecipe;
+    use crate::recipe::{Overrides, RawRecipe};
 
     fn resolved(set: &str) -> Resolved {
-        RawRecipe::from_text(RECIPE)
-            .unwrap()
-            .with(&super::super::Overrides { sets: vec![set.into()], env: false })
-            .unwrap()
-            .resolve()
-            .unwrap()
+        let overrides = Overrides { sets: vec![set.into()], env: false };
+        Resolved::of(RawRecipe::from_text(RECIPE).unwrap().with(&overrides).unwrap()).unwrap()
     }
 
     #[test]

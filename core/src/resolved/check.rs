@@ -2,10 +2,11 @@
 
 use std::collections::BTreeSet;
 
-use super::problem::{Problem, Severity};
-use super::{sizes, Recipe};
-use crate::contract::{At, Backbone, Dataset, Grid, ImageSize, Loss, Masking, TeacherPolicy};
-use crate::registry::{Chosen, CropContext};
+use super::sizes;
+use crate::contract::{At, Backbone, CropContext, Dataset, Grid, ImageSize, Loss, Masking, TeacherPolicy};
+use crate::problem::{Problem, Severity};
+use crate::recipe::Recipe;
+use crate::registry::Chosen;
 use crate::step::{build_backbone, build_loss, check_views, declare, Declared, GLOBALS};
 use crate::{params::ParamBuilder, Error};
 

@@ -1,5 +1,6 @@
 use super::*;
 use crate::contract::At;
+use crate::recipe::describe::Guide;
 use crate::recipe::test_plugins::{with, RECIPE};
 
 fn refused(text: &str) -> String {
@@ -13,7 +14,7 @@ fn refused_with(more: &str) -> String {
 
 fn set(text: &str) -> Result<Resolved> {
     let overrides = Overrides { sets: vec![text.into()], env: false };
-    RawRecipe::from_text(RECIPE).unwrap().with(&overrides).unwrap().resolve()
+    Resolved::of(RawRecipe::from_text(RECIPE).unwrap().with(&overrides).unwrap())
 }
 
 #[test]
@@ -207,7 +208,7 @@ fn an_unused_teacher_is_a_warning() {
 #[test]
 fn a_probe_that_needs_labels_refuses_data_without() {
     let resolved = Resolved::from_text(&with("[probes.test_knn]")).unwrap();
-    let data = resolved.recipe.data.build(&mut crate::registry::DataContext { seed: 0 }).unwrap();
+    let data = resolved.recipe.data.build(&mut crate::contract::DataContext { seed: 0 }).unwrap();
     let message = resolved.check_data(data.as_ref()).unwrap_err().to_string();
     assert!(message.starts_with("recipe.toml:10:9: probes.test_knn: needs image labels"), "{message}");
     assert!(message.contains("set probes.test_knn.enabled = false"), "{message}");
@@ -255,7 +256,7 @@ fn a_masking_table_that_names_no_plugin_means_the_default_of_its_kind() {
     assert_eq!(other.value["masking"], serde_json::json!({ "plugin": "test_a_nothing" }));
     let base = RawRecipe::from_text(&with("[masking]\nshare = 0.25")).unwrap();
     let overrides = Overrides { sets: vec!["masking.plugin=test_a_nothing".into()], env: false };
-    assert_eq!(base.with(&overrides).unwrap().resolve().unwrap().value["masking"], other.value["masking"]);
+    assert_eq!(Resolved::of(base.with(&overrides).unwrap()).unwrap().value["masking"], other.value["masking"]);
     let raw = RawRecipe::from_text(&with("[masking]\nshare = 0.25")).unwrap();
     let key = Guide::default().key(raw.value(), "masking.share").expect("a key of the default");
     assert_eq!((key.reader.as_str(), key.kind.as_str()), ("masking plugin `test_first`", "number, 0 to 1"));
@@ -307,17 +308,18 @@ fn sizes_that_no_machine_has_name_the_key() {
     let images = "steps=1000000000000000";
     let counted = RawRecipe::from_text(RECIPE).unwrap();
     let overrides = Overrides { sets: vec![images.into(), "batch.size=1000000".into()], env: false };
-    let message = counted.with(&overrides).unwrap().resolve().unwrap_err().to_string();
+    let message = Resolved::of(counted.with(&overrides).unwrap()).unwrap_err().to_string();
     assert!(message.contains("more images than can be counted"), "{message}");
 }
 
 #[test]
 fn what_this_machine_cannot_hold_is_known_before_a_run() {
     let small = Resolved::from_text(RECIPE).unwrap();
-    assert!(crate::recipe::fit(&small.recipe, crate::Device::Cpu).unwrap().is_none());
+    assert!(fit(&small.recipe, crate::Device::Cpu).unwrap().is_none());
     let large = set("losses.test_cls.head.prototypes=2000000000").unwrap();
     let large = large.raw.with(&Overrides { sets: vec!["losses.test_cls.head.bottleneck=2000".into()], env: false });
-    let fit = crate::recipe::fit(&large.unwrap().resolve().unwrap().recipe, crate::Device::Cpu).unwrap().unwrap();
+    let large = Resolved::of(large.unwrap()).unwrap();
+    let fit = fit(&large.recipe, crate::Device::Cpu).unwrap().unwrap();
     assert_eq!(fit.key, "losses.test_cls.head.prototypes");
     assert!(fit.message.starts_with("with 2000000000 the run needs about"), "{fit:?}");
 }
@@ -327,7 +329,7 @@ fn keys_of_what_is_off_are_told() {
     let off = with("[losses.test_spread]\nenabled = false");
     let typed = |text: &str, sets: &[&str]| {
         let overrides = Overrides { sets: sets.iter().map(ToString::to_string).collect(), env: false };
-        RawRecipe::from_text(text).unwrap().with(&overrides).unwrap().resolve().unwrap()
+        Resolved::of(RawRecipe::from_text(text).unwrap().with(&overrides).unwrap()).unwrap()
     };
     let warned = typed(&off, &["losses.test_spread.top_k=3"]).warnings;
     let expected =

@@ -1,11 +1,16 @@
-//! What is wrong with a recipe, and where it says so.
+//! Problems: what is wrong with a recipe, a suite or a plugin table, where it says so, and what was probably meant.
+//!
+//! A [`Problem`] has a key and the place where it was set; [`Nested`] is one inside a plugin table, read by code that knows
+//! neither.
+
+mod nested;
 
 use std::fmt;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::nested::{Fault, Nested};
+pub use nested::{Fault, Nested};
 
 /// A file as it was read, for messages that quote it.
 #[derive(Debug, PartialEq, Eq)]
@@ -176,18 +181,6 @@ impl fmt::Display for RecipeError {
             write!(f, "{}{problem}", if i == 0 { "" } else { "\n" })?;
         }
         Ok(())
-    }
-}
-
-impl From<Vec<Problem>> for crate::Error {
-    fn from(problems: Vec<Problem>) -> Self {
-        Box::new(RecipeError(problems)).into()
-    }
-}
-
-impl From<Problem> for crate::Error {
-    fn from(problem: Problem) -> Self {
-        vec![problem].into()
     }
 }
 

@@ -2,9 +2,9 @@
 
 use std::fmt;
 
-use super::describe;
 use super::Resolved;
 use crate::contract::{At, Schedule};
+use crate::recipe::describe;
 
 /// A schedule that depends on the length of the run.
 #[derive(Clone, Debug, PartialEq)]
@@ -77,11 +77,12 @@ fn differ(schedule: &Schedule, a: u64, b: u64, done: u64) -> bool {
 #[cfg(test)]
 mod tests {
     use crate::recipe::test_plugins::RECIPE;
-    use crate::recipe::{Overrides, RawRecipe, Resolved};
+    use crate::recipe::{Overrides, RawRecipe};
+    use crate::resolved::Resolved;
 
     fn resolved(sets: &[&str]) -> Resolved {
         let sets = sets.iter().map(ToString::to_string).collect();
-        RawRecipe::from_text(RECIPE).unwrap().with(&Overrides { sets, env: false }).unwrap().resolve().unwrap()
+        Resolved::of(RawRecipe::from_text(RECIPE).unwrap().with(&Overrides { sets, env: false }).unwrap()).unwrap()
     }
 
     #[test]

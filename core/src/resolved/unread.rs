@@ -4,10 +4,9 @@ use std::collections::BTreeSet;
 
 use figment::value::Value;
 
-use super::layers::RawRecipe;
-use super::problem::{Origin, Problem, Severity};
-use super::Recipe;
 use crate::params::ParamBuilder;
+use crate::problem::{Origin, Problem, Severity};
+use crate::recipe::{RawRecipe, Recipe};
 use crate::step::{build_loss, declare, Declared};
 
 /// What was given and is not read. `idle` are keys beside a key that makes them idle, and what that would have to be.

@@ -7,8 +7,8 @@ use figment::value::Value;
 use serde_json::Value as Json;
 
 use super::cost::{cost_on, RunCost};
-use super::problem::Problem;
-use super::Recipe;
+use crate::problem::Problem;
+use crate::recipe::Recipe;
 use crate::{cuda::Gpu, Device, Error, Result};
 
 /// More memory than any machine has: 1 PiB.

@@ -22,11 +22,11 @@ pub fn rows_per_task(width: usize) -> usize {
 /// the type that is computed with.
 ///
 /// Only code that is inlined profits. Calls of a few lines are; a closure with a long body, handed to
-/// [`zip_mut`](crate::ops::parallel::zip_mut) and the like, needs `#[inline(always)]`.
+/// [`zip_mut`](crate::tensor::parallel::zip_mut) and the like, needs `#[inline(always)]`.
 #[macro_export]
 macro_rules! simd {
     ($T:ty, $body:expr) => {
-        $crate::ops::parallel::dispatch_for::<$T, _>(
+        $crate::tensor::parallel::dispatch_for::<$T, _>(
             #[inline(always)]
             || $body,
         )

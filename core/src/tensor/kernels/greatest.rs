@@ -1,7 +1,7 @@
 //! The greatest number in size of a tensor, for diagnoses: a GPU gives one number to the host, not the tensor.
 
 use crate::cuda::args;
-use crate::ops::blocks::*;
+use crate::tensor::blocks::*;
 use crate::tensor::Real;
 use crate::{cuda_source, dispatch_real, DType, Device, Result, Tensor};
 

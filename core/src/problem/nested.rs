@@ -4,7 +4,7 @@ use figment::error::{Actual, Kind};
 use figment::value::Value;
 use serde::{Deserialize, Serialize};
 
-use super::problem::nearest;
+use super::nearest;
 
 /// What kind of mistake it was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -81,7 +81,7 @@ impl Nested {
     }
 
     /// The dotted key that a misspelt one was probably meant to be.
-    pub(super) fn meant(&self) -> Option<String> {
+    pub(crate) fn meant(&self) -> Option<String> {
         let (_, table) = self.path.split_last().filter(|_| self.fault == Fault::UnknownKey)?;
         Some(table.iter().map(String::as_str).chain([self.nearest()?]).collect::<Vec<_>>().join("."))
     }
@@ -118,7 +118,7 @@ impl Nested {
 
     /// Puts what the schema says of the key into "expected a whole number, found ..", which knows of no range, and into
     /// what serde says where several types are possible.
-    pub(super) fn say_kind(&mut self, kind: &str) {
+    pub(crate) fn say_kind(&mut self, kind: &str) {
         if self.message.starts_with("data did not match any variant") {
             self.message = format!("expected {kind}");
         }

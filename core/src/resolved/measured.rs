@@ -5,12 +5,10 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
-use super::layers::{Overrides, RawRecipe};
-use super::nested::Nested;
-use super::problem::Problem;
-use super::resolved::place;
-use super::{ranges, Probes};
+use super::Resolved;
 use crate::contract::Dataset;
+use crate::problem::{Nested, Problem};
+use crate::recipe::{check_tables, Overrides, Probes, RawRecipe};
 use crate::registry::Chosen;
 use crate::Result;
 
@@ -36,16 +34,16 @@ impl Measured {
     pub fn load(path: &Path, overrides: &Overrides) -> Result<Self> {
         let raw = RawRecipe::load(path)?.with(overrides)?;
         if ["backbone", "losses", "steps"].iter().any(|key| raw.get(key).is_some()) {
-            let recipe = raw.resolve()?.recipe;
+            let recipe = Resolved::of(raw)?.recipe;
             return Ok(Self { seed: recipe.seed, data: recipe.data, probes: recipe.probes });
         }
         let mut value = raw.value().clone();
         value.remove("name");
         let measured: Self = figment::value::Value::from(value)
             .deserialize()
-            .map_err(|e: figment::Error| place(&raw, Problem::of(&Nested::of(&e))))?;
-        match ranges::check_tables(&measured.value()) {
-            Some(problem) => Err(place(&raw, problem).into()),
+            .map_err(|e: figment::Error| raw.place(Problem::of(&Nested::of(&e))))?;
+        match check_tables(&measured.value()) {
+            Some(problem) => Err(raw.place(problem).into()),
             None => Ok(measured),
         }
     }

@@ -4,9 +4,8 @@
 //! once; a vector through a head costs twice the head's parameters forward. Softmax, norms and the optimizer are not
 //! counted.
 
-use super::{Recipe, Resolution};
 use crate::contract::{Cost, Grid, ImageSize, LossCost, LossRows, View};
-use crate::recipe::DeviceChoice;
+use crate::recipe::{DeviceChoice, Recipe, Resolution};
 use crate::step::{declare, distilled_model, named_teachers, Declared, Teacher, GLOBALS};
 use crate::{cuda, DType, Device, Error, Result};
 
