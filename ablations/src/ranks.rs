@@ -21,11 +21,11 @@ pub fn run(
     follow: impl FnOnce(&Arc<dyn Comm>) -> Result<u8>,
 ) -> Result<ExitCode> {
     let Some(launch) = Launch::detect()? else { return lead(&Lead::alone()).map(ExitCode::from) };
-    share_cores(&launch);
     choose_gpu(&launch);
     let patience = patience()?;
     let comm: Arc<dyn Comm> = Arc::new(Mpi::join(&launch)?);
     watch(comm.clone(), patience);
+    share_cores(comm.as_ref())?;
     let guarded = |work: &mut dyn FnMut() -> Result<u8>| match catch_unwind(AssertUnwindSafe(work)) {
         Ok(ended) => ended,
         Err(payload) => {
@@ -110,14 +110,52 @@ fn watch(comm: Arc<dyn Comm>, patience: Duration) {
     drop(named.spawn(look));
 }
 
-/// Gives this rank its share of the machine's cores, unless the launcher has, or RAYON_NUM_THREADS says how many threads.
-fn share_cores(launch: &Launch) {
-    let own = std::thread::available_parallelism().map_or(1, usize::from);
-    // SAFETY: it only reads a number of the system.
-    let all = usize::try_from(unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) }).unwrap_or(own);
-    let bound = own < all || std::env::var_os("RAYON_NUM_THREADS").is_some();
-    if let Some(here) = launch.local_world.filter(|_| !bound) {
+/// Gives this rank its share of the cores that it may use, unless RAYON_NUM_THREADS says how many threads: with as many others
+/// as may use one of them too.
+fn share_cores(comm: &dyn Comm) -> Result<()> {
+    let own = Cores::own();
+    let mut all = vec![0; Cores::BYTES * comm.world()];
+    comm.all_gather(&own.bytes(), &mut all)?;
+    let sharing = all.chunks_exact(Cores::BYTES).filter(|other| own.overlap(other)).count();
+    if std::env::var_os("RAYON_NUM_THREADS").is_none() {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
         // It fails where the pool was made before, which then has as many threads as it has.
-        let _ = rayon::ThreadPoolBuilder::new().num_threads((own / here).max(1)).build_global();
+        let _ = rayon::ThreadPoolBuilder::new().num_threads((cores / sharing.max(1)).max(1)).build_global();
+    }
+    Ok(())
+}
+
+/// As many cores as a machine may have.
+const CORES: usize = 1 << 13;
+
+/// The cores that a process may use.
+struct Cores {
+    /// A hash of the machine's name.
+    machine: [u8; 32],
+    /// A bit a core.
+    cores: [u8; CORES / 8],
+}
+
+impl Cores {
+    const BYTES: usize = 32 + CORES / 8;
+
+    fn own() -> Self {
+        let mut cores = [u8::MAX; CORES / 8];
+        // SAFETY: it writes as many bytes as it is told of, or none.
+        #[cfg(target_os = "linux")]
+        unsafe {
+            libc::sched_getaffinity(0, cores.len(), cores.as_mut_ptr().cast());
+        }
+        Self { machine: *blake3::hash(host().as_bytes()).as_bytes(), cores }
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        [&self.machine[..], &self.cores].concat()
+    }
+
+    /// Whether the process of these bytes may use one of the cores too.
+    fn overlap(&self, other: &[u8]) -> bool {
+        let (machine, cores) = other.split_at(self.machine.len());
+        *machine == self.machine && self.cores.iter().zip(cores).any(|(a, b)| a & b != 0)
     }
 }

@@ -10,6 +10,8 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use annotate_snippets::{AnnotationKind, Group, Level, Renderer, Snippet};
+
 pub use nested::{Fault, Nested};
 
 /// A file as it was read, for messages that quote it.
@@ -140,15 +142,14 @@ impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.origin {
             Origin::File { source, key, value } => {
-                let span = if self.at_value { value } else { key };
+                let span = Some(if self.at_value { value } else { key });
+                let span = span.filter(|span| source.text.get(Range::clone(span)).is_some()).unwrap_or(&(0..0));
                 let (line, column) = line_column(&source.text, span.start);
                 write!(f, "{}:{line}:{column}: ", crate::text::printable(&source.path))?;
                 self.fmt_message(f)?;
-                let text = source.text.lines().nth(line - 1).unwrap_or_default();
-                let rest = text.chars().count().saturating_sub(column - 1);
-                let marked = source.text.get(span.clone()).map_or(1, |s| s.chars().count());
-                let caret = "^".repeat(marked.min(rest).max(1));
-                write!(f, "\n{line:5} | {text}\n      | {}{caret}", " ".repeat(column - 1))?;
+                let marked = AnnotationKind::Primary.span(span.clone());
+                let quoted = Group::with_level(Level::ERROR).element(Snippet::source(&source.text).annotation(marked));
+                write!(f, "\n{}", Renderer::plain().render(&[quoted]))?;
             }
             Origin::Default => self.fmt_message(f)?,
             other => {
@@ -211,8 +212,8 @@ mod tests {
         let source = Arc::new(SourceFile { path: "a.toml".into(), text: "seed = 1\n  steps = \"ä\"\n".into() });
         let origin = Origin::File { source, key: 11..16, value: 19..23 };
         let problem = Problem::error("steps", "expected a whole number").at(origin).help("write a number");
-        let expected = "a.toml:2:11: steps: expected a whole number\n    \
-            2 |   steps = \"ä\"\n      |           ^^^\n  help: write a number";
+        let expected = "a.toml:2:11: steps: expected a whole number\n  |\n\
+            2 |   steps = \"ä\"\n  |           ^^^\n  help: write a number";
         assert_eq!(problem.to_string(), expected);
     }
 }

@@ -52,8 +52,7 @@ fn the_hash_is_that_of_everything_but_the_name() {
 
 #[test]
 fn a_misspelt_key_at_the_top_names_its_neighbour() {
-    let expected =
-        "recipe.toml:1:1: stpes: unknown key\n    1 | stpes = 1\n      | ^^^^^\n  help: did you mean `steps`?";
+    let expected = "recipe.toml:1:1: stpes: unknown key\n  |\n1 | stpes = 1\n  | ^^^^^\n  help: did you mean `steps`?";
     let message = refused(&format!("stpes = 1\n{RECIPE}"));
     assert!(message.starts_with(expected), "{message}");
 }
@@ -62,7 +61,7 @@ fn a_misspelt_key_at_the_top_names_its_neighbour() {
 fn a_misspelt_key_of_a_plugin_names_all_keys() {
     assert_eq!(
         refused_with("temprature = 1"),
-        "recipe.toml:10:1: losses.test_cls.temprature: unknown key\n   10 | temprature = 1\n      | ^^^^^^^^^^\n  \
+        "recipe.toml:10:1: losses.test_cls.temprature: unknown key\n   |\n10 | temprature = 1\n   | ^^^^^^^^^^\n  \
          help: did you mean `temperature`? known: enabled, head, plugin, temperature, weight"
     );
     assert!(refused_with("enabeld = false").contains("did you mean `enabled`?"));
@@ -72,8 +71,8 @@ fn a_misspelt_key_of_a_plugin_names_all_keys() {
 fn a_misspelt_key_of_a_nested_scheduler_has_its_whole_path() {
     assert_eq!(
         refused_with("temperature = { plugin = \"test_ramp\", form = 1 }"),
-        "recipe.toml:10:39: losses.test_cls.temperature.form: unknown key\n   \
-         10 | temperature = { plugin = \"test_ramp\", form = 1 }\n      |                                       ^^^^\n  \
+        "recipe.toml:10:39: losses.test_cls.temperature.form: unknown key\n   |\n\
+         10 | temperature = { plugin = \"test_ramp\", form = 1 }\n   |                                       ^^^^\n  \
          help: did you mean `from`? known: from, plugin, to"
     );
     let weight = refused_with("weight = { plugin = \"test_rmap\" }");

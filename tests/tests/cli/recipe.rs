@@ -122,7 +122,7 @@ fn check_reports_every_recipe_and_ends_with_2() {
     assert_eq!(code, 2);
     assert!(out.starts_with("ok  toy.toml  "), "{out}");
     let expected =
-        "error: typo.toml:5:1: backbone.dmi: unknown key\n    5 | dmi = 8\n      | ^^^\n  help: did you mean `dim`?";
+        "error: typo.toml:5:1: backbone.dmi: unknown key\n  |\n5 | dmi = 8\n  | ^^^\n  help: did you mean `dim`?";
     assert!(err.starts_with(expected), "{err}");
     assert_eq!(folder.run(&["recipe", "check", &path]).code, 0);
 }
