@@ -52,6 +52,7 @@ pub struct WebdatasetConfig {
     pub masks: Option<String>,
     /// What the values of masks mean.
     #[serde(default)]
+    #[schemars(extend("x-with" = { "masks": null }))]
     pub mask: MaskConfig,
     /// Channels of an image. 3 makes RGB of whatever a file holds; of any other number every file has to have as many. `crops.mean`
     /// and `crops.std` have a number for each.

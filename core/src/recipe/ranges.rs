@@ -6,7 +6,7 @@
 //!
 //! - `x-ascending`: the numbers of a list may not fall, as in `[least, most]`;
 //! - `x-help`: what to do about a number that is out of range;
-//! - `x-with`: `{ "key": value }`, the value of a neighbouring key without which this one is not read.
+//! - `x-with`: `{ "key": value }`, the value of a neighbouring key without which this one is not read; `null` is any value.
 
 use figment::value::Value;
 use serde_json::Value as Json;
@@ -126,8 +126,14 @@ impl Walk {
             let (place, given) = (at.at(key), given.and_then(|g| g.get(key)));
             let with = inside.get("x-with").and_then(Json::as_object).into_iter().flatten();
             let unmet: Vec<String> = with
-                .filter(|(other, needed)| table.get(*other) != Some(*needed))
-                .map(|(other, needed)| format!("{other} = {}", toml_value(needed)))
+                .filter(|(other, needed)| match needed {
+                    Json::Null => table.get(*other).is_none_or(Json::is_null),
+                    needed => table.get(*other) != Some(needed),
+                })
+                .map(|(other, needed)| match needed {
+                    Json::Null => other.clone(),
+                    needed => format!("{other} = {}", toml_value(needed)),
+                })
                 .collect();
             if given.is_some() && !unmet.is_empty() {
                 self.unread.push((place.key.clone(), unmet.join(" and ")));

@@ -87,6 +87,7 @@ pub struct ImageFolderConfig {
     pub val_masks: Option<PathBuf>,
     /// What the values of masks mean.
     #[serde(default)]
+    #[schemars(extend("x-with" = { "masks": null }))]
     pub mask: MaskConfig,
     /// A folder with the distance of every pixel: for each image a grey PNG of 16 bits or a `.npy` of `[height, width]`, at the
     /// same path below it. What is 0, negative or not finite is not known.
@@ -100,7 +101,7 @@ pub struct ImageFolderConfig {
     /// Metres of a unit of depth in PNG files and arrays of whole numbers: 0.001 for millimetres, 1/256 in KITTI. Arrays of
     /// floats hold metres.
     #[serde(default = "default_depth_scale")]
-    #[schemars(range(max = 1e6), extend("exclusiveMinimum" = 0))]
+    #[schemars(range(max = 1e6), extend("exclusiveMinimum" = 0, "x-with" = { "depth": null }))]
     pub depth_scale: f64,
 }
 

@@ -198,6 +198,22 @@ fn masks_lie_in_shards_and_tables() {
         none["masks"] = "other".into();
         lab.refused(plugin, none, &[path, "other", "data.masks"]);
     }
+    // What masks mean is not read where there are none, and that is said.
+    let folder = dinolab_tests::program::Folder::with_micro();
+    let sets =
+        |keys: &[&str]| -> Vec<String> { keys.iter().flat_map(|key| ["--set".into(), key.to_string()]).collect() };
+    let check = |keys: &[&str]| {
+        let args = [vec!["recipe".into(), "check".into(), "micro.toml".into()], sets(keys)].concat();
+        folder.run(&args.iter().map(String::as_str).collect::<Vec<_>>()).err
+    };
+    for plugin in ["image_folder", "webdataset", "parquet"] {
+        let plugin = format!("data.plugin={plugin}");
+        let keys = [plugin.as_str(), "data.path=x", "data.mask.ignore_zero=true"];
+        let said = "nothing reads data.mask: it is read with masks only";
+        assert!(check(&keys).contains(said), "{}", check(&keys));
+        assert!(!check(&[&keys[..], &["data.masks=y"]].concat()).contains(said));
+    }
+
     let coloured = [("0.png", picture(1)), ("0.seg.png", picture(1)), ("1.png", picture(1))];
     lab.tar("b.tar", &coloured.each_ref().map(|(name, bytes)| (*name, &bytes[..])));
     lab.refused("webdataset", json!({ "path": "b.tar", "masks": "seg.png" }), &["b.tar/0.seg.png", "no class a pixel"]);
