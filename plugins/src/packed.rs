@@ -105,7 +105,7 @@ impl<S: Store + 'static> Dataset for Packed<S> {
     }
 
     fn get(&self, index: usize) -> Result<Sample> {
-        let (number, Self { all, .. }) = (self.part[index], self);
+        let (number, all) = (self.part[index], &self.all);
         let image = self.get_image(index)?;
         let Some(classes) = &all.masks else { return Ok(image) };
         let Some(values) = mask(&all.store, number)? else { return Ok(image) };

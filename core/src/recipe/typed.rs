@@ -35,15 +35,21 @@ impl RawRecipe {
     pub(crate) fn typed(&self) -> Result<Typed> {
         let recipe = read(self)?;
         let value = serde_json::to_value(&recipe).expect("a recipe is plain data");
-        let unread = unread(self.value(), &value, &mut Vec::new());
-        if !unread.is_empty() {
-            return Err(unread.into_iter().map(|p| self.place(p)).collect::<Vec<_>>().into());
-        }
+        self.refuse(unread(self.value(), &value, &mut Vec::new()))?;
         let (outside, idle) = ranges::check(&recipe, &value, self);
-        if !outside.is_empty() {
-            return Err(outside.into_iter().map(|p| self.place(p)).collect::<Vec<_>>().into());
-        }
+        self.refuse(outside)?;
         Ok(Typed { recipe, value, idle })
+    }
+
+    /// Refuses the recipe if there is any problem.
+    ///
+    /// # Errors
+    /// All of them, each with the place where its key was set.
+    pub(crate) fn refuse(&self, problems: Vec<Problem>) -> Result<()> {
+        match problems.is_empty() {
+            true => Ok(()),
+            false => Err(problems.into_iter().map(|p| self.place(p)).collect::<Vec<_>>().into()),
+        }
     }
 
     /// With the place where its key was set.

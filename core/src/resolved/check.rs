@@ -3,12 +3,14 @@
 use std::collections::BTreeSet;
 
 use super::sizes;
-use crate::contract::{At, Backbone, CropContext, Dataset, Grid, ImageSize, Loss, Masking, TeacherPolicy};
+use crate::contract::{
+    Annotation, At, Backbone, CropContext, Dataset, Grid, ImageSize, Loss, Masking, Probe, TeacherPolicy,
+};
 use crate::problem::{Problem, Severity};
-use crate::recipe::Recipe;
+use crate::recipe::{ProbeEntry, Recipe};
 use crate::registry::Chosen;
 use crate::step::{build_backbone, build_loss, check_views, declare, Declared, GLOBALS};
-use crate::{params::ParamBuilder, Error};
+use crate::{params::ParamBuilder, Error, Result};
 
 /// Everything that is wrong with, or odd about, a recipe whose types and ranges are right.
 pub(super) fn check(recipe: &Recipe) -> Vec<Problem> {
@@ -16,11 +18,12 @@ pub(super) fn check(recipe: &Recipe) -> Vec<Problem> {
     names(recipe, &mut problems);
     together(recipe, &mut problems);
     let (teacher, named) = teachers(recipe, &mut problems);
+    let probes = probes(recipe);
     let masking = recipe.masking.build(&mut ()).map_err(|e| problems.push(refused("masking", e))).ok();
     match build_backbone(recipe, &mut ParamBuilder::new()) {
         Ok(backbone) => {
             let fits = crops(recipe, backbone.as_ref(), &named, &mut problems);
-            problems.extend(probe_sizes(recipe, backbone.as_ref()));
+            problems.extend(probe_sizes(recipe, &probes, backbone.as_ref()));
             if fits {
                 losses(recipe, backbone.as_ref(), masking.as_deref(), teacher.as_deref(), &mut problems);
             }
@@ -31,9 +34,9 @@ pub(super) fn check(recipe: &Recipe) -> Vec<Problem> {
     if problems.iter().all(|p| p.severity == Severity::Warning) {
         views(recipe, &mut problems);
     }
-    for (name, entry) in recipe.probes.0.iter().filter(|(_, e)| e.enabled) {
+    for (name, _, probe) in probes {
         let key = format!("probes.{name}");
-        problems.extend(match entry.probe.build(&mut ()) {
+        problems.extend(match probe {
             Ok(probe) => {
                 let unfit = probe.unfit_channels(recipe.crops.channels());
                 unfit.map(|(message, help)| Problem::error(key, message).help(help))
@@ -47,10 +50,18 @@ pub(super) fn check(recipe: &Recipe) -> Vec<Problem> {
     problems
 }
 
+/// The probes that are on: name, table and what was built of it.
+type Probes<'a> = Vec<(&'a str, &'a ProbeEntry, Result<Box<dyn Probe>>)>;
+
+fn probes(recipe: &Recipe) -> Probes<'_> {
+    let on = recipe.probes.0.iter().filter(|(_, entry)| entry.enabled);
+    on.map(|(name, entry)| (name.as_str(), entry, entry.probe.build(&mut ()))).collect()
+}
+
 /// Sizes of probes that the model cannot be shown, or that stand there twice.
-fn probe_sizes(recipe: &Recipe, backbone: &dyn Backbone) -> Vec<Problem> {
+fn probe_sizes(recipe: &Recipe, probes: &Probes<'_>, backbone: &dyn Backbone) -> Vec<Problem> {
     let mut problems = Vec::new();
-    for (name, entry) in recipe.probes.0.iter().filter(|(_, e)| e.enabled) {
+    for (name, entry, probe) in probes {
         let mut problem = |message: String, help: String| {
             problems.push(Problem::error(format!("probes.{name}.sizes"), message).help(help));
         };
@@ -61,7 +72,7 @@ fn probe_sizes(recipe: &Recipe, backbone: &dyn Backbone) -> Vec<Problem> {
                 problem(format!("{size} stands there twice"), "list it once".into());
             }
         }
-        let Ok(probe) = entry.probe.build(&mut ()) else { continue };
+        let Ok(probe) = probe else { continue };
         let usual = [ImageSize::square(recipe.crops.global_size)];
         let sizes = if entry.sizes.is_empty() { &usual[..] } else { &entry.sizes };
         let unfit = |size: &ImageSize| probe.unfit_window(*size, backbone.patch_size(), backbone.smallest_crop());
@@ -74,16 +85,9 @@ fn probe_sizes(recipe: &Recipe, backbone: &dyn Backbone) -> Vec<Problem> {
 
 /// What the recipe asks of its data and this dataset does not have.
 pub(super) fn check_data(recipe: &Recipe, data: &dyn Dataset) -> Vec<Problem> {
-    let enabled = recipe.probes.0.iter().filter(|(_, e)| e.enabled);
-    let probes = enabled.filter_map(|(name, e)| Some((name, e.probe.build(&mut ()).ok()?)));
-    let dataset = recipe.data.name();
-    let lacking = probes.flat_map(|(name, probe)| {
-        probe.lacks(data).into_iter().map(move |lacking| {
-            let what = lacking.name();
-            let message = format!("needs {what}, and the dataset `{dataset}` gives none");
-            let help = format!("set probes.{name}.enabled = false, or choose data with {what}");
-            Problem::error(format!("probes.{name}"), message).help(help)
-        })
+    let built = probes(recipe).into_iter().filter_map(|(name, _, probe)| Some((name, probe.ok()?)));
+    let lacking = built.flat_map(|(name, probe)| {
+        probe.lacks(data).into_iter().map(move |what| lacking(recipe, format!("probes.{name}"), what))
     });
     let channels = channels_of(recipe, data.channels());
     lacking
@@ -94,16 +98,21 @@ pub(super) fn check_data(recipe: &Recipe, data: &dyn Dataset) -> Vec<Problem> {
         .collect()
 }
 
+/// What has the table `key` needs what the dataset does not have.
+fn lacking(recipe: &Recipe, key: String, what: Annotation) -> Problem {
+    let (what, dataset) = (what.name(), recipe.data.name());
+    let help = format!("set {key}.enabled = false, or choose data with {what}");
+    Problem::error(key, format!("needs {what}, and the dataset `{dataset}` gives none")).help(help)
+}
+
 /// Losses that learn from labels which the dataset does not have, or has of more classes or fewer.
 fn labels(recipe: &Recipe, data: &dyn Dataset) -> Vec<Problem> {
     let Ok(model) = declare(recipe) else { return Vec::new() };
     let wrong = model.losses.iter().filter_map(|loss| {
         let (asked, there) = (loss.needs.classes?, data.classes());
         let key = format!("losses.{}", loss.name);
-        let off = format!("set {key}.enabled = false");
         if there == 0 {
-            let message = format!("needs image labels, and the dataset `{}` gives none", recipe.data.name());
-            return Some(Problem::error(key, message).help(format!("{off}, or choose data with image labels")));
+            return Some(lacking(recipe, key, Annotation::Labels));
         }
         let message = format!("tells {asked} classes apart, and the data has {there}");
         let help = format!("set {key}.classes = {there}");

@@ -83,9 +83,7 @@ impl Resolved {
         let Typed { recipe, value, idle } = raw.typed()?;
         let (errors, odd): (Vec<_>, Vec<_>) =
             check::check(&recipe).into_iter().partition(|p| p.severity == Severity::Error);
-        if !errors.is_empty() {
-            return Err(errors.into_iter().map(|p| raw.place(p)).collect::<Vec<_>>().into());
-        }
+        raw.refuse(errors)?;
         let idle = unread::check(&recipe, &raw, idle);
         let odd = odd.into_iter().chain(idle).map(|p| raw.place(p));
         let (warnings, notes) =
@@ -107,11 +105,7 @@ impl Resolved {
     /// # Errors
     /// If a probe needs something that `data` does not have.
     pub fn check_data(&self, data: &dyn Dataset) -> Result<()> {
-        let problems: Vec<_> = check::check_data(&self.recipe, data);
-        if problems.is_empty() {
-            return Ok(());
-        }
-        Err(problems.into_iter().map(|p| self.raw.place(p)).collect::<Vec<_>>().into())
+        self.raw.refuse(check::check_data(&self.recipe, data))
     }
 
     /// Checks the weights that the recipe starts from; gives what there is to warn of.
@@ -119,12 +113,10 @@ impl Resolved {
     /// # Errors
     /// If weights that are there cannot be used (see [`check_sources`](crate::step::check_sources)).
     pub fn check_sources(&self) -> Result<Vec<Problem>> {
-        let found = step::check_sources(&self.recipe)?.into_iter().map(|p| self.raw.place(p));
+        let found = step::check_sources(&self.recipe)?.into_iter();
         let (errors, warnings): (Vec<_>, Vec<_>) = found.partition(|p| p.severity == Severity::Error);
-        if errors.is_empty() {
-            return Ok(warnings);
-        }
-        Err(errors.into())
+        self.raw.refuse(errors)?;
+        Ok(warnings.into_iter().map(|p| self.raw.place(p)).collect())
     }
 
     /// The resolved recipe as TOML that loads again to the same recipe. Values that were set say where.

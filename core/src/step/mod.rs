@@ -309,7 +309,7 @@ impl Learner {
         let mut grads = self.weights.take_grads();
         let pass = self.forward_backward(at, batches, &draws, &mut grads, health);
         let norms = {
-            let _part = profile::part("norms of gradients", false);
+            let _part = profile::part("norms of gradients");
             self.optimizer.grad_norms(&grads)
         };
         self.weights.grads = grads;
@@ -328,7 +328,7 @@ impl Learner {
         if refusal.is_none() {
             self.weights.loss_state = state;
             let momentum = if let Follow::Ema { momentum } = follow { Some(momentum) } else { None };
-            let _part = profile::part("optimizer and EMA", false);
+            let _part = profile::part("optimizer and EMA");
             self.optimizer.update(at, &mut self.weights, &report.grad_norms, momentum)?;
         }
         self.after_step(at, report, refusal, reach, follow)

@@ -55,7 +55,7 @@ impl Profile {
         ACTIVE.store(true, Ordering::Relaxed);
         RUNNING.set(Some(Running::default()));
         let result = {
-            let _all = part("other", false);
+            let _all = part("other");
             f()
         };
         ACTIVE.store(false, Ordering::Relaxed);
@@ -93,8 +93,17 @@ struct Begun {
 #[must_use = "the part ends when the guard is dropped"]
 pub(crate) struct Part(());
 
-/// Begins a part of what is profiled, if anything is: an operation, or its gradient.
-pub(crate) fn part(name: &'static str, gradient: bool) -> Option<Part> {
+/// Begins a part of what is profiled, if anything is.
+pub(crate) fn part(name: &'static str) -> Option<Part> {
+    begin(name, false)
+}
+
+/// The same of an operation's gradient.
+pub(crate) fn gradient_part(operation: &'static str) -> Option<Part> {
+    begin(operation, true)
+}
+
+fn begin(name: &'static str, gradient: bool) -> Option<Part> {
     if !ACTIVE.load(Ordering::Relaxed) {
         return None;
     }
@@ -150,6 +159,6 @@ mod tests {
         assert_eq!(row("other").flops, 0.0);
         let all: f64 = profile.rows.iter().map(|row| row.ms).sum();
         assert!(all >= ms && profile.rows.iter().all(|row| row.ms >= 0.0), "{profile:?} of {ms} ms");
-        assert!(part("after it", false).is_none(), "nothing is kept when nobody asks");
+        assert!(part("after it").is_none(), "nothing is kept when nobody asks");
     }
 }

@@ -82,7 +82,7 @@ fn apply(mut op: Box<dyn Op>, inputs: &[&Tensor]) -> Result<Tensor> {
         return Err(Error::shape(name, format!("operands are on {device} and {}", other.device())));
     }
     let _on = device.enter();
-    let _part = profile::part(name, false);
+    let _part = profile::part(name);
     let tape = inputs.iter().find_map(|x| x.var.as_ref()).map(|v| v.tape.clone());
     let mut out = op.forward(inputs, tape.is_some())?;
     scope::observe(|| format!("{name} in {}", scope::current()), &out);
@@ -235,7 +235,7 @@ impl Tape {
             };
             let Some(Slot { grad: dy, row_sums }) = slots[id].take() else { continue };
             let name = op.name();
-            let _part = profile::part(name, true);
+            let _part = profile::gradient_part(name);
             scope::observe(|| format!("gradient of {name} in {scope}"), &dy);
             let params = params.as_deref_mut();
             let mut grads = Grads { nodes: &nodes, inputs: &inputs, slots: &mut slots, params, row_sums, host: None };

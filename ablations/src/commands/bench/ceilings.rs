@@ -3,7 +3,6 @@
 use std::time::Instant;
 
 use dinolab_core::tensor::{Profile, ProfileRow};
-
 use dinolab_core::{DType, Result, Tensor};
 
 use crate::style;
