@@ -167,9 +167,17 @@ impl RecipeArgs {
     /// # Errors
     /// As [`resolve`](Self::resolve).
     pub fn resolve_quietly(&self) -> Result<Resolved> {
+        self.resolve_other(&self.path)
+    }
+
+    /// Another recipe under the same overrides.
+    ///
+    /// # Errors
+    /// As [`resolve`](Self::resolve).
+    pub fn resolve_other(&self, path: &std::path::Path) -> Result<Resolved> {
         let mut overrides = self.set.overrides();
         overrides.sets.extend(self.device.sets());
-        Resolved::load(&self.path, &overrides)
+        Resolved::load(path, &overrides)
     }
 }
 

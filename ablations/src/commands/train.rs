@@ -1,17 +1,18 @@
 //! `dinolab train`: one run, with a progress bar.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use dinolab_core::recipe::Expected;
+use dinolab_core::resolved::Resolved;
 use dinolab_core::text::printable;
-use dinolab_core::train::{self, Lead, Observer, Outcome, Progress, RunInfo, RunOptions, Start};
-use dinolab_core::Result;
-use indicatif::{ProgressBar, ProgressStyle};
+use dinolab_core::train::{self, Lead, Observer, Outcome, Progress, RunInfo, RunOptions, Start, StudentRun};
+use dinolab_core::{Error, Result};
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
-use crate::cli::{RecipeArgs, RESUMABLE};
+use crate::cli::{self, RecipeArgs, RESUMABLE};
 use crate::pulse::Pulse;
 use crate::report::expectation;
 use crate::{ranks, signals, style};
@@ -24,6 +25,10 @@ pub struct Args {
     /// The run's folder; by default one named like the recipe in runs/, or with --resume the run that is named
     #[arg(long)]
     out: Option<PathBuf>,
+    /// Train another student of the same frozen teacher side by side, which reads the data and runs the teacher once for all; can be
+    /// given several times
+    #[arg(long, value_name = "RECIPE", conflicts_with = "out")]
+    with: Vec<PathBuf>,
     /// Continue the run in the folder from its newest checkpoint; --set steps=N makes it longer
     #[arg(long)]
     resume: bool,
@@ -32,52 +37,123 @@ pub struct Args {
 /// Runs the command.
 pub fn run(args: &Args) -> Result<ExitCode> {
     let follow = |comm: &_| train::follow(comm, &|| args.recipe.resolve_quietly(), &signals::stop_flag());
-    ranks::run(|lead| train_on(args, lead), follow)
+    ranks::run(|lead| if args.with.is_empty() { one(args, lead) } else { students(args, lead) }, follow)
 }
 
-fn train_on(args: &Args, lead: &Lead) -> Result<u8> {
-    let resolved = args.recipe.resolve()?;
-    let out = args.out.clone().unwrap_or_else(|| match args.recipe.path.is_dir() && args.resume {
-        true => args.recipe.path.clone(),
-        false => PathBuf::from("runs").join(&resolved.recipe.name),
-    });
-    let options = RunOptions {
-        out: out.clone(),
-        resume: args.resume,
-        stop: signals::stop_flag(),
-        revision: crate::REVISION.into(),
-    };
-    let expected = expectation::of(&args.recipe.path, &resolved);
-    let mut bar =
-        Bar::new(ProgressBar::new(resolved.recipe.steps), expected.clone().map(|expected| (expected, out.clone())));
-    let outcome = train::lead(&resolved, &options, lead, &mut bar);
+fn one(args: &Args, lead: &Lead) -> Result<u8> {
+    let run = Run::of(args, &args.recipe.path, args.recipe.resolve()?);
+    let mut bar = run.bar(ProgressBar::new(run.resolved.recipe.steps));
+    let outcome = train::lead(&run.resolved, &run.options, lead, &mut bar);
     bar.bar.finish();
-    match outcome? {
-        Outcome::Finished(result) => {
-            for (name, value) in result.metrics.iter().filter(|(n, _)| n.starts_with("probe/") || *n == "loss/total") {
-                style::say(&format!("{name:<40} {value:.4}"));
-            }
-            if let Some(why) = &result.stopped {
-                style::say(&format!("ended before its {} steps: {why}", resolved.recipe.steps));
-            }
-            if let Some(expected) = &expected {
-                let data = RunInfo::read(&out)?.and_then(|info| info.data);
-                style::say(&format!(
-                    "beside what the recipe says ({} runs on {}, 95% of further ones):",
-                    expected.n, expected.on
-                ));
-                for line in expectation::compare(expected, &result.metrics, data.as_deref()) {
-                    style::say(&format!("  {line}"));
-                }
-            }
-            let (steps, seconds) = (result.steps, result.seconds);
-            style::say(&format!("finished {steps} steps in {seconds:.0} s; everything is in {}", printable(&out)));
-            Ok(0)
+    run.ended(&outcome?)
+}
+
+/// Students of one frozen teacher, side by side.
+fn students(args: &Args, lead: &Lead) -> Result<u8> {
+    if lead.comm().world() > 1 {
+        let help = "start it without a launcher, or train each student by itself on all processes";
+        return Err(Error::user("--with: several processes cannot train several students together", help));
+    }
+    let paths = [&args.recipe.path].into_iter().chain(&args.with);
+    let runs: Vec<Run> = paths
+        .map(|path| {
+            let resolved = args.recipe.resolve_other(path)?;
+            resolved.warnings.iter().for_each(style::warn);
+            Ok(Run::of(args, path, resolved))
+        })
+        .collect::<Result<_>>()?;
+    for (i, run) in runs.iter().enumerate() {
+        if let Some(other) = runs[..i].iter().find(|other| other.options.out == run.options.out) {
+            let problem = format!("two students would be the run {}", printable(&other.options.out));
+            return Err(Error::user(problem, "give each recipe a `name` of its own"));
         }
-        Outcome::Interrupted { step } => {
-            style::say(&format!("stopped after {step} steps, saved; go on with the same command and --resume"));
-            Ok(RESUMABLE)
+    }
+    let bars = MultiProgress::new();
+    let width = runs.iter().map(|run| run.resolved.recipe.name.len()).max().unwrap_or(0);
+    let mut watchers: Vec<Bar> = runs
+        .iter()
+        .map(|run| {
+            let name = format!("{:<width$} ", run.resolved.recipe.name);
+            run.bar(bars.add(ProgressBar::new(run.resolved.recipe.steps)).with_prefix(name))
+        })
+        .collect();
+    let of_runs = runs.iter().zip(&mut watchers);
+    let outcomes = train::run_students(
+        of_runs.map(|(Run { resolved, options, .. }, bar)| StudentRun { resolved, options, observer: bar }).collect(),
+    );
+    watchers.iter().for_each(|watcher| watcher.bar.finish());
+    let mut code = 0;
+    for (run, outcome) in runs.iter().zip(outcomes?) {
+        style::say(&format!("{}:", run.resolved.recipe.name));
+        let ended = outcome.and_then(|outcome| run.ended(&outcome)).unwrap_or_else(|error| {
+            style::error(&error);
+            cli::exit_code(&error)
+        });
+        // A run that failed matters more than one that can go on.
+        code = match (code, ended) {
+            (before, 0) => before,
+            (0 | RESUMABLE, ended) => ended,
+            (before, _) => before,
+        };
+    }
+    Ok(code)
+}
+
+/// A run of this command.
+struct Run {
+    resolved: Resolved,
+    options: RunOptions,
+    /// What its recipe says that it gives.
+    expected: Option<Expected>,
+}
+
+impl Run {
+    fn of(args: &Args, path: &Path, resolved: Resolved) -> Self {
+        let named = || match path.is_dir() && args.resume {
+            true => path.to_path_buf(),
+            false => PathBuf::from("runs").join(&resolved.recipe.name),
+        };
+        let options = RunOptions {
+            out: args.out.clone().unwrap_or_else(named),
+            resume: args.resume,
+            stop: signals::stop_flag(),
+            revision: crate::REVISION.into(),
+        };
+        let expected = expectation::of(path, &resolved);
+        Self { resolved, options, expected }
+    }
+
+    fn bar(&self, bar: ProgressBar) -> Bar {
+        Bar::new(bar, self.expected.clone().map(|expected| (expected, self.options.out.clone())))
+    }
+
+    /// Says how it ended; gives the exit code.
+    fn ended(&self, outcome: &Outcome) -> Result<u8> {
+        let Self { resolved, options: RunOptions { out, .. }, expected } = self;
+        let result = match outcome {
+            Outcome::Finished(result) => result,
+            Outcome::Interrupted { step } => {
+                style::say(&format!("stopped after {step} steps, saved; go on with the same command and --resume"));
+                return Ok(RESUMABLE);
+            }
+        };
+        for (name, value) in result.metrics.iter().filter(|(n, _)| n.starts_with("probe/") || *n == "loss/total") {
+            style::say(&format!("{name:<40} {value:.4}"));
         }
+        if let Some(why) = &result.stopped {
+            style::say(&format!("ended before its {} steps: {why}", resolved.recipe.steps));
+        }
+        if let Some(expected) = expected {
+            let data = RunInfo::read(out)?.and_then(|info| info.data);
+            let Expected { n, on, .. } = expected;
+            style::say(&format!("beside what the recipe says ({n} runs on {on}, 95% of further ones):"));
+            for line in expectation::compare(expected, &result.metrics, data.as_deref()) {
+                style::say(&format!("  {line}"));
+            }
+        }
+        let (steps, seconds) = (result.steps, result.seconds);
+        style::say(&format!("finished {steps} steps in {seconds:.0} s; everything is in {}", printable(out)));
+        Ok(0)
     }
 }
 
@@ -96,11 +172,17 @@ impl Bar {
         bar.enable_steady_tick(Duration::from_millis(500));
         Self { bar, pulse: Pulse::default(), expected }
     }
+
+    /// A text above the bars, of whose run it is before every line.
+    fn line(&self, text: &str) {
+        let of = self.bar.prefix();
+        self.bar.suspend(|| text.lines().for_each(|line| style::line(&format!("{of}{line}"))));
+    }
 }
 
 impl Observer for Bar {
     fn started(&mut self, start: &Start) {
-        self.bar.suspend(|| style::line(&start.to_string()));
+        self.line(&start.to_string());
         if let Some(Err(error)) = self.expected.as_ref().map(|(expected, run)| expectation::write(expected, run)) {
             self.bar.suspend(|| style::warn(&error));
         }
@@ -116,7 +198,7 @@ impl Observer for Bar {
         let text = format!("{} | {rates}", losses.join(" "));
         if self.bar.is_hidden() {
             if let Some(left) = self.pulse.due(p.step, p.total) {
-                style::line(&format!("step {} of {}: {text}, {left}", p.step, p.total));
+                self.line(&format!("step {} of {}: {text}, {left}", p.step, p.total));
             }
         }
         self.bar.set_message(text);
@@ -124,12 +206,13 @@ impl Observer for Bar {
     }
 
     fn warning(&mut self, text: &str) {
-        self.bar.suspend(|| style::warn(text));
+        let of = self.bar.prefix();
+        self.bar.suspend(|| style::warn(format!("{of}{text}")));
     }
 
     fn probed(&mut self, step: u64, scores: &BTreeMap<String, f64>) {
         let scores: Vec<String> =
             scores.iter().map(|(name, v)| format!("{} {v:.3}", name.trim_start_matches("probe/"))).collect();
-        self.bar.suspend(|| style::line(&format!("step {step}: {}", scores.join(", "))));
+        self.line(&format!("step {step}: {}", scores.join(", ")));
     }
 }

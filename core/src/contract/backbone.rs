@@ -207,15 +207,27 @@ impl Features {
     /// # Errors
     /// If the device fails.
     pub fn to_host(&self) -> Result<Self> {
-        let host = |x: &Tensor| Ok::<_, crate::Error>(x.cast(x.dtype().wide())?.to(crate::Device::Cpu));
+        self.map(|x| Ok(x.cast(x.dtype().wide())?.to(crate::Device::Cpu)))
+    }
+
+    /// The same features with every tensor replaced by `f` of it.
+    ///
+    /// # Errors
+    /// That of `f`.
+    pub(crate) fn map(&self, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
         Ok(Self {
-            cls: host(&self.cls)?,
-            registers: host(&self.registers)?,
-            patches: host(&self.patches)?,
-            prenorm: host(&self.prenorm)?,
-            layers: self.layers.iter().map(host).collect::<Result<_>>()?,
+            cls: f(&self.cls)?,
+            registers: f(&self.registers)?,
+            patches: f(&self.patches)?,
+            prenorm: f(&self.prenorm)?,
+            layers: self.layers.iter().map(&f).collect::<Result<_>>()?,
             grid: self.grid,
         })
+    }
+
+    /// All tensors, in a fixed order.
+    pub(crate) fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        [&self.cls, &self.registers, &self.patches, &self.prenorm].into_iter().chain(&self.layers)
     }
 }
 

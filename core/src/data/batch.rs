@@ -70,7 +70,7 @@ impl Batch {
 }
 
 /// The micro-batches of one step.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct StepBatches {
     /// The step.
     pub step: u64,

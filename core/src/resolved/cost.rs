@@ -32,7 +32,22 @@ impl RunCost {
     pub fn total_memory(&self) -> f64 {
         self.memory.iter().map(|(_, bytes)| bytes).sum()
     }
+
+    /// Bytes of what lasts from step to step.
+    pub(super) fn lasting_memory(&self) -> f64 {
+        self.memory.iter().take_while(|(part, _)| *part != CROPS).map(|(_, bytes)| bytes).sum()
+    }
+
+    /// Bytes of the weights of a model to distil from.
+    pub(super) fn frozen_teacher(&self) -> f64 {
+        self.memory.iter().find(|(part, _)| *part == DISTILLED).map_or(0.0, |(_, bytes)| *bytes)
+    }
 }
+
+/// The first part of the memory that is a step's.
+const CROPS: &str = "crops";
+/// The part of the memory that a model to distil from is.
+const DISTILLED: &str = "teacher to distil from";
 
 /// What `recipe` costs on a GPU, unless it says that it runs on the CPU.
 ///
@@ -138,7 +153,7 @@ fn cost_at(recipe: &Recipe, sizes: &Resolution, (model, named): (&Declared, &[Te
     let backward = part * student.working.max(heads.outputs + most.outputs);
     let teaching = all * 2.0 * most.targets;
     memory.extend([
-        ("crops", number * all * (crops + teacher_pixels)),
+        (CROPS, number * all * (crops + teacher_pixels)),
         ("teacher's features and targets", number * all * (teacher.features + heads.targets)),
     ]);
     memory.extend(match kept + backward >= teaching {
@@ -238,12 +253,10 @@ fn weights(
         2 => Some(("optimizer (2 moments)", 2.0 * wide(own))),
         n => Some(("optimizer (moments)", n as f64 * wide(own))),
     });
-    memory.extend(distilled.map(|n| ("teacher to distil from", wide(n))));
+    memory.extend(distilled.map(|n| (DISTILLED, n as f64 * features.size() as f64)));
     memory.extend((further > 0).then(|| ("further teachers", wide(further))));
     if features == DType::BF16 {
-        // A model to distil from computes in place of the teacher.
-        let taught = distilled.unwrap_or(if teacher { own } else { 0 });
-        let copied = own as f64 + taught as f64 + further as f64;
+        let copied = own as f64 * if teacher { 2.0 } else { 1.0 } + further as f64;
         memory.push(("copies of weights in bf16", 2.0 * copied));
     }
     if device != Device::Cpu {

@@ -29,7 +29,7 @@ use crate::Result;
 pub use changes::{changes, Change};
 pub use length::Seam;
 pub use measured::Measured;
-pub use sizes::{fit, Fit};
+pub use sizes::{fit, fit_students, Fit};
 
 /// A recipe that can be run: typed, every default filled in, checked.
 #[derive(Clone, Debug)]

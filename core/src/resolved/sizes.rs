@@ -64,6 +64,24 @@ pub fn fit(recipe: &Recipe, device: Device) -> Result<Option<Fit>> {
     }))
 }
 
+/// What keeps students of one frozen teacher, which do a step each in turn, from fitting into `device` together: the weights of all
+/// of them, the teacher's once, and a step of the one whose takes most.
+///
+/// # Errors
+/// As [`fit`].
+pub fn fit_students(recipes: &[&Recipe], device: Device) -> Result<Option<Fit>> {
+    let Some(room) = memory(device) else { return Ok(None) };
+    let costs: Vec<RunCost> = recipes.iter().map(|recipe| cost_on(recipe, device)).collect::<Result<_>>()?;
+    let most = |of: fn(&RunCost) -> f64| costs.iter().map(of).fold(0.0, f64::max);
+    let own: f64 = costs.iter().map(|cost| cost.lasting_memory() - cost.frozen_teacher()).sum();
+    let total = own + most(RunCost::frozen_teacher) + most(|cost| cost.total_memory() - cost.lasting_memory());
+    Ok((total > room).then(|| Fit {
+        key: "students".into(),
+        message: format!("the {} need about {} together, and there are {}", costs.len(), bytes(total), bytes(room)),
+        help: "train fewer of them side by side".into(),
+    }))
+}
+
 /// What is too large for any machine. The recipe's plugins have to be ones that can be built.
 pub(super) fn overflow(recipe: &Recipe) -> Option<Problem> {
     let cost = cost_on(recipe, Device::Cpu).ok()?;

@@ -2,9 +2,10 @@
 //! run.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use super::weights::{load, role_of, Of, Weights};
-use super::{Declared, Learner};
+use super::{Declared, Learner, SharedTeacher};
 use crate::checkpoint::{Checkpoint, NamedTensors};
 use crate::contract::{Follow, Role};
 use crate::params::Layout;
@@ -26,7 +27,20 @@ impl Learner {
     /// # Errors
     /// If a plugin refuses to be built, or a sub-model that both have has other shapes.
     pub fn continued(recipe: &Recipe, from: &Checkpoint, parent: &Recipe) -> Result<(Self, Vec<String>)> {
-        let mut learner = Self::unstarted(recipe)?;
+        Self::continued_beside(recipe, from, parent, None)
+    }
+
+    /// The same for one of several students, as [`new_beside`](Self::new_beside).
+    ///
+    /// # Errors
+    /// As [`continued`](Self::continued), and if it cannot share the teacher.
+    pub fn continued_beside(
+        recipe: &Recipe,
+        from: &Checkpoint,
+        parent: &Recipe,
+        shared: Option<&Arc<SharedTeacher>>,
+    ) -> Result<(Self, Vec<String>)> {
+        let mut learner = Self::unstarted(recipe, shared)?;
         let Self { model, weights, teacher, named, kernels, spikes, .. } = &mut learner;
         kernels.load()?;
         weights.student.copy_from(&model.layout.init(recipe.seed, weights.student.dtype())?)?;

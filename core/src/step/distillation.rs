@@ -6,14 +6,16 @@
 //! evaluation alone (Siméoni et al., arXiv:2508.10104, section 5.2).
 
 use std::path::Path;
+use std::sync::{Arc, OnceLock};
 
 use serde_json::Value as Json;
 
 use crate::contract::TeacherPolicy;
 use crate::params::{load_named, ParamBuilder};
 use crate::recipe::Recipe;
+use crate::tensor::catch_out_of_memory;
 use crate::weights::Source;
-use crate::{Device, Error, Result, Tensor};
+use crate::{cuda, DType, Device, Error, Result, Tensor};
 
 use super::{declare, Declared};
 
@@ -21,8 +23,11 @@ use super::{declare, Declared};
 pub(super) struct TeacherModel {
     /// Its backbone and heads.
     pub(super) model: Declared,
-    /// Its weights.
-    pub(super) flat: Tensor,
+    /// Its weights, once they are read: the same for all students that share it.
+    pub(super) weights: Arc<OnceLock<Tensor>>,
+    source: Source,
+    device: Device,
+    dtype: DType,
 }
 
 /// The model of the run, checkpoint or weights folder at `path`, declared but without weights.
@@ -45,7 +50,7 @@ pub(crate) fn distilled_model(recipe: &Recipe) -> Option<Declared> {
 }
 
 impl TeacherModel {
-    /// The model that `policy` distils from, if it does; it has to fit the student.
+    /// The model that `policy` distils from, if it does; it has to fit the student. Its weights are not read yet.
     ///
     /// # Errors
     /// If it cannot be read, or what it gives is not what the student learns from.
@@ -53,14 +58,37 @@ impl TeacherModel {
         let Some(path) = policy.distils() else { return Ok(None) };
         let (source, model) = declared_by(path)?;
         fits(path, &model, student)?;
-        let source = source.tensors()?;
         let device = recipe.device()?;
-        let dtype = recipe.dtype(device);
-        let mut flat = Device::Cpu.with(|| Tensor::zeros(&[model.layout.len()], dtype.wide()));
-        let role = ["teacher.", "student."].into_iter().find(|role| source.has(role)).unwrap_or_default();
-        load_named(&model.layout, &mut flat, |name| source.get(&format!("{role}{name}")).cloned(), path)?;
-        let flat = flat.cast(dtype)?.to(device);
-        Ok(Some(Self { model, flat }))
+        Ok(Some(Self { model, weights: Arc::default(), source, device, dtype: recipe.dtype(device) }))
+    }
+
+    /// Reads its weights, unless a student has.
+    ///
+    /// # Errors
+    /// If they cannot be read, or the device is full.
+    pub(super) fn read_once(&self) -> Result<()> {
+        if self.weights.get().is_none() {
+            let _ = self.weights.set(catch_out_of_memory(|| self.read())?);
+        }
+        Ok(())
+    }
+
+    /// Its weights.
+    pub(super) fn flat(&self) -> &Tensor {
+        self.weights.get().expect("they are read when the learner is made")
+    }
+
+    fn read(&self) -> Result<Tensor> {
+        let flat = Device::Cpu.with(|| {
+            let tensors = self.source.tensors()?;
+            let mut flat = Tensor::zeros(&[self.model.layout.len()], self.dtype.wide());
+            let role = ["teacher.", "student."].into_iter().find(|role| tensors.has(role)).unwrap_or_default();
+            let tensor = |name: &str| tensors.get(&format!("{role}{name}")).cloned();
+            load_named(&self.model.layout, &mut flat, tensor, self.source.path())?;
+            flat.cast(self.dtype)
+        })?;
+        let _lasting = cuda::lasting_scope();
+        Ok(flat.to(self.device))
     }
 }
 

@@ -35,7 +35,7 @@ pub(super) struct GpuStep {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Kind {
     shapes: Vec<Vec<usize>>,
-    /// Where the batches are: a recorded step knows them by their addresses.
+    /// Where the batches are, and what a shared teacher made of them: a recorded step knows them by their addresses.
     places: Vec<u64>,
     draws: Vec<(usize, usize)>,
     /// Which teachers of `[teachers]` are active.
@@ -183,13 +183,15 @@ impl Learner {
             true => batches.to_vec(),
             false => own.batches.upload(batches)?.to_vec(),
         };
+        self.teach(at, &batches)?;
         let follow = follow(self.teacher.after_step(at), at)?;
         let momentum = if let Follow::Ema { momentum } = follow { Some(momentum) } else { None };
         let (limits, reach) = self.limits(at)?;
         own.update.write(at, &self.optimizer, self.weights.updates(at), limits, momentum)?;
+        let of_batches = batches.iter().flat_map(Batch::tensors).map(Tensor::device_address);
         let kind = Kind {
             shapes: batches.iter().flat_map(Batch::tensors).map(|t| t.shape().to_vec()).collect(),
-            places: batches.iter().flat_map(Batch::tensors).map(Tensor::device_address).collect(),
+            places: of_batches.chain(self.places_of_teacher()).collect(),
             draws: draws.iter().map(|d| (d.flat().0.len(), d.flat().1.len())).collect(),
             active: self.named.iter().map(|teacher| teacher.policy.active(at)).collect(),
             follows: momentum.is_some(),

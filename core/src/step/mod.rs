@@ -15,6 +15,7 @@ mod gpu;
 mod health;
 mod optimizer;
 mod outputs;
+mod shared;
 mod sources;
 mod spikes;
 mod sums;
@@ -28,6 +29,7 @@ pub use declare::{declare, Declared, DeclaredLoss, GLOBALS};
 pub(crate) use distillation::distilled_model;
 pub use health::Health;
 pub use optimizer::ParamRule;
+pub use shared::SharedTeacher;
 pub use sources::{adaptations, check_sources, sources_of};
 pub use updates::Updates;
 pub use weights::Weights;
@@ -65,6 +67,8 @@ pub struct Learner {
     optimizer: Groups,
     teacher: Box<dyn TeacherPolicy>,
     distilled: Option<TeacherModel>,
+    /// That model for several students.
+    shared: Option<Arc<SharedTeacher>>,
     /// Those of `[teachers]` that a loss asks for.
     named: Vec<Teacher>,
     ranks: Ranks,
@@ -141,7 +145,15 @@ impl Learner {
     /// # Errors
     /// If a plugin refuses to be built, or weights to start from cannot be read.
     pub fn new(recipe: &Recipe) -> Result<Self> {
-        let mut learner = Self::unstarted(recipe)?;
+        Self::new_beside(recipe, None)
+    }
+
+    /// The same for one of several students of a frozen teacher, if there is one that they share.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new), and if it cannot share it.
+    pub fn new_beside(recipe: &Recipe, shared: Option<&Arc<SharedTeacher>>) -> Result<Self> {
+        let mut learner = Self::unstarted(recipe, shared)?;
         let Self { model, weights, teacher, named, kernels, .. } = &mut learner;
         let dtype = weights.student.dtype();
         // Each has parts that only one core can do; together they fill them all.
@@ -157,7 +169,19 @@ impl Learner {
     /// # Errors
     /// If a plugin refuses to be built, or a tensor is missing or has another shape.
     pub fn from_checkpoint(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Self> {
-        let mut learner = Self::unstarted(recipe)?;
+        Self::from_checkpoint_beside(recipe, checkpoint, None)
+    }
+
+    /// The same for one of several students, as [`new_beside`](Self::new_beside).
+    ///
+    /// # Errors
+    /// As [`from_checkpoint`](Self::from_checkpoint), and if it cannot share the teacher.
+    pub fn from_checkpoint_beside(
+        recipe: &Recipe,
+        checkpoint: &Checkpoint,
+        shared: Option<&Arc<SharedTeacher>>,
+    ) -> Result<Self> {
+        let mut learner = Self::unstarted(recipe, shared)?;
         let Self { model, weights, kernels, .. } = &mut learner;
         kernels.load()?;
         weights.restore(checkpoint, model)?;
@@ -168,7 +192,7 @@ impl Learner {
         Ok(learner)
     }
 
-    fn unstarted(recipe: &Recipe) -> Result<Self> {
+    fn unstarted(recipe: &Recipe, shared: Option<&Arc<SharedTeacher>>) -> Result<Self> {
         let model = declare(recipe)?;
         let teacher = recipe.teacher.build(&mut ())?;
         let distilled = TeacherModel::of(teacher.as_ref(), &model, recipe)?;
@@ -182,12 +206,13 @@ impl Learner {
         let backbones = [&model].into_iter().chain(distilled.as_ref().map(|d| &d.model)).map(|m| m.backbone.as_ref());
         let kernels = Kernels::of(device, dtype, backbones);
         let gpu_step = device.gpu().map(|gpu| GpuStep::new(gpu, dtype, DeviceUpdate::new(gpu, &optimizer)?));
-        Ok(Self {
+        let mut learner = Self {
             model,
             weights,
             optimizer,
             teacher,
             distilled,
+            shared: None,
             named,
             ranks: Ranks::one(recipe.batch.shards),
             seed: recipe.seed,
@@ -198,7 +223,12 @@ impl Learner {
             tf32: recipe.precision == Precision::Tf32,
             spikes: recipe.on_spike.as_ref().map(Spikes::new),
             gpu_step: gpu_step.transpose()?,
-        })
+        };
+        if let Some(shared) = shared {
+            learner.share(shared, recipe.crops.global_size)?;
+        }
+        learner.distilled.as_ref().map_or(Ok(()), |teacher| teacher.read_once())?;
+        Ok(learner)
     }
 
     /// Joins the other ranks of a run, all of which have the same weights.
@@ -304,6 +334,7 @@ impl Learner {
     }
 
     fn step_on_cpu(&mut self, at: At, batches: &[Batch], health: bool) -> Result<Report> {
+        self.teach(at, batches)?;
         let draws = self.draws(at.step, batches)?;
         let (limits, reach) = self.limits(at)?;
         let mut grads = self.weights.take_grads();

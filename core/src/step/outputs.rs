@@ -8,7 +8,7 @@ use crate::params::Params;
 use crate::tensor::scope;
 use crate::{DType, Error, Result, Tensor};
 
-use super::{views, Declared, DeclaredLoss, Learner, Teacher};
+use super::{views, DeclaredLoss, Learner, Teacher};
 
 /// The teacher over all micro-batches, and every loss's targets.
 pub(super) struct TeacherPass {
@@ -59,9 +59,8 @@ fn nothing(dim: usize, grid: Grid, dtype: DType) -> Features {
     Features { cls, registers: tokens.clone(), patches: tokens.clone(), prenorm: tokens, layers: Vec::new(), grid }
 }
 
-/// The layers that a loss asks for, of features with those that all losses ask for.
-fn layers_of(model: &Declared, needs: &Needs, features: &Features) -> Vec<Tensor> {
-    let all = model.layers();
+/// The layers that a loss asks for, of features with all those that are asked for.
+fn layers_of(all: &[usize], needs: &Needs, features: &Features) -> Vec<Tensor> {
     let place = |layer: &usize| all.iter().position(|l| l == layer);
     needs.layers.iter().filter_map(place).filter_map(|place| features.layers.get(place).cloned()).collect()
 }
@@ -93,7 +92,7 @@ impl TeacherPass {
         let _scope = scope::enter("teacher");
         // A frozen model of its own, or the student's EMA.
         let (model, flat) = match &learner.distilled {
-            Some(teacher) => (&teacher.model, &teacher.flat),
+            Some(teacher) => (&teacher.model, teacher.flat()),
             None => (&learner.model, learner.weights.evaluated()),
         };
         let params = Params::frozen(&model.layout, flat);
@@ -101,14 +100,22 @@ impl TeacherPass {
         let losses = &learner.model.losses;
         let (mut features, mut layers, mut views) =
             (Vec::new(), vec![Vec::new(); losses.len()], vec![Vec::new(); losses.len()]);
-        for (batch, draws) in batches.iter().zip(draws).filter(|_| needed) {
+        let shared = learner.shared.as_ref().map(|shared| shared.given());
+        let asked = shared.as_ref().map_or_else(|| learner.model.layers(), |(asked, _)| asked.clone());
+        for (micro, (batch, draws)) in batches.iter().zip(draws).enumerate().filter(|_| needed) {
             let of_views = views::crops(&learner.model, batch, draws, View::for_teacher)?;
-            let mut crops = vec![Crops::global(batch.global.clone()).with_layers(learner.model.layers())];
-            crops.extend(of_views.iter().flatten().cloned());
-            let mut given = model.backbone.forward(&params, &crops, Mode::Eval)?.into_iter();
+            let given = match &shared {
+                Some((_, seen)) => vec![seen[micro].clone()],
+                None => {
+                    let global = Crops::global(batch.global.clone()).with_layers(asked.clone());
+                    let crops: Vec<Crops> = [global].into_iter().chain(of_views.iter().flatten().cloned()).collect();
+                    model.backbone.forward(&params, &crops, Mode::Eval)?
+                }
+            };
+            let mut given = given.into_iter();
             let global = given.next().ok_or_else(|| Error::shape("backbone", "no features of the global crops"))?;
             for (i, (declared, of_views)) in losses.iter().zip(&of_views).enumerate() {
-                layers[i].push(layers_of(&learner.model, &declared.needs, &global));
+                layers[i].push(layers_of(&asked, &declared.needs, &global));
                 views[i].push(given.by_ref().take(of_views.len()).collect());
             }
             features.push(global);
@@ -216,7 +223,7 @@ impl StudentPass {
         let global = global.unwrap_or_else(|| nothing(dim, grid, params.dtype()));
         let local = features.next();
         let views = of_losses.iter().map(|of_loss| of_views.by_ref().take(of_loss.len()).collect()).collect();
-        let layers = model.losses.iter().map(|l| layers_of(model, &l.needs, &global)).collect();
+        let layers = model.losses.iter().map(|l| layers_of(&model.layers(), &l.needs, &global)).collect();
         let drawn = |i| Ok([draws.of_loss(i)?, views::image_draws(draws, i, batch.images())?]);
         let draws = (0..model.losses.len()).map(drawn).collect::<Result<_>>()?;
         Ok(Self { global, local, layers, views, draws })

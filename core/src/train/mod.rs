@@ -29,6 +29,7 @@ mod probes;
 mod ranks;
 mod rewind;
 mod start;
+mod students;
 mod timeline;
 mod trained;
 mod verdict;
@@ -40,6 +41,7 @@ pub use lines::Lines;
 pub use parents::Parent;
 pub use ranks::{follow, join_in, Lead};
 pub use start::Start;
+pub use students::{run_students, StudentRun};
 pub use timeline::RunEvent;
 pub use trained::Trained;
 
@@ -53,6 +55,7 @@ use std::time::{Duration, Instant};
 
 use self::broken::Broken;
 use self::ranks::Order;
+use self::students::Student;
 use crate::contract::{DataContext, Dataset};
 use crate::data::{Loader, LoaderSpec, Pipeline};
 use crate::recipe::{OnNonFinite, Recipe};
@@ -173,10 +176,21 @@ pub fn run(resolved: &Resolved, options: &RunOptions, observer: &mut dyn Observe
 /// # Errors
 /// As [`run`], and if a rank has failed.
 pub fn lead(resolved: &Resolved, options: &RunOptions, lead: &Lead, observer: &mut dyn Observer) -> Result<Outcome> {
+    run_beside(resolved, options, lead, None, observer)
+}
+
+/// The same for one of several students, if it is one.
+fn run_beside(
+    resolved: &Resolved,
+    options: &RunOptions,
+    lead: &Lead,
+    student: Option<&Student>,
+    observer: &mut dyn Observer,
+) -> Result<Outcome> {
     let resolved = &resolved.clone().absolute()?;
     let mut options = options.clone();
     loop {
-        if let Some(outcome) = run_on(resolved, &options, lead, observer)? {
+        if let Some(outcome) = run_on(resolved, &options, lead, student, observer)? {
             return Ok(outcome);
         }
         // It went back, and goes on as a run does that was killed there.
@@ -189,6 +203,7 @@ fn run_on(
     resolved: &Resolved,
     options: &RunOptions,
     lead: &Lead,
+    student: Option<&Student>,
     observer: &mut dyn Observer,
 ) -> Result<Option<Outcome>> {
     let recipe = &resolved.recipe;
@@ -204,17 +219,18 @@ fn run_on(
     let (mut messages, mut happened) = (Vec::new(), Vec::new());
     let (train, test) = datasets(recipe)?;
     resolved.check_data(test.as_ref())?;
+    let shared = student.map(Student::teacher);
     let own = newest_checkpoint(&folder, recipe)?;
     let (resumed, from) = (own.is_some(), own.as_ref().map(|(checkpoint, _)| checkpoint.path.clone()));
     let (mut learner, start, begun) = match own {
         Some((checkpoint, passed)) => {
             let passed = passed.into_iter().map(|e| ("checkpoint", format!("passed over a broken checkpoint: {e}")));
             messages.extend(passed);
-            (Learner::from_checkpoint(recipe, &checkpoint)?, checkpoint.step, None)
+            (Learner::from_checkpoint_beside(recipe, &checkpoint, shared)?, checkpoint.step, None)
         }
         None => {
             messages.extend(step::adaptations(recipe)?.into_iter().map(|text| ("weights", text)));
-            let (learner, begun) = parents::begin(resolved, train.as_ref())?;
+            let (learner, begun) = parents::begin(resolved, train.as_ref(), shared)?;
             begun.check(folder.path())?;
             (learner, begun.step, Some(begun))
         }
@@ -255,7 +271,10 @@ fn run_on(
     lead.together(&begin, || learner.join(lead.comm().clone()))?;
     let spec = LoaderSpec { left_out, ..loader_spec(recipe, &learner, start) };
     let probes = probes::Probes::new(recipe, train.clone(), test)?;
-    let loader = Loader::new(train.clone(), spec)?;
+    let feed = match student {
+        None => Feed::Own(Loader::new(train.clone(), spec.clone())?.into()),
+        Some(student) => Feed::Common(student.reads(&spec)?),
+    };
     let parents = match &begun {
         Some(begun) => begun.parents.clone(),
         None => Parent::read(folder.path())?,
@@ -280,7 +299,8 @@ fn run_on(
         seconds: log.seconds(),
         log,
         probes,
-        loader,
+        feed,
+        spec,
         verdict: verdict::Verdict::default(),
         told_eager: false,
         told: BTreeSet::new(),
@@ -360,13 +380,21 @@ struct Window {
     waited: Duration,
 }
 
+/// Where the batches of a run come from.
+enum Feed<'a> {
+    Own(Box<Loader>),
+    /// They are those of other students as well.
+    Common(&'a Student),
+}
+
 struct Run<'a> {
     resolved: &'a Resolved,
     recipe: &'a Recipe,
     folder: RunFolder,
     learner: Learner,
     data: Arc<dyn Dataset>,
-    loader: Loader,
+    feed: Feed<'a>,
+    spec: LoaderSpec,
     log: log::Log,
     probes: probes::Probes,
     patience: Option<patience::Patience>,
@@ -404,6 +432,9 @@ impl Run<'_> {
             return self.finish(start, Some(why));
         }
         for step in start..recipe.steps {
+            if let Feed::Common(student) = &self.feed {
+                student.turn(step);
+            }
             let done = step + 1;
             let logged = step == 0 || done % recipe.log.every.max(1) == 0 || done == recipe.steps;
             let Some(report) = self.one_step(step, logged, stop)? else {
@@ -507,7 +538,11 @@ impl Run<'_> {
         for event in self.planned.remove(&step).into_iter().flatten() {
             self.happened(&event)?;
         }
-        let batches = match self.loader.next_unless(stop) {
+        let made = match &mut self.feed {
+            Feed::Own(loader) => loader.next_unless(stop),
+            Feed::Common(student) => student.batches(step, &self.data, &self.spec, stop),
+        };
+        let batches = match made {
             None if stop.load(Ordering::Relaxed) => return Ok(None),
             batches => batches.expect("the loader gives every step of the run")?,
         };
@@ -556,8 +591,7 @@ impl Run<'_> {
         let of_others = match self.learner.ranks().world() {
             1 => Vec::new(),
             _ => {
-                let spec = self.loader.pipeline().spec().clone();
-                let spec = LoaderSpec { part: 0..self.recipe.batch.micro_batches, ..spec };
+                let spec = LoaderSpec { part: 0..self.recipe.batch.micro_batches, ..self.spec.clone() };
                 Pipeline::new(self.data.clone(), spec)?.step(step)?.batches
             }
         };

@@ -1,6 +1,7 @@
 //! What a run came from: the weights that its recipe names, by their hashes, and the checkpoint that it goes on from.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -10,7 +11,7 @@ use crate::checkpoint::{self, Checkpoint};
 use crate::contract::Dataset;
 use crate::problem::Problem;
 use crate::resolved::{changes, Resolved};
-use crate::step::{new_teacher, sources_of, Learner};
+use crate::step::{new_teacher, sources_of, Learner, SharedTeacher};
 use crate::text::printable;
 use crate::weights::{to_continue, Source};
 use crate::{Error, Result};
@@ -109,15 +110,19 @@ pub(super) struct Begun {
 ///
 /// # Errors
 /// If it cannot be built, what `continue_from` names is no whole checkpoint or has done all steps, or weights cannot be read.
-pub(super) fn begin(resolved: &Resolved, data: &dyn Dataset) -> Result<(Learner, Begun)> {
+pub(super) fn begin(
+    resolved: &Resolved,
+    data: &dyn Dataset,
+    shared: Option<&Arc<SharedTeacher>>,
+) -> Result<(Learner, Begun)> {
     let recipe = &resolved.recipe;
     let mut begun =
         Begun { step: 0, from: None, differences: Vec::new(), rewinds: Rewinds::default(), parents: Vec::new() };
     let learner = match &recipe.continue_from {
-        None => Learner::new(recipe)?,
+        None => Learner::new_beside(recipe, shared)?,
         Some(from) => {
             let checkpoint = checkpoint::load(&to_continue(from)?)?;
-            begun.continues(&checkpoint, resolved, data)?
+            begun.continues(&checkpoint, resolved, data, shared)?
         }
     };
     // What is not there was not needed: a teacher of a loss that is off.
@@ -135,7 +140,13 @@ pub(super) fn begin(resolved: &Resolved, data: &dyn Dataset) -> Result<(Learner,
 
 impl Begun {
     /// Goes on from a checkpoint of another run.
-    fn continues(&mut self, from: &Checkpoint, resolved: &Resolved, data: &dyn Dataset) -> Result<Learner> {
+    fn continues(
+        &mut self,
+        from: &Checkpoint,
+        resolved: &Resolved,
+        data: &dyn Dataset,
+        shared: Option<&Arc<SharedTeacher>>,
+    ) -> Result<Learner> {
         let (done, steps) = (from.step, resolved.recipe.steps);
         if done >= steps {
             let message = format!("{steps} steps are all done: {} has done {done}", printable(&from.path));
@@ -143,7 +154,7 @@ impl Begun {
             return Err(Problem::error("steps", message).help(help).into());
         }
         let parent = Resolved::of_source(&Source::at(&from.path)?)?;
-        let (learner, new) = Learner::continued(&resolved.recipe, from, &parent.recipe)?;
+        let (learner, new) = Learner::continued_beside(&resolved.recipe, from, &parent.recipe, shared)?;
         let told = |key: &str| key != "name" && !key.starts_with("continue_from");
         let changed = changes(&parent.value, &resolved.value).into_iter().filter(|change| told(&change.key));
         self.differences.extend(changed.map(|change| change.to_string()));

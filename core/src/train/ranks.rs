@@ -201,7 +201,7 @@ impl Member {
         }
         let mut learner = match checkpoint {
             Some(path) => Learner::from_checkpoint(recipe, &checkpoint::load(&path)?)?,
-            None => parents::begin(resolved, train.as_ref())?.0,
+            None => parents::begin(resolved, train.as_ref(), None)?.0,
         };
         learner.join(comm.clone())?;
         let spec = LoaderSpec { left_out, ..loader_spec(recipe, &learner, start) };

@@ -7,3 +7,4 @@ mod optimizers;
 mod own_kernel;
 mod products;
 mod step;
+mod students;

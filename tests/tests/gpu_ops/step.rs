@@ -8,7 +8,7 @@ use dinolab_plugins as _;
 use dinolab_tests::gpu_test;
 use dinolab_tests::recipes::LOSSES_OF_PARTS;
 
-const RECIPE: &str = r#"
+pub const RECIPE: &str = r#"
 name = "small"
 steps = 40
 [backbone]

@@ -1,6 +1,6 @@
 //! A small student that learns from a frozen large model.
 
-use dinolab_tests::program::{root, Folder};
+use dinolab_tests::program::{assert_same_weights, json, metrics, root, Folder};
 use serde_json::Value;
 
 /// The micro recipe, taught by the run `teacher`.
@@ -182,4 +182,95 @@ fn a_run_and_its_exported_weights_teach_the_same() {
     }
     let of = |run: &str| losses(&folder, run, "loss/feature_distillation");
     assert_eq!(of("by_teacher"), of("by_exported"));
+}
+
+/// Three students of [`taught`]: one that also sees a Gram teacher's own crops, a narrow one, and one that is no transformer and sees
+/// no local crops.
+const STUDENTS: [&str; 3] = ["student", "narrow", "convnext"];
+
+fn with_students() -> Folder {
+    let folder = taught();
+    folder.write("student.toml", &format!("{STUDENT}[losses]\ngram = {{ enabled = true }}\n"));
+    let without = "gram = { enabled = false }\n";
+    let narrow =
+        format!("extends = \"student.toml\"\nname = \"narrow\"\n[backbone]\ndim = 16\ndepth = 1\n[losses]\n{without}");
+    folder.write("narrow.toml", &narrow);
+    let convnext = format!(
+        "extends = \"student.toml\"\nname = \"convnext\"\n[losses]\n{without}koleo = {{ enabled = false }}\n\
+         dino = {{ enabled = false }}\n"
+    );
+    folder.write("convnext.toml", &convnext);
+    folder
+}
+
+const SIDE_BY_SIDE: [&str; 6] = ["train", "student.toml", "--with", "narrow.toml", "--with", "convnext.toml"];
+
+#[test]
+fn students_side_by_side_have_the_bits_that_they_have_alone_also_after_a_kill() {
+    let folder = with_students();
+    for student in STUDENTS {
+        let out = format!("alone/{student}");
+        folder.succeed(&["train", &format!("{student}.toml"), "--out", &out]);
+    }
+    let ended = folder.succeed(&SIDE_BY_SIDE);
+    assert!(ended.err.contains("narrow   "), "lines say whose they are: {}", ended.err);
+    let same = || {
+        for student in STUDENTS {
+            let (own, alone) = (format!("runs/{student}"), format!("alone/{student}"));
+            assert_same_weights(&folder, &own, &alone, 12);
+            let losses = |run: &str| -> Vec<Value> {
+                metrics(&folder, run).into_iter().map(|line| line["loss/total"].clone()).collect()
+            };
+            assert_eq!(losses(&own), losses(&alone), "{student}");
+        }
+    };
+    same();
+    // As if killed when one had saved its step 8 and another had not: who has done least goes on until all are together.
+    for (student, left) in [("student", 8), ("narrow", 4), ("convnext", 8)] {
+        let run = folder.path(&format!("runs/{student}"));
+        std::fs::remove_file(run.join("result.json")).expect("it is there");
+        for step in [8, 12].into_iter().filter(|step| *step > left) {
+            std::fs::remove_dir_all(run.join(format!("checkpoints/step-{step:08}"))).expect("it is kept");
+        }
+    }
+    folder.succeed(&[&SIDE_BY_SIDE[..], &["--resume"]].concat());
+    same();
+}
+
+#[test]
+fn a_student_that_fails_ends_no_other() {
+    let folder = with_students();
+    // There is another run in its folder.
+    folder.succeed(&["train", "student.toml", "--set", "seed=7", "--set", "steps=1"]);
+    let ended = folder.run(&["train", "student.toml", "--with", "narrow.toml"]);
+    assert!(ended.code == 2 && ended.err.contains("--resume"), "{}: {}", ended.code, ended.err);
+    assert_eq!(json(&folder, "runs/narrow/result.json")["steps"], 12);
+    assert_eq!(json(&folder, "runs/student/result.json")["steps"], 1);
+}
+
+#[test]
+fn students_that_cannot_share_a_teacher_are_refused_before_any_begins() {
+    let folder = with_students();
+    let other = |name: &str, text: &str| {
+        folder.write(&format!("{name}.toml"), &format!("extends = \"student.toml\"\nname = \"{name}\"\n{text}"));
+    };
+    other("seeded", "seed = 7");
+    other("larger", "[crops]\nglobal_size = 40");
+    other("own", "[teacher]\nplugin = \"ema\"");
+    other("gram", "[teachers.gram]\ncrop_size = 40");
+    let cases: [(&[&str], &str); 6] = [
+        (&["--with", "seeded.toml"], "they differ in seed: was 0, is 7"),
+        (&["--with", "larger.toml"], "they differ in crops.global_size: was 32, is 40"),
+        (&["--with", "own.toml"], "they differ in teacher.plugin"),
+        (&["--with", "gram.toml"], "crops of 48 and of 40 pixels"),
+        (&["--with", "student.toml"], "give each recipe a `name` of its own"),
+        (&["--with", "narrow.toml", "--set", "on_non_finite={ rewind = 2 }"], "set on_non_finite"),
+    ];
+    for (args, said) in cases {
+        let ended = folder.run(&[&["train", "student.toml"], args].concat());
+        assert!(ended.code == 2 && ended.err.contains(said), "{args:?}: {}", ended.err);
+        assert!(!folder.path("runs").exists(), "{args:?}");
+    }
+    let ended = folder.run(&["train", "micro.toml", "--with", "micro.toml", "--set", "name=other"]);
+    assert_eq!(ended.code, 2, "{}", ended.err);
 }
