@@ -21,6 +21,7 @@ pub mod filmstrip;
 pub mod pictures;
 pub mod pulse;
 pub mod ranks;
+mod read_by;
 pub mod report;
 pub mod signals;
 pub mod stages;

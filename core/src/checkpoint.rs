@@ -455,6 +455,11 @@ pub fn newest_step(run: &Path) -> Result<Option<u64>> {
     Ok(steps(run)?.pop())
 }
 
+/// The steps that were done at a checkpoint, by its name.
+pub(crate) fn step_at(checkpoint: &Path) -> Option<u64> {
+    step_of(checkpoint).map(|(step, _)| step)
+}
+
 /// The run that a checkpoint lies in, if it lies in one.
 pub(crate) fn run_of(checkpoint: &Path) -> Option<PathBuf> {
     // A link to a checkpoint leads to its run.

@@ -240,7 +240,11 @@ impl Dataset for CutOuts {
     }
 
     fn fingerprint(&self) -> Option<String> {
-        Some(self.source.fingerprint().into())
+        Some(self.source.hashes().content.clone())
+    }
+
+    fn stamp(&self) -> Option<String> {
+        Some(self.source.hashes().written.clone())
     }
 
     fn held_out(&self) -> Option<Arc<dyn Dataset>> {

@@ -55,20 +55,33 @@ impl Default for Dse {
 const ROUNDS: usize = 20;
 const STILL: f64 = 1e-4;
 
+impl Dse {
+    /// Why `p` patches an image of `n` images are too few, if they are.
+    fn too_few(&self, p: usize, n: usize) -> Option<(String, String)> {
+        let images = self.batch_images.get().min(n);
+        let (batch, [in_image, in_batch]) = (images.saturating_mul(p), [self.image_clusters, self.batch_clusters]);
+        (batch <= in_batch || p <= in_image).then(|| {
+            let problem = format!(
+                "cannot put {p} patches of an image and {batch} of {images} images into {in_image} and {in_batch} groups"
+            );
+            (problem, "lower `image_clusters` and `batch_clusters`, or measure more images".into())
+        })
+    }
+}
+
 impl Probe for Dse {
+    fn unfit_patches(&self, patches: usize) -> Option<(String, String)> {
+        self.too_few(patches, self.samples.get())
+    }
+
     fn run(&self, context: &ProbeContext<'_>) -> Result<Vec<Score>> {
         let test = Look::at(context.test, &draw_test(context, self.samples.get())).features(context)?;
         let (n, p, d) = (test.patches.dim(0), test.patches.dim(1), test.patches.last_dim());
         let values = test.patches.l2_normalize(1e-12)?.to_f64_vec();
         let rows = spectrum::rows(&values, d);
         let (batch, images) = (self.batch_images.get().min(n) * p, self.image_clusters);
-        if batch <= self.batch_clusters || p <= images {
-            let problem = format!(
-                "probe `dse` cannot put {p} patches of an image and {batch} of {} images into {images} and {} groups",
-                self.batch_images.get().min(n),
-                self.batch_clusters
-            );
-            return Err(Error::user(problem, "lower `image_clusters` and `batch_clusters`, or measure more images"));
+        if let Some((problem, help)) = self.too_few(p, n) {
+            return Err(Error::user(format!("probe `dse` {problem}"), help));
         }
         let center = mean(&rows);
         let scale = rows.iter().map(|row| distance(row, &center)).sum::<f64>() / rows.len() as f64;

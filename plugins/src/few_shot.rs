@@ -23,7 +23,7 @@ use crate::probe_data::{draw_two, Features, Look};
 #[serde(deny_unknown_fields, default)]
 pub struct FewShot {
     /// Labelled images of a class.
-    #[schemars(inner(range(max = 1_000_000)))]
+    #[schemars(length(min = 1), inner(range(max = 1_000_000)))]
     pub shots: Vec<NonZeroUsize>,
     /// How often they are drawn.
     #[schemars(range(max = 1000))]

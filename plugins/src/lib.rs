@@ -73,6 +73,7 @@ pub mod sgd;
 
 // Datasets
 pub mod cut_outs;
+mod file_hashes;
 pub mod image_folder;
 mod packed;
 pub mod parquet;

@@ -28,7 +28,7 @@ pub struct LinearClassification {
     #[schemars(range(max = 1_000_000_000))]
     pub test_samples: NonZeroUsize,
     /// Weights of half the squared norm of the head's weights, of which one is chosen.
-    #[schemars(inner(range(min = 0, max = 1_000_000)))]
+    #[schemars(length(min = 1), inner(range(min = 0, max = 1_000_000)))]
     pub penalties: Vec<f64>,
     /// Share of the training images that chooses among them.
     #[schemars(extend("exclusiveMinimum" = 0, "exclusiveMaximum" = 1))]

@@ -10,8 +10,9 @@ use dinolab_core::contract::{Dataset, Sample, Summary};
 use dinolab_core::text::printable;
 use dinolab_core::{Error, Result};
 
+use crate::file_hashes::Hashes;
 use crate::image_folder::decode::{self, Known, Wanted};
-use crate::image_folder::{count_classes, decode_mask, in_order, set_aside, MaskConfig, PixelClasses};
+use crate::image_folder::{count_classes, decode_mask, in_order, set_aside, unread_share, MaskConfig, PixelClasses};
 
 /// Files that a pattern stands for before it is refused.
 const MOST_FILES: usize = 1_000_000;
@@ -64,8 +65,8 @@ pub(crate) struct All<S> {
     pub masks: Option<PixelClasses>,
     /// What a user may not expect, a sentence each.
     pub notes: Vec<String>,
-    /// A hash of what is there.
-    pub fingerprint: String,
+    /// Hashes of what is there.
+    pub hashes: Hashes,
     /// What images are read as.
     pub wanted: Wanted,
 }
@@ -85,8 +86,9 @@ impl<S: Store + 'static> Packed<S> {
     ///
     /// # Errors
     /// If there are too few images to set a share of them aside.
-    pub fn new(all: All<S>, train: usize, share: f64, at: &Path) -> Result<Self> {
+    pub fn new(mut all: All<S>, train: usize, share: f64, at: &Path) -> Result<Self> {
         let len = all.labels.len();
+        all.notes.extend((train < len).then(|| unread_share(share)).flatten());
         let known: Arc<Vec<Known>> = Arc::new((0..len).map(|_| Known::default()).collect());
         let all = Arc::new(all);
         let [train, test] = match train < len {
@@ -99,6 +101,16 @@ impl<S: Store + 'static> Packed<S> {
     }
 }
 
+impl<S: Store + 'static> Packed<S> {
+    /// The image of a sample with its label, and its file's bytes.
+    fn image(&self, index: usize) -> Result<(Sample, Vec<u8>)> {
+        let (index, all) = (self.part[index], &self.all);
+        let bytes = all.store.bytes(index)?;
+        let image = decode::read_bytes(&all.store.place(index), &bytes, &all.wanted, &self.known[index])?;
+        Ok((Sample { label: all.labels[index], ..image }, bytes))
+    }
+}
+
 impl<S: Store + 'static> Dataset for Packed<S> {
     fn len(&self) -> usize {
         self.part.len()
@@ -106,19 +118,19 @@ impl<S: Store + 'static> Dataset for Packed<S> {
 
     fn get(&self, index: usize) -> Result<Sample> {
         let (number, all) = (self.part[index], &self.all);
-        let image = self.get_image(index)?;
+        let (image, bytes) = self.image(index)?;
         let Some(classes) = &all.masks else { return Ok(image) };
         let Some(values) = mask(&all.store, number)? else { return Ok(image) };
-        let size = [image.width, image.height];
-        let classes = classes.classify(values, size, &all.store.mask_place(number), &all.store.place(number))?;
+        let (size, [mask, place]) =
+            ([image.width, image.height], [all.store.mask_place(number), all.store.place(number)]);
+        let (width, height) = (values.1, values.0.len() / values.1);
+        decode::check_turned(&bytes, &place, size, [width, height], &mask)?;
+        let classes = classes.classify(values, size, &mask, &place)?;
         Ok(Sample { mask: Some(classes), ..image })
     }
 
     fn get_image(&self, index: usize) -> Result<Sample> {
-        let (index, all) = (self.part[index], &self.all);
-        let bytes = all.store.bytes(index)?;
-        let image = decode::read_bytes(&all.store.place(index), &bytes, &all.wanted, &self.known[index])?;
-        Ok(Sample { label: all.labels[index], ..image })
+        self.image(index).map(|(image, _)| image)
     }
 
     fn channels(&self) -> usize {
@@ -158,7 +170,11 @@ impl<S: Store + 'static> Dataset for Packed<S> {
     }
 
     fn fingerprint(&self) -> Option<String> {
-        Some(self.all.fingerprint.clone())
+        Some(self.all.hashes.content.clone())
+    }
+
+    fn stamp(&self) -> Option<String> {
+        Some(self.all.hashes.written.clone())
     }
 
     fn held_out(&self) -> Option<Arc<dyn Dataset>> {
@@ -217,8 +233,12 @@ impl Labels {
 
 /// Says how many images have no label, where others have one.
 pub(crate) fn unlabelled(labels: &[Option<u32>]) -> Option<String> {
-    let (none, all) = (labels.iter().filter(|label| label.is_none()).count(), labels.len());
-    (0 < none && none < all).then(|| format!("{none} of {all} images have no label"))
+    without(labels.iter().filter(|label| label.is_none()).count(), labels.len(), "label")
+}
+
+/// Says that `none` of `all` images have no such thing, where others have.
+pub(crate) fn without(none: usize, all: usize, what: &str) -> Option<String> {
+    (0 < none && none < all).then(|| format!("{none} of {all} images have no {what}"))
 }
 
 /// The files that `path` stands for: itself, or after brace expansion (`{000..146}`, `{a,b}`), or what ends in `.ending` in a folder,

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use dinolab_core::contract::{DataContext, Dataset};
 use dinolab_core::text::printable;
 use dinolab_core::{plugin, Error, Result};
-use parquet::basic::Type;
+use parquet::basic::{Compression, Type};
 use parquet::column::reader::{get_column_reader, ColumnReader, ColumnReaderImpl};
 use parquet::data_type::DataType;
 use parquet::errors::ParquetError;
@@ -17,9 +17,10 @@ use parquet::file::serialized_reader::SerializedPageReader;
 use rayon::prelude::*;
 use serde_json::Value;
 
+use crate::file_hashes::FileHasher;
 use crate::image_folder::labels::{TEST, TRAIN};
 use crate::image_folder::{MaskConfig, Wanted};
-use crate::packed::{files, pixel_classes, unlabelled, All, Labels, Packed, Store};
+use crate::packed::{self, files, pixel_classes, unlabelled, All, Labels, Packed, Store};
 
 const HELP: &str = "copy or download the file again, or leave it out";
 
@@ -74,6 +75,7 @@ pub struct ParquetConfig {
     pub bits: Option<u8>,
     /// The colour that transparent images lie on: red, green and blue, 0 to 255.
     #[serde(default = "crate::image_folder::default_background")]
+    #[schemars(extend("x-with" = { "channels": 3 }))]
     pub background: [u8; 3],
 }
 
@@ -100,6 +102,14 @@ struct Table {
     image: usize,
     /// Its column of masks.
     mask: Option<usize>,
+}
+
+impl Table {
+    /// How many rows have no mask, where the file counts them.
+    fn without_mask(&self) -> Option<u64> {
+        let Some(leaf) = self.mask else { return Some(0) };
+        self.about.row_groups().iter().map(|group| group.column(leaf).statistics()?.null_count_opt()).sum()
+    }
 }
 
 /// A part of a table.
@@ -174,7 +184,7 @@ fn open(config: &ParquetConfig) -> Result<Packed<Tables>> {
     let paths: Vec<PathBuf> = [train_files, test_files].concat();
     let found: Vec<Found> = paths.par_iter().map(|path| look(path, config)).collect::<Result<_>>()?;
     let (mut store, mut labels, mut names) = (Tables::default(), Labels::default(), config.classes.clone());
-    let mut hash = blake3::Hasher::new();
+    let mut hasher = FileHasher::default();
     let (mut count, mut train) = (0, 0);
     for (number, (path, found)) in paths.into_iter().zip(found).enumerate() {
         if names.is_empty() {
@@ -184,8 +194,7 @@ fn open(config: &ParquetConfig) -> Result<Packed<Tables>> {
             let help = "use files of one dataset, or name the classes in data.classes";
             return Err(Error::content(path, format!("its classes are others than those of {other}"), help));
         }
-        let length = std::fs::metadata(&path).map_or(0, |found| found.len());
-        hash.update(path.file_name().unwrap_or_default().as_encoded_bytes()).update(&[0]).update(&length.to_le_bytes());
+        hasher.add(Path::new(path.file_name().unwrap_or_default()), &path);
         let mut row = 0;
         for (group, about) in found.about.row_groups().iter().enumerate() {
             store.groups.push(Group { first: count, row, table: number, number: group });
@@ -193,7 +202,7 @@ fn open(config: &ParquetConfig) -> Result<Packed<Tables>> {
             count += about.num_rows() as usize;
         }
         for label in found.labels {
-            hash.update(label.as_deref().unwrap_or_default().as_bytes()).update(&[0]);
+            hasher.content.update(label.as_deref().unwrap_or_default().as_bytes()).update(&[0]);
             labels.push(label);
         }
         store.groups.retain(|group| group.first < count);
@@ -213,16 +222,17 @@ fn open(config: &ParquetConfig) -> Result<Packed<Tables>> {
     let masks = match &config.masks {
         None => None,
         Some(name) => {
-            hash.update(name.as_bytes());
+            hasher.content.update(name.as_bytes());
             store.mask_name.clone_from(name);
             let masks = pixel_classes(&store, &config.mask, count)?;
             notes.extend(masks.note());
+            let none: Option<u64> = store.tables.iter().map(Table::without_mask).sum();
+            notes.extend(none.and_then(|none| packed::without(none as usize, count, "mask")));
             Some(masks)
         }
     };
-    let fingerprint = hash.finalize().to_hex().to_string();
     let wanted = Wanted::new(config.channels, config.bits, config.background);
-    let all = All { store, labels, classes, masks, notes, fingerprint, wanted };
+    let all = All { store, labels, classes, masks, notes, hashes: hasher.finish(), wanted };
     Packed::new(all, train, config.held_out, &config.path)
 }
 
@@ -279,19 +289,28 @@ fn look(path: &Path, config: &ParquetConfig) -> Result<Found> {
     let Some(image) = image else {
         return Err(Error::content(path, format!("no column is described as an image: {}", there()), help));
     };
+    let readable = |column: usize, name: &str| -> Result<()> {
+        let Some(group) = about.row_groups().first() else { return Ok(()) };
+        let codec = group.column(column).compression();
+        if !matches!(codec, Compression::UNCOMPRESSED | Compression::SNAPPY) {
+            let problem = format!("the column `{name}` is compressed by {codec}, and read is what Snappy compressed");
+            let help = "write it anew: `pyarrow.parquet.write_table(pyarrow.parquet.read_table(OLD), NEW, compression='snappy')`";
+            return Err(Error::content(path, problem, help));
+        }
+        // What else cannot be read is found here, and not in every row.
+        SerializedPageReader::new(file.clone(), group.column(column), group.num_rows() as usize, None)
+            .map_err(damaged)
+            .map(drop)
+    };
     let column_of_files = |name: &str, help: &str| {
         let Some(column) = leaf(&[name, "bytes"]).or_else(|| leaf(&[name])) else {
             return Err(Error::content(path, format!("there is no column `{name}` of bytes: {}", there()), help));
         };
         let about_column = schema.column(column);
         if about_column.physical_type() != Type::BYTE_ARRAY || about_column.max_rep_level() > 0 {
-            return Err(Error::content(path, format!("the column `{name}` does not hold an image a row"), help));
+            return Err(Error::content(path, format!("the column `{name}` does not hold a file a row"), help));
         }
-        if let Some(group) = about.row_groups().first() {
-            // One that is compressed otherwise is found here, and not in every row.
-            SerializedPageReader::new(file.clone(), group.column(column), group.num_rows() as usize, None)
-                .map_err(damaged)?;
-        }
+        readable(column, name)?;
         Ok(column)
     };
     let image = column_of_files(&image, help)?;
@@ -306,6 +325,7 @@ fn look(path: &Path, config: &ParquetConfig) -> Result<Found> {
             let Some(column) = leaf(&[label]) else {
                 return Err(Error::content(path, format!("there is no column `{label}`: {}", there()), help));
             };
+            readable(column, label)?;
             let none = || Error::content(path, format!("the column `{label}` is no label"), help);
             read_labels(&file, &about, column).map_err(damaged)?.ok_or_else(none)?
         }

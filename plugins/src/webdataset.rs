@@ -11,8 +11,9 @@ use dinolab_core::text::printable;
 use dinolab_core::{plugin, Error, Result};
 use rayon::prelude::*;
 
+use crate::file_hashes::FileHasher;
 use crate::image_folder::{is_image, MaskConfig, Wanted};
-use crate::packed::{files, pixel_classes, unlabelled, All, Labels, Packed, Store};
+use crate::packed::{self, files, pixel_classes, unlabelled, All, Labels, Packed, Store};
 
 /// A label is a file of at most so many bytes.
 const MOST_LABEL: u64 = 1 << 20;
@@ -66,6 +67,7 @@ pub struct WebdatasetConfig {
     pub bits: Option<u8>,
     /// The colour that transparent images lie on: red, green and blue, 0 to 255.
     #[serde(default = "crate::image_folder::default_background")]
+    #[schemars(extend("x-with" = { "channels": 3 }))]
     pub background: [u8; 3],
 }
 
@@ -83,8 +85,8 @@ struct Shards {
     files: Vec<PathBuf>,
     /// Of each image.
     places: Vec<Place>,
-    /// Of each image's mask, where there are masks; of no bytes if it has none.
-    masks: Vec<(u64, u32)>,
+    /// Offset and length of each image's mask, where there are masks.
+    masks: Vec<Option<(u64, u32)>>,
     /// How the names of masks end.
     mask_ending: String,
     /// The names of the images, one after the other.
@@ -123,7 +125,7 @@ impl Store for Shards {
     }
 
     fn mask(&self, index: usize) -> Result<Option<Vec<u8>>> {
-        let Some((offset, size)) = self.masks.get(index).filter(|(_, size)| *size > 0) else { return Ok(None) };
+        let Some((offset, size)) = self.masks.get(index).and_then(Option::as_ref) else { return Ok(None) };
         let bytes = read_at(self.shard(self.places[index].shard), *offset, *size);
         bytes.map(Some).map_err(Error::io("read", self.mask_place(index)))
     }
@@ -146,8 +148,10 @@ fn open(config: &WebdatasetConfig) -> Result<Packed<Shards>> {
         shards.par_iter().map(|path| index(path, config, wanted.takes_arrays())).collect::<Result<_>>()?;
     let (mut store, mut labels, mut notes) = (Shards::default(), Labels::default(), Vec::new());
     let (mut train, mut no_image) = (0, 0);
-    let mut hash = blake3::Hasher::new();
+    let mut hasher = FileHasher::default();
     for (number, (path, shard)) in shards.iter().zip(found).enumerate() {
+        hasher.written(path);
+        let hash = &mut hasher.content;
         hash.update(path.file_name().unwrap_or_default().as_encoded_bytes()).update(&[0]);
         for Found { name, offset, size, mask, label } in shard.images {
             hash.update(name.as_bytes()).update(&[0]).update(&offset.to_le_bytes()).update(&size.to_le_bytes());
@@ -156,7 +160,7 @@ fn open(config: &WebdatasetConfig) -> Result<Packed<Shards>> {
             if config.masks.is_some() {
                 let (offset, size) = mask.unwrap_or_default();
                 hash.update(&offset.to_le_bytes()).update(&size.to_le_bytes());
-                store.masks.push((offset, size));
+                store.masks.push(mask);
             }
             store.names += &name;
             store.places.push(Place { offset, size, shard: number as u32, name: store.names.len() as u64 });
@@ -197,19 +201,18 @@ fn open(config: &WebdatasetConfig) -> Result<Packed<Shards>> {
     let masks = match &config.masks {
         None => None,
         Some(ending) => {
-            let none = store.masks.iter().filter(|(_, size)| *size == 0).count();
+            let none = store.masks.iter().filter(|mask| mask.is_none()).count();
             if none == count {
                 let help = "set data.masks to what follows the first dot in the names of masks, or leave it out";
                 return Err(Error::content(&config.path, format!("no image has a member .{ending}"), help));
             }
             let masks = pixel_classes(&store, &config.mask, count)?;
             notes.extend(masks.note());
-            notes.extend((none > 0).then(|| format!("{none} of {count} images have no mask")));
+            notes.extend(packed::without(none, count, "mask"));
             Some(masks)
         }
     };
-    let fingerprint = hash.finalize().to_hex().to_string();
-    let all = All { store, labels, classes, masks, notes, fingerprint, wanted };
+    let all = All { store, labels, classes, masks, notes, hashes: hasher.finish(), wanted };
     Packed::new(all, train, config.held_out, &config.path)
 }
 
@@ -269,6 +272,8 @@ fn index(path: &Path, config: &WebdatasetConfig, arrays: bool) -> Result<Shard> 
     };
     file.rewind().map_err(Error::io("read", path))?;
     let mut archive = tar::Archive::new(&file);
+    // Shards that were put together as files (`cat`) have marks of the end between them.
+    archive.set_ignore_zeros(true);
     for entry in archive.entries_with_seek().map_err(Error::io("read", path))? {
         let entry = entry.map_err(|e| damaged(&last, format!("the shard is damaged: {e}")))?;
         let name = String::from_utf8_lossy(&entry.path_bytes()).into_owned();

@@ -37,7 +37,7 @@ pub struct Args {
     #[arg(long, value_name = "SCHEDULER")]
     pub on: Option<Scheduler>,
     /// An option of sbatch, such as --slurm time=24:00:00 --slurm gpus=1 --slurm exclusive
-    #[arg(long, value_name = "KEY=VALUE", requires = "on")]
+    #[arg(long, value_name = "KEY=VALUE", requires = "on", value_parser = option_of_sbatch)]
     pub slurm: Vec<String>,
     /// Kubernetes: the image of the container
     #[arg(long, requires = "on", required_if_eq("on", "kubernetes"))]
@@ -63,6 +63,13 @@ pub struct Args {
     /// Write the report of what is done and run nothing
     #[arg(long, conflicts_with_all = ["run", "trial", "dry_run", "parallel", "on"])]
     pub report: bool,
+}
+
+fn option_of_sbatch(text: &str) -> Result<String, String> {
+    let name = text.split('=').next().unwrap_or_default();
+    let fits = name.starts_with(|c: char| c.is_ascii_alphabetic()) && !name.contains(char::is_whitespace);
+    fits.then(|| text.into())
+        .ok_or_else(|| "expected an option of sbatch without its dashes, such as time=24:00:00".into())
 }
 
 /// Who runs what it is given.
@@ -97,6 +104,12 @@ impl Handover<'_> {
     /// # Errors
     /// If the folder belongs to something else or cannot be written, or the scheduler refuses.
     pub fn give(&self, plan: &Plan, runs: &[&PlannedRun], scheduler: Scheduler) -> Result<()> {
+        if scheduler != Scheduler::Slurm && !self.args.slurm.is_empty() {
+            return Err(Error::user(
+                "--slurm is of Slurm's jobs alone",
+                "leave it out, or give the runs to it: --on slurm",
+            ));
+        }
         let mut left = job::left(plan, runs, self.retry_failed)?;
         if scheduler == Scheduler::Slurm && !slurm::submitted(&plan.out)?.is_empty() {
             let queued = status::in_queue(&plan.out)?;

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use dinolab_core::recipe::parse_set;
 use dinolab_core::text::printable;
-use dinolab_core::{Device, Result};
+use dinolab_core::{Device, Error, Result};
 
 use super::dry_run::{dry_run, finished};
 use super::prepared::{prepare, resolve};
@@ -102,6 +102,10 @@ pub fn run(args: Args) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     if cluster.report {
+        if !plan.out.is_dir() {
+            let problem = format!("{}: there is no such folder: no run of the suite was begun", printable(&plan.out));
+            return Err(Error::user(problem, "run the suite first, or name its folder with --out"));
+        }
         return conclude(&plan, &Tally { failed: failed(&plan)?, ..Tally::default() });
     }
     let options = ExecuteOptions {

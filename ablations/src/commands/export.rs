@@ -13,6 +13,7 @@ use safetensors::tensor::{Dtype, View};
 use serde_json::{json, Value as Json};
 
 use crate::export::{card, shards};
+use crate::read_by::read_by;
 use crate::style;
 
 /// What it is given.
@@ -87,6 +88,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     // What is wrong with its parts is said before anything is written.
     let card = card::card(&about)?;
     let files = TensorFiles::open(&source.model_file()?)?;
+    let wide = read_by(&args.run).is_some_and(|read| read.wide);
     let prefix = match (source.has_roles(), args.role) {
         (false, _) => "",
         (true, Role::Teacher) if files.names().any(|name| name.starts_with("teacher.")) => "teacher.",
@@ -95,7 +97,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     };
     write_folder(&args.out, |folder| {
         match args.format {
-            Format::Hf => write_hf(folder, &files, prefix, &model, shards)?,
+            Format::Hf => write_hf(folder, (&files, prefix), &model, wide, shards)?,
             Format::Timm => {
                 let (config, rules) = published::timm(&model)?;
                 let pieces = convert::to_published(&files, prefix, &rules)?;
@@ -104,7 +106,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             }
             Format::Onnx => {
                 write_file(&folder.join("model.onnx"), &published::onnx(&model, &files, prefix)?)?;
-                write_json(folder, "preprocessor_config.json", &processor(&model))?;
+                write_json(folder, "preprocessor_config.json", &processor(&model, wide))?;
             }
             Format::Safetensors => {
                 shards::write(folder, convert::without_prefix(&files, prefix)?, &[], None)?;
@@ -119,14 +121,20 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn write_hf(folder: &Path, files: &TensorFiles, prefix: &str, model: &ModelInfo, shards: Option<u64>) -> Result<()> {
+fn write_hf(
+    folder: &Path,
+    (files, prefix): (&TensorFiles, &str),
+    model: &ModelInfo,
+    wide: bool,
+    shards: Option<u64>,
+) -> Result<()> {
     let (mut config, rules) = published::hugging_face(model)?;
     let pieces = convert::to_published(files, prefix, &rules)?;
     config["image_size"] = model.crops.global_size.into();
     config["dtype"] = dtype_name(&pieces).into();
     shards::write(folder, pieces, &[("format", "pt".into())], shards)?;
     write_json(folder, "config.json", &config)?;
-    write_json(folder, "preprocessor_config.json", &processor(model))
+    write_json(folder, "preprocessor_config.json", &processor(model, wide))
 }
 
 fn write_json(folder: &Path, name: &str, value: &Json) -> Result<()> {
@@ -134,16 +142,18 @@ fn write_json(folder: &Path, name: &str, value: &Json) -> Result<()> {
     write_file(&folder.join(name), (text + "\n").as_bytes())
 }
 
-/// How pixels are made: no image is squeezed, the shorter side is brought to the size of a crop, and the middle cut out.
-fn processor(model: &ModelInfo) -> Json {
+/// How pixels are made: no image is squeezed, the shorter side is brought to the size of a crop, and the middle cut out. Values are
+/// `wide` where the run read images of 16 bits.
+fn processor(model: &ModelInfo, wide: bool) -> Json {
     let side = model.crops.global_size;
+    let greatest = if wide { u16::MAX.into() } else { f64::from(u8::MAX) };
     json!({
         "image_processor_type": "DINOv3ViTImageProcessorFast",
         "image_mean": model.crops.mean,
         "image_std": model.crops.std,
         "do_normalize": true,
         "do_rescale": true,
-        "rescale_factor": 1.0 / 255.0,
+        "rescale_factor": 1.0 / greatest,
         "do_resize": true,
         "size": { "shortest_edge": side },
         "do_center_crop": true,

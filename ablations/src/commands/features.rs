@@ -11,7 +11,7 @@ use dinolab_core::contract::Sample;
 use dinolab_core::text::printable;
 use dinolab_core::train::Trained;
 use dinolab_core::{Error, Result};
-use dinolab_plugins::image_folder::{self, Wanted};
+use dinolab_plugins::image_folder::{self, Wanted, BACKGROUND};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::cli::RESUMABLE;
@@ -22,6 +22,7 @@ use crate::features::{
 use crate::filmstrip::{self, filmstrip};
 use crate::pictures::align_signs;
 use crate::pulse::Pulse;
+use crate::read_by::read_by;
 use crate::{signals, style};
 
 /// Largest window by default, in sides of the crops that the model was trained on.
@@ -38,7 +39,9 @@ pub struct Args {
     weights: Option<PathBuf>,
     /// In place of images and weights: what a run saw in its held-out images at every step whose checkpoint it kept; several
     /// runs may be given, one row each.
-    #[arg(long, value_name = "RUN", num_args = 1.., conflicts_with_all = ["images", "weights", "compare"])]
+    #[arg(long, value_name = "RUN", num_args = 1.., conflicts_with_all = [
+        "images", "weights", "compare", "size", "window", "patches", "bits", "background", "format", "no_pictures",
+    ])]
     over: Vec<PathBuf>,
     /// Two weights, side by side on the same images.
     #[arg(long, num_args = 2, value_names = ["A", "B"], conflicts_with = "weights")]
@@ -56,9 +59,13 @@ pub struct Args {
     /// A patch whose similarity to all others is drawn; may be given several times. By default the middle one.
     #[arg(long = "patch", value_name = "ROW,COL", value_parser = parse_patch)]
     patches: Vec<(usize, usize)>,
-    /// The colour that transparent images lie on: red, green and blue, 0 to 255.
-    #[arg(long, value_name = "R,G,B", value_parser = parse_colour, default_value = "255,255,255")]
-    background: Colour,
+    /// Bits of a value that are kept, 8 or 16. By default as the run's data were read; for other weights 8 for RGB and 16 for other
+    /// channels.
+    #[arg(long, value_parser = parse_bits)]
+    bits: Option<u8>,
+    /// The colour that transparent images lie on: red, green and blue, 0 to 255. By default that of the run's data, or white.
+    #[arg(long, value_name = "R,G,B", value_parser = parse_colour)]
+    background: Option<Colour>,
     /// How features are written.
     #[arg(long, value_enum, value_delimiter = ',', default_value = "safetensors")]
     format: Vec<Format>,
@@ -70,6 +77,10 @@ pub struct Args {
 fn parse_patch(text: &str) -> Result<(usize, usize), String> {
     let parsed = text.split_once(',').and_then(|(r, c)| Some((r.trim().parse().ok()?, c.trim().parse().ok()?)));
     parsed.ok_or_else(|| "expected ROW,COL, counted in patches from 0, such as 7,12".into())
+}
+
+fn parse_bits(text: &str) -> Result<u8, String> {
+    text.parse().ok().filter(|bits| [8, 16].contains(bits)).ok_or_else(|| "expected 8 or 16".into())
 }
 
 /// Red, green and blue.
@@ -102,7 +113,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let wanted = wanted(args, &models)?;
     let (images, notes) = features::images(&args.images, wanted.takes_arrays())?;
     notes.iter().for_each(style::warn);
-    let mut record = Record::open(&args.out, &made_with(args, &models)?)?;
+    let mut record = Record::open(&args.out, &made_with(args, &models, &wanted)?)?;
     let inputs = features::name(images, &record);
     let before = inputs.iter().filter(|input| record.has(&input.path)).count();
     if before > 0 {
@@ -208,7 +219,7 @@ fn over(runs: &[PathBuf], out: &Path) -> Result<ExitCode> {
 }
 
 /// What everything in the output folder is made with.
-fn made_with(args: &Args, models: &[Model]) -> Result<serde_json::Map<String, serde_json::Value>> {
+fn made_with(args: &Args, models: &[Model], wanted: &Wanted) -> Result<serde_json::Map<String, serde_json::Value>> {
     let weights = models.iter().map(|model| model.trained.fingerprint()).collect::<Result<Vec<_>>>()?;
     let made_with = serde_json::json!({
         "weights": weights,
@@ -217,7 +228,8 @@ fn made_with(args: &Args, models: &[Model]) -> Result<serde_json::Map<String, se
         "patch": args.patches,
         "format": args.format,
         "pictures": !args.no_pictures,
-        "background": args.background.0,
+        "background": wanted.background,
+        "wide": wanted.wide,
     });
     match made_with {
         serde_json::Value::Object(made_with) => Ok(made_with),
@@ -260,6 +272,10 @@ fn models(args: &Args) -> Result<Vec<Model>> {
         let trained = Trained::open(path)?;
         let side = args.window.unwrap_or(WINDOW * trained.global_size);
         let (window, least) = (side / trained.backbone.patch_size(), trained.backbone.smallest_crop());
+        if let Some(size) = args.size.filter(|size| *size < least) {
+            let problem = format!("images of {size} pixels are too small: the model sees at least {least} a side");
+            return Err(Error::user(problem, "raise --size"));
+        }
         if side < least {
             let problem = format!("a window of {side} pixels is too small: the model sees at least {least} a side");
             return Err(Error::user(problem, "raise --window"));
@@ -277,7 +293,14 @@ fn wanted(args: &Args, models: &[Model]) -> Result<Wanted> {
         let problem = format!("one model sees {first} channels and the other {other}");
         return Err(Error::user(problem, "compare models of as many channels"));
     }
-    Ok(Wanted::new(first, None, args.background.0))
+    let own: Vec<Wanted> =
+        models.iter().map(|m| read_by(&m.path).unwrap_or(Wanted::new(first, None, BACKGROUND))).collect();
+    let given = args.bits.map(|bits| bits == 16);
+    if given.is_none() && own.iter().any(|other| other.wide != own[0].wide) {
+        return Err(Error::user("one model saw 8 bits of a value and the other 16", "say which are kept: --bits 16"));
+    }
+    let background = args.background.map_or(own[0].background, |colour| colour.0);
+    Ok(Wanted { wide: given.unwrap_or(own[0].wide), background, ..own[0] })
 }
 
 /// One image as every model sees it; features and pictures are written. Signs of components follow the first model's where

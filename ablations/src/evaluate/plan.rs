@@ -103,7 +103,7 @@ impl Plan {
 
     /// A hash of everything that the scores of weights at a size depend on.
     pub fn key(&self, job: &Job, size: ImageSize) -> String {
-        let data = [&self.train, &self.test].map(|part| json!([part.fingerprint(), part.len()]));
+        let data = [&self.train, &self.test].map(|part| json!([part.fingerprint(), part.stamp(), part.len()]));
         let all = json!([
             VERSION,
             job.hash,
@@ -143,6 +143,10 @@ impl Job {
                 if let Some((problem, near)) = unfit {
                     let problem = format!("these weights cannot be shown windows of {problem}");
                     return Err(Error::content(path, problem, format!("set probes.{name}.window to {near}")));
+                }
+                let patches = size.pixels() / backbone.patch_size().pow(2);
+                if let Some((problem, help)) = probe.unfit_patches(patches) {
+                    return Err(Error::content(path, format!("probe `{name}` {problem}"), help));
                 }
             }
         }

@@ -9,7 +9,7 @@ use dinolab_core::weights::Source;
 use dinolab_core::{Error, Result};
 
 use super::file::{Stage, Stages};
-use crate::suite::{Event, Job, Outcome, Overrides, Prepare, Prepared, Progress, Status};
+use crate::suite::{keeps, Event, Job, Outcome, Overrides, Prepare, Prepared, Progress, Status};
 
 /// A stage with its resolved recipe.
 pub struct PlannedStage {
@@ -32,9 +32,38 @@ pub fn plan(stages: &Stages, out: &Path, extra: &Overrides, prepare: Prepare<'_>
         let mut set = extra.clone();
         set.extend(stage.placed(&here));
         let prepared = prepare(&stage.recipe, &set)?;
+        check_parents(stage, prepared.recipe(), &planned)?;
         planned.push(PlannedStage { stage: stage.clone(), dir: out.join(&stage.name), prepared });
     }
     Ok(planned)
+}
+
+/// Fails if a stage needs a checkpoint that the stage before does not keep, or has no step left to do after it.
+fn check_parents(stage: &Stage, recipe: &toml::Table, before: &[PlannedStage]) -> Result<()> {
+    let steps_of = |recipe: &toml::Table| recipe.get("steps").and_then(toml::Value::as_integer).unwrap_or(0) as u64;
+    let parent = |name: &String| before.iter().find(|planned| planned.stage.name == *name).map(|p| p.prepared.recipe());
+    let (name, named) = (&stage.name, stage.named_steps());
+    for (other, step) in &named {
+        let Some(recipe) = parent(other).filter(|recipe| !keeps(recipe, steps_of(recipe), *step)) else { continue };
+        let problem = format!("stage `{name}` needs step {step} of `{other}`, and its checkpoint would not be kept");
+        let help =
+            format!("set checkpoint.keep_every of `{other}` to a divisor of {step}, at most {}", steps_of(recipe));
+        return Err(Error::user(problem, help));
+    }
+    for (key, other) in
+        stage.parents.iter().filter(|(key, _)| *key == "continue_from" || key.starts_with("continue_from."))
+    {
+        let written = named.iter().find(|(parent, _)| parent == other).map(|(_, step)| *step);
+        let step_key = recipe.get("continue_from").and_then(|from| from.get("step")).and_then(toml::Value::as_integer);
+        let of_key = step_key.and_then(|step| u64::try_from(step).ok());
+        let Some(done) = written.or(of_key).or_else(|| parent(other).map(steps_of)) else { continue };
+        let steps = steps_of(recipe);
+        if steps <= done {
+            let problem = format!("stage `{name}` has {steps} steps, all done at step {done} of `{other}` ({key})");
+            return Err(Error::user(problem, "steps are counted from the start of the first stage: name more"));
+        }
+    }
+    Ok(())
 }
 
 /// Does every stage that is not done; gives the stage that was asked to stop, and its step.

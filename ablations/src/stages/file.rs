@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use dinolab_core::problem::plain_words;
 use dinolab_core::{Error, Result};
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -88,7 +89,7 @@ impl Stages {
         let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
         let file: StagesFile = toml::from_str(&text).map_err(|e| {
             let help = "`dinolab recipe schema stages` prints every key that it may have";
-            Error::content(path, e.to_string().trim_end(), help)
+            Error::content(path, plain_words(e.to_string().trim_end()), help)
         })?;
         Self::check(file, path).map_err(|(problem, help)| Error::content(path, problem, help))
     }
@@ -148,6 +149,23 @@ impl Stage {
             });
         }
         set
+    }
+}
+
+impl Stage {
+    /// The steps of other stages that it needs a checkpoint of: the other's name, and the step.
+    pub fn named_steps(&self) -> Vec<(String, u64)> {
+        let mut steps = Vec::new();
+        for value in self.set.values() {
+            walk(&mut value.clone(), &mut |text| {
+                for (_, parent) in &self.parents {
+                    let rest = text.split_once(&format!("{{{parent}}}@")).map(|(_, rest)| rest);
+                    let digits = rest.and_then(|rest| rest.split(|c: char| !c.is_ascii_digit()).next());
+                    steps.extend(digits.and_then(|digits| Some((parent.clone(), digits.parse().ok()?))));
+                }
+            });
+        }
+        steps
     }
 }
 

@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path, PathBuf};
 
-use dinolab_core::recipe::Spread;
+use dinolab_core::problem::plain_words;
+use dinolab_core::recipe::{Spread, MOST_RUNS as MOST_MEASURED};
 use dinolab_core::text::printable;
 use dinolab_core::{Error, Result};
 use schemars::JsonSchema;
@@ -201,7 +202,7 @@ impl Suite {
         let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
         let file: SuiteFile = toml::from_str(&text).map_err(|e| {
             let help = "`dinolab recipe schema suite` prints every key that a suite may have";
-            Error::content(path, e.to_string().trim_end(), help)
+            Error::content(path, plain_words(e.to_string().trim_end()), help)
         })?;
         Self::check(file, path).map_err(|(problem, help)| Error::content(path, problem, help))
     }
@@ -275,6 +276,28 @@ impl Suite {
                 let help = format!("its arms are {}; did you mean `{}`?", known.join(", "), nearest(name, &known));
                 return Err(problem(format!("[measured] has an arm `{name}`, which the suite has not"), help));
             }
+            if !(1..=MOST_MEASURED).contains(&measured.n) {
+                let what = format!("measured.n = {}, which is no number of seeds", measured.n);
+                return Err(problem(what, format!("write how many each arm had, 1 to {MOST_MEASURED}")));
+            }
+            let spreads =
+                measured.arms.iter().flat_map(|(arm, of)| of.iter().map(move |(name, spread)| (arm, name, spread)));
+            for (arm, name, spread) in spreads {
+                if !metrics.iter().any(|metric| metric.name == *name) {
+                    let known: Vec<&str> = metrics.iter().map(|metric| metric.name.as_str()).collect();
+                    let help =
+                        format!("its metrics are {}; did you mean `{}`?", known.join(", "), nearest(name, &known));
+                    return Err(problem(format!("[measured] has `{name}` of `{arm}`, no metric of the suite"), help));
+                }
+                if !spread.is_sound() {
+                    let what =
+                        format!("[measured] says that `{name}` of `{arm}` is {} with {}", spread.mean, spread.sd);
+                    return Err(problem(what, "write numbers, the spread 0 or more"));
+                }
+            }
+        }
+        for rule in &file.drop {
+            rule.check().map_err(|(what, help)| problem(what, help))?;
         }
         let (retries, on_out_of_memory) = (file.retries, file.on_out_of_memory);
         let (effect, drop, measured) = (file.effect, file.drop, file.measured);

@@ -243,7 +243,7 @@ impl Plan {
         }
         let named = self.suite.arms.iter().flat_map(|arm| trunk::named_steps(&arm.set));
         let named = named.chain(trunk::named_steps(&self.suite.common)).chain([trunk.fork]);
-        match named.into_iter().find(|step| !trunk.keeps(first.prepared.recipe(), *step)) {
+        match named.into_iter().find(|step| !trunk::keeps(first.prepared.recipe(), trunk.steps, *step)) {
             Some(step) => refuse(
                 format!("step {step} of the trunk is needed, and its checkpoint would not be kept"),
                 format!("set `checkpoint.keep_every` of [trunk] to a divisor of {step}, which is at most its steps"),

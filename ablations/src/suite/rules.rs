@@ -4,7 +4,6 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use dinolab_core::Result;
 use schemars::JsonSchema;
 use serde::Deserialize;
 
@@ -41,6 +40,22 @@ fn total() -> String {
 }
 
 impl DropRule {
+    /// What is wrong with its bounds, and what to do.
+    pub(super) fn check(&self) -> Result<(), (String, String)> {
+        let name = &self.metric;
+        if let Some(bound) = [self.above, self.below].into_iter().flatten().find(|bound| !bound.is_finite()) {
+            let help = "name a number; without a bound a rule drops what is not finite".to_string();
+            return Err((format!("a rule of [[drop]] bounds `{name}` by {bound}"), help));
+        }
+        match (self.above, self.below) {
+            (Some(above), Some(below)) if above < below => {
+                let problem = format!("a rule of [[drop]] drops every `{name}`: it is above {above} or below {below}");
+                Err((problem, "let `below` be at most `above`".into()))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Why a run is dropped that has these values after `step` steps.
     fn judge(&self, step: u64, values: &BTreeMap<String, f64>) -> Option<String> {
         let value = *values.get(&self.metric).filter(|_| step >= self.after)?;
@@ -65,7 +80,7 @@ pub(super) fn judge(rules: &[DropRule], event: &Event<'_>) -> Option<String> {
 ///
 /// # Errors
 /// If a run's folder has files that cannot be understood.
-pub(super) fn with_its_arm(plan: &Plan, run: &PlannedRun) -> Result<Option<String>> {
+pub(super) fn with_its_arm(plan: &Plan, run: &PlannedRun) -> dinolab_core::Result<Option<String>> {
     if !plan.suite.drop.iter().any(|rule| rule.arm) {
         return Ok(None);
     }
@@ -77,7 +92,7 @@ pub(super) fn with_its_arm(plan: &Plan, run: &PlannedRun) -> Result<Option<Strin
     Ok(None)
 }
 
-fn was_dropped_with_its_arm(dir: &Path) -> Result<bool> {
+fn was_dropped_with_its_arm(dir: &Path) -> dinolab_core::Result<bool> {
     let status = Status::of(dir)?;
     Ok(matches!(status, Status::Failed(error) if error.starts_with(DROPPED) && error.contains(", and its arm with it")))
 }

@@ -1,8 +1,10 @@
 //! The trial of every arm before any run: a few steps in a folder that is thrown away.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use dinolab_core::train::Lines;
 use dinolab_core::{Error, Result};
 
 use super::file::nearest;
@@ -122,17 +124,21 @@ fn unmeasured(plan: &Plan, arm: &str, out: &Path) -> Result<Vec<String>> {
     let Status::Finished(result) = Status::of(out)? else {
         return Ok(vec![format!("{arm}: the run ended but left no result.json")]);
     };
-    let known: Vec<&str> = result.metrics.keys().map(String::as_str).collect();
-    let missing = plan.suite.metrics.iter().filter(|m| !known.contains(&m.name.as_str()));
-    let say = |name: &str| {
-        format!(
-            "{arm}: metric `{name}` is not measured; did you mean `{}`? ({})",
-            nearest(name, &known),
-            known.join(", ")
-        )
+    // A score that is not a number after so few steps is none of the result's, and measured all the same.
+    let logged = Lines::read(&out.join("metrics.jsonl"))?.objects;
+    let of_log = logged.iter().flat_map(|line| line.keys()).filter(|key| key.contains('/'));
+    let known: BTreeSet<&str> = result.metrics.keys().chain(of_log).map(String::as_str).collect();
+    let known: Vec<&str> = known.into_iter().collect();
+    let say = |what: &str, name: &str| {
+        let meant = nearest(name, &known);
+        format!("{arm}: {what} `{name}` is not measured; did you mean `{meant}`? ({})", known.join(", "))
     };
+    let metrics = plan.suite.metrics.iter().map(|metric| ("metric", &metric.name));
+    let all = metrics.chain(plan.suite.drop.iter().map(|rule| ("the rule's metric", &rule.metric)));
+    let missing = all.filter(|(_, name)| !known.contains(&name.as_str()));
     // A loss that an arm switches off is missing there by design; `Plan::warnings` said so.
-    Ok(missing.filter(|m| !plan.warnings.iter().any(|w| w.contains(&m.name))).map(|m| say(&m.name)).collect())
+    let unsaid = missing.filter(|(_, name)| !plan.warnings.iter().any(|w| w.contains(name.as_str())));
+    Ok(unsaid.map(|(what, name)| say(what, name)).collect())
 }
 
 /// Steps that a run does itself.

@@ -170,6 +170,12 @@ pub trait Dataset: fmt::Debug + Send + Sync {
         None
     }
 
+    /// A hash of when the files of the data were last written, where there are files. Where it is another although the
+    /// [`fingerprint`](Self::fingerprint) is the same, files were copied or written over: their content is not looked at.
+    fn stamp(&self) -> Option<String> {
+        None
+    }
+
     /// The same samples at another size, with their held-out part, where they are drawn rather than stored.
     fn at_size(&self, _: ImageSize) -> Option<Arc<dyn Dataset>> {
         None

@@ -183,6 +183,11 @@ pub trait Probe: fmt::Debug + Send + Sync {
         None
     }
 
+    /// Why it cannot be run on images of so many patches, and what helps, so that such a recipe is refused before the run.
+    fn unfit_patches(&self, _patches: usize) -> Option<(String, String)> {
+        None
+    }
+
     /// Size of what the model is shown of images of `size`: another, if the probe has a key `window`.
     fn window(&self, size: ImageSize) -> ImageSize {
         size

@@ -14,6 +14,15 @@ use annotate_snippets::{AnnotationKind, Group, Level, Renderer, Snippet};
 
 pub use nested::{Fault, Nested};
 
+/// What serde says of a value of a wrong type ("invalid type: string \"x\", expected u64"), without Rust's names of types.
+pub fn plain_words(message: &str) -> String {
+    let line = |line: &str| match line.split_once("expected ") {
+        Some((before, expected)) => format!("{before}expected {}", nested::in_words(expected.trim_end())),
+        None => line.to_string(),
+    };
+    message.lines().map(line).collect::<Vec<_>>().join("\n")
+}
+
 /// A file as it was read, for messages that quote it.
 #[derive(Debug, PartialEq, Eq)]
 pub struct SourceFile {

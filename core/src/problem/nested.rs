@@ -153,9 +153,10 @@ fn mismatch(actual: &Actual, expected: &str) -> String {
 }
 
 /// Rust's names of types in the words of the documentation.
-fn in_words(expected: &str) -> String {
+pub(super) fn in_words(expected: &str) -> String {
     match expected {
         "u8" | "u16" | "u32" | "u64" | "usize" => "a whole number, 0 or more".into(),
+        other if other.starts_with("a nonzero u") => "a whole number, 1 or more".into(),
         "i8" | "i16" | "i32" | "i64" | "isize" => "a whole number".into(),
         "f32" | "f64" => "a number".into(),
         "a boolean" => "`true` or `false`".into(),

@@ -107,6 +107,32 @@ impl Guide {
         })
     }
 
+    /// Whether the value of `key` is a table with one key, of several of which one is chosen: `{ every = 10 }` or `{ at = [5] }`.
+    pub(super) fn is_choice(&self, value: &Dict, key: &str) -> bool {
+        let Some(schema) = self.schema_at(value, key) else { return false };
+        let one_key = |s: &&&Json| {
+            let count = |of: &str| {
+                s.get(of).map_or(0, |list| {
+                    list.as_object().map_or_else(|| list.as_array().map_or(0, Vec::len), serde_json::Map::len)
+                })
+            };
+            count("properties") == 1 && count("required") == 1
+        };
+        alternatives(schema).iter().filter(one_key).count() > 1
+    }
+
+    fn schema_at(&self, value: &Dict, key: &str) -> Option<&'static Json> {
+        let (mut schema, mut inside, mut name) = (self.schema, Some(value), "");
+        for part in key.split('.') {
+            schema = table_schema(schema, inside, name);
+            let named = schema.get("properties").and_then(|p| p.get(part));
+            schema = named.or_else(|| schema.get("additionalProperties").filter(|s| s.is_object()))?;
+            inside = inside.and_then(|table| table.get(part)).and_then(Value::as_dict);
+            name = part;
+        }
+        Some(schema)
+    }
+
     /// The dotted keys that could stand where `key` does.
     pub fn siblings(&self, value: &Dict, key: &str) -> Vec<String> {
         let mut schema = self.schema;

@@ -64,6 +64,16 @@ pub struct Curve {
     pub sd: Vec<f64>,
 }
 
+/// More runs than anyone has of one recipe.
+pub const MOST_RUNS: usize = 10_000;
+
+impl Spread {
+    /// Whether it is of numbers.
+    pub fn is_sound(&self) -> bool {
+        self.mean.is_finite() && self.sd.is_finite() && self.sd >= 0.0
+    }
+}
+
 impl Expected {
     /// The table as it was written.
     pub(super) fn of(value: Value) -> Result<Self, Problem> {
@@ -73,11 +83,11 @@ impl Expected {
             problem
         })?;
         let bad = |key: String, message: &str| Err(Problem::error(&key, message));
-        if read.n == 0 {
-            return bad(format!("{KEY}.n"), "expected the number of runs, at least 1");
+        if !(1..=MOST_RUNS).contains(&read.n) {
+            return bad(format!("{KEY}.n"), &format!("expected the number of runs, 1 to {MOST_RUNS}"));
         }
         for (name, spread) in &read.metrics {
-            if !(spread.mean.is_finite() && spread.sd.is_finite() && spread.sd >= 0.0) {
+            if !spread.is_sound() {
                 return bad(format!("{KEY}.metrics"), &format!("{name}: expected a number and a spread of 0 or more"));
             }
         }
@@ -115,7 +125,7 @@ mod tests {
     fn a_wrong_table_is_an_error_with_its_key() {
         for (table, said) in [
             ("n = 3", "on"),
-            ("on = \"x\"\nn = 0", "at least 1"),
+            ("on = \"x\"\nn = 0", "1 to 10000"),
             ("on = \"x\"\nn = 2\nmetrics = { a = { mean = 1.0, sd = -1.0 } }", "a: expected a number and a spread"),
             ("on = \"x\"\nn = 2\ncurves = { a = { steps = [1, 2], mean = [1.0], sd = [1.0] } }", "equal length"),
         ] {

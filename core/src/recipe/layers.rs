@@ -16,6 +16,7 @@ use figment::value::{Dict, Value};
 use figment::Provider;
 
 use super::beside::{BackboneConfig, OwnKeys};
+use super::describe::Guide;
 use super::entries::{Entry, LossEntry, ProbeEntry};
 use super::expected::{self, Expected};
 use super::old_names;
@@ -232,6 +233,7 @@ impl RawRecipe {
     /// Puts a layer on top; gives the keys whose value it repeats.
     fn merge(&mut self, layer: Dict, origin: &dyn Fn(&str) -> Origin) -> Vec<String> {
         let mut repeated = Vec::new();
+        drop_other_choices(&mut self.value, &layer);
         merge(&mut self.value, layer, "", &mut self.origins, origin, &mut repeated);
         repeated
     }
@@ -348,6 +350,37 @@ fn merge(
             }
         }
         origins.insert(path.clone(), origin(&path));
+    }
+}
+
+/// Empties tables with one key of several that could be chosen, in whose place the layer above has another: `periods = { range = .. }`
+/// above `periods = { base = .. }`.
+fn drop_other_choices(lower: &mut Dict, upper: &Dict) {
+    fn find(lower: &Dict, upper: &Dict, path: &str, whole: &Dict, found: &mut Vec<String>) {
+        for (key, above) in upper {
+            let (Some(below), Some(above)) = (lower.get(key).and_then(Value::as_dict), above.as_dict()) else {
+                continue;
+            };
+            let path = join(path, key);
+            let apart = below.len() == 1 && above.len() == 1 && below.keys().ne(above.keys());
+            match apart && Guide::default().is_choice(whole, &path) {
+                true => found.push(path),
+                false => find(below, above, &path, whole, found),
+            }
+        }
+    }
+    let mut found = Vec::new();
+    find(lower, upper, "", lower, &mut found);
+    for path in found {
+        let mut parts = path.split('.');
+        let last = parts.next_back().expect("a path has a part");
+        let table = parts.try_fold(&mut *lower, |table, part| match table.get_mut(part) {
+            Some(Value::Dict(_, inner)) => Some(inner),
+            _ => None,
+        });
+        if let Some(table) = table {
+            table.remove(last);
+        }
     }
 }
 

@@ -1,8 +1,8 @@
 //! Holds every number of a recipe against the range that is stated with its key.
 //!
 //! A range is stated once, where a plugin states the key, and lives in the schema, so that the book, editors and
-//! `recipe check` know it: `minimum`, `maximum`, `exclusiveMinimum`, `exclusiveMaximum`, `minItems` and `maxItems` mean what
-//! they mean in JSON schema. On a key that takes a scheduler they hold for every step of the run. Three words are ours:
+//! `recipe check` know it: `minimum`, `maximum`, `exclusiveMinimum`, `exclusiveMaximum`, `enum` (of numbers), `minItems` and
+//! `maxItems` mean what they mean in JSON schema. On a key that takes a scheduler they hold for every step of the run. Three words are ours:
 //!
 //! - `x-ascending`: the numbers of a list may not fall, as in `[least, most]`;
 //! - `x-help`: what to do about a number that is out of range;
@@ -202,6 +202,10 @@ impl Walk {
         if !x.is_finite() {
             return Some("expected a finite number".into());
         }
+        if let Some(choices) = schemas.iter().find_map(|s| numbers(s)).filter(|choices| !choices.contains(&x)) {
+            let choices: Vec<String> = choices.iter().map(|choice| format!("{choice}")).collect();
+            return Some(format!("has to be {}, not {x}", choices.join(" or ")));
+        }
         let shown = if x.fract() == 0.0 && x.abs() < 1e18 { format!("{x:.0}") } else { format!("{x:?}") };
         let single = x as f32;
         let in_range = |schema: &&&Json| {
@@ -239,6 +243,11 @@ const TINY: f64 = f32::MIN_POSITIVE as f64;
 fn number(value: &Value) -> Option<f64> {
     let number = value.to_num()?;
     number.to_f64().or_else(|| number.to_i128().map(|i| i as f64)).or_else(|| number.to_u128().map(|i| i as f64))
+}
+
+/// The numbers of which one has to be chosen.
+fn numbers(schema: &Json) -> Option<Vec<f64>> {
+    schema.get("enum")?.as_array()?.iter().map(Json::as_f64).collect()
 }
 
 fn is_integer(schema: &Json) -> bool {

@@ -79,6 +79,9 @@ fn probe_sizes(recipe: &Recipe, probes: &Probes<'_>, backbone: &dyn Backbone) ->
         problems.extend(sizes.iter().find_map(unfit).map(|(message, near)| {
             Problem::error(format!("probes.{name}.window"), message).help(format!("use {near}"))
         }));
+        let patches = |size: &ImageSize| size.pixels() / backbone.patch_size().pow(2).max(1);
+        let unfit = sizes.iter().find_map(|size| probe.unfit_patches(patches(size)));
+        problems.extend(unfit.map(|(message, help)| Problem::error(format!("probes.{name}"), message).help(help)));
     }
     problems
 }

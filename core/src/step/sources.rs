@@ -5,10 +5,12 @@ use std::path::{Path, PathBuf};
 use super::declare;
 use super::distillation::fits_student;
 use super::weights::RGB;
+use crate::checkpoint;
 use crate::contract::Role;
 use crate::problem::Problem;
 use crate::recipe::Recipe;
-use crate::weights::Source;
+use crate::text::printable;
+use crate::weights::{to_continue, Source};
 use crate::{Error, Result};
 
 /// How weights are used.
@@ -37,6 +39,13 @@ pub fn check_sources(recipe: &Recipe) -> Result<Vec<Problem>> {
             problems.push(Problem::warning(&key, format!("{} is not there (yet)", path.display())));
             continue;
         }
+        problems.extend(recipe.continue_from.as_ref().filter(|_| key == "continue_from").and_then(|from| {
+            let done = checkpoint::step_at(&to_continue(from).ok()?)?;
+            let steps = recipe.steps;
+            let message = format!("{steps} steps are all done: {} has done {done}", printable(&path));
+            let help = "they are counted from the start of the run that this one continues: name more";
+            (done >= steps).then(|| Problem::error("steps", message).help(help))
+        }));
         let found = fits(&path, how).and_then(|()| match how {
             Use::Start => other_channels(&path, &key, model.channels),
             Use::Distil => Ok(None),

@@ -46,6 +46,9 @@ pub struct RunInfo {
     pub recipe_hash: String,
     /// Hash of what the dataset found, if the recipe does not say it all.
     pub data: Option<String>,
+    /// Hash of when the files of the data were written, if it has files.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data_stamp: Option<String>,
     /// What it ran on.
     pub device: String,
     /// CPU threads.
@@ -135,6 +138,14 @@ impl RunFolder {
             let same = change.key == STEPS || !resolved.matters(&change.key) || only_moved(&change.key)?;
             if same { &mut changes } else { &mut other }.push(change);
         }
+        // Who changed the run's own recipe.toml is told as well: its newest checkpoint has the one that it was made with.
+        for change in since_checkpoint(&path, resolved)? {
+            let known = change.key == STEPS || other.iter().any(|known| known.key == change.key);
+            // Weights may have been moved twice since; whether they are the same is held to their hashes.
+            if !known && resolved.matters(&change.key) && !resolved.is_path(&change.key) {
+                other.push(change);
+            }
+        }
         if !other.is_empty() {
             let keys: String = other.iter().map(|change| format!("\n  {change}")).collect();
             let problem = format!("the run in this folder was started with a recipe that gives other numbers:{keys}");
@@ -178,6 +189,7 @@ impl RunFolder {
             revision: options.revision.clone(),
             recipe_hash: resolved.hash.clone(),
             data: data.fingerprint(),
+            data_stamp: data.stamp(),
             device: recipe_device,
             threads: rayon::current_num_threads(),
             ranks: RanksInfo::of(ranks),
@@ -232,12 +244,18 @@ impl RunFolder {
                 format!("go on where it was started (--device), or {ANEW}"),
             ));
         }
+        let rewritten = before.data_stamp.is_some() && before.data_stamp != now.data_stamp;
+        let rewritten = rewritten.then(|| {
+            "files of the data were copied or written over since the run was started: names and lengths are the same, and their \
+             content is not compared"
+                .to_string()
+        });
         let other = (name(was) != name(is)).then(|| {
             format!(
                 "the run goes on on another device, and not to the bits of an uninterrupted one: was {was}, is {is}"
             )
         });
-        Ok(other.into_iter().collect())
+        Ok(rewritten.into_iter().chain(other).collect())
     }
 
     /// Its new number of steps with the old one, if it has another.
@@ -262,6 +280,15 @@ impl RunFolder {
         let text = serde_json::to_string_pretty(result).expect("plain data");
         write_file(&self.path.join(RESULT), text.as_bytes())
     }
+}
+
+/// In what `resolved` differs from the recipe of the newest checkpoint of the run in `path`, if it has one that can be read.
+fn since_checkpoint(path: &Path, resolved: &Resolved) -> Result<Vec<Change>> {
+    let Some(newest) = checkpoint::list(path)?.pop() else { return Ok(Vec::new()) };
+    // A checkpoint that was changed is passed over when it is loaded.
+    let Ok(Some(file)) = checkpoint::recipe_file(&newest) else { return Ok(Vec::new()) };
+    let before = Resolved::load(file, &Overrides::default()).and_then(Resolved::absolute);
+    Ok(before.map_or(Vec::new(), |before| changes(&before.value, &resolved.value)))
 }
 
 impl RunResult {

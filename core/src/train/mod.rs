@@ -522,6 +522,9 @@ impl Run<'_> {
     fn measure(&mut self, done: u64, probes: &[String]) -> Result<BTreeMap<String, f64>> {
         let (scores, warnings) = self.probes.run(probes, &self.learner, self.recipe);
         self.warn_once(done, "probe", warnings)?;
+        let undefined = scores.iter().filter(|(_, score)| !score.is_finite());
+        let undefined = undefined.map(|(name, _)| format!("{name} is not a number here: nothing is written of it"));
+        self.warn_once(done, "probe", undefined.collect::<Vec<_>>())?;
         if !scores.is_empty() {
             self.observer.probed(done, &scores);
         }

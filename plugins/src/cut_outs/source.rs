@@ -11,6 +11,7 @@ use dinolab_core::{Error, Result};
 use image::imageops::{crop_imm, resize, FilterType};
 use image::{RgbImage, RgbaImage};
 
+use crate::file_hashes::{FileHasher, Hashes};
 use crate::image_folder::labels::folders;
 use crate::image_folder::{decode, list, Listing, BACKGROUND};
 
@@ -34,7 +35,7 @@ pub(super) struct Source {
     /// What a photograph has to cover.
     cover: [u32; 2],
     notes: Vec<String>,
-    fingerprint: String,
+    hashes: Hashes,
 }
 
 /// Files, and the pixels of those that were read and fit into memory.
@@ -111,12 +112,10 @@ impl Source {
             let named = shared.join(", ");
             notes.push(format!("one file alone, which scenes to train on and held-out ones share: {named}"));
         }
-        let mut hash = blake3::Hasher::new();
+        let mut hasher = FileHasher::default();
         for (root, path) in cut.iter().map(|path| (cut_outs, path)).chain(photo.iter().map(|path| (backgrounds, path)))
         {
-            let size = std::fs::metadata(path).map_or(0, |found| found.len());
-            let inside = path.strip_prefix(root).unwrap_or(path);
-            hash.update(inside.as_os_str().as_encoded_bytes()).update(&[0]).update(&size.to_le_bytes());
+            hasher.add(path.strip_prefix(root).unwrap_or(path), path);
         }
         Ok(Self {
             classes,
@@ -127,7 +126,7 @@ impl Source {
             largest,
             cover,
             notes,
-            fingerprint: hash.finalize().to_hex().to_string(),
+            hashes: hasher.finish(),
         })
     }
 
@@ -149,8 +148,8 @@ impl Source {
         &self.notes
     }
 
-    pub fn fingerprint(&self) -> &str {
-        &self.fingerprint
+    pub fn hashes(&self) -> &Hashes {
+        &self.hashes
     }
 
     /// A cut-out: what is opaque of it, no larger than is needed, colours times opacity.

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use dinolab_core::text::printable;
 use dinolab_core::{Error, Result};
 
+use super::decode::{affordable, check_turned_file};
 use super::npy;
 
 /// The depths of a dataset's images.
@@ -53,6 +54,7 @@ impl Depths {
                 (values.into_iter().map(f32::from).collect(), size, true)
             }
         };
+        check_turned_file(image, size, [width, height], path)?;
         if [width, height] != size {
             let [w, h] = size;
             let problem = format!("the depth has {width}x{height} pixels, and its image {} {w}x{h}", printable(image));
@@ -84,6 +86,8 @@ fn read_png(path: &Path) -> Result<(Vec<u16>, [usize; 2])> {
         return Err(Error::content(path, problem, "a depth is a grey PNG of 16 bits, or a .npy of [height, width]"));
     }
     let too_large = || Error::content(path, "it is too large to be decoded", "make it of the image's size");
+    affordable(size[0] as u64, size[1] as u64)
+        .map_err(|refused| Error::content(path, refused.problem, "make it of the image's size"))?;
     let mut bytes = vec![0; reader.output_buffer_size().ok_or_else(too_large)?];
     reader.next_frame(&mut bytes).map_err(broken)?;
     let values = match bits {

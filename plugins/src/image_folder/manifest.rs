@@ -11,6 +11,7 @@ use super::depth::Depths;
 use super::labels::{in_order, Labelled, TEST, TRAIN};
 use super::masks::{MaskConfig, Masks};
 use super::{Beside, Files, ImageFolder, Wanted};
+use crate::packed::{unlabelled, without};
 
 /// The columns that are known.
 const COLUMNS: [&str; 5] = ["path", "label", "split", "mask", "depth"];
@@ -48,6 +49,7 @@ pub struct ManifestConfig {
     pub bits: Option<u8>,
     /// The colour that transparent images lie on: red, green and blue, 0 to 255.
     #[serde(default = "super::default_background")]
+    #[schemars(extend("x-with" = { "channels": 3 }))]
     pub background: [u8; 3],
     /// What the values of masks mean.
     #[serde(default)]
@@ -114,22 +116,39 @@ fn open(config: &ManifestConfig) -> Result<ImageFolder> {
         let problem = "the column `split` puts all images into one part";
         return Err(Error::content(file, problem, "mark some with train and some with val, or leave the column out"));
     }
-    let (classes, labels) = classes(&rows);
-    let labelled = Labelled { labels, classes, split: divided.then_some(parts), notes: Vec::new() };
     let column = |of: fn(&Row) -> &Option<PathBuf>| -> Option<Vec<Option<PathBuf>>> {
         let files: Vec<Option<PathBuf>> = rows.iter().map(|row| of(row).clone()).collect();
         files.iter().any(Option::is_some).then_some(files)
     };
+    let (masks, depth) = (column(|row| &row.mask), column(|row| &row.depth));
+    let unread = [
+        (masks.is_none() && config.mask != MaskConfig::default(), "mask", "there is no column `mask`"),
+        (
+            depth.is_none() && config.depth_scale != super::default_depth_scale(),
+            "depth_scale",
+            "there is no column `depth`",
+        ),
+    ];
+    let unread = unread.iter().filter(|(unread, ..)| *unread);
+    notes.extend(unread.map(|(_, key, why)| format!("data.{key} is read by nothing: {why}")));
+    let (classes, labels) = classes(&rows);
+    notes.extend(unlabelled(&labels));
+    for (what, files) in [("mask", &masks), ("depth", &depth)] {
+        let none = files.iter().flatten().filter(|file| file.is_none()).count();
+        notes.extend(without(none, rows.len(), what));
+    }
+    let labelled = Labelled { labels, classes, split: divided.then_some(parts), notes: Vec::new() };
     let beside = Beside {
-        masks: column(|row| &row.mask).map(|files| Masks::open(&config.mask, files)).transpose()?,
-        depth: column(|row| &row.depth).map(|files| Depths::of(config.depth_scale, files)),
+        masks: masks.map(|files| Masks::open(&config.mask, files)).transpose()?,
+        depth: depth.map(|files| Depths::of(config.depth_scale, files)),
     };
     let paths = rows.into_iter().map(|row| row.path).collect();
     let wanted = Wanted::new(config.channels, config.bits, config.background);
-    let mut files = Files::new(&root, paths, labelled, beside, notes, wanted);
+    let mut files = Files::new(&[&root], paths, labelled, beside, notes, wanted);
     // Labels and parts make other data too.
     let table = std::fs::read(file).map_err(Error::io("read", file))?;
-    files.fingerprint = blake3::hash(&[files.fingerprint.as_bytes(), &table].concat()).to_hex().to_string();
+    let content = &mut files.hashes.content;
+    *content = blake3::hash(&[content.as_bytes(), &table].concat()).to_hex().to_string();
     ImageFolder::of(files, file, config.held_out)
 }
 

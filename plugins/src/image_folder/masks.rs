@@ -8,6 +8,8 @@ use dinolab_core::text::printable;
 use dinolab_core::{Error, Result};
 use rayon::prelude::*;
 
+use super::decode::{affordable, check_turned_file};
+
 /// What a pixel has that counts nowhere.
 pub const IGNORED: u8 = 255;
 
@@ -59,7 +61,9 @@ impl Masks {
     /// If the file is missing or damaged, or [`PixelClasses::classify`] refuses it.
     pub fn read(&self, index: usize, size: [usize; 2], image: &Path) -> Result<Option<Vec<u8>>> {
         let Some(path) = &self.files[index] else { return Ok(None) };
-        self.classes.classify(read(path)?, size, path, image).map(Some)
+        let (values, width) = read(path)?;
+        check_turned_file(image, size, [width, values.len() / width], path)?;
+        self.classes.classify((values, width), size, path, image).map(Some)
     }
 }
 
@@ -202,6 +206,8 @@ pub(crate) fn decode(file: impl BufRead + Seek, path: &Path) -> Result<(Vec<u8>,
     }
     let (width, height) = (info.width as usize, info.height as usize);
     let too_large = || Error::content(path, "it is too large to be decoded", "make it of the image's size");
+    affordable(width as u64, height as u64)
+        .map_err(|refused| Error::content(path, refused.problem, "make it of the image's size"))?;
     let mut bytes = vec![0; reader.output_buffer_size().ok_or_else(too_large)?];
     let frame = reader.next_frame(&mut bytes).map_err(broken)?;
     if bits == 8 {

@@ -18,6 +18,8 @@ use dinolab_core::data::Order;
 use dinolab_core::text::printable;
 use dinolab_core::{plugin, Error, Result};
 
+use crate::file_hashes::{FileHasher, Hashes};
+
 use beside::{DEPTH, MASK};
 use decode::{read_again, Known};
 use depth::Depths;
@@ -72,6 +74,7 @@ pub struct ImageFolderConfig {
     pub bits: Option<u8>,
     /// The colour that transparent images lie on: red, green and blue, 0 to 255.
     #[serde(default = "default_background")]
+    #[schemars(extend("x-with" = { "channels": 3 }))]
     pub background: [u8; 3],
     /// Another folder, whose images are held out for probes in place of a share of these.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -167,8 +170,7 @@ struct Files {
     /// What was passed over.
     notes: Vec<String>,
     wanted: Wanted,
-    /// BLAKE3 of every path in the folder and the size of its file.
-    fingerprint: String,
+    hashes: Hashes,
 }
 
 /// What lies beside the images.
@@ -188,7 +190,8 @@ impl ImageFolder {
     }
 
     /// All of `files`; a share of them is set aside where nothing divides them.
-    fn of(files: Files, at: &Path, held_out: f64) -> Result<Self> {
+    fn of(mut files: Files, at: &Path, held_out: f64) -> Result<Self> {
+        files.notes.extend(files.labelled.split.as_ref().and_then(|_| unread_share(held_out)));
         let files = Arc::new(files);
         let [train, test] = match &files.labelled.split {
             Some(parts) => parts.clone(),
@@ -276,7 +279,11 @@ impl Dataset for ImageFolder {
     }
 
     fn fingerprint(&self) -> Option<String> {
-        Some(self.files.fingerprint.clone())
+        Some(self.files.hashes.content.clone())
+    }
+
+    fn stamp(&self) -> Option<String> {
+        Some(self.files.hashes.written.clone())
     }
 
     fn held_out(&self) -> Option<Arc<dyn Dataset>> {
@@ -331,35 +338,39 @@ impl Files {
             masks: masks.map(|files| Masks::open(&config.mask, files)).transpose()?,
             depth: depth.map(|files| Depths::of(config.depth_scale, files)),
         };
-        Ok(Self::new(root, paths, labelled, beside, notes, wanted))
+        let others = [&config.val, &config.masks, &config.val_masks, &config.depth, &config.val_depth];
+        let roots = [root].into_iter().chain(others.into_iter().flatten());
+        Ok(Self::new(&roots.map(PathBuf::as_path).collect::<Vec<_>>(), paths, labelled, beside, notes, wanted))
     }
 
-    /// Of files that were found.
+    /// Of files that were found in these folders: where a folder lies is not what the data are known by.
     fn new(
-        root: &Path,
+        roots: &[&Path],
         paths: Vec<PathBuf>,
         labelled: Labelled,
         beside: Beside,
         notes: Vec<String>,
         wanted: Wanted,
     ) -> Self {
-        let mut hash = blake3::Hasher::new();
+        let mut hasher = FileHasher::default();
         let mut add = |path: &Path| {
-            // One that cannot be read is named when it is.
-            let size = std::fs::metadata(path).map_or(0, |found| found.len());
-            let inside = path.strip_prefix(root).unwrap_or(path);
-            hash.update(inside.as_os_str().as_encoded_bytes()).update(&[0]).update(&size.to_le_bytes());
-            size
+            let inside = roots.iter().find_map(|root| path.strip_prefix(root).ok());
+            hasher.add(inside.unwrap_or(path), path)
         };
         let sizes = paths.iter().map(|path| add(path)).collect();
         let (masks, depth) = (beside.masks.iter(), beside.depth.iter());
         for path in masks.flat_map(Masks::files).chain(depth.flat_map(Depths::files)) {
             add(path);
         }
-        let fingerprint = hash.finalize().to_hex().to_string();
         let known = paths.iter().map(|_| Known::default()).collect();
-        Self { paths, sizes, known, labelled, beside, notes, wanted, fingerprint }
+        Self { paths, sizes, known, labelled, beside, notes, wanted, hashes: hasher.finish() }
     }
+}
+
+/// Says that the share of images that are set aside is not read, if it was given: the data are divided.
+pub(crate) fn unread_share(held_out: f64) -> Option<String> {
+    let given = held_out != default_held_out();
+    given.then(|| "data.held_out is read by nothing: the data say themselves which images are held out".into())
 }
 
 /// A share of `count` images to test on, and the others to train on; `at` is where they are, for messages.

@@ -90,7 +90,9 @@ pub(crate) fn pixels(
             "it is 1/255 in published files",
         ));
     }
-    let unit = 255.0 * factor;
+    // Values of 16 bits are read as shares of 65535, as those of 8 bits are of 255.
+    let wide = (factor * f64::from(u16::MAX) - 1.0).abs() < 1e-9;
+    let unit = if wide { 1.0 } else { 255.0 * factor };
     let each = |value: Option<Channels>| match value? {
         Channels::One(x) => Some(vec![x; channels]),
         Channels::Each(x) => Some(x),

@@ -44,6 +44,7 @@ pub struct Robustness {
     #[schemars(range(max = 1_000_000_000))]
     pub k: NonZeroUsize,
     /// What is done to images.
+    #[schemars(length(min = 1))]
     pub corruptions: Vec<Corruption>,
 }
 

@@ -171,7 +171,15 @@ fn picture(name: String, frames: &[Frame], answers: &[Vec<u8>], size: ImageSize)
     Picture { caption: name, panels }
 }
 
-plugin!(Probe, "tracking", Tracking);
+plugin!(Probe, "tracking", Tracking, |config: Tracking, _: &mut ()| {
+    match config.frames.is_some() == config.masks.is_some() {
+        true => Ok(Box::new(config) as Box<dyn Probe>),
+        false => {
+            let problem = "of `frames` and `masks` one is given: films of a folder need both";
+            Err(Error::user(problem, "give both, or neither to have films drawn"))
+        }
+    }
+});
 
 #[cfg(test)]
 mod tests {

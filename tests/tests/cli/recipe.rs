@@ -268,3 +268,45 @@ fn a_window_that_the_model_cannot_be_shown_is_refused_before_the_run() {
     let ended = check("window = 20, sizes = [16]");
     assert_eq!(ended.code, 0, "{}", ended.err);
 }
+
+#[test]
+fn probes_that_could_never_be_taken_are_refused_before_the_run() {
+    let folder = Folder::with_micro();
+    for (set, said) in [
+        ("probes.linear_classification.penalties=[]", "at least 1 values"),
+        ("probes.robustness.corruptions=[]", "at least 1 values"),
+        ("probes.few_shot.shots=[]", "at least 1 values"),
+        ("probes.tracking.frames=films", "of `frames` and `masks` one is given"),
+        ("probes.dse.image_clusters=16", "cannot put 16 patches of an image"),
+        ("probes.knn.k=0", "expected a whole number, 1 to"),
+    ] {
+        let ended = folder.run(&["recipe", "check", "micro.toml", "--set", set]);
+        assert!(ended.code == 2 && ended.err.contains(said), "{set}: {}", ended.err);
+    }
+}
+
+#[test]
+fn one_of_several_choices_takes_the_place_of_another_below_it() {
+    let folder = Folder::with_micro();
+    let text = |base: &str, value: &str| {
+        format!("extends = \"{base}\"\nname = \"x\"\n[backbone.pos_encoding]\nperiods = {value}\n")
+    };
+    folder.write("base.toml", &text("micro.toml", "{ base = 50.0 }"));
+    folder.write("range.toml", &text("base.toml", "{ range = [0.5, 20.0] }"));
+    let shown = folder.succeed(&["recipe", "show", "range.toml"]).out;
+    assert!(shown.contains("range = [0.5, 20.0]") && !shown.contains("base = 50"), "{shown}");
+    // The same choice is changed in place, and a run's own recipe can be overridden.
+    folder.succeed(&["train", "base.toml", "--out", "run", "--set", "steps=1"]);
+    let set = ["--set", "backbone.pos_encoding.periods={ range = [0.5, 20] }"];
+    let shown = folder.succeed(&[&["recipe", "show", "run"][..], &set].concat()).out;
+    assert!(shown.contains("range = [0.5, 20") && !shown.contains("base = 50"), "{shown}");
+}
+
+#[test]
+fn what_features_over_a_run_does_not_read_is_refused() {
+    let folder = Folder::new();
+    for option in [&["--size", "32"][..], &["--patch", "1,1"], &["--format", "npy"], &["--no-pictures"]] {
+        let ended = folder.run(&[&["features", "--over", "run"], option].concat());
+        assert!(ended.code == 2 && ended.err.contains("cannot be used with"), "{option:?}: {}", ended.err);
+    }
+}

@@ -231,6 +231,10 @@ fn what_has_other_channels_is_refused_with_a_remedy() {
     assert!(error.contains("it has 4 channels, and data.channels is 5"), "{error}");
     assert!(refused("d.npy", npy(&[4, 20, 20], &[0u16; 1600]), 4).contains("numpy.moveaxis"));
     assert!(refused("e.npy", npy(&[20, 20], &[0f32; 400]), 1).contains("numpy.uint16"));
+    let clear = image::RgbaImage::from_fn(20, 20, |x, _| image::Rgba([x as u8, 0, 0, if x == 3 { 0 } else { 255 }]));
+    let mut gif = std::io::Cursor::new(Vec::new());
+    DynamicImage::from(clear).write_to(&mut gif, image::ImageFormat::Gif).unwrap();
+    assert!(refused("p.gif", gif.into_inner(), 4).contains("palette"));
     let palette = tiff(&values(0, 0, 1), 1, false, 3);
     assert!(refused("f.tif", palette, 1).contains("palette"));
     let one_bit = tiff(&values(0, 0, 1), 1, false, 1);
@@ -424,4 +428,38 @@ fn a_folder_says_how_many_channels_it_has() {
     let shown = data.get(0).unwrap();
     let Pixels::U16(values) = &shown.pixels else { panic!("it keeps 16 bits") };
     assert_eq!(shown.rgb()[..6], [0, 1, 2, 4, 5, 6].map(|i| (values[i] >> 8) as u8));
+}
+
+#[test]
+fn features_see_the_bits_that_the_run_kept() {
+    let folder = Folder::with_micro();
+    for class in ["a", "b"] {
+        fs::create_dir_all(folder.path(&format!("pictures/{class}"))).unwrap();
+        for i in 0..6u16 {
+            let pixel = |x: u32, y: u32| Rgb([40_000 + 131 * x as u16, 999 * y as u16, 5_003 * i]);
+            let image: ImageBuffer<Rgb<u16>, Vec<u16>> = ImageBuffer::from_fn(40, 40, pixel);
+            fs::write(folder.path(&format!("pictures/{class}/{i}.png")), png(image)).unwrap();
+        }
+    }
+    let kept = ["--set", "data.plugin=image_folder", "--set", "data.path=pictures"].map(String::from);
+    let narrow = ["--set".into(), "data.bits=12".into()];
+    let refused = folder.run(&with(&["recipe", "check", "micro.toml"], &[&kept[..], &narrow].concat()));
+    assert!(refused.code == 2 && refused.err.contains("data.bits: has to be 8 or 16, not 12"), "{}", refused.err);
+    let wide = [&kept[..], &["--set".into(), "data.bits=16".into()]].concat();
+    folder.succeed(&with(&["train", "micro.toml", "--out", "run", "--set", "steps=1"], &wide));
+    let cls = |out: &str, bits: &[&str]| {
+        let args = ["features", "pictures/a", "--weights", "run", "--out", out, "--no-pictures", "--format", "npy"];
+        folder.succeed(&[&args[..], bits].concat());
+        let image = fs::read_dir(folder.path(out)).unwrap().map(|e| e.unwrap().path()).find(|p| p.is_dir()).unwrap();
+        fs::read(image.join("cls.npy")).unwrap()
+    };
+    assert_eq!(cls("own", &[]), cls("wide", &["--bits", "16"]));
+    assert_ne!(cls("own", &[]), cls("narrow", &["--bits", "8"]));
+    // What is written says how values are scaled, and is read back the same.
+    folder.succeed(&["export", "run", "--format", "hf", "--out", "hf"]);
+    let factor = json(&folder, "hf/preprocessor_config.json")["rescale_factor"].as_f64().unwrap();
+    assert!((factor * 65535.0 - 1.0).abs() < 1e-12, "{factor}");
+    folder.succeed(&["import", "hf", "--out", "back"]);
+    let mean = |run: &str| Trained::open(&folder.path(run)).unwrap().normalization;
+    assert_eq!(mean("back"), mean("run"));
 }

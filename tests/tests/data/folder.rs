@@ -404,3 +404,94 @@ fn names_of_any_bytes_are_told_apart_and_shown_on_one_line() {
     assert!(names.iter().all(|name| !name.chars().any(char::is_control)), "{names:?}");
     assert!((0..4).all(|i| dataset.get(i).is_ok()));
 }
+
+/// A grey PNG that says that it has so many pixels, and has none.
+fn png_of_size(width: u32, height: u32) -> Vec<u8> {
+    let mut header = b"IHDR".to_vec();
+    header.extend([width.to_be_bytes(), height.to_be_bytes()].concat());
+    header.extend([8, 0, 0, 0, 0]);
+    let chunk = |content: &[u8]| {
+        [&(content.len() as u32 - 4).to_be_bytes()[..], content, &crc32(content).to_be_bytes()].concat()
+    };
+    [&b"\x89PNG\r\n\x1a\n"[..], &chunk(&header), &chunk(b"IDAT\0"), &chunk(b"IEND")].concat()
+}
+
+/// Two pictures in `i`, with what lies beside them in `m`.
+fn with_beside(pictures: [Vec<u8>; 2], beside: [Vec<u8>; 2]) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for (place, ending, files) in [("i", "jpg", pictures), ("m", "png", beside)] {
+        fs::create_dir(folder.path().join(place)).unwrap();
+        for (name, bytes) in ["a", "b"].iter().zip(files) {
+            fs::write(folder.path().join(place).join(format!("{name}.{ending}")), bytes).unwrap();
+        }
+    }
+    folder
+}
+
+fn grey(width: u32, height: u32) -> Vec<u8> {
+    encode(&image::GrayImage::from_pixel(width, height, image::Luma([1])).into(), ImageFormat::Png)
+}
+
+fn config(folder: &Path, masks: bool) -> ImageFolderConfig {
+    let [images, beside] = ["i", "m"].map(|place| folder.join(place));
+    let [masks, depth] = [masks, !masks].map(|is| is.then(|| beside.clone()));
+    ImageFolderConfig { held_out: 0.0, masks, depth, ..ImageFolderConfig::of(images) }
+}
+
+#[test]
+fn a_mask_or_depth_of_too_many_pixels_is_refused_before_memory_is_taken() {
+    let jpeg = encode(&picture(), ImageFormat::Jpeg);
+    let folder = with_beside([jpeg.clone(), jpeg], [grey(32, 16), png_of_size(200_000, 200_000)]);
+    let error = ImageFolder::open(&config(folder.path(), true)).map(drop).unwrap_err().to_string();
+    assert!(error.contains("b.png") && error.contains("more than the limit"), "{error}");
+    let depth = ImageFolder::open(&config(folder.path(), false)).unwrap();
+    assert!(depth.get(0).unwrap().depth.is_some());
+    let error = depth.get(1).unwrap_err().to_string();
+    assert!(error.contains("b.png") && error.contains("more than the limit"), "{error}");
+}
+
+#[test]
+fn a_mask_of_a_turned_image_is_taken_only_if_its_size_shows_that_it_is_turned_too() {
+    // Of 32x16 pixels, shown as 16x32: a mask of that size is as one sees the image, one of the other is not.
+    let folder = with_beside([turned_jpeg(), turned_jpeg()], [grey(16, 32), grey(32, 16)]);
+    for masks in [true, false] {
+        let data = ImageFolder::open(&config(folder.path(), masks)).unwrap();
+        let seen = data.get(0).unwrap();
+        assert_eq!((seen.width, seen.mask.is_some(), seen.depth.is_some()), (16, masks, !masks));
+        let error = data.get(1).unwrap_err().to_string();
+        assert!(error.contains("m/b.png") && error.contains("EXIF") && error.contains("-auto-orient"), "{error}");
+    }
+    // Of a square nothing shows it.
+    let square = RgbImage::from_pixel(16, 16, Rgb([9; 3]));
+    let jpeg = encode(&square.into(), ImageFormat::Jpeg);
+    let turned = turned_jpeg();
+    let exif = turned[2..turned.len() - encode(&picture(), ImageFormat::Jpeg).len() + 2].to_vec();
+    let square = [&jpeg[..2], &exif, &jpeg[2..]].concat();
+    let folder = with_beside([square, jpeg], [grey(16, 16), grey(16, 16)]);
+    let data = ImageFolder::open(&config(folder.path(), true)).unwrap();
+    assert!(data.get(0).unwrap_err().to_string().contains("EXIF") && data.get(1).unwrap().mask.is_some());
+}
+
+#[test]
+fn data_are_the_same_wherever_their_folders_lie_and_others_when_files_change() {
+    let jpeg = encode(&picture(), ImageFormat::Jpeg);
+    let folder = with_beside([jpeg.clone(), jpeg], [grey(32, 16), grey(32, 16)]);
+    let open = |at: &Path| ImageFolder::open(&config(at, true)).unwrap();
+    let before = open(folder.path());
+    let moved = folder.path().join("moved");
+    fs::create_dir(&moved).unwrap();
+    for place in ["i", "m"] {
+        fs::rename(folder.path().join(place), moved.join(place)).unwrap();
+    }
+    let after = open(&moved);
+    assert_eq!((before.fingerprint(), before.stamp()), (after.fingerprint(), after.stamp()));
+    // The same length, written at another time.
+    let mask = moved.join("m/a.png");
+    let bytes = fs::read(&mask).unwrap();
+    fs::write(&mask, bytes).unwrap();
+    let file = fs::File::options().append(true).open(&mask).unwrap();
+    file.set_modified(std::time::SystemTime::now() + std::time::Duration::from_secs(5)).unwrap();
+    let after = open(&moved);
+    assert_eq!(before.fingerprint(), after.fingerprint());
+    assert_ne!(before.stamp(), after.stamp());
+}

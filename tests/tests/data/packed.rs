@@ -252,6 +252,12 @@ fn what_is_wrong_with_shards_is_named_with_shard_and_member() {
     fs::write(lab.path("open.tar"), &whole[..last]).unwrap();
     let data = lab.open("webdataset", json!({ "path": "open.tar", "held_out": 0.0 })).unwrap();
     assert!(data.summary().notes.iter().any(|note| note.contains("no mark at its end")), "{:?}", data.summary());
+    // Shards that were put together as files have marks of the end between them.
+    fs::write(lab.path("joined.tar"), [whole.clone(), fs::read(lab.path("train-01.tar")).unwrap()].concat()).unwrap();
+    let images = |path: &str| lab.open("webdataset", json!({ "path": path, "held_out": 0.0 })).unwrap().len();
+    assert_eq!(images("joined.tar"), images("train-{00..01}.tar"));
+    lab.tar("empty.tar", &[("0.png", &picture(1)), ("0.seg.png", b""), ("1.png", &picture(1))]);
+    refused(json!({ "path": "empty.tar", "masks": "seg.png" }), &["empty.tar/0.seg.png"]);
     lab.tar("broken.tar", &[("0.png", &picture(1)), ("1.png", &picture(1)[..50])]);
     let data = lab.open("webdataset", json!({ "path": "broken.tar", "held_out": 0.0 })).unwrap();
     assert!(data.get(0).is_ok());
@@ -309,7 +315,7 @@ fn what_is_wrong_with_tables_is_named_with_file_and_row() {
     refused(json!({ "path": "text.parquet" }), &["text.parquet", "no whole Parquet file"]);
     refused(json!({ "path": "bad.parquet" }), &["bad.parquet", "no such file", "data.path"]);
     refused(json!({ "path": "good.parquet", "image": "photo" }), &["no column `photo`", "image, label", "data.image"]);
-    refused(json!({ "path": "good.parquet", "image": "label" }), &["`label` does not hold an image"]);
+    refused(json!({ "path": "good.parquet", "image": "label" }), &["`label` does not hold a file"]);
     refused(json!({ "path": "good.parquet", "label": "image" }), &["no column `image`", "data.label"]);
     refused(
         json!({ "path": "good.parquet", "classes": ["a", "b"] }),

@@ -52,7 +52,7 @@ fn refreshes_follow_the_rule_of_the_reference() {
 #[test]
 fn a_recipe_cannot_refresh_at_no_distance_or_name_two_sources() {
     for (table, problem) in [
-        (json!({ "plugin": "gram_anchor", "refresh": { "every": 0 } }), "nonzero u64"),
+        (json!({ "plugin": "gram_anchor", "refresh": { "every": 0 } }), "a whole number, 1 or more"),
         (json!({ "plugin": "gram_anchor", "refresh": { "at_most": 2 } }), "missing key"),
         (json!({ "plugin": "gram_anchor", "source": "student" }), "not one of the choices"),
         (json!({ "plugin": "gram_anchor", "ckpt": "x" }), "unknown key"),

@@ -513,6 +513,15 @@ fn a_rule_drops_a_run_or_its_arm_and_says_so() {
     assert_eq!(lab.log().iter().filter(|run| run.starts_with("on")).count(), 1, "one seed drops the arm");
     assert!(tally.failed[2].1.contains("dropped with its arm: see on seed 0"), "{:?}", tally.failed);
 
+    for (bounds, said) in [("above = nan", "by NaN"), ("above = 1.0\nbelow = 2.0", "let `below` be at most")] {
+        let error = refused(&format!("{}\n[[drop]]\n{bounds}\n", suite()));
+        assert!(error.contains(said), "{error}");
+    }
+    let lab = Lab::new();
+    let plan = lab.plan(&rule("metric = \"loss/dinoo\"")).expect("a valid suite");
+    let error = lab.execute(&plan, |o| o.smoke_steps = 2).expect_err("a rule is misspelt").to_string();
+    assert!(error.contains("the rule's metric `loss/dinoo` is not measured"), "{error}");
+
     // A signal reaches a run that is under rules.
     let lab = Lab::new();
     let plan = lab.plan(&rule("metric = \"loss/dino\"")).expect("a valid suite");
@@ -569,6 +578,15 @@ fn a_suite_says_whether_it_gave_what_its_head_says() {
     }
     let error = refused(&with_head(0.5).replace("arms.on", "arms.onn"));
     assert!(error.contains("[measured] has an arm `onn`") && error.contains("did you mean `on`"), "{error}");
+    for (was, is, said) in [
+        ("n = 3", "n = 18446744073709551615", "no number of seeds"),
+        ("n = 3", "n = 0", "no number of seeds"),
+        ("\"probe/seg/miou\" = {", "\"probe/seg/miuo\" = {", "did you mean `probe/seg/miou`"),
+        ("sd = 0.01", "sd = -1.0", "the spread 0 or more"),
+    ] {
+        let error = refused(&with_head(0.5).replacen(was, is, 1));
+        assert!(error.contains(said), "{said}: {error}");
+    }
 }
 
 #[test]

@@ -554,3 +554,29 @@ fn a_trunk_may_have_another_recipe_and_arms_may_leave_it_before_its_end() {
     let differences = json(&folder, "out/arms/late/seed-3/parents.json")[0]["differences"].to_string();
     assert!(differences.contains("losses.koleo.enabled: was false, is true"), "{differences}");
 }
+
+#[test]
+fn a_run_whose_own_recipe_was_changed_by_hand_does_not_go_on() {
+    let folder = Folder::with_micro();
+    folder.succeed(&train(&["micro.toml", "--out", "run"]));
+    fs::remove_file(folder.path("run/result.json")).expect("the run finished");
+    fs::remove_dir_all(folder.path("run/checkpoints/step-00000012")).expect("the run finished");
+    let recipe = folder.read("run/recipe.toml");
+    let changed = recipe.replacen("heads = 2", "heads = 4", 1);
+    assert_ne!(recipe, changed);
+    folder.write("run/recipe.toml", &changed);
+    let ended = folder.run(&["train", "run", "--resume"]);
+    assert!(ended.code == 2 && ended.err.contains("backbone.heads: was 2, is 4"), "{}", ended.err);
+    folder.write("run/recipe.toml", &recipe);
+    folder.succeed(&["train", "run", "--resume"]);
+}
+
+#[test]
+fn check_knows_that_a_fork_has_no_step_left() {
+    let folder = Folder::with_micro();
+    folder.succeed(&train(&["micro.toml", "--out", "first", "--set", "steps=6"]));
+    let fork = ["recipe", "check", "micro.toml", "--set", "continue_from='first'", "--set"];
+    let ended = folder.run(&[&fork[..], &["steps=6"]].concat());
+    assert!(ended.code == 2 && ended.err.contains("6 steps are all done: first has done 6"), "{}", ended.err);
+    folder.succeed(&[&fork[..], &["steps=7"]].concat());
+}

@@ -127,6 +127,12 @@ fn a_mistake_in_a_chain_is_named_before_anything_runs() {
         ("{gram}", "{gramm}", "did you mean `gram`"),
         ("name = \"gram\"", "name = \"pretrain\"", "stage name `pretrain` is repeated"),
         ("init_role", "init_rol", "init_rol"),
+        (
+            "{pretrain}@8",
+            "{pretrain}@7",
+            "stage `gram` needs step 7 of `pretrain`, and its checkpoint would not be kept",
+        ),
+        ("steps = 20", "steps = 8", "stage `gram` has 8 steps, all done at step 8 of `pretrain`"),
         ("[[stage]]", "stagez = 1\n[[stage]]", "stagez: unknown key"),
     ] {
         folder.write("wrong.toml", &folder.read("chain.toml").replacen(was, is, 1));

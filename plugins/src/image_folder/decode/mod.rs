@@ -10,6 +10,7 @@ mod jpeg;
 mod pixels;
 mod png;
 mod tiff;
+mod turned;
 mod webp;
 
 use std::fs::File;
@@ -23,6 +24,9 @@ use dinolab_core::{Error, Result};
 use image::metadata::Orientation;
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, RgbImage, RgbaImage};
 
+pub(crate) use turned::check_turned;
+pub(super) use turned::check_turned_file;
+
 /// More pixels than this are refused before they are decoded (Pillow's limit for "decompression bombs").
 const MOST_PIXELS: u64 = 178_956_970;
 /// A larger file is no image of so many pixels.
@@ -34,9 +38,9 @@ const BYTES_A_PIXEL: u64 = 16;
 
 /// Why a file gives no picture, and what to do.
 #[derive(Debug, PartialEq, Eq)]
-struct Refusal {
-    problem: String,
-    help: &'static str,
+pub(super) struct Refusal {
+    pub problem: String,
+    pub help: &'static str,
 }
 
 impl Refusal {
@@ -179,6 +183,11 @@ fn decode_as(bytes: &[u8], wanted: &Wanted, known: &Known) -> Result<Sample, Ref
         tiff::check(bytes)?;
         return tiff::read(bytes, wanted);
     }
+    let palette = format == ImageFormat::Gif || (format == ImageFormat::Png && png::is_palette(bytes));
+    if wanted.channels != 3 && palette {
+        let help = "save it with its channels as they are, without a palette, or leave it out";
+        return Err(Refusal { problem: "its pixels are numbers of a palette's colours".into(), help });
+    }
     let grey = wanted.channels == 1 && format == ImageFormat::Jpeg && jpeg::is_grey(bytes)?;
     let untripled = |image: DynamicImage| Ok(if grey { image.into_luma8().into() } else { image });
     pixels::as_wanted(upright(bytes, known, untripled)?, wanted)
@@ -251,7 +260,7 @@ fn whole(bytes: &[u8], format: ImageFormat) -> Result<(DynamicImage, Option<Orie
 }
 
 /// Fails if an image has too many pixels, or there is no memory for them. Decoders take theirs without asking.
-fn affordable(width: u64, height: u64) -> Result<(), Refusal> {
+pub(super) fn affordable(width: u64, height: u64) -> Result<(), Refusal> {
     let pixels = width.saturating_mul(height);
     if pixels > MOST_PIXELS {
         let problem = format!("{width}x{height} pixels are more than the limit of {MOST_PIXELS}");

@@ -26,3 +26,9 @@ pub(super) fn exif(bytes: &[u8]) -> Result<Option<Vec<u8>>, Refusal> {
         at += 12 + length;
     }
 }
+
+/// Whether the pixels of a PNG are numbers of a palette's colours.
+pub(super) fn is_palette(bytes: &[u8]) -> bool {
+    // The type of colour in the first chunk, IHDR.
+    bytes.get(25) == Some(&3)
+}
