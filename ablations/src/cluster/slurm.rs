@@ -209,7 +209,8 @@ fn header(plan: &Plan, jobs: &Jobs, folder: &Path, options: &Options) -> String 
     let own = [("job-name", Some(name)), ("output", Some(log.as_str()))];
     let own = own.into_iter().chain(OPTIONS).filter(|(key, _)| given.iter().all(|(other, _)| other != key));
     for (key, value) in own.chain(given.iter().copied()) {
-        let value = value.map_or(String::new(), |value| format!("={value}"));
+        // sbatch takes quotes in these lines as a shell does.
+        let value = value.map_or(String::new(), |value| format!("={}", shell(value)));
         let _ = writeln!(text, "#SBATCH --{key}{value}");
     }
     let here = shell(&jobs.here().display().to_string());

@@ -202,6 +202,7 @@ impl Plan {
         plan.check_arms()?;
         plan.check_declared()?;
         plan.warnings = plan.metric_warnings();
+        plan.warnings.extend(plan.idle_follows());
         plan.recipe_warnings = plan.gather_recipe_warnings();
         Ok(plan)
     }
@@ -341,6 +342,17 @@ impl Plan {
             }
         };
         arms.into_iter().map(say).collect()
+    }
+
+    /// Keys of `follows` in which no arm differs from the baseline.
+    fn idle_follows(&self) -> Vec<String> {
+        let arms = self.first_of_each_arm().iter().map(|run| &run.arm);
+        let differ: Vec<String> = arms.flat_map(|arm| self.differences(arm)).map(|(key, ..)| key).collect();
+        let within = |key: &str, table: &str| {
+            key.strip_prefix(table).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+        };
+        let idle = self.suite.follows.iter().filter(|named| !differ.iter().any(|key| within(key, named)));
+        idle.map(|named| format!("`follows` names `{named}`, in which no arm differs from the baseline")).collect()
     }
 
     /// Metrics that no probe or loss of an arm's recipe will give. The smoke runs check the exact names.

@@ -310,3 +310,19 @@ fn what_features_over_a_run_does_not_read_is_refused() {
         assert!(ended.code == 2 && ended.err.contains("cannot be used with"), "{option:?}: {}", ended.err);
     }
 }
+
+#[test]
+fn data_that_are_here_are_held_to_what_they_are_and_those_elsewhere_are_a_warning() {
+    let folder = Folder::with_micro();
+    folder.add_photos("photos");
+    let check =
+        |set: &str| folder.run(&["recipe", "check", "micro.toml", "--set", "data.plugin=image_folder", "--set", set]);
+    let ended = check("data.path=elsewhere");
+    assert!(ended.code == 0 && ended.err.contains("warning: micro.toml: data: elsewhere"), "{}", ended.err);
+    assert_eq!(check("data.path=photos").code, 0);
+    std::fs::create_dir(folder.path("masks")).expect("a new folder");
+    let masks = ["--set", "data.path=photos", "--set", "data.masks=masks"];
+    let ended =
+        folder.run(&[&["recipe", "check", "micro.toml", "--set", "data.plugin=image_folder"], &masks[..]].concat());
+    assert!(ended.code == 2 && ended.err.contains("have no mask here"), "{}", ended.err);
+}

@@ -153,10 +153,14 @@ fn check(path: &Path, overrides: &Overrides, cost: Option<Asked>) -> bool {
         resolved.check_sources()?.iter().for_each(style::warn);
         let recipe = &resolved.recipe;
         let warn = |what: &dyn Display| style::warn(format!("{}: {what}", path.display()));
-        // Data and memory may be those of another machine than the one where recipes are written.
         match recipe.data.build(&mut DataContext { seed: recipe.seed }) {
-            Ok(data) => resolved.check_data(data.as_ref())?,
-            Err(error) => warn(&format!("data: {error}")),
+            Ok(data) => {
+                resolved.check_data(data.as_ref())?;
+                data.summary().notes.iter().for_each(|note| style::note(format!("data: {note}")));
+            }
+            // Data and memory may be those of another machine than the one where recipes are written.
+            Err(error) if !data_are_here(&resolved) => warn(&format!("data: {error}")),
+            Err(error) => return Err(error),
         }
         match recipe.device() {
             Ok(device) => fit(recipe, device)?.into_iter().for_each(|fit| warn(&fit.into_error())),
@@ -176,6 +180,13 @@ fn check(path: &Path, overrides: &Overrides, cost: Option<Asked>) -> bool {
             false
         }
     }
+}
+
+/// Whether everything is there that the paths in `[data]` name; a pattern names nothing.
+fn data_are_here(resolved: &Resolved) -> bool {
+    let table = resolved.value.get("data").and_then(serde_json::Value::as_object).into_iter().flatten();
+    let paths = table.filter(|(key, _)| resolved.is_path(&format!("data.{key}")));
+    paths.filter_map(|(_, value)| value.as_str()).all(|path| Path::new(path).exists())
 }
 
 /// Says which numbers follow another curve when the run is made longer; of a run whose steps are set anew, by how much.
