@@ -8,7 +8,7 @@
 //! | `toml` whose first line is a comment with a path (`# recipes/mine.toml`) | written to that file; then as below |
 //! | `toml` with arms or a grid | `dinolab ablate --dry-run` |
 //! | `toml` with stages | `dinolab stages --dry-run` |
-//! | `toml` | `dinolab recipe check`, on top of the tiny recipe if it is only a part of one |
+//! | `toml` | `dinolab recipe check`, on top of the shipped tiny recipe if it is only a part of one |
 //! | `sh` | run by bash, page by page from top to bottom; `cargo run --release --` is `dinolab` |
 //! | `sh,fails` | has to fail |
 //! | `sh,no_run` | for another machine: every `dinolab` command is parsed and not run, everything else left out |
@@ -35,13 +35,17 @@ heads = 2
 [data]
 count = 64
 held_out = 32
+size = 48
 [batch]
 size = 4
 [crops]
+global_size = 32
+local_size = 16
 local_count = 2
 [teachers.gram]
 first_step = 2
 refresh = { every = 2 }
+crop_size = 48
 [optimizer]
 freeze_last_layer_steps = 0
 [checkpoint]
@@ -165,7 +169,8 @@ fn check_toml(folder: &Folder, block: &Block) -> String {
         || stages
         || table.contains_key("extends")
         || table.contains_key("backbone") && table.contains_key("data");
-    let extends = if whole { "" } else { "extends = \"tiny.toml\"\n" };
+    // What is only checked may be of any size.
+    let extends = if whole { String::new() } else { format!("extends = {:?}\n", root().join("recipes/tiny.toml")) };
     folder.write(path, &format!("{extends}{}", block.text));
     match (suite, stages) {
         (true, _) => format!("dinolab ablate --dry-run {path} > /dev/null"),

@@ -32,13 +32,13 @@ fn emulated(test: &str, environment: &[(&str, &str)], body: impl FnOnce()) {
         body();
     } else if has_gpu() {
         println!("skipped: a real GPU is not made to fail");
-    } else if let Some(ended) = run_emulated(&format!("gpu_errors::{test}"), environment) {
+    } else if let Some(ended) = run_emulated(&format!("machines::gpu_errors::{test}"), environment) {
         assert!(passed(&ended), "failed on the emulator");
     }
 }
 
 fn resolve(more: &str) -> Result<Resolved> {
-    let text = include_str!("../../recipes/tiny.toml");
+    let text = include_str!("../../../recipes/tiny.toml");
     Resolved::from_text(&format!("{more}\n{text}"))
 }
 
@@ -89,7 +89,7 @@ fn a_device_that_is_full_says_what_was_asked_by_whom_and_what_to_do() {
 
 /// A learner of `images` images a step, with hidden layers of that ratio, and its batches.
 fn learner(images: usize, ffn_ratio: f64) -> Result<(Learner, dinolab_core::data::Loader)> {
-    let text = include_str!("../../recipes/tiny.toml").replace("size = 16\n", &format!("size = {images}\n"));
+    let text = include_str!("../../../recipes/tiny.toml").replace("size = 16\n", &format!("size = {images}\n"));
     let text = text.replace("layer_scale = 1.0", &format!("layer_scale = 1.0\nffn_ratio = {ffn_ratio:?}"));
     let recipe = Resolved::from_text(&format!("device = \"cuda\"\n{text}")).unwrap_or_else(|e| panic!("{e}")).recipe;
     let (data, _) = dinolab_core::train::datasets(&recipe).unwrap();

@@ -378,7 +378,7 @@ fn a_suite_on_slurm_gives_the_numbers_of_one_process_through_signals_and_second_
     assert!(again.out.contains("nothing to hand over"), "{}", again.out);
 
     // Asked to stop, an index saves, puts itself back into the queue and goes on.
-    let long = |suite: &str| suite.replace("seeds =", "set.steps = 1500\nset.checkpoint.every = 100\nseeds =");
+    let long = |suite: &str| suite.replace("seeds =", "set.steps = 800\nset.checkpoint.every = 100\nseeds =");
     folder.write("suite.toml", &long(SUITE));
     folder.succeed(&ablate("long", &["--arms", "slow", "--seeds", "0"]));
     slurm.ablate(&folder, "asked", &["--on", "slurm", "--arms", "slow", "--seeds", "0", "--smoke-steps", "0"]);
@@ -392,7 +392,7 @@ fn a_suite_on_slurm_gives_the_numbers_of_one_process_through_signals_and_second_
     let log = folder.read(&format!("asked/{run}/run.log"));
     assert!(log.contains("SIGUSR2: stops once all is saved"), "{log}");
     assert!(folder.read(&format!("asked/{run}/events.jsonl")).contains("\"resume\""));
-    assert_same_weights(&folder, &format!("long/{run}"), &format!("asked/{run}"), 1500);
+    assert_same_weights(&folder, &format!("long/{run}"), &format!("asked/{run}"), 800);
     slurm.wait(&folder, || slurm.queue().is_empty());
 
     // Cancelled, it saves and stays out of the queue.
