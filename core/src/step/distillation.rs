@@ -132,10 +132,14 @@ fn fits(path: &Path, teacher: &Declared, student: &Declared) -> Result<()> {
         if found.width != spec.width {
             let (theirs, ours) = (found.width, spec.width);
             let problem = format!("the teacher's head of `{name}` has {theirs} outputs, the student's {ours}");
-            let key = key_of(loss.chosen.config(), taught.chosen.config(), ours as u64, theirs as u64);
-            let help = match key {
-                Some(key) => format!("set losses.{name}.{key} = {theirs}"),
-                None => format!("give losses.{name} the keys of the teacher's recipe"),
+            let keys = keys_of(loss.chosen.config(), taught.chosen.config(), ours as u64, theirs as u64);
+            let help = match &keys[..] {
+                [key] => format!("set losses.{name}.{key} = {theirs}"),
+                [] => format!("give losses.{name} the keys of the teacher's recipe"),
+                keys => format!(
+                    "of losses.{name}, set that of {} which is the width of the head to {theirs}",
+                    keys.join(", ")
+                ),
             };
             return Err(Error::content(path, problem, help));
         }
@@ -143,13 +147,14 @@ fn fits(path: &Path, teacher: &Declared, student: &Declared) -> Result<()> {
     Ok(())
 }
 
-/// The key that is `ours` in one table and `theirs` in another.
-fn key_of(a: &Json, b: &Json, ours: u64, theirs: u64) -> Option<String> {
-    a.as_object()?.iter().find_map(|(key, value)| {
-        let other = b.get(key)?;
-        if value.as_u64() == Some(ours) && other.as_u64() == Some(theirs) {
-            return Some(key.clone());
+/// The keys that are `ours` in one table and `theirs` in another.
+fn keys_of(a: &Json, b: &Json, ours: u64, theirs: u64) -> Vec<String> {
+    let inside = |(key, value): (&String, &Json)| {
+        let Some(other) = b.get(key) else { return Vec::new() };
+        match value.as_u64() == Some(ours) && other.as_u64() == Some(theirs) {
+            true => vec![key.clone()],
+            false => keys_of(value, other, ours, theirs).into_iter().map(|inner| format!("{key}.{inner}")).collect(),
         }
-        key_of(value, other, ours, theirs).map(|inner| format!("{key}.{inner}"))
-    })
+    };
+    a.as_object().into_iter().flatten().flat_map(inside).collect()
 }

@@ -50,8 +50,8 @@ pub struct StudentRun<'a> {
 /// # Errors
 /// If the recipes do not have in common what the students share, or the device cannot hold all of them.
 pub fn run_students(students: Vec<StudentRun<'_>>) -> Result<Vec<Result<Outcome>>> {
-    let resolved: Vec<&Resolved> = students.iter().map(|student| student.resolved).collect();
-    let crops = check(&resolved)?;
+    let resolved = students.iter().map(|student| student.resolved.clone().absolute());
+    let crops = check(&resolved.collect::<Result<Vec<_>>>()?)?;
     let all = Arc::new(Students {
         turns: Mutex::new(vec![Turn::Start; students.len()]),
         changed: Condvar::new(),
@@ -83,7 +83,7 @@ pub fn run_students(students: Vec<StudentRun<'_>>) -> Result<Vec<Result<Outcome>
 }
 
 /// The crops that are made for all. Fails unless the students can share what they see, and the device holds them.
-fn check(students: &[&Resolved]) -> Result<Crops> {
+fn check(students: &[Resolved]) -> Result<Crops> {
     let (first, others) = students.split_first().expect("there is a student");
     let within =
         |key: &str, table: &str| key.strip_prefix(table).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
@@ -177,7 +177,8 @@ struct Students {
 /// The batches of all, made once.
 #[derive(Default)]
 struct Data {
-    loader: Option<Loader>,
+    /// With the step that it gives next.
+    loader: Option<(u64, Loader)>,
     newest: Option<StepBatches>,
     /// Why there are no more, if they could not be made.
     failed: Option<String>,
@@ -241,7 +242,8 @@ impl Student {
             return Some(Err(Error::user(problem.clone(), "it is the same for all students: see the first")));
         }
         data.newest = None;
-        let made = data.next(dataset, &self.all.crops.spec(spec), stop).transpose()?;
+        let spec = LoaderSpec { start_step: step, ..self.all.crops.spec(spec) };
+        let made = data.next(dataset, &spec, stop).transpose()?;
         match &made {
             Ok(made) => data.newest = Some(made.clone()),
             Err(error) => data.failed = Some(error.problem()),
@@ -251,7 +253,7 @@ impl Student {
 }
 
 impl Data {
-    /// The next batches of a loader that begins where the student that has done least does.
+    /// The batches of `spec`'s first step. The loader goes from step to step; where one who had done less has ended, it begins anew.
     fn next(
         &mut self,
         dataset: &Arc<dyn Dataset>,
@@ -259,10 +261,14 @@ impl Data {
         stop: &AtomicBool,
     ) -> Result<Option<StepBatches>> {
         let loader = match &mut self.loader {
-            Some(loader) => loader,
-            none => none.insert(Loader::new(dataset.clone(), spec.clone())?),
+            Some((next, loader)) if *next == spec.start_step => loader,
+            other => &mut other.insert((spec.start_step, Loader::new(dataset.clone(), spec.clone())?)).1,
         };
-        loader.next_unless(stop).transpose()
+        let made = loader.next_unless(stop).transpose()?;
+        if let (Some(made), Some((next, _))) = (&made, &mut self.loader) {
+            *next = made.step + 1;
+        }
+        Ok(made)
     }
 }
 

@@ -238,6 +238,28 @@ fn students_side_by_side_have_the_bits_that_they_have_alone_also_after_a_kill() 
 }
 
 #[test]
+fn a_student_that_ends_early_takes_no_step_from_one_that_has_done_more() {
+    let folder = with_students();
+    let stop = "extends = \"student.toml\"\nname = \"short\"\nstop = { metric = \"probe/cls_patch_cosine/mean\", patience = 5, min_delta = 10.0 }\n\
+        [probes]\ncls_patch_cosine = { enabled = true, every = 1 }\n";
+    folder.write("short.toml", stop);
+    let args = ["train", "short.toml", "--with", "narrow.toml"];
+    folder.succeed(&args);
+    let ended = json(&folder, "runs/short/result.json")["steps"].as_u64().expect("a number");
+    assert!((5..8).contains(&ended), "it ends between the checkpoints of steps 4 and 8: {ended}");
+    folder.succeed(&["train", "narrow.toml", "--out", "alone"]);
+    assert_same_weights(&folder, "runs/narrow", "alone", 12);
+    // One goes on after step 4 and ends before step 8, where the other goes on.
+    for (run, gone) in [("short", ended), ("narrow", 12)] {
+        std::fs::remove_file(folder.path(&format!("runs/{run}/result.json"))).expect("it is there");
+        std::fs::remove_dir_all(folder.path(&format!("runs/{run}/checkpoints/step-{gone:08}"))).expect("it is there");
+    }
+    // Runs are named by their folders as well.
+    folder.succeed(&["train", "runs/short", "--with", "narrow.toml", "--resume"]);
+    assert_same_weights(&folder, "runs/narrow", "alone", 12);
+}
+
+#[test]
 fn a_student_that_fails_ends_no_other() {
     let folder = with_students();
     // There is another run in its folder.
