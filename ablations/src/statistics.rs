@@ -51,7 +51,8 @@ pub struct Paired {
     pub difference: Option<f64>,
     /// Sample standard deviation of the differences.
     pub std: Option<f64>,
-    /// 95% interval of the mean difference by Student's t.
+    /// 95% interval of the mean difference by Student's t; `None` for one pair, and where all differ by the same, not zero: then
+    /// there is no spread to judge by.
     pub ci95: Option<[f64; 2]>,
     /// Two-sided p-value of the paired t-test.
     pub p_value: Option<f64>,
@@ -88,11 +89,14 @@ pub fn paired(pairs: &[(f64, f64)]) -> Paired {
         n,
     };
     if let (Some(difference), Some(std)) = (difference, std) {
-        result.ci95 = Some(interval(difference, std, n));
-        result.p_value = Some(t_test(difference, std, n));
-        result.bootstrap95 = Some(bootstrap(&differences));
+        // Differences that are all the same, as of a score that counts a few images, say nothing of how they would spread.
+        if difference == 0.0 || std > 1e-12 * difference.abs() {
+            result.ci95 = Some(interval(difference, std, n));
+            result.p_value = Some(t_test(difference, std, n));
+            result.bootstrap95 = Some(bootstrap(&differences));
+        }
         result.p_sign_flip = (n <= MAX_EXACT_PAIRS).then(|| sign_flip(&differences));
-        result.effect_size = (std > 0.0).then(|| difference / std);
+        result.effect_size = (std > 0.0 && result.p_value.is_some()).then(|| difference / std);
         result.seeds_for_80_percent_power = result.effect_size.and_then(seeds_needed);
     }
     result
@@ -206,7 +210,6 @@ fn t_test(difference: f64, std: f64, n: usize) -> f64 {
     if difference == 0.0 {
         return 1.0;
     }
-    // Without spread t is infinite, and p is zero.
     let t = difference.abs() / (std / (n as f64).sqrt());
     2.0 * student(n).sf(t)
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use dinolab_core::recipe::Overrides;
-use dinolab_core::{train, Result};
+use dinolab_core::{train, Error, Result};
 
 use crate::cli::DeviceArgs;
 use crate::style;
@@ -20,6 +20,10 @@ pub struct Args {
 
 /// Runs the command. Fails when the step fails again.
 pub fn run(args: &Args) -> Result<ExitCode> {
+    if args.file.is_dir() {
+        let help = "name a file in the folder captures/ of the run: what was captured of a step that was not finite";
+        return Err(Error::content(&args.file, "this is a folder", help));
+    }
     let (recipe, step, report) =
         train::replay(&args.file, &Overrides { sets: args.device.sets().collect(), env: false })?;
     style::print(&format!("step {step} of `{}`\n", recipe.name));

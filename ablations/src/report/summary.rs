@@ -200,7 +200,7 @@ pub enum Verdict {
     Suggestive,
     /// The interval holds zero.
     Inconclusive,
-    /// Fewer than two pairs: nothing can be said about spread.
+    /// Fewer than two pairs, or all differ by the same: nothing can be said about spread.
     NoInterval,
 }
 
@@ -376,6 +376,10 @@ fn sentence(c: &Comparison, metric: &Metric, tests: usize) -> String {
     let Some(difference) = c.paired.difference else {
         return format!("{arm} cannot be compared with {baseline} in {name}: no seed has both.");
     };
+    if difference == 0.0 && c.paired.std.is_none_or(|std| std == 0.0) {
+        let seeds = if c.paired.n == 1 { "the one seed".to_string() } else { format!("all {} seeds", c.paired.n) };
+        return format!("{arm} equals {baseline} in {name} for {seeds}.");
+    }
     let direction = if difference > 0.0 { "higher" } else { "lower" };
     let good = (difference > 0.0) == (metric.better == Better::Higher);
     let worth = if good { "better" } else { "worse" };
@@ -383,6 +387,14 @@ fn sentence(c: &Comparison, metric: &Metric, tests: usize) -> String {
     let signed = |value: f64| if value < 0.0 { show(value) } else { format!("+{}", show(value)) };
     let by = show(difference.abs());
     let Some([low, high]) = c.paired.ci95 else {
+        if c.paired.n > 1 {
+            let flipped = c.paired.p_sign_flip.map_or(String::new(), |p| format!(" (sign-flip {})", p_text(p)));
+            return format!(
+                "{arm} is {direction} than {baseline} in {name} by {by} in each of {} seeds{flipped}: without any spread no interval \
+                 can be given. The score may be too coarse: measure it on more samples, or add seeds.",
+                c.paired.n
+            );
+        }
         return format!(
             "{arm} is {by} {direction} than {baseline} in {name} for one seed: no interval can be given. Add seeds."
         );
@@ -421,6 +433,10 @@ fn sentence(c: &Comparison, metric: &Metric, tests: usize) -> String {
 fn of_effect(c: &Comparison) -> String {
     let (Some(effect), Some(std)) = (c.effect, c.paired.std) else { return String::new() };
     let n = c.paired.n;
+    // Differences without any spread say nothing of others.
+    if std == 0.0 {
+        return String::new();
+    }
     let excluded = c.paired.ci95.filter(|[low, high]| *low > -effect && *high < effect);
     if excluded.is_some() {
         return format!(" A difference of {} or more is left out by the interval.", super::number(effect));
@@ -432,7 +448,6 @@ fn of_effect(c: &Comparison) -> String {
             super::number(std)
         ),
         Some(_) => format!(" {n} seeds are enough to find a difference of {}.", super::number(effect)),
-        None if std > 0.0 => format!(" No number of seeds in reach finds a difference of {}.", super::number(effect)),
-        None => String::new(),
+        None => format!(" No number of seeds in reach finds a difference of {}.", super::number(effect)),
     }
 }

@@ -41,6 +41,8 @@ pub(super) fn warnings(plan: &Plan, records: &[RunRecord]) -> Vec<String> {
         kinds.entry(&warning.kind).or_default().push((record, warning));
     }
     warnings.extend(kinds.into_values().map(|said| told_once(&said)));
+    warnings.extend(made_of_others(plan, records));
+    warnings.extend(by_several_builds(records));
     for arm in plan.suite.arms.iter().filter(|a| a.name != plan.suite.baseline) {
         let changes = plan.differences(&arm.name);
         let seen: Vec<&str> = changes.iter().map(|c| c.0.as_str()).filter(|key| changes_batches(key)).collect();
@@ -50,6 +52,57 @@ pub(super) fn warnings(plan: &Plan, records: &[RunRecord]) -> Vec<String> {
         }
     }
     warnings
+}
+
+/// Runs whose recipes name the same data or weights, of which something else was there at another time.
+fn made_of_others(plan: &Plan, records: &[RunRecord]) -> Vec<String> {
+    // By what a recipe names: arms may differ in it, and seeds that go on from a trunk have one of their own.
+    let mut known = BTreeMap::<(String, String), (&RunRecord, &String)>::new();
+    let mut warnings = Vec::new();
+    for record in records {
+        let Some(run) = plan.all_runs().find(|run| run.arm == record.arm && run.seed == record.seed) else { continue };
+        for (key, hash) in &record.made_of {
+            let parts = key.split('.').try_fold(None, |table: Option<&toml::Value>, part| {
+                Some(Some(table.map_or_else(|| run.prepared.recipe().get(part), |table| table.get(part))?))
+            });
+            let Some(Some(named)) = parts else { continue };
+            let named = if key == "data" { named.to_string() } else { weights_of(named) };
+            let (first, before) = *known.entry((key.clone(), named)).or_insert((record, hash));
+            if before != hash {
+                let of = |record: &RunRecord| format!("{} seed {}", record.arm, record.seed);
+                warnings.push(format!(
+                    "{} was made of other {} than {}: files at `{key}` changed between them",
+                    of(record),
+                    if key == "data" { "data" } else { "weights" },
+                    of(first)
+                ));
+            }
+        }
+    }
+    warnings
+}
+
+/// Which weights a value of a recipe names: a path, or a table of a teacher or of `continue_from` with one in it.
+fn weights_of(value: &toml::Value) -> String {
+    match value {
+        toml::Value::Table(table) => {
+            let named = |key: &str| ["checkpoint", "run", "step", "source"].contains(&key);
+            table.iter().filter(|(key, _)| named(key)).map(|(_, value)| weights_of(value)).collect::<Vec<_>>().join("@")
+        }
+        other => other.to_string(),
+    }
+}
+
+/// Says which builds of the program did which runs, if they were several: numbers may differ between them.
+fn by_several_builds(records: &[RunRecord]) -> Option<String> {
+    let mut builds = BTreeMap::<&str, Vec<String>>::new();
+    for record in records {
+        let runs = record.revision.as_deref().map(|revision| builds.entry(revision).or_default());
+        runs.into_iter().for_each(|runs| runs.push(format!("{} seed {}", record.arm, record.seed)));
+    }
+    let said = builds.iter().map(|(revision, runs)| format!("{revision} ({})", runs.join(", ")));
+    (builds.len() > 1)
+        .then(|| format!("runs were done by different builds of dinolab: {}", said.collect::<Vec<_>>().join(", ")))
 }
 
 /// Whether runs that differ in `key` have other images, crops or masks in a step. Keys of the Gram teacher's crops and

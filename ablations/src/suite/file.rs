@@ -280,6 +280,9 @@ impl Suite {
                 let what = format!("measured.n = {}, which is no number of seeds", measured.n);
                 return Err(problem(what, format!("write how many each arm had, 1 to {MOST_MEASURED}")));
             }
+            if let Some(seconds) = measured.seconds.filter(|seconds| !(seconds.is_finite() && *seconds >= 0.0)) {
+                return Err(problem(format!("measured.seconds = {seconds}"), "write the seconds of a run"));
+            }
             let spreads =
                 measured.arms.iter().flat_map(|(arm, of)| of.iter().map(move |(name, spread)| (arm, name, spread)));
             for (arm, name, spread) in spreads {

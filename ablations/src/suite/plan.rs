@@ -271,7 +271,7 @@ impl Plan {
     fn check_arms(&self) -> Result<()> {
         let mut seen = BTreeMap::<String, &str>::new();
         for run in self.first_of_each_arm() {
-            if let Some(other) = seen.insert(run.prepared.recipe().to_string(), &run.arm) {
+            if let Some(other) = seen.insert(run.prepared.hash().to_string(), &run.arm) {
                 let problem = format!("arms `{other}` and `{}` resolve to the same recipe", run.arm);
                 let help = format!(
                     "their overrides change nothing over {}; correct a value, or remove an arm",
@@ -382,7 +382,8 @@ impl Plan {
         let warning = |metric: &str| {
             let without = self.first_of_each_arm().iter().filter(|run| missing(run, metric));
             let arms: Vec<&str> = without.map(|run| run.arm.as_str()).collect();
-            (!arms.is_empty()).then(|| format!("metric `{metric}` is not measured by {}", arms.join(", ")))
+            let which = if arms.len() == self.suite.arms.len() { "any arm".to_string() } else { arms.join(", ") };
+            (!arms.is_empty()).then(|| format!("metric `{metric}` is not measured by {which}"))
         };
         self.suite.metrics.iter().filter_map(|m| warning(&m.name)).collect()
     }

@@ -97,6 +97,10 @@ pub struct RunRecord {
     pub device: Option<String>,
     /// CPU threads, from `run.json`.
     pub threads: Option<u64>,
+    /// The revision of the program that ran it last, from `run.json`.
+    pub revision: Option<String>,
+    /// Hashes of what it was made of, from `run.json`: of the data, and of weights by the key that names them.
+    pub made_of: BTreeMap<String, String>,
     /// The tries before the last, which ended with an error.
     pub attempts: Vec<Attempt>,
 }
@@ -129,11 +133,31 @@ impl RunRecord {
         let status = Status::of(dir)?;
         let info: Option<serde_json::Value> = read_json(&dir.join("run.json"))?;
         let device = info.as_ref().and_then(|i| i["device"].as_str().map(String::from));
-        let threads = info.and_then(|i| i["threads"].as_u64());
+        let threads = info.as_ref().and_then(|i| i["threads"].as_u64());
+        let revision = info.as_ref().and_then(|i| i["revision"].as_str().map(String::from));
+        let made_of = info.as_ref().map_or_else(BTreeMap::new, |info| {
+            let text = |value: &serde_json::Value| value.as_str().map(String::from);
+            let weights = info["parents"].as_object().into_iter().flatten();
+            let weights = weights.filter_map(|(key, hash)| Some((key.clone(), text(hash)?)));
+            weights.chain(text(&info["data"]).map(|hash| ("data".to_string(), hash))).collect()
+        });
         let (arm, curves, warnings) = (arm.to_string(), BTreeMap::new(), Vec::new());
         let events = RunEvent::read(dir)?;
         let attempts = Attempt::read(dir)?;
-        let mut record = Self { arm, seed, dir: shown, status, curves, warnings, events, device, threads, attempts };
+        let mut record = Self {
+            arm,
+            seed,
+            dir: shown,
+            status,
+            curves,
+            warnings,
+            events,
+            device,
+            threads,
+            revision,
+            made_of,
+            attempts,
+        };
         let (metrics, messages) = (Lines::read(&dir.join("metrics.jsonl"))?, Lines::read(&dir.join("messages.jsonl"))?);
         for (name, lines) in [("metrics.jsonl", &metrics), ("messages.jsonl", &messages)] {
             let damage = lines.problem().map(|problem| format!("{name}: {problem}: what is whole is shown"));

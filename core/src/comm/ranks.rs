@@ -40,11 +40,14 @@ impl Ranks {
             let fit: Vec<String> =
                 (0..).map(|i| 1 << i).take_while(|n| *n <= shards).map(|n: usize| n.to_string()).collect();
             let problem = format!("{world} processes cannot share batch.shards = {shards} evenly");
-            let help = format!(
-                "start {} processes, or let batch.shards be a power of two that {world} divides (it is part of the recipe: \
-                 a run keeps its numbers on any number of processes)",
-                fit.join(", ")
-            );
+            let more = match world.is_power_of_two() {
+                true => format!(
+                    ", or let batch.shards be {world} or more (it is part of the recipe: a run keeps its numbers on any number of \
+                     processes)"
+                ),
+                false => String::new(),
+            };
+            let help = format!("start {} processes{more}", fit.join(", "));
             return Err(Error::user(problem, help));
         }
         Ok(Self { comm: Arc::new(Watched::new(comm)), nccl: None, shards })

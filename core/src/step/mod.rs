@@ -30,6 +30,7 @@ pub(crate) use distillation::distilled_model;
 pub use health::Health;
 pub use optimizer::ParamRule;
 pub use shared::SharedTeacher;
+pub(crate) use sources::frozen_sources;
 pub use sources::{adaptations, check_sources, sources_of};
 pub use updates::Updates;
 pub use weights::Weights;

@@ -104,6 +104,15 @@ pub fn sources_of(recipe: &Recipe) -> Result<Vec<(String, PathBuf)>> {
     Ok(sources(recipe)?.into_iter().map(|(key, path, _)| (key, path)).collect())
 }
 
+/// Those of them that name a model to distil from, which is read whenever a run begins or goes on.
+///
+/// # Errors
+/// If a policy cannot be built.
+pub(crate) fn frozen_sources(recipe: &Recipe) -> Result<Vec<(String, PathBuf)>> {
+    let frozen = sources(recipe)?.into_iter().filter(|(.., how)| *how == Use::Distil);
+    Ok(frozen.map(|(key, path, _)| (key, path)).collect())
+}
+
 /// Keys that name weights, the paths, and how they are used.
 fn sources(recipe: &Recipe) -> Result<Vec<(String, PathBuf, Use)>> {
     let mut found = Vec::new();

@@ -117,7 +117,7 @@ impl RunFolder {
         let lock_path = path.join(".lock");
         let lock = File::create(&lock_path).map_err(Error::io("write in", &path))?;
         if lock.try_lock().is_err() {
-            let help = "wait for it, or choose another folder with --out";
+            let help = "wait for it, or choose another folder (--out, or another `name` of the recipe)";
             return Err(Error::content(&path, "another process is running in this folder", help));
         }
         remove_unfinished(&path)?;
@@ -126,7 +126,7 @@ impl RunFolder {
             return Ok(Self { path, changes: Vec::new(), old_steps: None, written: false, _lock: lock });
         }
         if !options.resume {
-            let help = "continue it with --resume, or choose another folder with --out";
+            let help = "continue it with --resume, or choose another folder (--out, or another `name` of the recipe)";
             return Err(Error::content(&path, "there is a run in this folder already", help));
         }
         let written = Resolved::load(&recipe_path, &Overrides::default())?;
@@ -255,7 +255,11 @@ impl RunFolder {
                 "the run goes on on another device, and not to the bits of an uninterrupted one: was {was}, is {is}"
             )
         });
-        Ok(rewritten.into_iter().chain(other).collect())
+        let build = (before.revision != now.revision).then(|| {
+            let (was, is) = (&before.revision, &now.revision);
+            format!("the run goes on with another build of dinolab, which may give other bits: was {was}, is {is}")
+        });
+        Ok(rewritten.into_iter().chain(build).chain(other).collect())
     }
 
     /// Its new number of steps with the old one, if it has another.

@@ -224,6 +224,7 @@ fn run_on(
     let (resumed, from) = (own.is_some(), own.as_ref().map(|(checkpoint, _)| checkpoint.path.clone()));
     let (mut learner, start, begun) = match own {
         Some((checkpoint, passed)) => {
+            parents::check_frozen(resolved, folder.path())?;
             let passed = passed.into_iter().map(|e| ("checkpoint", format!("passed over a broken checkpoint: {e}")));
             messages.extend(passed);
             (Learner::from_checkpoint_beside(recipe, &checkpoint, shared)?, checkpoint.step, None)
@@ -549,6 +550,7 @@ impl Run<'_> {
             None if stop.load(Ordering::Relaxed) => return Ok(None),
             batches => batches.expect("the loader gives every step of the run")?,
         };
+        assert_eq!(batches.step, step, "the batches are those of the step");
         self.batch = batches.batches.iter().flat_map(|b| b.indices()).collect();
         let (waited, mut broken) = (batches.waited, batches.broken);
         let report = self.lead.together(&Order::Step(step), || {

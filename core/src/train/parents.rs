@@ -11,7 +11,7 @@ use crate::checkpoint::{self, Checkpoint};
 use crate::contract::Dataset;
 use crate::problem::Problem;
 use crate::resolved::{changes, Resolved};
-use crate::step::{new_teacher, sources_of, Learner, SharedTeacher};
+use crate::step::{frozen_sources, new_teacher, sources_of, Learner, SharedTeacher};
 use crate::text::printable;
 use crate::weights::{to_continue, Source};
 use crate::{Error, Result};
@@ -80,6 +80,13 @@ impl Parent {
         Ok(Self::read(folder)?.iter().any(|before| before.key == source && Some(&before.weights) == now.as_ref()))
     }
 
+    /// That its place has other weights now.
+    fn gone(&self, folder: &Path) -> Error {
+        let problem = format!("{} is no longer what this run began with: was {}", self.key, printable(&self.path));
+        let help = "put it back (or name its step), or start a new run in another folder (--out)";
+        Error::content(folder.join(FILE), problem, help)
+    }
+
     fn of(key: &str, path: &Path) -> Result<Self> {
         let source = Source::at(path)?;
         let read = match &source {
@@ -138,6 +145,22 @@ pub(super) fn begin(
     Ok((learner, begun))
 }
 
+/// Fails if a frozen teacher, which a run reads again whenever it goes on, is another than when the run in `folder` began.
+///
+/// # Errors
+/// As said, or if it cannot be read.
+pub(super) fn check_frozen(resolved: &Resolved, folder: &Path) -> Result<()> {
+    let before = Parent::read(folder)?;
+    for (key, path) in frozen_sources(&resolved.recipe)? {
+        let known = before.iter().find(|parent| parent.key == key);
+        match known {
+            Some(known) if Parent::of(&key, &path)?.weights != known.weights => return Err(known.gone(folder)),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
 impl Begun {
     /// Goes on from a checkpoint of another run.
     fn continues(
@@ -182,10 +205,7 @@ impl Begun {
     pub(super) fn check(&self, folder: &Path) -> Result<()> {
         for (before, now) in Parent::read(folder)?.iter().zip(&self.parents) {
             if (&before.key, &before.weights) != (&now.key, &now.weights) {
-                let was = printable(&before.path);
-                let problem = format!("{} is no longer what this run began with: was {was}", now.key);
-                let help = "put it back (or name its step), or start a new run in another folder (--out)";
-                return Err(Error::content(folder.join(FILE), problem, help));
+                return Err(before.gone(folder));
             }
         }
         Ok(())

@@ -19,12 +19,11 @@ use crate::step::{declare, named_teachers, SharedTeacher};
 use crate::{Error, Result};
 
 /// What students have to have in common: what the teacher is, and all that makes the images that it sees.
-const COMMON: [&str; 12] = [
+const COMMON: [&str; 11] = [
     "augmentations",
     "batch",
     "crops",
     "data",
-    "device",
     "masking",
     "on_non_finite",
     "precision",
@@ -94,6 +93,11 @@ fn check(students: &[Resolved]) -> Result<Crops> {
     }
     for other in others {
         let (a, b) = (&first.recipe.name, &other.recipe.name);
+        let (here, there) = (first.recipe.device()?, other.recipe.device()?);
+        if here != there {
+            let problem = format!("`{a}` and `{b}` cannot share a teacher: one is on {here}, the other on {there}");
+            return refuse(problem, "name one for all: --device");
+        }
         let differ = changes(&first.value, &other.value);
         if let Some(change) = differ.iter().find(|change| COMMON.iter().any(|table| within(&change.key, table))) {
             let problem = format!("`{a}` and `{b}` cannot share a teacher: they differ in {change}");

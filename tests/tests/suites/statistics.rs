@@ -69,6 +69,10 @@ fn one_pair_gives_a_difference_and_no_interval() {
 fn arms_that_agree_exactly_have_a_p_value_of_one() {
     let same = paired(&[(0.5, 0.5), (0.7, 0.7), (0.9, 0.9)]);
     assert_eq!((same.p_value, same.ci95, same.effect_size), (Some(1.0), Some([0.0, 0.0]), None));
+    // Differences that are all the same have no spread to judge by: only the sign-flip test says something.
+    let counted = paired(&[(0.5, 0.25), (0.75, 0.5), (1.0, 0.75)]);
+    assert_eq!((counted.p_value, counted.ci95, counted.bootstrap95), (None, None, None));
+    assert_eq!((counted.difference, counted.p_sign_flip), (Some(0.25), Some(0.25)));
 }
 
 /// Holm (1979) by hand: 0.01·4, 0.02·3, 0.03·2, 0.9·1.

@@ -296,3 +296,16 @@ fn students_that_cannot_share_a_teacher_are_refused_before_any_begins() {
     let ended = folder.run(&["train", "micro.toml", "--with", "micro.toml", "--set", "name=other"]);
     assert_eq!(ended.code, 2, "{}", ended.err);
 }
+
+#[test]
+fn a_student_does_not_go_on_under_another_teacher() {
+    let folder = taught();
+    folder.succeed(&["train", "student.toml", "--out", "run"]);
+    std::fs::remove_file(folder.path("run/result.json")).expect("it is there");
+    std::fs::remove_dir_all(folder.path("run/checkpoints/step-00000012")).expect("it is there");
+    // The same run, longer: its newest checkpoint is another.
+    folder.succeed(&["train", "teacher", "--resume", "--set", "steps=16"]);
+    let ended = folder.run(&["train", "run", "--resume"]);
+    assert!(ended.code == 2 && ended.err.contains("teacher is no longer what this run began with"), "{}", ended.err);
+    folder.succeed(&["train", "student.toml", "--out", "run", "--resume", "--set", "teacher.checkpoint=teacher@12"]);
+}
