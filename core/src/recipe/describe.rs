@@ -80,23 +80,17 @@ impl Guide {
     /// What is known about the dotted `key` in a recipe that says `value` (the plugins that it names decide which keys
     /// there are); `None` if there is no such key.
     pub fn key(&self, value: &Dict, key: &str) -> Option<Key> {
-        let mut schema = self.schema;
-        let mut inside = Some(value);
+        let steps = self.steps(value, key)?;
         let mut reader = trainer_part(key).to_string();
-        let mut name = "";
-        for part in key.split('.') {
-            schema = table_schema(schema, inside, name);
-            let own = schema.get("x-own").and_then(Json::as_array);
-            if let (Some(kind), Some(plugin)) = (text(schema, "x-kind"), text(schema, "title")) {
-                if part != "plugin" && !own.is_some_and(|own| own.iter().any(|k| k == part)) {
+        for (part, table, _) in &steps {
+            let own = table.get("x-own").and_then(Json::as_array);
+            if let (Some(kind), Some(plugin)) = (text(table, "x-kind"), text(table, "title")) {
+                if *part != "plugin" && !own.is_some_and(|own| own.iter().any(|k| k == part)) {
                     reader = format!("{kind} plugin `{plugin}`");
                 }
             }
-            let named = schema.get("properties").and_then(|p| p.get(part));
-            schema = named.or_else(|| schema.get("additionalProperties").filter(|s| s.is_object()))?;
-            inside = inside.and_then(|table| table.get(part)).and_then(Value::as_dict);
-            name = part;
         }
+        let (.., schema) = *steps.last()?;
         Some(Key {
             kind: kind(schema),
             default: schema.get("default").cloned(),
@@ -107,30 +101,29 @@ impl Guide {
         })
     }
 
-    /// Whether the value of `key` is a table with one key, of several of which one is chosen: `{ every = 10 }` or `{ at = [5] }`.
-    pub(super) fn is_choice(&self, value: &Dict, key: &str) -> bool {
-        let Some(schema) = self.schema_at(value, key) else { return false };
-        let one_key = |s: &&&Json| {
-            let count = |of: &str| {
-                s.get(of).map_or(0, |list| {
-                    list.as_object().map_or_else(|| list.as_array().map_or(0, Vec::len), serde_json::Map::len)
-                })
-            };
-            count("properties") == 1 && count("required") == 1
-        };
-        alternatives(schema).iter().filter(one_key).count() > 1
-    }
-
-    fn schema_at(&self, value: &Dict, key: &str) -> Option<&'static Json> {
+    /// Part by part of the dotted `key`: the part, the schema of the table that it is in, and its own.
+    fn steps<'k>(&self, value: &Dict, key: &'k str) -> Option<Vec<(&'k str, &'static Json, &'static Json)>> {
         let (mut schema, mut inside, mut name) = (self.schema, Some(value), "");
-        for part in key.split('.') {
-            schema = table_schema(schema, inside, name);
-            let named = schema.get("properties").and_then(|p| p.get(part));
-            schema = named.or_else(|| schema.get("additionalProperties").filter(|s| s.is_object()))?;
+        let step = |part: &'k str| {
+            let table = table_schema(schema, inside, name);
+            let named = table.get("properties").and_then(|p| p.get(part));
+            schema = named.or_else(|| table.get("additionalProperties").filter(|s| s.is_object()))?;
             inside = inside.and_then(|table| table.get(part)).and_then(Value::as_dict);
             name = part;
-        }
-        Some(schema)
+            Some((part, table, schema))
+        };
+        key.split('.').map(step).collect()
+    }
+
+    /// Whether the value of `key` is a table with one key, of several of which one is chosen: `{ every = 10 }` or `{ at = [5] }`.
+    pub(super) fn is_choice(&self, value: &Dict, key: &str) -> bool {
+        let Some((.., schema)) = self.steps(value, key).and_then(|steps| steps.last().copied()) else { return false };
+        let one_key = |s: &&&Json| {
+            let properties = s.get("properties").and_then(Json::as_object).map_or(0, serde_json::Map::len);
+            let required = s.get("required").and_then(Json::as_array).map_or(0, Vec::len);
+            (properties, required) == (1, 1)
+        };
+        alternatives(schema).iter().filter(one_key).count() > 1
     }
 
     /// The dotted keys that could stand where `key` does.

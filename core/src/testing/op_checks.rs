@@ -191,6 +191,10 @@ pub static OP_CHECKS: &[OpCheck] = checks! {
         let (prefix, patches) = x[0].split_tokens(2, 3)?;
         Tensor::cat(&[&prefix.reshape(&[6, 24])?, &patches.reshape(&[8, 24])?])
     };
+    "cat", [&[9, 24], &[4, 24]], |x| Tensor::cat(&[&x[0], &x[1]]);
+    "depthwise_conv", [&[2, 30, 24], &[24, 1, 3, 3], &[24]], |x| x[0].depthwise_conv((6, 5), &x[1], &x[2]);
+    "narrow_axis", [&[9, 6, 8]], |x| x[0].narrow_axis(1, 2, 3);
+    "resize_bilinear", [&[2, 64, 24]], |x| x[0].resize_bilinear((8, 8), (3, 4));
     "narrow", [&[9, 24]], |x| x[0].narrow(2, 5);
     "gather_rows", [&[9, 24]], |x| x[0].gather_rows(&list(&[8, 1, 1, 5])?);
     "resize_bicubic", [&[2, 64, 24]], |x| x[0].resize_bicubic((8, 8), (4, 5), false);

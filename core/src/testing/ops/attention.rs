@@ -13,7 +13,8 @@ inventory::submit! {
     OpOracle {
         name: "attention",
         cases: || {
-            let options = (1usize..3, 0usize..3, 1usize..6, 1usize..3, 1usize..3, any::<bool>(), any::<bool>());
+            let patches = prop_oneof![7 => 1usize..6, 1 => 20usize..60];
+            let options = (1usize..3, 0usize..3, patches, 1usize..3, 1usize..3, any::<bool>(), any::<bool>());
             let options = options.prop_map(|(images, prefix, patches, heads, half, rotary, bias)| {
                 json!({
                     "images": images, "prefix": prefix, "patches": patches, "heads": heads, "head_dim": 2 * half,

@@ -147,8 +147,13 @@ inventory::submit! {
     }
 }
 
+/// A number of rows: mostly a few, now and then more than one task handles.
+fn some_rows() -> impl Strategy<Value = usize> {
+    prop_oneof![7 => 1usize..12, 1 => 100usize..300]
+}
+
 fn rows() -> BoxedStrategy<Case> {
-    let options = (1usize..12, 1usize..12).prop_map(|(rows, d)| json!({ "rows": rows, "d": d }));
+    let options = (some_rows(), 1usize..12).prop_map(|(rows, d)| json!({ "rows": rows, "d": d }));
     cases(options, |c| vec![tracked("x", &[c.size("rows"), c.size("d")])])
 }
 
@@ -190,7 +195,7 @@ inventory::submit! {
 
 fn norm_cases(bias: bool) -> BoxedStrategy<Case> {
     let eps = proptest::sample::select(vec![1e-1, 1e-3, 1e-6]);
-    let options = (1usize..12, 1usize..12, eps).prop_map(|(rows, d, eps)| json!({ "rows": rows, "d": d, "eps": eps }));
+    let options = (some_rows(), 1usize..12, eps).prop_map(|(rows, d, eps)| json!({ "rows": rows, "d": d, "eps": eps }));
     cases(options, move |c| {
         let d = c.size("d");
         let mut slots = vec![tracked("x", &[c.size("rows"), d]), tracked("weight", &[d])];
@@ -251,7 +256,7 @@ inventory::submit! {
     OpOracle {
         name: "index_add",
         cases: || {
-            let options = (1usize..10, 1usize..6, any::<u64>()).prop_map(|(rows, d, order)| {
+            let options = (some_rows(), 1usize..6, any::<u64>()).prop_map(|(rows, d, order)| {
                 let mut kept = Rng::new(order, Stream::Plugin, 1, 0).permutation(rows);
                 kept.truncate(1 + order as usize % rows);
                 json!({ "rows": rows, "d": d, "kept": kept })
@@ -267,6 +272,45 @@ inventory::submit! {
             let place = constant(rows, kept.len(), |i, j| if kept[j] == i { s.values("scale")[j] } else { 0.0 });
             let (x, y) = (s.leaf("x", (rows, d)).leaky_trace(), s.leaf("y", (kept.len(), d)).leaky_trace());
             Some(s.is(x + place.matmul(y)))
+        },
+    }
+}
+
+inventory::submit! {
+    OpOracle {
+        name: "depthwise_conv",
+        cases: || {
+            let options = (1usize..3, 1usize..12, 1usize..6, 1usize..5, 0usize..3).prop_map(|(images, h, w, c, reach)| {
+                json!({ "images": images, "height": h, "width": w, "channels": c, "kernel": 2 * reach + 1 })
+            });
+            cases(options, |c| {
+                let (channels, k) = (c.size("channels"), c.size("kernel"));
+                let x = tracked("x", &[c.size("images"), c.size("height") * c.size("width"), channels]);
+                vec![x, tracked("weight", &[channels, 1, k, k]), tracked("bias", &[channels])]
+            })
+        },
+        engine: |c| {
+            let grid = (c.case().size("height"), c.case().size("width"));
+            c.tensor("x").depthwise_conv(grid, c.tensor("weight"), c.tensor("bias"))
+        },
+        dfdx: |mut s| {
+            let [images, h, w, c, k] = ["images", "height", "width", "channels", "kernel"].map(|key| s.size(key));
+            let (rows, reach) = (images * h * w, k / 2);
+            let (x, weight, bias) = (s.leaf("x", (rows, c)), s.leaf("weight", (c, k * k)), s.leaf("bias", (c,)));
+            let mut y = bias.leaky_trace().broadcast_like::<_, Axis<0>>(&(rows, c));
+            // Tap by tap: the maps moved by its offset, times its weight of every channel.
+            for tap in 0..k * k {
+                let moved = constant(rows, rows, move |o, i| {
+                    let at = |row: usize| [row / (h * w), row / w % h, row % w];
+                    let ([image, row, column], [of, above, left]) = (at(o), at(i));
+                    let here = image == of && row + tap / k == above + reach && column + tap % k == left + reach;
+                    f64::from(u8::from(here))
+                });
+                let of_tap = constant(rows, k * k, move |_, t| f64::from(u8::from(t == tap)));
+                let weights = of_tap.matmul(weight.leaky_trace().permute::<(usize, usize), Axes2<1, 0>>());
+                y = y + moved.matmul(x.leaky_trace()) * weights;
+            }
+            Some(s.is(y))
         },
     }
 }

@@ -1,11 +1,11 @@
 //! Operations that move numbers or mix them linearly: each is the product with the matrix that its definition gives.
 
-use dfdx::prelude::{Axes2, PermuteTo as _, Trace as _, TryMatMul as _};
+use dfdx::prelude::{Axes2, Cpu, PermuteTo as _, TensorFromVec as _, Trace as _, TryMatMul as _};
 use proptest::prelude::*;
 use serde_json::json;
 
 use crate::dfdx_loss::{constant, picking};
-use crate::testing::{cases, tracked, OpOracle};
+use crate::testing::{cases, fixed, tracked, OpOracle};
 use crate::Tensor;
 
 inventory::submit! {
@@ -232,6 +232,85 @@ inventory::submit! {
             });
             let x = s.leaf("x", (n, d)).leaky_trace();
             Some(s.is(map.matmul(x)))
+        },
+    }
+}
+
+/// The share of input `i` in output `o` along one axis, as PyTorch's antialiased bilinear `interpolate` has it.
+fn triangle(o: usize, i: usize, from: usize, to: usize) -> f64 {
+    let scale = from as f64 / to as f64;
+    let (center, wide) = (scale * (o as f64 + 0.5), scale.max(1.0));
+    let weight = |i: usize| (1.0 - ((i as f64 - center + 0.5) / wide).abs()).max(0.0);
+    weight(i) / (0..from).map(weight).sum::<f64>()
+}
+
+inventory::submit! {
+    OpOracle {
+        name: "resize_bilinear",
+        cases: || {
+            let options = (1usize..7, 1usize..7, 1usize..7, 1usize..7, 1usize..3)
+                .prop_map(|(h, w, h2, w2, d)| json!({ "from": [h, w], "to": [h2, w2], "d": d }));
+            cases(options, |c| vec![tracked("x", &[1, c.indices("from").iter().product(), c.size("d")])])
+        },
+        engine: |c| {
+            let side = |key| c.case().indices(key);
+            let (from, to) = (side("from"), side("to"));
+            c.tensor("x").resize_bilinear((from[0], from[1]), (to[0], to[1]))
+        },
+        dfdx: |mut s| {
+            let (from, to, d) = (s.indices("from"), s.indices("to"), s.size("d"));
+            let (n, m) = (from[0] * from[1], to[0] * to[1]);
+            let map = constant(m, n, |o, i| {
+                triangle(o / to[1], i / from[1], from[0], to[0]) * triangle(o % to[1], i % from[1], from[1], to[1])
+            });
+            let x = s.leaf("x", (n, d)).leaky_trace();
+            Some(s.is(map.matmul(x)))
+        },
+    }
+}
+
+inventory::submit! {
+    OpOracle {
+        name: "tiles",
+        cases: || {
+            let sides = (1usize..4, 1usize..3, 1usize..5, 0usize..4, 0usize..4);
+            let options = (sides, 1usize..3, 1usize..3, proptest::collection::vec(any::<[u16; 4]>(), 8));
+            let options = options.prop_map(|((images, channels, tile, more, most), made, tiles, drawn)| {
+                let (height, width) = (tile + more, tile + most);
+                let within = [images, width - tile + 1, height - tile + 1, 4];
+                let rows = drawn.iter().take(made * tiles * tiles);
+                let plan: Vec<usize> = rows.flat_map(|row| (0..4).map(|i| usize::from(row[i]) % within[i])).collect();
+                json!({
+                    "images": images, "channels": channels, "height": height, "width": width, "tile": tile,
+                    "tiles": tiles, "plan": plan,
+                })
+            });
+            cases(options, |c| {
+                vec![fixed("pixels", &[c.size("images"), c.size("channels"), c.size("height"), c.size("width")])]
+            })
+        },
+        engine: |c| {
+            let plan = c.case().rows("plan");
+            let plan = plan.reshape(&[plan.len() / 4, 4])?;
+            c.tensor("pixels").tiles(&plan, c.case().size("tiles"), c.case().size("tile"))
+        },
+        dfdx: |s| {
+            let [channels, height, width, tile, tiles] =
+                ["channels", "height", "width", "tile", "tiles"].map(|key| s.size(key));
+            let (plan, pixels, side) = (s.indices("plan"), s.values("pixels"), tile * tiles);
+            let images = plan.len() / (4 * tiles * tiles);
+            let value = |i: usize| {
+                let (image, channel, row, column) =
+                    (i / (channels * side * side), i / (side * side) % channels, i / side % side, i % side);
+                let place = (image * tiles + row / tile) * tiles + column / tile;
+                let [from, x, y, turns] = [0, 1, 2, 3].map(|part| plan[4 * place + part]);
+                // A quarter turn counter-clockwise: what is at row r, column c was at row c, the column r from the right.
+                let turned = |(r, c): (usize, usize), _| (c, tile - 1 - r);
+                let (r, c) = (0..turns).fold((row % tile, column % tile), turned);
+                pixels[((from * channels + channel) * height + y + r) * width + x + c]
+            };
+            let values: Vec<f64> = (0..images * channels * side * side).map(value).collect();
+            Some(s.is_constant(Cpu::default().tensor_from_vec(values, (images * channels, side * side))))
         },
     }
 }
