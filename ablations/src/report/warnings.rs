@@ -23,9 +23,9 @@ pub(super) fn warnings(plan: &Plan, records: &[RunRecord]) -> Vec<String> {
             Some(parts) => format!(
                 "{run} did not fit and was begun anew with batch.micro_batches = {parts}: losses that look across a \
                  micro-batch see fewer images in it than in the runs that it is compared with ({})",
-                attempt.error
+                first_line(&attempt.error)
             ),
-            None => format!("{run} was tried again after: {}", attempt.error),
+            None => format!("{run} was tried again after: {}", first_line(&attempt.error)),
         }));
         // A trunk has only to be there.
         for metric in plan.suite.metrics.iter().filter(|_| record.result().is_some() && record.arm != TRUNK) {
@@ -103,6 +103,11 @@ fn by_several_builds(records: &[RunRecord]) -> Option<String> {
     let said = builds.iter().map(|(revision, runs)| format!("{revision} ({})", runs.join(", ")));
     (builds.len() > 1)
         .then(|| format!("runs were done by different builds of dinolab: {}", said.collect::<Vec<_>>().join(", ")))
+}
+
+/// An error without what is to be done about it, which `attempts.json` has.
+fn first_line(error: &str) -> &str {
+    error.lines().next().unwrap_or_default()
 }
 
 /// Whether runs that differ in `key` have other images, crops or masks in a step. Keys of the Gram teacher's crops and

@@ -182,6 +182,8 @@ fn explain_says_value_origin_and_reader() {
     let Ended { code, err, .. } = folder.run(&["recipe", "explain", "backbone.patchsize", &path]);
     assert_eq!(code, 2);
     assert!(err.contains("did you mean `backbone.patch_size`?"), "{err}");
+    let Ended { code, err, .. } = folder.run(&["recipe", "explain", "losses.toy_los.weight", &path]);
+    assert!(code == 2 && err.contains("known: losses.toy_loss"), "{err}");
 }
 
 #[test]

@@ -15,13 +15,27 @@ pub(super) fn run(key: &str, path: &Path, overrides: &Overrides) -> Result<()> {
     let guide = Guide::default();
     // The resolved recipe names every plugin, also those that were defaults.
     let value = resolved.dict();
-    let Some(known) = guide.key(&value, key) else {
-        let siblings = guide.siblings(&value, key);
+    let unknown = |siblings: Vec<String>| {
         let names = siblings.iter().map(String::as_str);
         let meant = nearest(key, names.clone()).map(|n| format!("did you mean `{n}`? ")).unwrap_or_default();
-        let help = format!("{meant}known: {}", names.collect::<Vec<_>>().join(", "));
-        return Err(Problem::error(key, "no such key in this recipe").help(help).into());
+        let help = match siblings.is_empty() {
+            true => "what is there has no keys inside".to_string(),
+            false => format!("{meant}known: {}", names.collect::<Vec<_>>().join(", ")),
+        };
+        Err(Problem::error(key, "no such key in this recipe").help(help).into())
     };
+    let Some(known) = guide.key(&value, key) else { return unknown(guide.siblings(&value, key)) };
+    // A loss, teacher or probe that the recipe does not have, and no plugin has the name of.
+    let mut parts = key.split('.');
+    if let (Some(table), Some(name), false) = (parts.next(), parts.next(), known.reader.contains(" plugin ")) {
+        let named = resolved.value.get(table).and_then(serde_json::Value::as_object);
+        let named = named.filter(|named| {
+            ["losses", "teachers", "augmentations", "probes"].contains(&table) && !named.contains_key(name)
+        });
+        if let Some(named) = named {
+            return unknown(named.keys().map(|name| format!("{table}.{name}")).collect());
+        }
+    }
     let pointer = format!("/{}", key.replace('.', "/"));
     let from = match (resolved.raw.set_by(key), resolved.value.pointer(&pointer)) {
         (Origin::Default, Some(v)) if v.is_object() => "the keys inside".to_string(),
