@@ -338,11 +338,14 @@ fn run_on(
     ended.unwrap_or_else(|payload| Err(failure(payload, &mut run))).map_err(|error| run.report(error))
 }
 
-/// The newest checkpoint that a run can go on from. The losses of the last step are no part of it: where the log does not
-/// have them, the step is done again from an earlier one, if there is one.
+/// The newest checkpoint that a run can go on from. The losses of the step that a run ends with, after all of them or by its rule, are no
+/// part of it: where the log does not have them, the step is done again from an earlier one, if there is one.
 fn newest_checkpoint(folder: &RunFolder, recipe: &Recipe) -> Result<Option<(checkpoint::Checkpoint, Vec<Error>)>> {
     let newest = checkpoint::load_newest(folder.path())?;
-    let Some((last, _)) = newest.as_ref().filter(|(checkpoint, _)| checkpoint.step >= recipe.steps) else {
+    // A rule ends a run where a probe is taken, and there is a line of the log.
+    let taken = |step: u64| recipe.probes.0.values().any(|p| p.enabled && p.every > 0 && step.is_multiple_of(p.every));
+    let may_end = |step: u64| step >= recipe.steps || (recipe.stop.is_some() && step > 0 && taken(step));
+    let Some((last, _)) = newest.as_ref().filter(|(checkpoint, _)| may_end(checkpoint.step)) else {
         return Ok(newest);
     };
     let lines = Lines::read(&folder.path().join("metrics.jsonl"))?;

@@ -323,6 +323,14 @@ fn a_run_ends_when_its_score_stops_improving_and_goes_on_when_the_rule_is_gone()
     again["seconds"] = result["seconds"].clone();
     assert_eq!(again, result);
     assert_eq!(metrics(&folder, "run").len(), 6);
+    // Its last losses are done again if the log lost them.
+    fs::remove_file(folder.path("run/result.json")).expect("the run finished");
+    let log = folder.read("run/metrics.jsonl");
+    folder.write("run/metrics.jsonl", &log[..log.len() - 30]);
+    folder.succeed(&["train", "run", "--resume"]);
+    let mut again = json(&folder, "run/result.json");
+    again["seconds"] = result["seconds"].clone();
+    assert_eq!(again, result);
     // Under a more patient rule it does its steps, to the bits of a run without any.
     folder.succeed(&["train", "run", "--resume", "--set", "stop.patience=99"]);
     assert_eq!(json(&folder, "run/result.json")["steps"], 12);
