@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use dinolab_core::recipe::is_within;
+
 use crate::suite::{Plan, RunRecord, Status, Warning, DROPPED, TRUNK};
 
 /// Nothing is dropped silently: what is missing, failed or sick is said.
@@ -114,7 +116,7 @@ fn first_line(error: &str) -> &str {
 /// `batch.micro_batches` change none of the student's.
 fn changes_batches(key: &str) -> bool {
     const KEYS: [&str; 5] = ["seed", "data", "masking", "batch.size", "backbone.patch_size"];
-    let within = |table: &str| key == table || key.starts_with(&format!("{table}."));
+    let within = |table: &str| is_within(key, table);
     KEYS.into_iter().any(within) || within("crops") && key != "crops.teacher_without_distortion"
 }
 

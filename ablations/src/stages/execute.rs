@@ -4,12 +4,13 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::Arc;
 
+use dinolab_core::recipe::is_within;
 use dinolab_core::train::Parent;
 use dinolab_core::weights::Source;
 use dinolab_core::{Error, Result};
 
 use super::file::{Stage, Stages};
-use crate::suite::{keeps, Event, Job, Outcome, Overrides, Prepare, Prepared, Progress, Status};
+use crate::suite::{keeps, named_steps, Event, Job, Outcome, Overrides, Prepare, Prepared, Progress, Status};
 
 /// A stage with its resolved recipe.
 pub struct PlannedStage {
@@ -42,7 +43,10 @@ pub fn plan(stages: &Stages, out: &Path, extra: &Overrides, prepare: Prepare<'_>
 fn check_parents(stage: &Stage, recipe: &toml::Table, before: &[PlannedStage]) -> Result<()> {
     let steps_of = |recipe: &toml::Table| recipe.get("steps").and_then(toml::Value::as_integer).unwrap_or(0) as u64;
     let parent = |name: &String| before.iter().find(|planned| planned.stage.name == *name).map(|p| p.prepared.recipe());
-    let (name, named) = (&stage.name, stage.named_steps());
+    let of = |(_, parent): &(String, String)| {
+        named_steps(&stage.set, parent).into_iter().map(|step| (parent.clone(), step)).collect::<Vec<_>>()
+    };
+    let (name, named) = (&stage.name, stage.parents.iter().flat_map(of).collect::<Vec<_>>());
     for (other, step) in &named {
         let Some(recipe) = parent(other).filter(|recipe| !keeps(recipe, steps_of(recipe), *step)) else { continue };
         let problem = format!("stage `{name}` needs step {step} of `{other}`, and its checkpoint would not be kept");
@@ -50,9 +54,7 @@ fn check_parents(stage: &Stage, recipe: &toml::Table, before: &[PlannedStage]) -
             format!("set checkpoint.keep_every of `{other}` to a divisor of {step}, at most {}", steps_of(recipe));
         return Err(Error::user(problem, help));
     }
-    for (key, other) in
-        stage.parents.iter().filter(|(key, _)| *key == "continue_from" || key.starts_with("continue_from."))
-    {
+    for (key, other) in stage.parents.iter().filter(|(key, _)| is_within(key, "continue_from")) {
         let written = named.iter().find(|(parent, _)| parent == other).map(|(_, step)| *step);
         let step_key = recipe.get("continue_from").and_then(|from| from.get("step")).and_then(toml::Value::as_integer);
         let of_key = step_key.and_then(|step| u64::try_from(step).ok());

@@ -152,23 +152,6 @@ impl Stage {
     }
 }
 
-impl Stage {
-    /// The steps of other stages that it needs a checkpoint of: the other's name, and the step.
-    pub fn named_steps(&self) -> Vec<(String, u64)> {
-        let mut steps = Vec::new();
-        for value in self.set.values() {
-            walk(&mut value.clone(), &mut |text| {
-                for (_, parent) in &self.parents {
-                    let rest = text.split_once(&format!("{{{parent}}}@")).map(|(_, rest)| rest);
-                    let digits = rest.and_then(|rest| rest.split(|c: char| !c.is_ascii_digit()).next());
-                    steps.extend(digits.and_then(|digits| Some((parent.clone(), digits.parse().ok()?))));
-                }
-            });
-        }
-        steps
-    }
-}
-
 /// The stages that a value names.
 fn named(value: &Value) -> Vec<String> {
     let mut found = Vec::new();

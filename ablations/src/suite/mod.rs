@@ -32,4 +32,4 @@ pub use retry::{Attempt, OnOutOfMemory};
 pub use rules::{DropRule, DROPPED};
 pub use state::Origin;
 pub use trial::untried;
-pub use trunk::{keeps, walk, Trunk, TrunkEntry, TRUNK};
+pub use trunk::{keeps, named_steps, walk, Trunk, TrunkEntry, TRUNK};

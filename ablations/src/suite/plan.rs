@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::Arc;
 
+use dinolab_core::recipe::is_within;
 use dinolab_core::resolved::Resolved;
 use dinolab_core::{Error, Result};
 use toml::Value;
@@ -242,8 +243,8 @@ impl Plan {
                 return refuse(problem, help.into());
             }
         }
-        let named = self.suite.arms.iter().flat_map(|arm| trunk::named_steps(&arm.set));
-        let named = named.chain(trunk::named_steps(&self.suite.common)).chain([trunk.fork]);
+        let named = self.suite.arms.iter().flat_map(|arm| trunk::named_steps(&arm.set, TRUNK));
+        let named = named.chain(trunk::named_steps(&self.suite.common, TRUNK)).chain([trunk.fork]);
         match named.into_iter().find(|step| !trunk::keeps(first.prepared.recipe(), trunk.steps, *step)) {
             Some(step) => refuse(
                 format!("step {step} of the trunk is needed, and its checkpoint would not be kept"),
@@ -287,11 +288,10 @@ impl Plan {
     pub fn undeclared(&self, arm: &str) -> Vec<String> {
         let sets =
             [arm, &self.suite.baseline].map(|name| &self.suite.arm(name).expect("it is an arm of the suite").set);
-        let within = |a: &str, b: &str| a == b || a.strip_prefix(b).is_some_and(|rest| rest.starts_with('.'));
         let declared = |key: &str| {
             sets.iter().flat_map(|set| set.keys()).chain(&self.suite.follows).any(|set| {
                 // The keys of a plugin come and go with it. An override may go inside what was a bare number.
-                within(key, set.strip_suffix(".plugin").unwrap_or(set)) || within(set, key)
+                is_within(key, set.strip_suffix(".plugin").unwrap_or(set)) || is_within(set, key)
             })
         };
         let keys = self.differences(arm).into_iter().map(|(key, ..)| key);
@@ -348,10 +348,7 @@ impl Plan {
     fn idle_follows(&self) -> Vec<String> {
         let arms = self.first_of_each_arm().iter().map(|run| &run.arm);
         let differ: Vec<String> = arms.flat_map(|arm| self.differences(arm)).map(|(key, ..)| key).collect();
-        let within = |key: &str, table: &str| {
-            key.strip_prefix(table).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
-        };
-        let idle = self.suite.follows.iter().filter(|named| !differ.iter().any(|key| within(key, named)));
+        let idle = self.suite.follows.iter().filter(|named| !differ.iter().any(|key| is_within(key, named)));
         idle.map(|named| format!("`follows` names `{named}`, in which no arm differs from the baseline")).collect()
     }
 

@@ -120,12 +120,13 @@ pub fn place(set: &mut Overrides, run: &Path, trial: bool) {
     });
 }
 
-/// The steps of the trunk that the values of an arm name.
-pub fn named_steps(set: &Overrides) -> Vec<u64> {
+/// The steps of a run that values name: `{trunk}@20` of the one that is called `trunk`.
+pub fn named_steps(set: &Overrides, run: &str) -> Vec<u64> {
+    let place = format!("{{{run}}}@");
     let mut steps = Vec::new();
     for value in set.values() {
         walk(&mut value.clone(), &mut |text| {
-            let digits = text.split_once("{trunk}@").map(|(_, rest)| rest.split(|c: char| !c.is_ascii_digit()).next());
+            let digits = text.split_once(&place).map(|(_, rest)| rest.split(|c: char| !c.is_ascii_digit()).next());
             steps.extend(digits.flatten().and_then(|digits| digits.parse::<u64>().ok()));
         });
     }
@@ -154,7 +155,7 @@ mod tests {
     fn the_place_of_the_trunk_is_filled_in_wherever_it_stands() {
         let arm =
             set("teachers.gram = { plugin = \"x\", source = { checkpoint = \"{trunk}@20\" } }\nname = \"{trunk}\"");
-        assert_eq!(named_steps(&arm), [20]);
+        assert_eq!(named_steps(&arm, TRUNK), [20]);
         let (mut real, mut trial) = (arm.clone(), arm);
         place(&mut real, Path::new("out/trunk/seed-1"), false);
         place(&mut trial, Path::new("try"), true);

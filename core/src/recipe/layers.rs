@@ -233,8 +233,8 @@ impl RawRecipe {
     /// Puts a layer on top; gives the keys whose value it repeats.
     fn merge(&mut self, layer: Dict, origin: &dyn Fn(&str) -> Origin) -> Vec<String> {
         let mut repeated = Vec::new();
-        drop_other_choices(&mut self.value, &layer);
-        merge(&mut self.value, layer, "", &mut self.origins, origin, &mut repeated);
+        let below = self.value.clone();
+        merge(&mut self.value, layer, "", &below, &mut self.origins, origin, &mut repeated);
         repeated
     }
 
@@ -300,6 +300,11 @@ impl RawRecipe {
     }
 }
 
+/// Whether a dotted key is `table` or lies in it.
+pub fn is_within(key: &str, table: &str) -> bool {
+    key.strip_prefix(table).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+}
+
 fn join(path: &str, key: &str) -> String {
     if path.is_empty() {
         key.to_string()
@@ -308,10 +313,12 @@ fn join(path: &str, key: &str) -> String {
     }
 }
 
+/// Puts the table `upper` at `path` of a recipe on top of `lower`; `below` is the whole recipe below.
 fn merge(
     lower: &mut Dict,
     upper: Dict,
     path: &str,
+    below: &Dict,
     origins: &mut BTreeMap<String, Origin>,
     origin: &dyn Fn(&str) -> Origin,
     repeated: &mut Vec<String>,
@@ -332,13 +339,13 @@ fn merge(
     for (key, value) in upper {
         let path = join(path, &key);
         match (lower.get_mut(&key), value) {
-            (Some(Value::Dict(_, table)), Value::Dict(_, upper)) => {
-                merge(table, upper, &path, origins, origin, repeated)
+            (Some(Value::Dict(_, table)), Value::Dict(_, upper)) if !chooses_other(&path, table, &upper, below) => {
+                merge(table, upper, &path, below, origins, origin, repeated)
             }
             (_, Value::Dict(tag, upper)) => {
                 forget(origins, &path);
                 let mut table = Dict::new();
-                merge(&mut table, upper, &path, origins, origin, repeated);
+                merge(&mut table, upper, &path, below, origins, origin, repeated);
                 lower.insert(key, Value::Dict(tag, table));
             }
             (old, value) => {
@@ -353,35 +360,10 @@ fn merge(
     }
 }
 
-/// Empties tables with one key of several that could be chosen, in whose place the layer above has another: `periods = { range = .. }`
-/// above `periods = { base = .. }`.
-fn drop_other_choices(lower: &mut Dict, upper: &Dict) {
-    fn find(lower: &Dict, upper: &Dict, path: &str, whole: &Dict, found: &mut Vec<String>) {
-        for (key, above) in upper {
-            let (Some(below), Some(above)) = (lower.get(key).and_then(Value::as_dict), above.as_dict()) else {
-                continue;
-            };
-            let path = join(path, key);
-            let apart = below.len() == 1 && above.len() == 1 && below.keys().ne(above.keys());
-            match apart && Guide::default().is_choice(whole, &path) {
-                true => found.push(path),
-                false => find(below, above, &path, whole, found),
-            }
-        }
-    }
-    let mut found = Vec::new();
-    find(lower, upper, "", lower, &mut found);
-    for path in found {
-        let mut parts = path.split('.');
-        let last = parts.next_back().expect("a path has a part");
-        let table = parts.try_fold(&mut *lower, |table, part| match table.get_mut(part) {
-            Some(Value::Dict(_, inner)) => Some(inner),
-            _ => None,
-        });
-        if let Some(table) = table {
-            table.remove(last);
-        }
-    }
+/// Whether a table with one key of several that could be chosen has another one above it: `{ range = .. }` above `{ base = .. }`.
+fn chooses_other(path: &str, lower: &Dict, upper: &Dict, whole: &Dict) -> bool {
+    let apart = lower.len() == 1 && upper.len() == 1 && lower.keys().ne(upper.keys());
+    apart && Guide::default().is_choice(whole, path)
 }
 
 /// Tables of plugin tables whose names are those of their plugins unless they say another.

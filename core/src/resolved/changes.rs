@@ -8,7 +8,7 @@ use serde_json::Value as Json;
 
 use super::Resolved;
 use crate::recipe::describe::Guide;
-use crate::recipe::toml_value;
+use crate::recipe::{is_within, toml_value};
 use crate::{Error, Result};
 
 /// Keys, and tables of keys, that change no number of a run: its name, where it runs (arithmetic is told apart by the
@@ -67,10 +67,8 @@ fn compare(key: &str, before: Option<&Json>, after: Option<&Json>, found: &mut V
 impl Resolved {
     /// Whether `key` changes the numbers of a run. Paths of data do not: a run knows its data by their content.
     pub fn matters(&self, key: &str) -> bool {
-        let within =
-            |table: &&str| key.strip_prefix(*table).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
         let place_of_data = || key.starts_with("data.") && self.is_path(key);
-        !(NO_NUMBERS.iter().any(within) || place_of_data())
+        !(NO_NUMBERS.iter().any(|table| is_within(key, table)) || place_of_data())
     }
 
     /// Whether the value of `key` is a path.

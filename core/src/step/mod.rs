@@ -30,8 +30,8 @@ pub(crate) use distillation::distilled_model;
 pub use health::Health;
 pub use optimizer::ParamRule;
 pub use shared::SharedTeacher;
-pub(crate) use sources::frozen_sources;
 pub use sources::{adaptations, check_sources, sources_of};
+pub(crate) use sources::{frozen_sources, no_step_left};
 pub use updates::Updates;
 pub use weights::Weights;
 

@@ -41,10 +41,7 @@ pub fn check_sources(recipe: &Recipe) -> Result<Vec<Problem>> {
         }
         problems.extend(recipe.continue_from.as_ref().filter(|_| key == "continue_from").and_then(|from| {
             let done = checkpoint::step_at(&to_continue(from).ok()?)?;
-            let steps = recipe.steps;
-            let message = format!("{steps} steps are all done: {} has done {done}", printable(&path));
-            let help = "they are counted from the start of the run that this one continues: name more";
-            (done >= steps).then(|| Problem::error("steps", message).help(help))
+            (done >= recipe.steps).then(|| no_step_left(recipe.steps, &path, done))
         }));
         let found = fits(&path, how).and_then(|()| match how {
             Use::Start => other_channels(&path, &key, model.channels),
@@ -60,6 +57,13 @@ pub fn check_sources(recipe: &Recipe) -> Result<Vec<Problem>> {
         }));
     }
     Ok(problems)
+}
+
+/// That a run of so many steps has none left after the run or checkpoint at `from`, which has done `done`.
+pub(crate) fn no_step_left(steps: u64, from: &Path, done: u64) -> Problem {
+    let message = format!("{steps} steps are all done: {} has done {done}", printable(from));
+    Problem::error("steps", message)
+        .help("they are counted from the start of the run that this one continues: name more")
 }
 
 /// What becomes of weights of other channels that a recipe starts from, a sentence each.

@@ -9,9 +9,9 @@ use super::folder::RunInfo;
 use super::rewind::Rewinds;
 use crate::checkpoint::{self, Checkpoint};
 use crate::contract::Dataset;
-use crate::problem::Problem;
+use crate::recipe::is_within;
 use crate::resolved::{changes, Resolved};
-use crate::step::{frozen_sources, new_teacher, sources_of, Learner, SharedTeacher};
+use crate::step::{frozen_sources, new_teacher, no_step_left, sources_of, Learner, SharedTeacher};
 use crate::text::printable;
 use crate::weights::{to_continue, Source};
 use crate::{Error, Result};
@@ -71,9 +71,8 @@ impl Parent {
         if !resolved.is_path(key) {
             return Ok(false);
         }
-        let within =
-            |source: &str| key.strip_prefix(source).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
-        let Some((source, path)) = sources_of(&resolved.recipe)?.into_iter().find(|(source, _)| within(source)) else {
+        let Some((source, path)) = sources_of(&resolved.recipe)?.into_iter().find(|(source, _)| is_within(key, source))
+        else {
             return Ok(false);
         };
         let now = Source::at(&path).and_then(|source| source.hash()).ok();
@@ -172,9 +171,7 @@ impl Begun {
     ) -> Result<Learner> {
         let (done, steps) = (from.step, resolved.recipe.steps);
         if done >= steps {
-            let message = format!("{steps} steps are all done: {} has done {done}", printable(&from.path));
-            let help = "they are counted from the start of the run that this one continues: name more";
-            return Err(Problem::error("steps", message).help(help).into());
+            return Err(no_step_left(steps, &from.path, done).into());
         }
         let parent = Resolved::of_source(&Source::at(&from.path)?)?;
         let (learner, new) = Learner::continued_beside(&resolved.recipe, from, &parent.recipe, shared)?;

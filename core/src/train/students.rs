@@ -12,7 +12,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use super::{run_beside, Lead, Observer, Outcome, RunOptions};
 use crate::contract::{Augmentation, Dataset};
 use crate::data::{Loader, LoaderSpec, StepBatches};
-use crate::recipe::{CropsEntry, OnNonFinite, Recipe};
+use crate::recipe::{is_within, CropsEntry, OnNonFinite, Recipe};
 use crate::registry::Chosen;
 use crate::resolved::{changes, fit_students, Resolved};
 use crate::step::{declare, named_teachers, SharedTeacher};
@@ -84,8 +84,6 @@ pub fn run_students(students: Vec<StudentRun<'_>>) -> Result<Vec<Result<Outcome>
 /// The crops that are made for all. Fails unless the students can share what they see, and the device holds them.
 fn check(students: &[Resolved]) -> Result<Crops> {
     let (first, others) = students.split_first().expect("there is a student");
-    let within =
-        |key: &str, table: &str| key.strip_prefix(table).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
     let refuse = |problem: String, help: &str| Err(Error::user(problem, help));
     if matches!(first.recipe.on_non_finite, OnNonFinite::Rewind(_)) {
         let problem = "on_non_finite: a student that goes back would see other images than those beside it".into();
@@ -99,7 +97,7 @@ fn check(students: &[Resolved]) -> Result<Crops> {
             return refuse(problem, "name one for all: --device");
         }
         let differ = changes(&first.value, &other.value);
-        if let Some(change) = differ.iter().find(|change| COMMON.iter().any(|table| within(&change.key, table))) {
+        if let Some(change) = differ.iter().find(|change| COMMON.iter().any(|table| is_within(&change.key, table))) {
             let problem = format!("`{a}` and `{b}` cannot share a teacher: they differ in {change}");
             return refuse(problem, "let both have the same value, or train the students one by one");
         }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use dinolab_core::text::printable;
 use dinolab_core::{Error, Result};
 
-use super::decode::{affordable, check_turned_file};
+use super::decode::{affordable, check_turned};
 use super::npy;
 
 /// The depths of a dataset's images.
@@ -34,7 +34,7 @@ impl Depths {
     ///
     /// # Errors
     /// If the file is missing or damaged, holds no depth, or is of another size.
-    pub fn read(&self, index: usize, size: [usize; 2], image: &Path) -> Result<Option<Vec<f32>>> {
+    pub fn read(&self, index: usize, size: [usize; 2], (image, bytes): (&Path, &[u8])) -> Result<Option<Vec<f32>>> {
         let Some(path) = &self.files[index] else { return Ok(None) };
         let (mut values, [width, height], whole) = match path.extension().is_some_and(|e| e.eq_ignore_ascii_case("npy"))
         {
@@ -54,7 +54,7 @@ impl Depths {
                 (values.into_iter().map(f32::from).collect(), size, true)
             }
         };
-        check_turned_file(image, size, [width, height], path)?;
+        check_turned(bytes, image, size, [width, height], path)?;
         if [width, height] != size {
             let [w, h] = size;
             let problem = format!("the depth has {width}x{height} pixels, and its image {} {w}x{h}", printable(image));

@@ -8,7 +8,7 @@ use dinolab_core::text::printable;
 use dinolab_core::{Error, Result};
 use rayon::prelude::*;
 
-use super::decode::{affordable, check_turned_file};
+use super::decode::{affordable, check_turned};
 
 /// What a pixel has that counts nowhere.
 pub const IGNORED: u8 = 255;
@@ -55,14 +55,14 @@ impl Masks {
         self.files.iter().flatten()
     }
 
-    /// The classes of the pixels of image `index`, which has that size.
+    /// The classes of the pixels of image `index`, of that size, and of its file.
     ///
     /// # Errors
     /// If the file is missing or damaged, or [`PixelClasses::classify`] refuses it.
-    pub fn read(&self, index: usize, size: [usize; 2], image: &Path) -> Result<Option<Vec<u8>>> {
+    pub fn read(&self, index: usize, size: [usize; 2], (image, bytes): (&Path, &[u8])) -> Result<Option<Vec<u8>>> {
         let Some(path) = &self.files[index] else { return Ok(None) };
         let (values, width) = read(path)?;
-        check_turned_file(image, size, [width, values.len() / width], path)?;
+        check_turned(bytes, image, size, [width, values.len() / width], path)?;
         self.classes.classify((values, width), size, path, image).map(Some)
     }
 }

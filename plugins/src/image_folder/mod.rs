@@ -202,6 +202,14 @@ impl ImageFolder {
         Ok(Self { files, part: train, held_out })
     }
 
+    /// The image of a sample with its label, and its file's bytes.
+    fn image(&self, index: usize) -> Result<(Sample, Vec<u8>)> {
+        let known = &self.files.known[self.part[index]];
+        let (image, bytes) = read_again(self.path(index), &self.files.wanted, known)?;
+        let label = self.files.labelled.labels.get(self.part[index]).copied().flatten();
+        Ok((Sample { label, ..image }, bytes))
+    }
+
     fn path(&self, index: usize) -> &Path {
         &self.files.paths[self.part[index]]
     }
@@ -213,20 +221,17 @@ impl Dataset for ImageFolder {
     }
 
     fn get(&self, index: usize) -> Result<Sample> {
-        let image = self.get_image(index)?;
-        let size = [image.width, image.height];
+        let (image, bytes) = self.image(index)?;
+        let (size, file) = ([image.width, image.height], (self.path(index), &bytes[..]));
         let Beside { masks, depth } = &self.files.beside;
-        let mask = masks.as_ref().map(|masks| masks.read(self.part[index], size, self.path(index)));
-        let depth = depth.as_ref().map(|depth| depth.read(self.part[index], size, self.path(index)));
+        let mask = masks.as_ref().map(|masks| masks.read(self.part[index], size, file));
+        let depth = depth.as_ref().map(|depth| depth.read(self.part[index], size, file));
         let (mask, depth) = (mask.transpose()?.flatten(), depth.transpose()?.flatten());
         Ok(Sample { mask, depth, ..image })
     }
 
     fn get_image(&self, index: usize) -> Result<Sample> {
-        let known = &self.files.known[self.part[index]];
-        let image = read_again(self.path(index), &self.files.wanted, known)?;
-        let label = self.files.labelled.labels.get(self.part[index]).copied().flatten();
-        Ok(Sample { label, ..image })
+        self.image(index).map(|(image, _)| image)
     }
 
     fn channels(&self) -> usize {

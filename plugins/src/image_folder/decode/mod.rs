@@ -25,7 +25,6 @@ use image::metadata::Orientation;
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, RgbImage, RgbaImage};
 
 pub(crate) use turned::check_turned;
-pub(super) use turned::check_turned_file;
 
 /// More pixels than this are refused before they are decoded (Pillow's limit for "decompression bombs").
 const MOST_PIXELS: u64 = 178_956_970;
@@ -114,13 +113,13 @@ impl Wanted {
 /// # Errors
 /// If the file cannot be read, holds no whole image, or one of another number of channels.
 pub fn read_as(path: &Path, wanted: &Wanted) -> Result<Sample> {
-    read_again(path, wanted, &Known::default())
+    read_again(path, wanted, &Known::default()).map(|(image, _)| image)
 }
 
-/// As [`read_as`], of a file that may be `known`.
-pub(super) fn read_again(path: &Path, wanted: &Wanted, known: &Known) -> Result<Sample> {
-    let refused = |Refusal { problem, help }| Error::content(path, problem, help);
-    read_bytes(path, &load(path, wanted.takes_arrays(), refused)?, wanted, known)
+/// As [`read_as`], of a file that may be `known`; with the file's bytes.
+pub(super) fn read_again(path: &Path, wanted: &Wanted, known: &Known) -> Result<(Sample, Vec<u8>)> {
+    let bytes = load(path, wanted.takes_arrays(), |Refusal { problem, help }| Error::content(path, problem, help))?;
+    Ok((read_bytes(path, &bytes, wanted, known)?, bytes))
 }
 
 /// The image in the bytes of a file, that `path` names for messages; its content may be `known`.

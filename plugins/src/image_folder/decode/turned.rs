@@ -53,17 +53,3 @@ pub(crate) fn check_turned(
     let help = "store the image upright (`magick mogrify -auto-orient`), and this file as one sees the image";
     Err(Error::content(path, problem, help))
 }
-
-/// The same where the image is a file of its own.
-///
-/// # Errors
-/// As said, and if it cannot be read.
-pub(in crate::image_folder) fn check_turned_file(
-    image: &Path,
-    upright: [usize; 2],
-    size: [usize; 2],
-    path: &Path,
-) -> Result<()> {
-    let bytes = std::fs::read(image).map_err(Error::io("read", image))?;
-    check_turned(&bytes, image, upright, size, path)
-}
