@@ -88,7 +88,7 @@ pub struct Layout {
 }
 
 /// Parameters begin at multiples of this many elements, so that every one is aligned for vector loads.
-const ALIGN: usize = 64;
+pub(crate) const ALIGN: usize = 64;
 
 impl Layout {
     /// All parameters in order.

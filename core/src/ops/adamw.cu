@@ -9,6 +9,7 @@ struct Rule {
     float decays;
     u32 module;
     u32 last_layer;
+    u32 moments;  // where its moments start: in units of 64 elements; in eight bits, in blocks
 };
 
 // What changes from step to step.
@@ -48,6 +49,51 @@ extern "C" __global__ void verdict_f32(float* taken, const float* values, int co
     if (threadIdx.x == 0) *taken = 1.0f - bad;
 }
 
+// What AdamW and the EMA do to the numbers of a parameter.
+struct Update {
+    float keep, size, clip, momentum, rest_momentum;
+    AdamW a;
+
+    __device__ __forceinline__ Update(const Rule& r, const Numbers& s, const AdamW& a, const float* norms) : a(a) {
+        const float lr = (r.last_layer ? s.last_layer_lr : s.lr) * r.lr;
+        keep = 1.0f - lr * (r.decays * s.weight_decay);
+        size = lr * a.correction1;
+        clip = clip_of(s.max_norm, norms[r.module]);
+        momentum = s.momentum;
+        rest_momentum = s.rest_momentum;
+    }
+
+    __device__ __forceinline__ void operator()(float& p, float g, float& m, float& v, float& e) const {
+        const float x = g * clip;
+        m = a.beta1 * m + a.rest1 * x;
+        v = a.beta2 * v + a.rest2 * (x * x);
+        p = p * keep - size * m / (sqrtf(v) * a.inverse_root + a.eps);
+        e = momentum * e + rest_momentum * p;
+    }
+};
+
+// Weights, gradients and what follows them, from element `i` on: four at a time. `ema` and the bf16 copies may be missing.
+struct Flats {
+    float* params;
+    const float* grads;
+    float* ema;
+    bf16 *narrow, *narrow_ema;
+
+    __device__ __forceinline__ void get(size_t i, float* p, float* g, float* e) const {
+        *(float4*)p = *(const float4*)(params + i);
+        *(float4*)g = *(const float4*)(grads + i);
+        if (ema) *(float4*)e = *(const float4*)(ema + i);
+    }
+
+    __device__ __forceinline__ void put(size_t i, const float* p, const float* e) const {
+        *(float4*)(params + i) = *(const float4*)p;
+        if (narrow) *(uint2*)(narrow + i) = make_uint2(pack_bf16(p[0], p[1]), pack_bf16(p[2], p[3]));
+        if (!ema) return;
+        *(float4*)(ema + i) = *(const float4*)e;
+        if (narrow_ema) *(uint2*)(narrow_ema + i) = make_uint2(pack_bf16(e[0], e[1]), pack_bf16(e[2], e[3]));
+    }
+};
+
 constexpr int ELEMENTS_OF_BLOCK = 4096;
 
 // If `taken` is not 0. `ema` and the bf16 copies may be missing.
@@ -57,6 +103,7 @@ extern "C" __global__ void adamw_f32(float* params, const float* grads, float* m
     if (*taken == 0.0f) return;
     const Numbers s = *numbers;
     const AdamW a = *adamw;
+    const Flats flats = {params, grads, ema, narrow, narrow_ema};
     const size_t first = (size_t)blockIdx.x * ELEMENTS_OF_BLOCK;
     int rule = 0;
     for (int low = 0, high = count; low < high;) {
@@ -74,34 +121,114 @@ extern "C" __global__ void adamw_f32(float* params, const float* grads, float* m
         const Rule r = rules[rule];
         const size_t start = (size_t)r.start * 64, end = start + r.len;
         if (i < start || i >= end) continue;
-        const float lr = (r.last_layer ? s.last_layer_lr : s.lr) * r.lr;
-        const float keep = 1.0f - lr * (r.decays * s.weight_decay), size = lr * a.correction1;
-        const float clip = clip_of(s.max_norm, norms[r.module]);
-        float p[4], e[4];
-        *(float4*)p = *(const float4*)(params + i);
-        float g[4], m[4], v[4];
-        *(float4*)g = *(const float4*)(grads + i);
-        *(float4*)m = *(const float4*)(mean + i);
-        *(float4*)v = *(const float4*)(square + i);
-        if (ema) *(float4*)e = *(const float4*)(ema + i);
+        const size_t at = (size_t)r.moments * 64 + (i - start);
+        const Update update(r, s, a, norms);
+        float p[4], g[4], m[4], v[4], e[4] = {};
+        flats.get(i, p, g, e);
+        *(float4*)m = *(const float4*)(mean + at);
+        *(float4*)v = *(const float4*)(square + at);
 #pragma unroll
         for (int k = 0; k < 4; k++) {
             // The rest of the last four are padding.
             if (i + k >= end) break;
-            const float x = g[k] * clip;
-            m[k] = a.beta1 * m[k] + a.rest1 * x;
-            v[k] = a.beta2 * v[k] + a.rest2 * (x * x);
-            p[k] = p[k] * keep - size * m[k] / (sqrtf(v[k]) * a.inverse_root + a.eps);
-            if (ema) e[k] = s.momentum * e[k] + s.rest_momentum * p[k];
+            update(p[k], g[k], m[k], v[k], e[k]);
         }
-        *(float4*)(params + i) = *(const float4*)p;
-        *(float4*)(mean + i) = *(const float4*)m;
-        *(float4*)(square + i) = *(const float4*)v;
-        if (narrow) *(uint2*)(narrow + i) = make_uint2(pack_bf16(p[0], p[1]), pack_bf16(p[2], p[3]));
-        if (ema) {
-            *(float4*)(ema + i) = *(const float4*)e;
-            if (narrow_ema) *(uint2*)(narrow_ema + i) = make_uint2(pack_bf16(e[0], e[1]), pack_bf16(e[2], e[3]));
+        flats.put(i, p, e);
+        *(float4*)(mean + at) = *(const float4*)m;
+        *(float4*)(square + at) = *(const float4*)v;
+    }
+}
+
+// ---- moments in eight bits: eight_bit.rs
+
+constexpr int NUMBERS_OF_SCALE = 256, THREADS_OF_SCALE = NUMBERS_OF_SCALE / 4, SCALES_OF_BLOCK = 256 / THREADS_OF_SCALE;
+constexpr float LEAST_SCALE = 7.888609052210118e-31f;  // 2^-100
+
+// The sizes that seven bits stand for and the numbers that eight do, ascending from 0 to 1.
+struct Values {
+    float with_sign[128], without_sign[256];
+};
+
+// The place of the value nearest to x, of two the smaller.
+template <int BITS> __device__ __forceinline__ u32 nearest(const float* values, float x) {
+    u32 at = 0;
+#pragma unroll
+    for (u32 bit = 1u << (BITS - 1); bit > 0; bit >>= 1) {
+        const u32 next = at | bit;
+        if (x > 0.5f * (values[next - 1] + values[next])) at = next;
+    }
+    return at;
+}
+
+// The greatest among the numbers of a scale, whose threads are two warps.
+__device__ __forceinline__ float greatest_of_scale(const float* x, float* of_warp) {
+    float most = fmaxf(fmaxf(fabsf(x[0]), fabsf(x[1])), fmaxf(fabsf(x[2]), fabsf(x[3])));
+    most = warp_max(most);
+    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = most;
+    __syncthreads();
+    return fmaxf(of_warp[threadIdx.x / 64 * 2], of_warp[threadIdx.x / 64 * 2 + 1]);
+}
+
+// As above for parameters whose moments are in eight bits, four codes a word. Four scales a block of 256 threads.
+extern "C" __global__ void __launch_bounds__(256)
+adamw_8bit_f32(float* params, const float* grads, u32* mean, float* mean_scales, u32* square, float* square_scales, float* ema, bf16* narrow,
+               bf16* narrow_ema, const Rule* rules, int count, const Values* all, const Numbers* numbers, const AdamW* adamw,
+               const float* norms, const float* taken, u32 scales) {
+    if (*taken == 0.0f) return;
+    __shared__ Values values;
+    __shared__ float of_warp[2][8];
+    for (int i = threadIdx.x; i < sizeof(Values) / 4; i += 256) ((float*)&values)[i] = ((const float*)all)[i];
+    __syncthreads();
+    const u32 scale = blockIdx.x * SCALES_OF_BLOCK + threadIdx.x / THREADS_OF_SCALE;
+    int rule = 0;
+    for (int low = 0, high = count; low < high;) {
+        // The last rule whose moments start at or before the scale: those of the first start at or before any.
+        const int middle = (low + high) / 2;
+        if (rules[middle].moments <= scale) {
+            rule = middle;
+            low = middle + 1;
+        } else {
+            high = middle;
         }
+    }
+    const Rule r = rules[rule];
+    const u32 k = (scale - r.moments) * NUMBERS_OF_SCALE + threadIdx.x % THREADS_OF_SCALE * 4;
+    const bool inside = scale < scales && scale >= r.moments && k < r.len;
+    const size_t i = (size_t)r.start * 64 + k, word = (size_t)scale * THREADS_OF_SCALE + threadIdx.x % THREADS_OF_SCALE;
+    const Flats flats = {params, grads, ema, narrow, narrow_ema};
+    float p[4], g[4], m[4] = {}, v[4] = {}, e[4] = {};
+    if (inside) {
+        const Update update(r, *numbers, *adamw, norms);
+        flats.get(i, p, g, e);
+        const u32 of_m = mean[word], of_v = square[word];
+        const float scale_m = mean_scales[scale], scale_v = square_scales[scale];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            if (k + j >= r.len) break;
+            const u32 code = of_m >> 8 * j & 0xff;
+            const float size = values.with_sign[code & 0x7f] * scale_m;
+            m[j] = code & 0x80 ? -size : size;
+            v[j] = values.without_sign[of_v >> 8 * j & 0xff] * scale_v;
+            update(p[j], g[j], m[j], v[j], e[j]);
+        }
+        flats.put(i, p, e);
+    }
+    const float most_m = greatest_of_scale(m, of_warp[0]), most_v = greatest_of_scale(v, of_warp[1]);
+    if (!inside) return;
+    u32 of_m = 0, of_v = 0;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        if (most_m >= LEAST_SCALE) {
+            const u32 size = nearest<7>(values.with_sign, fabsf(m[j] / most_m));
+            of_m |= (size | (size > 0 && m[j] < 0.0f ? 0x80u : 0u)) << 8 * j;
+        }
+        if (most_v >= LEAST_SCALE) of_v |= max(nearest<8>(values.without_sign, v[j] / most_v), v[j] > 0.0f ? 1u : 0u) << 8 * j;
+    }
+    mean[word] = of_m;
+    square[word] = of_v;
+    if (threadIdx.x % THREADS_OF_SCALE == 0) {
+        mean_scales[scale] = most_m >= LEAST_SCALE ? most_m : 0.0f;
+        square_scales[scale] = most_v >= LEAST_SCALE ? most_v : 0.0f;
     }
 }
 

@@ -120,7 +120,7 @@ pub fn adamw_step(
 }
 
 /// The factors of one group's update.
-struct Update<T> {
+pub(super) struct Update<T> {
     clip: T,
     keep: T,
     step_size: T,
@@ -135,7 +135,7 @@ struct Update<T> {
 }
 
 impl<T: Real> Update<T> {
-    fn new(group: &Group, config: AdamW, ema: Option<&Ema<'_>>, step: u64) -> Self {
+    pub(super) fn new(group: &Group, config: AdamW, ema: Option<&Ema<'_>>, step: u64) -> Self {
         let AdamW { beta1, beta2, eps } = config;
         let correction = |beta: f64| 1.0 - beta.powf(step as f64);
         let momentum = ema.map_or(0.0, |e| e.momentum);
@@ -155,7 +155,7 @@ impl<T: Real> Update<T> {
     }
 
     #[inline(always)]
-    fn run(&self, p: &mut [T], g: &[T], m: &mut [T], v: &mut [T], ema: &mut [T]) {
+    pub(super) fn run(&self, p: &mut [T], g: &[T], m: &mut [T], v: &mut [T], ema: &mut [T]) {
         for (((p, &g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
             let g = g * self.clip;
             *m = self.beta1 * *m + self.rest1 * g;

@@ -19,6 +19,7 @@ mod attention;
 mod broadcast;
 mod depthwise_conv;
 mod descend;
+mod eight_bit;
 mod elementwise;
 mod entropy;
 mod index_add;
@@ -44,6 +45,7 @@ mod transpose;
 
 pub use adamw::{adamw_step, ema_update, l2_norm, AdamW, Ema, Group, Moments};
 pub use attention::Segment;
+pub use eight_bit::{adamw_step_8bit, EightBit, Map, MixedMoments, Place};
 pub use linear::Linear;
 pub use neighbours::neighbour_group;
 pub use similarity::{NegativeRemoval, SimilarityOptions};
@@ -52,6 +54,7 @@ pub use tokens::rows_of_images;
 pub(crate) use adamw::ADAMW;
 pub(crate) use attention::attention_kernels;
 pub(crate) use descend::{descend, write_range};
+pub(crate) use eight_bit::BLOCK as EIGHT_BIT_BLOCK;
 pub(crate) use elementwise::copy_if;
 pub(crate) use entropy::row_entropies;
 

@@ -75,6 +75,7 @@ impl OwnKeys for OptimizerConfig {
         "layerwise_decay",
         "patch_embed_lr_mult",
         "freeze_last_layer_steps",
+        "moments",
     ];
 }
 

@@ -354,6 +354,22 @@ pub struct OptimizerConfig {
     pub patch_embed_lr_mult: f64,
     /// The last layer of every head does not move for this many steps (its moments do); then it goes by `last_layer_lr`.
     pub freeze_last_layer_steps: u64,
+    /// How AdamW's moments are kept; by default `f32`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub moments: Option<MomentStorage>,
+}
+
+/// What the optimizer's moments take of memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum MomentStorage {
+    /// As wide as the weights: 8 bytes a weight.
+    #[default]
+    #[serde(rename = "f32")]
+    F32,
+    /// Those of matrices of 4,096 numbers and more in eight bits, in blocks of 256 with a scale each: 2.03 bytes a weight
+    /// (Dettmers et al., arXiv:2110.02861). Vectors and prototypes keep 32 bits.
+    #[serde(rename = "8bit")]
+    EightBit,
 }
 
 impl Default for OptimizerConfig {
@@ -366,6 +382,7 @@ impl Default for OptimizerConfig {
             layerwise_decay: 0.9,
             patch_embed_lr_mult: 0.2,
             freeze_last_layer_steps: 0,
+            moments: None,
         }
     }
 }

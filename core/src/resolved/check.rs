@@ -7,9 +7,9 @@ use crate::contract::{
     Annotation, At, Backbone, CropContext, Dataset, Grid, ImageSize, Loss, Masking, Probe, TeacherPolicy,
 };
 use crate::problem::{Problem, Severity};
-use crate::recipe::{ProbeEntry, Recipe};
+use crate::recipe::{MomentStorage, Precision, ProbeEntry, Recipe};
 use crate::registry::Chosen;
-use crate::step::{build_backbone, build_loss, check_views, declare, Declared, GLOBALS};
+use crate::step::{build_backbone, build_loss, check_views, declare, Declared, Groups, GLOBALS};
 use crate::{params::ParamBuilder, Error, Result};
 
 /// Everything that is wrong with, or odd about, a recipe whose types and ranges are right.
@@ -201,6 +201,11 @@ fn together(recipe: &Recipe, problems: &mut Vec<Problem>) {
     }
     if let Some(problem) = recipe.wrong_precision() {
         problems.push(Problem::error("precision", problem).help("set precision = \"auto\", or choose another device"));
+    }
+    if recipe.optimizer.moments == Some(MomentStorage::EightBit) && recipe.precision == Precision::F64 {
+        let message = "moments in eight bits go with weights in f32";
+        let help = "set optimizer.moments = \"f32\", or another precision";
+        problems.push(Problem::error("optimizer.moments", message).help(help));
     }
     let (size, parts) = (recipe.batch.size, recipe.batch.micro_batches);
     if size % parts != 0 {
@@ -486,6 +491,8 @@ fn losses(
 /// Views that cannot be made of global crops of any of the recipe's sizes.
 fn views(recipe: &Recipe, problems: &mut Vec<Problem>) {
     let Ok(model) = declare(recipe) else { return };
+    let groups = Groups::new(&recipe.optimizer, &model.layout, model.backbone.depth());
+    problems.extend(groups.err().map(|e| refused("optimizer", e)));
     augmentations(recipe, &model, problems);
     let sides = recipe.crops.variants(None).into_iter().map(|r| r.global_size);
     for (side, declared) in sides.flat_map(|side| model.losses.iter().map(move |l| (side, l))) {

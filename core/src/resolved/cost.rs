@@ -6,7 +6,7 @@
 
 use crate::contract::{Cost, Grid, ImageSize, LossCost, LossRows, View};
 use crate::recipe::{DeviceChoice, Recipe, Resolution};
-use crate::step::{declare, distilled_model, named_teachers, Declared, Teacher, GLOBALS};
+use crate::step::{declare, distilled_model, named_teachers, Declared, Storage, Teacher, GLOBALS};
 use crate::{cuda, DType, Device, Error, Result};
 
 /// What a recipe costs.
@@ -136,7 +136,9 @@ fn cost_at(recipe: &Recipe, sizes: &Resolution, (model, named): (&Declared, &[Te
     let named_len = named.len() * model.layout.range_of("backbone.").len();
     let has_teacher = recipe.teacher.build(&mut ()).is_ok_and(|t| t.exists());
     let distilled_len = distilled.as_ref().map(|m| m.layout.len());
-    let mut memory = weights(recipe, device, model.layout.len(), has_teacher, named_len, distilled_len);
+    let moment =
+        Storage::new(&model.layout, recipe.optimizer.moments.unwrap_or_default()).bytes(recipe.dtype(device).wide());
+    let mut memory = weights(recipe, device, model.layout.len(), moment, has_teacher, named_len, distilled_len);
 
     let number = recipe.dtype(device).size() as f64;
     let all = recipe.batch.size as f64;
@@ -229,12 +231,13 @@ fn count_in(model: &Declared, prefix: &str) -> usize {
     inside.fold(0, |all: usize, s| all.saturating_add(s.range().len()))
 }
 
-/// What lasts from step to step, in bytes: for so many parameters, a teacher with as many if there is one, and those of
-/// further teachers and of a model to distil from.
+/// What lasts from step to step, in bytes: for so many parameters, moments of so many bytes, a teacher with as many if there is
+/// one, and those of further teachers and of a model to distil from.
 fn weights(
     recipe: &Recipe,
     device: Device,
     own: usize,
+    moment: f64,
     teacher: bool,
     further: usize,
     distilled: Option<usize>,
@@ -247,11 +250,12 @@ fn weights(
     memory.extend((waiting > 0).then(|| ("gradients of shards", f64::from(waiting + 1) * wide(own))));
     memory.extend(teacher.then(|| ("EMA teacher", wide(own))));
     let moments = recipe.optimizer.plugin.build(&mut ()).map_or(0, |optimizer| optimizer.moments().len());
+    let of_moments = moments as f64 * moment;
     memory.extend(match moments {
         0 => None,
-        1 => Some(("optimizer (1 moment)", wide(own))),
-        2 => Some(("optimizer (2 moments)", 2.0 * wide(own))),
-        n => Some(("optimizer (moments)", n as f64 * wide(own))),
+        1 => Some(("optimizer (1 moment)", of_moments)),
+        2 => Some(("optimizer (2 moments)", of_moments)),
+        _ => Some(("optimizer (moments)", of_moments)),
     });
     memory.extend(distilled.map(|n| (DISTILLED, n as f64 * features.size() as f64)));
     memory.extend((further > 0).then(|| ("further teachers", wide(further))));

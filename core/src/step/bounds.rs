@@ -73,7 +73,15 @@ impl Bounds {
         for (role, flat) in weights.teacher.iter().map(|flat| ("teacher".to_string(), flat)).chain(named) {
             most = most.max(of_role(&role, flat)?);
         }
-        let moments = weights.moment_names.iter().zip(&weights.moments).map(|(name, flat)| of_role(name, flat));
+        let of_moment = |(i, name): (usize, &&'static str)| {
+            // The greatest number of a block in eight bits is its scale.
+            let eight = weights.eight.get(i).map_or(Ok(0.0), |eight| greatest(eight.scales()))?;
+            match weights.eight.is_empty() || !eight.is_finite() {
+                true => of_role(name, &weights.moment(i, layout)),
+                false => Ok(eight.max(of_tensor(name, &weights.moments[i])?)),
+            }
+        };
+        let moments = weights.moment_names.iter().enumerate().map(of_moment);
         let moment = moments.collect::<Result<Vec<f64>>>()?.first().copied().unwrap_or(0.0);
         for (loss, state) in model.losses.iter().zip(&weights.loss_state) {
             for (name, value) in state {

@@ -77,8 +77,9 @@ impl Weights {
         if let Some(teacher) = self.teacher.as_mut().filter(|_| from.model.has("teacher.")) {
             modules(&from.model, "teacher.", layout, teacher, path)?;
         }
-        for (name, moment) in self.moment_names.iter().zip(&mut self.moments) {
-            let missing = modules(&from.optimizer, &format!("{name}."), layout, moment, path)?;
+        for (i, name) in self.moment_names.clone().into_iter().enumerate() {
+            let take = |moment: &mut Tensor| modules(&from.optimizer, &format!("{name}."), layout, moment, path);
+            let missing = self.change_moment(i, layout, take)?;
             let unsaid = missing.iter().filter(|module| !new.contains(module));
             notes.extend(unsaid.map(|module| format!("{name} of {module} is not there: it starts at zero")));
         }

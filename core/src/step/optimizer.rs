@@ -5,12 +5,15 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::contract::{At, Direction, Optimizer, ParamUpdate};
-use crate::ops::{adamw_step, descend, l2_norm, write_range, AdamW, Ema, Group, Moments};
+use crate::ops::{
+    adamw_step, adamw_step_8bit, descend, l2_norm, write_range, AdamW, Ema, Group, MixedMoments, Moments, Place,
+};
 use crate::params::{Layout, ParamRole, ParamSpec};
-use crate::recipe::{OptimizerConfig, OptimizerEntry};
+use crate::recipe::{MomentStorage, OptimizerConfig, OptimizerEntry};
 use crate::{DType, Error, Result, Tensor};
 
 use super::bounds::Reach;
+use super::moments::Storage;
 use super::Weights;
 
 /// Added to a gradient's norm before it divides, as in `torch.nn.utils.clip_grad_norm_`.
@@ -27,6 +30,8 @@ pub(crate) struct Groups {
     pub(super) adamw: Vec<(AdamW, Vec<usize>)>,
     /// The parameters that the optimizer directs.
     pub(super) directed: Vec<usize>,
+    /// Where the moments are.
+    pub(crate) storage: Arc<Storage>,
 }
 
 /// How the optimizer treats one parameter.
@@ -85,7 +90,13 @@ impl Groups {
             let problem = format!("the optimizer `{name}` leaves parameters to AdamW and keeps the moments {kept:?}");
             return Err(Error::user(problem, "AdamW needs two: let `moments` name them first"));
         }
-        Ok(Self { config, optimizer, layout: layout.clone(), rules, modules, adamw, directed })
+        let moments = config.moments.unwrap_or_default();
+        if moments == MomentStorage::EightBit && (!directed.is_empty() || optimizer.moments().len() != 2) {
+            let problem = format!("moments in eight bits are AdamW's, and the optimizer is `{}`", entry.plugin.name());
+            return Err(Error::user(problem, "set optimizer.moments = \"f32\", or optimizer.plugin = \"adamw\""));
+        }
+        let storage = Arc::new(Storage::new(layout, moments));
+        Ok(Self { config, optimizer, layout: layout.clone(), rules, modules, adamw, directed, storage })
     }
 
     /// The keys of every optimizer.
@@ -185,12 +196,20 @@ impl Groups {
             }
         };
         let updates = weights.updates(at);
-        let Weights { student, teacher, moments, grads, .. } = weights;
+        let Weights { student, teacher, moments, eight, grads, .. } = weights;
         for (adamw, places) in &self.adamw {
-            let groups: Vec<Group> = places.iter().map(group).collect();
             let [mean, square, ..] = &mut moments[..] else { unreachable!("checked when the groups were made") };
+            let whole = Moments { mean, square };
             let ema = momentum.zip(teacher.as_mut()).map(|(momentum, params)| Ema { params, momentum });
-            adamw_step(student, grads, Moments { mean, square }, ema, &groups, *adamw, updates)?;
+            if let [mean, square] = &mut eight[..] {
+                let placed = |i: &usize| (group(i), self.storage.places[*i]);
+                let groups: Vec<(Group, Place)> = places.iter().map(placed).collect();
+                let moments = MixedMoments { whole, mean, square };
+                adamw_step_8bit(student, grads, moments, ema, &groups, *adamw, updates)?;
+            } else {
+                let groups: Vec<Group> = places.iter().map(group).collect();
+                adamw_step(student, grads, whole, ema, &groups, *adamw, updates)?;
+            }
         }
         let dtype = student.dtype();
         let numbers: Vec<Tensor> = self.numbers(at, updates).into_iter().map(|x| Tensor::scalar(x, dtype)).collect();

@@ -4,7 +4,7 @@ use bytemuck::{Pod, Zeroable};
 
 use crate::contract::At;
 use crate::cuda::{args, Gpu};
-use crate::ops::{copy_if, ADAMW};
+use crate::ops::{copy_if, EightBit, Place, ADAMW, EIGHT_BIT_BLOCK};
 use crate::{DType, Device, Error, Result, Tensor};
 
 use super::optimizer::Groups;
@@ -16,6 +16,8 @@ const UNIT: usize = 64;
 /// Units that a block of the norm takes, and elements that a block of the update takes.
 const UNITS_OF_BLOCK: usize = 512;
 const ELEMENTS_OF_BLOCK: usize = 4096;
+/// Scales of moments in eight bits that a block takes.
+const SCALES_OF_BLOCK: usize = 4;
 
 /// The kernel's `Rule`.
 #[repr(C)]
@@ -27,6 +29,7 @@ struct Rule {
     decays: f32,
     module: u32,
     last_layer: u32,
+    moments: u32,
 }
 
 /// The kernel's `Numbers`.
@@ -48,13 +51,22 @@ const NUMBERS: usize = size_of::<Numbers>() / 4;
 const OF_ADAMW: usize = 7;
 const OF_RULE: usize = size_of::<Rule>() / 4;
 
+/// The parameters of one pass of AdamW: their rules, and how many there are.
+struct Pass {
+    whole: (Tensor, usize),
+    /// Those whose moments are in eight bits.
+    eight: (Tensor, usize),
+}
+
 /// The optimizer's tables on a GPU.
 pub(crate) struct DeviceUpdate {
     gpu: &'static Gpu,
     /// Those of every parameter that the optimizer directs, in their order.
     rules: Tensor,
-    /// Those of each pass of AdamW, and how many there are.
-    adamw: Vec<(Tensor, usize)>,
+    adamw: Vec<Pass>,
+    /// What codes of eight bits stand for, and how many blocks of them there are.
+    values: Tensor,
+    blocks: usize,
     modules: Tensor,
     module_count: usize,
     norm_blocks: usize,
@@ -74,6 +86,10 @@ impl DeviceUpdate {
                 decays: f32::from(u8::from(r.decays)),
                 module: r.module as u32,
                 last_layer: u32::from(r.last_layer),
+                moments: match groups.storage.places[*i] {
+                    Place::Whole(at) => unit(at),
+                    Place::Eight(first) => u32::try_from(first).expect("fewer than 2^40 parameters"),
+                },
             }
         };
         let rules_of = |places: &[usize]| places.iter().map(rule).collect::<Vec<Rule>>();
@@ -87,12 +103,18 @@ impl DeviceUpdate {
         let table = |bytes: &[u8]| Tensor::from_slice::<u32>(bytemuck::cast_slice(bytes), &[bytes.len() / 4]);
         let own = groups.numbers(At { step: 0, total: 1 }, 1).len();
         Device::Cuda(gpu.ordinal()).with(|| {
-            let pass =
-                |(_, places): &(_, Vec<usize>)| Ok((table(bytemuck::cast_slice(&rules_of(places)))?, places.len()));
+            let pass = |(_, places): &(_, Vec<usize>)| {
+                let is_eight = |i: &usize| matches!(groups.storage.places[*i], Place::Eight(_));
+                let (eight, whole): (Vec<usize>, Vec<usize>) = places.iter().partition(|i| is_eight(i));
+                let of = |some: &[usize]| table(bytemuck::cast_slice(&rules_of(some))).map(|rules| (rules, some.len()));
+                Ok(Pass { whole: of(&whole)?, eight: of(&eight)? })
+            };
             Ok(Self {
                 gpu,
                 rules: table(bytemuck::cast_slice(&rules_of(&groups.directed)))?,
                 adamw: groups.adamw.iter().map(pass).collect::<Result<_>>()?,
+                values: table(bytemuck::cast_slice(&EightBit::values()))?,
+                blocks: groups.storage.blocks,
                 modules: table(bytemuck::cast_slice(&modules))?,
                 module_count: modules.len(),
                 norm_blocks: blocks,
@@ -171,32 +193,60 @@ impl DeviceUpdate {
     ) -> Result<()> {
         let products = weights.student().dtype();
         let n = weights.student.len();
-        let Weights { student, teacher, moments, narrow, .. } = weights;
+        let Weights { student, teacher, moments, eight, narrow, .. } = weights;
         let (narrow_student, narrow_teacher) = match narrow {
             Some(Narrow { student, teacher, .. }) => (Some(&*student), teacher.as_ref()),
             None => (None, None),
         };
         let ema = teacher.as_ref().filter(|_| follows);
         let bytes = if follows { 38.0 } else { 30.0 };
+        let wide = n - self.blocks * EIGHT_BIT_BLOCK;
         let number = |start: usize, len: &[usize]| self.numbers.view(start, len);
-        for (pass, (rules, count)) in self.adamw.iter().enumerate() {
-            let launch = self.gpu.kernel(&ADAMW, "adamw", DType::F32)?.grid(n.div_ceil(ELEMENTS_OF_BLOCK), 256);
-            launch.work(0.0, bytes * n as f64).launch(args![
-                &mut *student,
-                grads,
-                &moments[0],
-                &moments[1],
-                ema,
-                narrow_student,
-                narrow_teacher,
-                rules,
-                *count as i32,
-                &self.numbers,
-                &number(NUMBERS + pass * OF_ADAMW, &[OF_ADAMW]),
-                norms,
-                taken,
-                n
-            ])?;
+        for (i, pass) in self.adamw.iter().enumerate() {
+            let of_adamw = number(NUMBERS + i * OF_ADAMW, &[OF_ADAMW]);
+            if let (rules, count @ 1..) = &pass.whole {
+                let launch = self.gpu.kernel(&ADAMW, "adamw", DType::F32)?.grid(n.div_ceil(ELEMENTS_OF_BLOCK), 256);
+                launch.work(0.0, bytes * wide as f64).launch(args![
+                    &mut *student,
+                    grads,
+                    &moments[0],
+                    &moments[1],
+                    ema,
+                    narrow_student,
+                    narrow_teacher,
+                    rules,
+                    *count as i32,
+                    &self.numbers,
+                    &of_adamw,
+                    norms,
+                    taken,
+                    n
+                ])?;
+            }
+            if let ((rules, count @ 1..), [mean, square]) = (&pass.eight, &eight[..]) {
+                let [(mean, mean_scales), (square, square_scales)] = [mean.parts(), square.parts()];
+                let launch = self.gpu.kernel(&ADAMW, "adamw_8bit", DType::F32)?;
+                let launch = launch.grid(self.blocks.div_ceil(SCALES_OF_BLOCK), 256);
+                launch.work(0.0, (bytes - 12.0) * (n - wide) as f64).launch(args![
+                    &mut *student,
+                    grads,
+                    mean,
+                    mean_scales,
+                    square,
+                    square_scales,
+                    ema,
+                    narrow_student,
+                    narrow_teacher,
+                    rules,
+                    *count as i32,
+                    &self.values,
+                    &self.numbers,
+                    &of_adamw,
+                    norms,
+                    taken,
+                    self.blocks as u32
+                ])?;
+            }
         }
         if groups.directed.is_empty() {
             return Ok(());

@@ -1,9 +1,11 @@
 //! All weights of a run, each role one flat buffer, and how they are loaded, copied and saved.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use crate::checkpoint::{Checkpoint, Content, NamedTensors};
 use crate::contract::{At, Follow, Role, State, TeacherPolicy};
+use crate::ops::{EightBit, Map, Place};
 use crate::params::{load_named, Layout};
 use crate::recipe::{InitRole, Recipe};
 use crate::tensor::{catch_out_of_memory, convert_into};
@@ -11,6 +13,8 @@ use crate::weights::Source;
 use crate::{DType, Device, Error, Result, Tensor};
 
 use super::bounds::{Bounds, Reach};
+use super::moments::Storage;
+use super::optimizer::Groups;
 use super::{Declared, DeclaredLoss, Teacher};
 
 /// Student, teachers, moments and the losses' state.
@@ -21,8 +25,13 @@ pub struct Weights {
     pub teacher: Option<Tensor>,
     /// The teachers of `[teachers]` that losses ask for, by name: the backbone's part of the layout, which comes first.
     pub named: Vec<(String, Tensor)>,
-    /// The optimizer's moments, in the order of [`Optimizer::moments`](crate::contract::Optimizer::moments).
+    /// The optimizer's moments, in the order of [`Optimizer::moments`](crate::contract::Optimizer::moments). Where some are in
+    /// eight bits, those that are not, one behind the other.
     pub moments: Vec<Tensor>,
+    /// The others.
+    pub(super) eight: Vec<EightBit>,
+    /// Which are where.
+    storage: Arc<Storage>,
     /// Their names.
     pub(super) moment_names: Vec<&'static str>,
     /// By loss: its state by name.
@@ -67,7 +76,7 @@ impl Weights {
     /// All zero, for features in `features`; a teacher only if there is one, and those of these names.
     pub(super) fn new<'a>(
         model: &Declared,
-        moments: &[&'static str],
+        optimizer: &Groups,
         teacher: bool,
         named: impl IntoIterator<Item = &'a str>,
         features: DType,
@@ -76,13 +85,13 @@ impl Weights {
         let state =
             |l: &DeclaredLoss| l.loss.state().iter().map(|s| (s.name, Tensor::zeros(&s.shape, dtype))).collect();
         let loss_state = model.losses.iter().map(state).collect();
-        Self { loss_state, ..Self::of_layout(&model.layout, moments, teacher, named, features) }
+        Self { loss_state, ..Self::of_layout(&model.layout, optimizer, teacher, named, features) }
     }
 
     /// The same without losses.
     pub(crate) fn of_layout<'a>(
         layout: &Layout,
-        moments: &[&'static str],
+        optimizer: &Groups,
         teacher: bool,
         named: impl IntoIterator<Item = &'a str>,
         features: DType,
@@ -91,6 +100,10 @@ impl Weights {
         let backbone = || Tensor::zeros(&[backbone_len(layout)], dtype);
         let named: Vec<(String, Tensor)> = named.into_iter().map(|name| (name.to_string(), backbone())).collect();
         let zeros = || Tensor::zeros(&[layout.len()], dtype);
+        let storage = optimizer.storage.clone();
+        // AdamW's two: others are refused when the groups are made.
+        let eight = if storage.blocks == 0 { &[][..] } else { &[Map::Signed, Map::Unsigned] };
+        let eight = eight.iter().map(|map| EightBit::zeros(*map, storage.blocks)).collect();
         let narrow = |len| Tensor::zeros(&[len], DType::BF16);
         let narrow = (features == DType::BF16).then(|| Narrow {
             student: narrow(layout.len()),
@@ -101,8 +114,10 @@ impl Weights {
             student: zeros(),
             teacher: teacher.then(zeros),
             named,
-            moments: moments.iter().map(|_| zeros()).collect(),
-            moment_names: moments.to_vec(),
+            moments: optimizer.moments().iter().map(|_| storage.whole(dtype)).collect(),
+            eight,
+            storage,
+            moment_names: optimizer.moments().to_vec(),
             loss_state: Vec::new(),
             skipped: 0,
             grads: zeros(),
@@ -161,6 +176,48 @@ impl Weights {
             convert_into(narrow, teacher)?;
         }
         narrow.named.iter_mut().zip(&self.named).try_for_each(|(narrow, (_, wide))| convert_into(narrow, wide))
+    }
+
+    /// Moment `i` of the whole layout; where some are in eight bits, in host memory.
+    pub(super) fn moment(&self, i: usize, layout: &Layout) -> Tensor {
+        let Some(eight) = self.eight.get(i) else { return self.moments[i].clone() };
+        let (eight, whole) = (eight.to(Device::Cpu), self.moments[i].to(Device::Cpu));
+        let mut flat = Device::Cpu.with(|| Tensor::zeros(&[layout.len()], DType::F32));
+        let numbers = flat.as_mut_slice::<f32>();
+        for (spec, place) in layout.specs().iter().zip(&self.storage.places) {
+            let numbers = &mut numbers[spec.range()];
+            match *place {
+                Place::Whole(at) => numbers.copy_from_slice(&whole.as_slice()[at..at + numbers.len()]),
+                Place::Eight(first) => eight.read(first, numbers),
+            }
+        }
+        flat
+    }
+
+    /// Lets `f` change moment `i`, given as [`moment`](Self::moment) does.
+    pub(super) fn change_moment<R>(
+        &mut self,
+        i: usize,
+        layout: &Layout,
+        f: impl FnOnce(&mut Tensor) -> Result<R>,
+    ) -> Result<R> {
+        if self.eight.is_empty() {
+            return f(&mut self.moments[i]);
+        }
+        let mut flat = self.moment(i, layout);
+        let done = f(&mut flat)?;
+        let (mut eight, mut whole) = Device::Cpu.with(|| (self.eight[i].zeros_like(), self.storage.whole(DType::F32)));
+        let numbers = flat.as_slice::<f32>();
+        for (spec, place) in layout.specs().iter().zip(&self.storage.places) {
+            let numbers = &numbers[spec.range()];
+            match *place {
+                Place::Whole(at) => whole.as_mut_slice()[at..at + numbers.len()].copy_from_slice(numbers),
+                Place::Eight(first) => eight.write(first, numbers),
+            }
+        }
+        self.eight[i].copy_from(&eight)?;
+        self.moments[i].copy_from(&whole)?;
+        Ok(done)
     }
 
     /// The start of a run: as `drawn` from the seed, or read where the recipe says.
@@ -285,8 +342,8 @@ impl Weights {
         for (name, flat) in &self.named {
             put(&mut content.model, &role_of(name), flat);
         }
-        for (name, flat) in self.moment_names.iter().zip(&self.moments) {
-            put(&mut content.optimizer, name, flat);
+        for (i, name) in self.moment_names.iter().enumerate() {
+            put(&mut content.optimizer, name, &self.moment(i, &model.layout));
         }
         for (loss, state) in model.losses.iter().zip(&self.loss_state) {
             for (name, value) in state {
@@ -312,8 +369,8 @@ impl Weights {
         for (name, flat) in &mut self.named {
             whole(&from.model, &role_of(name), &layout.part("backbone."), flat)?;
         }
-        for (name, flat) in self.moment_names.iter().zip(&mut self.moments) {
-            whole(&from.optimizer, name, layout, flat)?;
+        for (i, name) in self.moment_names.clone().into_iter().enumerate() {
+            self.change_moment(i, layout, |flat| whole(&from.optimizer, name, layout, flat))?;
         }
         for (loss, state) in model.losses.iter().zip(&mut self.loss_state) {
             for (name, value) in state {

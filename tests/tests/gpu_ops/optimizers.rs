@@ -6,7 +6,10 @@ mod runs;
 
 use dinolab_core::{DType, Device};
 use dinolab_tests::gpu_test;
-use runs::{a_resumed_run_has_the_bits_of_one_that_was_not_stopped, distance, recipe, run, start, steps, ECHO, TABLES};
+use runs::{
+    a_resumed_run_has_the_bits_of_one_that_was_not_stopped, distance, recipe, run, run_large, start, steps, ECHO,
+    EIGHT_BIT, TABLES,
+};
 
 gpu_test!(updates_on_a_gpu_are_those_of_the_cpu, {
     let device: Device = "cuda".parse().unwrap();
@@ -23,12 +26,23 @@ gpu_test!(updates_on_a_gpu_are_those_of_the_cpu, {
     }
 });
 
+gpu_test!(updates_in_eight_bits_on_a_gpu_are_those_of_the_cpu, {
+    let ([student, teacher], _) = run_large(EIGHT_BIT, Device::Cpu, DType::F32);
+    for dtype in [DType::F32, DType::BF16] {
+        let (found, _) = run_large(EIGHT_BIT, "cuda".parse().unwrap(), dtype);
+        for (found, exact) in found.iter().zip([&student, &teacher]) {
+            // Where the last bit of a sum differs, a number may become the neighbouring value.
+            assert!(distance(found, exact) < 1e-4, "{:e} in {dtype:?}", distance(found, exact));
+        }
+    }
+});
+
 gpu_test!(a_run_with_any_optimizer_resumes_to_the_bit_on_a_gpu, {
-    a_resumed_run_has_the_bits_of_one_that_was_not_stopped("cuda", &[TABLES[2], TABLES[4]]);
+    a_resumed_run_has_the_bits_of_one_that_was_not_stopped("cuda", &[TABLES[2], TABLES[4], EIGHT_BIT]);
 });
 
 gpu_test!(steps_with_any_optimizer_are_recorded_and_equal_the_cpu, {
-    for table in [TABLES[2], TABLES[3], TABLES[4]] {
+    for table in [TABLES[2], TABLES[3], TABLES[4], EIGHT_BIT] {
         let of = |device: &str| {
             let (mut learner, pipeline) = start(&recipe(device, "f32", table));
             let losses = steps(&mut learner, &pipeline, 0..5);

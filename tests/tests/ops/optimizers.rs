@@ -17,8 +17,8 @@ use dinolab_core::testing::contracts;
 use dinolab_core::{DType, Device, Tensor};
 use dinolab_tests::program;
 use runs::{
-    a_resumed_run_has_the_bits_of_one_that_was_not_stopped, distance, entry, gradients, held, recipe, run, start,
-    steps, updates, COMMON, DEPTH, ECHO, RECIPE, STEPS, TABLES,
+    a_resumed_run_has_the_bits_of_one_that_was_not_stopped, distance, entry, gradients, held, large, recipe, run,
+    run_large, start, steps, updates, COMMON, DEPTH, ECHO, EIGHT_BIT, RECIPE, STEPS, TABLES,
 };
 use serde_json::json;
 
@@ -167,7 +167,41 @@ fn nesterov_without_a_momentum_is_refused() {
 
 #[test]
 fn a_run_with_any_optimizer_resumes_to_the_bit() {
-    a_resumed_run_has_the_bits_of_one_that_was_not_stopped("cpu", &["", TABLES[2], TABLES[3], TABLES[4]]);
+    a_resumed_run_has_the_bits_of_one_that_was_not_stopped("cpu", &["", TABLES[2], TABLES[3], TABLES[4], EIGHT_BIT]);
+}
+
+#[test]
+fn eight_bits_change_large_matrices_by_little_and_nothing_else() {
+    let ([student, teacher], run) = run_large(EIGHT_BIT, Device::Cpu, DType::F32);
+    let ([exact, exact_teacher], _) = run_large("plugin = \"adamw\"\neps = 1e-3", Device::Cpu, DType::F32);
+    let start = updates(EIGHT_BIT, &large(), Device::Cpu, DType::F32).weights().student.to_f64_vec();
+    for (found, exact) in [(&student, &exact), (&teacher, &exact_teacher)] {
+        for (rule, spec) in run.rules().iter().zip(large().specs()) {
+            let (found, exact, start) = (&found[spec.range()], &exact[spec.range()], &start[spec.range()]);
+            let moved: Vec<f64> = exact.iter().zip(start).map(|(x, y)| x - y).collect();
+            let off = exact.iter().zip(found).map(|(x, y)| (x - y).powi(2)).sum::<f64>().sqrt()
+                / moved.iter().map(|x| x * x).sum::<f64>().sqrt();
+            match rule.name.ends_with("large") || rule.name.ends_with("larger") {
+                true => assert!(off > 1e-4 && off < 0.03, "{}: {off}", rule.name),
+                false => assert_eq!(found, exact, "{}", rule.name),
+            }
+        }
+    }
+}
+
+#[test]
+fn eight_bits_go_with_adamw_in_f32() {
+    for (table, says) in [
+        ("plugin = \"muon\"\nmoments = \"8bit\"", "moments in eight bits are AdamW's, and the optimizer is `muon`"),
+        ("plugin = \"sgd\"\nmoments = \"8bit\"", "moments in eight bits are AdamW's, and the optimizer is `sgd`"),
+        ("moments = \"4bit\"", "4bit"),
+    ] {
+        let said = Resolved::from_text(&format!("{RECIPE}{table}\n")).unwrap_err().to_string();
+        assert!(said.contains(says), "{said}");
+    }
+    let said =
+        Resolved::from_text(&format!("precision = \"f64\"\n{RECIPE}moments = \"8bit\"\n")).unwrap_err().to_string();
+    assert!(said.contains("moments in eight bits go with weights in f32"), "{said}");
 }
 
 #[test]
@@ -178,6 +212,16 @@ fn a_run_counts_the_moments_that_its_optimizer_keeps() {
         of("optimizer") / of("student")
     };
     assert_eq!([TABLES[0], TABLES[1], TABLES[3], TABLES[4]].map(memory), [2.0, 1.0, 0.0, 2.0]);
+    let of_tiny = |moments: &str| {
+        let text = format!("name = \"s\"\nsteps = 9\n[backbone]\nplugin = \"vit\"\npreset = \"vit_s16\"\n[data]\nplugin = \"scenes\"\n[losses.dino]\n[optimizer]\nmoments = \"{moments}\"\n");
+        let cost = cost::cost(&Resolved::from_text(&text).unwrap().recipe).unwrap();
+        cost.memory.iter().find(|(part, _)| part.starts_with("optimizer")).map(|(_, bytes)| *bytes).unwrap()
+    };
+    let (f32, eight) = (of_tiny("f32"), of_tiny("8bit"));
+    // All but vectors and the 65,536 prototypes of 256 numbers.
+    let vectors = 4.0 * 2.0 * 65536.0 * 256.0;
+    let expected = vectors + (f32 - vectors) * 260.0 / 1024.0;
+    assert!((eight / expected - 1.0).abs() < 0.01, "{eight} of {f32}, expected {expected}");
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use dinolab_core::contract::{At, Direction, Optimizer, ParamUpdate, Reach};
 use dinolab_core::data::Pipeline;
-use dinolab_core::params::{Layout, ParamSpec};
+use dinolab_core::params::{Init, Layout, ParamBuilder, ParamRole, ParamSpec};
 use dinolab_core::recipe::OptimizerEntry;
 use dinolab_core::resolved::Resolved;
 use dinolab_core::step::{Learner, Updates};
@@ -86,6 +86,8 @@ pub const TABLES: [&str; 6] = [
 ];
 /// [`Echo`] without anything else that changes a number.
 pub const ECHO: &str = "plugin = \"echo\"\nlr = 0.1\nweight_decay = 0.0\nclip_grad = 0.0\npatch_embed_lr_mult = 1.0\nlayerwise_decay = 1.0";
+/// AdamW with moments in eight bits.
+pub const EIGHT_BIT: &str = "plugin = \"adamw\"\neps = 1e-3\nmoments = \"8bit\"";
 /// Rates that differ from layer to layer, decay and clipping.
 pub const COMMON: &str = "lr = 0.05\nweight_decay = 0.3\nclip_grad = 2.5\nlayerwise_decay = 0.7\n";
 pub const STEPS: u64 = 6;
@@ -106,6 +108,30 @@ pub fn gradients(layout: &Layout, step: u64) -> Vec<f64> {
     let mut gradients = vec![0.0; layout.len()];
     layout.specs().iter().for_each(|s| gradients[s.range()].copy_from_slice(&drawn[s.range()]));
     gradients
+}
+
+/// A matrix that is large enough for moments in eight bits and ends inside a block, between one that is not, a vector and
+/// prototypes.
+pub fn large() -> Arc<Layout> {
+    let mut p = ParamBuilder::new();
+    let normal = Init::Normal(0.3);
+    p.scope("backbone", |p| {
+        p.add("small", &[8, 9], normal);
+        p.add("large", &[67, 65], normal);
+        p.add_plain("bias", &[4097], normal);
+        p.add("larger", &[80, 90], normal);
+    });
+    p.scope("head", |p| p.role(ParamRole::LastLayer, |p| p.add("last", &[70, 65], normal)));
+    p.finish()
+}
+
+/// Student and teacher after all steps on [`large`], and the run.
+pub fn run_large(table: &str, device: Device, dtype: DType) -> ([Vec<f64>; 2], Updates) {
+    let layout = large();
+    let mut run = updates(table, &layout, device, dtype);
+    (0..STEPS).for_each(|step| run.update(step, &gradients(&layout, step), 0.6).unwrap_or_else(|e| panic!("{e}")));
+    let weights = run.weights();
+    ([&weights.student, weights.teacher.as_ref().unwrap()].map(Tensor::to_f64_vec), run)
 }
 
 /// Student, teacher and moments after all steps.
@@ -132,7 +158,7 @@ name = "small"
 steps = 40
 [backbone]
 plugin = "vit"
-dim = 24
+dim = 32
 depth = 2
 heads = 2
 patch_size = 4
