@@ -88,8 +88,12 @@ impl From<Failure> for Error {
             R::CUDA_ERROR_NO_DEVICE | R::CUDA_ERROR_INVALID_DEVICE => {
                 "`nvidia-smi` lists the GPUs; CUDA_VISIBLE_DEVICES may hide them; --device cpu runs without one"
             }
-            R::CUDA_ERROR_ILLEGAL_ADDRESS | R::CUDA_ERROR_MISALIGNED_ADDRESS | R::CUDA_ERROR_LAUNCH_FAILED => {
+            R::CUDA_ERROR_ILLEGAL_ADDRESS | R::CUDA_ERROR_MISALIGNED_ADDRESS => {
                 "a kernel reached outside its memory; run again with DINOLAB_CUDA_SYNC=1 and the message names it"
+            }
+            R::CUDA_ERROR_LAUNCH_FAILED => {
+                "a kernel was stopped by the device: run again with DINOLAB_CUDA_SYNC=1 and the message names it; where it passes, \
+                 look for `Xid` in the kernel's log (`dmesg`), which tells faults of the card or its driver"
             }
             R::CUDA_ERROR_OUT_OF_MEMORY => "lower batch.size, or raise batch.micro_batches",
             R::CUDA_ERROR_NO_BINARY_FOR_GPU | R::CUDA_ERROR_INVALID_PTX | R::CUDA_ERROR_UNSUPPORTED_PTX_VERSION => {

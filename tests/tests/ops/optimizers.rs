@@ -213,7 +213,7 @@ fn a_run_counts_the_moments_that_its_optimizer_keeps() {
     };
     assert_eq!([TABLES[0], TABLES[1], TABLES[3], TABLES[4]].map(memory), [2.0, 1.0, 0.0, 2.0]);
     let of_tiny = |moments: &str| {
-        let text = format!("name = \"s\"\nsteps = 9\n[backbone]\nplugin = \"vit\"\npreset = \"vit_s16\"\n[data]\nplugin = \"scenes\"\n[losses.dino]\n[optimizer]\nmoments = \"{moments}\"\n");
+        let text = format!("name = \"s\"\nsteps = 9\n[backbone]\nplugin = \"vit\"\npreset = \"vit_s16\"\n[data]\nplugin = \"scenes\"\n[losses.dino]\n[teacher]\nplugin = \"ema\"\n[optimizer]\nmoments = \"{moments}\"\n");
         let cost = cost::cost(&Resolved::from_text(&text).unwrap().recipe).unwrap();
         cost.memory.iter().find(|(part, _)| part.starts_with("optimizer")).map(|(_, bytes)| *bytes).unwrap()
     };
