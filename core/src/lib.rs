@@ -4,7 +4,7 @@
 //! that it declares, [`data`] makes a batch, the [`step`] runs teacher, student and losses, the [`tensor`] tape goes backward,
 //! the optimizer updates flat [`params`], teacher policies follow, and [`train`] logs and checkpoints.
 //!
-//! No two of these modules use each other, but for [`cuda`] and [`tensor`]; a test of the workspace holds them to it.
+//! No two of these modules use each other; a test of the workspace holds them to it.
 //!
 //! This crate knows no plugin by name: backbones, position encodings, losses, schedulers, teacher policies,
 //! datasets, augmentations, maskings, probes and optimizers are implementations of the traits in [`contract`], registered with
@@ -18,16 +18,19 @@ pub mod contract;
 pub mod cuda;
 pub mod data;
 pub mod dfdx_loss;
+mod dtype;
 mod error;
 pub mod files;
 pub mod nn;
 pub mod ops;
 pub mod params;
 pub mod problem;
+pub mod profile;
 pub mod recipe;
 pub mod registry;
 pub mod resolved;
 pub mod rng;
+pub mod scope;
 pub mod step;
 pub mod tensor;
 pub mod testing;
@@ -35,8 +38,10 @@ pub mod text;
 pub mod train;
 pub mod weights;
 
+pub use cuda::Device;
+pub use dtype::DType;
 pub use error::{Error, Result};
-pub use tensor::{DType, Device, Tensor};
+pub use tensor::Tensor;
 
 // Re-exported for plugin crates, so that a plugin needs one dependency and `plugin!` can name them.
 pub use dfdx;

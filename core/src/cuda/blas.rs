@@ -48,11 +48,6 @@ pub struct Matrix {
 }
 
 impl Matrix {
-    /// A dense `rows x cols` matrix at the start of `tensor`, the first of a batch of dense ones.
-    pub fn of(tensor: &crate::Tensor, rows: usize, cols: usize) -> Self {
-        Self::at(tensor.device_address(), tensor.dtype(), rows, cols)
-    }
-
     /// A dense matrix at an address.
     pub fn at(address: u64, dtype: DType, rows: usize, cols: usize) -> Self {
         Self { address, dtype, rows, cols, stride: cols, transposed: false, batch_stride: rows * cols }

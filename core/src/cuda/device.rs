@@ -12,7 +12,7 @@ use super::launch::Kernel;
 use super::profile::Recorder;
 use super::source::{self, Source};
 use super::{check, Failure};
-use crate::tensor::scope;
+use crate::scope;
 use crate::{DType, Device, Error, Result};
 
 /// What is known of a device before anything runs on it.

@@ -35,6 +35,7 @@ mod device;
 mod graph;
 mod launch;
 mod libraries;
+mod place;
 mod profile;
 mod source;
 mod staging;
@@ -48,12 +49,13 @@ pub use device::{Gpu, GpuInfo};
 pub use graph::Graph;
 pub use launch::{Arg, Kernel, Launch};
 pub use libraries::{libraries, missing_in_driver, Library};
+pub use place::Device;
 pub use source::{compile, sources, Compiled, Source, SourceRef};
 pub use staging::Staging;
 
 pub use crate::cuda_args as args;
 
-pub(crate) use device::{current, enter, in_step, lasting_scope, step_scope, unwind, CudaBuffer, DeviceGuard};
+pub(crate) use device::{in_step, lasting_scope, step_scope, unwind, CudaBuffer};
 
 use crate::Error;
 

@@ -3,7 +3,7 @@
 use cudarc::driver::{result, sys};
 
 use super::{check, Failure, Gpu};
-use crate::tensor::Profile;
+use crate::profile::Profile;
 use crate::Result;
 
 struct Event(sys::CUevent);

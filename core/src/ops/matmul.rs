@@ -4,8 +4,9 @@ use gemm::{gemm, Parallelism};
 
 use crate::cuda::{Gpu, Matrix, Product};
 use crate::ops::same_dtype;
+use crate::profile;
 use crate::tensor::blocks::*;
-use crate::tensor::{profile, GradMut, Grads, Op, Real};
+use crate::tensor::{GradMut, Grads, Op, Real};
 use crate::{dispatch_real, Error, Result, Tensor};
 
 /// A matrix inside a slice: rows, columns, and the distance in elements between neighbours in each direction.

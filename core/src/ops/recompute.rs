@@ -4,7 +4,8 @@
 use std::sync::Arc;
 
 use crate::params::{Layout, Params};
-use crate::tensor::{scope, Grads, Op, Slot, Tape};
+use crate::scope;
+use crate::tensor::{Grads, Op, Slot, Tape};
 use crate::{Result, Tensor};
 
 /// A part of a model: parameters and inputs to one result.

@@ -11,7 +11,8 @@ use crate::ops::softmax::block_of;
 use crate::ops::{same_dtype, scalars_of};
 use crate::tensor::blocks::*;
 use crate::tensor::parallel::{lane_max, lane_sum, BLOCK};
-use crate::tensor::{DType, Grads, Op, Real};
+use crate::tensor::{Grads, Op, Real};
+use crate::DType;
 use crate::{cuda_source, dispatch_real, simd, Error, Result, Tensor};
 
 cuda_source! { static CROSS_ENTROPY = "soft_cross_entropy" {

@@ -9,7 +9,8 @@ use std::collections::{HashMap, HashSet};
 use crate::contract::{At, Backbone, Draws, Feed, Follow};
 use crate::cuda::{self, Gpu, Graph, Source};
 use crate::data::{Batch, DeviceBatches};
-use crate::tensor::{catch_out_of_memory, recording, Profile};
+use crate::profile::Profile;
+use crate::tensor::{catch_out_of_memory, recording};
 use crate::{ops, DType, Device, Result, Tensor};
 
 use super::update::DeviceUpdate;

@@ -47,10 +47,12 @@ use crate::comm::{Comm, Ranks, Shards};
 use crate::contract::{At, Crops, Draws, Features, Follow, Mode, State, StepContext, TeacherPolicy};
 use crate::data::Batch;
 use crate::params::Params;
+use crate::profile;
 use crate::recipe::{Precision, Recipe};
 use crate::registry::Chosen;
 use crate::rng::{Rng, Stream};
-use crate::tensor::{catch_out_of_memory, profile, scope, Tape};
+use crate::scope;
+use crate::tensor::{catch_out_of_memory, first_non_finite, Tape};
 use crate::{cuda, DType, Device, Error, Result, Tensor};
 
 use bounds::Reach;
@@ -592,9 +594,8 @@ impl Learner {
         // In the memory of the step, which is over: only the answers of recorded steps are kept there.
         let _step = cuda::step_scope();
         let mut grads = self.weights.take_grads();
-        let (result, first) = scope::first_non_finite(|| {
-            catch_out_of_memory(|| self.forward_backward(at, batches, draws, &mut grads, false))
-        });
+        let (result, first) =
+            first_non_finite(|| catch_out_of_memory(|| self.forward_backward(at, batches, draws, &mut grads, false)));
         self.weights.grads = grads;
         result?;
         Ok(Some(match first {

@@ -5,7 +5,7 @@ use crate::contract::{
 };
 use crate::data::Batch;
 use crate::params::Params;
-use crate::tensor::scope;
+use crate::scope;
 use crate::{DType, Error, Result, Tensor};
 
 use super::{views, DeclaredLoss, Learner, Teacher};

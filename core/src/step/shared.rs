@@ -7,7 +7,7 @@ use crate::contract::{At, Crops, Features, Mode, View};
 use crate::cuda::{self, Gpu};
 use crate::data::Batch;
 use crate::params::Params;
-use crate::tensor::scope;
+use crate::scope;
 use crate::{Error, Result, Tensor};
 
 use super::Learner;

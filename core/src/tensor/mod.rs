@@ -5,30 +5,30 @@
 //! [`Tape`], records itself for the backward pass.
 //! A tensor made from untracked operands is untracked, so a teacher runs without a tape by being given plain weights.
 
+mod args;
 mod cast;
 mod device;
-mod dtype;
 mod kernels;
 mod math;
-pub(crate) mod profile;
-pub mod scope;
+mod real;
 mod storage;
 pub mod tape;
+mod watch;
 
 use std::fmt;
 use std::sync::Arc;
 
+pub use device::catch_out_of_memory;
 pub(crate) use device::{cannot_record, recording};
-pub use device::{catch_out_of_memory, Device};
-pub use dtype::{DType, Element, Real};
 pub use kernels::parallel;
 pub(crate) use kernels::{blocks, columns, convert_into, greatest};
-pub use profile::{Profile, ProfileRow};
+pub use real::{Element, Real};
 pub use storage::{memory_stats, reset_peak, trim, MemoryStats};
 pub(crate) use tape::Slot;
 pub use tape::{GradMut, Grads, LeafGrads, Op, Tape};
+pub use watch::first_non_finite;
 
-use crate::{cuda, Error, Result};
+use crate::{cuda, DType, Device, Error, Result};
 use storage::Buffer;
 
 /// A dense, row-major, contiguous array; rank 0 is a scalar.

@@ -42,8 +42,8 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::kernels::{self, RowSums};
-use super::{profile, scope, DType, Device, Element, Tensor};
-use crate::{dispatch_real, Error, Result};
+use super::{watch, Element, Tensor};
+use crate::{dispatch_real, profile, scope, DType, Device, Error, Result};
 
 /// A differentiable operation: forward once, then (if recorded) backward once.
 pub trait Op: Send + 'static {
@@ -85,7 +85,7 @@ fn apply(mut op: Box<dyn Op>, inputs: &[&Tensor]) -> Result<Tensor> {
     let _part = profile::part(name);
     let tape = inputs.iter().find_map(|x| x.var.as_ref()).map(|v| v.tape.clone());
     let mut out = op.forward(inputs, tape.is_some())?;
-    scope::observe(|| format!("{name} in {}", scope::current()), &out);
+    watch::observe(|| format!("{name} in {}", scope::current()), &out);
     if let Some(tape) = tape {
         let inputs = inputs.iter().map(|x| x.var.as_ref().map(|v| v.id)).collect();
         out.var = Some(tape.push(NodeKind::Op { op, inputs, scope: scope::current() }, &out));
@@ -236,7 +236,7 @@ impl Tape {
             let Some(Slot { grad: dy, row_sums }) = slots[id].take() else { continue };
             let name = op.name();
             let _part = profile::gradient_part(name);
-            scope::observe(|| format!("gradient of {name} in {scope}"), &dy);
+            watch::observe(|| format!("gradient of {name} in {scope}"), &dy);
             let params = params.as_deref_mut();
             let mut grads = Grads { nodes: &nodes, inputs: &inputs, slots: &mut slots, params, row_sums, host: None };
             op.backward(dy, &mut grads)?;

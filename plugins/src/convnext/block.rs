@@ -3,7 +3,7 @@
 use dinolab_core::nn::{Linear, Norm};
 use dinolab_core::ops::rows_of_images;
 use dinolab_core::params::{Init, ParamBuilder, ParamId, Params};
-use dinolab_core::tensor::scope;
+use dinolab_core::scope;
 use dinolab_core::{Result, Tensor};
 
 use super::ConvNextConfig;

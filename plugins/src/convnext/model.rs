@@ -4,7 +4,7 @@ use dinolab_core::contract::{Backbone, BackboneContext, Cost, Crops, Draws, Feat
 use dinolab_core::nn::{Norm, PatchEmbed};
 use dinolab_core::params::{ParamBuilder, Params};
 use dinolab_core::rng::{Rng, Stream};
-use dinolab_core::tensor::scope;
+use dinolab_core::scope;
 use dinolab_core::{Error, Result, Tensor};
 
 use super::block::{Block, INIT, KERNEL};

@@ -4,7 +4,7 @@ use dinolab_core::contract::PosTables;
 use dinolab_core::nn;
 use dinolab_core::ops::{rows_of_images, Linear, Segment};
 use dinolab_core::params::{Init, ParamBuilder, ParamId, Params};
-use dinolab_core::tensor::scope;
+use dinolab_core::scope;
 use dinolab_core::{Result, Tensor};
 
 use super::{Checkpointing, Ffn, Norm, VitConfig};

@@ -8,7 +8,7 @@ use dinolab_core::contract::{
 use dinolab_core::nn;
 use dinolab_core::params::{Init, ParamBuilder, ParamId, ParamRole, Params};
 use dinolab_core::rng::{Rng, Stream};
-use dinolab_core::tensor::scope;
+use dinolab_core::scope;
 use dinolab_core::{Error, Result, Tensor};
 
 use super::block::{declare_norm, Block, Layer};

@@ -2,7 +2,8 @@
 
 use std::time::Instant;
 
-use dinolab_core::tensor::{Profile, ProfileRow};
+use dinolab_core::profile::Profile;
+use dinolab_core::profile::ProfileRow;
 use dinolab_core::{DType, Result, Tensor};
 
 use crate::style;

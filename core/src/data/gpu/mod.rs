@@ -10,7 +10,7 @@ mod pack;
 use crate::cuda::{self, args, Gpu, Launch, Staging};
 use crate::data::batch::Batch;
 use crate::data::Masks;
-use crate::tensor::scope;
+use crate::scope;
 use crate::{cuda_source, DType, Device, Error, Result, Tensor};
 
 use jobs::{Finish, Paint};
