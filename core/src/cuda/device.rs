@@ -2,6 +2,7 @@
 
 use std::cell::Cell;
 use std::collections::HashMap;
+use std::ffi::c_void;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use cudarc::driver::{result, sys};
@@ -50,6 +51,7 @@ pub struct Gpu {
     blas: OnceLock<Blas>,
     pub(super) recorder: Mutex<Option<Recorder>>,
     launched: Mutex<Vec<&'static str>>,
+    pinned: Mutex<Pinned>,
     sync_every_launch: bool,
 }
 
@@ -75,6 +77,19 @@ struct Kernels {
     /// The dynamic shared memory that each function may have.
     shared: HashMap<usize, u32>,
 }
+
+/// Pinned memory by way of which the host's numbers go up. Of pageable memory CUDA does not say that an asynchronous copy has
+/// read it when the call returns.
+struct Pinned {
+    at: *mut c_void,
+    used: usize,
+}
+
+// SAFETY: only the holder of the lock around it writes to the memory.
+unsafe impl Send for Pinned {}
+
+/// Bytes of it.
+const PINNED: usize = 1 << 20;
 
 struct Module(sys::CUmodule);
 
@@ -246,6 +261,7 @@ impl Gpu {
             blas: OnceLock::new(),
             recorder: Mutex::default(),
             launched: Mutex::default(),
+            pinned: Mutex::new(Pinned { at: std::ptr::null_mut(), used: 0 }),
             sync_every_launch: std::env::var_os("DINOLAB_CUDA_SYNC").is_some_and(|v| v == "1"),
         })
     }
@@ -253,6 +269,11 @@ impl Gpu {
     /// What is known of the device.
     pub fn info(&self) -> &GpuInfo {
         &self.info
+    }
+
+    /// Whether every launch is waited for: `DINOLAB_CUDA_SYNC`.
+    pub(crate) fn waits_for_every_launch(&self) -> bool {
+        self.sync_every_launch
     }
 
     /// Its number.
@@ -521,15 +542,32 @@ impl Gpu {
         )
     }
 
-    /// Copies host bytes to the device, before all work given later.
+    /// Copies host bytes to the device, before all work given later. The bytes may be gone when the call returns.
     pub(crate) fn upload(&self, to: sys::CUdeviceptr, bytes: &[u8]) -> Result<()> {
         if bytes.is_empty() {
             return Ok(());
         }
         self.bind();
-        // SAFETY: the caller owns the block at `to`; the driver has copied pageable memory when the call returns.
-        let result = unsafe { sys::cuMemcpyHtoDAsync_v2(to, bytes.as_ptr().cast(), bytes.len(), self.stream) };
-        Ok(check("cuMemcpyHtoDAsync", result)?)
+        let mut pinned = self.pinned.lock().unwrap_or_else(PoisonError::into_inner);
+        for (to, part) in (to..).step_by(PINNED).zip(bytes.chunks(PINNED)) {
+            // SAFETY: the caller owns the block at `to`; what is copied lies in pinned memory, which is written again when
+            // the stream has done all copies from it, and never freed.
+            unsafe {
+                if pinned.at.is_null() {
+                    check("cuMemHostAlloc", sys::cuMemHostAlloc(&mut pinned.at, PINNED, 0))?;
+                }
+                if pinned.used + part.len() > PINNED {
+                    check("cuStreamSynchronize", sys::cuStreamSynchronize(self.stream))?;
+                    pinned.used = 0;
+                }
+                let from = pinned.at.cast::<u8>().add(pinned.used);
+                from.copy_from_nonoverlapping(part.as_ptr(), part.len());
+                let copy = sys::cuMemcpyHtoDAsync_v2(to, from.cast(), part.len(), self.stream);
+                check("cuMemcpyHtoDAsync", copy)?;
+            }
+            pinned.used += part.len().next_multiple_of(16);
+        }
+        Ok(())
     }
 
     /// Waits for all work, and copies device bytes to the host.

@@ -113,7 +113,7 @@ impl GpuStep {
             update,
             met: HashSet::new(),
             recorded: HashMap::new(),
-            reason: None,
+            reason: gpu.waits_for_every_launch().then(|| "DINOLAB_CUDA_SYNC waits for every launch".into()),
             eager: false,
         })
     }

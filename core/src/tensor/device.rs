@@ -105,6 +105,8 @@ pub(super) fn copy(to: &mut Tensor, from: &Tensor) -> Result<()> {
     let bytes = from.len() * from.dtype().size();
     match (to.gpu(), from.gpu()) {
         (None, None) => to.bytes_mut().copy_from_slice(from.as_bytes()),
+        // Replayed, the copy would read what lies there by then.
+        (Some(_), None) if is_recording() => cannot_record(|| "numbers come from the host inside the step".into()),
         (Some(gpu), None) => {
             assert!(to.is_unique(), "only an unshared tensor is written to");
             gpu.upload(to.device_address(), from.as_bytes())?;
