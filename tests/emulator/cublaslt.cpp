@@ -184,7 +184,11 @@ LT_API cublasLtMatmulPreferenceCreate(Attributes** preference) {
     return CUBLAS_STATUS_SUCCESS;
 }
 
-/// Proposes two algorithms, which do the same.
+/// Into how many parts an algorithm splits its sums.
+int parts_of(const Algorithm& algorithm) { return algorithm.data[1] == 0 ? 1 : 3; }
+
+/// Proposes two algorithms. The second splits its sums, and leaves out what is no whole block of 64 terms at their end, as some
+/// of cuBLASLt's do.
 LT_API cublasLtMatmulAlgoGetHeuristic(void*, const Attributes* desc, const Attributes* a, const Attributes* b,
                                       const Attributes* c, const Attributes* d, const Attributes*, int wanted,
                                       Heuristic* results, int* found) {
@@ -210,6 +214,14 @@ LT_API cublasLtMatmulAlgoCheck(void*, const Attributes* desc, const Attributes* 
     return describe({desc, a, b, c, d}, product, 0, 0, 0, 0);
 }
 
+LT_API cublasLtMatmulAlgoConfigGetAttribute(const Algorithm* algorithm, int name, void* value, size_t bytes, size_t* written) {
+    constexpr int SPLITK_NUM = 2;
+    if (name != SPLITK_NUM || bytes != sizeof(int)) return CUBLAS_STATUS_INVALID_VALUE;
+    *static_cast<int*>(value) = parts_of(*algorithm);
+    if (written != nullptr) *written = sizeof(int);
+    return CUBLAS_STATUS_SUCCESS;
+}
+
 LT_API cublasLtMatmul(void*, const Attributes* desc, const void* alpha, uint64_t a, const Attributes* a_layout,
                       uint64_t b, const Attributes* b_layout, const void* beta, uint64_t c, const Attributes* c_layout,
                       uint64_t d, const Attributes* d_layout, const Algorithm* algorithm, void*, size_t,
@@ -218,6 +230,11 @@ LT_API cublasLtMatmul(void*, const Attributes* desc, const void* alpha, uint64_t
     Product product;
     const auto status = describe({desc, a_layout, b_layout, c_layout, d_layout}, product, a, b, c, d);
     if (status != CUBLAS_STATUS_SUCCESS) return status;
+    if (algorithm != nullptr && parts_of(*algorithm) != 1) {
+        const int64_t left_out = product.a.columns % 64;
+        product.a.columns -= left_out;
+        product.b.rows -= left_out;
+    }
     const int64_t mode = desc->get(POINTER_MODE);
     if (mode > 1) return CUBLAS_STATUS_NOT_SUPPORTED;
     const bool on_device = mode == 1;

@@ -1,8 +1,10 @@
 // Modules, functions and launches.
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <dlfcn.h>
+#include <fstream>
 #include <link.h>
 #include <string>
 #include <vector>
@@ -49,6 +51,22 @@ size_t thread_local_size(void* program) {
     return wanted.second;
 }
 
+/// Whether this launch is stopped: the one whose number the file of CUDA_EMULATOR_STOP has, which is counted down by every launch
+/// and removed by the last.
+bool stopped() {
+    static const char* const path = std::getenv("CUDA_EMULATOR_STOP");
+    static long left = -1;
+    if (path == nullptr) return false;
+    if (left < 0) {
+        std::ifstream file(path);
+        if (!(file >> left)) return false;
+    }
+    if (--left > 0) return false;
+    left = -1;
+    std::remove(path);
+    return true;
+}
+
 CUresult launch(Function* function, dim3 grid, dim3 block, unsigned shared, CUstream stream, void** parameters,
                 void** extra) {
     ENTER;
@@ -71,7 +89,7 @@ CUresult launch(Function* function, dim3 grid, dim3 block, unsigned shared, CUst
         work.parameters.insert(work.parameters.end(), bytes, bytes + kernel.parameter_sizes[i]);
         work.parameters.resize((work.parameters.size() + 15) / 16 * 16);
     }
-    return enqueue(stream, NodeType::Kernel, [work = std::move(work)] { return run_grid(work); });
+    return enqueue(stream, NodeType::Kernel, [work = std::move(work)] { return stopped() ? CUDA_ERROR_LAUNCH_FAILED : run_grid(work); });
 }
 
 } // namespace

@@ -1,7 +1,8 @@
 //! `dinolab ablate`: a suite from its file to its report.
 
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 
 use dinolab_core::recipe::parse_set;
 use dinolab_core::text::printable;
@@ -125,6 +126,9 @@ pub fn run(args: Args) -> Result<ExitCode> {
     }
     if let Some(run) = &cluster.run {
         let tally = execute_run(&plan, run, &options, &prepare, &progress()?)?;
+        if tally.lost_gpu.is_some() && tally.failed.is_empty() {
+            return Err(anew());
+        }
         return Ok(match tally {
             Tally { interrupted: Some(_), .. } => ExitCode::from(RESUMABLE),
             Tally { finished: 0, skipped: 0, .. } => ExitCode::FAILURE,
@@ -140,6 +144,9 @@ pub fn run(args: Args) -> Result<ExitCode> {
         }
         None => execute(&plan, &options, &prepare, &progress()?)?,
     };
+    if tally.lost_gpu.is_some() {
+        return Err(anew());
+    }
     if let Some((run, step)) = &tally.interrupted {
         let (done, runs) = (finished(&plan, &all)?.len(), all.len());
         style::say(&format!(
@@ -148,6 +155,20 @@ pub fn run(args: Args) -> Result<ExitCode> {
         return Ok(ExitCode::from(RESUMABLE));
     }
     conclude(&plan, &tally)
+}
+
+/// Becomes a process that goes on where this one lost its GPU, which it cannot have back. Gives why not, if it cannot.
+fn anew() -> Error {
+    let mut args = std::env::args_os();
+    let name = args.next().unwrap_or_default();
+    let program = std::env::current_exe().map(Command::new);
+    // What failed before and is to be done again has been told apart from what failed now.
+    let args = args.filter(|arg| arg != "--retry-failed");
+    let refused = program.map_or_else(|error| error, |mut program| program.arg0(name).args(args).exec());
+    Error::user(
+        format!("the GPU is lost to this process, and no other could be started: {refused}"),
+        "run the command again",
+    )
 }
 
 /// The runs of a plan that failed, with their errors.

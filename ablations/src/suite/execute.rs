@@ -18,7 +18,7 @@ use super::options::{ExecuteOptions, Tally};
 use super::plan::{Event, Job, Outcome, Plan, PlannedRun, Prepare, Prepared};
 use super::progress::Progress;
 use super::record::{RunResult, Status, FAILURE};
-use super::retry::{record_failure, Budget, Next};
+use super::retry::{loses_the_gpu, record_failure, Budget, Next};
 use super::rules;
 use super::trial::{smoke, untried};
 use super::trunk::TRUNK;
@@ -41,14 +41,25 @@ pub fn execute(plan: &Plan, options: &ExecuteOptions, prepare: Prepare<'_>, prog
         return Ok(Tally { interrupted: Some(("a trial run".into(), 0)), ..Tally::default() });
     }
     let mut tally = Tally::default();
-    for run in with_trunks(plan, &runs) {
+    let all = with_trunks(plan, &runs);
+    for (i, run) in all.iter().enumerate() {
         if options.stop.load(Ordering::Relaxed) {
             tally.interrupted = Some((run.label(), 0));
             break;
         }
         let before = tally.failed.len();
         one(plan, run, options, prepare, progress, &mut tally)?;
-        if tally.interrupted.is_some() || (options.fail_fast && tally.failed.len() > before) {
+        if options.fail_fast && tally.failed.len() > before {
+            tally.lost_gpu = None;
+            break;
+        }
+        if tally.lost_gpu.is_some() {
+            // Whoever goes on does not do failed runs again, or it would do this one for ever.
+            let later = all[i + 1..].iter().map(|run| plan.out.join(&run.dir)).filter(|_| options.retry_failed);
+            later.filter(|dir| dir.join(FAILURE).exists()).try_for_each(|dir| forget_failure(&dir))?;
+            break;
+        }
+        if tally.interrupted.is_some() {
             break;
         }
     }
@@ -152,6 +163,11 @@ pub fn has_trunk(plan: &Plan, run: &PlannedRun) -> Result<bool> {
     trunk.map_or(Ok(true), |trunk| Ok(matches!(Status::of(&plan.out.join(&trunk.dir))?, Status::Finished(_))))
 }
 
+/// The run in `dir` has not failed.
+fn forget_failure(dir: &Path) -> Result<()> {
+    std::fs::remove_file(dir.join(FAILURE)).map_err(Error::io("remove", dir.join(FAILURE)))
+}
+
 /// Does one run if it is to be done, its trunk is there and nobody else does it; again, as often as the suite allows it.
 fn one(
     plan: &Plan,
@@ -185,7 +201,7 @@ fn one(
             return Ok(());
         }
         Status::Failed(_) => {
-            std::fs::remove_file(dir.join(FAILURE)).map_err(Error::io("remove", dir.join(FAILURE)))?;
+            forget_failure(&dir)?;
             Status::of(&dir)? == Status::Interrupted
         }
         Status::Interrupted => true,
@@ -212,7 +228,13 @@ fn one(
             }
             Err(error) => error.to_string(),
         };
-        match budget.next(&error, changed.as_ref().unwrap_or(&run.prepared).recipe())? {
+        let next = budget.next(&error, changed.as_ref().unwrap_or(&run.prepared).recipe())?;
+        tally.lost_gpu = loses_the_gpu(&error).then(|| label.clone());
+        match next {
+            Next::Again if tally.lost_gpu.is_some() => {
+                progress.say(&format!("{label}: is tried again by another process: {error}"));
+                return Ok(());
+            }
             Next::Again => {
                 progress.say(&format!("{label}: failed, and is tried again: {error}"));
                 resume = Status::of(&dir)? == Status::Interrupted;

@@ -33,6 +33,8 @@ pub struct Tally {
     pub elsewhere: Vec<String>,
     /// Runs whose trunk failed, or is being run by another process.
     pub waiting: Vec<String>,
+    /// The run at which this process lost its GPU: what is left is for another.
+    pub lost_gpu: Option<String>,
     /// The run that was asked to stop, and its step.
     pub interrupted: Option<(String, u64)>,
 }

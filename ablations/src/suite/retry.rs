@@ -42,6 +42,25 @@ fn is_out_of_memory(error: &str) -> bool {
     forecast || error.contains("CUDA_ERROR_OUT_OF_MEMORY")
 }
 
+/// Further tries of a run whose process lost its GPU. It need not be the run's fault: a card, a driver or a library may be
+/// to blame, and what comes of the next try has the same bits.
+const TRIES_WITHOUT_FAULT: usize = 3;
+
+/// Whether an error leaves its process without a GPU: whatever runs next in it fails as well.
+pub(crate) fn loses_the_gpu(error: &str) -> bool {
+    const FAULTS: [&str; 8] = [
+        "LAUNCH_FAILED",
+        "LAUNCH_TIMEOUT",
+        "ILLEGAL_ADDRESS",
+        "ILLEGAL_INSTRUCTION",
+        "MISALIGNED_ADDRESS",
+        "INVALID_ADDRESS_SPACE",
+        "HARDWARE_STACK_ERROR",
+        "ECC_UNCORRECTABLE",
+    ];
+    FAULTS.iter().any(|fault| error.contains(&format!("CUDA_ERROR_{fault}")))
+}
+
 /// A try of a run that ended with an error and was followed by another: an entry of `attempts.json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attempt {
@@ -97,6 +116,8 @@ pub(crate) struct Budget {
     dir: PathBuf,
     policy: OnOutOfMemory,
     left: usize,
+    /// Beside them, for errors that lose the GPU.
+    left_for_gpu: usize,
     attempts: Vec<Attempt>,
 }
 
@@ -107,9 +128,12 @@ impl Budget {
     /// If its attempts cannot be read.
     pub(crate) fn of(suite: &Suite, dir: &Path, anew: bool) -> Result<Self> {
         let attempts = Attempt::read(dir)?;
-        let used = attempts.iter().filter(|attempt| attempt.micro_batches.is_none() && !anew).count();
-        let left = (suite.retries as usize).saturating_sub(used);
-        Ok(Self { dir: dir.to_path_buf(), policy: suite.on_out_of_memory, left, attempts })
+        let used = attempts.iter().filter(|attempt| attempt.micro_batches.is_none() && !anew);
+        let (of_gpu, used): (Vec<_>, Vec<_>) = used.partition(|attempt| loses_the_gpu(&attempt.error));
+        let beyond = of_gpu.len().saturating_sub(TRIES_WITHOUT_FAULT);
+        let left = (suite.retries as usize).saturating_sub(used.len() + beyond);
+        let left_for_gpu = TRIES_WITHOUT_FAULT.saturating_sub(of_gpu.len());
+        Ok(Self { dir: dir.to_path_buf(), policy: suite.on_out_of_memory, left, left_for_gpu, attempts })
     }
 
     /// What follows `error` of a run of `recipe`. Takes it from the budget, and what a run that begins anew left.
@@ -123,10 +147,14 @@ impl Budget {
             let set = [(MICRO_BATCHES.to_string(), Value::Integer(parts as i64))];
             return Ok(Next::MoreMicroBatches(set.into()));
         }
-        if self.left == 0 {
+        let left = match loses_the_gpu(error) && self.left_for_gpu > 0 {
+            true => &mut self.left_for_gpu,
+            false => &mut self.left,
+        };
+        if *left == 0 {
             return Ok(Next::Fails);
         }
-        self.left -= 1;
+        *left -= 1;
         self.write(Attempt { error: error.into(), micro_batches: None })?;
         Ok(Next::Again)
     }
@@ -161,6 +189,13 @@ fn clear(dir: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_lost_gpu_is_no_matter_of_memory_or_numbers() {
+        let lost = "the GPU failed: cuMemcpyDtoHAsync: unspecified launch failure (CUDA_ERROR_LAUNCH_FAILED)";
+        assert!(loses_the_gpu(lost) && !is_out_of_memory(lost));
+        assert!(!loses_the_gpu("(CUDA_ERROR_OUT_OF_MEMORY)") && !loses_the_gpu("step 7: loss/dino is not finite"));
+    }
 
     #[test]
     fn micro_batches_at_least_double_and_divide_the_batch() {

@@ -28,6 +28,9 @@ const FINALISTS: usize = 4;
 const TRIES: usize = 10;
 const TRIED_MS: f64 = 30.0;
 
+/// Terms of a sum that kernels take at a time, at most.
+const BLOCK_OF_TERMS: usize = 64;
+
 /// A row-major matrix in device memory, one of a batch.
 #[derive(Clone, Copy, Debug)]
 pub struct Matrix {
@@ -286,7 +289,7 @@ impl Blas {
         }
         let mut plan = Plan { desc, layouts, algo: sys::cublasLtMatmulAlgo_t { data: [0; 8] } };
         let mut tuned = self.tuned.lock().unwrap_or_else(PoisonError::into_inner);
-        let find = |tuned: &Tuned| tuned.find(shape).filter(|algo| self.can_run(&plan, algo));
+        let find = |tuned: &Tuned| tuned.find(shape).filter(|algo| self.can_run(&plan, algo, shape.mnk[2]));
         let (mut known, mut _alone) = (find(&tuned), None);
         if known.is_none() {
             _alone = tuned.alone();
@@ -296,7 +299,10 @@ impl Blas {
             plan.algo = algo;
             return Ok(plan);
         }
-        let candidates = self.candidates(&plan, shape.alignment)?;
+        let mut candidates = self.candidates(&plan, shape.alignment)?;
+        if !candidates.iter().all(|algo| drops_terms(algo, shape.mnk[2])) {
+            candidates.retain(|algo| !drops_terms(algo, shape.mnk[2]));
+        }
         plan.algo = match candidates.as_slice() {
             [] => {
                 let problem = format!("cuBLASLt has no algorithm for {shape:?}");
@@ -313,8 +319,11 @@ impl Blas {
     }
 
     /// Whether an algorithm from the file, which may be damaged, is one for this product.
-    fn can_run(&self, plan: &Plan, algo: &sys::cublasLtMatmulAlgo_t) -> bool {
+    fn can_run(&self, plan: &Plan, algo: &sys::cublasLtMatmulAlgo_t, terms: usize) -> bool {
         let [first, second, out] = plan.layouts;
+        if drops_terms(algo, terms) {
+            return false;
+        }
         // SAFETY: the struct is plain data that the library fills.
         let mut found: sys::cublasLtMatmulHeuristicResult_t = unsafe { std::mem::zeroed() };
         // SAFETY: all handles are alive.
@@ -439,6 +448,23 @@ impl Drop for CacheFiller {
             let _ = unsafe { driver::cuMemFree_v2(self.address) };
         }
     }
+}
+
+/// Whether an algorithm may leave out the last terms of a sum of so many: cuBLASLt 12.8 and 13.1 do so where they split a sum
+/// that is no whole number of blocks (seen on an H100 and a GB300: facebookexperimental/triton, pull request 2767).
+fn drops_terms(algo: &sys::cublasLtMatmulAlgo_t, terms: usize) -> bool {
+    let (mut parts, mut written) = (1i32, 0usize);
+    // SAFETY: the algorithm is plain data, and the attribute a number of 32 bits.
+    let status = unsafe {
+        sys::cublasLtMatmulAlgoConfigGetAttribute(
+            algo,
+            sys::cublasLtMatmulAlgoConfigAttributes_t::CUBLASLT_ALGO_CONFIG_SPLITK_NUM,
+            (&raw mut parts).cast(),
+            size_of::<i32>(),
+            &mut written,
+        )
+    };
+    status.result().is_ok() && parts != 1 && !terms.is_multiple_of(BLOCK_OF_TERMS)
 }
 
 fn set<T>(desc: sys::cublasLtMatmulDesc_t, attribute: sys::cublasLtMatmulDescAttributes_t, value: &T) -> Result<()> {

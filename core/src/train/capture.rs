@@ -29,8 +29,9 @@ pub(super) fn write(
     for (i, batch) in batches.iter().enumerate() {
         let mut put = |name: &str, tensor: &Tensor| {
             // Crops of a bf16 step are kept as f32, which every device takes.
-            let wide = tensor.cast(tensor.dtype().wide()).expect("real types can be widened");
-            tensors.push((format!("batch.{i}.{name}"), wide.to(Device::Cpu)));
+            let host = tensor.to(Device::Cpu);
+            let wide = host.cast(host.dtype().wide()).expect("real types can be widened");
+            tensors.push((format!("batch.{i}.{name}"), wide));
         };
         put("global", &batch.global);
         batch.local.iter().for_each(|t| put("local", t));

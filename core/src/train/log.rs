@@ -184,7 +184,7 @@ fn contact_sheet(batch: &Batch, recipe: &Recipe) -> (Vec<u8>, usize, usize) {
         let mut left = 0;
         for (crops, count) in &kinds {
             let (h, w) = (crops.dim(2), crops.dim(3));
-            let host = crops.cast(crate::DType::F32).expect("crops are real").to(crate::Device::Cpu);
+            let host = crops.to(crate::Device::Cpu).cast(crate::DType::F32).expect("crops are real");
             let data = host.as_slice::<f32>();
             for crop in 0..*count {
                 let base = (crop * images + image) * channels * h * w;

@@ -3,3 +3,4 @@
 mod cluster;
 mod gpu_errors;
 mod gpu_memory;
+mod lost_gpu;
