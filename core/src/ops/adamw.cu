@@ -149,14 +149,24 @@ struct Values {
     float with_sign[128], without_sign[256];
 };
 
-// The place of the value nearest to x, of two the smaller.
+// The place of the value nearest to x, of two the smaller. Values lie as eight_bit.rs says: decade e of 7 in equal steps. That gives the
+// place but for rounding, which the values themselves decide.
 template <int BITS> __device__ __forceinline__ u32 nearest(const float* values, float x) {
-    u32 at = 0;
+    constexpr int FIRST = BITS == 7 ? 1 : 2, LAST = (1 << BITS) - 1;
+    constexpr float POWERS[7] = {1e0f, 1e1f, 1e2f, 1e3f, 1e4f, 1e5f, 1e6f};
+    int steps = FIRST << 6;
+    float share = x;  // of the decade's end
 #pragma unroll
-    for (u32 bit = 1u << (BITS - 1); bit > 0; bit >>= 1) {
-        const u32 next = at | bit;
-        if (x > 0.5f * (values[next - 1] + values[next])) at = next;
+    for (int k = 1; k <= 6; k++) {
+        if (x * POWERS[k] < 1.0f) {
+            steps = FIRST << (6 - k);
+            share = x * POWERS[k];
+        }
     }
+    int at = 1 + steps - FIRST + (int)((share - 0.1f) * (steps / 0.9f));
+    at = min(max(at, 0), LAST);
+    while (at < LAST && x > 0.5f * (values[at] + values[at + 1])) at++;
+    while (at > 0 && x <= 0.5f * (values[at - 1] + values[at])) at--;
     return at;
 }
 
