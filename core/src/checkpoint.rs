@@ -11,17 +11,14 @@
 //! Everything is written to a temporary folder, flushed to the disk and renamed, so that a kill at any moment leaves
 //! the old checkpoints, or those and a whole new one. A file whose hash does not fit is refused by name.
 
-use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use safetensors::tensor::{Dtype, TensorView, View};
-use safetensors::SafeTensors;
 use serde::{Deserialize, Serialize};
 
-use crate::files::parse_safetensors;
-use crate::{DType, Error, Result, Tensor};
+use crate::files::{hash_file, new_folder, parse_tensors, sync_dir, write_file, write_tensors, NamedTensors, BUILDING};
+use crate::{Error, Result, Tensor};
 
 /// The version of the format written here.
 const FORMAT: u32 = 1;
@@ -33,8 +30,6 @@ pub const MODEL_FILE: &str = "model.safetensors";
 const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 /// The file that makes a folder a checkpoint.
 pub const STATE_FILE: &str = "state.json";
-/// What the names of half-written folders begin with.
-pub(crate) const BUILDING: &str = ".building-";
 /// The recipe of a run, in its folder and in its checkpoints.
 pub const RECIPE_FILE: &str = "recipe.toml";
 
@@ -48,144 +43,6 @@ struct State {
     skipped: u64,
     /// BLAKE3 of every other file.
     files: BTreeMap<String, String>,
-}
-
-/// Named tensors read from a file.
-#[derive(Debug, Default)]
-pub struct NamedTensors {
-    tensors: BTreeMap<String, Tensor>,
-    /// The file's own metadata.
-    pub metadata: BTreeMap<String, String>,
-}
-
-struct Bytes<'a>(&'a Tensor);
-
-impl NamedTensors {
-    /// Those whose names begin with `prefix`, by the rest of their names.
-    pub fn with_prefix(&self, prefix: &str) -> Vec<(String, Tensor)> {
-        let all = self.tensors.iter();
-        all.filter_map(|(name, tensor)| Some((name.strip_prefix(prefix)?.to_string(), tensor.clone()))).collect()
-    }
-}
-
-impl From<DType> for Dtype {
-    fn from(dtype: DType) -> Self {
-        match dtype {
-            DType::F32 => Self::F32,
-            DType::F64 => Self::F64,
-            DType::BF16 => Self::BF16,
-            DType::U32 => Self::U32,
-        }
-    }
-}
-
-impl View for Bytes<'_> {
-    fn dtype(&self) -> Dtype {
-        self.0.dtype().into()
-    }
-    fn shape(&self) -> &[usize] {
-        self.0.shape()
-    }
-    fn data(&self) -> Cow<'_, [u8]> {
-        self.0.as_bytes().into()
-    }
-    fn data_len(&self) -> usize {
-        self.0.as_bytes().len()
-    }
-}
-
-/// Writes tensors to a safetensors file and flushes it to the disk.
-///
-/// # Errors
-/// If the file cannot be written; a full disk is named as such.
-pub fn write_tensors(path: &Path, tensors: &[(String, Tensor)], metadata: &[(&str, String)]) -> Result<()> {
-    write_pieces(path, tensors.iter().map(|(name, tensor)| (name, Bytes(tensor))), metadata)
-}
-
-/// Writes named pieces to a safetensors file, one after the other, and flushes it to the disk.
-///
-/// # Errors
-/// As [`write_tensors`].
-pub fn write_pieces<S: AsRef<str> + Ord + std::fmt::Display, V: View>(
-    path: &Path,
-    pieces: impl IntoIterator<Item = (S, V)>,
-    metadata: &[(&str, String)],
-) -> Result<()> {
-    let metadata: std::collections::HashMap<_, _> = metadata.iter().map(|(k, v)| (k.to_string(), v.clone())).collect();
-    let metadata = Some(metadata).filter(|m| !m.is_empty());
-    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    // The library's own temporary file can be read by its owner alone: it takes the place, and gets the permissions, of an
-    // ordinary one.
-    let place = shared(0o666).tempfile_in(folder).map_err(Error::io("write", path))?;
-    let permissions = place.as_file().metadata().map_err(Error::io("write", path))?.permissions();
-    safetensors::serialize_to_file(pieces, metadata, place.path()).map_err(|e| match e {
-        safetensors::SafeTensorError::IoError(source) => Error::Io { action: "write", path: path.into(), source },
-        other => Error::content(path, other.to_string(), "this is a defect: please report it"),
-    })?;
-    fs::set_permissions(place.path(), permissions).map_err(Error::io("write", path))?;
-    fs::File::open(place.path()).and_then(|f| f.sync_all()).map_err(Error::io("flush", path))?;
-    place.persist(path).map(drop).map_err(|e| Error::io("write", path)(e.error))
-}
-
-/// Reads every tensor of a safetensors file.
-///
-/// # Errors
-/// If the file cannot be read or is cut off.
-pub fn read_tensors(path: &Path) -> Result<NamedTensors> {
-    let bytes = fs::read(path).map_err(Error::io("read", path))?;
-    parse_tensors(path, &bytes)
-}
-
-fn parse_tensors(path: &Path, bytes: &[u8]) -> Result<NamedTensors> {
-    let file = parse_safetensors(path, bytes)?;
-    let (_, header) = SafeTensors::read_metadata(bytes).expect("it was parsed just above");
-    let metadata = header.metadata().iter().flatten().map(|(k, v)| (k.clone(), v.clone())).collect();
-    let tensors = file.tensors().into_iter().map(|(name, view)| Ok((name, to_tensor(path, &view)?)));
-    Ok(NamedTensors { tensors: tensors.collect::<Result<_>>()?, metadata })
-}
-
-/// The tensor of a view; half precision widens to f32, other integers and booleans become u32.
-fn to_tensor(path: &Path, view: &TensorView<'_>) -> Result<Tensor> {
-    let (shape, data) = (view.shape(), view.data());
-    macro_rules! read {
-        ($from:ty, $to:ty, $convert:expr) => {{
-            let values: Vec<$to> = data
-                .chunks_exact(size_of::<$from>())
-                .map(|b| $convert(<$from>::from_le_bytes(b.try_into().expect("chunks are exact"))))
-                .collect();
-            Tensor::from_slice(&values, shape)
-        }};
-    }
-    match view.dtype() {
-        Dtype::F32 => read!(f32, f32, |x| x),
-        Dtype::F64 => read!(f64, f64, |x| x),
-        Dtype::BF16 => read!(u16, half::bf16, half::bf16::from_bits),
-        Dtype::F16 => read!(u16, f32, |x| half::f16::from_bits(x).to_f32()),
-        Dtype::U32 => read!(u32, u32, |x| x),
-        Dtype::I64 if data.chunks_exact(8).all(|b| b[4..] == [0; 4]) => read!(i64, u32, |x| x as u32),
-        Dtype::U8 | Dtype::BOOL => read!(u8, u32, u32::from),
-        other => {
-            let problem = format!("tensors of type {other:?} are not supported, or numbers of it are too large");
-            Err(Error::content(path, problem, "take weights in f32, bf16 or f16"))
-        }
-    }
-}
-
-impl NamedTensors {
-    /// The tensor of that name.
-    pub fn get(&self, name: &str) -> Option<&Tensor> {
-        self.tensors.get(name)
-    }
-
-    /// All names, sorted.
-    pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.tensors.keys().map(String::as_str)
-    }
-
-    /// Whether some name begins with `prefix`.
-    pub fn has(&self, prefix: &str) -> bool {
-        self.names().any(|n| n.starts_with(prefix))
-    }
 }
 
 /// What a checkpoint holds.
@@ -357,66 +214,6 @@ fn sealed_recipe(run: &Path) -> Result<Option<String>> {
         |e: toml::de::Error| Error::content(&file, e.message(), "put back the recipe that the run was started with");
     let text = text.parse::<toml::Table>().map_err(wrong)?.to_string();
     Ok(Some(format!("{SEAL}{}\n{text}", blake3::hash(text.as_bytes()).to_hex())))
-}
-
-/// Starts the name of a file that is being written; it is renamed when it is whole.
-const WRITING: &str = ".writing-";
-
-/// Makes temporary files and folders with the permissions of ordinary ones (less the umask), as they are renamed later.
-fn shared(mode: u32) -> tempfile::Builder<'static, 'static> {
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(WRITING);
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(mode));
-    builder
-}
-
-/// A new folder in `parent`, to be renamed when it is whole: removed when it is dropped before that.
-pub(crate) fn new_folder(parent: &Path) -> Result<tempfile::TempDir> {
-    shared(0o777).prefix(BUILDING).tempdir_in(parent).map_err(Error::io("create a folder in", parent))
-}
-
-/// Writes a file so that a reader sees the old content or the new, never a part.
-///
-/// # Errors
-/// If it cannot be written.
-pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
-    use std::io::Write;
-    let folder = path.parent().unwrap_or(Path::new("."));
-    let write = || -> std::io::Result<()> {
-        let mut file = shared(0o666).tempfile_in(folder)?;
-        file.write_all(bytes)?;
-        file.as_file().sync_all()?;
-        file.persist(path)?;
-        Ok(())
-    };
-    write().map_err(Error::io("write", path))
-}
-
-/// Removes the files that a process was writing in `folder` when it was killed. Only for who holds the folder's lock, under
-/// which all of its files are written.
-///
-/// # Errors
-/// If the folder cannot be read, or a file not removed.
-pub fn remove_unfinished(folder: &Path) -> Result<()> {
-    for entry in fs::read_dir(folder).map_err(Error::io("read", folder))? {
-        let entry = entry.map_err(Error::io("read", folder))?;
-        if entry.file_name().to_string_lossy().starts_with(WRITING) {
-            fs::remove_file(entry.path()).map_err(Error::io("remove", entry.path()))?;
-        }
-    }
-    Ok(())
-}
-
-pub(crate) fn sync_dir(path: &Path) -> Result<()> {
-    fs::File::open(path).and_then(|d| d.sync_all()).map_err(Error::io("flush", path))
-}
-
-pub(crate) fn hash_file(path: &Path) -> Result<String> {
-    let mut hasher = blake3::Hasher::new();
-    let mut file = fs::File::open(path).map_err(Error::io("read", path))?;
-    std::io::copy(&mut file, &mut hasher).map_err(Error::io("read", path))?;
-    Ok(hasher.finalize().to_hex().to_string())
 }
 
 /// The checkpoints of a run, oldest first.

@@ -110,7 +110,7 @@ pub fn freeze(out: &Path) -> Result<PathBuf> {
     let path = folder.join(format!("dinolab-{}", &hash[..8]));
     if !path.exists() {
         std::fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
-        dinolab_core::checkpoint::write_file(&path, &bytes)?;
+        dinolab_core::files::write_file(&path, &bytes)?;
         let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
         std::fs::set_permissions(&path, mode).map_err(Error::io("write", &path))?;
     }

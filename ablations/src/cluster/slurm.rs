@@ -8,7 +8,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use dinolab_core::checkpoint::write_file;
+use dinolab_core::files::write_file;
 use dinolab_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 

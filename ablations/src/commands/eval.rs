@@ -4,8 +4,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 
-use dinolab_core::checkpoint::write_file;
 use dinolab_core::contract::ImageSize;
+use dinolab_core::files::write_file;
 use dinolab_core::text::printable;
 use dinolab_core::train::Trained;
 use dinolab_core::{Error, Result};

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use dinolab_core::checkpoint::write_file;
+use dinolab_core::files::write_file;
 use dinolab_core::weights::convert::{self, Piece};
 use dinolab_core::weights::{write_folder, ModelInfo, Source, TensorFiles, WEIGHTS_FILE};
 use dinolab_core::{Error, Result};

@@ -6,8 +6,8 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::sync_channel;
 use std::time::Instant;
 
-use dinolab_core::checkpoint::write_file;
 use dinolab_core::contract::Sample;
+use dinolab_core::files::write_file;
 use dinolab_core::text::printable;
 use dinolab_core::train::Trained;
 use dinolab_core::{Error, Result};

@@ -1,7 +1,7 @@
 //! Scores as files have them.
 
-use dinolab_core::checkpoint::write_file;
 use dinolab_core::contract::{ImageSize, Panel, Picture};
+use dinolab_core::files::write_file;
 use dinolab_core::{Error, Result};
 use image::imageops::thumbnail;
 use serde::{Deserialize, Serialize};

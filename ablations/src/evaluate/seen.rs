@@ -5,8 +5,8 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use dinolab_core::checkpoint::write_file;
 use dinolab_core::contract::{Features, Grid, ImageSize};
+use dinolab_core::files::write_file;
 use dinolab_core::train::Trained;
 use dinolab_core::{DType, Error, Result, Tensor};
 use safetensors::tensor::{Dtype, TensorView};

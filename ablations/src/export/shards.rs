@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use dinolab_core::checkpoint::{write_file, write_pieces};
+use dinolab_core::files::{write_file, write_pieces};
 use dinolab_core::weights::convert::Piece;
 use dinolab_core::weights::MODEL_FILE;
 use dinolab_core::Result;

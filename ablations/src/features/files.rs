@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::BufWriter;
 use std::path::Path;
 
-use dinolab_core::checkpoint::{read_tensors, write_tensors};
+use dinolab_core::files::{read_tensors, write_tensors};
 use dinolab_core::{Error, Result, Tensor};
 use image::{ImageFormat, RgbImage};
 use npyz::WriterBuilder;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use dinolab_core::checkpoint::write_file;
+use dinolab_core::files::write_file;
 use dinolab_core::recipe::{Expected, Overrides, RawRecipe};
 use dinolab_core::resolved::{changes, Resolved};
 use dinolab_core::{Error, Result};

@@ -15,6 +15,7 @@ mod warnings;
 
 use std::path::{Path, PathBuf};
 
+use dinolab_core::files::write_file;
 use dinolab_core::{checkpoint, Device, Error, Result};
 
 pub use compute::Compute;
@@ -58,14 +59,14 @@ pub fn write(plan: &Plan, provenance: Provenance, look: Look<'_>) -> Result<(Sum
     let folder = plan.out.join(markdown::PICTURES);
     std::fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
     for (name, svg) in &pictures {
-        checkpoint::write_file(&plan.out.join(name), svg.as_bytes())?;
+        write_file(&plan.out.join(name), svg.as_bytes())?;
     }
     for (path, text) in [
         (plan.out.join("summary.json"), json + "\n"),
         (plan.out.join("summary.md"), markdown::page(&summary, &pictures)),
         (report.clone(), page),
     ] {
-        checkpoint::write_file(&path, text.as_bytes())?;
+        write_file(&path, text.as_bytes())?;
     }
     Ok((summary, report))
 }

@@ -4,7 +4,7 @@
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
-use dinolab_core::checkpoint::write_file;
+use dinolab_core::files::write_file;
 use dinolab_core::train::Parent;
 use dinolab_core::Result;
 use serde_json::json;

@@ -114,7 +114,7 @@ pub fn try_arms(plan: &Plan, options: &ExecuteOptions, prepare: Prepare<'_>, pro
 pub fn claim(plan: &Plan) -> Result<()> {
     std::fs::create_dir_all(&plan.out).map_err(Error::io("create", &plan.out))?;
     let _lock = lock_folder(plan)?;
-    dinolab_core::checkpoint::remove_unfinished(&plan.out)?;
+    dinolab_core::files::remove_unfinished(&plan.out)?;
     plan.claim_folder()
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use dinolab_core::checkpoint::write_file;
+use dinolab_core::files::write_file;
 use dinolab_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 

@@ -1,13 +1,18 @@
-//! The header of a safetensors file, held against the file.
+//! Files of tensors: a header that is held against the file, and the tensors read and written.
 
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::fs;
 use std::path::Path;
 
+use safetensors::tensor::{Dtype, TensorView, View};
 use safetensors::SafeTensors;
 
+use super::atomic::shared;
 use super::json::twice;
 use super::Really;
 use crate::text::printable;
-use crate::{Error, Result};
+use crate::{DType, Error, Result, Tensor};
 
 /// The tensors of a safetensors file, given as its bytes. Every offset lies inside the file, none overlap, shapes and
 /// types have the sizes that they claim, and no name is given twice.
@@ -33,5 +38,143 @@ pub fn parse_safetensors<'a>(path: &Path, bytes: &'a [u8]) -> Result<SafeTensors
     match odd {
         Some((shown, _)) => Err(broken(format!("`{shown}` is no name of a tensor"))),
         None => Ok(parsed),
+    }
+}
+
+/// Named tensors read from a file.
+#[derive(Debug, Default)]
+pub struct NamedTensors {
+    tensors: BTreeMap<String, Tensor>,
+    /// The file's own metadata.
+    pub metadata: BTreeMap<String, String>,
+}
+
+struct Bytes<'a>(&'a Tensor);
+
+impl NamedTensors {
+    /// Those whose names begin with `prefix`, by the rest of their names.
+    pub fn with_prefix(&self, prefix: &str) -> Vec<(String, Tensor)> {
+        let all = self.tensors.iter();
+        all.filter_map(|(name, tensor)| Some((name.strip_prefix(prefix)?.to_string(), tensor.clone()))).collect()
+    }
+}
+
+impl From<DType> for Dtype {
+    fn from(dtype: DType) -> Self {
+        match dtype {
+            DType::F32 => Self::F32,
+            DType::F64 => Self::F64,
+            DType::BF16 => Self::BF16,
+            DType::U32 => Self::U32,
+        }
+    }
+}
+
+impl View for Bytes<'_> {
+    fn dtype(&self) -> Dtype {
+        self.0.dtype().into()
+    }
+    fn shape(&self) -> &[usize] {
+        self.0.shape()
+    }
+    fn data(&self) -> Cow<'_, [u8]> {
+        self.0.as_bytes().into()
+    }
+    fn data_len(&self) -> usize {
+        self.0.as_bytes().len()
+    }
+}
+
+/// Writes tensors to a safetensors file and flushes it to the disk.
+///
+/// # Errors
+/// If the file cannot be written; a full disk is named as such.
+pub fn write_tensors(path: &Path, tensors: &[(String, Tensor)], metadata: &[(&str, String)]) -> Result<()> {
+    write_pieces(path, tensors.iter().map(|(name, tensor)| (name, Bytes(tensor))), metadata)
+}
+
+/// Writes named pieces to a safetensors file, one after the other, and flushes it to the disk.
+///
+/// # Errors
+/// As [`write_tensors`].
+pub fn write_pieces<S: AsRef<str> + Ord + std::fmt::Display, V: View>(
+    path: &Path,
+    pieces: impl IntoIterator<Item = (S, V)>,
+    metadata: &[(&str, String)],
+) -> Result<()> {
+    let metadata: std::collections::HashMap<_, _> = metadata.iter().map(|(k, v)| (k.to_string(), v.clone())).collect();
+    let metadata = Some(metadata).filter(|m| !m.is_empty());
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    // The library's own temporary file can be read by its owner alone: it takes the place, and gets the permissions, of an
+    // ordinary one.
+    let place = shared(0o666).tempfile_in(folder).map_err(Error::io("write", path))?;
+    let permissions = place.as_file().metadata().map_err(Error::io("write", path))?.permissions();
+    safetensors::serialize_to_file(pieces, metadata, place.path()).map_err(|e| match e {
+        safetensors::SafeTensorError::IoError(source) => Error::Io { action: "write", path: path.into(), source },
+        other => Error::content(path, other.to_string(), "this is a defect: please report it"),
+    })?;
+    fs::set_permissions(place.path(), permissions).map_err(Error::io("write", path))?;
+    fs::File::open(place.path()).and_then(|f| f.sync_all()).map_err(Error::io("flush", path))?;
+    place.persist(path).map(drop).map_err(|e| Error::io("write", path)(e.error))
+}
+
+/// Reads every tensor of a safetensors file.
+///
+/// # Errors
+/// If the file cannot be read or is cut off.
+pub fn read_tensors(path: &Path) -> Result<NamedTensors> {
+    let bytes = fs::read(path).map_err(Error::io("read", path))?;
+    parse_tensors(path, &bytes)
+}
+
+pub(crate) fn parse_tensors(path: &Path, bytes: &[u8]) -> Result<NamedTensors> {
+    let file = parse_safetensors(path, bytes)?;
+    let (_, header) = SafeTensors::read_metadata(bytes).expect("it was parsed just above");
+    let metadata = header.metadata().iter().flatten().map(|(k, v)| (k.clone(), v.clone())).collect();
+    let tensors = file.tensors().into_iter().map(|(name, view)| Ok((name, to_tensor(path, &view)?)));
+    Ok(NamedTensors { tensors: tensors.collect::<Result<_>>()?, metadata })
+}
+
+/// The tensor of a view; half precision widens to f32, other integers and booleans become u32.
+fn to_tensor(path: &Path, view: &TensorView<'_>) -> Result<Tensor> {
+    let (shape, data) = (view.shape(), view.data());
+    macro_rules! read {
+        ($from:ty, $to:ty, $convert:expr) => {{
+            let values: Vec<$to> = data
+                .chunks_exact(size_of::<$from>())
+                .map(|b| $convert(<$from>::from_le_bytes(b.try_into().expect("chunks are exact"))))
+                .collect();
+            Tensor::from_slice(&values, shape)
+        }};
+    }
+    match view.dtype() {
+        Dtype::F32 => read!(f32, f32, |x| x),
+        Dtype::F64 => read!(f64, f64, |x| x),
+        Dtype::BF16 => read!(u16, half::bf16, half::bf16::from_bits),
+        Dtype::F16 => read!(u16, f32, |x| half::f16::from_bits(x).to_f32()),
+        Dtype::U32 => read!(u32, u32, |x| x),
+        Dtype::I64 if data.chunks_exact(8).all(|b| b[4..] == [0; 4]) => read!(i64, u32, |x| x as u32),
+        Dtype::U8 | Dtype::BOOL => read!(u8, u32, u32::from),
+        other => {
+            let problem = format!("tensors of type {other:?} are not supported, or numbers of it are too large");
+            Err(Error::content(path, problem, "take weights in f32, bf16 or f16"))
+        }
+    }
+}
+
+impl NamedTensors {
+    /// The tensor of that name.
+    pub fn get(&self, name: &str) -> Option<&Tensor> {
+        self.tensors.get(name)
+    }
+
+    /// All names, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// Whether some name begins with `prefix`.
+    pub fn has(&self, prefix: &str) -> bool {
+        self.names().any(|n| n.starts_with(prefix))
     }
 }

@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use super::weights::{load, role_of, Of, Weights};
 use super::{Declared, Learner, SharedTeacher};
-use crate::checkpoint::{Checkpoint, NamedTensors};
+use crate::checkpoint::Checkpoint;
 use crate::contract::{Follow, Role};
+use crate::files::NamedTensors;
 use crate::params::Layout;
 use crate::recipe::Recipe;
 use crate::{Result, Tensor};

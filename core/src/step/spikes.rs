@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use crate::checkpoint::NamedTensors;
+use crate::files::NamedTensors;
 use crate::recipe::SpikeConfig;
 use crate::{Device, Tensor};
 

@@ -200,7 +200,7 @@ impl DeviceUpdate {
         };
         let ema = teacher.as_ref().filter(|_| follows);
         let bytes = if follows { 38.0 } else { 30.0 };
-        let wide = n - self.blocks * EIGHT_BIT_BLOCK;
+        let wide = n.saturating_sub(self.blocks * EIGHT_BIT_BLOCK);
         let number = |start: usize, len: &[usize]| self.numbers.view(start, len);
         for (i, pass) in self.adamw.iter().enumerate() {
             let of_adamw = number(NUMBERS + i * OF_ADAMW, &[OF_ADAMW]);

@@ -3,8 +3,9 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::checkpoint::{Checkpoint, Content, NamedTensors};
+use crate::checkpoint::{Checkpoint, Content};
 use crate::contract::{At, Follow, Role, State, TeacherPolicy};
+use crate::files::NamedTensors;
 use crate::ops::{EightBit, Map, Place};
 use crate::params::{load_named, Layout};
 use crate::recipe::{InitRole, Recipe};

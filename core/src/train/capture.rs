@@ -2,9 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::checkpoint::{read_tensors, write_tensors, Checkpoint, NamedTensors};
+use crate::checkpoint::Checkpoint;
 use crate::contract::{BatchImage, CropBox};
 use crate::data::{Batch, Masks};
+use crate::files::{read_tensors, write_tensors, NamedTensors};
 use crate::recipe::{Overrides, RawRecipe, Recipe};
 use crate::resolved::Resolved;
 use crate::step::{Learner, Report};

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde_json::json;
 
-use crate::checkpoint::write_file;
+use crate::files::write_file;
 use crate::resolved::Resolved;
 
 use super::folder::{RunFolder, RunInfo};

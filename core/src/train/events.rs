@@ -210,7 +210,7 @@ fn keep_until(path: &Path, start: u64) -> Result<bool> {
         }
     }
     if kept.len() as u64 != length {
-        crate::checkpoint::write_file(path, &kept)?;
+        crate::files::write_file(path, &kept)?;
     }
     Ok(damaged)
 }

@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::{self, remove_unfinished, write_file};
+use crate::checkpoint;
 use crate::comm::Ranks;
 use crate::contract::Dataset;
 use crate::cuda::Gpu;
+use crate::files::{remove_unfinished, write_file};
 use crate::recipe::Overrides;
 use crate::resolved::{changes, Change, Resolved};
 use crate::{Device, Error, Result};

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use crate::checkpoint::write_file;
+use crate::files::write_file;
 use crate::{Error, Result};
 
 /// What is in a file of JSON objects.

@@ -215,7 +215,7 @@ impl Begun {
     pub(super) fn write(&self, folder: &Path, rewinds: &Rewinds) -> Result<()> {
         if !self.parents.is_empty() {
             let text = serde_json::to_string_pretty(&self.parents).expect("plain data");
-            checkpoint::write_file(&folder.join(FILE), text.as_bytes())?;
+            crate::files::write_file(&folder.join(FILE), text.as_bytes())?;
         }
         rewinds.write(folder)
     }

@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::{self, write_file};
+use crate::checkpoint;
+use crate::files::write_file;
 use crate::{Error, Result};
 
 /// The file in a run's folder.

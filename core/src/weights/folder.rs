@@ -8,8 +8,8 @@ use figment::Figment;
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
-use crate::checkpoint::{new_folder, sync_dir, BUILDING};
 use crate::contract::{Backbone, BackboneContext};
+use crate::files::{new_folder, sync_dir, BUILDING};
 use crate::params::ParamBuilder;
 use crate::problem::{Nested, Problem};
 use crate::recipe::{as_written, check_schema, check_tables, toml_value, CropConfig, SCHEMA};

@@ -10,7 +10,7 @@ use safetensors::tensor::View;
 use safetensors::Dtype;
 
 use super::TensorFiles;
-use crate::checkpoint::write_pieces;
+use crate::files::write_pieces;
 use crate::files::Really;
 use crate::{Error, Result};
 

@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 
 use super::places::{entries, import_first, is_pickle, is_there, missing, published_in, snapshot};
 use super::{differences, with_model_of_weights, ModelInfo, RawTensor, TensorFiles, WEIGHTS_FILE};
-use crate::checkpoint::{self, read_tensors, NamedTensors, MODEL_FILE, RECIPE_FILE, STATE_FILE};
+use crate::checkpoint::{self, MODEL_FILE, RECIPE_FILE, STATE_FILE};
 use crate::contract::Backbone;
+use crate::files::{read_tensors, NamedTensors};
 use crate::params::ParamBuilder;
 use crate::recipe::{RawRecipe, Recipe};
 use crate::text::printable;
@@ -211,7 +212,7 @@ impl Source {
     /// # Errors
     /// As [`model_file`](Self::model_file).
     pub fn hash(&self) -> Result<String> {
-        checkpoint::hash_file(&self.model_file()?)
+        crate::files::hash_file(&self.model_file()?)
     }
 
     /// Its tensors: weights, so floats, and finite.

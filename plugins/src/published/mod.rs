@@ -6,7 +6,7 @@ mod processor;
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
-use dinolab_core::checkpoint::{write_file, write_pieces};
+use dinolab_core::files::{write_file, write_pieces};
 use dinolab_core::weights::convert::{from_published, Piece, Rule};
 use dinolab_core::weights::{
     check_free, write_folder, JsonTable, ModelInfo, Preprocessing, Source, TensorFiles, MODEL_FILE, WEIGHTS_FILE,

@@ -329,7 +329,7 @@ fn weights_of_rgb_are_adapted_by_the_sum_or_by_repetition() {
         let run = format!("{embed}_run");
         folder.succeed(&["train", recipe, "--out", &run, "--set", "steps=1"]);
         let path = folder.path(&run).join("checkpoints/step-00000001/model.safetensors");
-        let theirs = dinolab_core::checkpoint::read_tensors(&path).unwrap();
+        let theirs = dinolab_core::files::read_tensors(&path).unwrap();
         let theirs = theirs.get(&name).unwrap();
         let &[to, 3, side, _] = theirs.shape() else { panic!("{:?}", theirs.shape()) };
         let (old, plane) = (theirs.to_f64_vec(), side * side);

@@ -6,12 +6,13 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use crate::golden::{Comparison, Golden};
-use dinolab_core::checkpoint::{self, write_tensors, Content, Keep};
+use dinolab_core::checkpoint::{self, Content, Keep};
 use dinolab_core::contract::{
     At, BatchImage, Loss, LossContext, LossCost, LossRows, LossValue, ModelOutputs, Needs, Outputs, Schedule,
     Scheduler, StateSpec, StepContext, Targets,
 };
 use dinolab_core::data::{Batch, Masks};
+use dinolab_core::files::write_tensors;
 use dinolab_core::params::Params;
 use dinolab_core::registry::Chosen;
 use dinolab_core::resolved::Resolved;

@@ -98,7 +98,7 @@ fn the_evaluated_model_is_the_students_average() {
     let folder = taught();
     folder.succeed(&["train", "student.toml", "--out", "run", "--set", "teacher.momentum=0.0"]);
     let path = folder.path("run/checkpoints/step-00000012/model.safetensors");
-    let file = dinolab_core::checkpoint::read_tensors(&path).expect("a checkpoint");
+    let file = dinolab_core::files::read_tensors(&path).expect("a checkpoint");
     let names: Vec<&str> = file.names().filter_map(|n| n.strip_prefix("student.")).collect();
     assert!(names.len() > 20);
     for name in names {

@@ -198,7 +198,7 @@ fn a_stage_starts_from_the_student_or_from_its_average() {
     ];
     let weights = |run: &str, step: u64| {
         let file = folder.path(&format!("{run}/checkpoints/step-{step:08}/model.safetensors"));
-        dinolab_core::checkpoint::read_tensors(&file).expect("it was written")
+        dinolab_core::files::read_tensors(&file).expect("it was written")
     };
     let first = weights("first", 12);
     for (role, student, teacher) in

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::PathBuf;
 
-use dinolab_core::checkpoint::{read_tensors, write_tensors};
+use dinolab_core::files::{read_tensors, write_tensors};
 use dinolab_core::params::ParamBuilder;
 use dinolab_core::weights::Source;
 use dinolab_core::{DType, Tensor};

@@ -3,8 +3,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use dinolab_core::checkpoint::{read_tensors, write_tensors};
 use dinolab_core::contract::{Backbone, BackboneContext, Crops, Draws, Features, Mode};
+use dinolab_core::files::{read_tensors, write_tensors};
 use dinolab_core::params::{load_named, Layout, ParamBuilder, Params};
 use dinolab_core::registry::Chosen;
 use dinolab_core::rng::{Rng, Stream};

@@ -3,7 +3,7 @@
 use dinolab_tests::program;
 use std::path::Path;
 
-use dinolab_core::checkpoint::read_tensors;
+use dinolab_core::files::read_tensors;
 use dinolab_core::train::Trained;
 use dinolab_core::Tensor;
 use dinolab_plugins as _;

@@ -6,7 +6,7 @@ use std::fs;
 use std::os::unix::fs::{symlink, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use dinolab_core::checkpoint::{read_tensors, write_tensors};
+use dinolab_core::files::{read_tensors, write_tensors};
 use dinolab_core::weights::Source;
 use dinolab_core::{Error, Tensor};
 use dinolab_plugins::published::{import, Imported};

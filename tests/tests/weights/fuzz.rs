@@ -6,7 +6,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use dinolab_core::checkpoint::{load, read_tensors};
+use dinolab_core::checkpoint::load;
+use dinolab_core::files::read_tensors;
 use dinolab_core::rng::{Rng, Stream};
 use dinolab_core::train::Trained;
 use dinolab_core::weights::{Source, TensorFiles};
@@ -106,7 +107,7 @@ fn no_header_is_believed_before_it_is_held_against_the_file() {
     let file = folder.path("model.safetensors");
     // Two tensors: a header that damage hits often.
     let (a, b) = (Tensor::from_slice(&[1f32, 2.0, 3.0], &[3]).unwrap(), Tensor::from_slice(&[4f64], &[1, 1]).unwrap());
-    dinolab_core::checkpoint::write_tensors(&file, &[("a.weight".into(), a), ("b.weight".into(), b)], &[]).unwrap();
+    dinolab_core::files::write_tensors(&file, &[("a.weight".into(), a), ("b.weight".into(), b)], &[]).unwrap();
     let whole = fs::read(&file).unwrap();
     let header = 8 + u64::from_le_bytes(whole[..8].try_into().unwrap()) as usize;
     let lengths =
@@ -180,7 +181,7 @@ fn an_index_names_every_tensor_and_plain_files_beside_it_or_is_refused() {
             .map(|(_, name)| (name.to_string(), whole.get(name).unwrap().clone()))
             .collect();
         part.iter().for_each(|(name, _)| drop(map.insert(name.clone(), shard.into())));
-        dinolab_core::checkpoint::write_tensors(&from.join(shard), &part, &[]).unwrap();
+        dinolab_core::files::write_tensors(&from.join(shard), &part, &[]).unwrap();
     }
     // Files that an index has no business with.
     fs::copy(from.join(shards[0]), folder.path("secret.safetensors")).unwrap();

@@ -6,8 +6,8 @@
 
 use std::path::Path;
 
-use dinolab_core::checkpoint::{read_tensors, write_tensors};
 use dinolab_core::contract::{Crops, Mode};
+use dinolab_core::files::{read_tensors, write_tensors};
 use dinolab_core::params::{load_named, ParamBuilder, Params};
 use dinolab_core::train::Trained;
 use dinolab_core::weights::{Source, TensorFiles};

@@ -5,7 +5,7 @@
 
 use std::path::Path;
 
-use dinolab_core::checkpoint::{read_tensors, write_tensors};
+use dinolab_core::files::{read_tensors, write_tensors};
 use dinolab_core::train::Trained;
 use dinolab_core::Tensor;
 use dinolab_plugins as _;

@@ -5,7 +5,7 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 
-use dinolab_core::checkpoint::write_tensors;
+use dinolab_core::files::write_tensors;
 use dinolab_core::resolved::Resolved;
 use dinolab_core::train::Trained;
 use dinolab_core::weights::Source;

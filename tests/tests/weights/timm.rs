@@ -4,7 +4,7 @@
 
 use std::path::Path;
 
-use dinolab_core::checkpoint::{read_tensors, write_tensors};
+use dinolab_core::files::{read_tensors, write_tensors};
 use dinolab_core::train::Trained;
 use dinolab_plugins as _;
 use dinolab_tests::program::{python, script, Folder};
