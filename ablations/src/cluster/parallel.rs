@@ -156,7 +156,7 @@ pub fn execute(plan: &Plan, options: &ExecuteOptions, jobs: &Jobs, slots: &[Slot
         }
         let (worker, status) = pool.next(options)?;
         let failed = tally.failed.len();
-        match ended(plan, options, &worker, status, &pool.board, &mut tally) {
+        match ended(plan, pool.stopping, &worker, status, &pool.board, &mut tally) {
             Ok(Some(run)) => todo.push_front((run, false)),
             Ok(None) => {}
             Err(error) => {
@@ -194,7 +194,7 @@ fn ready(plan: &Plan, todo: &VecDeque<(&PlannedRun, bool)>) -> Result<Option<usi
 /// Takes note of how a run's process ended; a run that is to be done again is given back.
 fn ended<'a>(
     plan: &Plan,
-    options: &ExecuteOptions,
+    asked_to_stop: bool,
     worker: &Worker<'a>,
     status: ExitStatus,
     board: &Board,
@@ -213,7 +213,8 @@ fn ended<'a>(
             board.done();
             tally.failed.push((shown, error));
         }
-        (_, Some(code)) if code == i32::from(RESUMABLE) => {
+        // One that was asked to stop before it could listen ended at once, with nothing lost.
+        (_, code) if code == Some(i32::from(RESUMABLE)) || asked_to_stop && status.signal() == Some(libc::SIGTERM) => {
             let step = super::board::newest(&worker.dir).map_or(0, |(step, _)| step);
             tally.interrupted = Some((label.clone(), step));
         }
@@ -233,7 +234,7 @@ fn ended<'a>(
         _ => {
             let how = status.signal().map_or_else(|| format!("{status}"), |signal| format!("signal {signal}"));
             let error = format!("its process ended by {how}; what it said is in {}", worker.log.display());
-            let mut budget = Budget::of(&plan.suite, &worker.dir, options.retry_failed)?;
+            let mut budget = Budget::of(&plan.suite, &worker.dir)?;
             if budget.next(&error, run.prepared.recipe())? == Next::Again {
                 board.say(&format!("{label}: failed, and is tried again: {error}"));
                 return Ok(Some(run));

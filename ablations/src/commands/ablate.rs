@@ -13,8 +13,8 @@ use super::prepared::{prepare, resolve};
 use crate::cli::{DeviceArgs, RESUMABLE};
 use crate::report::{self, Provenance};
 use crate::suite::{
-    chosen, execute, execute_run, try_arms, ExecuteOptions, Overrides, Plan, PlannedRun, Progress, Status, Suite,
-    Tally, DROPPED,
+    chosen, execute, execute_run, try_arms, ExecuteOptions, LostIn, Overrides, Plan, PlannedRun, Progress, Status,
+    Suite, Tally, Tried, DROPPED,
 };
 use crate::{cluster, signals, style};
 
@@ -121,13 +121,16 @@ pub fn run(args: Args) -> Result<ExitCode> {
     let progress =
         || -> Result<Progress> { Ok(Progress::new(&plan.suite.name, all.len(), finished(&plan, &all)?.len())) };
     if cluster.trial {
-        let done = try_arms(&plan, &options, &prepare, &progress()?)?;
-        return Ok(if done { ExitCode::SUCCESS } else { ExitCode::from(RESUMABLE) });
+        return match try_arms(&plan, &options, &prepare, &progress()?)? {
+            Tried::Well => Ok(ExitCode::SUCCESS),
+            Tried::Stopped => Ok(ExitCode::from(RESUMABLE)),
+            Tried::LostGpu => Err(anew(LostIn::Trial)),
+        };
     }
     if let Some(run) = &cluster.run {
         let tally = execute_run(&plan, run, &options, &prepare, &progress()?)?;
-        if tally.lost_gpu.is_some() && tally.failed.is_empty() {
-            return Err(anew());
+        if let Some(lost) = tally.lost_gpu.filter(|_| tally.failed.is_empty()) {
+            return Err(anew(lost));
         }
         return Ok(match tally {
             Tally { interrupted: Some(_), .. } => ExitCode::from(RESUMABLE),
@@ -144,8 +147,8 @@ pub fn run(args: Args) -> Result<ExitCode> {
         }
         None => execute(&plan, &options, &prepare, &progress()?)?,
     };
-    if tally.lost_gpu.is_some() {
-        return Err(anew());
+    if let Some(lost) = tally.lost_gpu {
+        return Err(anew(lost));
     }
     if let Some((run, step)) = &tally.interrupted {
         let (done, runs) = (finished(&plan, &all)?.len(), all.len());
@@ -158,13 +161,24 @@ pub fn run(args: Args) -> Result<ExitCode> {
 }
 
 /// Becomes a process that goes on where this one lost its GPU, which it cannot have back. Gives why not, if it cannot.
-fn anew() -> Error {
+fn anew(lost: LostIn) -> Error {
     let mut args = std::env::args_os();
-    let name = args.next().unwrap_or_default();
-    let program = std::env::current_exe().map(Command::new);
-    // What failed before and is to be done again has been told apart from what failed now.
-    let args = args.filter(|arg| arg != "--retry-failed");
-    let refused = program.map_or_else(|error| error, |mut program| program.arg0(name).args(args).exec());
+    // The program that runs, even if another lies in its place by now.
+    let mut program = Command::new(cluster::PROGRAM);
+    program.arg0(args.next().unwrap_or_default());
+    while let Some(arg) = args.next() {
+        match arg.to_str() {
+            // What failed before and is to be done again has been told apart from what failed now.
+            Some("--retry-failed") => {}
+            Some("--smoke-steps") if lost == LostIn::Trial => _ = args.next(),
+            Some(text) if lost == LostIn::Trial && text.starts_with("--smoke-steps=") => {}
+            _ => _ = program.arg(arg),
+        }
+    }
+    if lost == LostIn::Trial {
+        program.arg("--smoke-steps=0");
+    }
+    let refused = program.exec();
     Error::user(
         format!("the GPU is lost to this process, and no other could be started: {refused}"),
         "run the command again",

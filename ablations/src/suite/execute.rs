@@ -10,17 +10,18 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
 
+use dinolab_core::checkpoint::newest_step;
 use dinolab_core::{Error, Result};
 
 use super::file::{nearest, Overrides};
 use super::locks::{lock_folder, lock_path, try_lock};
-use super::options::{ExecuteOptions, Tally};
+use super::options::{ExecuteOptions, LostIn, Tally};
 use super::plan::{Event, Job, Outcome, Plan, PlannedRun, Prepare, Prepared};
 use super::progress::Progress;
 use super::record::{RunResult, Status, FAILURE};
-use super::retry::{loses_the_gpu, record_failure, Budget, Next};
+use super::retry::{self, loses_the_gpu, record_failure, Budget, Next};
 use super::rules;
-use super::trial::{smoke, untried};
+use super::trial::{smoke, untried, Tried};
 use super::trunk::TRUNK;
 
 /// How often a run under rules looks whether all are asked to stop.
@@ -37,10 +38,18 @@ const PASS_ON: Duration = Duration::from_millis(20);
 pub fn execute(plan: &Plan, options: &ExecuteOptions, prepare: Prepare<'_>, progress: &Progress) -> Result<Tally> {
     let runs = select(plan, &options.arms, &options.seeds)?;
     claim(plan)?;
-    if !smoke(plan, &untried(plan, &runs)?, options, prepare, progress)? {
-        return Ok(Tally { interrupted: Some(("a trial run".into(), 0)), ..Tally::default() });
-    }
     let mut tally = Tally::default();
+    match smoke(plan, &untried(plan, &runs)?, options, prepare, progress)? {
+        Tried::Well => {}
+        Tried::Stopped => {
+            tally.interrupted = Some(("a trial run".into(), 0));
+            return Ok(tally);
+        }
+        Tried::LostGpu => {
+            tally.lost_gpu = Some(LostIn::Trial);
+            return Ok(tally);
+        }
+    }
     let all = with_trunks(plan, &runs);
     for (i, run) in all.iter().enumerate() {
         if options.stop.load(Ordering::Relaxed) {
@@ -56,7 +65,7 @@ pub fn execute(plan: &Plan, options: &ExecuteOptions, prepare: Prepare<'_>, prog
         if tally.lost_gpu.is_some() {
             // Whoever goes on does not do failed runs again, or it would do this one for ever.
             let later = all[i + 1..].iter().map(|run| plan.out.join(&run.dir)).filter(|_| options.retry_failed);
-            later.filter(|dir| dir.join(FAILURE).exists()).try_for_each(|dir| forget_failure(&dir))?;
+            later.filter(|dir| dir.join(FAILURE).exists()).try_for_each(|dir| retry::forget_failure(&dir))?;
             break;
         }
         if tally.interrupted.is_some() {
@@ -93,11 +102,11 @@ pub fn execute_run(
     Ok(tally)
 }
 
-/// Tries the arms that were chosen and have not begun, and does no run; false if it was asked to stop.
+/// Tries the arms that were chosen and have not begun, and does no run.
 ///
 /// # Errors
 /// As [`execute`].
-pub fn try_arms(plan: &Plan, options: &ExecuteOptions, prepare: Prepare<'_>, progress: &Progress) -> Result<bool> {
+pub fn try_arms(plan: &Plan, options: &ExecuteOptions, prepare: Prepare<'_>, progress: &Progress) -> Result<Tried> {
     let runs = select(plan, &options.arms, &options.seeds)?;
     if !plan.out.join("suite.json").exists() {
         claim(plan)?;
@@ -163,11 +172,6 @@ pub fn has_trunk(plan: &Plan, run: &PlannedRun) -> Result<bool> {
     trunk.map_or(Ok(true), |trunk| Ok(matches!(Status::of(&plan.out.join(&trunk.dir))?, Status::Finished(_))))
 }
 
-/// The run in `dir` has not failed.
-fn forget_failure(dir: &Path) -> Result<()> {
-    std::fs::remove_file(dir.join(FAILURE)).map_err(Error::io("remove", dir.join(FAILURE)))
-}
-
 /// Does one run if it is to be done, its trunk is there and nobody else does it; again, as often as the suite allows it.
 fn one(
     plan: &Plan,
@@ -201,7 +205,7 @@ fn one(
             return Ok(());
         }
         Status::Failed(_) => {
-            forget_failure(&dir)?;
+            retry::forget_failure(&dir)?;
             Status::of(&dir)? == Status::Interrupted
         }
         Status::Interrupted => true,
@@ -211,7 +215,7 @@ fn one(
     if let Some(why) = rules::with_its_arm(plan, run)? {
         return fails(plan, run, &why, progress, tally);
     }
-    let mut budget = Budget::of(&plan.suite, &dir, options.retry_failed)?;
+    let mut budget = Budget::of(&plan.suite, &dir)?;
     let mut changed = None;
     loop {
         progress.begin(&label);
@@ -229,8 +233,13 @@ fn one(
             Err(error) => error.to_string(),
         };
         let next = budget.next(&error, changed.as_ref().unwrap_or(&run.prepared).recipe())?;
-        tally.lost_gpu = loses_the_gpu(&error).then(|| label.clone());
+        tally.lost_gpu = loses_the_gpu(&error).then_some(LostIn::Run);
         match next {
+            Next::Again if options.stop.load(Ordering::Relaxed) => {
+                tally.lost_gpu = None;
+                tally.interrupted = Some((label, newest_step(&dir)?.unwrap_or(0)));
+                return Ok(());
+            }
             Next::Again if tally.lost_gpu.is_some() => {
                 progress.say(&format!("{label}: is tried again by another process: {error}"));
                 return Ok(());

@@ -20,6 +20,15 @@ pub struct ExecuteOptions {
     pub stop: Arc<AtomicBool>,
 }
 
+/// What ran when a process lost its GPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LostIn {
+    /// The trial of an arm.
+    Trial,
+    /// A run, which goes on from its newest checkpoint, or has failed.
+    Run,
+}
+
 /// What was done and what is left.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Tally {
@@ -33,8 +42,8 @@ pub struct Tally {
     pub elsewhere: Vec<String>,
     /// Runs whose trunk failed, or is being run by another process.
     pub waiting: Vec<String>,
-    /// The run at which this process lost its GPU: what is left is for another.
-    pub lost_gpu: Option<String>,
+    /// Where this process lost its GPU: what is left is for another.
+    pub lost_gpu: Option<LostIn>,
     /// The run that was asked to stop, and its step.
     pub interrupted: Option<(String, u64)>,
 }

@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
+use dinolab_core::checkpoint::newest_step;
 use dinolab_core::files::write_file;
 use dinolab_core::{Error, Result};
 use schemars::JsonSchema;
@@ -42,33 +43,49 @@ fn is_out_of_memory(error: &str) -> bool {
     forecast || error.contains("CUDA_ERROR_OUT_OF_MEMORY")
 }
 
-/// Further tries of a run whose process lost its GPU. It need not be the run's fault: a card, a driver or a library may be
-/// to blame, and what comes of the next try has the same bits.
-const TRIES_WITHOUT_FAULT: usize = 3;
+/// Further tries from one checkpoint of a run whose process lost its GPU. It need not be the run's fault: a card, a driver or a
+/// library may be to blame, and what comes of the next try has the same bits.
+const TRIES_FROM_A_STEP: usize = 3;
 
 /// Whether an error leaves its process without a GPU: whatever runs next in it fails as well.
 pub(crate) fn loses_the_gpu(error: &str) -> bool {
-    const FAULTS: [&str; 8] = [
-        "LAUNCH_FAILED",
-        "LAUNCH_TIMEOUT",
-        "ILLEGAL_ADDRESS",
-        "ILLEGAL_INSTRUCTION",
-        "MISALIGNED_ADDRESS",
-        "INVALID_ADDRESS_SPACE",
-        "HARDWARE_STACK_ERROR",
-        "ECC_UNCORRECTABLE",
+    const FAULTS: [&str; 14] = [
+        "CUDA_ERROR_LAUNCH_FAILED",
+        "CUDA_ERROR_LAUNCH_TIMEOUT",
+        "CUDA_ERROR_ILLEGAL_ADDRESS",
+        "CUDA_ERROR_ILLEGAL_INSTRUCTION",
+        "CUDA_ERROR_MISALIGNED_ADDRESS",
+        "CUDA_ERROR_INVALID_ADDRESS_SPACE",
+        "CUDA_ERROR_INVALID_PC",
+        "CUDA_ERROR_HARDWARE_STACK_ERROR",
+        "CUDA_ERROR_ASSERT",
+        "CUDA_ERROR_ECC_UNCORRECTABLE",
+        "CUDA_ERROR_NVLINK_UNCORRECTABLE",
+        "CUDA_ERROR_UNKNOWN",
+        // What cuBLASLt says of a device that failed before.
+        "CUBLAS_STATUS_EXECUTION_FAILED",
+        "CUBLAS_STATUS_INTERNAL_ERROR",
     ];
-    FAULTS.iter().any(|fault| error.contains(&format!("CUDA_ERROR_{fault}")))
+    FAULTS.iter().any(|fault| error.contains(fault))
 }
 
 /// A try of a run that ended with an error and was followed by another: an entry of `attempts.json`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attempt {
     /// What it ended with.
     pub error: String,
     /// `batch.micro_batches` of the tries that follow, if they have others.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub micro_batches: Option<u64>,
+    /// Whether it lost the GPU and was no matter of the suite's `retries`.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub lost_gpu: bool,
+    /// The newest checkpoint when it ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub step: Option<u64>,
+    /// Whether the run was asked to be done again afterwards: it does not count.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub past: bool,
 }
 
 impl Attempt {
@@ -78,6 +95,28 @@ impl Attempt {
     /// If the file cannot be understood.
     pub fn read(dir: &Path) -> Result<Vec<Self>> {
         Ok(read_json(&dir.join(FILE))?.unwrap_or_default())
+    }
+
+    fn write(all: &[Self], dir: &Path) -> Result<()> {
+        let text = serde_json::to_string_pretty(all).expect("plain data");
+        write_file(&dir.join(FILE), text.as_bytes())
+    }
+}
+
+/// The run in `dir` has not failed, and what was tried before does not count.
+///
+/// # Errors
+/// If its folder cannot be written.
+pub(super) fn forget_failure(dir: &Path) -> Result<()> {
+    let mut attempts = Attempt::read(dir)?;
+    if !attempts.is_empty() {
+        attempts.iter_mut().for_each(|attempt| attempt.past = true);
+        Attempt::write(&attempts, dir)?;
+    }
+    match std::fs::remove_file(dir.join(FAILURE)) {
+        // Another process was faster.
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        other => other.map_err(Error::io("remove", dir.join(FAILURE))),
     }
 }
 
@@ -116,24 +155,19 @@ pub(crate) struct Budget {
     dir: PathBuf,
     policy: OnOutOfMemory,
     left: usize,
-    /// Beside them, for errors that lose the GPU.
-    left_for_gpu: usize,
     attempts: Vec<Attempt>,
 }
 
 impl Budget {
-    /// Of the run in `dir`; with `anew` what was tried before does not count.
+    /// Of the run in `dir`.
     ///
     /// # Errors
     /// If its attempts cannot be read.
-    pub(crate) fn of(suite: &Suite, dir: &Path, anew: bool) -> Result<Self> {
+    pub(crate) fn of(suite: &Suite, dir: &Path) -> Result<Self> {
         let attempts = Attempt::read(dir)?;
-        let used = attempts.iter().filter(|attempt| attempt.micro_batches.is_none() && !anew);
-        let (of_gpu, used): (Vec<_>, Vec<_>) = used.partition(|attempt| loses_the_gpu(&attempt.error));
-        let beyond = of_gpu.len().saturating_sub(TRIES_WITHOUT_FAULT);
-        let left = (suite.retries as usize).saturating_sub(used.len() + beyond);
-        let left_for_gpu = TRIES_WITHOUT_FAULT.saturating_sub(of_gpu.len());
-        Ok(Self { dir: dir.to_path_buf(), policy: suite.on_out_of_memory, left, left_for_gpu, attempts })
+        let counts = |attempt: &&Attempt| attempt.micro_batches.is_none() && !attempt.lost_gpu && !attempt.past;
+        let left = (suite.retries as usize).saturating_sub(attempts.iter().filter(counts).count());
+        Ok(Self { dir: dir.to_path_buf(), policy: suite.on_out_of_memory, left, attempts })
     }
 
     /// What follows `error` of a run of `recipe`. Takes it from the budget, and what a run that begins anew left.
@@ -143,26 +177,24 @@ impl Budget {
     pub(crate) fn next(&mut self, error: &str, recipe: &toml::Table) -> Result<Next> {
         if let Some(parts) = self.policy.shrinks(error).then(|| more_micro_batches(recipe)).flatten() {
             clear(&self.dir)?;
-            self.write(Attempt { error: error.into(), micro_batches: Some(parts) })?;
+            self.record(Attempt { error: error.into(), micro_batches: Some(parts), ..Attempt::default() })?;
             let set = [(MICRO_BATCHES.to_string(), Value::Integer(parts as i64))];
             return Ok(Next::MoreMicroBatches(set.into()));
         }
-        let left = match loses_the_gpu(error) && self.left_for_gpu > 0 {
-            true => &mut self.left_for_gpu,
-            false => &mut self.left,
-        };
-        if *left == 0 {
+        let step = newest_step(&self.dir)?;
+        let from_here = self.attempts.iter().filter(|a| a.lost_gpu && !a.past && a.step == step).count();
+        let lost_gpu = loses_the_gpu(error) && from_here < TRIES_FROM_A_STEP;
+        if !lost_gpu && self.left == 0 {
             return Ok(Next::Fails);
         }
-        *left -= 1;
-        self.write(Attempt { error: error.into(), micro_batches: None })?;
+        self.left -= usize::from(!lost_gpu);
+        self.record(Attempt { error: error.into(), lost_gpu, step, ..Attempt::default() })?;
         Ok(Next::Again)
     }
 
-    fn write(&mut self, attempt: Attempt) -> Result<()> {
+    fn record(&mut self, attempt: Attempt) -> Result<()> {
         self.attempts.push(attempt);
-        let text = serde_json::to_string_pretty(&self.attempts).expect("plain data");
-        write_file(&self.dir.join(FILE), text.as_bytes())
+        Attempt::write(&self.attempts, &self.dir)
     }
 }
 

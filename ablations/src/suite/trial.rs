@@ -13,6 +13,7 @@ use super::options::ExecuteOptions;
 use super::plan::{Event, Job, Outcome, Plan, PlannedRun, Prepare};
 use super::progress::Progress;
 use super::record::Status;
+use super::retry::loses_the_gpu;
 use super::trunk::TRUNK;
 use crate::style::duration;
 
@@ -33,17 +34,28 @@ pub fn untried<'a>(plan: &Plan, runs: &[&'a PlannedRun]) -> Result<Vec<&'a Plann
     Ok(tried)
 }
 
-/// A short run of the runs in `tried`, in a folder that is thrown away; false if it was asked to stop.
+/// What became of trials.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tried {
+    /// All went well.
+    Well,
+    /// They were asked to stop.
+    Stopped,
+    /// Their process lost its GPU.
+    LostGpu,
+}
+
+/// A short run of the runs in `tried`, in a folder that is thrown away.
 pub(super) fn smoke(
     plan: &Plan,
     tried: &[&PlannedRun],
     options: &ExecuteOptions,
     prepare: Prepare<'_>,
     progress: &Progress,
-) -> Result<bool> {
+) -> Result<Tried> {
     let mut broken = Vec::new();
     if options.smoke_steps == 0 {
-        return Ok(true);
+        return Ok(Tried::Well);
     }
     // Arms are tried from a trunk that was tried, which is kept until all are.
     let trunk = tried.first().and_then(|first| plan.trunks.iter().find(|trunk| trunk.seed == first.seed));
@@ -68,7 +80,7 @@ pub(super) fn smoke(
         };
         let job = Job { out: &out, resume: false, stop: options.stop.clone(), watch: &mut watch };
         match prepare(&run.base, &overrides).and_then(|p| p.run(job)) {
-            Ok(Outcome::Interrupted { .. }) => return Ok(false),
+            Ok(Outcome::Interrupted { .. }) => return Ok(Tried::Stopped),
             Ok(Outcome::Finished) if run.arm == TRUNK => trunk_trial = Some((folder, lock)),
             Ok(Outcome::Finished) => {
                 broken.extend(unmeasured(plan, &run.arm, &out)?);
@@ -77,6 +89,13 @@ pub(super) fn smoke(
             }
             // Its runs will be tried with more micro-batches.
             Err(error) if plan.suite.on_out_of_memory.shrinks(&error.to_string()) => {}
+            Err(error) if loses_the_gpu(&error.to_string()) => {
+                progress.say(&format!(
+                    "{}: its trial lost the GPU; another process goes on without trials: {error}",
+                    run.arm
+                ));
+                return Ok(Tried::LostGpu);
+            }
             Err(error) => broken.push(format!("{}: {error}", run.arm)),
         }
         if run.arm == TRUNK && trunk_trial.is_none() {
@@ -91,7 +110,7 @@ pub(super) fn smoke(
                 "by the last steps of the trials, arms take about {all} one after the other, without probes"
             ));
         }
-        return Ok(true);
+        return Ok(Tried::Well);
     }
     progress.finish();
     let problem = format!("a trial of {} steps shows:\n  {}", options.smoke_steps, broken.join("\n  "));

@@ -29,7 +29,7 @@ const TRIES: usize = 10;
 const TRIED_MS: f64 = 30.0;
 
 /// Terms of a sum that kernels take at a time, at most.
-const BLOCK_OF_TERMS: usize = 64;
+const BLOCK_OF_TERMS: usize = 128;
 
 /// A row-major matrix in device memory, one of a batch.
 #[derive(Clone, Copy, Debug)]
@@ -299,7 +299,7 @@ impl Blas {
             plan.algo = algo;
             return Ok(plan);
         }
-        let mut candidates = self.candidates(&plan, shape.alignment)?;
+        let mut candidates = self.candidates(&plan, shape.alignment, shape.mnk[2])?;
         if !candidates.iter().all(|algo| drops_terms(algo, shape.mnk[2])) {
             candidates.retain(|algo| !drops_terms(algo, shape.mnk[2]));
         }
@@ -332,7 +332,7 @@ impl Blas {
         status.result().is_ok() && found.workspaceSize <= WORKSPACE
     }
 
-    fn candidates(&self, plan: &Plan, alignment: u32) -> Result<Vec<sys::cublasLtMatmulAlgo_t>> {
+    fn candidates(&self, plan: &Plan, alignment: u32, terms: usize) -> Result<Vec<sys::cublasLtMatmulAlgo_t>> {
         use sys::cublasLtMatmulPreferenceAttributes_t as P;
         let preference = result::create_matmul_pref().map_err(|e| blas_error("create_matmul_pref", e))?;
         let put = |attribute, value: *const c_void, size| {
@@ -342,9 +342,11 @@ impl Blas {
         };
         let workspace = WORKSPACE;
         put(P::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, (&raw const workspace).cast(), 8)?;
-        // Partial sums are never rounded to the type of the result.
-        let reduction = sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_NONE as u32
-            | sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
+        // Partial sums are never rounded to the type of the result; sums that could lose terms are not split.
+        let reduction = match terms.is_multiple_of(BLOCK_OF_TERMS) {
+            true => sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32,
+            false => sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_NONE as u32,
+        };
         put(P::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, (&raw const reduction).cast(), 4)?;
         for attribute in [
             P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
@@ -396,10 +398,16 @@ impl Blas {
             cache.fill()?;
             device_ms(gpu, || run(algo))
         };
-        let mut field = Vec::new();
-        // An algorithm that was proposed may still refuse.
-        for algo in candidates.iter().filter(|algo| run(algo).is_ok()) {
-            field.push((timed(algo)?, *algo));
+        let (mut field, mut refused) = (Vec::new(), Ok(()));
+        for algo in candidates {
+            // An algorithm that was proposed may still refuse.
+            match run(algo) {
+                Ok(()) => field.push((timed(algo)?, *algo)),
+                Err(error) => refused = Err(error),
+            }
+        }
+        if field.is_empty() {
+            refused?;
         }
         field.sort_by(|a, b| a.0.total_cmp(&b.0));
         field.truncate(FINALISTS);
@@ -464,7 +472,7 @@ fn drops_terms(algo: &sys::cublasLtMatmulAlgo_t, terms: usize) -> bool {
             &mut written,
         )
     };
-    status.result().is_ok() && parts != 1 && !terms.is_multiple_of(BLOCK_OF_TERMS)
+    (status.result().is_err() || parts != 1) && !terms.is_multiple_of(BLOCK_OF_TERMS)
 }
 
 fn set<T>(desc: sys::cublasLtMatmulDesc_t, attribute: sys::cublasLtMatmulDescAttributes_t, value: &T) -> Result<()> {

@@ -95,7 +95,7 @@ impl From<Failure> for Error {
             }
             R::CUDA_ERROR_LAUNCH_FAILED => {
                 "a kernel was stopped by the device: run again with DINOLAB_CUDA_SYNC=1 and the message names it; where it passes, \
-                 `dmesg | grep Xid` tells what the driver saw (13: a fault in a kernel, 109: a switch between processes that hung)"
+                 `dmesg | grep Xid` tells what the driver saw (13: a fault in a kernel, 109: a switch between processes that hung, 43 alone: no more than this)"
             }
             R::CUDA_ERROR_OUT_OF_MEMORY => "lower batch.size, or raise batch.micro_batches",
             R::CUDA_ERROR_NO_BINARY_FOR_GPU | R::CUDA_ERROR_INVALID_PTX | R::CUDA_ERROR_UNSUPPORTED_PTX_VERSION => {

@@ -170,6 +170,8 @@ template <int BITS> __device__ __forceinline__ u32 nearest(const float* values, 
     return at;
 }
 
+__device__ __forceinline__ float scale_of(float greatest) { return greatest > 0.0f ? fmaxf(greatest, LEAST_SCALE) : 0.0f; }
+
 // The greatest among the numbers of a scale, whose threads are two warps.
 __device__ __forceinline__ float greatest_of_scale(const float* x, float* of_warp) {
     float most = fmaxf(fmaxf(fabsf(x[0]), fabsf(x[1])), fmaxf(fabsf(x[2]), fabsf(x[3])));
@@ -225,20 +227,21 @@ adamw_8bit_f32(float* params, const float* grads, u32* mean, float* mean_scales,
     }
     const float most_m = greatest_of_scale(m, of_warp[0]), most_v = greatest_of_scale(v, of_warp[1]);
     if (!inside) return;
+    const float scale_m = scale_of(most_m), scale_v = scale_of(most_v);
     u32 of_m = 0, of_v = 0;
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-        if (most_m >= LEAST_SCALE) {
-            const u32 size = nearest<7>(values.with_sign, fabsf(m[j] / most_m));
+        if (scale_m > 0.0f) {
+            const u32 size = nearest<7>(values.with_sign, fabsf(m[j] / scale_m));
             of_m |= (size | (size > 0 && m[j] < 0.0f ? 0x80u : 0u)) << 8 * j;
         }
-        if (most_v >= LEAST_SCALE) of_v |= max(nearest<8>(values.without_sign, v[j] / most_v), v[j] > 0.0f ? 1u : 0u) << 8 * j;
+        if (scale_v > 0.0f) of_v |= max(nearest<8>(values.without_sign, v[j] / scale_v), v[j] > 0.0f ? 1u : 0u) << 8 * j;
     }
     mean[word] = of_m;
     square[word] = of_v;
     if (threadIdx.x % THREADS_OF_SCALE == 0) {
-        mean_scales[scale] = most_m >= LEAST_SCALE ? most_m : 0.0f;
-        square_scales[scale] = most_v >= LEAST_SCALE ? most_v : 0.0f;
+        mean_scales[scale] = scale_m;
+        square_scales[scale] = scale_v;
     }
 }
 

@@ -4,9 +4,9 @@
 //! The greatest size among [`BLOCK`] neighbouring numbers is their scale; each number divided by it becomes the nearest of
 //! 256 values that are closer together the smaller they are. An update reads a block, computes in f32 and writes it again.
 //!
-//! Two differences to the paper's map, so that nothing is lost or blows up. The greatest value is 1 on both sides, so what
-//! is read from a block gives the same block when it is written again: a checkpoint holds plain numbers. And a square that
-//! is not zero does not become zero: the update divides by its root.
+//! Two differences to the paper's map. The greatest value is 1 on both sides, so what is read from a block gives the same block when
+//! it is written again: a checkpoint holds plain numbers. And a square that is not zero does not become zero: the update divides
+//! by its root. As in the paper, rounding is to the nearest value: a square that grows by less than half a step stays as it is.
 
 use std::sync::LazyLock;
 
@@ -23,7 +23,7 @@ pub const BLOCK: usize = 256;
 /// Blocks that one task takes.
 const AT_ONCE: usize = 64;
 
-/// A block whose greatest number is smaller is zero: below, products with the least values would lose digits.
+/// No scale is smaller, but for that of zeros: products with the least values would lose digits.
 const LEAST_SCALE: f32 = f32::from_bits(27 << 23); // 2^-100
 
 /// The values of both maps, ascending from 0 to 1: sizes of signed numbers, and numbers without a sign.
@@ -91,11 +91,12 @@ impl Map {
     fn write(self, numbers: &[f32], codes: &mut [u8]) -> f32 {
         let greatest = numbers.iter().fold(0.0, |most: f32, x| most.max(x.abs()));
         codes.fill(0);
-        if greatest < LEAST_SCALE {
+        if greatest == 0.0 {
             return 0.0;
         }
-        codes.iter_mut().zip(numbers).for_each(|(code, x)| *code = self.encode(x / greatest));
-        greatest
+        let scale = greatest.max(LEAST_SCALE);
+        codes.iter_mut().zip(numbers).for_each(|(code, x)| *code = self.encode(x / scale));
+        scale
     }
 }
 
@@ -334,7 +335,9 @@ mod tests {
                 for ((read, numbers), most) in far {
                     let farthest = read.iter().zip(numbers).fold(0.0f32, |m, (a, b)| m.max((a - b).abs()));
                     // Half of the widest interval, which has the greatest number at its end.
-                    prop_assert!(farthest <= most * 0.9 / 64.0 || most < LEAST_SCALE);
+                    prop_assert!(farthest <= most.max(LEAST_SCALE) * 0.9 / 64.0);
+                    let lost = |(read, x): (&f32, &f32)| map == Map::Unsigned && *x > 0.0 && *read == 0.0;
+                    prop_assert!(!read.iter().zip(numbers).any(lost), "a square became zero");
                 }
                 let mut second = EightBit::zeros(map, EightBit::blocks(numbers.len()) + 1);
                 second.write(1, &read);

@@ -41,14 +41,14 @@ fn is_choices(file: &Path) -> bool {
 #[test]
 fn a_damaged_choice_is_made_anew() {
     let cache = tempfile::tempdir().unwrap();
-    if has_gpu() || !product(cache.path(), "64") {
+    if has_gpu() || !product(cache.path(), "128") {
         return;
     }
     let good = choices(cache.path());
     let spoiled: BTreeMap<String, Vec<u64>> = good.keys().map(|shape| (shape.clone(), vec![7; 8])).collect();
     let file = std::fs::read_dir(cache.path()).unwrap().map(|e| e.unwrap().path()).find(|f| is_choices(f)).unwrap();
     std::fs::write(&file, serde_json::to_vec(&spoiled).unwrap()).unwrap();
-    product(cache.path(), "64");
+    product(cache.path(), "128");
     let mended = choices(cache.path());
     assert_eq!(mended.keys().collect::<Vec<_>>(), good.keys().collect::<Vec<_>>());
     assert!(mended.values().all(|algorithm| algorithm[0] == good.values().next().unwrap()[0]), "{mended:?}");
@@ -61,7 +61,7 @@ fn processes_that_choose_at_the_same_time_keep_the_choices_of_each_other() {
         return;
     }
     // Where there is a choice at all.
-    let sides = ["64", "128", "192", "256"];
+    let sides = ["128", "256", "384", "512"];
     std::thread::scope(|scope| {
         for side in sides {
             scope.spawn(|| product(cache.path(), side));

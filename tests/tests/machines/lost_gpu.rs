@@ -2,6 +2,8 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
 
 use dinolab_tests::emulator;
 use dinolab_tests::program::{Ended, Folder};
@@ -43,33 +45,34 @@ fn a_suite_goes_on_in_another_process_with_the_same_bits() {
     }
     let folder = Folder::with_micro();
     folder.write("two.toml", SUITE);
-    // Some launches into the first run, at its first picture, into the second run, and with a process for each run.
-    let runs: [(&str, u32, &[&str]); 5] = [
-        ("whole", 0, &[]),
-        ("early", 900, &[]),
-        ("between", 1800, &[]),
-        ("late", 2600, &[]),
-        ("side", 900, &["--parallel", "2"]),
+    // Into the first run, at its first picture, into the second run, with a process for each run, and in the trial of an arm.
+    let runs: [(&str, u32, &[&str]); 6] = [
+        ("whole", 0, &["--smoke-steps", "0"]),
+        ("early", 900, &["--smoke-steps", "0"]),
+        ("between", 1800, &["--smoke-steps=0"]),
+        ("late", 2600, &["--smoke-steps", "0"]),
+        ("side", 900, &["--smoke-steps", "0", "--parallel", "2"]),
+        ("trial", 400, &["--smoke-steps", "2"]),
     ];
     for (out, launches, more) in runs {
         let stop = folder.path("stop");
         if launches > 0 {
             fs::write(&stop, launches.to_string()).unwrap();
         }
-        let args = ["ablate", "two.toml", "--device", "cuda", "--out", out, "--smoke-steps", "0"];
+        let args = ["ablate", "two.toml", "--device", "cuda", "--out", out];
         let mut command = folder.command(&[&args[..], more].concat());
         let stop = [("CUDA_EMULATOR_STOP", stop.to_str().unwrap())];
         let Some(command) = emulator::emulate(&mut command, &stop) else { return };
         let ended: Ended = command.output().expect("it starts").into();
         assert_eq!(ended.code, 0, "{out}: {}{}", ended.out, ended.err);
-        let tries: Vec<String> = ["plain", "decayed"]
-            .map(|arm| {
-                fs::read_to_string(folder.path(&format!("{out}/arms/{arm}/seed-0/attempts.json"))).unwrap_or_default()
-            })
-            .into();
-        assert_eq!(launches > 0, tries.iter().any(|t| t.contains("CUDA_ERROR_LAUNCH_FAILED")), "{out}: {tries:?}");
+        let tries = ["plain", "decayed"].map(|arm| {
+            fs::read_to_string(folder.path(&format!("{out}/arms/{arm}/seed-0/attempts.json"))).unwrap_or_default()
+        });
+        let of_run = launches > 0 && out != "trial";
+        assert_eq!(of_run, tries.iter().any(|t| t.contains("CUDA_ERROR_LAUNCH_FAILED")), "{out}: {tries:?}");
+        assert_eq!(out == "trial", ended.err.contains("its trial lost the GPU"), "{out}: {}{}", ended.out, ended.err);
         assert!(weights(&folder.path(out)) == weights(&folder.path("whole")), "{out}");
-        if launches > 0 {
+        if of_run {
             assert!(folder.read(&format!("{out}/summary.md")).contains("tried again"), "{out}: the report says so");
         }
     }
@@ -84,7 +87,7 @@ fn a_run_that_always_loses_the_gpu_fails_and_the_others_go_on() {
     let folder = Folder::with_micro();
     folder.write("two.toml", SUITE);
     let failure = "CUDA_ERROR_LAUNCH_FAILED";
-    let attempt = format!("{{ \"error\": \"{failure}\" }}");
+    let attempt = format!("{{ \"error\": \"{failure}\", \"lost_gpu\": true }}");
     let dir = folder.path("out/arms/plain/seed-0");
     fs::create_dir_all(&dir).unwrap();
     fs::write(dir.join("attempts.json"), format!("[{attempt}, {attempt}, {attempt}]")).unwrap();
@@ -103,4 +106,31 @@ fn a_run_that_always_loses_the_gpu_fails_and_the_others_go_on() {
         ended.err
     );
     assert!(folder.path("out/arms/decayed/seed-0/result.json").is_file());
+}
+
+#[test]
+fn a_request_to_stop_is_not_lost_with_the_gpu() {
+    if emulator::has_gpu() {
+        println!("skipped: a real GPU is not lost on purpose");
+        return;
+    }
+    let folder = Folder::with_micro();
+    folder.write("two.toml", &SUITE.replace("steps = 6", "steps = 4000"));
+    let stop = folder.path("stop");
+    let mut command = folder.command(&["ablate", "two.toml", "--device", "cuda", "--out", "out", "--smoke-steps", "0"]);
+    let Some(command) = emulator::emulate(&mut command, &[("CUDA_EMULATOR_STOP", stop.to_str().unwrap())]) else {
+        return;
+    };
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
+    let log = folder.path("out/arms/plain/seed-0/metrics.jsonl");
+    let began = Instant::now();
+    while !fs::read_to_string(&log).is_ok_and(|text| text.lines().count() > 1) {
+        assert!(began.elapsed() < Duration::from_secs(60), "the run does not begin");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    // SAFETY: the child was not waited for yet, so that its number is still its own.
+    unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGTERM) };
+    fs::write(&stop, "1").unwrap();
+    let ended: Ended = child.wait_with_output().expect("it ends").into();
+    assert_eq!(ended.code, 75, "{}{}", ended.out, ended.err);
 }
