@@ -170,8 +170,6 @@ template <int BITS> __device__ __forceinline__ u32 nearest(const float* values, 
     return at;
 }
 
-__device__ __forceinline__ float scale_of(float greatest) { return greatest > 0.0f ? fmaxf(greatest, LEAST_SCALE) : 0.0f; }
-
 // The greatest among the numbers of a scale, whose threads are two warps.
 __device__ __forceinline__ float greatest_of_scale(const float* x, float* of_warp) {
     float most = fmaxf(fmaxf(fabsf(x[0]), fabsf(x[1])), fmaxf(fabsf(x[2]), fabsf(x[3])));
@@ -227,7 +225,8 @@ adamw_8bit_f32(float* params, const float* grads, u32* mean, float* mean_scales,
     }
     const float most_m = greatest_of_scale(m, of_warp[0]), most_v = greatest_of_scale(v, of_warp[1]);
     if (!inside) return;
-    const float scale_m = scale_of(most_m), scale_v = scale_of(most_v);
+    // Smaller means are zero, squares are not.
+    const float scale_m = most_m < LEAST_SCALE ? 0.0f : most_m, scale_v = most_v > 0.0f ? fmaxf(most_v, LEAST_SCALE) : 0.0f;
     u32 of_m = 0, of_v = 0;
 #pragma unroll
     for (int j = 0; j < 4; j++) {

@@ -23,7 +23,7 @@ pub const BLOCK: usize = 256;
 /// Blocks that one task takes.
 const AT_ONCE: usize = 64;
 
-/// No scale is smaller, but for that of zeros: products with the least values would lose digits.
+/// No scale is smaller: products with the least values would lose digits. Smaller numbers with a sign are zero, squares are not.
 const LEAST_SCALE: f32 = f32::from_bits(27 << 23); // 2^-100
 
 /// The values of both maps, ascending from 0 to 1: sizes of signed numbers, and numbers without a sign.
@@ -91,10 +91,14 @@ impl Map {
     fn write(self, numbers: &[f32], codes: &mut [u8]) -> f32 {
         let greatest = numbers.iter().fold(0.0, |most: f32, x| most.max(x.abs()));
         codes.fill(0);
-        if greatest == 0.0 {
+        let scale = match self {
+            Map::Signed if greatest < LEAST_SCALE => 0.0,
+            Map::Unsigned if greatest > 0.0 => greatest.max(LEAST_SCALE),
+            Map::Signed | Map::Unsigned => greatest,
+        };
+        if scale == 0.0 {
             return 0.0;
         }
-        let scale = greatest.max(LEAST_SCALE);
         codes.iter_mut().zip(numbers).for_each(|(code, x)| *code = self.encode(x / scale));
         scale
     }
@@ -335,7 +339,7 @@ mod tests {
                 for ((read, numbers), most) in far {
                     let farthest = read.iter().zip(numbers).fold(0.0f32, |m, (a, b)| m.max((a - b).abs()));
                     // Half of the widest interval, which has the greatest number at its end.
-                    prop_assert!(farthest <= most.max(LEAST_SCALE) * 0.9 / 64.0);
+                    prop_assert!(farthest <= most * 0.9 / 64.0 || most < LEAST_SCALE && farthest <= LEAST_SCALE);
                     let lost = |(read, x): (&f32, &f32)| map == Map::Unsigned && *x > 0.0 && *read == 0.0;
                     prop_assert!(!read.iter().zip(numbers).any(lost), "a square became zero");
                 }
