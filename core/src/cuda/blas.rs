@@ -116,6 +116,30 @@ struct Shape {
     tf32: bool,
 }
 
+impl Shape {
+    /// Whether its sums are whole numbers of blocks.
+    fn is_whole(&self) -> bool {
+        self.mnk[2].is_multiple_of(BLOCK_OF_TERMS)
+    }
+
+    /// Whether an algorithm may leave out the last terms of its sums: cuBLASLt 12.8 and 13.1 do so where they split a sum
+    /// that is no whole number of blocks (seen on an H100 and a GB300: facebookexperimental/triton, pull request 2767).
+    fn drops_terms(&self, algo: &sys::cublasLtMatmulAlgo_t) -> bool {
+        let (mut parts, mut written) = (1i32, 0usize);
+        // SAFETY: the algorithm is plain data, and the attribute a number of 32 bits.
+        let status = unsafe {
+            sys::cublasLtMatmulAlgoConfigGetAttribute(
+                algo,
+                sys::cublasLtMatmulAlgoConfigAttributes_t::CUBLASLT_ALGO_CONFIG_SPLITK_NUM,
+                (&raw mut parts).cast(),
+                size_of::<i32>(),
+                &mut written,
+            )
+        };
+        (status.result().is_err() || parts != 1) && !self.is_whole()
+    }
+}
+
 struct Plan {
     desc: sys::cublasLtMatmulDesc_t,
     layouts: [sys::cublasLtMatrixLayout_t; 3],
@@ -289,7 +313,7 @@ impl Blas {
         }
         let mut plan = Plan { desc, layouts, algo: sys::cublasLtMatmulAlgo_t { data: [0; 8] } };
         let mut tuned = self.tuned.lock().unwrap_or_else(PoisonError::into_inner);
-        let find = |tuned: &Tuned| tuned.find(shape).filter(|algo| self.can_run(&plan, algo, shape.mnk[2]));
+        let find = |tuned: &Tuned| tuned.find(shape).filter(|algo| self.can_run(&plan, algo, shape));
         let (mut known, mut _alone) = (find(&tuned), None);
         if known.is_none() {
             _alone = tuned.alone();
@@ -299,10 +323,7 @@ impl Blas {
             plan.algo = algo;
             return Ok(plan);
         }
-        let mut candidates = self.candidates(&plan, shape.alignment, shape.mnk[2])?;
-        if !candidates.iter().all(|algo| drops_terms(algo, shape.mnk[2])) {
-            candidates.retain(|algo| !drops_terms(algo, shape.mnk[2]));
-        }
+        let candidates = self.candidates(&plan, shape)?;
         plan.algo = match candidates.as_slice() {
             [] => {
                 let problem = format!("cuBLASLt has no algorithm for {shape:?}");
@@ -319,9 +340,9 @@ impl Blas {
     }
 
     /// Whether an algorithm from the file, which may be damaged, is one for this product.
-    fn can_run(&self, plan: &Plan, algo: &sys::cublasLtMatmulAlgo_t, terms: usize) -> bool {
+    fn can_run(&self, plan: &Plan, algo: &sys::cublasLtMatmulAlgo_t, shape: &Shape) -> bool {
         let [first, second, out] = plan.layouts;
-        if drops_terms(algo, terms) {
+        if shape.drops_terms(algo) {
             return false;
         }
         // SAFETY: the struct is plain data that the library fills.
@@ -332,7 +353,7 @@ impl Blas {
         status.result().is_ok() && found.workspaceSize <= WORKSPACE
     }
 
-    fn candidates(&self, plan: &Plan, alignment: u32, terms: usize) -> Result<Vec<sys::cublasLtMatmulAlgo_t>> {
+    fn candidates(&self, plan: &Plan, shape: &Shape) -> Result<Vec<sys::cublasLtMatmulAlgo_t>> {
         use sys::cublasLtMatmulPreferenceAttributes_t as P;
         let preference = result::create_matmul_pref().map_err(|e| blas_error("create_matmul_pref", e))?;
         let put = |attribute, value: *const c_void, size| {
@@ -343,7 +364,7 @@ impl Blas {
         let workspace = WORKSPACE;
         put(P::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, (&raw const workspace).cast(), 8)?;
         // Partial sums are never rounded to the type of the result; sums that could lose terms are not split.
-        let reduction = match terms.is_multiple_of(BLOCK_OF_TERMS) {
+        let reduction = match shape.is_whole() {
             true => sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32,
             false => sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_NONE as u32,
         };
@@ -354,7 +375,7 @@ impl Blas {
             P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
             P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
         ] {
-            put(attribute, (&raw const alignment).cast(), 4)?;
+            put(attribute, (&raw const shape.alignment).cast(), 4)?;
         }
         // SAFETY: the struct is plain data that the library fills.
         let mut found: [sys::cublasLtMatmulHeuristicResult_t; CANDIDATES] = unsafe { std::mem::zeroed() };
@@ -379,7 +400,10 @@ impl Blas {
         unsafe { result::destroy_matmul_pref(preference) }.map_err(|e| blas_error("destroy_matmul_pref", e))?;
         status.result().map_err(|e| blas_error("choose an algorithm", e))?;
         let good = |r: &&sys::cublasLtMatmulHeuristicResult_t| r.state == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS;
-        Ok(found[..usize::try_from(count).unwrap_or(0)].iter().filter(good).map(|r| r.algo).collect())
+        let all: Vec<_> = found[..usize::try_from(count).unwrap_or(0)].iter().filter(good).map(|r| r.algo).collect();
+        // Where the library knows no other, it is taken at its word.
+        let (dropping, whole): (Vec<_>, Vec<_>) = all.into_iter().partition(|algo| shape.drops_terms(algo));
+        Ok(if whole.is_empty() { dropping } else { whole })
     }
 
     /// Tries algorithms on a scratch result.
@@ -456,23 +480,6 @@ impl Drop for CacheFiller {
             let _ = unsafe { driver::cuMemFree_v2(self.address) };
         }
     }
-}
-
-/// Whether an algorithm may leave out the last terms of a sum of so many: cuBLASLt 12.8 and 13.1 do so where they split a sum
-/// that is no whole number of blocks (seen on an H100 and a GB300: facebookexperimental/triton, pull request 2767).
-fn drops_terms(algo: &sys::cublasLtMatmulAlgo_t, terms: usize) -> bool {
-    let (mut parts, mut written) = (1i32, 0usize);
-    // SAFETY: the algorithm is plain data, and the attribute a number of 32 bits.
-    let status = unsafe {
-        sys::cublasLtMatmulAlgoConfigGetAttribute(
-            algo,
-            sys::cublasLtMatmulAlgoConfigAttributes_t::CUBLASLT_ALGO_CONFIG_SPLITK_NUM,
-            (&raw mut parts).cast(),
-            size_of::<i32>(),
-            &mut written,
-        )
-    };
-    (status.result().is_err() || parts != 1) && !terms.is_multiple_of(BLOCK_OF_TERMS)
 }
 
 fn set<T>(desc: sys::cublasLtMatmulDesc_t, attribute: sys::cublasLtMatmulDescAttributes_t, value: &T) -> Result<()> {

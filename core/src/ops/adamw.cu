@@ -94,6 +94,21 @@ struct Flats {
     }
 };
 
+// The last of `count` rules, in ascending order, that starts at or before a place; the first if none does.
+template <class F> __device__ __forceinline__ int last_rule(int count, F starts_before) {
+    int rule = 0;
+    for (int low = 0, high = count; low < high;) {
+        const int middle = (low + high) / 2;
+        if (starts_before(middle)) {
+            rule = middle;
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    return rule;
+}
+
 constexpr int ELEMENTS_OF_BLOCK = 4096;
 
 // If `taken` is not 0. `ema` and the bf16 copies may be missing.
@@ -105,17 +120,7 @@ extern "C" __global__ void adamw_f32(float* params, const float* grads, float* m
     const AdamW a = *adamw;
     const Flats flats = {params, grads, ema, narrow, narrow_ema};
     const size_t first = (size_t)blockIdx.x * ELEMENTS_OF_BLOCK;
-    int rule = 0;
-    for (int low = 0, high = count; low < high;) {
-        // The last rule that starts at or before the block, if any.
-        const int middle = (low + high) / 2;
-        if ((size_t)rules[middle].start * 64 <= first) {
-            rule = middle;
-            low = middle + 1;
-        } else {
-            high = middle;
-        }
-    }
+    int rule = last_rule(count, [&](int i) { return (size_t)rules[i].start * 64 <= first; });
     for (size_t i = first + threadIdx.x * 4; i < first + ELEMENTS_OF_BLOCK && i < n; i += blockDim.x * 4) {
         while (rule + 1 < count && (size_t)rules[rule + 1].start * 64 <= i) rule++;
         const Rule r = rules[rule];
@@ -190,18 +195,7 @@ adamw_8bit_f32(float* params, const float* grads, u32* mean, float* mean_scales,
     for (int i = threadIdx.x; i < sizeof(Values) / 4; i += 256) ((float*)&values)[i] = ((const float*)all)[i];
     __syncthreads();
     const u32 scale = blockIdx.x * SCALES_OF_BLOCK + threadIdx.x / THREADS_OF_SCALE;
-    int rule = 0;
-    for (int low = 0, high = count; low < high;) {
-        // The last rule whose moments start at or before the scale: those of the first start at or before any.
-        const int middle = (low + high) / 2;
-        if (rules[middle].moments <= scale) {
-            rule = middle;
-            low = middle + 1;
-        } else {
-            high = middle;
-        }
-    }
-    const Rule r = rules[rule];
+    const Rule r = rules[last_rule(count, [&](int i) { return rules[i].moments <= scale; })];
     const u32 k = (scale - r.moments) * NUMBERS_OF_SCALE + threadIdx.x % THREADS_OF_SCALE * 4;
     const bool inside = scale < scales && scale >= r.moments && k < r.len;
     const size_t i = (size_t)r.start * 64 + k, word = (size_t)scale * THREADS_OF_SCALE + threadIdx.x % THREADS_OF_SCALE;

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use dinolab_tests::emulator;
@@ -27,6 +27,19 @@ name = "decayed"
 set = { "optimizer.weight_decay" = 0.3 }
 "#;
 
+/// The suite in `folder`, to be started on the emulator, whose launches the file `stop` there counts down. Nothing where there is a GPU,
+/// which is not lost on purpose, or no emulator.
+fn ablate(folder: &Folder, out: &str, more: &[&str]) -> Option<Command> {
+    if emulator::has_gpu() {
+        println!("skipped: a real GPU is not lost on purpose");
+        return None;
+    }
+    let mut command = folder.command(&[&["ablate", "two.toml", "--device", "cuda", "--out", out], more].concat());
+    let stop = folder.path("stop");
+    emulator::emulate(&mut command, &[("CUDA_EMULATOR_STOP", stop.to_str().expect("a UTF-8 path"))])?;
+    Some(command)
+}
+
 /// The weights at the end of a suite's runs.
 fn weights(out: &Path) -> Vec<Vec<u8>> {
     let of = |arm| out.join(format!("arms/{arm}/seed-0/checkpoints/step-00000006/model.safetensors"));
@@ -39,10 +52,6 @@ fn weights(out: &Path) -> Vec<Vec<u8>> {
 
 #[test]
 fn a_suite_goes_on_in_another_process_with_the_same_bits() {
-    if emulator::has_gpu() {
-        println!("skipped: a real GPU is not lost on purpose");
-        return;
-    }
     let folder = Folder::with_micro();
     folder.write("two.toml", SUITE);
     // Into the first run, at its first picture, into the second run, with a process for each run, and in the trial of an arm.
@@ -55,14 +64,10 @@ fn a_suite_goes_on_in_another_process_with_the_same_bits() {
         ("trial", 400, &["--smoke-steps", "2"]),
     ];
     for (out, launches, more) in runs {
-        let stop = folder.path("stop");
         if launches > 0 {
-            fs::write(&stop, launches.to_string()).unwrap();
+            folder.write("stop", &launches.to_string());
         }
-        let args = ["ablate", "two.toml", "--device", "cuda", "--out", out];
-        let mut command = folder.command(&[&args[..], more].concat());
-        let stop = [("CUDA_EMULATOR_STOP", stop.to_str().unwrap())];
-        let Some(command) = emulator::emulate(&mut command, &stop) else { return };
+        let Some(mut command) = ablate(&folder, out, more) else { return };
         let ended: Ended = command.output().expect("it starts").into();
         assert_eq!(ended.code, 0, "{out}: {}{}", ended.out, ended.err);
         let tries = ["plain", "decayed"].map(|arm| {
@@ -80,10 +85,6 @@ fn a_suite_goes_on_in_another_process_with_the_same_bits() {
 
 #[test]
 fn a_run_that_always_loses_the_gpu_fails_and_the_others_go_on() {
-    if emulator::has_gpu() {
-        println!("skipped: a real GPU is not lost on purpose");
-        return;
-    }
     let folder = Folder::with_micro();
     folder.write("two.toml", SUITE);
     let failure = "CUDA_ERROR_LAUNCH_FAILED";
@@ -91,12 +92,8 @@ fn a_run_that_always_loses_the_gpu_fails_and_the_others_go_on() {
     let dir = folder.path("out/arms/plain/seed-0");
     fs::create_dir_all(&dir).unwrap();
     fs::write(dir.join("attempts.json"), format!("[{attempt}, {attempt}, {attempt}]")).unwrap();
-    fs::write(folder.path("stop"), "300").unwrap();
-    let mut command = folder.command(&["ablate", "two.toml", "--device", "cuda", "--out", "out", "--smoke-steps", "0"]);
-    let stop = folder.path("stop");
-    let Some(command) = emulator::emulate(&mut command, &[("CUDA_EMULATOR_STOP", stop.to_str().unwrap())]) else {
-        return;
-    };
+    folder.write("stop", "300");
+    let Some(mut command) = ablate(&folder, "out", &["--smoke-steps", "0"]) else { return };
     let ended: Ended = command.output().expect("it starts").into();
     assert_eq!(ended.code, 1, "{}{}", ended.out, ended.err);
     assert!(
@@ -110,17 +107,9 @@ fn a_run_that_always_loses_the_gpu_fails_and_the_others_go_on() {
 
 #[test]
 fn a_request_to_stop_is_not_lost_with_the_gpu() {
-    if emulator::has_gpu() {
-        println!("skipped: a real GPU is not lost on purpose");
-        return;
-    }
     let folder = Folder::with_micro();
     folder.write("two.toml", &SUITE.replace("steps = 6", "steps = 4000"));
-    let stop = folder.path("stop");
-    let mut command = folder.command(&["ablate", "two.toml", "--device", "cuda", "--out", "out", "--smoke-steps", "0"]);
-    let Some(command) = emulator::emulate(&mut command, &[("CUDA_EMULATOR_STOP", stop.to_str().unwrap())]) else {
-        return;
-    };
+    let Some(mut command) = ablate(&folder, "out", &["--smoke-steps", "0"]) else { return };
     let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
     let log = folder.path("out/arms/plain/seed-0/metrics.jsonl");
     let began = Instant::now();
@@ -130,7 +119,7 @@ fn a_request_to_stop_is_not_lost_with_the_gpu() {
     }
     // SAFETY: the child was not waited for yet, so that its number is still its own.
     unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGTERM) };
-    fs::write(&stop, "1").unwrap();
+    folder.write("stop", "1");
     let ended: Ended = child.wait_with_output().expect("it ends").into();
     assert_eq!(ended.code, 75, "{}{}", ended.out, ended.err);
 }
