@@ -1,12 +1,10 @@
 //! Suites whose process loses its GPU: another goes on from the newest checkpoint, with the same bits.
 
 use std::fs;
-use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
 
 use dinolab_tests::emulator;
-use dinolab_tests::program::{Ended, Folder};
+use dinolab_tests::program::{assert_same_weights, signal, wait_until, Ended, Folder};
 
 const SUITE: &str = r#"
 name = "two"
@@ -40,16 +38,6 @@ fn ablate(folder: &Folder, out: &str, more: &[&str]) -> Option<Command> {
     Some(command)
 }
 
-/// The weights at the end of a suite's runs.
-fn weights(out: &Path) -> Vec<Vec<u8>> {
-    let of = |arm| out.join(format!("arms/{arm}/seed-0/checkpoints/step-00000006/model.safetensors"));
-    ["plain", "decayed"]
-        .map(of)
-        .into_iter()
-        .map(|path| fs::read(&path).unwrap_or_else(|e| panic!("{path:?}: {e}")))
-        .collect()
-}
-
 #[test]
 fn a_suite_goes_on_in_another_process_with_the_same_bits() {
     let folder = Folder::with_micro();
@@ -76,7 +64,9 @@ fn a_suite_goes_on_in_another_process_with_the_same_bits() {
         let of_run = launches > 0 && out != "trial";
         assert_eq!(of_run, tries.iter().any(|t| t.contains("CUDA_ERROR_LAUNCH_FAILED")), "{out}: {tries:?}");
         assert_eq!(out == "trial", ended.err.contains("its trial lost the GPU"), "{out}: {}{}", ended.out, ended.err);
-        assert!(weights(&folder.path(out)) == weights(&folder.path("whole")), "{out}");
+        for arm in ["plain", "decayed"] {
+            assert_same_weights(&folder, &format!("{out}/arms/{arm}/seed-0"), &format!("whole/arms/{arm}/seed-0"), 6);
+        }
         if of_run {
             assert!(folder.read(&format!("{out}/summary.md")).contains("tried again"), "{out}: the report says so");
         }
@@ -110,15 +100,10 @@ fn a_request_to_stop_is_not_lost_with_the_gpu() {
     let folder = Folder::with_micro();
     folder.write("two.toml", &SUITE.replace("steps = 6", "steps = 4000"));
     let Some(mut command) = ablate(&folder, "out", &["--smoke-steps", "0"]) else { return };
-    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
     let log = folder.path("out/arms/plain/seed-0/metrics.jsonl");
-    let began = Instant::now();
-    while !fs::read_to_string(&log).is_ok_and(|text| text.lines().count() > 1) {
-        assert!(began.elapsed() < Duration::from_secs(60), "the run does not begin");
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    // SAFETY: the child was not waited for yet, so that its number is still its own.
-    unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGTERM) };
+    wait_until(&mut child, || fs::read_to_string(&log).is_ok_and(|text| text.lines().count() > 1));
+    signal(&child, "TERM");
     folder.write("stop", "1");
     let ended: Ended = child.wait_with_output().expect("it ends").into();
     assert_eq!(ended.code, 75, "{}{}", ended.out, ended.err);
