@@ -61,6 +61,6 @@ mod tests {
         std::thread::sleep(Duration::from_millis(100));
         // A step took a tenth of a second: thirty seconds for 299 more.
         let left = pulse.due(101, 400).unwrap();
-        assert!(left.starts_with("about 3") && left.ends_with(" s left"), "{left}");
+        assert!(left.starts_with("about 3") && left.ends_with("s left"), "{left}");
     }
 }

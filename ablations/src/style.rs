@@ -159,28 +159,13 @@ pub fn si(x: f64) -> String {
     format!("{value:.digits$} {name}").trim_end().to_string()
 }
 
-/// Bytes in three digits: `1.50 GiB`.
-pub fn bytes(x: f64) -> String {
-    let steps = [((1u64 << 40) as f64, "TiB"), ((1 << 30) as f64, "GiB"), ((1 << 20) as f64, "MiB"), (1024.0, "KiB")];
-    let (unit, name) = steps.into_iter().find(|(unit, _)| x >= *unit).unwrap_or((1.0, "B"));
-    let value = x / unit;
-    let digits = if value >= 100.0 {
-        0
-    } else if value >= 10.0 {
-        1
-    } else {
-        2
-    };
-    format!("{value:.digits$} {name}")
-}
-
-/// Seconds as a person says them.
+/// Seconds as a person says them, in two units at most: `340ms`, `48s`, `2m 36s`, `1day 7h`.
 pub fn duration(seconds: f64) -> String {
-    match seconds {
-        s if s < 90.0 => format!("{s:.0} s"),
-        s if s < 5400.0 => format!("{:.1} min", s / 60.0),
-        s => format!("{:.1} h", s / 3600.0),
-    }
+    let units = [1e-3, 1.0, 60.0, 3600.0];
+    // The unit that the last digit counts: one below the one that the first counts.
+    let last = units[[1.0, 3600.0, 86_400.0].iter().filter(|from| seconds >= **from).count()];
+    let rounded = std::time::Duration::try_from_secs_f64((seconds / last).round() * last).unwrap_or_default();
+    humantime::format_duration(rounded).to_string()
 }
 
 #[cfg(test)]
@@ -190,6 +175,9 @@ mod tests {
     #[test]
     fn numbers_are_short() {
         assert_eq!([si(6.716e9), si(81.0), si(2.12e12), si(303_000.0)], ["6.72 G", "81", "2.12 T", "303 k"]);
-        assert_eq!([bytes(512.0), bytes(1536.0), bytes(12.5 * (1 << 30) as f64)], ["512 B", "1.50 KiB", "12.5 GiB"]);
+        assert_eq!(
+            [0.0004, 0.34, 7.6, 90.2, 3599.8, 5000.0, 200_000.0].map(duration),
+            ["0s", "340ms", "8s", "1m 30s", "1h", "1h 23m", "2days 8h"]
+        );
     }
 }

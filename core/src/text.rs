@@ -1,4 +1,4 @@
-//! Text that others wrote, shown to a user.
+//! Text that others wrote, and sizes, shown to a user.
 
 use std::ffi::OsStr;
 use std::fmt::Write;
@@ -27,6 +27,11 @@ pub fn printable(text: impl AsRef<OsStr>) -> String {
         }
     }
     shown
+}
+
+/// A number of bytes: `1.50 GiB`.
+pub fn bytes(x: f64) -> String {
+    humansize::format_size(x as u64, humansize::BINARY)
 }
 
 /// Whether a character begins a line or changes the direction of what follows (Unicode TR 9), so that a name looks like

@@ -11,7 +11,8 @@ use dinolab_core::recipe::{Overrides, RawRecipe, Recipe};
 use dinolab_core::resolved::Resolved;
 use dinolab_core::rng::{Rng, Stream};
 use dinolab_core::step::{Learner, Report};
-use dinolab_core::testing::{tolerance, OP_CHECKS};
+use dinolab_core::testing::{tolerance, OpOracle};
+use dinolab_core::text;
 use dinolab_core::train::{self, Lead};
 use dinolab_core::{DType, Device, Error, Result, Tensor};
 
@@ -73,7 +74,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         vec!["device".into(), format!("{} ({} of {})", info.name, args.gpu, Gpu::count()?)],
         vec!["architecture".into(), format!("{} (compute capability {major}.{minor})", info.arch)],
         vec!["multiprocessors".into(), info.multiprocessors.to_string()],
-        vec!["memory".into(), style::bytes(info.memory as f64)],
+        vec!["memory".into(), text::bytes(info.memory as f64)],
     ]));
     kernels(gpu)?;
     failures += operations(Device::Cuda(args.gpu));
@@ -152,8 +153,8 @@ fn operations(device: Device) -> usize {
     style::print("\noperations against the CPU in f64: relative error of the value, of the gradients\n");
     let mut failures = 0;
     let mut rows = vec![["", "f32", "", "bf16", ""].map(String::from).to_vec()];
-    for check in OP_CHECKS {
-        let mut row = vec![check.name.to_string()];
+    for operation in OpOracle::all() {
+        let mut row = vec![operation.name.to_string()];
         for dtype in [DType::F32, DType::BF16] {
             let limit = tolerance(dtype);
             let mut mark = |error: f64| {
@@ -161,7 +162,7 @@ fn operations(device: Device) -> usize {
                 failures += usize::from(!good);
                 format!("{error:.1e}{}", if good { "" } else { " FAILED" })
             };
-            match check.run(device, dtype) {
+            match operation.on_device(device, dtype) {
                 Ok(error) => row.extend([mark(error.value), mark(error.gradient)]),
                 Err(error) => {
                     mark(f64::INFINITY);

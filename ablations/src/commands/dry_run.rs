@@ -3,7 +3,7 @@
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::Table;
 use dinolab_core::resolved::cost;
-use dinolab_core::text::printable;
+use dinolab_core::text::{self, printable};
 use dinolab_core::Result;
 
 use super::prepared::resolve;
@@ -68,7 +68,7 @@ pub(super) fn dry_run(plan: &Plan, runs: &[&PlannedRun]) -> Result<()> {
             run.arm.clone(),
             changes(plan, run),
             shown,
-            style::bytes(of_step.total_memory()),
+            text::bytes(of_step.total_memory()),
             format!("{tera:.3}"),
             probes,
             states.join("\n"),

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use dinolab_core::contract::Sample;
 use dinolab_core::files::write_file;
-use dinolab_core::text::printable;
+use dinolab_core::text::{self, printable};
 use dinolab_core::train::Trained;
 use dinolab_core::{Error, Result};
 use dinolab_plugins::image_folder::{self, Wanted, BACKGROUND};
@@ -378,7 +378,7 @@ fn affordable(image: &Sample, size: Size, model: &Model, args: &Args) -> Result<
     if known && Vec::<u8>::new().try_reserve_exact(bytes as usize).is_ok() {
         return Ok(());
     }
-    Err(format!("at {width}x{height} pixels it takes about {}, more than there is", style::bytes(bytes)))
+    Err(format!("at {width}x{height} pixels it takes about {}, more than there is", text::bytes(bytes)))
 }
 
 /// The chosen patches by index; the middle one if none was chosen.

@@ -9,6 +9,7 @@ use serde_json::Value as Json;
 use super::cost::{cost_on, RunCost};
 use crate::problem::Problem;
 use crate::recipe::Recipe;
+use crate::text::bytes;
 use crate::{cuda::Gpu, Device, Error, Result};
 
 /// More memory than any machine has: 1 PiB.
@@ -145,14 +146,4 @@ fn integers(value: &Json, path: String, found: &mut Vec<(String, u64)>) {
         Json::Number(n) => found.extend(n.as_u64().filter(|n| *n > 1).map(|n| (path, n))),
         _ => {}
     }
-}
-
-fn bytes(x: f64) -> String {
-    let (unit, name) = match x {
-        x if x >= 1e15 => (2f64.powi(50), "PiB"),
-        x if x >= 1e12 => (2f64.powi(40), "TiB"),
-        x if x >= 1e9 => (2f64.powi(30), "GiB"),
-        _ => (2f64.powi(20), "MiB"),
-    };
-    format!("{:.3} {name}", x / unit).replace(".000 ", " ")
 }

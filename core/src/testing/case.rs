@@ -1,8 +1,11 @@
 //! A case: named inputs and options, small enough to read, printable as code.
 
 use std::fmt::Write as _;
+use std::sync::Arc;
 
 use proptest::prelude::*;
+use proptest::strategy::ValueTree as _;
+use proptest::test_runner::TestRunner;
 use serde_json::Value as Json;
 
 use crate::rng::{Rng, Stream};
@@ -200,23 +203,65 @@ impl Slot {
         let number = thousandths.prop_map(move |k| scale * (f64::from(k) + 0.5) / 1000.0);
         proptest::collection::vec(number, self.shape.iter().product::<usize>()).boxed()
     }
+
+    /// Standard normal numbers, made positive and smaller as the random ones are; `index` tells inputs apart.
+    fn normal(&self, index: u64) -> Vec<f64> {
+        let positive = |x: f64| if self.positive { x.abs() + 0.1 } else { x };
+        normal(0, index, &self.shape).to_f64_vec().into_iter().map(|x| self.scale * positive(x)).collect()
+    }
 }
 
-/// Random cases: options, and inputs whose names and shapes follow from them. A failing case shrinks by its options
-/// first, then number by number.
-pub fn cases(
-    options: impl Strategy<Value = Json> + 'static,
-    slots: impl Fn(&Case) -> Vec<Slot> + 'static,
-) -> BoxedStrategy<Case> {
-    let slots = std::sync::Arc::new(slots);
-    let fill = move |options: Json| {
-        let case = Case::new(options);
-        let slots = slots(&case);
-        let values: Vec<_> = slots.iter().map(Slot::values).collect();
-        values.prop_map(move |values| {
-            let filled = slots.iter().zip(&values);
-            filled.fold(case.clone(), |case, (slot, values)| case.with(&slot.name, &slot.shape, values, slot.tracked))
-        })
-    };
-    options.prop_flat_map(fill).boxed()
+type SlotsOf = dyn Fn(&Case) -> Vec<Slot>;
+
+/// Cases of an operation or a loss: options, and inputs whose names and shapes follow from them.
+pub struct Cases {
+    options: BoxedStrategy<Json>,
+    slots: Arc<SlotsOf>,
+    large: Vec<Json>,
+}
+
+/// Random cases, and none that is [large](Cases::large).
+pub fn cases(options: impl Strategy<Value = Json> + 'static, slots: impl Fn(&Case) -> Vec<Slot> + 'static) -> Cases {
+    Cases { options: options.boxed(), slots: Arc::new(slots), large: Vec::new() }
+}
+
+impl Cases {
+    /// Further cases at which an operation is held on a device to the CPU: options that make it use all that a kernel has,
+    /// such as more blocks than one, rows that do not fill a block, or another kernel for wide rows.
+    pub fn large(self, options: impl IntoIterator<Item = Json>) -> Self {
+        Self { large: options.into_iter().collect(), ..self }
+    }
+
+    /// Random cases. One that fails shrinks by its options first, then number by number.
+    pub(super) fn random(self) -> BoxedStrategy<Case> {
+        let Self { options, slots, .. } = self;
+        let fill = move |options: Json| {
+            let case = Case::new(options);
+            let slots = slots(&case);
+            let values: Vec<_> = slots.iter().map(Slot::values).collect();
+            values.prop_map(move |values| filled(&case, &slots, values))
+        };
+        options.prop_flat_map(fill).boxed()
+    }
+
+    /// The large cases, of normal numbers; where there is none, a random one that is always the same.
+    pub(super) fn for_device(self) -> Vec<Case> {
+        let Self { options, slots, large } = self;
+        let draw = || {
+            let tree = options.new_tree(&mut TestRunner::deterministic()).expect("options can be drawn");
+            vec![tree.current()]
+        };
+        let of = |options: Json| {
+            let case = Case::new(options);
+            let slots = slots(&case);
+            let values = (0..).zip(&slots).map(|(i, slot)| slot.normal(i)).collect();
+            filled(&case, &slots, values)
+        };
+        if large.is_empty() { draw() } else { large }.into_iter().map(of).collect()
+    }
+}
+
+fn filled(case: &Case, slots: &[Slot], values: Vec<Vec<f64>>) -> Case {
+    let filled = slots.iter().zip(&values);
+    filled.fold(case.clone(), |case, (slot, values)| case.with(&slot.name, &slot.shape, values, slot.tracked))
 }

@@ -35,8 +35,7 @@ pub struct Failure {
 
 /// Everything that can be checked: (kind, name), operations first.
 pub fn names() -> Vec<(&'static str, &'static str)> {
-    let mut ops: Vec<_> = inventory::iter::<OpOracle>.into_iter().map(|o| ("op", o.name)).collect();
-    ops.sort_unstable();
+    let mut ops: Vec<_> = OpOracle::all().iter().map(|o| ("op", o.name)).collect();
     ops.extend(registry::plugins::<dyn Loss>().iter().map(|entry| ("loss", entry.name)));
     ops
 }
@@ -64,7 +63,7 @@ pub fn check(wanted: &[String], cases: u32, seed: u64) -> Result<Vec<Outcome>> {
 
 fn one(kind: &'static str, name: &'static str, cases: u32, seed: u64, device: Device) -> Result<Outcome> {
     let (strategy, against) = match kind {
-        "op" => ((op(name).cases)(), "dfdx, differences"),
+        "op" => ((op(name).cases)().random(), "dfdx, differences"),
         _ => {
             let oracle: Option<&LossOracle> = loss_oracle::find(name);
             let options = oracle.map_or_else(loss_oracle::no_options, |o| (o.options)());

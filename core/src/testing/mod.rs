@@ -19,13 +19,12 @@ mod gradient;
 pub mod laws;
 pub mod loss_oracle;
 mod on_device;
-mod op_checks;
 mod op_oracle;
 mod ops;
 mod step_case;
 pub mod strategies;
 
-pub use case::{cases, fixed, normal, tracked, Bound, Case, Slot};
+pub use case::{cases, fixed, normal, tracked, Bound, Case, Cases, Slot};
 pub use check::{check, hold, names, Failure, Outcome};
-pub use op_checks::{tolerance, OpCheck, OpError, OP_CHECKS};
+pub use on_device::{tolerance, OnDevice};
 pub use op_oracle::{OpOracle, Stated, Statement};

@@ -3,15 +3,15 @@
 use dfdx::prelude::{
     Backward as _, Cpu, Gradients, HasShape as _, OwnedTape, Shape, SumTo as _, Tensor as Dfdx, TensorFromVec as _,
 };
-use proptest::strategy::BoxedStrategy;
 
-use super::case::{Bound, Case};
+use super::case::{Bound, Case, Cases};
 use super::gradient::{close, hold_to_differences, measure, seed_of};
-use super::on_device::hold_on;
+use super::on_device::{hold_on, on, OnDevice};
 use crate::dfdx_loss::gradient;
-use crate::{Device, Result, Tensor};
+use crate::{DType, Device, Result, Tensor};
 
-/// What an operation is held to by [`check`](super::check): registered with `inventory::submit!`, found by name.
+/// What an operation is held to: registered with `inventory::submit!`, found by name. [`check`](super::check) holds it to
+/// dfdx and to differences on random cases, `dinolab doctor` [on a device](Self::on_device) to the CPU on large ones.
 ///
 /// ```
 /// use dfdx::prelude::*;
@@ -23,7 +23,10 @@ use crate::{Device, Result, Tensor};
 /// inventory::submit! {
 ///     OpOracle {
 ///         name: "cube",
-///         cases: || cases((1usize..9).prop_map(|n| json!({ "n": n })), |c| vec![tracked("x", &[c.size("n")])]),
+///         cases: || {
+///             let options = (1usize..9).prop_map(|n| json!({ "n": n }));
+///             cases(options, |c| vec![tracked("x", &[c.size("n")])]).large([json!({ "n": 300 })])
+///         },
 ///         engine: |c| c.tensor("x").square()?.mul(c.tensor("x")),
 ///         dfdx: |mut s| {
 ///             let x = s.leaf("x", (s.size("n"),));
@@ -36,8 +39,8 @@ use crate::{Device, Result, Tensor};
 pub struct OpOracle {
     /// The operation's name.
     pub name: &'static str,
-    /// Random cases.
-    pub cases: fn() -> BoxedStrategy<Case>,
+    /// Random cases and large ones.
+    pub cases: fn() -> Cases,
     /// The operation as the engine has it.
     pub engine: fn(&Bound<'_>) -> Result<Tensor>,
     /// The same in dfdx; `None` for a case at which it has no derivative or several right results.
@@ -98,6 +101,24 @@ pub struct Stated {
 }
 
 impl OpOracle {
+    /// All of them, by name.
+    pub fn all() -> Vec<&'static Self> {
+        let mut all: Vec<_> = inventory::iter::<Self>.into_iter().collect();
+        all.sort_unstable_by_key(|oracle| oracle.name);
+        all
+    }
+
+    /// How far the operation in `dtype` on `device` is from the CPU in f64, over its large cases.
+    ///
+    /// # Errors
+    /// If it fails.
+    pub fn on_device(&self, device: Device, dtype: DType) -> Result<OnDevice> {
+        let cases = (self.cases)().for_device();
+        cases
+            .iter()
+            .try_fold(OnDevice::default(), |worst, case| Ok(worst.worse(on(device, dtype, case, &self.engine)?)))
+    }
+
     /// Holds the operation to dfdx and to central differences on one case, and on a device to the CPU; false if the case
     /// says nothing.
     ///
@@ -118,5 +139,20 @@ impl OpOracle {
             hold_on(device, case, &self.engine)?;
         }
         Ok(true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::tolerance;
+
+    #[test]
+    fn large_cases_in_f32_agree_with_f64_on_the_cpu() {
+        for oracle in OpOracle::all() {
+            let error = oracle.on_device(Device::Cpu, DType::F32).unwrap();
+            let limit = tolerance(DType::F32);
+            assert!(error.value < limit && error.gradient < limit, "{}: {error:?}", oracle.name);
+        }
     }
 }

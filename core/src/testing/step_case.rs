@@ -48,7 +48,7 @@ pub fn loss_cases(name: &str, options: BoxedStrategy<Json>) -> Result<BoxedStrat
         step
     });
     let name = name.to_string();
-    Ok(cases(step, move |case| {
+    let slots = move |case: &Case| {
         // A config that is refused is reported when the case is held; it needs no inputs.
         let Ok(built) = build(&name, case) else { return Vec::new() };
         let Needs { targets, teachers, layers, pixels, tokens, .. } = built.loss.needs();
@@ -92,7 +92,8 @@ pub fn loss_cases(name: &str, options: BoxedStrategy<Json>) -> Result<BoxedStrat
             slots.extend(targets.map(|_| fixed(format!("{TEACHER_PARAMS}{}", spec.name), &spec.shape).small()));
         }
         slots
-    }))
+    };
+    Ok(cases(step, slots).random())
 }
 
 /// The loss of a case, without a gradient.

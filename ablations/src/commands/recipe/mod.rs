@@ -13,7 +13,7 @@ use dinolab_core::checkpoint;
 use dinolab_core::contract::DataContext;
 use dinolab_core::recipe::{describe, Overrides, Recipe};
 use dinolab_core::resolved::{cost, fit, Resolved};
-use dinolab_core::text::printable;
+use dinolab_core::text::{self, printable};
 use dinolab_core::Result;
 
 use crate::cli::{SetArgs, BAD_INPUT};
@@ -130,7 +130,7 @@ impl Asked {
         let mut rows = vec![
             row("images", shared.images.to_string()),
             row("operations", time(format!("{}FLOP", style::si(flops)), compute)),
-            row("received", time(style::bytes(shared.received), moving)),
+            row("received", time(text::bytes(shared.received), moving)),
         ];
         if let (Some(compute), Some(moving)) = (compute, moving) {
             let share = 100.0 * moving / (compute + moving);
@@ -214,7 +214,7 @@ fn cost_table(cost: &cost::RunCost) -> String {
     let flops = style::si(cost.flops_per_image);
     write!(text, "\n{} {flops}FLOP an image\n", style.bold("operations")).expect("writing to a string");
     write!(text, "\n{}\n", style.bold("memory")).expect("writing to a string");
-    let memory = cost.memory.iter().map(|(name, bytes)| row(name, style::bytes(*bytes)));
-    text += &style::table(memory.chain([row("together", style::bytes(cost.total_memory()))]));
+    let memory = cost.memory.iter().map(|(name, bytes)| row(name, text::bytes(*bytes)));
+    text += &style::table(memory.chain([row("together", text::bytes(cost.total_memory()))]));
     text + "\n"
 }

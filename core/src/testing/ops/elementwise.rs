@@ -6,14 +6,19 @@ use dfdx::prelude::{Axis, BroadcastTo as _, Cpu, MeanTo as _, OwnedTape, SumTo a
 use proptest::prelude::*;
 use serde_json::json;
 
-use crate::testing::{cases, tracked, Case, OpOracle, Slot, Stated, Statement};
+use crate::testing::{cases, tracked, Cases, OpOracle, Slot, Stated, Statement};
 
-fn vector() -> BoxedStrategy<Case> {
+/// More numbers than a block has threads.
+const MANY: usize = 1000;
+
+fn vector() -> Cases {
     cases((1usize..40).prop_map(|n| json!({ "n": n })), |c| vec![tracked("x", &[c.size("n")])])
+        .large([json!({ "n": MANY })])
 }
 
-fn positive_vector() -> BoxedStrategy<Case> {
+fn positive_vector() -> Cases {
     cases((1usize..40).prop_map(|n| json!({ "n": n })), |c| vec![tracked("x", &[c.size("n")]).positive()])
+        .large([json!({ "n": MANY })])
 }
 
 /// A function of one number: name, random cases, the same in dfdx.
@@ -56,7 +61,8 @@ inventory::submit! {
         name: "scale",
         cases: || cases((1usize..40, -3.0..3.0).prop_map(|(n, by)| json!({ "n": n, "by": by })), |c| {
             vec![tracked("x", &[c.size("n")])]
-        }),
+        })
+        .large([json!({ "n": MANY, "by": -1.7 })]),
         engine: |c| c.tensor("x").scale(c.case().number("by")),
         dfdx: |mut s| {
             let x = s.leaf("x", (s.size("n"),)).leaky_trace();
@@ -71,7 +77,8 @@ inventory::submit! {
         name: "shift",
         cases: || cases((1usize..40, -3.0..3.0).prop_map(|(n, by)| json!({ "n": n, "by": by })), |c| {
             vec![tracked("x", &[c.size("n")])]
-        }),
+        })
+        .large([json!({ "n": MANY, "by": -1.7 })]),
         engine: |c| c.tensor("x").shift(c.case().number("by")),
         dfdx: |mut s| {
             let x = s.leaf("x", (s.size("n"),)).leaky_trace();
@@ -94,12 +101,13 @@ inventory::submit! {
 }
 
 /// Two operands of one shape, or the second of one element.
-fn pair(positive: bool) -> BoxedStrategy<Case> {
+fn pair(positive: bool) -> Cases {
     let options = (1usize..20, any::<bool>()).prop_map(|(n, scalar)| json!({ "n": n, "scalar": scalar }));
     cases(options, move |c| {
         let b: Slot = tracked("b", &[if c.flag("scalar") { 1 } else { c.size("n") }]);
         vec![tracked("a", &[c.size("n")]), if positive { b.positive() } else { b }]
     })
+    .large([false, true].map(|scalar| json!({ "n": MANY, "scalar": scalar })))
 }
 
 type Operand = Dfdx<(usize,), f64, Cpu, OwnedTape<f64, Cpu>>;
@@ -138,11 +146,12 @@ binary! {
 }
 
 /// Rows and a vector as long as a row, or as there are rows.
-fn rows_and(name: &'static str, a_row: bool) -> BoxedStrategy<Case> {
+fn rows_and(name: &'static str, a_row: bool) -> Cases {
     cases((1usize..12, 1usize..12).prop_map(|(rows, d)| json!({ "rows": rows, "d": d })), move |c| {
         let length = if a_row { c.size("d") } else { c.size("rows") };
         vec![tracked("x", &[c.size("rows"), c.size("d")]), tracked(name, &[length])]
     })
+    .large([json!({ "rows": 37, "d": 300 })])
 }
 
 macro_rules! broadcast {
@@ -171,10 +180,11 @@ broadcast! {
 }
 
 /// A sum or mean over one axis of three.
-fn axis_cases() -> BoxedStrategy<Case> {
+fn axis_cases() -> Cases {
     let options = (1usize..6, 1usize..6, 1usize..6, 0usize..3);
     let options = options.prop_map(|(a, b, c, axis)| json!({ "a": a, "b": b, "c": c, "axis": axis }));
     cases(options, |c| vec![tracked("x", &[c.size("a"), c.size("b"), c.size("c")])])
+        .large((0..3).map(|axis| json!({ "a": 30, "b": 20, "c": 8, "axis": axis })))
 }
 
 macro_rules! over_axis {

@@ -1,23 +1,31 @@
 //! Matrix products, linear layers, norms, softmax, SwiGLU and rows added to others.
 
 use dfdx::prelude::{
-    Axes2, Axis, BroadcastTo as _, MeanTo as _, PermuteTo as _, Trace as _, TryMatMul as _, WithEmptyTape as _,
+    Axes2, Axes3, Axis, BroadcastTo as _, MeanTo as _, PermuteTo as _, Trace as _, TryMatMul as _, WithEmptyTape as _,
 };
 use proptest::prelude::*;
-use serde_json::json;
+use serde_json::{json, Value as Json};
 
 use crate::dfdx_loss::{constant, gelu, unit_rows, Taped};
 use crate::ops::Linear;
 use crate::rng::{Rng, Stream};
-use crate::testing::{cases, fixed, tracked, Bound, Case, OpOracle, Statement};
+use crate::testing::{cases, fixed, tracked, Bound, Case, Cases, OpOracle, Statement};
 use crate::{Result, Tensor};
 
-fn product_cases(transposed: bool) -> BoxedStrategy<Case> {
-    let options = (1usize..8, 1usize..8, 1usize..8).prop_map(|(m, k, n)| json!({ "m": m, "k": k, "n": n }));
+/// Products of matrices, or of as many as a batch has.
+fn product_cases(transposed: bool) -> Cases {
+    let options = (0usize..3, 1usize..8, 1usize..8, 1usize..8)
+        .prop_map(|(batch, m, k, n)| json!({ "batch": batch, "m": m, "k": k, "n": n }));
     cases(options, move |c| {
         let b = if transposed { [c.size("n"), c.size("k")] } else { [c.size("k"), c.size("n")] };
-        vec![tracked("a", &[c.size("m"), c.size("k")]), tracked("b", &b)]
+        [("a", [c.size("m"), c.size("k")]), ("b", b)].map(|(name, shape)| tracked(name, &batched(c, shape))).into()
     })
+    .large([json!({ "batch": 2, "m": 17, "k": 24, "n": 33 }), json!({ "batch": 0, "m": 70, "k": 300, "n": 90 })])
+}
+
+/// The shape of matrices, with the axis of their batch if it is not 0.
+pub(super) fn batched(c: &Case, [rows, columns]: [usize; 2]) -> Vec<usize> {
+    Some(c.size("batch")).filter(|batch| *batch > 0).into_iter().chain([rows, columns]).collect()
 }
 
 inventory::submit! {
@@ -26,8 +34,8 @@ inventory::submit! {
         cases: || product_cases(false),
         engine: |c| c.tensor("a").matmul(c.tensor("b")),
         dfdx: |mut s| {
-            let (m, k, n) = (s.size("m"), s.size("k"), s.size("n"));
-            let (a, b) = (s.leaf("a", (m, k)).leaky_trace(), s.leaf("b", (k, n)).leaky_trace());
+            let (batch, m, k, n) = (s.size("batch").max(1), s.size("m"), s.size("k"), s.size("n"));
+            let (a, b) = (s.leaf("a", (batch, m, k)).leaky_trace(), s.leaf("b", (batch, k, n)).leaky_trace());
             Some(s.is(a.matmul(b)))
         },
     }
@@ -39,9 +47,9 @@ inventory::submit! {
         cases: || product_cases(true),
         engine: |c| c.tensor("a").matmul_t(c.tensor("b")),
         dfdx: |mut s| {
-            let (m, k, n) = (s.size("m"), s.size("k"), s.size("n"));
-            let (a, b) = (s.leaf("a", (m, k)).leaky_trace(), s.leaf("b", (n, k)).leaky_trace());
-            Some(s.is(a.matmul(b.permute::<(usize, usize), Axes2<1, 0>>())))
+            let (batch, m, k, n) = (s.size("batch").max(1), s.size("m"), s.size("k"), s.size("n"));
+            let (a, b) = (s.leaf("a", (batch, m, k)).leaky_trace(), s.leaf("b", (batch, n, k)).leaky_trace());
+            Some(s.is(a.matmul(b.permute::<(usize, usize, usize), Axes3<0, 2, 1>>())))
         },
     }
 }
@@ -49,7 +57,7 @@ inventory::submit! {
 /// What a linear layer may stand behind.
 const BEFORE: [&str; 5] = ["nothing", "layer_norm", "rms_norm", "gelu", "swiglu"];
 
-fn linear_cases() -> BoxedStrategy<Case> {
+fn linear_cases() -> Cases {
     let flags = (any::<bool>(), any::<bool>(), any::<bool>());
     let options = (1usize..20, 1usize..8, 1usize..8, proptest::sample::select(&BEFORE[..]), flags);
     let options = options.prop_map(|(rows, i, o, before, (bias, scale, onto))| {
@@ -69,6 +77,24 @@ fn linear_cases() -> BoxedStrategy<Case> {
         slots.extend(c.flag("onto").then(|| tracked("onto", &[rows, o])));
         slots
     })
+    .large(large_linears())
+}
+
+/// What stands before a layer, of rows that do not fill a tile, with each of what follows; and rows too wide for the
+/// kernels that keep a whole row at hand.
+fn large_linears() -> Vec<Json> {
+    let of = |(rows, i, o): (usize, usize, usize), before: &str, follows: &[&str]| {
+        let has = |what| follows.contains(&what);
+        json!({
+            "rows": rows, "in": i, "out": o, "before": before, "bias": has("bias"), "scale": has("scale"), "onto": has("onto"),
+        })
+    };
+    let (usual, wide) = ((37, 24, 40), (3, 4200, 8));
+    let mut all: Vec<Json> = BEFORE.iter().map(|before| of(usual, before, &["bias"])).collect();
+    all.extend(["nothing", "gelu"].map(|before| of(usual, before, &["onto"])));
+    all.push(of(usual, "gelu", &["bias", "scale", "onto"]));
+    all.extend(["layer_norm", "gelu"].map(|before| of(wide, before, &[])));
+    all
 }
 
 fn linear_layer(c: &Bound<'_>) -> Result<Tensor> {
@@ -126,6 +152,45 @@ inventory::submit! {
     }
 }
 
+inventory::submit! {
+    // The branch of a block: sums of the gradients' rows pass from layer to layer. Not of fewer numbers: in bf16, what two layers
+    // round does not average out in one.
+    OpOracle {
+        name: "mlp",
+        cases: || {
+            let options = (4usize..12, 4usize..9, 4usize..9).prop_map(|(rows, d, h)| json!({ "rows": rows, "d": d, "hidden": h }));
+            cases(options, |c| {
+                let (rows, d, h) = (c.size("rows"), c.size("d"), c.size("hidden"));
+                let first = [tracked("norm", &[d]), tracked("norm_bias", &[d]), tracked("up", &[h, d]), tracked("up_bias", &[h])];
+                let second = [tracked("down", &[d, h]), tracked("down_bias", &[d]), tracked("scale", &[d])];
+                [tracked("x", &[rows, d])].into_iter().chain(first).chain(second).collect()
+            })
+            .large([json!({ "rows": 37, "d": 24, "hidden": 40 })])
+        },
+        engine: |c| {
+            let up = Linear::new(c.tensor("up"), c.get("up_bias"));
+            let h = up.after_layer_norm(c.tensor("norm"), c.tensor("norm_bias"), 1e-3).of(c.tensor("x"))?;
+            let down = Linear::new(c.tensor("down"), c.get("down_bias")).after_gelu();
+            down.scale(c.tensor("scale")).onto(c.tensor("x")).of(&h)
+        },
+        dfdx: |mut s| {
+            let (rows, d, hidden) = (s.size("rows"), s.size("d"), s.size("hidden"));
+            let x = s.leaf("x", (rows, d));
+            let h = layer_norm(&mut s, x.leaky_trace(), (rows, d), ["norm", "norm_bias"], 1e-3);
+            let h = gelu(affine(&mut s, h, (rows, d, hidden), ["up", "up_bias"]));
+            let y = affine(&mut s, h, (rows, hidden, d), ["down", "down_bias"]);
+            let scale = s.leaf("scale", (d,)).leaky_trace().broadcast_like::<_, Axis<0>>(&(rows, d));
+            Some(s.is(y * scale + x.leaky_trace()))
+        },
+    }
+}
+
+/// `x w^T + b`, with the names of weight and bias.
+fn affine(s: &mut Statement<'_>, x: Taped, (rows, i, o): (usize, usize, usize), [weight, bias]: [&str; 2]) -> Taped {
+    let w = s.leaf(weight, (o, i)).leaky_trace().permute::<(usize, usize), Axes2<1, 0>>();
+    x.matmul(w) + s.leaf(bias, (o,)).leaky_trace().broadcast_like::<_, Axis<0>>(&(rows, o))
+}
+
 /// `silu(gate) up`.
 fn swiglu(gate: Taped, up: Taped) -> Taped {
     gate.with_empty_tape().sigmoid() * gate * up
@@ -137,6 +202,7 @@ inventory::submit! {
         cases: || {
             let options = (1usize..40).prop_map(|n| json!({ "n": n }));
             cases(options, |c| vec![tracked("gate", &[1, c.size("n")]), tracked("up", &[1, c.size("n")])])
+                .large([json!({ "n": 1000 })])
         },
         engine: |c| c.tensor("gate").swiglu(c.tensor("up")),
         dfdx: |mut s| {
@@ -152,9 +218,10 @@ fn some_rows() -> impl Strategy<Value = usize> {
     prop_oneof![7 => 1usize..12, 1 => 100usize..300]
 }
 
-fn rows() -> BoxedStrategy<Case> {
+fn rows() -> Cases {
     let options = (some_rows(), 1usize..12).prop_map(|(rows, d)| json!({ "rows": rows, "d": d }));
     cases(options, |c| vec![tracked("x", &[c.size("rows"), c.size("d")])])
+        .large([json!({ "rows": 5, "d": 300 }), json!({ "rows": 300, "d": 72 })])
 }
 
 inventory::submit! {
@@ -193,15 +260,29 @@ inventory::submit! {
     }
 }
 
-fn norm_cases(bias: bool) -> BoxedStrategy<Case> {
+fn norm_cases(bias: bool) -> Cases {
     let eps = proptest::sample::select(vec![1e-1, 1e-3, 1e-6]);
-    let options = (some_rows(), 1usize..12, eps).prop_map(|(rows, d, eps)| json!({ "rows": rows, "d": d, "eps": eps }));
+    let options = (some_rows(), 1usize..12, eps, any::<bool>());
+    let options =
+        options.prop_map(|(rows, d, eps, residual)| json!({ "rows": rows, "d": d, "eps": eps, "residual": residual }));
+    let large =
+        |rows: usize, d: usize, residual: bool| json!({ "rows": rows, "d": d, "eps": 1e-6, "residual": residual });
     cases(options, move |c| {
         let d = c.size("d");
         let mut slots = vec![tracked("x", &[c.size("rows"), d]), tracked("weight", &[d])];
         slots.extend(bias.then(|| tracked("bias", &[d])));
         slots
     })
+    .large([large(9, 72, false), large(40, 1000, false), large(if bias { 1000 } else { 100 }, 2040, true)])
+}
+
+/// The norm, onto its input where the case says so: its gradient is then added to one that is there.
+fn residual(c: &Bound<'_>, y: Tensor) -> Result<Tensor> {
+    if c.case().flag("residual") {
+        y.add(c.tensor("x"))
+    } else {
+        Ok(y)
+    }
 }
 
 /// LayerNorm of rows, with the names of its weight and bias.
@@ -224,16 +305,16 @@ inventory::submit! {
     OpOracle {
         name: "layer_norm",
         cases: || norm_cases(true),
-        engine: |c| c.tensor("x").layer_norm(c.tensor("weight"), c.tensor("bias"), c.case().number("eps")),
+        engine: |c| residual(c, c.tensor("x").layer_norm(c.tensor("weight"), c.tensor("bias"), c.case().number("eps"))?),
         dfdx: |mut s| {
             let (shape, eps) = ((s.size("rows"), s.size("d")), s.number("eps"));
             // Of one number a row, variance is rounding alone.
             if shape.1 == 1 {
                 return None;
             }
-            let x = s.leaf("x", shape).leaky_trace();
-            let y = layer_norm(&mut s, x, shape, ["weight", "bias"], eps);
-            Some(s.is(y))
+            let x = s.leaf("x", shape);
+            let y = layer_norm(&mut s, x.leaky_trace(), shape, ["weight", "bias"], eps);
+            Some(if s.flag("residual") { s.is(y + x.leaky_trace()) } else { s.is(y) })
         },
     }
 }
@@ -242,12 +323,12 @@ inventory::submit! {
     OpOracle {
         name: "rms_norm",
         cases: || norm_cases(false),
-        engine: |c| c.tensor("x").rms_norm(c.tensor("weight"), c.case().number("eps")),
+        engine: |c| residual(c, c.tensor("x").rms_norm(c.tensor("weight"), c.case().number("eps"))?),
         dfdx: |mut s| {
             let (shape, eps) = ((s.size("rows"), s.size("d")), s.number("eps"));
-            let x = s.leaf("x", shape).leaky_trace();
-            let y = rms_norm(&mut s, x, shape, "weight", eps);
-            Some(s.is(y))
+            let x = s.leaf("x", shape);
+            let y = rms_norm(&mut s, x.leaky_trace(), shape, "weight", eps);
+            Some(if s.flag("residual") { s.is(y + x.leaky_trace()) } else { s.is(y) })
         },
     }
 }
@@ -265,6 +346,7 @@ inventory::submit! {
                 let (d, kept) = (c.size("d"), c.indices("kept").len());
                 vec![tracked("x", &[c.size("rows"), d]), tracked("y", &[kept, d]), fixed("scale", &[kept])]
             })
+            .large([json!({ "rows": 300, "d": 24, "kept": [7, 0, 299, 4] })])
         },
         engine: |c| c.tensor("x").index_add(&c.case().rows("kept"), c.tensor("y"), c.tensor("scale")),
         dfdx: |mut s| {
@@ -288,6 +370,7 @@ inventory::submit! {
                 let x = tracked("x", &[c.size("images"), c.size("height") * c.size("width"), channels]);
                 vec![x, tracked("weight", &[channels, 1, k, k]), tracked("bias", &[channels])]
             })
+            .large([json!({ "images": 2, "height": 6, "width": 5, "channels": 24, "kernel": 3 })])
         },
         engine: |c| {
             let grid = (c.case().size("height"), c.case().size("width"));

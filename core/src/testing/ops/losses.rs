@@ -1,8 +1,8 @@
 //! The operations inside losses, and those that make their targets (which have no gradient).
 
 use dfdx::prelude::{
-    Axes2, Axis, BroadcastTo as _, Cpu, PermuteTo as _, SumTo as _, TensorFromVec as _, Trace as _, TryMatMul as _,
-    WithEmptyTape as _,
+    Axes2, Axis, BroadcastTo as _, Cpu, MeanTo as _, PermuteTo as _, SumTo as _, TensorFromVec as _, Trace as _,
+    TryMatMul as _, WithEmptyTape as _,
 };
 use proptest::prelude::*;
 use serde_json::json;
@@ -40,6 +40,9 @@ inventory::submit! {
                     fixed("weights", &[c.indices("student_rows").len()]).positive(),
                 ]
             })
+            .large([json!({
+                "rows": 6, "targets": 4, "k": 520, "student_rows": [0, 0, 2, 3, 5], "target_rows": [1, 3, 0, 2, 2],
+            })])
         },
         engine: |c| {
             let (student, target) = (c.case().rows("student_rows"), c.case().rows("target_rows"));
@@ -77,6 +80,9 @@ inventory::submit! {
                 let shape = [c.size("b"), c.size("n"), c.size("d")];
                 vec![tracked("student", &shape), fixed("teacher", &shape)]
             })
+            .large([(true, "none"), (false, "teacher"), (true, "both")].map(|(image_level, remove)| {
+                json!({ "b": 2, "n": 20, "d": 24, "normalize": true, "image_level": image_level, "remove": remove })
+            }))
         },
         engine: |c| {
             let remove = serde_json::from_value(c.case().options["remove"].clone()).expect("one of its names");
@@ -123,6 +129,7 @@ inventory::submit! {
                 json!({ "groups": groups, "size": topk + more, "topk": topk, "d": d })
             });
             cases(options, |c| vec![tracked("x", &[c.size("groups") * c.size("size"), c.size("d")])])
+                .large([(1, 12, 1), (2, 6, 2)].map(|(groups, size, topk)| json!({ "groups": groups, "size": size, "topk": topk, "d": 40 })))
         },
         engine: |c| c.tensor("x").neighbour_distance(c.case().size("topk"), Some(c.case().size("size"))),
         dfdx: |mut s| {
@@ -168,6 +175,7 @@ inventory::submit! {
         cases: || {
             let options = (1usize..10, 1usize..10, 1usize..5).prop_map(|(b, k, n)| json!({ "b": b, "k": k, "iterations": n }));
             cases(options, |c| vec![fixed("logits", &[c.size("b"), c.size("k")])])
+                .large([(20, 65), (1026, 72)].map(|(b, k)| json!({ "b": b, "k": k, "iterations": 3 })))
         },
         engine: |c| {
             let temperature = Tensor::scalar(0.2, c.tensor("logits").dtype().wide());
@@ -195,6 +203,7 @@ inventory::submit! {
         cases: || {
             let options = (1usize..10, 1usize..10).prop_map(|(b, k)| json!({ "b": b, "k": k }));
             cases(options, |c| vec![fixed("logits", &[c.size("b"), c.size("k")]), fixed("center", &[c.size("k")])])
+                .large([json!({ "b": 9, "k": 650 })])
         },
         engine: |c| {
             let (logits, wide) = (c.tensor("logits"), c.tensor("logits").dtype().wide());
@@ -205,6 +214,21 @@ inventory::submit! {
             let center = Cpu::default().tensor_from_vec(s.values("center").to_vec(), (shape.1,));
             let logits = s.leaf("logits", shape) - center.broadcast_like::<_, Axis<0>>(&shape);
             Some(s.is_constant((logits / 0.2).softmax::<Axis<1>>()))
+        },
+    }
+}
+
+inventory::submit! {
+    OpOracle {
+        name: "mean_row",
+        cases: || {
+            let options = (1usize..10, 1usize..10).prop_map(|(b, k)| json!({ "b": b, "k": k }));
+            cases(options, |c| vec![fixed("logits", &[c.size("b"), c.size("k")])]).large([json!({ "b": 90, "k": 650 })])
+        },
+        engine: |c| c.tensor("logits").mean_row(&Shards::one()),
+        dfdx: |mut s| {
+            let logits = s.leaf("logits", (s.size("b"), s.size("k")));
+            Some(s.is_constant(logits.mean::<(usize,), Axis<0>>()))
         },
     }
 }

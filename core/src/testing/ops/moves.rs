@@ -1,10 +1,11 @@
 //! Operations that move numbers or mix them linearly: each is the product with the matrix that its definition gives.
 
-use dfdx::prelude::{Axes2, Cpu, PermuteTo as _, TensorFromVec as _, Trace as _, TryMatMul as _};
+use dfdx::prelude::{Axes3, Cpu, PermuteTo as _, TensorFromVec as _, Trace as _, TryMatMul as _};
 use proptest::prelude::*;
 use serde_json::json;
 
-use crate::dfdx_loss::{constant, picking};
+use super::layers::batched;
+use crate::dfdx_loss::{constant, picking, Taped};
 use crate::testing::{cases, fixed, tracked, OpOracle};
 use crate::Tensor;
 
@@ -19,6 +20,7 @@ inventory::submit! {
                 json!({ "a": a, "b": b, "c": c, "axis": axis, "start": start, "len": 1 + len as usize % (full - start) })
             });
             cases(options, |c| vec![tracked("x", &[c.size("a"), c.size("b"), c.size("c")])])
+                .large((0..3).map(|axis| json!({ "a": 9, "b": 6, "c": 80, "axis": axis, "start": 2, "len": 3 })))
         },
         engine: |c| c.tensor("x").narrow_axis(c.case().size("axis"), c.case().size("start"), c.case().size("len")),
         dfdx: |mut s| {
@@ -45,6 +47,7 @@ inventory::submit! {
                 json!({ "n": n, "d": d, "rows": rows.iter().map(|r| *r as usize % n).collect::<Vec<_>>() })
             });
             cases(options, |c| vec![tracked("x", &[c.size("n"), c.size("d")])])
+                .large([json!({ "n": 300, "d": 24, "rows": [8, 1, 1, 299, 5] })])
         },
         engine: |c| c.tensor("x").gather_rows(&c.case().rows("rows")),
         dfdx: |mut s| {
@@ -62,6 +65,7 @@ inventory::submit! {
         cases: || {
             let options = (1usize..6, 1usize..6, 1usize..5).prop_map(|(a, b, d)| json!({ "a": a, "b": b, "d": d }));
             cases(options, |c| vec![tracked("a", &[c.size("a"), c.size("d")]), tracked("b", &[c.size("b"), c.size("d")])])
+                .large([json!({ "a": 90, "b": 4, "d": 24 })])
         },
         engine: |c| Tensor::cat(&[c.tensor("a"), c.tensor("b")]),
         dfdx: |mut s| {
@@ -77,13 +81,15 @@ inventory::submit! {
     OpOracle {
         name: "transpose",
         cases: || {
-            let options = (1usize..9, 1usize..9).prop_map(|(m, n)| json!({ "m": m, "n": n }));
-            cases(options, |c| vec![tracked("x", &[c.size("m"), c.size("n")])])
+            let options = (0usize..3, 1usize..9, 1usize..9);
+            let options = options.prop_map(|(batch, m, n)| json!({ "batch": batch, "m": m, "n": n }));
+            cases(options, |c| vec![tracked("x", &batched(c, [c.size("m"), c.size("n")]))])
+                .large([json!({ "batch": 2, "m": 70, "n": 24 })])
         },
         engine: |c| c.tensor("x").transpose(),
         dfdx: |mut s| {
-            let x = s.leaf("x", (s.size("m"), s.size("n"))).leaky_trace();
-            Some(s.is(x.permute::<(usize, usize), Axes2<1, 0>>()))
+            let x = s.leaf("x", (s.size("batch").max(1), s.size("m"), s.size("n"))).leaky_trace();
+            Some(s.is(x.permute::<(usize, usize, usize), Axes3<0, 2, 1>>()))
         },
     }
 }
@@ -99,6 +105,9 @@ inventory::submit! {
             cases(options, |c| {
                 vec![tracked("pixels", &[c.size("images"), c.size("channels"), c.size("height"), c.size("width")])]
             })
+            .large([(4, 12, 8), (8, 19, 24)].map(|(patch, height, width)| {
+                json!({ "images": 2, "channels": 3, "patch": patch, "height": height, "width": width })
+            }))
         },
         engine: |c| c.tensor("pixels").patchify(c.case().size("patch")),
         dfdx: |mut s| {
@@ -132,6 +141,9 @@ inventory::submit! {
                 let patches = tracked("patches", &[c.size("images") * c.size("patches"), d]);
                 vec![patches, tracked("prefix", &[c.size("prefix"), d]), tracked("mask_token", &[1, d])]
             })
+            .large([json!({
+                "images": 2, "patches": 6, "prefix": 3, "d": 240, "mask": [0, 1, 0, 0, 1, 1, 0, 0, 0, 1, 0, 1],
+            })])
         },
         engine: |c| {
             let mask = c.case().rows("mask");
@@ -166,6 +178,7 @@ inventory::submit! {
             cases(options, |c| {
                 vec![tracked("tokens", &[c.size("images") * (c.size("prefix") + c.size("patches")), c.size("d")])]
             })
+            .large([json!({ "images": 2, "patches": 40, "prefix": 3, "d": 24 })])
         },
         // Both results, one after the other.
         engine: |c| {
@@ -181,6 +194,22 @@ inventory::submit! {
             Some(s.is(picking(&order, b * tokens).matmul(x)))
         },
     }
+}
+
+/// The map of images of `from` rows and columns to images of `to`, by the share of an input in an output along one axis.
+fn resizing(
+    images: usize,
+    (from, to): (&[usize], &[usize]),
+    share: impl Fn(usize, usize, usize, usize) -> f64,
+) -> Taped {
+    let (n, m) = (from[0] * from[1], to[0] * to[1]);
+    constant(images * m, images * n, |o, i| {
+        if o / m != i / n {
+            return 0.0;
+        }
+        let (o, i) = (o % m, i % n);
+        share(o / to[1], i / from[1], from[0], to[0]) * share(o % to[1], i % from[1], from[1], to[1])
+    })
 }
 
 /// The share of input `i` in output `o` along one axis, as PyTorch's bicubic `interpolate` has it.
@@ -214,9 +243,14 @@ inventory::submit! {
     OpOracle {
         name: "resize_bicubic",
         cases: || {
-            let options = (1usize..7, 1usize..7, 1usize..7, 1usize..7, 1usize..3, any::<bool>())
-                .prop_map(|(h, w, h2, w2, d, a)| json!({ "from": [h, w], "to": [h2, w2], "d": d, "antialias": a }));
-            cases(options, |c| vec![tracked("x", &[1, c.indices("from").iter().product(), c.size("d")])])
+            let options = (1usize..3, 1usize..7, 1usize..7, 1usize..7, 1usize..7, 1usize..3, any::<bool>());
+            let options = options.prop_map(|(images, h, w, h2, w2, d, antialias)| {
+                json!({ "images": images, "from": [h, w], "to": [h2, w2], "d": d, "antialias": antialias })
+            });
+            cases(options, |c| vec![tracked("x", &[c.size("images"), c.indices("from").iter().product(), c.size("d")])]).large(
+                [([4, 5], false), ([3, 4], true)]
+                    .map(|(to, antialias)| json!({ "images": 2, "from": [8, 8], "to": to, "d": 24, "antialias": antialias })),
+            )
         },
         engine: |c| {
             let side = |key| c.case().indices(key);
@@ -225,12 +259,8 @@ inventory::submit! {
         },
         dfdx: |mut s| {
             let (from, to, d, antialias) = (s.indices("from"), s.indices("to"), s.size("d"), s.flag("antialias"));
-            let (n, m) = (from[0] * from[1], to[0] * to[1]);
-            let map = constant(m, n, |o, i| {
-                bicubic(o / to[1], i / from[1], from[0], to[0], antialias)
-                    * bicubic(o % to[1], i % from[1], from[1], to[1], antialias)
-            });
-            let x = s.leaf("x", (n, d)).leaky_trace();
+            let map = resizing(s.size("images"), (&from, &to), |o, i, from, to| bicubic(o, i, from, to, antialias));
+            let x = s.leaf("x", (s.size("images") * from[0] * from[1], d)).leaky_trace();
             Some(s.is(map.matmul(x)))
         },
     }
@@ -248,9 +278,11 @@ inventory::submit! {
     OpOracle {
         name: "resize_bilinear",
         cases: || {
-            let options = (1usize..7, 1usize..7, 1usize..7, 1usize..7, 1usize..3)
-                .prop_map(|(h, w, h2, w2, d)| json!({ "from": [h, w], "to": [h2, w2], "d": d }));
-            cases(options, |c| vec![tracked("x", &[1, c.indices("from").iter().product(), c.size("d")])])
+            let options = (1usize..3, 1usize..7, 1usize..7, 1usize..7, 1usize..7, 1usize..3).prop_map(
+                |(images, h, w, h2, w2, d)| json!({ "images": images, "from": [h, w], "to": [h2, w2], "d": d }),
+            );
+            cases(options, |c| vec![tracked("x", &[c.size("images"), c.indices("from").iter().product(), c.size("d")])])
+                .large([json!({ "images": 2, "from": [8, 8], "to": [3, 4], "d": 24 })])
         },
         engine: |c| {
             let side = |key| c.case().indices(key);
@@ -259,11 +291,8 @@ inventory::submit! {
         },
         dfdx: |mut s| {
             let (from, to, d) = (s.indices("from"), s.indices("to"), s.size("d"));
-            let (n, m) = (from[0] * from[1], to[0] * to[1]);
-            let map = constant(m, n, |o, i| {
-                triangle(o / to[1], i / from[1], from[0], to[0]) * triangle(o % to[1], i % from[1], from[1], to[1])
-            });
-            let x = s.leaf("x", (n, d)).leaky_trace();
+            let map = resizing(s.size("images"), (&from, &to), triangle);
+            let x = s.leaf("x", (s.size("images") * from[0] * from[1], d)).leaky_trace();
             Some(s.is(map.matmul(x)))
         },
     }
@@ -288,6 +317,10 @@ inventory::submit! {
             cases(options, |c| {
                 vec![fixed("pixels", &[c.size("images"), c.size("channels"), c.size("height"), c.size("width")])]
             })
+            .large([json!({
+                "images": 3, "channels": 3, "height": 12, "width": 19, "tile": 8, "tiles": 2,
+                "plan": [2, 3, 1, 0, 0, 0, 0, 1, 1, 11, 4, 2, 2, 9, 3, 3, 0, 5, 2, 1, 1, 0, 0, 0, 1, 2, 2, 2, 0, 1, 1, 3],
+            })])
         },
         engine: |c| {
             let plan = c.case().rows("plan");
