@@ -89,12 +89,14 @@ pub struct Keep {
     pub newest: usize,
     /// And those of steps that are multiples of this; 0: no others.
     pub every: u64,
+    /// Not that of this step, whose place the new one takes.
+    pub replaced: Option<u64>,
 }
 
 impl Keep {
     /// The newest alone.
     pub fn newest(newest: usize) -> Self {
-        Self { newest, every: 0 }
+        Self { newest, every: 0, replaced: None }
     }
 }
 
@@ -156,8 +158,10 @@ pub fn prune(run: &Path, step: u64, keep: Keep) -> Result<()> {
         list(run)?.into_iter().partition(|path| step_of(path).is_some_and(|(earlier, _)| earlier < step));
     let stale = other.into_iter().filter(|path| *path != target);
     let forever = |path: &PathBuf| step_of(path).is_some_and(|(s, _)| keep.every > 0 && s.is_multiple_of(keep.every));
-    let old = earlier.into_iter().rev().skip(keep.newest.max(1) - 1).filter(|path| !forever(path));
-    for old in stale.chain(old) {
+    let is_replaced = |path: &PathBuf| keep.replaced.is_some() && step_of(path).map(|(step, _)| step) == keep.replaced;
+    let (replaced, earlier): (Vec<_>, Vec<_>) = earlier.into_iter().partition(is_replaced);
+    let old = earlier.into_iter().rev().skip(keep.newest.max(1) - 1);
+    for old in stale.chain(replaced.into_iter().chain(old).filter(|path| !forever(path))) {
         remove(&old)?;
     }
     Ok(())
@@ -425,10 +429,25 @@ mod tests {
     fn one_in_so_many_steps_is_kept_beside_the_newest() {
         let run = tempfile::tempdir().unwrap();
         for step in [10, 20, 30, 40, 50, 60, 65] {
-            save(run.path(), &content(step), Keep { newest: 2, every: 20 }).unwrap();
+            save(run.path(), &content(step), Keep { every: 20, ..Keep::newest(2) }).unwrap();
         }
         let steps: Vec<u64> = list(run.path()).unwrap().iter().filter_map(|p| step_of(p)).map(|(s, _)| s).collect();
         assert_eq!(steps, [20, 40, 60, 65]);
+    }
+
+    #[test]
+    fn one_beside_those_that_are_kept_gives_its_place_to_the_next() {
+        let run = tempfile::tempdir().unwrap();
+        let kept = |step, newest, replaced| {
+            save(run.path(), &content(step), Keep { every: 40, replaced, ..Keep::newest(newest) }).unwrap();
+            list(run.path()).unwrap().iter().filter_map(|p| step_of(p)).map(|(s, _)| s).collect::<Vec<u64>>()
+        };
+        assert_eq!([10, 20].map(|step| kept(step, 2, None)), [vec![10], vec![10, 20]]);
+        assert_eq!(kept(25, 3, None), [10, 20, 25]);
+        assert_eq!(kept(28, 3, Some(25)), [10, 20, 28]);
+        assert_eq!(kept(30, 2, Some(28)), [20, 30]);
+        assert_eq!(kept(40, 3, None), [20, 30, 40]);
+        assert_eq!(kept(45, 3, Some(40)), [20, 30, 40, 45], "one that is kept for ever stays");
     }
 
     #[test]

@@ -69,6 +69,8 @@ pub enum Error {
     Run {
         /// What ended it.
         error: Box<Error>,
+        /// The step that it was at.
+        step: u64,
         /// Step, recipe, last metrics and the batch's samples.
         report: PathBuf,
     },

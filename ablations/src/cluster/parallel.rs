@@ -235,7 +235,7 @@ fn ended<'a>(
             let how = status.signal().map_or_else(|| format!("{status}"), |signal| format!("signal {signal}"));
             let error = format!("its process ended by {how}; what it said is in {}", worker.log.display());
             let mut budget = Budget::of(&plan.suite, &worker.dir)?;
-            if budget.next(&error, run.prepared.recipe())? == Next::Again {
+            if budget.next(&error, None, run.prepared.recipe())? == Next::Again {
                 board.say(&format!("{label}: failed, and is tried again: {error}"));
                 return Ok(Some(run));
             }

@@ -54,8 +54,9 @@ impl Prepared for Recipe {
     }
 
     fn run(&self, job: Job<'_>) -> Result<Outcome> {
-        let Job { out, resume, stop, watch } = job;
-        let options = RunOptions { out: out.to_path_buf(), resume, stop, revision: crate::REVISION.into() };
+        let Job { out, resume, stop, save_within, watch } = job;
+        let revision = crate::REVISION.into();
+        let options = RunOptions { out: out.to_path_buf(), resume, stop, revision, save_within };
         Ok(match train::run(&self.resolved, &options, &mut Watcher(watch))? {
             train::Outcome::Finished(_) => Outcome::Finished,
             train::Outcome::Interrupted { step } => Outcome::Interrupted { step },

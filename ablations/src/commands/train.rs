@@ -118,6 +118,7 @@ impl Run {
             resume: args.resume,
             stop: signals::stop_flag(),
             revision: crate::REVISION.into(),
+            save_within: None,
         };
         let expected = expectation::of(path, &resolved);
         Self { resolved, options, expected }

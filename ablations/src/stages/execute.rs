@@ -79,7 +79,7 @@ pub fn execute(planned: &[PlannedStage], stop: &Arc<AtomicBool>, progress: &Prog
         progress.begin(name);
         let mut watch = |event: Event<'_>| progress.watch(&event);
         let resume = before != Status::Pending;
-        let job = Job { out: dir, resume, stop: stop.clone(), watch: &mut watch };
+        let job = Job { out: dir, resume, stop: stop.clone(), save_within: None, watch: &mut watch };
         if let Outcome::Interrupted { step } = stage.prepared.run(job)? {
             progress.finish();
             return Ok(Some((name.clone(), step)));

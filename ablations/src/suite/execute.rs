@@ -219,8 +219,9 @@ fn one(
     let mut changed = None;
     loop {
         progress.begin(&label);
+        let how = How { resume, save_within: budget.save_within() };
         let (ended, dropped) =
-            under_rules(plan, changed.as_ref().unwrap_or(&run.prepared).as_ref(), &dir, resume, options, progress);
+            under_rules(plan, changed.as_ref().unwrap_or(&run.prepared).as_ref(), &dir, &how, options, progress);
         let error = match ended {
             Ok(Outcome::Finished) => break,
             Ok(Outcome::Interrupted { .. }) if dropped.is_some() => {
@@ -230,9 +231,11 @@ fn one(
                 tally.interrupted = Some((label, step));
                 return Ok(());
             }
-            Err(error) => error.to_string(),
+            Err(error) => error,
         };
-        let next = budget.next(&error, changed.as_ref().unwrap_or(&run.prepared).recipe())?;
+        let at = if let Error::Run { step, .. } = &error { Some(*step) } else { None };
+        let error = error.to_string();
+        let next = budget.next(&error, at, changed.as_ref().unwrap_or(&run.prepared).recipe())?;
         tally.lost_gpu = loses_the_gpu(&error).then_some(LostIn::Run);
         match next {
             Next::Again if options.stop.load(Ordering::Relaxed) => {
@@ -269,20 +272,32 @@ fn one(
     Ok(())
 }
 
+/// How a run goes on.
+struct How {
+    /// From its newest checkpoint, or from the beginning.
+    resume: bool,
+    /// See [`Job::save_within`].
+    save_within: Option<Duration>,
+}
+
 /// Runs what was prepared; if a rule of the suite ends it before its steps are done, with the reason.
 fn under_rules(
     plan: &Plan,
     prepared: &dyn Prepared,
     dir: &Path,
-    resume: bool,
+    how: &How,
     options: &ExecuteOptions,
     progress: &Progress,
 ) -> (Result<Outcome>, Option<String>) {
+    let How { resume, save_within } = *how;
     let rules = &plan.suite.drop;
     let mut dropped = None;
     if rules.is_empty() {
         let mut watch = |event: Event<'_>| progress.watch(&event);
-        return (prepared.run(Job { out: dir, resume, stop: options.stop.clone(), watch: &mut watch }), None);
+        return (
+            prepared.run(Job { out: dir, resume, stop: options.stop.clone(), save_within, watch: &mut watch }),
+            None,
+        );
     }
     // A rule ends this run; a signal ends all, and this one with them.
     let (own, done) = (Arc::new(AtomicBool::new(false)), AtomicBool::new(false));
@@ -302,7 +317,7 @@ fn under_rules(
         };
         // Whatever ends the run ends the thread.
         let ended = catch_unwind(AssertUnwindSafe(|| {
-            prepared.run(Job { out: dir, resume, stop: own.clone(), watch: &mut watch })
+            prepared.run(Job { out: dir, resume, stop: own.clone(), save_within, watch: &mut watch })
         }));
         done.store(true, Ordering::Relaxed);
         ended.unwrap_or_else(|payload| resume_unwind(payload))

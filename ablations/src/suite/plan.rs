@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::Arc;
+use std::time::Duration;
 
 use dinolab_core::recipe::is_within;
 use dinolab_core::resolved::Resolved;
@@ -55,6 +56,8 @@ pub struct Job<'a> {
     pub resume: bool,
     /// Set by signals: finish the step, save, and return.
     pub stop: Arc<AtomicBool>,
+    /// The most that its newest checkpoint ages, where that is less than its recipe says.
+    pub save_within: Option<Duration>,
     /// Told what happens.
     pub watch: &'a mut dyn FnMut(Event<'_>),
 }

@@ -2,6 +2,7 @@
 //! short. What was tried is written into the run's folder, from which the report tells it.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use dinolab_core::checkpoint::newest_step;
 use dinolab_core::files::write_file;
@@ -44,8 +45,11 @@ fn is_out_of_memory(error: &str) -> bool {
 }
 
 /// Further tries from one checkpoint of a run whose process lost its GPU. It need not be the run's fault: a card, a driver or a
-/// library may be to blame, and what comes of the next try has the same bits.
-const TRIES_FROM_A_STEP: usize = 3;
+/// library may be to blame, and what comes of the next try has the same bits. A run that lost it twice at one step has none left:
+/// the next try would end there as well.
+const TRIES_FROM_A_STEP: usize = 10;
+/// The most that the newest checkpoint of a run ages that lost its GPU before.
+const SAVE_WITHIN: Duration = Duration::from_secs(30);
 
 /// Whether an error leaves its process without a GPU: whatever runs next in it fails as well.
 pub(crate) fn loses_the_gpu(error: &str) -> bool {
@@ -83,6 +87,9 @@ pub struct Attempt {
     /// The newest checkpoint when it ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub step: Option<u64>,
+    /// The step at which it ended, as far as that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub at: Option<u64>,
     /// Whether the run was asked to be done again afterwards: it does not count.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub past: bool,
@@ -170,11 +177,16 @@ impl Budget {
         Ok(Self { dir: dir.to_path_buf(), policy: suite.on_out_of_memory, left, attempts })
     }
 
-    /// What follows `error` of a run of `recipe`. Takes it from the budget, and what a run that begins anew left.
+    /// The most that the newest checkpoint ages in the next try, where that is less than the recipe says.
+    pub(crate) fn save_within(&self) -> Option<Duration> {
+        self.attempts.iter().any(|a| a.lost_gpu && !a.past).then_some(SAVE_WITHIN)
+    }
+
+    /// What follows `error`, at step `at`, of a run of `recipe`. Takes it from the budget, and what a run that begins anew left.
     ///
     /// # Errors
     /// If the run's folder cannot be written.
-    pub(crate) fn next(&mut self, error: &str, recipe: &toml::Table) -> Result<Next> {
+    pub(crate) fn next(&mut self, error: &str, at: Option<u64>, recipe: &toml::Table) -> Result<Next> {
         if let Some(parts) = self.policy.shrinks(error).then(|| more_micro_batches(recipe)).flatten() {
             clear(&self.dir)?;
             self.record(Attempt { error: error.into(), micro_batches: Some(parts), ..Attempt::default() })?;
@@ -182,13 +194,15 @@ impl Budget {
             return Ok(Next::MoreMicroBatches(set.into()));
         }
         let step = newest_step(&self.dir)?;
-        let from_here = self.attempts.iter().filter(|a| a.lost_gpu && !a.past && a.step == step).count();
-        let lost_gpu = loses_the_gpu(error) && from_here < TRIES_FROM_A_STEP;
+        let lost = self.attempts.iter().filter(|a| a.lost_gpu && !a.past);
+        let from_here: Vec<&Attempt> = lost.filter(|a| a.step == step).collect();
+        let there_again = at.is_some() && from_here.last().is_some_and(|last| last.at == at);
+        let lost_gpu = loses_the_gpu(error) && from_here.len() < TRIES_FROM_A_STEP && !there_again;
         if !lost_gpu && self.left == 0 {
             return Ok(Next::Fails);
         }
         self.left -= usize::from(!lost_gpu);
-        self.record(Attempt { error: error.into(), lost_gpu, step, ..Attempt::default() })?;
+        self.record(Attempt { error: error.into(), lost_gpu, step, at, ..Attempt::default() })?;
         Ok(Next::Again)
     }
 
@@ -227,6 +241,27 @@ mod tests {
         let lost = "the GPU failed: cuMemcpyDtoHAsync: unspecified launch failure (CUDA_ERROR_LAUNCH_FAILED)";
         assert!(loses_the_gpu(lost) && !is_out_of_memory(lost));
         assert!(!loses_the_gpu("(CUDA_ERROR_OUT_OF_MEMORY)") && !loses_the_gpu("step 7: loss/dino is not finite"));
+    }
+
+    #[test]
+    fn a_gpu_that_is_lost_twice_at_one_step_is_the_runs_fault() {
+        let dir = tempfile::tempdir().unwrap();
+        let budget = || Budget {
+            dir: dir.path().to_path_buf(),
+            policy: OnOutOfMemory::Fail,
+            left: 0,
+            attempts: Attempt::read(dir.path()).unwrap(),
+        };
+        let lost = |at| budget().next("CUDA_ERROR_LAUNCH_FAILED", at, &toml::Table::new()).unwrap();
+        assert_eq!(budget().save_within(), None);
+        assert_eq!([Some(7), Some(3), Some(7), None, None].map(lost), [(); 5].map(|()| Next::Again));
+        assert_eq!(budget().save_within(), Some(SAVE_WITHIN));
+        assert_eq!([Some(8), Some(8)].map(lost), [Next::Again, Next::Fails]);
+        // Whatever the steps, a checkpoint is gone on from so often.
+        assert_eq!(
+            (10..15).map(|at| lost(Some(at))).filter(|next| *next == Next::Again).count(),
+            TRIES_FROM_A_STEP - 6
+        );
     }
 
     #[test]

@@ -78,7 +78,7 @@ pub(super) fn smoke(
             }
             progress.watch(&event);
         };
-        let job = Job { out: &out, resume: false, stop: options.stop.clone(), watch: &mut watch };
+        let job = Job { out: &out, resume: false, stop: options.stop.clone(), save_within: None, watch: &mut watch };
         match prepare(&run.base, &overrides).and_then(|p| p.run(job)) {
             Ok(Outcome::Interrupted { .. }) => return Ok(Tried::Stopped),
             Ok(Outcome::Finished) if run.arm == TRUNK => trunk_trial = Some((folder, lock)),

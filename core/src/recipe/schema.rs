@@ -410,8 +410,12 @@ impl Default for LogConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CheckpointConfig {
-    /// Steps between checkpoints; 0: only at the end and on interruption.
+    /// Steps between checkpoints; 0: only at the end, on interruption and after `minutes`.
     pub every: u64,
+    /// Minutes after which one is written besides, and takes the place of the last such: what a run loses at most that ends without
+    /// notice. Where writing takes long, it is a twentieth of the time at most. 0: none.
+    #[schemars(range(min = 0, max = 1_000_000))]
+    pub minutes: f64,
     /// Checkpoints kept, newest first.
     #[schemars(range(min = 1))]
     pub keep: usize,
@@ -429,7 +433,7 @@ impl CheckpointConfig {
 
 impl Default for CheckpointConfig {
     fn default() -> Self {
-        Self { every: 0, keep: 2, keep_every: 0 }
+        Self { every: 0, minutes: 10.0, keep: 2, keep_every: 0 }
     }
 }
 

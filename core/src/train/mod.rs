@@ -75,6 +75,8 @@ pub struct RunOptions {
     pub stop: Arc<AtomicBool>,
     /// The program's git revision, for the record.
     pub revision: String,
+    /// The most that the newest checkpoint ages, where that is less than the recipe's `checkpoint.minutes`.
+    pub save_within: Option<Duration>,
 }
 
 /// How a run ended.
@@ -309,6 +311,7 @@ fn run_on(
         went_back: false,
         window: Window::default(),
         saved: resumed.then_some(start),
+        aging: Aging::new(recipe.checkpoint.minutes, options.save_within),
         origin,
         at: start,
         batch: Vec::new(),
@@ -416,6 +419,7 @@ struct Run<'a> {
     seconds: f64,
     /// The step of the newest checkpoint.
     saved: Option<u64>,
+    aging: Aging,
     /// The step that the run began at: not 0 if it continues another.
     origin: u64,
     /// The step that is being done, and the images in its batch.
@@ -463,6 +467,8 @@ impl Run<'_> {
             }
             if stopped || recipe.checkpoint.is_due(done) || done == recipe.steps {
                 self.save(done)?;
+            } else if self.aging.is_over() {
+                self.save_besides(done)?;
             }
             if stopped {
                 return Ok(Some(Outcome::Interrupted { step: done }));
@@ -685,12 +691,27 @@ impl Run<'_> {
 
     /// Writes a checkpoint, unless there is one of this step, and removes those that are not kept.
     fn save(&mut self, step: u64) -> Result<()> {
+        self.save_and_keep(step, 0)?;
+        self.aging.besides = None;
+        Ok(())
+    }
+
+    /// Writes one that nobody asked for, beside those that are kept and in place of the last such.
+    fn save_besides(&mut self, step: u64) -> Result<()> {
+        self.save_and_keep(step, 1)?;
+        self.aging.besides = Some(step);
+        Ok(())
+    }
+
+    fn save_and_keep(&mut self, step: u64, more: usize) -> Result<()> {
+        let begin = Instant::now();
         let config = &self.recipe.checkpoint;
         let newest = match self.recipe.on_non_finite {
             OnNonFinite::Rewind(_) => rewind::kept(self.folder.path(), config.every, step, config.keep)?,
             _ => config.keep,
         };
-        let keep = checkpoint::Keep { newest, every: config.keep_every };
+        let replaced = self.aging.besides.filter(|besides| *besides != step);
+        let keep = checkpoint::Keep { newest: newest.saturating_add(more), every: config.keep_every, replaced };
         if self.saved == Some(step) {
             // A kill may have come between its writing and the removal of an older one.
             return checkpoint::prune(self.folder.path(), step, keep);
@@ -698,13 +719,14 @@ impl Run<'_> {
         self.log.sync()?;
         checkpoint::save(self.folder.path(), &self.learner.content(step)?, keep)?;
         self.saved = Some(step);
+        self.aging.saved(begin.elapsed());
         Ok(())
     }
 
     /// The error that ended the run, with the report that it leaves.
     fn report(&self, error: Error) -> Error {
         match self.crash(&error.to_string()) {
-            Some(report) => Error::Run { error: error.into(), report },
+            Some(report) => Error::Run { error: error.into(), step: self.at, report },
             None => error,
         }
     }
@@ -712,6 +734,32 @@ impl Run<'_> {
     fn crash(&self, message: &str) -> Option<PathBuf> {
         let samples: Vec<String> = self.batch.iter().map(|&index| self.data.describe(index)).collect();
         crash::write(&self.folder, self.resolved, &self.log, self.at, &samples, message)
+    }
+}
+
+/// When the newest checkpoint is so old that another is written.
+struct Aging {
+    most: Duration,
+    since: Instant,
+    /// How long the last one took to be written.
+    took: Duration,
+    /// The step of the last that was written for its age alone.
+    besides: Option<u64>,
+}
+
+impl Aging {
+    fn new(minutes: f64, within: Option<Duration>) -> Self {
+        let of_recipe = if minutes > 0.0 { Duration::from_secs_f64(60.0 * minutes) } else { Duration::MAX };
+        let most = of_recipe.min(within.unwrap_or(Duration::MAX));
+        Self { most, since: Instant::now(), took: Duration::ZERO, besides: None }
+    }
+
+    fn is_over(&self) -> bool {
+        self.since.elapsed() >= self.most.max(20 * self.took)
+    }
+
+    fn saved(&mut self, took: Duration) {
+        (self.since, self.took) = (Instant::now(), took);
     }
 }
 

@@ -118,7 +118,7 @@ fn trained(resolved: Resolved) -> Went {
     let out = folder.path().join("run");
     let stop = Arc::new(AtomicBool::new(false));
     std::thread::spawn(move || {
-        let options = RunOptions { out, resume: false, stop, revision: "fuzz".into() };
+        let options = RunOptions { out, resume: false, stop, revision: "fuzz".into(), save_within: None };
         let went = match catch_unwind(AssertUnwindSafe(|| train::run(&resolved, &options, &mut Silent))) {
             Err(payload) => Went::Failed(format!("panic: {}", thrown(payload.as_ref()))),
             Ok(Ok(Outcome::Finished(result))) if result.metrics.contains_key("loss/total") => Went::Trained,

@@ -23,7 +23,13 @@ fn student(folder: &Path, name: &str, dim: usize) -> Resolved {
 }
 
 fn options(out: &Path) -> RunOptions {
-    RunOptions { out: out.to_path_buf(), resume: false, stop: Arc::default(), revision: String::new() }
+    RunOptions {
+        out: out.to_path_buf(),
+        resume: false,
+        stop: Arc::default(),
+        revision: String::new(),
+        save_within: None,
+    }
 }
 
 fn teach(folder: &Path) {

@@ -81,7 +81,7 @@ fn a_run_that_always_loses_the_gpu_fails_and_the_others_go_on() {
     let attempt = format!("{{ \"error\": \"{failure}\", \"lost_gpu\": true }}");
     let dir = folder.path("out/arms/plain/seed-0");
     fs::create_dir_all(&dir).unwrap();
-    fs::write(dir.join("attempts.json"), format!("[{attempt}, {attempt}, {attempt}]")).unwrap();
+    fs::write(dir.join("attempts.json"), format!("[{}]", vec![attempt; 10].join(", "))).unwrap();
     folder.write("stop", "300");
     let Some(mut command) = ablate(&folder, "out", &["--smoke-steps", "0"]) else { return };
     let ended: Ended = command.output().expect("it starts").into();

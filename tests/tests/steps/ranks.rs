@@ -246,7 +246,8 @@ fn run(resolved: &Resolved, folder: &Path, world: usize, stop: Option<usize>) ->
             return None;
         }
         let lead = Lead::new(comm);
-        let options = RunOptions { out: folder.into(), resume: true, stop: flag, revision: String::new() };
+        let options =
+            RunOptions { out: folder.into(), resume: true, stop: flag, revision: String::new(), save_within: None };
         let ended = train::lead(resolved, &options, &lead, &mut Silent).unwrap_or_else(|e| panic!("{e}"));
         lead.end(7);
         Some(ended)
@@ -306,7 +307,7 @@ fn a_run_that_goes_back_does_so_on_all_ranks() {
             }
             let lead = Lead::new(comm);
             let out = temp.path().join(world.to_string());
-            let options = RunOptions { out, resume: true, stop: flag, revision: String::new() };
+            let options = RunOptions { out, resume: true, stop: flag, revision: String::new(), save_within: None };
             let ended = train::lead(&resolved, &options, &lead, &mut Silent).map(|_| String::new());
             lead.end(1);
             ended

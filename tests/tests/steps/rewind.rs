@@ -122,7 +122,8 @@ impl Observer for StopsAfter {
 /// Runs until `stop_after` steps are done, if it is not at its end before; gives what was said.
 fn run(resolved: &Resolved, out: &Path, stop_after: Option<u64>) -> Result<(Outcome, Vec<String>)> {
     let stop = Arc::new(AtomicBool::new(false));
-    let options = RunOptions { out: out.into(), resume: true, stop: stop.clone(), revision: String::new() };
+    let options =
+        RunOptions { out: out.into(), resume: true, stop: stop.clone(), revision: String::new(), save_within: None };
     let mut observer = StopsAfter { step: stop_after, stop, said: Vec::new() };
     train::run(resolved, &options, &mut observer).map(|outcome| (outcome, observer.said))
 }

@@ -482,3 +482,27 @@ fn a_signal_that_was_ignored_at_the_start_stays_ignored() {
     assert_eq!(ended.code, 0, "{}{}", ended.out, ended.err);
     assert!(ended.out.contains("finished 40 steps"), "{}", ended.out);
 }
+
+#[test]
+fn a_run_that_asks_for_no_checkpoints_loses_no_more_than_its_minutes() {
+    let folder = Folder::with_micro();
+    let train = |steps: u64, out: &str| {
+        let steps = format!("steps={steps}");
+        let checkpoints = "checkpoint={ minutes = 1e-7, keep = 1 }";
+        let args = ["train", "micro.toml", "--set", &steps, "--set", checkpoints, "--resume", "--out", out];
+        args.map(String::from)
+    };
+    let mut child = folder.start(&train(100_000, "killed").each_ref().map(String::as_str));
+    let all = || checkpoint::list(&folder.path("killed")).unwrap_or_default();
+    wait_until(&mut child, || !all().is_empty());
+    let first = all();
+    wait_until(&mut child, || all().last() != first.last());
+    child.kill().expect("it runs");
+    child.wait().expect("it ends");
+    let step = saved(&folder.path("killed"));
+    assert!(step > 0 && all().len() <= 2, "{:?}", all());
+    for out in ["killed", "whole"] {
+        folder.succeed(&train(step + 2, out).each_ref().map(String::as_str));
+    }
+    assert_same_weights(&folder, "killed", "whole", step + 2);
+}
