@@ -11,11 +11,13 @@ mod bounds;
 mod continued;
 mod declare;
 mod distillation;
+mod following;
 mod gpu;
 mod health;
 mod moments;
 mod optimizer;
 mod outputs;
+mod refusal;
 mod shared;
 mod sources;
 mod spikes;
@@ -52,18 +54,19 @@ use crate::recipe::{Precision, Recipe};
 use crate::registry::Chosen;
 use crate::rng::{Rng, Stream};
 use crate::scope;
-use crate::tensor::{catch_out_of_memory, first_non_finite, Tape};
+use crate::tensor::{catch_out_of_memory, Tape};
 use crate::{cuda, DType, Device, Error, Result, Tensor};
 
 use bounds::Reach;
 use distillation::TeacherModel;
+use following::follow;
 use gpu::{GpuStep, Kernels};
 pub(crate) use moments::Storage;
 pub(crate) use optimizer::Groups;
 use outputs::{next_state, StudentPass, TeacherPass};
+use refusal::{Limits, Refusal};
 use spikes::Spikes;
 use update::DeviceUpdate;
-use weights::Of;
 
 /// A model in training: weights, optimizer, losses and the teachers' policies.
 pub struct Learner {
@@ -126,23 +129,6 @@ pub struct Report {
 
 /// Added to the indices of what the backbone draws for views: a view more changes nothing that is drawn for other crops.
 const OF_VIEWS: u64 = 1 << 24;
-
-/// Why a step is not taken.
-enum Refusal {
-    /// This is not finite, or would not be.
-    NonFinite(String),
-    /// The total loss is above this.
-    Spike(f64),
-}
-
-/// What a step may be, decided before it is computed.
-#[derive(Clone, Copy, Debug)]
-struct Limits {
-    /// The longest clipped gradient.
-    gradient: f64,
-    /// The greatest total loss.
-    loss: f64,
-}
 
 impl Learner {
     /// A model as the recipe says, with weights at their start.
@@ -370,24 +356,6 @@ impl Learner {
         self.after_step(at, report, refusal, reach, follow)
     }
 
-    /// What a step at `at` may be so that everything stays finite, and what its update does at most.
-    fn limits(&mut self, at: At) -> Result<(Limits, Reach)> {
-        let reach = self.optimizer.reach(at, self.weights.updates(at));
-        let mut gradient = self.weights.bounds(&self.model)?.longest_gradient(reach);
-        if gradient < 0.0 {
-            // The bounds may have drifted from the numbers.
-            self.weights.forget_bounds();
-            gradient = self.weights.bounds(&self.model)?.longest_gradient(reach);
-        }
-        let loss = self.spikes.as_ref().map_or(f64::INFINITY, Spikes::limit);
-        Ok((Limits { gradient, loss }, reach))
-    }
-
-    /// The longest gradient of a sub-model, after clipping.
-    fn clipped(&self, report: &Report) -> f64 {
-        report.grad_norms.values().map(|&norm| self.optimizer.clip(norm) * norm).fold(0.0, f64::max)
-    }
-
     /// Ends a step that was taken, or refused: counts it, and lets the teachers follow.
     fn after_step(
         &mut self,
@@ -548,83 +516,6 @@ impl Learner {
         Ok(values)
     }
 
-    /// Why a step with this report is not taken, if it is not.
-    fn refusal(
-        &mut self,
-        at: At,
-        batches: &[Batch],
-        draws: &[Draws],
-        report: &Report,
-        marks: &[(String, f64)],
-        limits: Limits,
-    ) -> Result<Option<Refusal>> {
-        if let Some(what) = self.find_non_finite(at, batches, draws, report, marks)? {
-            return Ok(Some(Refusal::NonFinite(what)));
-        }
-        let gradient = self.clipped(report);
-        if gradient > limits.gradient {
-            let what = match limits.gradient < 0.0 {
-                true => "the update of the weights, by its rates and the size of the weights alone,".to_string(),
-                false => format!("the update of the weights by a gradient of length {gradient:.3e}"),
-            };
-            return Ok(Some(Refusal::NonFinite(what)));
-        }
-        let total = report.losses.get("loss/total").copied().unwrap_or(0.0);
-        Ok((total > limits.loss).then_some(Refusal::Spike(limits.loss)))
-    }
-
-    /// What was not finite, and the operation where it began: found by running the step again and watching.
-    fn find_non_finite(
-        &mut self,
-        at: At,
-        batches: &[Batch],
-        draws: &[Draws],
-        report: &Report,
-        marks: &[(String, f64)],
-    ) -> Result<Option<String>> {
-        let bad_mark = marks.iter().find(|(_, mark)| !mark.is_finite());
-        let bad_loss = report.losses.iter().find(|(_, v)| !v.is_finite());
-        let bad_norm = report.grad_norms.iter().find(|(_, v)| !v.is_finite());
-        let what = match (bad_loss, bad_norm, bad_mark) {
-            (Some((name, _)), ..) => name.clone(),
-            (None, Some((module, _)), _) => format!("the gradient of {module}"),
-            (None, None, Some((state, _))) => state.clone(),
-            (None, None, None) => return Ok(None),
-        };
-        // In the memory of the step, which is over: only the answers of recorded steps are kept there.
-        let _step = cuda::step_scope();
-        let mut grads = self.weights.take_grads();
-        let (result, first) =
-            first_non_finite(|| catch_out_of_memory(|| self.forward_backward(at, batches, draws, &mut grads, false)));
-        self.weights.grads = grads;
-        result?;
-        Ok(Some(match first {
-            Some(first) => format!("{what} (first: {first})"),
-            None => what,
-        }))
-    }
-
-    /// What the teachers' policies do before a step.
-    fn before_step(&mut self, at: At) -> Result<()> {
-        self.weights.follow(Of::Teacher, follow(self.teacher.before_step(at), at)?, &self.model)?;
-        self.follow_named(at, |policy| policy.before_step(at))
-    }
-
-    /// What the policies do after the update, which the EMA was part of.
-    fn follow_after(&mut self, at: At, follow: Follow) -> Result<()> {
-        if let Follow::Copy(_) = follow {
-            self.weights.follow(Of::Teacher, follow, &self.model)?;
-        }
-        self.follow_named(at, |policy| policy.after_step(at))
-    }
-
-    fn follow_named(&mut self, at: At, what: impl Fn(&dyn TeacherPolicy) -> Follow) -> Result<()> {
-        for (i, teacher) in self.named.iter().enumerate() {
-            self.weights.follow(Of::Named(i), follow(what(teacher.policy.as_ref()), at)?, &self.model)?;
-        }
-        Ok(())
-    }
-
     /// What the teacher, or without one the student, gives of normalised pixels `[B, 3, h, w]`, in evaluation, in host memory: what probes and
     /// pictures see.
     pub fn teacher_features(&self, pixels: &Tensor) -> Result<Features> {
@@ -651,18 +542,4 @@ pub(crate) fn named_teachers(recipe: &Recipe, model: &Declared) -> Result<Vec<Te
         Ok(Teacher { name: name.clone(), policy: entry.build(&mut ())? })
     };
     entries.map(built).collect()
-}
-
-/// What a policy wants at `at`.
-///
-/// # Errors
-/// If it asks for a mean whose weights are no shares: the teacher would leave the student's range.
-fn follow(follow: Follow, at: At) -> Result<Follow> {
-    match follow {
-        Follow::Ema { momentum } if !(0.0..=1.0).contains(&momentum) => Err(Error::user(
-            format!("the teacher's momentum is {momentum} at step {}", at.step),
-            "it is the share of the teacher that is kept: let its schedule stay in [0, 1]",
-        )),
-        follow => Ok(follow),
-    }
 }
