@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A Slurm of one machine for tests, as root and without systemd: `slurm.sh up FOLDER PORT`, `slurm.sh down FOLDER`.
 #
-# Everything lies under FOLDER (short: a socket's path has at most 108 characters) and listens on 127.0.0.1 alone.
+# Jobs of the partition `urgent` preempt those of `main`. Everything lies under FOLDER (short: a socket's path has at most 108 characters) and listens on 127.0.0.1 alone.
 # Commands of Slurm find it by SLURM_CONF=FOLDER/slurm.conf. No cgroups, no data base; arrays have at most three indexes.
 set -euo pipefail
 folder=$2
@@ -49,7 +49,10 @@ KillWait=10
 MinJobAge=300
 CompleteWait=0
 NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 1)) CPUs=2 State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=ALL Default=YES MaxTime=60 PriorityTier=1 GraceTime=20 State=UP
+PartitionName=urgent Nodes=ALL MaxTime=60 PriorityTier=2 State=UP
 CONF
     munged --key-file="$folder/munge/key" --socket="$folder/munge/socket" --pid-file="$folder/run/munged.pid" \
         --log-file="$folder/log/munged.log" --seed-file="$folder/munge/seed" --num-threads=2 --force 2> /dev/null

@@ -395,6 +395,17 @@ fn a_suite_on_slurm_gives_the_numbers_of_one_process_through_signals_and_second_
     assert_same_weights(&folder, &format!("long/{run}"), &format!("asked/{run}"), 800);
     slurm.wait(&folder, || slurm.queue().is_empty());
 
+    // Preempted, it saves within its grace time, waits in the queue and goes on.
+    slurm.ablate(&folder, "preempted", &["--on", "slurm", "--arms", "slow", "--seeds", "0", "--smoke-steps", "0"]);
+    slurm.wait(&folder, || folder.path(&format!("preempted/{run}/checkpoints")).exists());
+    slurm.ask("sbatch", &["--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]);
+    slurm.wait(&folder, || folder.path(&format!("preempted/{run}/result.json")).exists());
+    let log = folder.read(&format!("preempted/{run}/run.log"));
+    assert!(log.contains("SIGTERM: stops once all is saved"), "{log}");
+    assert!(folder.read(&format!("preempted/{run}/events.jsonl")).contains("\"resume\""));
+    assert_same_weights(&folder, &format!("long/{run}"), &format!("preempted/{run}"), 800);
+    slurm.wait(&folder, || slurm.queue().is_empty());
+
     // Cancelled, it saves and stays out of the queue.
     slurm.ablate(&folder, "ended", &["--on", "slurm", "--arms", "slow", "--seeds", "0", "--smoke-steps", "0"]);
     slurm.wait(&folder, || folder.path(&format!("ended/{run}/checkpoints")).exists());
