@@ -97,6 +97,14 @@ impl Error {
         }
     }
 
+    /// What ended a run, without the report that it left.
+    pub fn without_report(self) -> Self {
+        match self {
+            Self::Run { error, .. } => *error,
+            other => other,
+        }
+    }
+
     /// A shape error of `op`.
     pub fn shape(op: &'static str, problem: impl Into<String>) -> Self {
         Self::Shape { op, problem: problem.into() }

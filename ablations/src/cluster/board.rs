@@ -37,10 +37,16 @@ impl Board {
         Self { bars, suite }
     }
 
-    /// A process begins with something of so many steps.
-    pub(super) fn begin(&self, label: &str, steps: u64) -> Row {
-        let bar = self.bars.add(ProgressBar::new(steps)).with_prefix(label.to_string());
-        bar.set_style(bar_style("  {prefix} [{bar:30.green/dim}] {pos}/{len} steps, {eta} left  {msg}"));
+    /// A process begins with something of so many steps, as far as that is known.
+    pub(super) fn begin(&self, label: &str, steps: Option<u64>) -> Row {
+        let (bar, style) = match steps {
+            Some(steps) => {
+                (ProgressBar::new(steps), "  {prefix} [{bar:30.green/dim}] {pos}/{len} steps, {eta} left  {msg}")
+            }
+            None => (ProgressBar::no_length(), "  {prefix} {pos} steps  {msg}"),
+        };
+        let bar = self.bars.add(bar).with_prefix(label.to_string());
+        bar.set_style(bar_style(style));
         bar.tick();
         Row { bar, pulse: Pulse::default() }
     }
@@ -51,12 +57,13 @@ impl Board {
         let text = loss.map_or(String::new(), |loss| format!("loss {loss:.3}"));
         row.bar.set_position(step);
         row.bar.set_message(text.clone());
-        let steps = row.bar.length().unwrap_or(step);
+        let steps = row.bar.length();
         if self.suite.is_hidden() {
-            if let Some(left) = row.pulse.due(step, steps) {
+            if let Some(left) = row.pulse.due(step, steps.unwrap_or(step)) {
                 let (done, runs) = (self.suite.position(), self.suite.length().unwrap_or(0));
+                let (of, left) = steps.map_or_else(Default::default, |n| (format!(" of {n}"), format!(", {left}")));
                 let run = row.bar.prefix();
-                style::line(&format!("{run}: step {step} of {steps}: {text}, {left}; {done} of {runs} runs done"));
+                style::line(&format!("{run}: step {step}{of}: {text}{left}; {done} of {runs} runs done"));
             }
         }
     }

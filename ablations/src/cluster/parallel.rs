@@ -64,7 +64,7 @@ impl<'a> Pool<'a> {
         let slot = self.free().expect("whoever starts a process has looked for a slot");
         let (label, run) = what;
         let steps = run.and_then(|run| run.prepared.recipe().get("steps")?.as_integer());
-        let row = self.board.begin(&label, steps.and_then(|steps| u64::try_from(steps).ok()).unwrap_or(0));
+        let row = self.board.begin(&label, steps.and_then(|steps| u64::try_from(steps).ok()));
         let child = self.slots[slot].start(arguments, &log)?;
         self.workers.push(Worker { child, slot, label, run, dir, log, row });
         Ok(())

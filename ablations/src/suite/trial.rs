@@ -79,7 +79,9 @@ pub(super) fn smoke(
             progress.watch(&event);
         };
         let job = Job { out: &out, resume: false, stop: options.stop.clone(), save_within: None, watch: &mut watch };
-        match prepare(&run.base, &overrides).and_then(|p| p.run(job)) {
+        // The report of an error goes with the folder.
+        let ended = prepare(&run.base, &overrides).and_then(|p| p.run(job)).map_err(Error::without_report);
+        match ended {
             Ok(Outcome::Interrupted { .. }) => return Ok(Tried::Stopped),
             Ok(Outcome::Finished) if run.arm == TRUNK => trunk_trial = Some((folder, lock)),
             Ok(Outcome::Finished) => {
