@@ -35,7 +35,7 @@ enum Command {
     Ablate(commands::ablate::Args),
     /// Train a recipe, or go on with a run.
     Train(commands::train::Args),
-    /// Run stages that go on from each other: pretraining, Gram anchoring, high resolution.
+    /// Run a chain of stages, each continuing from the previous one: pretraining, Gram anchoring, high resolution.
     Stages(commands::stages::Args),
     /// Show the report of a run or a suite in a browser while it runs.
     Watch(commands::watch::Args),
@@ -45,15 +45,16 @@ enum Command {
     Export(commands::export::Args),
     /// Time the training step and the data pipeline of a recipe.
     Bench(commands::bench::Args),
-    /// See what trained weights see in images: features, pictures, a page to click in.
+    /// Visualize what trained weights see in images: features, pictures, an interactive page.
     Features(commands::features::Args),
     /// Score trained weights on a dataset by probes, at several image sizes.
     Eval(commands::eval::Args),
-    /// Check the GPU engine: driver, libraries, kernels, operations and a step against the CPU; under a launcher, what joins processes.
+    /// Check the GPU engine: driver, libraries, kernels, operations and a step against the CPU; under a launcher (mpirun, srun), also
+    /// the communication between processes.
     Doctor(commands::doctor::Args),
-    /// Run a step again that was captured because something was not finite.
+    /// Run a captured step again. Steps are captured when a value is not finite.
     Replay(commands::replay::Args),
-    /// Make a plugin of your own: a crate that works, to be changed.
+    /// Create your own plugin: a working crate that you then change.
     #[command(subcommand)]
     New(commands::new::Command),
     /// Check values and gradients of operations and losses on random cases.

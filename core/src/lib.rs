@@ -1,10 +1,11 @@
-//! The engine room of dinolab: what every plugin and every program is built from.
+//! The core library of dinolab: every plugin and every program is built on it.
 //!
-//! Data flows one way: a [`recipe`] names plugins, the [`registry`] builds them, [`resolved`] holds the recipe against the model
-//! that it declares, [`data`] makes a batch, the [`step`] runs teacher, student and losses, the [`tensor`] tape goes backward,
-//! the optimizer updates flat [`params`], teacher policies follow, and [`train`] logs and checkpoints.
+//! Data flows one way: a [`recipe`] names plugins, the [`registry`] builds them, [`resolved`] checks the recipe against the
+//! model that it declares, [`data`] makes a batch, the [`step`] runs teacher, student and losses, the [`tensor`] tape computes
+//! the gradients, the optimizer updates flat [`params`], teacher policies update the teachers, and [`train`] writes logs and
+//! checkpoints.
 //!
-//! No two of these modules use each other; a test of the workspace holds them to it.
+//! No two of these modules depend on each other; a workspace test enforces this.
 //!
 //! This crate knows no plugin by name: backbones, position encodings, losses, schedulers, teacher policies,
 //! datasets, augmentations, maskings, probes and optimizers are implementations of the traits in [`contract`], registered with

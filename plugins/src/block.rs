@@ -11,12 +11,13 @@ use crate::mask_sizes::Shares;
 plugin!(default Masking, "block", Block);
 
 /// Rectangular blocks, until a share of the patches is masked: BEiT's sampler (Bao et al., arXiv:2106.08254, algorithm 1)
-/// as DINOv2 and DINOv3 have it. It is what a recipe has that names no masking.
+/// as DINOv2 and DINOv3 have it. It is the default masking of a recipe.
 ///
 /// `int(crops * probability)` of the global crops of a batch are masked, chosen at random; their ratios of masked patches
-/// are spread evenly over `ratio`, so every batch has the same number of masked patches. In a crop, blocks of random area,
-/// aspect and place are added until its number is reached or a block finds no place; single patches, drawn uniformly, fill
-/// the rest. A block adds at most half of the rows, rounded down, times the columns.
+/// are spread evenly over `ratio`, so every batch has the same number of masked patches. In each crop, blocks of random
+/// area, aspect and position are added until its number of masked patches is reached or no position is found for a block;
+/// the rest is filled with single patches, drawn uniformly. A block adds at most half of the rows, rounded down, times the
+/// columns.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Block {
@@ -34,7 +35,7 @@ pub struct Block {
     /// Aspect ratio of a block, height over width, log-uniform in [least, most].
     #[schemars(inner(range(min = 0.01, max = 100)), extend("x-ascending" = true))]
     pub aspect: [f64; 2],
-    /// Places tried for a block before blocks are given up.
+    /// Positions tried for a block before the sampler stops adding blocks.
     #[schemars(range(min = 1, max = 1000))]
     pub tries: usize,
 }

@@ -29,10 +29,9 @@ const PART: f64 = 0.6;
 /// for anyone who has cut-outs.
 ///
 /// A cut-out is a PNG, WebP or GIF that is transparent around the object; the sub-folder that it lies in is its class. Every object has a
-/// distance, drawn evenly from 1 to 3 metres: it is pasted over what is farther, and as large as is seen from there. Objects are
-/// turned and mirrored, and backgrounds cut anew, at random. The mask is exact: the class of the object that covers more than half
-/// of a pixel (0: background); the depth is its distance (background: 4). The label is the class of the object of which most is
-/// visible.
+/// distance, drawn uniformly from 1 to 3 metres: nearer objects cover farther ones and look larger. Objects are turned and mirrored, and
+/// backgrounds cut anew, at random. The mask is exact: the class of the object that covers more than half of a pixel (0: background); the
+/// depth is its distance (background: 4). The label is the class of the object of which most is visible.
 ///
 /// Held-out scenes are composed of cut-outs and photographs that no scene to train on has, the same ones for every seed. A scene is a pure
 /// function of the run's seed and its index.

@@ -12,9 +12,9 @@ use crate::ema::Ema;
 /// A trained model that stays as it is and gives the targets: distillation, the way DINOv3's smaller models came about
 /// (arXiv:2508.10104, section 5.2).
 ///
-/// Backbone and heads are those of the run's own recipe, so a small student may learn from a large teacher; patch size and
-/// prototypes must be the same. Weights without heads, as they are published, teach by `feature_distillation`. What is
-/// evaluated is the exponential moving average of the student.
+/// The teacher's backbone and heads are built from the recipe of its own run, so a small student can learn from a large
+/// teacher; patch size and number of prototypes must be the same. Weights without heads, as they are published, teach by
+/// `feature_distillation`. What is evaluated is the exponential moving average of the student.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Frozen {

@@ -16,9 +16,9 @@ pub enum Tokens {
     /// All patches.
     #[default]
     All,
-    /// Those that the student saw masked, over the whole batch.
+    /// Patches that were masked for the student, over the whole batch.
     Masked,
-    /// Those that it saw, over the whole batch.
+    /// Patches that the student saw, over the whole batch.
     Unmasked,
 }
 
@@ -53,9 +53,9 @@ pub struct Gram {
     pub tokens: Tokens,
     /// Log the loss on masked and on unmasked patches beside it.
     pub log_parts: bool,
-    /// Log as `health/gram/drift` how far the targets are from those that the EMA teacher of the moment would give: the same
-    /// mean squared difference, between the Gram matrices of the two teachers. It grows from one refresh to the next, and is
-    /// what a refresh changes.
+    /// Log, as `health/<loss>/drift`, how far the targets are from the targets that the current EMA teacher would give: the
+    /// same mean squared difference, between the Gram matrices of the two teachers. It grows between refreshes and shows how
+    /// much a refresh changes the targets.
     pub log_drift: bool,
     /// The teacher with which the student is compared: the name of its table, `[teachers.<name>]`.
     pub teacher: String,

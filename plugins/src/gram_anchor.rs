@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 /// A snapshot of the EMA teacher or a checkpoint, refreshed from the EMA teacher at set steps: the Gram teacher of
 /// DINOv3 (arXiv:2508.10104, section 4).
 ///
-/// All moments are steps "before" which something happens: with `first_step = 100` the snapshot is that of the EMA
-/// teacher after 100 steps, and step 100 is the first to use it.
+/// Every step number means "just before this step": with `first_step = 100` the snapshot is taken from the EMA teacher
+/// after 100 steps, and step 100 is the first to use it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct GramAnchor {
@@ -21,7 +21,7 @@ pub struct GramAnchor {
     /// The first step that uses this teacher; before it, it costs nothing. With `source = "ema"` the snapshot is taken
     /// just before this step.
     pub first_step: u64,
-    /// Later replacements by the EMA teacher of that moment; by default none.
+    /// When the snapshot is replaced by the current EMA teacher; by default never.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub refresh: Option<Refresh>,
     /// Side in pixels of its own, larger crops; by default it sees the student's global crops.
@@ -55,7 +55,8 @@ pub struct Refresh {
     /// The first step that uses refreshed weights; by default `first_step + every`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub first: Option<u64>,
-    /// The most refreshes in a run; by default no limit. 0: none, for an arm of a suite whose recipe has some.
+    /// Maximum number of refreshes in a run; by default no limit. 0: none; it lets an arm of a suite turn off
+    /// refreshes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub at_most: Option<u64>,
 }

@@ -14,10 +14,11 @@ use crate::probe_data::{draw_two, Features, Look};
 /// Classification by a linear head on frozen CLS features.
 ///
 /// Multinomial logistic regression from standardised CLS features to labels, with an L2 penalty, is fitted by L-BFGS. The
-/// penalty is the one of `penalties` that is right most often on a part of the training images that is left out of the
-/// fit, the greatest of equals; then all of them are fitted with it (the protocol of DINOv2, arXiv:2304.07193, section 7.1,
-/// for logistic regression). Scores: `top1`, the share of test images whose own class has the greatest logit; with more than
-/// five classes `top5`, the share whose own is among the five greatest; and in detail the `penalty` that was chosen.
+/// penalty is chosen from `penalties`: the one with the best accuracy on a part of the training images that is left out of
+/// the fit (of equal ones, the greatest). Then all training images are fitted with it (the protocol of DINOv2,
+/// arXiv:2304.07193, section 7.1, for logistic regression). Scores: `top1`, the share of test images whose own class has the
+/// greatest logit; with more than five classes `top5`, the share whose own is among the five greatest; and in detail the
+/// `penalty` that was chosen.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct LinearClassification {

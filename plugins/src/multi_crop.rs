@@ -11,12 +11,12 @@ use serde::{Deserialize, Serialize};
 plugin!(default Augmentation, "multi_crop", MultiCrop, Planner::build);
 
 /// Random resized crops with colour jitter, blur and solarisation: DINO's multi-crop (Caron et al., arXiv:2006.09882 and
-/// arXiv:2104.14294, with BYOL's distortions, arXiv:2006.07733, appendix B) as DINOv2 and DINOv3 have it. It is what a recipe
-/// has that names no augmentation.
+/// arXiv:2104.14294, with BYOL's distortions, arXiv:2006.07733, appendix B) as DINOv2 and DINOv3 have it. It is the default
+/// augmentation of a recipe.
 ///
 /// A crop is a box of the image, whose area and aspect ratio are random, resized to the crop's size; then mirrored, jittered
 /// in brightness, contrast, saturation and hue in random order, made grey, blurred and solarised, each with its probability.
-/// Lists of three are of the first global crop, the second, and local ones.
+/// Lists of three: first global crop, second global crop, local crops.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct MultiCrop {
@@ -29,7 +29,8 @@ pub struct MultiCrop {
     /// Aspect ratio of a crop's box, width over height, log-uniform in [least, most].
     #[schemars(inner(range(min = 0.01, max = 100)), extend("x-ascending" = true))]
     pub aspect: [f64; 2],
-    /// Boxes tried before the largest central one of a permitted ratio is taken: boxes may stick out of the image.
+    /// Random boxes tried before falling back to the largest central box of a permitted ratio: a box that extends
+    /// beyond the image is rejected.
     #[schemars(range(min = 1, max = 1000))]
     pub tries: usize,
     /// Whether crops are mirrored.
@@ -47,8 +48,8 @@ pub struct MultiCrop {
     /// Brightness is multiplied by a factor in 1 plus or minus this.
     #[schemars(range(min = 0, max = 1))]
     pub brightness: f64,
-    /// Distances to the mean grey are multiplied by a factor in 1 plus or minus this; of images that are not RGB, distances to the mean
-    /// of all values of all channels.
+    /// Distances to the mean grey are multiplied by a factor in 1 plus or minus this. For images that are not RGB, the mean of all
+    /// values of all channels is used instead.
     #[schemars(range(min = 0, max = 1))]
     pub contrast: f64,
     /// Distances to the pixel's grey are multiplied by a factor in 1 plus or minus this. For RGB only: 0 with another number of
@@ -72,7 +73,8 @@ pub struct MultiCrop {
     /// Probability that a crop is solarised: [first global, second global, local].
     #[schemars(inner(range(min = 0, max = 1)))]
     pub solarize: [f64; 3],
-    /// Solarisation inverts values of at least this many, of 0 to 255; of 16 bits, of at least 257 times as many.
+    /// Solarisation inverts values of at least this threshold, in 0 to 255; for 16-bit images the threshold is 257
+    /// times as large.
     #[schemars(range(min = 0, max = 255))]
     pub solarize_threshold: u8,
 }

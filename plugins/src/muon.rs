@@ -21,18 +21,18 @@ use serde::{Deserialize, Serialize};
 /// 4), gives a direction the size of AdamW's, so that AdamW's learning rate and weight decay carry over:
 /// `torch.optim.Muon` with `match_rms_adamw`. In a bf16 step the iteration is in bf16.
 ///
-/// A hidden matrix is declared with two axes, with weight decay, without a role, and not with the embeddings: the maps of
-/// attention and MLPs, in blocks and heads. Matrices that lie in one parameter, as queries, keys and values do, are made
-/// orthogonal one by one. Patch embeddings, tokens, maps to prototypes, classes and pixels, convolutions, norms and biases
-/// are left to AdamW. Moments are `exp_avg`, which is the momentum of a matrix, and `exp_avg_sq`, which a matrix leaves at
-/// zero.
+/// A hidden matrix is a parameter with two axes and weight decay that has no special role and is not an embedding: the
+/// linear layers of attention and MLPs, in blocks and heads. Matrices that lie in one parameter, as queries, keys and
+/// values do, are made orthogonal one by one. Patch embeddings, tokens, maps to prototypes, classes and pixels,
+/// convolutions, norms and biases are left to AdamW. The moments are `exp_avg`, which holds the momentum of a matrix, and
+/// `exp_avg_sq`, which stays zero for matrices.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Muon {
     /// Share of a matrix's momentum that stays.
     #[schemars(extend("minimum" = 0, "exclusiveMaximum" = 1))]
     pub momentum: Schedule,
-    /// Whether the gradient is taken where the momentum leads to.
+    /// Whether to use Nesterov momentum.
     pub nesterov: bool,
     /// Newton-Schulz iterations.
     #[schemars(range(min = 1, max = 100))]

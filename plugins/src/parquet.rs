@@ -27,19 +27,19 @@ const HELP: &str = "copy or download the file again, or leave it out";
 /// Images in local Parquet files, in the layout of Hugging Face datasets.
 ///
 /// An image is a cell of a column that holds files: a struct of `bytes` and `path`, or bytes alone. It is read as `image_folder`
-/// reads a file. The columns and the names of the classes are those that the files' own description (`huggingface`) says,
-/// unless keys name others. Labels are whole numbers, those below 0 none, or text: without names the classes are all labels.
+/// reads a file. Columns and class names come from the files' metadata (`huggingface`), unless recipe keys set them. A label is
+/// a whole number (below 0: no label) or text. Without class names, the distinct labels are the classes.
 ///
-/// What is compressed, is so by Snappy (as Hugging Face does). Tables and labels are read once at the start; then an image is read
-/// from its place, so that images are shuffled across all files and a run resumes exactly.
+/// Compressed columns must use Snappy (as Hugging Face does). Metadata and labels are read once at the start. After that, each
+/// image is read directly from its position, so that images are shuffled across all files and a run resumes exactly.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ParquetConfig {
     /// The files: a `.parquet` file, several by brace expansion, such as `train-{00000..00004}-of-00005.parquet`, or a folder of
-    /// them. In a folder `train-*` is trained on and `validation-*` or `test-*` held out, where both are there.
+    /// them. If a folder has both, `train-*` is the training data and `validation-*` or `test-*` is held out.
     #[schemars(extend("format" = "path"))]
     pub path: PathBuf,
-    /// Other files, whose images are held out for probes in place of a share of these.
+    /// Other files whose images are held out for probes, instead of a share of the images in `path`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("format" = "path"))]
     pub val: Option<PathBuf>,
@@ -47,10 +47,10 @@ pub struct ParquetConfig {
     #[serde(default = "crate::image_folder::default_held_out")]
     #[schemars(extend("minimum" = 0, "exclusiveMaximum" = 1))]
     pub held_out: f64,
-    /// The column of images. By default the first that is described as one, or `image`, or `img`.
+    /// The column of images. By default the first column that the metadata describe as images, or `image`, or `img`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<String>,
-    /// The column of labels. By default the first that is described as one, or `label` where it is there.
+    /// The column of labels. By default the first column that the metadata describe as labels, or `label` if it exists.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub label: Option<String>,
     /// Names of the classes, in order: labels are their numbers or the names.
@@ -63,17 +63,17 @@ pub struct ParquetConfig {
     #[serde(default)]
     #[schemars(extend("x-with" = { "masks": null }))]
     pub mask: MaskConfig,
-    /// Channels of an image. 3 makes RGB of whatever a file holds; of any other number every file has to have as many. `crops.mean`
-    /// and `crops.std` have a number for each.
+    /// Channels of an image. With 3, every file is converted to RGB; with any other number, every file must have exactly this many
+    /// channels. `crops.mean` and `crops.std` need one number per channel.
     #[serde(default = "crate::image_folder::default_channels")]
     #[schemars(range(min = 1, max = 1024))]
     pub channels: usize,
-    /// Bits of a value that are kept: 8 rounds files of 16 bits to 8, 16 keeps them as they are; files of 8 bits stay so. By default 8
-    /// for 3 channels and 16 for any other number.
+    /// Bits per value: 8 rounds 16-bit files to 8 bits, 16 keeps them unchanged; 8-bit files stay 8-bit. Default: 8 for 3 channels, 16
+    /// for any other number of channels.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("enum" = [8, 16]))]
     pub bits: Option<u8>,
-    /// The colour that transparent images lie on: red, green and blue, 0 to 255.
+    /// Background colour for transparent images: red, green and blue, 0 to 255.
     #[serde(default = "crate::image_folder::default_background")]
     #[schemars(extend("x-with" = { "channels": 3 }))]
     pub background: [u8; 3],

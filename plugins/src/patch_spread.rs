@@ -13,8 +13,8 @@ use crate::probe_data::{draw_test, Look};
 ///
 /// The variance of the L2-normalised patch features x of image b and place p, cut in two by the law of total variance. Scores:
 /// `within = mean_b (1 - |mean_p x_bp|^2)`, how much the patches of an image differ from each other; `total = 1 - |mean_bp x_bp|^2`,
-/// how much all patches do; `share = within / total`. When patches take on what the whole image is, `within` and `share` fall
-/// while `total` need not. JEM (Meta, 2026) watches a patch spread; its exact form was not found in public, so this is one
+/// how much all patches do; `share = within / total`. When all patches of an image take on its global content, `within` and `share`
+/// fall, but `total` need not fall. JEM (Meta, 2026) watches a patch spread; its exact form was not found in public, so this is one
 /// of this project's own, which needs no label and no constant.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]

@@ -26,8 +26,8 @@ pub struct HeadConfig {
     pub layers: usize,
     /// Whether these layers have a bias.
     pub bias: bool,
-    /// Standard deviation of the prototypes at the start. With the reference's 0.02 logits begin near zero and targets
-    /// near uniform, and it takes thousands of steps until they are not; short runs begin with more.
+    /// Standard deviation of the prototypes at the start. With the reference's 0.02, logits start near zero and targets
+    /// start near uniform, and it takes thousands of steps to leave that state; short runs use a larger value.
     #[schemars(extend("exclusiveMinimum" = 0, "maximum" = 2))]
     pub prototype_std: f64,
 }

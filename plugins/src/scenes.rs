@@ -37,11 +37,12 @@ pub struct ScenesConfig {
     /// Classes of objects: disc, square, triangle, star, ring, cross, crescent, arrow; at most 8.
     #[schemars(range(min = 1, max = 8))]
     pub classes: usize,
-    /// How much texture tells: the chance that an object wears the pattern of its class rather than any.
+    /// How much texture tells about the class: the probability that an object has the pattern of its class instead of a
+    /// random one.
     #[schemars(range(min = 0, max = 1))]
     pub texture_cue: f64,
-    /// Whether there is an up, as in photographs: objects lean by at most 20 degrees, and light comes from above, give
-    /// or take as much. Otherwise both have any direction.
+    /// Whether scenes have an up direction, as photographs do: objects are rotated by at most 20 degrees, and light
+    /// comes from above within the same range. Otherwise both directions are random.
     pub upright: bool,
 }
 

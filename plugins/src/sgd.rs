@@ -26,7 +26,7 @@ pub struct Sgd {
     /// Share of the last direction that stays.
     #[schemars(extend("minimum" = 0, "exclusiveMaximum" = 1))]
     pub momentum: Schedule,
-    /// Whether the gradient is taken where the momentum leads to.
+    /// Whether to use Nesterov momentum.
     pub nesterov: bool,
 }
 

@@ -21,20 +21,20 @@ const MOST_LABEL: u64 = 1 << 20;
 /// Images in local tar shards, as WebDataset writes them.
 ///
 /// Members whose names are equal up to the first dot are one sample: `000017.jpg` and `000017.cls`. The image is read as `image_folder`
-/// reads a file. Its label is what `.cls` says, a number or a name, or a key of `.json`; its mask, if `masks` says so, a member such as
-/// `000017.mask.png`; of other members nothing is read. The classes are all labels, numbers in their order, texts in that of the
-/// alphabet, unless `classes` names them.
+/// reads a file. Its label is the content of `.cls` (a number or a name) or a key of `.json`. If `masks` is set, its mask is a member
+/// such as `000017.mask.png`. Other members are ignored. By default the distinct labels are the classes: numbers in ascending order,
+/// texts in alphabetical order. `classes` overrides this.
 ///
-/// Headers of all shards are read once at the start; then an image is read from its place, so that images are
-/// shuffled across all shards as those of a folder are, and a run resumes exactly. A shard that is cut short or damaged is
-/// named with the member and refused.
+/// The headers of all shards are read once at the start. After that, each image is read directly from its position, so
+/// that images are shuffled across all shards, as in a folder, and a run resumes exactly. A truncated or damaged shard is
+/// an error that names the shard and the member.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct WebdatasetConfig {
     /// The shards: a `.tar` file, a folder of them, or several by brace expansion, such as `train-{000000..000146}.tar`.
     #[schemars(extend("format" = "path"))]
     pub path: PathBuf,
-    /// Other shards, whose images are held out for probes in place of a share of these.
+    /// Other shards whose images are held out for probes, instead of a share of the images in `path`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("format" = "path"))]
     pub val: Option<PathBuf>,
@@ -48,24 +48,24 @@ pub struct WebdatasetConfig {
     /// Names of the classes, in order: labels are their numbers or the names.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub classes: Vec<String>,
-    /// How the names of masks end after the first dot, such as `mask.png`: PNG, indexed or grey, with the class of every pixel.
+    /// Name of the mask members after the first dot, such as `mask.png`: PNG, indexed or grey, with the class of every pixel.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub masks: Option<String>,
     /// What the values of masks mean.
     #[serde(default)]
     #[schemars(extend("x-with" = { "masks": null }))]
     pub mask: MaskConfig,
-    /// Channels of an image. 3 makes RGB of whatever a file holds; of any other number every file has to have as many. `crops.mean`
-    /// and `crops.std` have a number for each.
+    /// Channels of an image. With 3, every file is converted to RGB; with any other number, every file must have exactly this many
+    /// channels. `crops.mean` and `crops.std` need one number per channel.
     #[serde(default = "crate::image_folder::default_channels")]
     #[schemars(range(min = 1, max = 1024))]
     pub channels: usize,
-    /// Bits of a value that are kept: 8 rounds files of 16 bits to 8, 16 keeps them as they are; files of 8 bits stay so. By default 8
-    /// for 3 channels and 16 for any other number.
+    /// Bits per value: 8 rounds 16-bit files to 8 bits, 16 keeps them unchanged; 8-bit files stay 8-bit. Default: 8 for 3 channels, 16
+    /// for any other number of channels.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("enum" = [8, 16]))]
     pub bits: Option<u8>,
-    /// The colour that transparent images lie on: red, green and blue, 0 to 255.
+    /// Background colour for transparent images: red, green and blue, 0 to 255.
     #[serde(default = "crate::image_folder::default_background")]
     #[schemars(extend("x-with" = { "channels": 3 }))]
     pub background: [u8; 3],

@@ -43,7 +43,7 @@ pub struct Args {
     set: Vec<String>,
     #[command(flatten)]
     device: DeviceArgs,
-    /// Steps that every arm is tried for before any run; 0: no trial
+    /// Number of trial steps of every arm before the first run; 0: no trial
     #[arg(long, default_value_t = 2, value_name = "STEPS")]
     smoke_steps: u64,
     /// End at the first run that fails, instead of going on with the others

@@ -15,7 +15,7 @@ pub struct Args {
     /// Random cases of each.
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
     cases: u32,
-    /// Where: `cuda` holds the kernels, in f32 and bf16, to the CPU as well.
+    /// Device: `cuda` also compares the kernels, in f32 and bf16, with the CPU.
     #[arg(long, default_value = "cpu")]
     device: String,
     /// Another seed draws other cases.

@@ -25,17 +25,19 @@ pub struct Args {
     /// What they are scored on: a recipe, a run, or a TOML file with the table [data] and perhaps [probes]
     #[arg(long, value_name = "RECIPE_OR_TABLE")]
     data: PathBuf,
-    /// The probes, by name; without, those of the recipe, or all that the data has labels or masks for
+    /// The probes, by name; default: the probes of the recipe, or every probe that the data allows (labels, masks,
+    /// depth)
     #[arg(long, value_delimiter = ',')]
     probes: Vec<String>,
-    /// Sizes that images are shown in, such as 64,96x64 (width x height); without, those of the probes' tables, or that of the
-    /// crops that the weights were trained on
+    /// Image sizes, such as 64,96x64 (width x height); default: the sizes in the probes' tables, or the size of the crops that
+    /// the weights were trained on
     #[arg(long, value_delimiter = ',')]
     sizes: Vec<ImageSize>,
     /// The folder that everything is written to
     #[arg(long, default_value = "eval")]
     out: PathBuf,
-    /// Keep the features of all images, in the folder `features`: further probes then look at no image again
+    /// Save the features of all images in the folder `features`, so that further probes do not need to process the
+    /// images again
     #[arg(long)]
     keep_features: bool,
     /// Print eval.json in place of the table

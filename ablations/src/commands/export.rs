@@ -36,7 +36,7 @@ pub struct Args {
     /// An eval.json of these weights: its scores go into the model card
     #[arg(long, value_name = "EVAL_JSON")]
     scores: Option<PathBuf>,
-    /// The licence of the weights, for the model card: that of the weights which the training began from, if it did
+    /// The licence of the weights, for the model card; if training started from other weights, give their licence
     #[arg(long)]
     license: Option<String>,
 }

@@ -37,8 +37,8 @@ pub struct Args {
     /// The weights: a run, a checkpoint inside one, or imported weights.
     #[arg(long, required_unless_present_any = ["compare", "over"])]
     weights: Option<PathBuf>,
-    /// In place of images and weights: what a run saw in its held-out images at every step whose checkpoint it kept; several
-    /// runs may be given, one row each.
+    /// Instead of images and weights: show what a run saw in its held-out images at every kept checkpoint; several runs may
+    /// be given, one row each.
     #[arg(long, value_name = "RUN", num_args = 1.., conflicts_with_all = [
         "images", "weights", "compare", "size", "window", "patches", "bits", "background", "format", "no_pictures",
     ])]
@@ -49,21 +49,21 @@ pub struct Args {
     /// The folder that everything is written to.
     #[arg(long, default_value = "features")]
     out: PathBuf,
-    /// Longer side in pixels to which images are resized; without, they stay as they are.
+    /// Resize images so that their longer side has this many pixels; by default they are not resized.
     #[arg(long)]
     size: Option<usize>,
-    /// Most pixels a side that the model sees at once; larger images are seen window by window. By default four times the
-    /// side of the crops that it was trained on.
+    /// Largest side in pixels that the model is given at once; larger images are processed in windows. By default four
+    /// times the side of the crops that it was trained on.
     #[arg(long)]
     window: Option<usize>,
     /// A patch whose similarity to all others is drawn; may be given several times. By default the middle one.
     #[arg(long = "patch", value_name = "ROW,COL", value_parser = parse_patch)]
     patches: Vec<(usize, usize)>,
-    /// Bits of a value that are kept, 8 or 16. By default as the run's data were read; for other weights 8 for RGB and 16 for other
-    /// channels.
+    /// Bits per value, 8 or 16. Default: as the run read its data; for other weights, 8 for RGB and 16 for other channels.
     #[arg(long, value_parser = parse_bits)]
     bits: Option<u8>,
-    /// The colour that transparent images lie on: red, green and blue, 0 to 255. By default that of the run's data, or white.
+    /// Background colour for transparent images: red, green and blue, 0 to 255. Default: the background of the run's data, or
+    /// white.
     #[arg(long, value_name = "R,G,B", value_parser = parse_colour)]
     background: Option<Colour>,
     /// How features are written.

@@ -14,7 +14,7 @@ use crate::style;
 /// Arguments of `dinolab plugins`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// backbone, pos_encoding, loss, scheduler, teacher, dataset, augmentation, masking or probe.
+    /// backbone, pos_encoding, loss, scheduler, teacher, dataset, augmentation, masking, probe or optimizer.
     kind: Option<String>,
     /// A plugin of that kind: shows its keys.
     name: Option<String>,

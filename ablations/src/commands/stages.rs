@@ -21,7 +21,7 @@ use crate::{signals, style};
 pub struct Args {
     /// The stages, such as recipes/stages/three_stages.toml
     file: PathBuf,
-    /// Their folder, in which each has one; by default one named like the file in runs/
+    /// The folder that contains the folder of each stage; default: a folder in runs/ named like the file
     #[arg(long)]
     out: Option<PathBuf>,
     /// Change the recipes of all stages, where a stage does not say otherwise

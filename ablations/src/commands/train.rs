@@ -25,8 +25,8 @@ pub struct Args {
     /// The run's folder; by default one named like the recipe in runs/, or with --resume the run that is named
     #[arg(long)]
     out: Option<PathBuf>,
-    /// Train another student of the same frozen teacher side by side, which reads the data and runs the teacher once for all; can be
-    /// given several times
+    /// Also train this student of the same frozen teacher; data are read and the teacher is run once for all students; can be given
+    /// several times
     #[arg(long, value_name = "RECIPE", conflicts_with = "out")]
     with: Vec<PathBuf>,
     /// Continue the run in the folder from its newest checkpoint; --set steps=N makes it longer

@@ -2,9 +2,9 @@
 //!
 //! A step's images are split into `batch.shards` shards, a number of the recipe. All sums over the batch (Sinkhorn-Knopp,
 //! centres, gradients) are taken inside a shard first, in order, and then over shards in a fixed tree:
-//! `((s0 + s1) + (s2 + s3)) + ...`. A rank is a process; it has a block of shards, as many as any other. So 1, 2, 4, ...
-//! ranks give the same bits, and the number of ranks is no part of a run. (EasyScale, Li et al., SC'23, arXiv:2208.14228,
-//! has fixed logical workers on any number of GPUs in the same sense.)
+//! `((s0 + s1) + (s2 + s3)) + ...`. A rank is a process; every rank has a block of shards, all blocks of the same size. So
+//! 1, 2, 4, ... ranks give the same bits, and the number of ranks does not affect the results of a run. (EasyScale, Li et
+//! al., SC'23, arXiv:2208.14228, has fixed logical workers on any number of GPUs in the same sense.)
 //!
 //! An engine ([`Comm`]) moves bytes, and only that: [`Mpi`] between processes, [`threads()`] between threads of one; what GPUs
 //! have goes through NCCL. The sums are taken here.
@@ -43,8 +43,8 @@ pub trait Comm: Send + Sync + std::fmt::Debug {
     /// If a rank has failed.
     fn all_gather(&self, own: &[u8], all: &mut [u8]) -> Result<()>;
 
-    /// Of `world` pieces of equal length, piece r goes to rank r; `received` is what the others have for this rank, in order of
-    /// rank.
+    /// All-to-all: of `world` pieces of equal length, piece r goes to rank r; `received` has the pieces for this rank, in order
+    /// of rank.
     ///
     /// # Errors
     /// If a rank has failed.

@@ -21,8 +21,8 @@ pub struct CropContext {
 }
 
 /// Which crops of an image are seen and how they are distorted, as a plan: boxes, flips, colour factors, blur, in plain
-/// numbers. Crops are made of the image by the plan elsewhere, in the same way for every augmentation, on the CPU or on the
-/// GPU.
+/// numbers. Other code makes the crops from the image and the plan, in the same way for every augmentation, on the CPU or
+/// on the GPU.
 ///
 /// An augmentation is built for crops of given sizes ([`CropContext`]); a recipe with several resolutions has one for
 /// each.
@@ -52,8 +52,8 @@ pub struct CropContext {
 /// ```
 pub trait Augmentation: fmt::Debug + Send + Sync {
     /// The plan for an image of `(width, height)` pixels, a pure function of the size and its generators. `rng(k)` is the
-    /// generator of crop `k`, global crops first, [`WHOLE_IMAGE`] that of what crops share, so that one crop's draws never
-    /// shift another's.
+    /// generator of crop `k` (global crops come first); `rng` of [`WHOLE_IMAGE`] is for what crops share. So the draws of
+    /// one crop never change those of another.
     fn plan(&self, size: (usize, usize), rng: &dyn Fn(u64) -> Rng) -> ImagePlan;
 }
 

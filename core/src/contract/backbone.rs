@@ -16,7 +16,7 @@ pub struct Crops {
     pub masks: Option<Tensor>,
     /// Whether these are local crops (which may have a norm of their own for the CLS token).
     pub local: bool,
-    /// After how many blocks their tokens are wanted as well: see [`Features::layers`].
+    /// Numbers of blocks after which the tokens are also returned: see [`Features::layers`].
     pub layers: Vec<usize>,
 }
 
@@ -34,9 +34,9 @@ impl Crops {
 
 /// The random numbers of one training forward, drawn before it begins.
 ///
-/// They are data, not a generator: a step can be replayed with the draws of another implementation. A forward takes
-/// them as tensors ([`position`](Self::position), [`kept`](Self::kept)): on a GPU those lie at fixed addresses, so that a
-/// recorded step finds the next step's draws there.
+/// They are data, not a generator: a step can be replayed with the draws of another implementation. A forward pass reads
+/// them as tensors ([`position`](Self::position), [`kept`](Self::kept)). On a GPU these tensors have fixed addresses, so
+/// that a recorded step finds the next step's draws there.
 #[derive(Clone, Debug, Default)]
 pub struct Draws {
     /// Position augmentation, `[block][kind of crop]`: see
@@ -236,8 +236,8 @@ impl Features {
 pub struct Cost {
     /// Floating-point operations of one forward over the given tokens.
     pub forward_flops: f64,
-    /// Numbers kept from forward to backward, for one image's tokens. A number of a fixed type counts as it does beside
-    /// bf16 features: f32 as two.
+    /// Numbers kept from forward to backward, for one image's tokens. A number of a fixed type is counted as if
+    /// features were bf16: f32 as two.
     pub activations: f64,
     /// Numbers of the [`Features`] of one image.
     pub features: f64,
@@ -257,8 +257,8 @@ pub struct BackboneContext<'a> {
 
 /// From crops to features: a vision transformer, or anything else that gives a global and dense features.
 ///
-/// A backbone owns no weights. It declares parameters when it is built (see [`BackboneContext`]) and is given a flat buffer at
-/// every call, so that one object serves student and teachers.
+/// A backbone owns no weights. It declares its parameters when it is built (see [`BackboneContext`]) and every call passes it
+/// a flat buffer with their values, so that one object serves student and teachers.
 ///
 /// All kinds of crops go through one call, so that an implementation can pack their tokens for its linear layers.
 ///
@@ -336,8 +336,8 @@ pub trait Backbone: fmt::Debug + Send + Sync {
         false
     }
 
-    /// What, beside names and shapes of parameters, decides what the model computes in evaluation: a table by the keys of
-    /// a recipe. Weights are refused for a backbone that says something else here (see
+    /// The options, besides names and shapes of parameters, that change what the model computes in evaluation: a table
+    /// with the keys of a recipe. Weights are refused if their backbone has other values here (see
     /// [`Source::check_same_model`](crate::weights::Source::check_same_model)).
     fn architecture(&self) -> serde_json::Value {
         serde_json::Value::Null
@@ -348,16 +348,16 @@ pub trait Backbone: fmt::Debug + Send + Sync {
         None
     }
 
-    /// Whether [`Crops::masks`] hides patches from it; without a mask token it sees them, and a loss on masked patches is
-    /// one on patches in plain sight.
+    /// Whether [`Crops::masks`] hides patches from it. A backbone without a mask token sees masked patches, so a loss on
+    /// masked patches is then computed on visible patches.
     fn hides_masked_patches(&self) -> bool {
         true
     }
 
     /// Draws the random numbers of one training forward over kinds of crops with these many images each: of a whole batch,
     /// or of one of its parts. `rng(stream, index)` is the generator for that purpose. It is the same in every part of a
-    /// batch, so that parts are treated as the whole would be, but for [`Stream::DropPath`](crate::rng::Stream::DropPath):
-    /// images are picked inside a part.
+    /// batch, so that splitting a batch does not change the draws. The exception is
+    /// [`Stream::DropPath`](crate::rng::Stream::DropPath): images are chosen within a part.
     fn draw(&self, rng: &dyn Fn(crate::rng::Stream, u64) -> Rng, images: &[usize]) -> Draws {
         let _ = (rng, images);
         Draws::default()

@@ -165,13 +165,15 @@ pub trait Dataset: fmt::Debug + Send + Sync {
         Summary { content, notes: Vec::new() }
     }
 
-    /// What the recipe does not say of the data: a hash of what the folder holds. `None` if the recipe says it all.
+    /// Identifies the data beyond what the recipe says: a hash of the folder's contents. `None` if the recipe
+    /// determines the data.
     fn fingerprint(&self) -> Option<String> {
         None
     }
 
-    /// A hash of when the files of the data were last written, where there are files. Where it is another although the
-    /// [`fingerprint`](Self::fingerprint) is the same, files were copied or written over: their content is not looked at.
+    /// A hash of when the files of the data were last written, where there are files. If it changes while the
+    /// [`fingerprint`](Self::fingerprint) stays the same, files were copied or overwritten: the fingerprint does not read
+    /// their content.
     fn stamp(&self) -> Option<String> {
         None
     }
@@ -187,7 +189,8 @@ pub trait Dataset: fmt::Debug + Send + Sync {
     }
 }
 
-/// Training and held-out part at a size where they are drawn, and as they are otherwise. What was one stays one.
+/// Training and held-out part: redrawn at this size if they are drawn, unchanged otherwise. If both are one dataset,
+/// they stay one.
 pub fn at_size(train: &Arc<dyn Dataset>, test: &Arc<dyn Dataset>, size: ImageSize) -> [Arc<dyn Dataset>; 2] {
     let drawn = |data: &Arc<dyn Dataset>| data.at_size(size).unwrap_or_else(|| data.clone());
     let first = drawn(train);

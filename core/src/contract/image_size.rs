@@ -46,7 +46,8 @@ impl ImageSize {
         }
     }
 
-    /// What keeps a model with such patches from seeing an image of this size, and what to do; `least` is its shortest side.
+    /// Why a model with patches of this size cannot take an image of this size, and what to do; `least` is the smallest side
+    /// that it accepts.
     pub fn unfit(self, patch: usize, least: usize) -> Option<(String, String)> {
         let fits = |side: usize| side >= least && side.is_multiple_of(patch) && side > 0;
         if fits(self.width) && fits(self.height) {

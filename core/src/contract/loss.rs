@@ -24,7 +24,7 @@ pub struct Needs {
     pub tokens: bool,
     /// Masked patches in the student's global crops.
     pub masks: bool,
-    /// The teacher's features in [`Loss::compute`], as by default. Targets are made of them without.
+    /// The teacher's features in [`Loss::compute`], as by default. Targets do not need this flag.
     pub teacher: bool,
     /// Further teachers, by their names in `[teachers.<name>]`: see [`Outputs::teacher`]. In steps in which one of them is
     /// not [active](super::TeacherPolicy::active) the loss is left out.
@@ -75,8 +75,8 @@ impl Needs {
 pub struct TargetSpec {
     /// Numbers K of one target.
     pub width: usize,
-    /// Whether a target is a distribution over K prototypes. The log then tells how spread out targets are, and a
-    /// collapse is named.
+    /// Whether a target is a distribution over K prototypes. The log then has the entropy of the targets, and a
+    /// collapse is reported.
     pub distribution: bool,
     /// Whether a target is the teacher's features as they are: [`Loss::project`] uses no layers of the loss, so that any model
     /// can teach, also one without heads. K is the teacher's width, which is the loss's key `teacher_dim`.
@@ -101,8 +101,8 @@ pub struct StepContext<'a> {
     pub at: At,
     /// The run's seed.
     pub seed: u64,
-    /// Sums over the whole batch, for [`Loss::targets`]: this process's rows of it, and the processes that have the others.
-    /// A loss's [`compute`](Loss::compute) sees a micro-batch alone.
+    /// Computes sums over the whole batch, for [`Loss::targets`]: it knows this process's rows and the processes that have
+    /// the other rows. A loss's [`compute`](Loss::compute) sees a micro-batch alone.
     pub shards: &'a Shards<'a>,
     /// The type of scalars, losses and factors: that of the features, or f32 beside bf16 features.
     pub dtype: DType,
@@ -213,9 +213,9 @@ pub struct Outputs<'a> {
     pub draws: Option<&'a Tensor>,
     /// What [`Loss::draw_image`] drew for each image: `[B, numbers]`, f64, where the step runs; `None` if that is nothing.
     pub image_draws: Option<&'a Tensor>,
-    /// The student's features of those of this loss's [`views`](Loss::views) that it sees.
+    /// The student's features of this loss's [`views`](Loss::views), for the views that the student sees.
     pub views: &'a [Features],
-    /// The teacher's features of those that it sees.
+    /// The teacher's features of the views that it sees.
     pub teacher_views: &'a [Features],
     /// What the dataset adds to its samples: `[B, ..]`, f32, by name. See [`field`](Self::field).
     pub fields: &'a [(String, Tensor)],
@@ -416,17 +416,16 @@ pub trait Loss: fmt::Debug + Send + Sync {
     }
 
     /// What the loss's own layers make of a model's tokens: `[rows, K]`. Called on the teacher's, with the teacher's
-    /// parameters, when [`Needs::targets`] asks for targets; a loss may call it on the student's. In distillation it is
-    /// that of the model that is distilled. The default gives the CLS tokens as they are.
+    /// parameters, when [`Needs::targets`] asks for targets; a loss may call it on the student's. In distillation, it
+    /// is the method of the distilled model's loss. The default gives the CLS tokens as they are.
     fn project(&self, params: &Params<'_>, outputs: &ModelOutputs<'_>) -> Result<Tensor> {
         let _ = params;
         Ok(outputs.cls.clone())
     }
 
     /// Turns what [`project`](Self::project) gave of the teacher over all micro-batches into targets, row for row, without a
-    /// tape. In a run on several processes those are this process's: what looks across the batch goes through
-    /// [`StepContext::shards`]. Called when [`Needs::targets`] asks for targets; the default gives the rows as
-    /// they are.
+    /// tape. In a run on several processes, `projected` has only this process's rows: sums over the batch go through
+    /// [`StepContext::shards`]. Called when [`Needs::targets`] asks for targets; the default gives the rows as they are.
     fn targets(&self, projected: &Tensor, context: &StepContext<'_>) -> Result<Targets> {
         let _ = context;
         Ok(Targets::of(projected.clone()))

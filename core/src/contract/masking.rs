@@ -19,8 +19,8 @@ pub struct Unmasked {
 /// Which patches of the global crops are hidden from the student: a mask for each crop of a batch.
 ///
 /// A step is recorded for given shapes, so the number of masked patches of a batch is fixed before training begins. Masks
-/// are drawn for the whole batch and dealt, with their images, to its micro-batches; parts have (nearly always) the same
-/// share of masked patches in every step if crops have different numbers of them.
+/// are drawn for the whole batch and distributed, with their images, to its micro-batches. Even if crops have different
+/// numbers of masked patches, each micro-batch has (nearly always) the same share of them in every step.
 ///
 /// ```
 /// use dinolab_core::contract::{Grid, Masking, Unmasked};

@@ -59,8 +59,8 @@ pub trait Optimizer: fmt::Debug + Send + Sync {
     }
 
     /// Numbers of an update that change over time, such as the value of a schedule or a bias correction:
-    /// [`ParamUpdate::numbers`]. There are always as many. `update` counts the updates that the moments have seen, from 1:
-    /// a step that was skipped is none.
+    /// [`ParamUpdate::numbers`]. Their number never changes. `update` counts the updates of the moments, from 1; a skipped
+    /// step does not count.
     fn numbers(&self, at: At, update: u64) -> Vec<f64> {
         let _ = (at, update);
         Vec::new()
@@ -74,8 +74,8 @@ pub trait Optimizer: fmt::Debug + Send + Sync {
         Err(Error::shape("optimizer", format!("no direction is stated for {}", param.spec.name)))
     }
 
-    /// What an update does to the numbers of a parameter at most, if it is not left to AdamW. A step after which a number
-    /// could be infinite is not taken: none is if nothing is stated.
+    /// Upper bounds of the effect of an update on a parameter that is not left to AdamW. A step after which a number
+    /// could be infinite is not taken. If this method is not implemented, no step is taken.
     fn reach(&self, param: &ParamSpec, at: At, update: u64) -> Reach {
         let _ = (param, at, update);
         Reach { memory: 1.0, share: 1.0, gain: 1.0, most: f64::INFINITY }

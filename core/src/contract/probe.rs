@@ -19,8 +19,8 @@ pub struct ProbeContext<'a> {
     pub train: &'a dyn Dataset,
     /// Images it was not trained on (the same as `train` when nothing was set aside).
     pub test: &'a dyn Dataset,
-    /// What images are brought to: of another shape, their largest middle part of this one's. Samples of `train` and `test` may
-    /// have it already.
+    /// The size that images are brought to; an image of another aspect ratio is cropped to the largest central part of this
+    /// one. Samples of `train` and `test` may already have it.
     pub image_size: ImageSize,
     /// Side of a patch in pixels.
     pub patch_size: usize,
@@ -61,7 +61,7 @@ pub struct Score {
     pub name: Cow<'static, str>,
     /// Its value.
     pub value: f64,
-    /// What it is put together from, image by image, where it is: what an interval over images is made of.
+    /// The numbers per image from which the score is computed, if there are any; confidence intervals use them.
     pub parts: Option<Parts>,
     /// One of many, such as the score of a single class: `dinolab eval` reports it, training leaves it out of its curves.
     pub detail: bool,
@@ -183,7 +183,8 @@ pub trait Probe: fmt::Debug + Send + Sync {
         None
     }
 
-    /// Why it cannot be run on images of so many patches, and what helps, so that such a recipe is refused before the run.
+    /// Why the probe cannot be run on images with this many patches, and how to fix it, so that such a recipe is refused
+    /// before the run.
     fn unfit_patches(&self, _patches: usize) -> Option<(String, String)> {
         None
     }

@@ -45,9 +45,9 @@ pub trait Scheduler: fmt::Debug + Send + Sync {
     /// The value at a step.
     fn value(&self, at: At) -> f64;
 
-    /// The steps at which a new piece of the curve begins, over a run of `total` steps: within a piece the value only rises
-    /// or only falls, so that the ends of the pieces say between what it stays. A whole run is held against the range of
-    /// a key by them. `None`: not known; steps spread evenly over the run are looked at then.
+    /// The steps at which a new piece of the curve begins, over a run of `total` steps. Within a piece the value only rises
+    /// or only falls, so the ends of the pieces bound its values. They are used to check all values of a run against the
+    /// range of a key. `None`: not known; then steps spread evenly over the run are checked.
     fn pieces(&self, total: u64) -> Option<Vec<u64>> {
         let _ = total;
         None

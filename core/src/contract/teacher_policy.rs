@@ -81,8 +81,8 @@ pub trait TeacherPolicy: fmt::Debug + Send + Sync {
     }
 
     /// A trained model that gives the targets in place of this teacher: distillation. A run folder, or a checkpoint folder
-    /// inside one, whose recipe says what backbone and heads it has. This teacher then only is the student's average, and
-    /// is what is evaluated.
+    /// inside one, whose recipe says what backbone and heads it has. This teacher is then only the student's moving
+    /// average, which is used for evaluation.
     fn distils(&self) -> Option<&std::path::Path> {
         None
     }

@@ -3,10 +3,11 @@
 use super::pos_encoding::Grid;
 use crate::rng::Rng;
 
-/// A set of crops that a loss makes of the global crops, or of those of a further augmentation: squares of them, each cut anywhere, turned, and put together.
+/// A set of crops that a loss makes from the global crops, or from the crops of a further augmentation: squares (tiles) are cut from them
+/// at any place, rotated, and put together.
 ///
-/// One tile a crop gives windows and turned images, several give permuted ones. A model sees the crops beside the others,
-/// without a mask; the student packed with them.
+/// One tile per crop gives windows and rotated images; several tiles per crop give permuted images. A model sees these
+/// crops in addition to the others, without a mask; for the student they are packed together.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct View {
     /// Crops an image.

@@ -35,7 +35,7 @@ impl Tensor {
 /// pass of its own, and
 /// `df = dy W', dW' = dy^T f(x), db' = sum of the rows of dy, donto = dy,`
 /// `dW = scale dW', db = scale db', dscale = sum over I of W dW' + b db'`.
-/// Neither `f(x)` nor what is added to `onto` is kept for the backward pass: the first is computed again on the way to dx.
+/// Neither `f(x)` nor the term added to `onto` is saved for the backward pass: `f(x)` is recomputed when dx is computed.
 ///
 /// ```
 /// use dinolab_core::ops::Linear;

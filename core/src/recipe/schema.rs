@@ -30,19 +30,21 @@ pub struct Recipe {
     /// Arithmetic of the step.
     #[serde(default)]
     pub precision: Precision,
-    /// Start from these weights (a run, a checkpoint, a weights folder or a safetensors file): student and teacher, heads
-    /// too where it has them. Optimizer and schedules start anew.
+    /// Initialize student and teacher from these weights (a run, a checkpoint, a weights folder or a safetensors file),
+    /// and the heads where the weights include them. Optimizer and schedules start from step 0.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("format" = "path"))]
     pub init_from: Option<PathBuf>,
-    /// Which weights of `init_from` student and teacher both start from; by default each from its own.
+    /// Which weights of `init_from` initialize both student and teacher; by default each model starts from its own
+    /// weights.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub init_role: Option<InitRole>,
-    /// Go on from a checkpoint of another run as if it were this one's: weights, moments, the losses' state and the step,
-    /// from which `steps` is counted too. This recipe may differ; what is new starts as in a new run.
+    /// Continue from a checkpoint of another run as if it belonged to this run: weights, moments, the losses' state and
+    /// the step. `steps` includes the steps of that run. This recipe may differ; anything new in it starts as in a new
+    /// run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub continue_from: Option<ContinueFrom>,
-    /// The model: a plugin. With `weights` it may be left to these which.
+    /// The model: a plugin. With `weights`, it may be omitted: they determine the plugin.
     pub backbone: BackboneEntry,
     /// Where images come from: a plugin.
     pub data: Chosen<dyn Dataset>,
@@ -52,8 +54,8 @@ pub struct Recipe {
     /// Views cut from every image, and how they are distorted: sizes and numbers, and a plugin.
     #[serde(default)]
     pub crops: CropsEntry,
-    /// Further ways to crop and distort every image, `[augmentations.<name>]`, for losses whose views are of them; `plugin`
-    /// defaults to the name. Each gives two crops of `crops.global_size`.
+    /// More ways to crop and distort every image, `[augmentations.<name>]`, for losses that take their views from them;
+    /// `plugin` defaults to the name. Each gives two crops of `crops.global_size`.
     #[serde(default, skip_serializing_if = "Augmentations::is_empty")]
     pub augmentations: Augmentations,
     /// Which patches of the global crops are hidden from the student: a plugin.
@@ -79,13 +81,13 @@ pub struct Recipe {
     /// What is kept of the weights.
     #[serde(default)]
     pub checkpoint: CheckpointConfig,
-    /// End the run when a score stops improving: it does all its steps unless this table is there.
+    /// Early stopping: end the run when a score stops improving. Without this table the run does all its steps.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stop: Option<StopConfig>,
     /// What happens when a loss or gradient is not finite.
     #[serde(default)]
     pub on_non_finite: OnNonFinite,
-    /// Steps whose loss jumps are not taken: none are unless this table is there.
+    /// Skip the update of steps whose loss jumps. Without this table no step is skipped for its loss.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub on_spike: Option<SpikeConfig>,
 }
@@ -96,7 +98,7 @@ pub struct Recipe {
 pub enum InitRole {
     /// The trained model.
     Student,
-    /// Its average, the EMA teacher: as the reference starts its third stage.
+    /// The EMA teacher (the student's average): the reference starts its third stage from it.
     Teacher,
 }
 
@@ -138,7 +140,7 @@ pub enum Precision {
     /// `bf16` on a GPU, `f32` on the CPU.
     #[default]
     Auto,
-    /// Features and matrix products in bfloat16, sums in 32 bits, master weights, moments and EMA in 32 bits: on a GPU.
+    /// GPU only: features and matrix products in bfloat16; sums, master weights, moments and EMA in 32 bits.
     Bf16,
     /// 32-bit floats; on a GPU, products take TF32 tensor cores (10 bits of mantissa).
     Tf32,
@@ -204,11 +206,12 @@ pub struct BatchConfig {
     #[schemars(range(min = 1, max = 1_000_000_000))]
     pub size: usize,
     /// Parts into which a step's images are split to save memory. Teacher targets (Sinkhorn-Knopp, centring) are
-    /// computed over all parts; losses that compare images compare those of a part.
+    /// computed over all parts; losses that compare images compare only images of the same part.
     #[schemars(range(min = 1, max = 1_000_000_000))]
     pub micro_batches: usize,
-    /// Parts of the micro-batches whose sums are taken by themselves, and then added in a fixed order: as many processes, or
-    /// a power of two fewer, may share a step, and give the same bits. A power of two that divides `micro_batches`.
+    /// Groups of micro-batches. Each group is summed separately, then the sums are added in a fixed order. So this many
+    /// processes, or this number divided by a power of two, can share a step and give the same bits. A power of two that
+    /// divides `micro_batches`.
     #[schemars(range(min = 1, max = 65536))]
     pub shards: usize,
     /// Threads that read and augment; 0: one a core.
@@ -238,8 +241,8 @@ impl BatchConfig {
 /// The usual mistake about the pixels' mean and standard deviation.
 const BY_255: &str = "pixels are in [0, 1] here: divide numbers that are meant for 0 to 255 by 255";
 
-/// What is cut from every image whatever the augmentation: two global crops, some local ones, and those of teachers with a
-/// size of their own.
+/// The crops of every image, for every augmentation: two global crops, some local crops, and the crops of teachers that
+/// have their own crop size.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CropConfig {
@@ -252,11 +255,12 @@ pub struct CropConfig {
     /// Side of a local crop in pixels.
     #[schemars(range(min = 1, max = 16384))]
     pub local_size: usize,
-    /// Other sizes, one drawn every step by its share, in place of `global_size`, `local_size` and a teacher's
-    /// `crop_size`; empty: always those. High-resolution adaptation trains on several sizes at once.
+    /// Sets of sizes that replace `global_size`, `local_size` and a teacher's `crop_size`: every step draws one set
+    /// with a probability given by its share. Empty: the sizes never change. High-resolution adaptation trains on
+    /// several sizes at once.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub resolutions: Vec<Resolution>,
-    /// Whether teachers' own crops are spared the colour distortion of the student's.
+    /// Whether teachers' own crops are made without the colour distortion of the student's crops.
     pub teacher_without_distortion: bool,
     /// Mean of the pixels per channel, in [0, 1]: one number for every channel of the images. The default is ImageNet's, for RGB.
     #[serde(serialize_with = "as_written")]
@@ -352,7 +356,8 @@ pub struct OptimizerConfig {
     /// Learning rate of the patch embedding is multiplied by this as well.
     #[schemars(range(min = 0, max = 100))]
     pub patch_embed_lr_mult: f64,
-    /// The last layer of every head does not move for this many steps (its moments do); then it goes by `last_layer_lr`.
+    /// The last layer of every head is frozen for this many steps (its moments are still updated); then it uses
+    /// `last_layer_lr`.
     pub freeze_last_layer_steps: u64,
     /// How AdamW's moments are kept; by default `f32`.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -366,8 +371,8 @@ pub enum MomentStorage {
     #[default]
     #[serde(rename = "f32")]
     F32,
-    /// Those of matrices of 4,096 numbers and more in eight bits, in blocks of 256 with a scale each: 2.03 bytes a weight
-    /// (Dettmers et al., arXiv:2110.02861). Vectors and prototypes keep 32 bits.
+    /// Moments of matrices with at least 4,096 numbers are stored in eight bits, in blocks of 256 with one scale each:
+    /// 2.03 bytes per weight (Dettmers et al., arXiv:2110.02861). Vectors and prototypes keep 32 bits.
     #[serde(rename = "8bit")]
     EightBit,
 }
@@ -412,15 +417,15 @@ impl Default for LogConfig {
 pub struct CheckpointConfig {
     /// Steps between checkpoints; 0: only at the end, on interruption and after `minutes`.
     pub every: u64,
-    /// Minutes after which one is written besides, and takes the place of the last such: what a run loses at most that ends without
-    /// notice. Where writing takes long, it is a twentieth of the time at most. 0: none.
+    /// Also write a checkpoint after this many minutes, which replaces the previous one of this kind. It limits how much work is
+    /// lost if the run is killed. If writing is slow, it takes at most a twentieth of the time. 0: none.
     #[schemars(range(min = 0, max = 1_000_000))]
     pub minutes: f64,
     /// Checkpoints kept, newest first.
     #[schemars(range(min = 1))]
     pub keep: usize,
-    /// One in so many steps is written and kept for ever, beside the newest: later Gram teachers, forks, pictures over
-    /// time; 0: none.
+    /// Steps between checkpoints that are kept forever, besides the newest ones: for later Gram teachers, forks and
+    /// pictures over time; 0: none.
     pub keep_every: u64,
 }
 
@@ -443,13 +448,13 @@ impl Default for CheckpointConfig {
 pub struct StopConfig {
     /// The score: `probe/<name>/<score>`, as in `metrics.jsonl`, of a probe with `every`.
     pub metric: String,
-    /// Measurements in a row, none of them better than the best before.
+    /// Consecutive measurements without improvement after which the run ends.
     #[schemars(range(min = 1, max = 1_000_000))]
     pub patience: u64,
     /// Whether less is better.
     #[serde(default)]
     pub lower_is_better: bool,
-    /// By how much a score has to be better than the best before; more than by this.
+    /// A score counts as better only if it improves on the best score before it by more than this.
     #[serde(default)]
     #[schemars(range(min = 0, max = 1e9))]
     pub min_delta: f64,
@@ -459,12 +464,13 @@ pub struct StopConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SpikeConfig {
-    /// A loss is a jump when it is above the median of the last `window` steps by more than `factor - 1` times that
-    /// median: above `factor` times the median, where that is positive.
+    /// A loss is a jump if it exceeds the median of the last `window` steps by more than `factor - 1` times the
+    /// absolute value of that median; for a positive median: if it is above `factor` times the median.
     #[serde(default = "spike_factor")]
     #[schemars(extend("exclusiveMinimum" = 1, "maximum" = 1_000_000))]
     pub factor: f64,
-    /// Steps whose losses are compared with, those that were not taken too. The first `window` steps are all taken.
+    /// Number of previous steps in the median, including steps that were not taken. The first `window` steps are all
+    /// taken.
     #[serde(default = "spike_window")]
     #[schemars(range(min = 1, max = 1_000_000))]
     pub window: usize,
@@ -487,7 +493,7 @@ pub enum OnNonFinite {
     Stop,
     /// Capture the batch and go on with the next step, at most this many times in a run.
     Skip(u64),
-    /// Capture the batch, go back to the last checkpoint that `checkpoint.every` asked for (or to the start), and go on from
-    /// there with the data behind this batch; at most this many times in a run.
+    /// Capture the batch, go back to the last checkpoint that `checkpoint.every` asked for (or to the start), and continue
+    /// from there with the data that come after this batch; at most this many times in a run.
     Rewind(u64),
 }

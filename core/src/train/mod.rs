@@ -76,7 +76,7 @@ pub struct RunOptions {
     pub stop: Arc<AtomicBool>,
     /// The program's git revision, for the record.
     pub revision: String,
-    /// The most that the newest checkpoint ages, where that is less than the recipe's `checkpoint.minutes`.
+    /// Maximum age of the newest checkpoint, if it is shorter than the recipe's `checkpoint.minutes`.
     pub save_within: Option<Duration>,
 }
 
@@ -169,7 +169,7 @@ pub fn loader_spec(recipe: &Recipe, learner: &Learner, start: u64) -> LoaderSpec
 ///
 /// # Errors
 /// If the recipe cannot be built, the folder cannot be used, data cannot be read, or a loss is not finite (see
-/// [`OnNonFinite`]).
+/// [`OnNonFinite`](crate::recipe::OnNonFinite)).
 pub fn run(resolved: &Resolved, options: &RunOptions, observer: &mut dyn Observer) -> Result<Outcome> {
     lead(resolved, options, &Lead::alone(), observer)
 }

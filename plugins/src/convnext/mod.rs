@@ -76,8 +76,9 @@ pub struct Written {
     #[serde(default)]
     #[schemars(inner(range(min = 1, max = 1_000_000)))]
     dims: Option<[usize; STAGES]>,
-    /// Side in pixels of a patch of the features. The last stage has one every 32 pixels; for another size its map is
-    /// resized (bilinear, anti-aliased) before the final norm, so that a ViT's patches and these lie at the same places.
+    /// Side in pixels of a patch of the features. The last stage has one feature every 32 pixels. For another patch size
+    /// its map is resized (bilinear, anti-aliased) before the final norm, so that its patches lie at the same places as
+    /// the patches of a ViT.
     #[serde(default)]
     #[schemars(range(min = 1, max = 4096))]
     patch_size: Option<usize>,

@@ -18,36 +18,36 @@ const COLUMNS: [&str; 5] = ["path", "label", "split", "mask", "depth"];
 
 /// Images that a CSV file or a file of JSON lines names, with label, part, mask and depth.
 ///
-/// The columns (or keys) are `path`, and where they are there `label`, `split`, `mask` and `depth`; others are passed over and named. Paths
-/// start at `root`. Labels are text or whole numbers: the classes are all labels, numbers in their order, texts in that of
-/// the alphabet; an empty one is none. `split` says `train`, or `val`, `valid`, `validation` or `test`: these are held out for
-/// probes. Images, masks and depths are read as `image_folder` does.
+/// The columns (or keys) are `path` and, optionally, `label`, `split`, `mask` and `depth`; other columns are ignored and reported. Paths
+/// are relative to `root`. Labels are text or whole numbers: the distinct labels are the classes, numbers in ascending order, texts in
+/// alphabetical order; an empty label means no label. `split` is `train` (`training`), or one of `val`, `valid`, `validation` and `test`
+/// (`testing`), which are held out for probes. Images, masks and depths are read as `image_folder` does.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ManifestConfig {
     /// The table: a `.csv` file whose first line names the columns, or a `.jsonl` file with an object a line.
     #[schemars(extend("format" = "path"))]
     pub path: PathBuf,
-    /// Where the paths in it start. By default the folder that it lies in.
+    /// The folder that paths in the table are relative to. Default: the folder of the table.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("format" = "path"))]
     pub root: Option<PathBuf>,
-    /// Share of the images set aside for probes: the same ones for every seed. Where there is a column `split` it divides
-    /// the images instead.
+    /// Share of the images set aside for probes: the same ones for every seed. Ignored if the column `split` divides the
+    /// images.
     #[serde(default = "super::default_held_out")]
     #[schemars(extend("minimum" = 0, "exclusiveMaximum" = 1))]
     pub held_out: f64,
-    /// Channels of an image. 3 makes RGB of whatever a file holds; of any other number every file has to have as many. `crops.mean`
-    /// and `crops.std` have a number for each.
+    /// Channels of an image. With 3, every file is converted to RGB; with any other number, every file must have exactly this many
+    /// channels. `crops.mean` and `crops.std` need one number per channel.
     #[serde(default = "super::default_channels")]
     #[schemars(range(min = 1, max = 1024))]
     pub channels: usize,
-    /// Bits of a value that are kept: 8 rounds files of 16 bits to 8, 16 keeps them as they are; files of 8 bits stay so. By default 8
-    /// for 3 channels and 16 for any other number.
+    /// Bits per value: 8 rounds 16-bit files to 8 bits, 16 keeps them unchanged; 8-bit files stay 8-bit. Default: 8 for 3 channels, 16
+    /// for any other number of channels.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("enum" = [8, 16]))]
     pub bits: Option<u8>,
-    /// The colour that transparent images lie on: red, green and blue, 0 to 255.
+    /// Background colour for transparent images: red, green and blue, 0 to 255.
     #[serde(default = "super::default_background")]
     #[schemars(extend("x-with" = { "channels": 3 }))]
     pub background: [u8; 3],

@@ -17,9 +17,9 @@ pub const IGNORED: u8 = 255;
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct MaskConfig {
-    /// The value of pixels that count nowhere ("void"); others of 255 and above the classes are errors.
+    /// The mask value of pixels to ignore ("void"); any other 255, and values above the classes, are errors.
     pub ignore: u8,
-    /// Whether 0 counts nowhere too, and 1 is the first class: the convention of ADE20K.
+    /// Whether pixels of value 0 are ignored too and 1 is the first class: the convention of ADE20K.
     pub ignore_zero: bool,
     /// Names of the classes, in the order of their values. Without, all masks are read at the start to find how many there are.
     #[serde(skip_serializing_if = "Vec::is_empty")]

@@ -41,46 +41,47 @@ const NAMED: usize = 10;
 /// Images in a folder and its sub-folders: JPEG, PNG, WebP, TIFF, BMP and GIF.
 ///
 /// If every image lies in one of at least two sub-folders, the sub-folders' names are the classes, in alphabetical
-/// order. If the sub-folders are `train` and `val` (or `test`), the first is trained on, the second held out, and the
-/// folders in them are the classes. Hidden folders and files, those of systems (`__MACOSX`, `@eaDir`) and other types of
-/// files are passed over and counted; links are followed, and a folder is taken once.
+/// order. If the sub-folders are `train` and `val` (or `test`), `train` is the training data, the other is held out, and
+/// the folders inside them are the classes. Hidden files and folders, system folders (`__MACOSX`, `@eaDir`) and other
+/// file types are skipped and counted. Links are followed; a folder is read only once.
 ///
-/// Colours become 8-bit RGB: grey is tripled, CMYK converted, 16 bits rounded to 8 (unless `bits = 16`), what is transparent laid on
-/// `background`. With another number of `channels` nothing is converted: a file has so many, or is refused. Then grey files are of
-/// one channel, RGBA of four, a TIFF of as many as it has samples a pixel, of 8 or 16 bits; and files `.npy` are images too, `[height,
-/// width, channels]` or `[height, width]` of u8 or u16. Colour profiles (ICC) and gamma are not applied. Of an animation the first picture is taken. The
-/// orientation that a camera noted (EXIF) is applied. A file that ends early or is damaged is never used: it is named, counted
-/// and replaced by another (`batch.max_broken_share`).
+/// With 3 `channels`, every image is converted to 8-bit RGB: grey is repeated three times, CMYK is converted, 16 bits are rounded to 8
+/// (unless `bits = 16`), and transparent pixels are blended with `background`. With another number of `channels` nothing is converted: a
+/// file with another number of channels is refused. A grey file then has one channel, RGBA has four, and a TIFF has as many as its samples
+/// per pixel, of 8 or 16 bits; `.npy` files are images too, `[height, width, channels]` or `[height, width]` of u8 or u16. Colour profiles
+/// (ICC) and gamma are not applied. Of an animation the first picture is taken. The orientation that a camera noted (EXIF) is applied. A
+/// file that ends early or is damaged is never used: it is named, counted and replaced by another (`batch.max_broken_share`).
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ImageFolderConfig {
     /// The folder.
     #[schemars(extend("format" = "path"))]
     pub path: PathBuf,
-    /// Share of the images set aside for probes: the same ones for every seed. Where folders `train` and `val` divide the
-    /// images, they do instead.
+    /// Share of the images set aside for probes: the same ones for every seed. Ignored if folders `train` and `val`
+    /// already divide the images.
     #[serde(default = "default_held_out")]
     #[schemars(extend("minimum" = 0, "exclusiveMaximum" = 1))]
     pub held_out: f64,
-    /// Channels of an image. 3 makes RGB of whatever a file holds; of any other number every file has to have as many. `crops.mean`
-    /// and `crops.std` have a number for each.
+    /// Channels of an image. With 3, every file is converted to RGB; with any other number, every file must have exactly this many
+    /// channels. `crops.mean` and `crops.std` need one number per channel.
     #[serde(default = "default_channels")]
     #[schemars(range(min = 1, max = 1024))]
     pub channels: usize,
-    /// Bits of a value that are kept: 8 rounds files of 16 bits to 8, 16 keeps them as they are; files of 8 bits stay so. By default 8
-    /// for 3 channels and 16 for any other number.
+    /// Bits per value: 8 rounds 16-bit files to 8 bits, 16 keeps them unchanged; 8-bit files stay 8-bit. Default: 8 for 3 channels, 16
+    /// for any other number of channels.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("enum" = [8, 16]))]
     pub bits: Option<u8>,
-    /// The colour that transparent images lie on: red, green and blue, 0 to 255.
+    /// Background colour for transparent images: red, green and blue, 0 to 255.
     #[serde(default = "default_background")]
     #[schemars(extend("x-with" = { "channels": 3 }))]
     pub background: [u8; 3],
-    /// Another folder, whose images are held out for probes in place of a share of these.
+    /// Another folder whose images are held out for probes, instead of a share of the images in `path`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("format" = "path"))]
     pub val: Option<PathBuf>,
-    /// A folder with the class of every pixel: for each image a PNG, indexed or grey, at the same path below it.
+    /// A folder with segmentation masks (the class of every pixel): for each image a PNG, indexed or grey, at the same
+    /// relative path.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("format" = "path"))]
     pub masks: Option<PathBuf>,
@@ -92,8 +93,8 @@ pub struct ImageFolderConfig {
     #[serde(default)]
     #[schemars(extend("x-with" = { "masks": null }))]
     pub mask: MaskConfig,
-    /// A folder with the distance of every pixel: for each image a grey PNG of 16 bits or a `.npy` of `[height, width]`, at the
-    /// same path below it. What is 0, negative or not finite is not known.
+    /// A folder with depth maps (the distance of every pixel): for each image a 16-bit grey PNG or a `.npy` of `[height,
+    /// width]`, at the same relative path. A value that is 0, negative or not finite means: depth not known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("format" = "path"))]
     pub depth: Option<PathBuf>,

@@ -19,13 +19,13 @@ use films::{Films, Frame};
 
 /// Objects tracked through films by their mask in the first frame, with nothing trained.
 ///
-/// The labels of a patch are those of the `top_k` patches most like it (cosine s, weights `exp(s / temperature)`) among the
-/// patches of the first frame and of the `last_frames` before its own that lie within `radius` patches of its place (the
-/// label propagation of DINO, arXiv:2104.14294, section 4.2.2, by its released code: labels are carried as shares; brought to
-/// pixels bilinearly; each object's stretched to between 0 and 1; and the greatest is the answer). Scores over objects, each
-/// the mean over the frames with a mask but the first and the last, as the toolkit of DAVIS takes them (Perazzi et al., CVPR
-/// 2016): `j`, the intersection over union; `f`, the F-measure of the contour within 0.8% of the diagonal; `j_and_f`, the mean
-/// of the two.
+/// The labels of a patch are the weighted labels of the `top_k` most similar patches (cosine s, weights `exp(s /
+/// temperature)`). Candidates are the patches of the first frame and of the `last_frames` before its own that lie within
+/// `radius` patches of its place. This is the label propagation of DINO (arXiv:2104.14294, section 4.2.2) as in its released
+/// code: labels are propagated as shares, resized bilinearly to pixels, rescaled to [0, 1] for each object, and the greatest
+/// share gives the prediction. Scores over objects, each the mean over the frames with a mask but the first and the last, as
+/// the toolkit of DAVIS takes them (Perazzi et al., CVPR 2016): `j`, the intersection over union; `f`, the F-measure of the
+/// contour within 0.8% of the diagonal; `j_and_f`, the mean of the two.
 ///
 /// Films are drawn scenes whose objects move over the ground and each other, at the size at which the model sees them; or those
 /// of a folder, in the layout of DAVIS.
@@ -45,7 +45,7 @@ pub struct Tracking {
     /// Frames of a film that is drawn.
     #[schemars(range(min = 3, max = 1000))]
     pub length: usize,
-    /// Frames before its own in which a patch looks for labels, beside the first.
+    /// Number of previous frames, besides the first frame, from which a patch takes labels.
     #[schemars(range(max = 1000))]
     pub last_frames: usize,
     /// Patches whose labels it takes.

@@ -71,8 +71,8 @@ pub enum Checkpointing {
     /// Everything.
     #[default]
     None,
-    /// Not what is inside the feed-forward branch, which is computed again: two fifths of a block's memory for about a
-    /// fifth more time.
+    /// Everything except the inside of the feed-forward branch, which is computed again: two fifths of a block's memory
+    /// for about a fifth more time.
     Selective,
     /// Nothing but the tokens that go into the block: about a third more time.
     Full,
@@ -179,8 +179,8 @@ pub struct Written {
     #[serde(default)]
     #[schemars(extend("minimum" = 0, "exclusiveMaximum" = 1))]
     drop_path: Option<f64>,
-    /// Activation checkpointing: what of a block is computed again in the backward pass to save memory. Results have the
-    /// same bits with and without.
+    /// Activation checkpointing: which activations of a block are recomputed in the backward pass to save memory.
+    /// Results are bit-identical with and without it.
     #[serde(default)]
     checkpointing: Checkpointing,
     /// A final norm of their own for CLS and register tokens.

@@ -37,13 +37,14 @@ pub enum Command {
         /// Print parameters, operations an image and memory by component. Nothing is allocated.
         #[arg(long)]
         cost: bool,
-        /// What a step costs each of so many processes that share it: memory, and what they send each other.
+        /// Number of processes that share a step: also print the memory of each process and the data that they
+        /// exchange.
         #[arg(long, requires = "cost", value_name = "N")]
         ranks: Option<usize>,
-        /// What a process computes a second, for an estimate of the time of a step.
+        /// Compute throughput of one process, used to estimate the time of a step.
         #[arg(long, requires = "ranks", value_name = "TFLOP/S")]
         tflops: Option<f64>,
-        /// What a process receives a second from the others, for the same.
+        /// Bandwidth at which a process receives data, for the same estimate.
         #[arg(long, requires = "ranks", value_name = "GB/S")]
         link: Option<f64>,
     },
@@ -60,7 +61,7 @@ pub enum Command {
         #[arg(value_enum, default_value = "recipe")]
         of: SchemaOf,
     },
-    /// Say of one key its value, where that comes from, and who reads it.
+    /// Show one key: its value, where the value comes from, and what reads it.
     Explain {
         /// A dotted key: `losses.gram.weight`.
         key: String,
