@@ -164,13 +164,13 @@ impl Source {
         let text = self.text();
         let key = blake3::hash(format!("{arch} {version:?} {:?}\n{text}", options(arch)).as_bytes());
         let file = cache_folder().map(|f| f.join(format!("{}-{arch}-{}.cubin", self.name, &key.to_hex()[..24])));
-        if let Some(cubin) = file.as_ref().and_then(|f| std::fs::read(f).ok()).filter(|c| !c.is_empty()) {
+        if let Some(cubin) = file.as_ref().and_then(|f| std::fs::read(f).ok()).and_then(unsealed) {
             return Ok(Compiled { name: self.name, cached: true, log: String::new(), cubin });
         }
         let (cubin, log) = self.run_compiler(&text, arch)?;
         if let Some(file) = file {
             // A cache that cannot be written only costs time.
-            let _ = write_whole(&file, &cubin);
+            let _ = write_whole(&file, &sealed(&cubin));
         }
         Ok(Compiled { name: self.name, cached: false, log, cubin })
     }
@@ -246,6 +246,17 @@ pub(super) fn cache_folder() -> Option<PathBuf> {
     Some(folder)
 }
 
+/// Machine code as the cache keeps it, with its hash in front: a damaged file is compiled anew, not run.
+fn sealed(cubin: &[u8]) -> Vec<u8> {
+    [blake3::hash(cubin).as_bytes(), cubin].concat()
+}
+
+/// The machine code of a file of the cache, if it is the one that was written.
+fn unsealed(mut file: Vec<u8>) -> Option<Vec<u8>> {
+    let cubin = file.split_off(blake3::OUT_LEN.min(file.len()));
+    (blake3::hash(&cubin).as_bytes()[..] == file[..]).then_some(cubin)
+}
+
 /// Writes a file that is whole whenever it is there.
 pub(super) fn write_whole(path: &std::path::Path, bytes: &[u8]) -> std::io::Result<()> {
     use std::io::Write;
@@ -259,6 +270,18 @@ pub(super) fn write_whole(path: &std::path::Path, bytes: &[u8]) -> std::io::Resu
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn machine_code_that_was_damaged_is_not_taken_from_the_cache() {
+        let whole = sealed(b"code");
+        assert_eq!(unsealed(whole.clone()).as_deref(), Some(&b"code"[..]));
+        for i in 0..whole.len() {
+            let mut flipped = whole.clone();
+            flipped[i] ^= 1;
+            assert_eq!(unsealed(flipped), None, "byte {i}");
+            assert_eq!(unsealed(whole[..i].to_vec()), None, "cut to {i}");
+        }
+    }
 
     #[test]
     fn the_parameters_of_a_kernel_are_counted_in_its_text() {
