@@ -377,34 +377,34 @@ fn a_suite_on_slurm_gives_the_numbers_of_one_process_through_signals_and_second_
     let again = slurm.ablate(&folder, "out", &["--on", "slurm"]);
     assert!(again.out.contains("nothing to hand over"), "{}", again.out);
 
-    // Asked to stop, an index saves, puts itself back into the queue and goes on.
     let long = |suite: &str| suite.replace("seeds =", "set.steps = 800\nset.checkpoint.every = 100\nseeds =");
     folder.write("suite.toml", &long(SUITE));
     folder.succeed(&ablate("long", &["--arms", "slow", "--seeds", "0"]));
-    slurm.ablate(&folder, "asked", &["--on", "slurm", "--arms", "slow", "--seeds", "0", "--smoke-steps", "0"]);
     let run = "arms/slow/seed-0";
-    slurm.wait(&folder, || folder.path(&format!("asked/{run}/checkpoints")).exists());
-    let queue = slurm.queue();
-    let index =
-        queue.lines().find(|line| line.contains("RUNNING")).expect("it runs").split(' ').next().expect("a word");
-    slurm.ask("scancel", &["--signal=USR2", index]);
-    slurm.wait(&folder, || folder.path(&format!("asked/{run}/result.json")).exists());
-    let log = folder.read(&format!("asked/{run}/run.log"));
-    assert!(log.contains("SIGUSR2: stops once all is saved"), "{log}");
-    assert!(folder.read(&format!("asked/{run}/events.jsonl")).contains("\"resume\""));
-    assert_same_weights(&folder, &format!("long/{run}"), &format!("asked/{run}"), 800);
-    slurm.wait(&folder, || slurm.queue().is_empty());
-
+    let goes_on_after = |out: &str, interrupt: &dyn Fn(), signal: &str| {
+        slurm.ablate(&folder, out, &["--on", "slurm", "--arms", "slow", "--seeds", "0", "--smoke-steps", "0"]);
+        slurm.wait(&folder, || folder.path(&format!("{out}/{run}/checkpoints")).exists());
+        interrupt();
+        slurm.wait(&folder, || folder.path(&format!("{out}/{run}/result.json")).exists());
+        let log = folder.read(&format!("{out}/{run}/run.log"));
+        assert!(log.contains(&format!("{signal}: stops once all is saved")), "{log}");
+        assert!(folder.read(&format!("{out}/{run}/events.jsonl")).contains("\"resume\""));
+        assert_same_weights(&folder, &format!("long/{run}"), &format!("{out}/{run}"), 800);
+        slurm.wait(&folder, || slurm.queue().is_empty());
+    };
+    // Asked to stop, an index saves, puts itself back into the queue and goes on.
+    let ask_to_stop = || {
+        let queue = slurm.queue();
+        let index =
+            queue.lines().find(|line| line.contains("RUNNING")).expect("it runs").split(' ').next().expect("a word");
+        slurm.ask("scancel", &["--signal=USR2", index]);
+    };
+    goes_on_after("asked", &ask_to_stop, "SIGUSR2");
     // Preempted, it saves within its grace time, waits in the queue and goes on.
-    slurm.ablate(&folder, "preempted", &["--on", "slurm", "--arms", "slow", "--seeds", "0", "--smoke-steps", "0"]);
-    slurm.wait(&folder, || folder.path(&format!("preempted/{run}/checkpoints")).exists());
-    slurm.ask("sbatch", &["--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]);
-    slurm.wait(&folder, || folder.path(&format!("preempted/{run}/result.json")).exists());
-    let log = folder.read(&format!("preempted/{run}/run.log"));
-    assert!(log.contains("SIGTERM: stops once all is saved"), "{log}");
-    assert!(folder.read(&format!("preempted/{run}/events.jsonl")).contains("\"resume\""));
-    assert_same_weights(&folder, &format!("long/{run}"), &format!("preempted/{run}"), 800);
-    slurm.wait(&folder, || slurm.queue().is_empty());
+    let preempt = || {
+        slurm.ask("sbatch", &["--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]);
+    };
+    goes_on_after("preempted", &preempt, "SIGTERM");
 
     // Cancelled, it saves and stays out of the queue.
     slurm.ablate(&folder, "ended", &["--on", "slurm", "--arms", "slow", "--seeds", "0", "--smoke-steps", "0"]);
