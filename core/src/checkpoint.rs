@@ -158,7 +158,7 @@ pub fn prune(run: &Path, step: u64, keep: Keep) -> Result<()> {
         list(run)?.into_iter().partition(|path| step_of(path).is_some_and(|(earlier, _)| earlier < step));
     let stale = other.into_iter().filter(|path| *path != target);
     let forever = |path: &PathBuf| step_of(path).is_some_and(|(s, _)| keep.every > 0 && s.is_multiple_of(keep.every));
-    let is_replaced = |path: &PathBuf| keep.replaced.is_some() && step_of(path).map(|(step, _)| step) == keep.replaced;
+    let is_replaced = |path: &PathBuf| step_of(path).is_some_and(|(s, _)| keep.replaced == Some(s));
     let (replaced, earlier): (Vec<_>, Vec<_>) = earlier.into_iter().partition(is_replaced);
     let old = earlier.into_iter().rev().skip(keep.newest.max(1) - 1);
     for old in stale.chain(replaced.into_iter().chain(old).filter(|path| !forever(path))) {

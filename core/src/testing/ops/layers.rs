@@ -139,10 +139,10 @@ inventory::submit! {
             let mut y = x.matmul(w.permute::<(usize, usize), Axes2<1, 0>>());
             let shape = (rows, o);
             if s.flag("bias") {
-                y = y + s.leaf("bias", (o,)).leaky_trace().broadcast_like::<_, Axis<0>>(&shape);
+                y = y + row(&mut s, "bias", shape);
             }
             if s.flag("scale") {
-                y = y * s.leaf("scale", (o,)).leaky_trace().broadcast_like::<_, Axis<0>>(&shape);
+                y = y * row(&mut s, "scale", shape);
             }
             if s.flag("onto") {
                 y = y + s.leaf("onto", shape).leaky_trace();
@@ -179,8 +179,8 @@ inventory::submit! {
             let h = layer_norm(&mut s, x.leaky_trace(), (rows, d), ["norm", "norm_bias"], 1e-3);
             let h = gelu(affine(&mut s, h, (rows, d, hidden), ["up", "up_bias"]));
             let y = affine(&mut s, h, (rows, hidden, d), ["down", "down_bias"]);
-            let scale = s.leaf("scale", (d,)).leaky_trace().broadcast_like::<_, Axis<0>>(&(rows, d));
-            Some(s.is(y * scale + x.leaky_trace()))
+            let scaled = y * row(&mut s, "scale", (rows, d));
+            Some(s.is(scaled + x.leaky_trace()))
         },
     }
 }
@@ -188,7 +188,12 @@ inventory::submit! {
 /// `x w^T + b`, with the names of weight and bias.
 fn affine(s: &mut Statement<'_>, x: Taped, (rows, i, o): (usize, usize, usize), [weight, bias]: [&str; 2]) -> Taped {
     let w = s.leaf(weight, (o, i)).leaky_trace().permute::<(usize, usize), Axes2<1, 0>>();
-    x.matmul(w) + s.leaf(bias, (o,)).leaky_trace().broadcast_like::<_, Axis<0>>(&(rows, o))
+    x.matmul(w) + row(s, bias, (rows, o))
+}
+
+/// A vector as every row of a matrix.
+fn row(s: &mut Statement<'_>, name: &str, shape: (usize, usize)) -> Taped {
+    s.leaf(name, (shape.1,)).leaky_trace().broadcast_like::<_, Axis<0>>(&shape)
 }
 
 /// `silu(gate) up`.
@@ -291,14 +296,13 @@ fn layer_norm(s: &mut Statement<'_>, x: Taped, shape: (usize, usize), [weight, b
     let centred = x - mean.broadcast_like::<_, Axis<1>>(&shape);
     let variance = centred.with_empty_tape().square().mean::<(usize,), Axis<1>>();
     let unit = centred / (variance + eps).sqrt().broadcast_like::<_, Axis<1>>(&shape);
-    let mut row = |name| s.leaf(name, (shape.1,)).leaky_trace().broadcast_like::<_, Axis<0>>(&shape);
-    unit * row(weight) + row(bias)
+    unit * row(s, weight, shape) + row(s, bias, shape)
 }
 
 fn rms_norm(s: &mut Statement<'_>, x: Taped, shape: (usize, usize), weight: &str, eps: f64) -> Taped {
     let square = x.with_empty_tape().square().mean::<(usize,), Axis<1>>();
     let unit = x / (square + eps).sqrt().broadcast_like::<_, Axis<1>>(&shape);
-    unit * s.leaf(weight, (shape.1,)).leaky_trace().broadcast_like::<_, Axis<0>>(&shape)
+    unit * row(s, weight, shape)
 }
 
 inventory::submit! {
