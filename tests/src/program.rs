@@ -158,7 +158,7 @@ impl Folder {
         // SAFETY: signal(2) may be called between fork and exec.
         unsafe {
             command.pre_exec(|| {
-                for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM] {
+                for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGUSR1, libc::SIGUSR2, libc::SIGTERM] {
                     libc::signal(signal, libc::SIG_DFL);
                 }
                 Ok(())

@@ -4,6 +4,7 @@
 // Conventions: kernels are `extern "C" __global__`, one name a storage type (`..._f32`, `..._bf16`); arithmetic is f32;
 // sizes are `int`, offsets into tensors `size_t`. No sum depends on the order in which blocks run: atomics add nothing.
 
+typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
@@ -39,6 +40,14 @@ template <class T> __device__ __forceinline__ T from_float(float x);
 template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
 template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) {
     return bf16{(unsigned short)(pack_bf16(x, 0.0f) & 0xffffu)};
+}
+
+// ---- a float in two halves of 16 bits: rounded to bf16, half-way numbers away from zero, and its lower bits. From both it is told exactly
+
+__device__ __forceinline__ bf16 rounded_half(float x) { return bf16{(u16)((__float_as_uint(x) + 0x8000u) >> 16)}; }
+__device__ __forceinline__ u16 lower_half(float x) { return (u16)__float_as_uint(x); }
+__device__ __forceinline__ float join_halves(bf16 rounded, u16 lower) {
+    return __uint_as_float(((u32)rounded.bits << 16) - (((u32)lower & 0x8000u) << 1) + lower);
 }
 
 // Instantiates a kernel template for both storage types: KERNEL(name, (params), (args)) defines name_f32 and name_bf16,

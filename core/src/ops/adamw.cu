@@ -1,5 +1,5 @@
 // The update of all weights over flat memory: AdamW in one pass, or steps along directions that others computed, with the
-// EMA teacher and the bf16 copies of both.
+// EMA teacher.
 
 // Neighbouring parameters that are updated alike. They start at multiples of 64 elements.
 struct Rule {
@@ -72,25 +72,45 @@ struct Update {
     }
 };
 
-// Weights, gradients and what follows them, from element `i` on: four at a time. `ema` and the bf16 copies may be missing.
-struct Flats {
-    float* params;
-    const float* grads;
-    float* ema;
-    bf16 *narrow, *narrow_ema;
+// Flat numbers: floats, or floats in halves. Without either there are none.
+struct Flat {
+    float* wide;
+    bf16* rounded;
+    u16* lower;
 
-    __device__ __forceinline__ void get(size_t i, float* p, float* g, float* e) const {
-        *(float4*)p = *(const float4*)(params + i);
-        *(float4*)g = *(const float4*)(grads + i);
-        if (ema) *(float4*)e = *(const float4*)(ema + i);
+    __device__ __forceinline__ explicit operator bool() const { return wide || rounded; }
+
+    __device__ __forceinline__ float get(size_t i) const { return wide ? wide[i] : join_halves(rounded[i], lower[i]); }
+
+    __device__ __forceinline__ void put(size_t i, float x) const {
+        if (wide) {
+            wide[i] = x;
+        } else {
+            rounded[i] = rounded_half(x);
+            lower[i] = lower_half(x);
+        }
     }
 
-    __device__ __forceinline__ void put(size_t i, const float* p, const float* e) const {
-        *(float4*)(params + i) = *(const float4*)p;
-        if (narrow) *(uint2*)(narrow + i) = make_uint2(pack_bf16(p[0], p[1]), pack_bf16(p[2], p[3]));
-        if (!ema) return;
-        *(float4*)(ema + i) = *(const float4*)e;
-        if (narrow_ema) *(uint2*)(narrow_ema + i) = make_uint2(pack_bf16(e[0], e[1]), pack_bf16(e[2], e[3]));
+    // Four at a time.
+    __device__ __forceinline__ void get4(size_t i, float* x) const {
+        if (wide) {
+            *(float4*)x = *(const float4*)(wide + i);
+            return;
+        }
+        const ushort4 r = *(const ushort4*)(rounded + i), l = *(const ushort4*)(lower + i);
+        x[0] = join_halves(bf16{r.x}, l.x);
+        x[1] = join_halves(bf16{r.y}, l.y);
+        x[2] = join_halves(bf16{r.z}, l.z);
+        x[3] = join_halves(bf16{r.w}, l.w);
+    }
+
+    __device__ __forceinline__ void put4(size_t i, const float* x) const {
+        if (wide) {
+            *(float4*)(wide + i) = *(const float4*)x;
+            return;
+        }
+        *(ushort4*)(rounded + i) = make_ushort4(rounded_half(x[0]).bits, rounded_half(x[1]).bits, rounded_half(x[2]).bits, rounded_half(x[3]).bits);
+        *(ushort4*)(lower + i) = make_ushort4(lower_half(x[0]), lower_half(x[1]), lower_half(x[2]), lower_half(x[3]));
     }
 };
 
@@ -111,14 +131,13 @@ template <class F> __device__ __forceinline__ int last_rule(int count, F starts_
 
 constexpr int ELEMENTS_OF_BLOCK = 4096;
 
-// If `taken` is not 0. `ema` and the bf16 copies may be missing.
-extern "C" __global__ void adamw_f32(float* params, const float* grads, float* mean, float* square, float* ema, bf16* narrow,
-                                     bf16* narrow_ema, const Rule* rules, int count, const Numbers* numbers, const AdamW* adamw,
-                                     const float* norms, const float* taken, size_t n) {
+// If `taken` is not 0. There may be no `ema`.
+extern "C" __global__ void adamw_f32(Flat params, Flat ema, const float* grads, float* mean, float* square, const Rule* rules,
+                                     int count, const Numbers* numbers, const AdamW* adamw, const float* norms,
+                                     const float* taken, size_t n) {
     if (*taken == 0.0f) return;
     const Numbers s = *numbers;
     const AdamW a = *adamw;
-    const Flats flats = {params, grads, ema, narrow, narrow_ema};
     const size_t first = (size_t)blockIdx.x * ELEMENTS_OF_BLOCK;
     int rule = last_rule(count, [&](int i) { return (size_t)rules[i].start * 64 <= first; });
     for (size_t i = first + threadIdx.x * 4; i < first + ELEMENTS_OF_BLOCK && i < n; i += blockDim.x * 4) {
@@ -129,7 +148,9 @@ extern "C" __global__ void adamw_f32(float* params, const float* grads, float* m
         const size_t at = (size_t)r.moments * 64 + (i - start);
         const Update update(r, s, a, norms);
         float p[4], g[4], m[4], v[4], e[4] = {};
-        flats.get(i, p, g, e);
+        params.get4(i, p);
+        if (ema) ema.get4(i, e);
+        *(float4*)g = *(const float4*)(grads + i);
         *(float4*)m = *(const float4*)(mean + at);
         *(float4*)v = *(const float4*)(square + at);
 #pragma unroll
@@ -138,7 +159,8 @@ extern "C" __global__ void adamw_f32(float* params, const float* grads, float* m
             if (i + k >= end) break;
             update(p[k], g[k], m[k], v[k], e[k]);
         }
-        flats.put(i, p, e);
+        params.put4(i, p);
+        if (ema) ema.put4(i, e);
         *(float4*)(mean + at) = *(const float4*)m;
         *(float4*)(square + at) = *(const float4*)v;
     }
@@ -186,9 +208,9 @@ __device__ __forceinline__ float greatest_of_scale(const float* x, float* of_war
 
 // As above for parameters whose moments are in eight bits, four codes a word. Four scales a block of 256 threads.
 extern "C" __global__ void __launch_bounds__(256)
-adamw_8bit_f32(float* params, const float* grads, u32* mean, float* mean_scales, u32* square, float* square_scales, float* ema, bf16* narrow,
-               bf16* narrow_ema, const Rule* rules, int count, const Values* all, const Numbers* numbers, const AdamW* adamw,
-               const float* norms, const float* taken, u32 scales) {
+adamw_8bit_f32(Flat params, Flat ema, const float* grads, u32* mean, float* mean_scales, u32* square, float* square_scales,
+               const Rule* rules, int count, const Values* all, const Numbers* numbers, const AdamW* adamw, const float* norms,
+               const float* taken, u32 scales) {
     if (*taken == 0.0f) return;
     __shared__ Values values;
     __shared__ float of_warp[2][8];
@@ -199,11 +221,12 @@ adamw_8bit_f32(float* params, const float* grads, u32* mean, float* mean_scales,
     const u32 k = (scale - r.moments) * NUMBERS_OF_SCALE + threadIdx.x % THREADS_OF_SCALE * 4;
     const bool inside = scale < scales && scale >= r.moments && k < r.len;
     const size_t i = (size_t)r.start * 64 + k, word = (size_t)scale * THREADS_OF_SCALE + threadIdx.x % THREADS_OF_SCALE;
-    const Flats flats = {params, grads, ema, narrow, narrow_ema};
     float p[4], g[4], m[4] = {}, v[4] = {}, e[4] = {};
     if (inside) {
         const Update update(r, *numbers, *adamw, norms);
-        flats.get(i, p, g, e);
+        params.get4(i, p);
+        if (ema) ema.get4(i, e);
+        *(float4*)g = *(const float4*)(grads + i);
         const u32 of_m = mean[word], of_v = square[word];
         const float scale_m = mean_scales[scale], scale_v = square_scales[scale];
 #pragma unroll
@@ -215,7 +238,8 @@ adamw_8bit_f32(float* params, const float* grads, u32* mean, float* mean_scales,
             v[j] = values.without_sign[of_v >> 8 * j & 0xff] * scale_v;
             update(p[j], g[j], m[j], v[j], e[j]);
         }
-        flats.put(i, p, e);
+        params.put4(i, p);
+        if (ema) ema.put4(i, e);
     }
     const float most_m = greatest_of_scale(m, of_warp[0]), most_v = greatest_of_scale(v, of_warp[1]);
     if (!inside) return;
@@ -243,9 +267,9 @@ extern "C" __global__ void clips_f32(float* clips, const float* norms, const Num
     for (int m = threadIdx.x; m < count; m += blockDim.x) clips[m] = clip_of(numbers->max_norm, norms[m]);
 }
 
-// One parameter along its direction, if `taken` is not 0. `ema` and the bf16 copies may be missing.
-extern "C" __global__ void descend_f32(float* params, const float* direction, float* ema, bf16* narrow, bf16* narrow_ema,
-                                       const Rule* rule, const Numbers* numbers, const float* taken) {
+// One parameter along its direction, if `taken` is not 0. There may be no `ema`.
+extern "C" __global__ void descend_f32(Flat params, Flat ema, const float* direction, const Rule* rule, const Numbers* numbers,
+                                       const float* taken) {
     if (*taken == 0.0f) return;
     const Numbers s = *numbers;
     const Rule r = *rule;
@@ -253,14 +277,9 @@ extern "C" __global__ void descend_f32(float* params, const float* direction, fl
     const float lr = (r.last_layer ? s.last_layer_lr : s.lr) * r.lr, keep = 1.0f - lr * (r.decays * s.weight_decay);
     for (size_t k = (size_t)blockIdx.x * blockDim.x + threadIdx.x; k < r.len; k += (size_t)gridDim.x * blockDim.x) {
         const size_t i = start + k;
-        const float p = params[i] * keep - lr * direction[k];
-        params[i] = p;
-        if (narrow) narrow[i] = from_float<bf16>(p);
-        if (ema) {
-            const float e = s.momentum * ema[i] + s.rest_momentum * p;
-            ema[i] = e;
-            if (narrow_ema) narrow_ema[i] = from_float<bf16>(e);
-        }
+        const float p = params.get(i) * keep - lr * direction[k];
+        params.put(i, p);
+        if (ema) ema.put(i, s.momentum * ema.get(i) + s.rest_momentum * p);
     }
 }
 

@@ -7,7 +7,7 @@
 use crate::contract::{Cost, Grid, ImageSize, LossCost, LossRows, View};
 use crate::recipe::{DeviceChoice, Recipe, Resolution};
 use crate::step::{declare, distilled_model, named_teachers, Declared, Storage, Teacher, GLOBALS};
-use crate::{cuda, DType, Device, Error, Result};
+use crate::{cuda, Device, Error, Result};
 
 /// What a recipe costs.
 #[derive(Clone, Debug, PartialEq)]
@@ -259,10 +259,6 @@ fn weights(
     });
     memory.extend(distilled.map(|n| (DISTILLED, n as f64 * features.size() as f64)));
     memory.extend((further > 0).then(|| ("further teachers", wide(further))));
-    if features == DType::BF16 {
-        let copied = own as f64 * if teacher { 2.0 } else { 1.0 } + further as f64;
-        memory.push(("copies of weights in bf16", 2.0 * copied));
-    }
     if device != Device::Cpu {
         memory.push(("workspace of matrix products", cuda::WORKSPACE as f64));
     }

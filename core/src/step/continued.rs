@@ -44,7 +44,7 @@ impl Learner {
         let mut learner = Self::unstarted(recipe, shared)?;
         let Self { model, weights, teacher, named, kernels, spikes, .. } = &mut learner;
         kernels.load()?;
-        weights.student.copy_from(&model.layout.init(recipe.seed, weights.student.dtype())?)?;
+        weights.student.set(&model.layout.init(recipe.seed, weights.student.dtype())?)?;
         let mut notes = weights.take_over(from, model)?;
         if let (role @ Role::Checkpoint(_), true) = (teacher.start(), recipe.teacher != parent.teacher) {
             weights.follow(Of::Teacher, Follow::Copy(role), model)?;
@@ -58,7 +58,6 @@ impl Learner {
             }
         }
         weights.forget_bounds();
-        weights.narrow()?;
         weights.bounds(model)?;
         if let Some(spikes) = spikes {
             spikes.restore(&from.optimizer);
@@ -72,11 +71,11 @@ impl Weights {
     fn take_over(&mut self, from: &Checkpoint, model: &Declared) -> Result<Vec<String>> {
         let (layout, path) = (&model.layout, from.path.as_path());
         let mut notes = Vec::new();
-        let new = modules(&from.model, "student.", layout, &mut self.student, path)?;
+        let new = self.student.change(|flat| modules(&from.model, "student.", layout, flat, path))?;
         notes.extend(new.iter().map(|name| format!("{name} is new: it starts from the seed")));
         self.follow_student()?;
         if let Some(teacher) = self.teacher.as_mut().filter(|_| from.model.has("teacher.")) {
-            modules(&from.model, "teacher.", layout, teacher, path)?;
+            teacher.change(|flat| modules(&from.model, "teacher.", layout, flat, path))?;
         }
         for (i, name) in self.moment_names.clone().into_iter().enumerate() {
             let take = |moment: &mut Tensor| modules(&from.optimizer, &format!("{name}."), layout, moment, path);
@@ -105,7 +104,8 @@ impl Weights {
             return Ok(false);
         }
         let layout = model.layout.part("backbone.");
-        load(&layout, flat, |name| from.model.get(&format!("{role}.{name}")).cloned(), &from.path)?;
+        let get = |name: &str| from.model.get(&format!("{role}.{name}")).cloned();
+        flat.change(|flat| load(&layout, flat, get, &from.path))?;
         Ok(true)
     }
 }

@@ -11,6 +11,7 @@ mod bounds;
 mod continued;
 mod declare;
 mod distillation;
+mod flat;
 mod following;
 mod gpu;
 mod health;
@@ -30,6 +31,7 @@ mod weights;
 pub(crate) use declare::{build_backbone, build_loss};
 pub use declare::{declare, Declared, DeclaredLoss, GLOBALS};
 pub(crate) use distillation::distilled_model;
+pub use flat::Flat;
 pub use health::Health;
 pub use optimizer::ParamRule;
 pub use shared::SharedTeacher;
@@ -233,7 +235,7 @@ impl Learner {
             None => ranks,
         };
         if ranks.world() > 1 {
-            let hash = blake3::hash(self.weights.student.to(Device::Cpu).as_bytes()).to_hex();
+            let hash = blake3::hash(self.weights.student.to_host().as_bytes()).to_hex();
             ranks.comm().hold_same("the hash of the weights", &hash)?;
         }
         self.ranks = ranks;

@@ -13,6 +13,7 @@ use crate::recipe::{MomentStorage, OptimizerConfig, OptimizerEntry};
 use crate::{DType, Error, Result, Tensor};
 
 use super::bounds::Reach;
+use super::flat::Flat;
 use super::moments::Storage;
 use super::Weights;
 
@@ -200,25 +201,25 @@ impl Groups {
         for (adamw, places) in &self.adamw {
             let [mean, square, ..] = &mut moments[..] else { unreachable!("checked when the groups were made") };
             let whole = Moments { mean, square };
-            let ema = momentum.zip(teacher.as_mut()).map(|(momentum, params)| Ema { params, momentum });
+            let ema = momentum.zip(teacher.as_mut()).map(|(momentum, flat)| Ema { params: flat.wide_mut(), momentum });
             if let [mean, square] = &mut eight[..] {
                 let placed = |i: &usize| (group(i), self.storage.places[*i]);
                 let groups: Vec<(Group, Place)> = places.iter().map(placed).collect();
                 let moments = MixedMoments { whole, mean, square };
-                adamw_step_8bit(student, grads, moments, ema, &groups, *adamw, updates)?;
+                adamw_step_8bit(student.wide_mut(), grads, moments, ema, &groups, *adamw, updates)?;
             } else {
                 let groups: Vec<Group> = places.iter().map(group).collect();
-                adamw_step(student, grads, whole, ema, &groups, *adamw, updates)?;
+                adamw_step(student.wide_mut(), grads, whole, ema, &groups, *adamw, updates)?;
             }
         }
-        let dtype = student.dtype();
+        let dtype = grads.dtype();
         let numbers: Vec<Tensor> = self.numbers(at, updates).into_iter().map(|x| Tensor::scalar(x, dtype)).collect();
         for i in &self.directed {
             let group = group(i);
             let gradient = self.gradient(*i, grads).scale(group.clip)?;
             let new = self.direction(*i, gradient, (student, moments), numbers.clone(), dtype)?;
-            let ema = momentum.zip(teacher.as_mut()).map(|(momentum, params)| Ema { params, momentum });
-            descend(student, &new.direction, ema, &group)?;
+            let ema = momentum.zip(teacher.as_mut()).map(|(momentum, flat)| Ema { params: flat.wide_mut(), momentum });
+            descend(student.wide_mut(), &new.direction, ema, &group)?;
             for (flat, new) in moments.iter_mut().zip(&new.moments) {
                 write_range(flat, group.range.clone(), new)?;
             }
@@ -237,7 +238,7 @@ impl Groups {
         &self,
         i: usize,
         gradient: Tensor,
-        (student, moments): (&Tensor, &[Tensor]),
+        (student, moments): (&Flat, &[Tensor]),
         numbers: Vec<Tensor>,
         products: DType,
     ) -> Result<Direction> {
@@ -245,7 +246,8 @@ impl Groups {
         let view = |flat: &Tensor| flat.view(spec.offset, &spec.shape);
         let moments: Vec<Tensor> = moments.iter().map(view).collect();
         let count = moments.len();
-        let param = ParamUpdate { spec, weight: view(student), gradient, moments, numbers, products };
+        let weight = student.view(spec.offset, &spec.shape)?;
+        let param = ParamUpdate { spec, weight, gradient, moments, numbers, products };
         let Direction { direction, moments } = self.optimizer.direction(&param)?;
         drop(param);
         let fits = |tensor: &Tensor| tensor.len() == spec.range().len();

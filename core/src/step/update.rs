@@ -7,8 +7,8 @@ use crate::cuda::{args, Gpu};
 use crate::ops::{copy_if, EightBit, Place, ADAMW, EIGHT_BIT_BLOCK};
 use crate::{DType, Device, Error, Result, Tensor};
 
+use super::flat::Flat;
 use super::optimizer::Groups;
-use super::weights::Narrow;
 use super::{Limits, Weights};
 
 /// Parameters start at multiples of this many elements.
@@ -193,27 +193,24 @@ impl DeviceUpdate {
     ) -> Result<()> {
         let products = weights.student().dtype();
         let n = weights.student.len();
-        let Weights { student, teacher, moments, eight, narrow, .. } = weights;
-        let (narrow_student, narrow_teacher) = match narrow {
-            Some(Narrow { student, teacher, .. }) => (Some(&*student), teacher.as_ref()),
-            None => (None, None),
-        };
+        let Weights { student, teacher, moments, eight, .. } = weights;
         let ema = teacher.as_ref().filter(|_| follows);
-        let bytes = if follows { 38.0 } else { 30.0 };
+        // Kernels take arguments once.
+        let flats = || (student.place(), ema.map_or_else(Flat::no_place, Flat::place));
+        let bytes = if follows { 36.0 } else { 28.0 };
         let wide = n.saturating_sub(self.blocks * EIGHT_BIT_BLOCK);
         let number = |start: usize, len: &[usize]| self.numbers.view(start, len);
         for (i, pass) in self.adamw.iter().enumerate() {
             let of_adamw = number(NUMBERS + i * OF_ADAMW, &[OF_ADAMW]);
             if let (rules, count @ 1..) = &pass.whole {
                 let launch = self.gpu.kernel(&ADAMW, "adamw", DType::F32)?.grid(n.div_ceil(ELEMENTS_OF_BLOCK), 256);
+                let (student, ema) = flats();
                 launch.work(0.0, bytes * wide as f64).launch(args![
-                    &mut *student,
+                    student,
+                    ema,
                     grads,
                     &moments[0],
                     &moments[1],
-                    ema,
-                    narrow_student,
-                    narrow_teacher,
                     rules,
                     *count as i32,
                     &self.numbers,
@@ -227,16 +224,15 @@ impl DeviceUpdate {
                 let [(mean, mean_scales), (square, square_scales)] = [mean.parts(), square.parts()];
                 let launch = self.gpu.kernel(&ADAMW, "adamw_8bit", DType::F32)?;
                 let launch = launch.grid(self.blocks.div_ceil(SCALES_OF_BLOCK), 256);
+                let (student, ema) = flats();
                 launch.work(0.0, (bytes - 12.0) * (n - wide) as f64).launch(args![
-                    &mut *student,
+                    student,
+                    ema,
                     grads,
                     mean,
                     mean_scales,
                     square,
                     square_scales,
-                    ema,
-                    narrow_student,
-                    narrow_teacher,
                     rules,
                     *count as i32,
                     &self.values,
@@ -262,12 +258,11 @@ impl DeviceUpdate {
             let new = groups.direction(*i, gradient, (student, moments), own.clone(), products)?;
             let len = spec.range.len();
             let launch = self.gpu.kernel(&ADAMW, "descend", DType::F32)?.over(len);
+            let (student, ema) = flats();
             launch.work(0.0, (bytes - 16.0) * len as f64).launch(args![
-                &mut *student,
-                &new.direction,
+                student,
                 ema,
-                narrow_student,
-                narrow_teacher,
+                &new.direction,
                 &self.rules.view(rule * OF_RULE, &[OF_RULE]),
                 &self.numbers,
                 taken

@@ -9,11 +9,12 @@ use crate::files::NamedTensors;
 use crate::ops::{EightBit, Map, Place};
 use crate::params::{load_named, Layout};
 use crate::recipe::{InitRole, Recipe};
-use crate::tensor::{catch_out_of_memory, convert_into};
+use crate::tensor::catch_out_of_memory;
 use crate::weights::Source;
 use crate::{DType, Device, Error, Result, Tensor};
 
 use super::bounds::{Bounds, Reach};
+use super::flat::Flat;
 use super::moments::Storage;
 use super::optimizer::Groups;
 use super::{Declared, DeclaredLoss, Teacher};
@@ -21,11 +22,11 @@ use super::{Declared, DeclaredLoss, Teacher};
 /// Student, teachers, moments and the losses' state.
 pub struct Weights {
     /// The trained model.
-    pub student: Tensor,
+    pub student: Flat,
     /// The model that gives targets, if there is one; the student's layout.
-    pub teacher: Option<Tensor>,
+    pub teacher: Option<Flat>,
     /// The teachers of `[teachers]` that losses ask for, by name: the backbone's part of the layout, which comes first.
-    pub named: Vec<(String, Tensor)>,
+    pub named: Vec<(String, Flat)>,
     /// The optimizer's moments, in the order of [`Optimizer::moments`](crate::contract::Optimizer::moments). Where some are in
     /// eight bits, those that are not, one behind the other.
     pub moments: Vec<Tensor>,
@@ -41,17 +42,8 @@ pub struct Weights {
     pub skipped: u64,
     /// Gradients of the last step.
     pub(super) grads: Tensor,
-    /// Copies in bf16 that a bf16 step computes with.
-    pub(super) narrow: Option<Narrow>,
     /// How large numbers are at most, once they were measured.
     bounds: Option<Bounds>,
-}
-
-/// Student and teachers in bf16, at fixed addresses.
-pub(super) struct Narrow {
-    pub(super) student: Tensor,
-    pub(super) teacher: Option<Tensor>,
-    pub(super) named: Vec<Tensor>,
 }
 
 /// Whose weights.
@@ -98,22 +90,15 @@ impl Weights {
         features: DType,
     ) -> Self {
         let dtype = features.wide();
-        let backbone = || Tensor::zeros(&[backbone_len(layout)], dtype);
-        let named: Vec<(String, Tensor)> = named.into_iter().map(|name| (name.to_string(), backbone())).collect();
-        let zeros = || Tensor::zeros(&[layout.len()], dtype);
+        let zeros = |len| Flat::zeros(len, features);
+        let named = named.into_iter().map(|name| (name.to_string(), zeros(backbone_len(layout)))).collect();
         let storage = optimizer.storage.clone();
         // AdamW's two: others are refused when the groups are made.
         let eight = if storage.blocks == 0 { &[][..] } else { &[Map::Signed, Map::Unsigned] };
         let eight = eight.iter().map(|map| EightBit::zeros(*map, storage.blocks)).collect();
-        let narrow = |len| Tensor::zeros(&[len], DType::BF16);
-        let narrow = (features == DType::BF16).then(|| Narrow {
-            student: narrow(layout.len()),
-            teacher: teacher.then(|| narrow(layout.len())),
-            named: named.iter().map(|(_, flat)| narrow(flat.len())).collect(),
-        });
         Self {
-            student: zeros(),
-            teacher: teacher.then(zeros),
+            student: zeros(layout.len()),
+            teacher: teacher.then(|| zeros(layout.len())),
             named,
             moments: optimizer.moments().iter().map(|_| storage.whole(dtype)).collect(),
             eight,
@@ -121,8 +106,7 @@ impl Weights {
             moment_names: optimizer.moments().to_vec(),
             loss_state: Vec::new(),
             skipped: 0,
-            grads: zeros(),
-            narrow,
+            grads: Tensor::zeros(&[layout.len()], dtype),
             bounds: None,
         }
     }
@@ -155,28 +139,17 @@ impl Weights {
 
     /// What the student computes with.
     pub(super) fn student(&self) -> &Tensor {
-        self.narrow.as_ref().map_or(&self.student, |n| &n.student)
+        self.student.rounded()
     }
 
     /// What the teacher computes with; without one, the student: what is evaluated.
     pub(super) fn evaluated(&self) -> &Tensor {
-        let teacher = self.narrow.as_ref().map_or(self.teacher.as_ref(), |n| n.teacher.as_ref());
-        teacher.unwrap_or_else(|| self.student())
+        self.teacher.as_ref().unwrap_or(&self.student).rounded()
     }
 
     /// What a teacher of `[teachers]` computes with.
     pub(super) fn named(&self, i: usize) -> &Tensor {
-        self.narrow.as_ref().map_or(&self.named[i].1, |n| &n.named[i])
-    }
-
-    /// Brings the bf16 copies up to date after weights were replaced outside the update.
-    pub(super) fn narrow(&mut self) -> Result<()> {
-        let Some(narrow) = &mut self.narrow else { return Ok(()) };
-        convert_into(&mut narrow.student, &self.student)?;
-        if let (Some(narrow), Some(teacher)) = (&mut narrow.teacher, &self.teacher) {
-            convert_into(narrow, teacher)?;
-        }
-        narrow.named.iter_mut().zip(&self.named).try_for_each(|(narrow, (_, wide))| convert_into(narrow, wide))
+        self.named[i].1.rounded()
     }
 
     /// Moment `i` of the whole layout; where some are in eight bits, in host memory.
@@ -231,7 +204,7 @@ impl Weights {
         named: &[Teacher],
     ) -> Result<()> {
         let layout = &model.layout;
-        self.student.copy_from(drawn)?;
+        self.student.set(drawn)?;
         if let Some(path) = &recipe.backbone.weights {
             let source = read_model(path, model)?;
             load_role(&layout.part("backbone."), &mut self.student, &source, &["teacher.", "student.", ""], path)?;
@@ -252,10 +225,7 @@ impl Weights {
         if let role @ Role::Checkpoint(_) = teacher.start() {
             self.copy(Of::Teacher, &role, model)?;
         }
-        for (i, teacher) in named.iter().enumerate() {
-            self.copy(Of::Named(i), &teacher.policy.start(), model)?;
-        }
-        self.narrow()
+        named.iter().enumerate().try_for_each(|(i, teacher)| self.copy(Of::Named(i), &teacher.policy.start(), model))
     }
 
     /// The gradients of the last step, in the student's layout.
@@ -279,11 +249,10 @@ impl Weights {
     /// A teacher's weights follow, as its policy says; without weights there is nothing to do.
     pub(super) fn follow(&mut self, of: Of, how: Follow, model: &Declared) -> Result<()> {
         match how {
-            Follow::Keep => return Ok(()),
-            Follow::Copy(role) => self.copy(of, &role, model)?,
-            Follow::Ema { momentum } => self.ema(of, momentum)?,
+            Follow::Keep => Ok(()),
+            Follow::Copy(role) => self.copy(of, &role, model),
+            Follow::Ema { momentum } => self.ema(of, momentum),
         }
-        self.narrow()
     }
 
     /// All weights of a teacher are replaced.
@@ -300,10 +269,9 @@ impl Weights {
             }
         };
         // The backbone, which is all that a further teacher has, comes first.
-        let n = flat.len();
         match role {
-            Role::Teacher => flat.copy_from(&taught.unwrap_or(student).view(0, &[n])),
-            Role::Student => flat.copy_from(&student.view(0, &[n])),
+            Role::Teacher => flat.copy_from(taught.unwrap_or(student)),
+            Role::Student => flat.copy_from(student),
             Role::Checkpoint(path) => {
                 *bounds = None;
                 let source = read_model(path, model)?;
@@ -316,15 +284,10 @@ impl Weights {
     fn ema(&mut self, of: Of, momentum: f64) -> Result<()> {
         match of {
             Of::Teacher => match &mut self.teacher {
-                Some(teacher) => crate::ops::ema_update(teacher, &self.student, momentum),
+                Some(teacher) => teacher.average(&self.student, momentum),
                 None => Ok(()),
             },
-            Of::Named(i) => {
-                let flat = &mut self.named[i].1;
-                let source = self.teacher.as_ref().unwrap_or(&self.student);
-                let n = flat.len();
-                crate::ops::ema_update(flat, &source.view(0, &[n]), momentum)
-            }
+            Of::Named(i) => self.named[i].1.average(self.teacher.as_ref().unwrap_or(&self.student), momentum),
         }
     }
 
@@ -332,19 +295,18 @@ impl Weights {
     pub fn content(&self, step: u64, model: &Declared) -> Content {
         let mut content = Content { step, skipped: self.skipped, model: Vec::new(), optimizer: Vec::new() };
         let put = |list: &mut Vec<(String, Tensor)>, role: &str, flat: &Tensor| {
-            let flat = flat.to(Device::Cpu);
             let inside = model.layout.specs().iter().filter(|s| s.range().end <= flat.len());
             list.extend(inside.map(|s| (format!("{role}.{}", s.name), flat.view(s.offset, &s.shape))));
         };
-        put(&mut content.model, "student", &self.student);
+        put(&mut content.model, "student", &self.student.to_host());
         if let Some(teacher) = &self.teacher {
-            put(&mut content.model, "teacher", teacher);
+            put(&mut content.model, "teacher", &teacher.to_host());
         }
         for (name, flat) in &self.named {
-            put(&mut content.model, &role_of(name), flat);
+            put(&mut content.model, &role_of(name), &flat.to_host());
         }
         for (i, name) in self.moment_names.iter().enumerate() {
-            put(&mut content.optimizer, name, &self.moment(i, &model.layout));
+            put(&mut content.optimizer, name, &self.moment(i, &model.layout).to(Device::Cpu));
         }
         for (loss, state) in model.losses.iter().zip(&self.loss_state) {
             for (name, value) in state {
@@ -363,12 +325,12 @@ impl Weights {
         let whole = |source: &NamedTensors, role: &str, layout: &Layout, flat: &mut Tensor| {
             load(layout, flat, |name| source.get(&format!("{role}.{name}")).cloned(), &from.path)
         };
-        whole(&from.model, "student", layout, &mut self.student)?;
+        self.student.change(|flat| whole(&from.model, "student", layout, flat))?;
         if let Some(teacher) = &mut self.teacher {
-            whole(&from.model, "teacher", layout, teacher)?;
+            teacher.change(|flat| whole(&from.model, "teacher", layout, flat))?;
         }
         for (name, flat) in &mut self.named {
-            whole(&from.model, &role_of(name), &layout.part("backbone."), flat)?;
+            flat.change(|flat| whole(&from.model, &role_of(name), &layout.part("backbone."), flat))?;
         }
         for (i, name) in self.moment_names.clone().into_iter().enumerate() {
             self.change_moment(i, layout, |flat| whole(&from.optimizer, name, layout, flat))?;
@@ -383,7 +345,7 @@ impl Weights {
             }
         }
         self.skipped = from.skipped;
-        self.narrow()
+        Ok(())
     }
 }
 
@@ -396,7 +358,7 @@ fn read_model(path: &Path, model: &Declared) -> Result<NamedTensors> {
 
 /// Loads a model from the first of `prefixes` under which the file has a backbone. A head that the file does not have
 /// at all keeps its start: published weights come without heads.
-fn load_role(layout: &Layout, flat: &mut Tensor, source: &NamedTensors, prefixes: &[&str], path: &Path) -> Result<()> {
+fn load_role(layout: &Layout, flat: &mut Flat, source: &NamedTensors, prefixes: &[&str], path: &Path) -> Result<()> {
     let found = prefixes.iter().find(|p| source.has(&format!("{p}backbone.")));
     let Some(prefix) = found else {
         let wanted: Vec<&str> = prefixes.iter().map(|p| p.trim_end_matches('.')).filter(|p| !p.is_empty()).collect();
@@ -409,7 +371,7 @@ fn load_role(layout: &Layout, flat: &mut Tensor, source: &NamedTensors, prefixes
         let part = layout.part(&format!("{module}."));
         let shape = |name: &str| part.specs().iter().find(|spec| spec.name == name).map(|spec| spec.shape.as_slice());
         let get = |name: &str| Some(adapted(source.get(&format!("{prefix}{name}"))?, shape(name)?));
-        load(&part, flat, get, path)?;
+        flat.change(|flat| load(&part, flat, get, path))?;
     }
     Ok(())
 }

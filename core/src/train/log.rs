@@ -154,8 +154,11 @@ impl Log {
         let mut values = Vec::new();
         for module in layout.modules() {
             let range = layout.range_of(&format!("{module}."));
-            for (what, flat) in [("weights", &weights.student), ("gradients", weights.grads())] {
-                let numbers = flat.view(range.start, &[range.len()]).to_f64_vec();
+            let gradients = weights.grads().view(range.start, &[range.len()]);
+            for (what, numbers) in
+                [("weights", weights.student.view(range.start, &[range.len()])), ("gradients", Ok(gradients))]
+            {
+                let Ok(numbers) = numbers.map(|numbers| numbers.to_f64_vec()) else { continue };
                 values.extend(events::histogram(&format!("{what}/{module}"), &numbers));
             }
         }

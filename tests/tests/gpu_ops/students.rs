@@ -7,7 +7,7 @@ use dinolab_core::data::Loader;
 use dinolab_core::resolved::Resolved;
 use dinolab_core::step::{Learner, SharedTeacher};
 use dinolab_core::train::{self, Outcome, RunOptions, Silent, StudentRun};
-use dinolab_core::{Device, Tensor};
+use dinolab_core::Tensor;
 use dinolab_plugins as _;
 use dinolab_tests::gpu_test;
 
@@ -77,7 +77,7 @@ gpu_test!(a_shared_teacher_sees_a_step_once_and_students_steps_are_recorded_with
         }
         let of = |learner: &Learner| -> (Tensor, Vec<usize>) {
             assert_eq!(learner.eager_reason(), None);
-            (learner.weights().student.to(Device::Cpu), learner.recorded_nodes())
+            (learner.weights().student.to_host(), learner.recorded_nodes())
         };
         learners.iter().map(of).collect::<Vec<_>>()
     };

@@ -16,7 +16,7 @@ use dinolab_core::files::write_tensors;
 use dinolab_core::params::Params;
 use dinolab_core::registry::Chosen;
 use dinolab_core::resolved::Resolved;
-use dinolab_core::step::{Learner, Report};
+use dinolab_core::step::{Flat, Learner, Report};
 use dinolab_core::{plugin, DType, Result, Tensor};
 use dinolab_plugins as _;
 use schemars::JsonSchema;
@@ -419,7 +419,7 @@ fn numbers(g: &Golden, prefix: &str, learner: &Learner, recipe: &Value, at: At, 
 }
 
 /// Compares all parameters `<prefix><name>`, and how far they moved from `<start><name>`.
-fn check_weights(g: &Golden, c: &mut Comparison<'_>, learner: &Learner, (prefix, start): (&str, &str), flat: &Tensor) {
+fn check_weights(g: &Golden, c: &mut Comparison<'_>, learner: &Learner, (prefix, start): (&str, &str), flat: &Flat) {
     let flat = flat.to_f64_vec();
     for spec in learner.model().layout.specs() {
         let (got, name) = (&flat[spec.range()], format!("{prefix}{}", spec.name));

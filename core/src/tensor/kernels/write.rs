@@ -27,12 +27,6 @@ pub(crate) fn accumulate(place: &mut GradMut<'_>, grad: &Tensor) -> Result<()> {
 /// Between f32 and bf16 on a GPU, or from f64 to them.
 pub(crate) fn convert(x: &Tensor, to: DType) -> Result<Tensor> {
     let mut out = Tensor::uninit(x.shape(), to);
-    convert_into(&mut out, x)?;
-    Ok(out)
-}
-
-/// [`convert`] into a tensor that is there already.
-pub(crate) fn convert_into(out: &mut Tensor, x: &Tensor) -> Result<()> {
     let (n, gpu) = (x.len(), x.gpu().expect("called for a tensor on a GPU"));
     let (name, kind, bytes) = match (x.dtype(), out.dtype()) {
         (DType::F32, DType::BF16) => ("narrow", DType::F32, 2),
@@ -41,5 +35,6 @@ pub(crate) fn convert_into(out: &mut Tensor, x: &Tensor) -> Result<()> {
         (from, to) => return Err(Error::shape("cast", format!("{from:?} to {to:?} on a GPU"))),
     };
     let kernel = gpu.kernel(&WRITE, name, kind)?;
-    kernel.over((n * bytes).div_ceil(16)).work(0.0, 6.0 * n as f64).launch(args![out, x, n])
+    kernel.over((n * bytes).div_ceil(16)).work(0.0, 6.0 * n as f64).launch(args![&mut out, x, n])?;
+    Ok(out)
 }

@@ -7,7 +7,7 @@ use dinolab_core::data::Pipeline;
 use dinolab_core::params::{Init, Layout, ParamBuilder, ParamRole, ParamSpec};
 use dinolab_core::recipe::OptimizerEntry;
 use dinolab_core::resolved::Resolved;
-use dinolab_core::step::{Learner, Updates};
+use dinolab_core::step::{Flat, Learner, Updates};
 use dinolab_core::testing::{contracts, normal};
 use dinolab_core::{checkpoint, ops, plugin, train, DType, Device, Result, Tensor};
 use dinolab_plugins as _;
@@ -131,7 +131,7 @@ pub fn run_large(table: &str, device: Device, dtype: DType) -> ([Vec<f64>; 2], U
     let mut run = updates(table, &layout, device, dtype);
     (0..STEPS).for_each(|step| run.update(step, &gradients(&layout, step), 0.6).unwrap_or_else(|e| panic!("{e}")));
     let weights = run.weights();
-    ([&weights.student, weights.teacher.as_ref().unwrap()].map(Tensor::to_f64_vec), run)
+    ([&weights.student, weights.teacher.as_ref().unwrap()].map(Flat::to_f64_vec), run)
 }
 
 /// Student, teacher and moments after all steps.
@@ -140,11 +140,8 @@ pub fn run(table: &str, device: Device, dtype: DType) -> Vec<Vec<f64>> {
     let mut run = updates(table, &layout, device, dtype);
     (0..STEPS).for_each(|step| run.update(step, &gradients(&layout, step), 0.6).unwrap_or_else(|e| panic!("{e}")));
     let weights = run.weights();
-    [&weights.student, weights.teacher.as_ref().unwrap()]
-        .into_iter()
-        .chain(&weights.moments)
-        .map(Tensor::to_f64_vec)
-        .collect()
+    let models = [&weights.student, weights.teacher.as_ref().unwrap()].map(Flat::to_f64_vec);
+    models.into_iter().chain(weights.moments.iter().map(Tensor::to_f64_vec)).collect()
 }
 
 /// ||a - b|| / ||b||.
