@@ -10,7 +10,7 @@ use crate::{DType, Error, Result, Tensor};
 /// An update rule: in what direction a parameter moves, given its gradient and moments.
 ///
 /// Core does what is common to all of them, once, on both devices: groups of parameters with learning rates of their own,
-/// clipping by sub-model, frozen last layers, decoupled weight decay, the EMA teacher and the bf16 copies:
+/// clipping by sub-model, frozen last layers, decoupled weight decay and the EMA teacher:
 ///
 /// ```text
 /// weight = weight (1 - lr weight_decay) - lr direction;   teacher = momentum teacher + (1 - momentum) weight

@@ -35,6 +35,7 @@ mod device;
 mod graph;
 mod launch;
 mod libraries;
+mod pinned;
 mod place;
 mod profile;
 mod source;
@@ -56,6 +57,7 @@ pub use staging::Staging;
 pub use crate::cuda_args as args;
 
 pub(crate) use device::{in_step, lasting_scope, step_scope, unwind, CudaBuffer};
+pub(crate) use pinned::Pinned;
 
 use crate::Error;
 

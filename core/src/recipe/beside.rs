@@ -76,6 +76,7 @@ impl OwnKeys for OptimizerConfig {
         "patch_embed_lr_mult",
         "freeze_last_layer_steps",
         "moments",
+        "offload",
     ];
 }
 

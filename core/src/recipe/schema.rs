@@ -362,6 +362,9 @@ pub struct OptimizerConfig {
     /// How AdamW's moments are kept; by default `f32`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub moments: Option<MomentStorage>,
+    /// On a GPU with features in bf16: keep the lower halves of weights and teachers, which only updates read, in pinned host memory.
+    /// This takes 2 bytes per number of each off the GPU and moves 4 over the bus in every step. No result changes.
+    pub offload: bool,
 }
 
 /// What the optimizer's moments take of memory.
@@ -388,6 +391,7 @@ impl Default for OptimizerConfig {
             patch_embed_lr_mult: 0.2,
             freeze_last_layer_steps: 0,
             moments: None,
+            offload: false,
         }
     }
 }

@@ -12,8 +12,9 @@ use crate::recipe::{is_within, toml_value};
 use crate::{Error, Result};
 
 /// Keys, and tables of keys, that change no number of a run: its name, where it runs (arithmetic is told apart by the
-/// device itself), how data are read ahead, what is written, kept and measured, and when it may end before its time.
-const NO_NUMBERS: [&str; 10] = [
+/// device itself), how data are read ahead, where weights are kept, what is written, kept and measured, and when it may end before its
+/// time.
+const NO_NUMBERS: [&str; 11] = [
     "name",
     "device",
     "batch.loader_threads",
@@ -24,6 +25,7 @@ const NO_NUMBERS: [&str; 10] = [
     "probes",
     "stop",
     "on_non_finite",
+    "optimizer.offload",
 ];
 
 /// A key in which two recipes differ.

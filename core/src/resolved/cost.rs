@@ -7,7 +7,7 @@
 use crate::contract::{Cost, Grid, ImageSize, LossCost, LossRows, View};
 use crate::recipe::{DeviceChoice, Recipe, Resolution};
 use crate::step::{declare, distilled_model, named_teachers, Declared, Storage, Teacher, GLOBALS};
-use crate::{cuda, Device, Error, Result};
+use crate::{cuda, DType, Device, Error, Result};
 
 /// What a recipe costs.
 #[derive(Clone, Debug, PartialEq)]
@@ -244,11 +244,14 @@ fn weights(
 ) -> Vec<(&'static str, f64)> {
     let features = recipe.dtype(device);
     let wide = |n: usize| n as f64 * features.wide().size() as f64;
-    let mut memory = vec![("student", wide(own)), ("gradients", wide(own))];
+    // Lower halves may be in host memory.
+    let offloaded = features == DType::BF16 && recipe.optimizer.offload;
+    let kept = |n: usize| if offloaded { n as f64 * features.size() as f64 } else { wide(n) };
+    let mut memory = vec![("student", kept(own)), ("gradients", wide(own))];
     // Shards wait for each other in a tree; their sum is made beside them.
     let waiting = recipe.batch.shards.ilog2();
     memory.extend((waiting > 0).then(|| ("gradients of shards", f64::from(waiting + 1) * wide(own))));
-    memory.extend(teacher.then(|| ("EMA teacher", wide(own))));
+    memory.extend(teacher.then(|| ("EMA teacher", kept(own))));
     let moments = recipe.optimizer.plugin.build(&mut ()).map_or(0, |optimizer| optimizer.moments().len());
     let of_moments = moments as f64 * moment;
     memory.extend(match moments {
@@ -258,7 +261,7 @@ fn weights(
         _ => Some(("optimizer (moments)", of_moments)),
     });
     memory.extend(distilled.map(|n| (DISTILLED, n as f64 * features.size() as f64)));
-    memory.extend((further > 0).then(|| ("further teachers", wide(further))));
+    memory.extend((further > 0).then(|| ("further teachers", kept(further))));
     if device != Device::Cpu {
         memory.push(("workspace of matrix products", cuda::WORKSPACE as f64));
     }

@@ -8,6 +8,7 @@ use crate::params::ParamBuilder;
 use crate::problem::{Origin, Problem, Severity};
 use crate::recipe::{RawRecipe, Recipe};
 use crate::step::{build_loss, declare, Declared};
+use crate::DType;
 
 /// What was given and is not read. `idle` are keys beside a key that makes them idle, and what that would have to be.
 ///
@@ -42,6 +43,12 @@ pub(super) fn check(recipe: &Recipe, raw: &RawRecipe, idle: Vec<(String, String)
     if model.is_some_and(|model| !model.student_sees()[1]) {
         let message = |keys: &str| format!("no loss that is on reads local crops, so nothing reads {keys}");
         tell("crops".into(), locals, &message, "remove the keys, or turn on a loss that does".into());
+    }
+    let in_halves = recipe.device().is_ok_and(|device| recipe.dtype(device) == DType::BF16);
+    if recipe.optimizer.offload && !in_halves {
+        let key = "optimizer.offload".to_string();
+        let message = |key: &str| format!("nothing reads {key}: only features in bf16, on a GPU, leave weights a lower half");
+        tell(key.clone(), vec![key], &message, "remove it, or choose another device or precision".into());
     }
     for (key, needed) in idle {
         let message = |key: &str| format!("nothing reads {key}: it is read with {needed} only");

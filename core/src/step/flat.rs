@@ -3,12 +3,14 @@
 //! Where features are bf16, a number of f32 is kept as two halves of 16 bits: itself rounded to bf16, which the step reads as it
 //! is, and its lower bits. Both together are the f32, exactly, for every pattern of bits: 4 bytes a number in place of 6.
 //! Numbers half way between two of bf16 are rounded away from zero, since from a number rounded to even the upper bits could
-//! not be told.
+//! not be told. Only updates need the lower bits, so they may lie in host memory ([`OptimizerConfig`]'s `offload`).
+//!
+//! [`OptimizerConfig`]: crate::recipe::OptimizerConfig
 
 use half::bf16;
 use rayon::prelude::*;
 
-use crate::cuda::{args, Arg};
+use crate::cuda::{args, Arg, Pinned};
 use crate::tensor::{greatest, greatest_of_halves};
 use crate::{cuda_source, ops, DType, Device, Error, Result, Tensor};
 
@@ -22,11 +24,55 @@ pub struct Flat(Kept);
 
 enum Kept {
     Wide(Tensor),
-    Halves {
-        rounded: Tensor,
-        /// Two to a word of u32.
-        lower: Tensor,
-    },
+    Halves { rounded: Tensor, lower: Lower },
+}
+
+/// Lower halves, u16.
+enum Lower {
+    /// On the device, two to a word of u32.
+    Device(Tensor),
+    /// In host memory.
+    Host(Pinned),
+}
+
+impl Lower {
+    fn address(&self) -> u64 {
+        match self {
+            Self::Device(lower) => lower.device_address(),
+            Self::Host(lower) => lower.address(),
+        }
+    }
+
+    /// Gives all of them to `f`.
+    fn read<R>(&self, f: impl FnOnce(&[u16]) -> R) -> Result<R> {
+        match self {
+            Self::Device(lower) => Ok(f(bytemuck::cast_slice(lower.to(Device::Cpu).as_slice::<u32>()))),
+            Self::Host(lower) => Ok(f(bytemuck::cast_slice(lower.bytes()?))),
+        }
+    }
+
+    /// Lets `f` write all of them.
+    fn write(&mut self, f: impl FnOnce(&mut [u16])) -> Result<()> {
+        match self {
+            Self::Device(lower) => {
+                let mut host = Device::Cpu.with(|| Tensor::uninit(lower.shape(), DType::U32));
+                f(bytemuck::cast_slice_mut(host.as_mut_slice::<u32>()));
+                lower.copy_from(&host)
+            }
+            Self::Host(lower) => {
+                f(bytemuck::cast_slice_mut(lower.bytes_mut()?));
+                Ok(())
+            }
+        }
+    }
+
+    /// Takes the first of others.
+    fn copy_from(&mut self, other: &Self) -> Result<()> {
+        match (self, other) {
+            (Self::Device(own), Self::Device(other)) => own.copy_from(&other.view(0, &[own.len()])),
+            (own, other) => other.read(|other| own.write(|own| own.copy_from_slice(&other[..own.len()])))?,
+        }
+    }
 }
 
 /// The number rounded to bf16, and its lower half.
@@ -42,15 +88,20 @@ fn join(rounded: bf16, lower: u16) -> f32 {
 }
 
 impl Flat {
-    /// `len` zeros, an even number, for features of type `features`.
-    pub(super) fn zeros(len: usize, features: DType) -> Self {
-        Self(match features {
-            DType::BF16 => Kept::Halves {
-                rounded: Tensor::zeros(&[len], DType::BF16),
-                lower: Tensor::zeros(&[len / 2], DType::U32),
-            },
-            wide => Kept::Wide(Tensor::zeros(&[len], wide)),
-        })
+    /// `len` zeros, an even number, for features of type `features`; with `offload`, lower halves are in host memory.
+    ///
+    /// # Errors
+    /// If there is not that much host memory.
+    pub(super) fn zeros(len: usize, features: DType, offload: bool) -> Result<Self> {
+        if features != DType::BF16 {
+            return Ok(Self(Kept::Wide(Tensor::zeros(&[len], features))));
+        }
+        let rounded = Tensor::zeros(&[len], DType::BF16);
+        let lower = match rounded.gpu().filter(|_| offload) {
+            Some(gpu) => Lower::Host(Pinned::zeros(gpu, 2 * len)?),
+            None => Lower::Device(Tensor::zeros(&[len / 2], DType::U32)),
+        };
+        Ok(Self(Kept::Halves { rounded, lower }))
     }
 
     /// How many numbers they are.
@@ -76,7 +127,7 @@ impl Flat {
     pub(super) fn place(&self) -> Arg {
         Arg::plain(match &self.0 {
             Kept::Wide(wide) => [wide.device_address(), 0, 0],
-            Kept::Halves { rounded, lower } => [0, rounded.device_address(), lower.device_address()],
+            Kept::Halves { rounded, lower } => [0, rounded.device_address(), lower.address()],
         })
     }
 
@@ -94,23 +145,28 @@ impl Flat {
     }
 
     /// All of them in host memory.
-    pub fn to_host(&self) -> Tensor {
-        match &self.0 {
-            Kept::Wide(wide) => wide.to(Device::Cpu),
-            Kept::Halves { rounded, lower } => Device::Cpu.with(|| {
-                let (rounded, lower) = (rounded.to(Device::Cpu), lower.to(Device::Cpu));
-                let mut out = Tensor::uninit(rounded.shape(), DType::F32);
-                let lower: &[u16] = bytemuck::cast_slice(lower.as_slice::<u32>());
-                let halves = rounded.as_slice::<bf16>().par_iter().zip(lower).with_min_len(CHUNK);
-                out.as_mut_slice::<f32>().par_iter_mut().zip(halves).for_each(|(x, (r, l))| *x = join(*r, *l));
-                out
-            }),
-        }
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn to_host(&self) -> Result<Tensor> {
+        let (rounded, lower) = match &self.0 {
+            Kept::Wide(wide) => return Ok(wide.to(Device::Cpu)),
+            Kept::Halves { rounded, lower } => (rounded.to(Device::Cpu), lower),
+        };
+        let mut out = Device::Cpu.with(|| Tensor::uninit(rounded.shape(), DType::F32));
+        lower.read(|lower| {
+            let halves = rounded.as_slice::<bf16>().par_iter().zip(lower).with_min_len(CHUNK);
+            out.as_mut_slice::<f32>().par_iter_mut().zip(halves).for_each(|(x, (r, l))| *x = join(*r, *l));
+        })?;
+        Ok(out)
     }
 
     /// All of them, widened.
+    ///
+    /// # Panics
+    /// If the device fails, as [`Tensor::to_f64_vec`].
     pub fn to_f64_vec(&self) -> Vec<f64> {
-        self.to_host().to_f64_vec()
+        self.to_host().unwrap_or_else(|e| panic!("{e}")).to_f64_vec()
     }
 
     /// Those from `start` on as a tensor of this shape, where they are; to be read, not changed.
@@ -125,7 +181,7 @@ impl Flat {
                 let mut out = rounded.device().with(|| Tensor::uninit(shape, DType::F32));
                 let n = out.len();
                 let launch = gpu.kernel(&HALVES, "join", DType::F32)?.over(n).work(0.0, 8.0 * n as f64);
-                launch.launch(args![&mut out, rounded, lower, start, n])?;
+                launch.launch(args![&mut out, rounded, lower.address(), start, n])?;
                 Ok(out)
             }
         }
@@ -143,16 +199,12 @@ impl Flat {
         if numbers.len() != rounded.len() {
             return Err(Error::shape("set", format!("{} numbers for {}", numbers.len(), rounded.len())));
         }
-        let (of_rounded, of_lower) = Device::Cpu.with(|| {
-            let mut of_rounded = Tensor::uninit(rounded.shape(), DType::BF16);
-            let mut of_lower = Tensor::uninit(lower.shape(), DType::U32);
-            let lower: &mut [u16] = bytemuck::cast_slice_mut(of_lower.as_mut_slice::<u32>());
+        let mut of_rounded = Device::Cpu.with(|| Tensor::uninit(rounded.shape(), DType::BF16));
+        lower.write(|lower| {
             let halves = of_rounded.as_mut_slice::<bf16>().par_iter_mut().zip(lower).with_min_len(CHUNK);
             halves.zip(numbers.as_slice::<f32>()).for_each(|((r, l), x)| (*r, *l) = split(*x));
-            (of_rounded, of_lower)
-        });
-        rounded.copy_from(&of_rounded)?;
-        lower.copy_from(&of_lower)
+        })?;
+        rounded.copy_from(&of_rounded)
     }
 
     /// Takes the first numbers of others, which are kept alike.
@@ -162,7 +214,7 @@ impl Flat {
             (Kept::Wide(own), Kept::Wide(other)) => own.copy_from(&other.view(0, &[n])),
             (Kept::Halves { rounded, lower }, Kept::Halves { rounded: others, lower: others_lower }) => {
                 rounded.copy_from(&others.view(0, &[n]))?;
-                lower.copy_from(&others_lower.view(0, &[n / 2]))
+                lower.copy_from(others_lower)
             }
             _ => unreachable!("all weights of a run are kept alike"),
         }
@@ -173,7 +225,7 @@ impl Flat {
         if let Kept::Wide(wide) = &mut self.0 {
             return f(wide);
         }
-        let mut numbers = self.to_host();
+        let mut numbers = self.to_host()?;
         let done = Device::Cpu.with(|| f(&mut numbers))?;
         self.set(&numbers)?;
         Ok(done)
@@ -187,7 +239,7 @@ impl Flat {
             (Kept::Halves { rounded, lower }, Kept::Halves { rounded: others, lower: others_lower }) => {
                 let gpu = rounded.gpu().expect("halves are on a GPU");
                 let launch = gpu.kernel(&HALVES, "average", DType::F32)?.over(n).work(0.0, 12.0 * n as f64);
-                launch.launch(args![rounded, lower, others, others_lower, momentum as f32, n])
+                launch.launch(args![&*rounded, lower.address(), others, others_lower.address(), momentum as f32, n])
             }
             _ => unreachable!("all weights of a run are kept alike"),
         }
@@ -197,7 +249,7 @@ impl Flat {
     pub(super) fn greatest(&self) -> Result<f64> {
         match &self.0 {
             Kept::Wide(wide) => greatest(wide),
-            Kept::Halves { rounded, lower } => greatest_of_halves(rounded, lower),
+            Kept::Halves { rounded, lower } => greatest_of_halves(rounded, lower.address()),
         }
     }
 }

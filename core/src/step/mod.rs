@@ -195,7 +195,7 @@ impl Learner {
         let optimizer = Groups::new(&recipe.optimizer, &model.layout, model.backbone.depth())?;
         let names = named.iter().map(|teacher| teacher.name.as_str());
         let new = || Weights::new(&model, &optimizer, teacher.exists(), names, dtype);
-        let weights = catch_out_of_memory(|| Ok(device.with(new)))?;
+        let weights = catch_out_of_memory(|| device.with(new))?;
         let backbones = [&model].into_iter().chain(distilled.as_ref().map(|d| &d.model)).map(|m| m.backbone.as_ref());
         let kernels = Kernels::of(device, dtype, backbones);
         let gpu_step = device.gpu().map(|gpu| GpuStep::new(gpu, dtype, DeviceUpdate::new(gpu, &optimizer)?));
@@ -235,7 +235,7 @@ impl Learner {
             None => ranks,
         };
         if ranks.world() > 1 {
-            let hash = blake3::hash(self.weights.student.to_host().as_bytes()).to_hex();
+            let hash = blake3::hash(self.weights.student.to_host()?.as_bytes()).to_hex();
             ranks.comm().hold_same("the hash of the weights", &hash)?;
         }
         self.ranks = ranks;
@@ -303,7 +303,7 @@ impl Learner {
     /// # Errors
     /// If the device fails.
     pub fn content(&self, step: u64) -> Result<Content> {
-        let mut content = catch_out_of_memory(|| Ok(self.weights.content(step, &self.model)))?;
+        let mut content = catch_out_of_memory(|| self.weights.content(step, &self.model))?;
         content.optimizer.extend(self.spikes.iter().flat_map(Spikes::content));
         Ok(content)
     }

@@ -1,4 +1,4 @@
-//! The update on a GPU: clipping, the optimizer, EMA and the bf16 copies, all decided by numbers on the device.
+//! The update on a GPU: clipping, the optimizer and EMA, all decided by numbers on the device.
 
 use bytemuck::{Pod, Zeroable};
 

@@ -34,7 +34,7 @@ impl Updates {
         (device, features): (Device, DType),
     ) -> Result<Self> {
         let groups = Groups::new(entry, layout, depth)?;
-        let mut weights = device.with(|| Weights::of_layout(layout, &groups, true, [], features));
+        let mut weights = device.with(|| Weights::of_layout(layout, &groups, true, [], features))?;
         weights.student.set(&layout.init(0, features.wide())?)?;
         let on_gpu = device.gpu().map(|gpu| DeviceUpdate::new(gpu, &groups)).transpose()?;
         Ok(Self { groups, weights, device, on_gpu, total })

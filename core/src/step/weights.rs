@@ -73,12 +73,12 @@ impl Weights {
         teacher: bool,
         named: impl IntoIterator<Item = &'a str>,
         features: DType,
-    ) -> Self {
+    ) -> Result<Self> {
         let dtype = features.wide();
         let state =
             |l: &DeclaredLoss| l.loss.state().iter().map(|s| (s.name, Tensor::zeros(&s.shape, dtype))).collect();
         let loss_state = model.losses.iter().map(state).collect();
-        Self { loss_state, ..Self::of_layout(&model.layout, optimizer, teacher, named, features) }
+        Ok(Self { loss_state, ..Self::of_layout(&model.layout, optimizer, teacher, named, features)? })
     }
 
     /// The same without losses.
@@ -88,18 +88,18 @@ impl Weights {
         teacher: bool,
         named: impl IntoIterator<Item = &'a str>,
         features: DType,
-    ) -> Self {
+    ) -> Result<Self> {
         let dtype = features.wide();
-        let zeros = |len| Flat::zeros(len, features);
-        let named = named.into_iter().map(|name| (name.to_string(), zeros(backbone_len(layout)))).collect();
+        let zeros = |len| Flat::zeros(len, features, optimizer.config().offload);
+        let named = named.into_iter().map(|name| Ok((name.to_string(), zeros(backbone_len(layout))?)));
         let storage = optimizer.storage.clone();
         // AdamW's two: others are refused when the groups are made.
         let eight = if storage.blocks == 0 { &[][..] } else { &[Map::Signed, Map::Unsigned] };
         let eight = eight.iter().map(|map| EightBit::zeros(*map, storage.blocks)).collect();
-        Self {
-            student: zeros(layout.len()),
-            teacher: teacher.then(|| zeros(layout.len())),
-            named,
+        Ok(Self {
+            student: zeros(layout.len())?,
+            teacher: teacher.then(|| zeros(layout.len())).transpose()?,
+            named: named.collect::<Result<_>>()?,
             moments: optimizer.moments().iter().map(|_| storage.whole(dtype)).collect(),
             eight,
             storage,
@@ -108,7 +108,7 @@ impl Weights {
             skipped: 0,
             grads: Tensor::zeros(&[layout.len()], dtype),
             bounds: None,
-        }
+        })
     }
 
     /// Updates that the moments have seen after step `at`: those that were skipped do not count.
@@ -292,18 +292,21 @@ impl Weights {
     }
 
     /// Everything a run needs to go on after `step` steps, by name, in host memory.
-    pub fn content(&self, step: u64, model: &Declared) -> Content {
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn content(&self, step: u64, model: &Declared) -> Result<Content> {
         let mut content = Content { step, skipped: self.skipped, model: Vec::new(), optimizer: Vec::new() };
         let put = |list: &mut Vec<(String, Tensor)>, role: &str, flat: &Tensor| {
             let inside = model.layout.specs().iter().filter(|s| s.range().end <= flat.len());
             list.extend(inside.map(|s| (format!("{role}.{}", s.name), flat.view(s.offset, &s.shape))));
         };
-        put(&mut content.model, "student", &self.student.to_host());
+        put(&mut content.model, "student", &self.student.to_host()?);
         if let Some(teacher) = &self.teacher {
-            put(&mut content.model, "teacher", &teacher.to_host());
+            put(&mut content.model, "teacher", &teacher.to_host()?);
         }
         for (name, flat) in &self.named {
-            put(&mut content.model, &role_of(name), &flat.to_host());
+            put(&mut content.model, &role_of(name), &flat.to_host()?);
         }
         for (i, name) in self.moment_names.iter().enumerate() {
             put(&mut content.optimizer, name, &self.moment(i, &model.layout).to(Device::Cpu));
@@ -313,7 +316,7 @@ impl Weights {
                 content.optimizer.push((format!("state.{}.{name}", loss.name), value.to(Device::Cpu)));
             }
         }
-        content
+        Ok(content)
     }
 
     /// Takes everything from a checkpoint of the same recipe.

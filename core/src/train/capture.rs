@@ -24,7 +24,7 @@ pub(super) fn write(
     let captures = folder.path().join("captures");
     std::fs::create_dir_all(&captures).map_err(Error::io("create", &captures))?;
     let path = captures.join(format!("step-{step:08}.safetensors"));
-    let content = learner.weights().content(step, learner.model());
+    let content = learner.weights().content(step, learner.model())?;
     let mut tensors = content.model;
     tensors.extend(content.optimizer);
     for (i, batch) in batches.iter().enumerate() {

@@ -77,7 +77,7 @@ gpu_test!(a_shared_teacher_sees_a_step_once_and_students_steps_are_recorded_with
         }
         let of = |learner: &Learner| -> (Tensor, Vec<usize>) {
             assert_eq!(learner.eager_reason(), None);
-            (learner.weights().student.to_host(), learner.recorded_nodes())
+            (learner.weights().student.to_host().unwrap(), learner.recorded_nodes())
         };
         learners.iter().map(of).collect::<Vec<_>>()
     };

@@ -76,6 +76,7 @@ gpu_test!(the_predicted_peak_is_within_a_twentieth_of_what_is_taken, {
         ("both", "dim = 128", "dim = 128\ncheckpointing = \"full\"\ndrop_path = 0.4"),
         ("a Gram teacher", "enabled = false", "enabled = true"),
         ("moments in eight bits", "[teachers.gram]", "[optimizer]\nmoments = \"8bit\"\n[teachers.gram]"),
+        ("lower halves in host memory", "[teachers.gram]", "[optimizer]\noffload = true\n[teachers.gram]"),
         (
             "two Gram teachers",
             "enabled = false",

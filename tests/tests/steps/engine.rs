@@ -473,7 +473,11 @@ fn parts_of_a_batch_train_as_the_whole_batch_does() {
                 let report = step(&mut learner, &pipeline, i);
                 losses.push(["loss/dino", "loss/ibot"].map(|name| report.losses[name]));
             }
-            (learner.weights().student.to_host(), learner.weights().teacher.as_ref().unwrap().to_host(), losses)
+            (
+                learner.weights().student.to_host().unwrap(),
+                learner.weights().teacher.as_ref().unwrap().to_host().unwrap(),
+                losses,
+            )
         };
         let (student, teacher, losses) = train(1);
         for parts in [2, 4, 8] {

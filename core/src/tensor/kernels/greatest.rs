@@ -32,8 +32,8 @@ pub(crate) fn greatest(x: &Tensor) -> Result<f64> {
     })
 }
 
-/// [`greatest`] of numbers of f32 on a GPU that are kept as `rounded` to bf16 and `lower` bits (see `step::Flat`).
-pub(crate) fn greatest_of_halves(rounded: &Tensor, lower: &Tensor) -> Result<f64> {
+/// [`greatest`] of numbers of f32 on a GPU that are kept `rounded` to bf16, with lower bits at the address `lower` (see `step::Flat`).
+pub(crate) fn greatest_of_halves(rounded: &Tensor, lower: u64) -> Result<f64> {
     let kernel = rounded.gpu().expect("halves are on a GPU").kernel(&GREATEST, "greatest_of_halves", DType::F32)?;
     on_gpu(rounded, |bits, blocks| kernel.grid(blocks, 256).launch(args![bits, rounded, lower, rounded.len()]))
 }
