@@ -8,7 +8,7 @@ use std::sync::Mutex;
 
 use dinolab_core::text::printable;
 
-/// Styles for one stream; plain text when it is not a terminal or `NO_COLOR` is set.
+/// Styles for one stream; plain text when it is not a terminal, a dumb one, or `NO_COLOR` is set.
 #[derive(Clone, Copy, Debug)]
 pub struct Style {
     colour: bool,
@@ -16,12 +16,16 @@ pub struct Style {
 
 /// Styles for what goes to stdout.
 pub fn out() -> Style {
-    Style { colour: std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none() }
+    Style { colour: std::io::stdout().is_terminal() && wants_colour() }
 }
 
 /// Styles for what goes to stderr.
 pub fn err() -> Style {
-    Style { colour: std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none() }
+    Style { colour: std::io::stderr().is_terminal() && wants_colour() }
+}
+
+fn wants_colour() -> bool {
+    std::env::var_os("NO_COLOR").is_none() && std::env::var_os("TERM").is_none_or(|terminal| terminal != "dumb")
 }
 
 impl Style {

@@ -97,6 +97,16 @@ impl Error {
         }
     }
 
+    /// What is wrong with a thing that is called `name`, and in which file, where the name does not tell.
+    pub fn problem_of(&self, name: &str) -> String {
+        match self {
+            Self::Content { path, problem, .. } if !name.contains(&printable(path)) => {
+                format!("{}: {problem}", printable(path))
+            }
+            other => other.problem(),
+        }
+    }
+
     /// What ended a run, without the report that it left.
     pub fn without_report(self) -> Self {
         match self {

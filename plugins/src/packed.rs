@@ -197,7 +197,7 @@ impl Labels {
     /// The label of the next image. A number below 0 is none.
     pub fn push(&mut self, label: Option<String>) {
         let label = label.map(|label| label.trim().to_string());
-        let label = label.filter(|text| !text.is_empty() && text.parse::<i64>().map_or(true, |number| number >= 0));
+        let label = label.filter(|text| !text.is_empty() && text.parse::<i128>().map_or(true, |number| number >= 0));
         let next = self.ids.len() as u32;
         self.of.push(label.map(|label| *self.ids.entry(label).or_insert(next)));
     }

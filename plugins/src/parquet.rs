@@ -8,7 +8,7 @@ use std::sync::Arc;
 use dinolab_core::contract::{DataContext, Dataset};
 use dinolab_core::text::printable;
 use dinolab_core::{plugin, Error, Result};
-use parquet::basic::{Compression, Type};
+use parquet::basic::{Compression, ConvertedType, LogicalType, Type};
 use parquet::column::reader::{get_column_reader, ColumnReader, ColumnReaderImpl};
 use parquet::data_type::DataType;
 use parquet::errors::ParquetError;
@@ -360,12 +360,21 @@ fn read_labels(
     if about.file_metadata().schema_descr().column(leaf).max_rep_level() > 0 {
         return Ok(None);
     }
+    let about_column = about.file_metadata().schema_descr().column(leaf);
+    // Whole numbers without a sign are stored in the bits of those with one.
+    use ConvertedType::{UINT_16, UINT_32, UINT_64, UINT_8};
+    let unsigned = matches!(about_column.converted_type(), UINT_8 | UINT_16 | UINT_32 | UINT_64)
+        || matches!(about_column.logical_type_ref(), Some(LogicalType::Integer(integer)) if !integer.is_signed);
     let mut labels = Vec::new();
     for group in 0..about.num_row_groups() {
         let rows = about.row_group(group).num_rows() as usize;
         labels.extend(match column(file.clone(), about, group, leaf)? {
-            ColumnReader::Int32ColumnReader(column) => cells(column, rows, |number| number.to_string())?,
-            ColumnReader::Int64ColumnReader(column) => cells(column, rows, |number| number.to_string())?,
+            ColumnReader::Int32ColumnReader(column) => {
+                cells(column, rows, |&number| if unsigned { (number as u32).to_string() } else { number.to_string() })?
+            }
+            ColumnReader::Int64ColumnReader(column) => {
+                cells(column, rows, |&number| if unsigned { (number as u64).to_string() } else { number.to_string() })?
+            }
             ColumnReader::ByteArrayColumnReader(column) => {
                 cells(column, rows, |text| String::from_utf8_lossy(text.data()).into_owned())?
             }

@@ -2,7 +2,6 @@
 
 use dinolab_core::contract::{Dataset, Grid, ImageSize, ProbeContext, Sample};
 use dinolab_core::rng::{Rng, Stream};
-use dinolab_core::text::printable;
 use dinolab_core::{DType, Error, Result, Tensor};
 use rayon::prelude::*;
 
@@ -156,13 +155,7 @@ fn look(context: &ProbeContext<'_>, of: Look<'_>) -> Result<Features> {
     let join = |parts: Vec<Tensor>| Tensor::cat(&parts.iter().collect::<Vec<_>>());
     if let Some((index, error)) = failures.first().filter(|_| !truth.is_empty()) {
         let (left, all, name) = (failures.len(), indices.len(), dataset.describe(*index));
-        // It may be of a file beside the sample's own.
-        let why = match error {
-            Error::Content { path, problem, .. } if printable(path) != name => {
-                format!("{}: {problem}", printable(path))
-            }
-            other => other.problem(),
-        };
+        let why = error.problem_of(&name);
         (context.warn)(format!("{left} of {all} samples were left out, such as {name}: {why}"));
     }
     if truth.is_empty() {

@@ -9,7 +9,7 @@ use dinolab_core::recipe::Expected;
 use dinolab_core::resolved::Resolved;
 use dinolab_core::text::printable;
 use dinolab_core::train::{self, Lead, Observer, Outcome, Progress, RunInfo, RunOptions, Start, StudentRun};
-use dinolab_core::{Error, Result};
+use dinolab_core::{checkpoint, Error, Result};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use crate::cli::{self, RecipeArgs, RESUMABLE};
@@ -120,6 +120,12 @@ impl Run {
             revision: crate::REVISION.into(),
             save_within: None,
         };
+        if options.resume && checkpoint::newest_step(&options.out).is_ok_and(|step| step.is_none()) {
+            style::note(format!(
+                "{} has no checkpoint to resume from: the run begins at step 0",
+                printable(&options.out)
+            ));
+        }
         let expected = expectation::of(path, &resolved);
         Self { resolved, options, expected }
     }

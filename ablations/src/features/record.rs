@@ -24,10 +24,17 @@ const DONE: &str = "done.jsonl";
 struct Done {
     /// Its path, as it can be printed.
     image: String,
-    /// Length of its file in bytes: another one is another image.
+    /// Length of its file in bytes, and its hash: another one is another image.
     bytes: u64,
+    #[serde(default)]
+    hash: Option<String>,
     /// Where its files are, below the folder.
     name: String,
+}
+
+/// The hash of an image's file, if it can be read.
+fn hash_of(image: &Path) -> Option<String> {
+    Some(blake3::hash(&fs::read(image).ok()?).to_hex().to_string())
 }
 
 /// The images of a folder that are done.
@@ -89,8 +96,9 @@ impl Record {
 
     /// Whether all files of an image are written.
     pub fn has(&self, image: &Path) -> bool {
-        let bytes = fs::metadata(image).map(|found| found.len()).ok();
-        self.done.get(&printable(image)).is_some_and(|done| Some(done.bytes) == bytes)
+        let Some(done) = self.done.get(&printable(image)) else { return false };
+        let length = fs::metadata(image).map(|found| found.len()).ok();
+        Some(done.bytes) == length && (done.hash.is_none() || done.hash == hash_of(image))
     }
 
     /// Notes that all files of an image are written.
@@ -99,10 +107,28 @@ impl Record {
     /// If the record cannot be written.
     pub fn add(&mut self, image: &Path, name: &str) -> Result<()> {
         let bytes = fs::metadata(image).map_or(0, |found| found.len());
-        let done = Done { image: printable(image), bytes, name: name.into() };
+        let done = Done { image: printable(image), bytes, hash: hash_of(image), name: name.into() };
         let line = serde_json::to_string(&done).expect("plain data") + "\n";
         self.file.write_all(line.as_bytes()).map_err(Error::io("write", &self.path))?;
         self.done.insert(done.image.clone(), done);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_picture_of_the_same_length_is_not_done() {
+        let folder = tempfile::tempdir().unwrap();
+        let (image, out) = (folder.path().join("a.bmp"), folder.path().join("out"));
+        fs::write(&image, [1u8; 9]).unwrap();
+        let mut record = Record::open(&out, &Map::new()).unwrap();
+        assert!(!record.has(&image));
+        record.add(&image, "a").unwrap();
+        assert!(record.has(&image) && Record::open(&out, &Map::new()).unwrap().has(&image));
+        fs::write(&image, [2u8; 9]).unwrap();
+        assert!(!record.has(&image));
     }
 }

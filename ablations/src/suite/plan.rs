@@ -405,13 +405,10 @@ impl Plan {
         let file = std::path::absolute(&self.suite.path).map_err(Error::io("find", &self.suite.path))?;
         state.origin = Some(Origin { file, set: self.set.clone() });
         for run in self.all_runs() {
-            let hash = run.hash.clone();
-            let started = Status::of(&self.out.join(&run.dir))? != Status::Pending;
-            match state.runs.get(&run.dir) {
-                Some(old) if started && *old != hash => self.check_unchanged(run)?,
-                _ => {}
+            if Status::of(&self.out.join(&run.dir))? != Status::Pending {
+                self.check_unchanged(run)?;
             }
-            state.runs.insert(run.dir.clone(), hash);
+            state.runs.insert(run.dir.clone(), run.hash.clone());
         }
         state.write(&self.out)
     }
@@ -443,17 +440,16 @@ impl Plan {
         // Keys that came with a later version of the program have their defaults.
         let resolved = Resolved::load(&file, &Default::default()).ok().map(|resolved| resolved.to_toml());
         let old = resolved.or_else(|| std::fs::read_to_string(file).ok()).and_then(|t| t.parse::<toml::Table>().ok());
-        let changes = match old {
+        let changes: String = match old {
             Some(old) => {
                 let mut changes = changed_keys(&old, run.prepared.recipe());
-                changes.retain(|(key, ..)| run.prepared.matters(key));
+                changes.retain(|(key, was, is)| run.prepared.matters(key) && !trunk::are_same_place(was, is));
                 if changes.is_empty() {
                     return Ok(());
                 }
                 changes.iter().map(|change| format!("\n  {}", said(change))).collect()
             }
-            // What it was started with cannot be read.
-            None => String::new(),
+            None => ", which cannot be read".into(),
         };
         let problem = format!("this run was started with another recipe than the suite gives now{changes}");
         Err(Error::content(dir, problem, "use another --out for the changed suite, or move this run's folder away"))

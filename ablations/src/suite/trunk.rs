@@ -98,6 +98,15 @@ pub fn folder(seed: u64) -> PathBuf {
     Path::new(TRUNK).join(format!("seed-{seed}"))
 }
 
+/// Whether two values of a key are one place in a trunk, wherever the suite's folder lies.
+pub fn are_same_place(one: &Option<String>, other: &Option<String>) -> bool {
+    let inside = |value: &Option<String>| {
+        let value = value.as_ref()?;
+        value.rfind(&format!("/{TRUNK}/seed-")).map(|at| value[at..].to_string())
+    };
+    inside(one).is_some_and(|place| inside(other) == Some(place))
+}
+
 /// The checkpoint that an arm goes on from, as a value of `continue_from`.
 pub fn continue_from(run: &Path, step: Option<u64>) -> Value {
     let mut table = toml::Table::new();

@@ -385,7 +385,7 @@ impl Pipeline {
     }
 
     fn read_one(&self, index: usize) -> Result<Sample, String> {
-        let sample = self.dataset.get_image(index).map_err(|e| e.problem())?;
+        let sample = self.dataset.get_image(index).map_err(|e| e.problem_of(&self.dataset.describe(index)))?;
         let (width, height, patch) = (sample.width, sample.height, self.spec.patch_size);
         if width.min(height) < patch {
             return Err(format!("{width}x{height} pixels are less than a patch of {patch}x{patch}"));

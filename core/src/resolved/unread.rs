@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use figment::value::Value;
 
+use crate::contract::{At, TeacherPolicy};
 use crate::params::ParamBuilder;
 use crate::problem::{Origin, Problem, Severity};
 use crate::recipe::{RawRecipe, Recipe};
@@ -40,21 +41,38 @@ pub(super) fn check(recipe: &Recipe, raw: &RawRecipe, idle: Vec<(String, String)
     }
     let locals = ["crops.local_count", "crops.local_size"].map(String::from).into_iter();
     let locals: Vec<String> = locals.filter(|key| raw.get(key).is_some()).collect();
-    if model.is_some_and(|model| !model.student_sees()[1]) {
+    if model.as_ref().is_some_and(|model| !model.student_sees()[1]) {
         let message = |keys: &str| format!("no loss that is on reads local crops, so nothing reads {keys}");
         tell("crops".into(), locals, &message, "remove the keys, or turn on a loss that does".into());
     }
     let in_halves = recipe.device().is_ok_and(|device| recipe.dtype(device) == DType::BF16);
     if recipe.optimizer.offload && !in_halves {
         let key = "optimizer.offload".to_string();
-        let message = |key: &str| format!("nothing reads {key}: only features in bf16, on a GPU, leave weights a lower half");
+        let message =
+            |key: &str| format!("nothing reads {key}: only features in bf16, on a GPU, leave weights a lower half");
         tell(key.clone(), vec![key], &message, "remove it, or choose another device or precision".into());
     }
     for (key, needed) in idle {
         let message = |key: &str| format!("nothing reads {key}: it is read with {needed} only");
         tell(key.clone(), vec![key.clone()], &message, "remove it".into());
     }
+    for teacher in model.iter().flat_map(|model| never_asked(recipe, model)) {
+        let message =
+            format!("is asked at none of {} steps, so losses that learn from it change nothing", recipe.steps);
+        let problem = Problem::warning(format!("teachers.{teacher}"), message);
+        found.push(problem.help("let it begin earlier, or name more steps"));
+    }
     found
+}
+
+/// The teachers that losses learn from and that are active at no step. Of long runs a thousand steps and the last are looked at.
+fn never_asked(recipe: &Recipe, model: &Declared) -> Vec<String> {
+    let (steps, wanted) = (recipe.steps, model.teachers());
+    let last = steps.saturating_sub(1);
+    let some = || (0..last).step_by((steps / 1000).max(1) as usize).chain([last]);
+    let never = |policy: Box<dyn TeacherPolicy>| some().all(|step| !policy.active(At { step, total: steps }));
+    let wanted = recipe.teachers.0.iter().filter(|(name, _)| wanted.contains(name.as_str()));
+    wanted.filter(|(_, entry)| entry.build(&mut ()).is_ok_and(never)).map(|(name, _)| name.clone()).collect()
 }
 
 /// The teachers from which only losses that are off would learn.

@@ -123,12 +123,18 @@ impl RunFolder {
         }
         remove_unfinished(&path)?;
         let recipe_path = path.join("recipe.toml");
-        if !recipe_path.exists() {
+        let is_run = checkpoint::newest_step(&path)?.is_some() || path.join(RESULT).exists();
+        if !recipe_path.exists() && !is_run {
             return Ok(Self { path, changes: Vec::new(), old_steps: None, written: false, _lock: lock });
         }
         if !options.resume {
             let help = "continue it with --resume, or choose another folder (--out, or another `name` of the recipe)";
             return Err(Error::content(&path, "there is a run in this folder already", help));
+        }
+        if !recipe_path.exists() {
+            let problem = "the run in this folder has lost its recipe.toml, which says what it was started with";
+            let help = format!("put it back (every checkpoint has a copy of it), or {ANEW}");
+            return Err(Error::content(&path, problem, help));
         }
         let written = Resolved::load(&recipe_path, &Overrides::default())?;
         let before = written.clone().absolute()?;

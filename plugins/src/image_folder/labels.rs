@@ -130,7 +130,7 @@ pub(super) fn with_val(root: &Path, paths: &mut Vec<PathBuf>, val: &Path, theirs
 /// Different labels in order: numbers, if all are, or texts in that of the alphabet, as they come.
 pub(crate) fn in_order<'a>(names: impl Iterator<Item = &'a String>) -> Vec<&'a String> {
     let names: Vec<&String> = names.collect();
-    let numbers = names.iter().map(|name| name.parse::<i64>().ok().map(|n| (n, *name))).collect::<Option<Vec<_>>>();
+    let numbers = names.iter().map(|name| name.parse::<i128>().ok().map(|n| (n, *name))).collect::<Option<Vec<_>>>();
     match numbers {
         // 10 comes after 9.
         Some(mut numbers) => {

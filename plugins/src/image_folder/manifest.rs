@@ -219,6 +219,12 @@ fn of_csv(file: &Path, text: &str) -> Result<Vec<(usize, Cells)>> {
     for record in reader.records() {
         let record = record.map_err(wrong)?;
         let line = record.position().map_or(0, |at| at.line() as usize);
+        // A quote that nobody closes takes the rest of the file into its cell.
+        if let Some(cell) = record.iter().find(|cell| cell.contains(['\n', '\r'])) {
+            let start: String = cell.lines().next().unwrap_or_default().chars().take(40).collect();
+            let problem = format!("line {line}: a cell that begins with `{start}` goes on in the next line");
+            return Err(Error::content(file, problem, "close the quote (\") that opens it, or leave both quotes out"));
+        }
         rows.push((line, names.iter().zip(&record).map(|(name, cell)| (name.into(), cell.into())).collect()));
     }
     Ok(rows)

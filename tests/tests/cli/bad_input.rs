@@ -216,6 +216,12 @@ fn nothing_is_overwritten() {
     assert_eq!(ended.code, 2);
     assert!(ended.err.contains("other numbers") && ended.err.contains("optimizer.lr"), "{}", ended.err);
     assert_eq!(folder.read("refused/metrics.jsonl"), before);
+    // Nor is a run that lost its recipe taken for none.
+    fs::remove_file(folder.path("refused/recipe.toml")).unwrap();
+    refused(&folder, 2, &[], &["refused", "already"]);
+    let ended = folder.run(&["train", "micro.toml", "--out", "refused", "--resume"]);
+    assert!(ended.code == 2 && ended.err.contains("lost its recipe.toml"), "{}", ended.err);
+    assert_eq!(folder.read("refused/metrics.jsonl"), before);
 }
 
 #[test]

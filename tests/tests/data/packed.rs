@@ -61,8 +61,11 @@ impl Lab {
 
     /// A Parquet file in the layout of Hugging Face, three rows a group, a row a page.
     fn table(&self, name: &str, rows: &[(Option<Vec<u8>>, Option<i64>)], names: Option<&[&str]>) {
-        let schema = "message schema { optional group image { optional binary bytes; optional binary path (UTF8); } \
-            optional int64 label; }";
+        let label = if name.starts_with("unsigned") { "label (UINT_64)" } else { "label" };
+        let schema = format!(
+            "message schema {{ optional group image {{ optional binary bytes; optional binary path (UTF8); }} \
+            optional int64 {label}; }}"
+        );
         let features = json!({ "image": { "_type": "Image" }, "label": { "_type": "ClassLabel", "names": names } });
         let said = json!({ "info": { "features": features } }).to_string();
         let properties = WriterProperties::builder()
@@ -72,7 +75,7 @@ impl Lab {
             .set_key_value_metadata(names.map(|_| vec![KeyValue::new("huggingface".into(), said)]))
             .build();
         let file = fs::File::create(self.path(name)).expect("a file");
-        let schema = Arc::new(parse_message_type(schema).expect("a schema"));
+        let schema = Arc::new(parse_message_type(&schema).expect("a schema"));
         let mut writer = SerializedFileWriter::new(file, schema, Arc::new(properties)).expect("a table");
         for rows in rows.chunks(3) {
             let mut group = writer.next_row_group().expect("a group");
@@ -290,6 +293,11 @@ fn tables_are_one_list_of_images_with_labels() {
     lab.table("plain.parquet", &rows(&[7, 5, 7]), None);
     let data = lab.open("parquet", json!({ "path": "plain.parquet", "held_out": 0.0 })).unwrap();
     assert_eq!((data.class_names(), data.len()), (["5", "7"].map(String::from).to_vec(), 3));
+    // Without a sign no label is negative.
+    lab.table("unsigned.parquet", &rows(&[-1, 5, -1]), None);
+    let data = lab.open("parquet", json!({ "path": "unsigned.parquet", "held_out": 0.0 })).unwrap();
+    assert_eq!(data.class_names(), ["5", "18446744073709551615"]);
+    assert_eq!(seen(data.as_ref()), [(0, Some(1)), (1, Some(0)), (2, Some(1))]);
 }
 
 #[test]

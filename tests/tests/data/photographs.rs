@@ -332,6 +332,7 @@ fn what_is_wrong_with_a_table_is_named_with_its_line() {
     refused("t.csv", &with(",,train,,z", ",train"), &["t.csv", "4"]);
     refused("t.csv", b"path\n", &["no line"]);
     refused("t.csv", b"path\nimages/\xff.png\n", &["line 2", "not UTF-8"]);
+    refused("t.csv", b"path,label\nimages/cat/a.png,\"cat\nimages/dog/a.png,dog\n", &["line 2", "`cat`", "quote"]);
     refused("t.txt", TABLE.as_bytes(), &["t.txt", ".csv or a .jsonl"]);
     refused("t.jsonl", b"{\"path\": \"images/cat/a.png\", \"label\": 1.5}", &["line 1", "`label` is 1.5"]);
     refused("t.jsonl", b"\n{\"path\": ", &["line 2"]);

@@ -47,6 +47,39 @@ fn a_changed_suite_does_not_mix_with_finished_runs() {
 }
 
 #[test]
+fn runs_of_other_recipes_are_no_results_however_they_came_into_the_folder() {
+    let lab = Lab::new();
+    let plan = lab.plan(&suite()).expect("a valid suite");
+    let out = plan.out.clone();
+    let refused = |said: &str| {
+        let error = lab.execute(&plan, |_| ()).expect_err("a run is another's").to_string();
+        assert!(error.contains("another recipe") && error.contains(said), "{error}");
+    };
+    lab.execute(&plan, |_| ()).expect("it ran");
+    let swap = |one: &str, other: &str| {
+        let [one, other, aside] = [one, other, "aside"].map(|name| out.join("arms").join(name));
+        fs::rename(&one, &aside).unwrap();
+        fs::rename(&other, &one).unwrap();
+        fs::rename(&aside, &other).unwrap();
+    };
+    swap("on/seed-0", "off/seed-0");
+    refused("losses.gram.enabled");
+    swap("on/seed-0", "off/seed-0");
+    swap("on/seed-0", "on/seed-1");
+    refused("seed: was 1, is 0");
+    swap("on/seed-0", "on/seed-1");
+    let recipe = out.join("arms/on/seed-0/recipe.toml");
+    let text = fs::read_to_string(&recipe).unwrap();
+    fs::remove_file(out.join("suite.json")).unwrap();
+    fs::write(&recipe, text.replace("steps = 40", "steps = 30")).unwrap();
+    refused("steps: was 30, is 40");
+    fs::remove_file(&recipe).unwrap();
+    refused("which cannot be read");
+    fs::write(&recipe, text).unwrap();
+    assert_eq!(lab.execute(&plan, |_| ()).expect("all is as it was").skipped, 6);
+}
+
+#[test]
 fn seeds_can_be_added_to_a_finished_suite() {
     let lab = Lab::new();
     lab.execute(&lab.plan(&suite()).expect("a valid suite"), |_| ()).expect("it ran");
