@@ -396,7 +396,7 @@ pub fn load_named(
         return Err(Error::content(
             origin,
             format!("does not fit the model: {} of {} tensors{shown}{more}", problems.len(), layout.specs.len()),
-            "use a checkpoint of the same architecture, or set the backbone table to that of the checkpoint",
+            "use a checkpoint of the same architecture, or set the tables of the backbone and of the losses' heads to those of the checkpoint",
         ));
     }
     let dtype = flat.dtype();

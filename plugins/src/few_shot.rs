@@ -112,6 +112,17 @@ impl Probe for FewShot {
             let help = "use a dataset whose images have labels, or take the probe out";
             return Err(Error::user("probe `few_shot`: there are no images with a label", help));
         }
+        let mut of_class = vec![0; classes];
+        train.1.iter().flatten().for_each(|&label| of_class[label as usize] += 1);
+        let least = of_class.into_iter().min().unwrap_or(0);
+        let wanted = self.shots.iter().copied().max().map_or(0, NonZeroUsize::get);
+        if least < wanted {
+            (context.warn)(format!(
+                "`few_shot`: of {wanted} images of a class that `shots` asks for, a class has {least} among {} to draw from: \
+                 it gives those",
+                train.1.len()
+            ));
+        }
         let mut scores = Vec::new();
         for shots in &self.shots {
             let mut images: Vec<Vec<f64>> = Vec::new();

@@ -323,7 +323,11 @@ fn look(path: &Path, config: &ParquetConfig) -> Result<Found> {
         Some(label) => {
             let help = "set data.label to a column of whole numbers or texts";
             let Some(column) = leaf(&[label]) else {
-                return Err(Error::content(path, format!("there is no column `{label}`: {}", there()), help));
+                let problem = match top.contains(&label.as_str()) {
+                    true => format!("the column `{label}` has columns of its own"),
+                    false => format!("there is no column `{label}`: {}", there()),
+                };
+                return Err(Error::content(path, problem, help));
             };
             readable(column, label)?;
             let none = || Error::content(path, format!("the column `{label}` is no label"), help);

@@ -485,6 +485,10 @@ impl NoText {
     /// As a problem of `file`, for which `given` was asked.
     pub fn at_path(self, given: &Path, file: &Path) -> Problem {
         match self {
+            Self::Io(_) if given == file && given.join("recipe.toml").is_file() => {
+                let message = format!("{} is a folder, and this has to be a file", given.display());
+                Problem::error("", message).help(format!("name {}", given.join("recipe.toml").display()))
+            }
             Self::Io(_) if given.is_dir() => {
                 let message = format!("{} is a folder without a recipe.toml", given.display());
                 Problem::error("", message).help("give a recipe, or the folder of a run")

@@ -149,6 +149,10 @@ fn unread(given: &Dict, resolved: &Json, path: &mut Vec<String>) -> Vec<Problem>
         path.push(key.clone());
         let dotted = path.join(".");
         match (value, resolved.get(key)) {
+            (Value::Array(_, list), None) if list.is_empty() => {
+                problems
+                    .push(Problem::error(dotted, "the list is empty").help("name something in it, or remove the key"));
+            }
             (_, None) => {
                 let mut problem = Problem::error(dotted, "nothing reads this key").help("remove it");
                 problem.at_value = false;

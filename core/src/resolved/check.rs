@@ -248,7 +248,7 @@ fn channels(recipe: &Recipe) -> Option<Problem> {
     }
     let (means, stds) = (recipe.crops.mean.len(), recipe.crops.std.len());
     let message = format!("has {stds} numbers, and crops.mean {means}: one for every channel");
-    let help = format!("set crops.std to {means} numbers");
+    let help = format!("set crops.std to {means} numbers, or crops.mean to {stds}");
     (stds != means).then(|| Problem::error("crops.std", message).help(help))
 }
 

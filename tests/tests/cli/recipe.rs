@@ -1,6 +1,6 @@
 //! `dinolab plugins`, `dinolab recipe`: what they print, and how they end.
 
-use dinolab_tests::program::{Ended, Folder};
+use dinolab_tests::program::{root, Ended, Folder};
 
 const RECIPE: &str = r#"name = "toy"
 steps = 100
@@ -327,4 +327,34 @@ fn data_that_are_here_are_held_to_what_they_are_and_those_elsewhere_are_a_warnin
     let ended =
         folder.run(&[&["recipe", "check", "micro.toml", "--set", "data.plugin=image_folder"], &masks[..]].concat());
     assert!(ended.code == 2 && ended.err.contains("have no mask here"), "{}", ended.err);
+}
+
+#[test]
+fn what_would_change_nothing_is_said_before_a_run() {
+    let folder = Folder::new();
+    let tiny = root().join("recipes/tiny.toml");
+    let tiny = tiny.to_str().expect("a path in UTF-8");
+    let check = |sets: &[&str]| {
+        let sets = ["device=cpu"].iter().chain(sets).flat_map(|set| ["--set", set]);
+        let ended = folder.run(&["recipe", "check", tiny].into_iter().chain(sets).collect::<Vec<_>>());
+        (ended.code, ended.err)
+    };
+    // The Gram teacher of `tiny.toml` begins at step 150.
+    let (code, said) = check(&["losses.gram.enabled=true", "steps=150"]);
+    assert!(code == 0 && said.contains("teachers.gram: is asked at none of 150 steps"), "{said}");
+    assert!(!check(&["losses.gram.enabled=true", "steps=151"]).1.contains("is asked at none"));
+    let (code, said) = check(&["optimizer.offload=true"]);
+    assert!(code == 0 && said.contains("nothing reads optimizer.offload"), "{said}");
+    let (code, said) = check(&["crops.resolutions=[]"]);
+    assert!(code == 2 && said.contains("crops.resolutions: the list is empty"), "{said}");
+    // A run is extended by the recipe in its folder.
+    std::fs::create_dir(folder.path("run")).unwrap();
+    folder.write("run/recipe.toml", "steps = 3\n");
+    folder.write("child.toml", "extends = \"run\"\n");
+    let ended = folder.run(&["recipe", "check", "child.toml"]);
+    assert!(
+        ended.code == 2 && ended.err.contains("run is a folder") && ended.err.contains("run/recipe.toml"),
+        "{}",
+        ended.err
+    );
 }
