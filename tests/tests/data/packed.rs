@@ -324,7 +324,10 @@ fn what_is_wrong_with_tables_is_named_with_file_and_row() {
     refused(json!({ "path": "bad.parquet" }), &["bad.parquet", "no such file", "data.path"]);
     refused(json!({ "path": "good.parquet", "image": "photo" }), &["no column `photo`", "image, label", "data.image"]);
     refused(json!({ "path": "good.parquet", "image": "label" }), &["`label` does not hold a file"]);
-    refused(json!({ "path": "good.parquet", "label": "image" }), &["no column `image`", "data.label"]);
+    refused(
+        json!({ "path": "good.parquet", "label": "image" }),
+        &["the column `image` has columns of its own", "data.label"],
+    );
     refused(
         json!({ "path": "good.parquet", "classes": ["a", "b"] }),
         &["good.parquet/row 2", "`2`", "2 classes", "data.classes"],
