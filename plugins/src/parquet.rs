@@ -361,10 +361,10 @@ fn read_labels(
     about: &ParquetMetaData,
     leaf: usize,
 ) -> Result<Option<Vec<Option<String>>>, ParquetError> {
-    if about.file_metadata().schema_descr().column(leaf).max_rep_level() > 0 {
+    let about_column = about.file_metadata().schema_descr().column(leaf);
+    if about_column.max_rep_level() > 0 {
         return Ok(None);
     }
-    let about_column = about.file_metadata().schema_descr().column(leaf);
     // Whole numbers without a sign are stored in the bits of those with one.
     use ConvertedType::{UINT_16, UINT_32, UINT_64, UINT_8};
     let unsigned = matches!(about_column.converted_type(), UINT_8 | UINT_16 | UINT_32 | UINT_64)

@@ -10,7 +10,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use dinolab_core::files::write_file;
+use dinolab_core::files::{hash_file, write_file};
 use dinolab_core::text::printable;
 use dinolab_core::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -30,11 +30,6 @@ struct Done {
     hash: Option<String>,
     /// Where its files are, below the folder.
     name: String,
-}
-
-/// The hash of an image's file, if it can be read.
-fn hash_of(image: &Path) -> Option<String> {
-    Some(blake3::hash(&fs::read(image).ok()?).to_hex().to_string())
 }
 
 /// The images of a folder that are done.
@@ -98,7 +93,7 @@ impl Record {
     pub fn has(&self, image: &Path) -> bool {
         let Some(done) = self.done.get(&printable(image)) else { return false };
         let length = fs::metadata(image).map(|found| found.len()).ok();
-        Some(done.bytes) == length && (done.hash.is_none() || done.hash == hash_of(image))
+        Some(done.bytes) == length && (done.hash.is_none() || done.hash == hash_file(image).ok())
     }
 
     /// Notes that all files of an image are written.
@@ -107,7 +102,7 @@ impl Record {
     /// If the record cannot be written.
     pub fn add(&mut self, image: &Path, name: &str) -> Result<()> {
         let bytes = fs::metadata(image).map_or(0, |found| found.len());
-        let done = Done { image: printable(image), bytes, hash: hash_of(image), name: name.into() };
+        let done = Done { image: printable(image), bytes, hash: hash_file(image).ok(), name: name.into() };
         let line = serde_json::to_string(&done).expect("plain data") + "\n";
         self.file.write_all(line.as_bytes()).map_err(Error::io("write", &self.path))?;
         self.done.insert(done.image.clone(), done);

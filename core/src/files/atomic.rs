@@ -60,7 +60,11 @@ pub(crate) fn sync_dir(path: &Path) -> Result<()> {
     fs::File::open(path).and_then(|d| d.sync_all()).map_err(Error::io("flush", path))
 }
 
-pub(crate) fn hash_file(path: &Path) -> Result<String> {
+/// The BLAKE3 hash of a file, in hex.
+///
+/// # Errors
+/// If it cannot be read.
+pub fn hash_file(path: &Path) -> Result<String> {
     let mut hasher = blake3::Hasher::new();
     let mut file = fs::File::open(path).map_err(Error::io("read", path))?;
     std::io::copy(&mut file, &mut hasher).map_err(Error::io("read", path))?;

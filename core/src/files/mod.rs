@@ -6,10 +6,10 @@ mod json;
 mod really;
 mod tensors;
 
-pub use atomic::{remove_unfinished, write_file};
+pub use atomic::{hash_file, remove_unfinished, write_file};
 pub use json::twice;
 pub use really::Really;
 pub use tensors::{parse_safetensors, read_tensors, write_pieces, write_tensors, NamedTensors};
 
-pub(crate) use atomic::{hash_file, new_folder, sync_dir, BUILDING};
+pub(crate) use atomic::{new_folder, sync_dir, BUILDING};
 pub(crate) use tensors::parse_tensors;

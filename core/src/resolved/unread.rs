@@ -45,8 +45,9 @@ pub(super) fn check(recipe: &Recipe, raw: &RawRecipe, idle: Vec<(String, String)
         let message = |keys: &str| format!("no loss that is on reads local crops, so nothing reads {keys}");
         tell("crops".into(), locals, &message, "remove the keys, or turn on a loss that does".into());
     }
-    let in_halves = recipe.device().is_ok_and(|device| recipe.dtype(device) == DType::BF16);
-    if recipe.optimizer.offload && !in_halves {
+    // A device that is not here may be there where the recipe runs.
+    let is_wide = recipe.device().is_ok_and(|device| recipe.dtype(device) != DType::BF16);
+    if recipe.optimizer.offload && is_wide {
         let key = "optimizer.offload".to_string();
         let message =
             |key: &str| format!("nothing reads {key}: only features in bf16, on a GPU, leave weights a lower half");

@@ -7,7 +7,6 @@
 //! measured when they come from elsewhere, and when the bounds of a long run have drifted too far.
 
 use crate::contract;
-use crate::params::ParamSpec;
 use crate::tensor::greatest;
 use crate::{DType, Error, Result, Tensor};
 
@@ -60,15 +59,16 @@ impl Bounds {
     /// If one is not finite; the message names its tensor.
     pub(super) fn measured(weights: &Weights, model: &Declared) -> Result<Self> {
         let layout = &model.layout;
-        let of_all = |role: &str, len: usize, most: f64, view: &dyn Fn(usize, &[usize]) -> Result<Tensor>| {
+        let of_role = |role: &str, flat: &Flat| -> Result<f64> {
+            let most = flat.greatest()?;
             if most.is_finite() {
                 return Ok(most);
             }
-            let inside = layout.specs().iter().filter(|s| s.range().end <= len);
-            let of = |spec: &ParamSpec| of_tensor(&format!("{role}.{}", spec.name), &view(spec.offset, &spec.shape)?);
-            inside.map(of).try_fold(0.0, |most: f64, of| Ok(most.max(of?)))
+            let inside = layout.specs().iter().filter(|s| s.range().end <= flat.len());
+            inside
+                .map(|spec| of_tensor(&format!("{role}.{}", spec.name), &flat.view(spec.offset, &spec.shape)?))
+                .try_fold(0.0, |most: f64, of| Ok(most.max(of?)))
         };
-        let of_role = |role: &str, flat: &Flat| of_all(role, flat.len(), flat.greatest()?, &|at, of| flat.view(at, of));
         let mut most = of_role("student", &weights.student)?;
         let named = weights.named.iter().map(|(name, flat)| (role_of(name), flat));
         for (role, flat) in weights.teacher.iter().map(|flat| ("teacher".to_string(), flat)).chain(named) {
@@ -78,10 +78,7 @@ impl Bounds {
             // The greatest number of a block in eight bits is its scale.
             let eight = weights.eight.get(i).map_or(Ok(0.0), |eight| greatest(eight.scales()))?;
             match weights.eight.is_empty() || !eight.is_finite() {
-                true => {
-                    let flat = weights.moment(i, layout);
-                    of_all(name, flat.len(), greatest(&flat)?, &|at, of| Ok(flat.view(at, of)))
-                }
+                true => of_role(name, &weights.moment(i, layout).into()),
                 false => Ok(eight.max(of_tensor(name, &weights.moments[i])?)),
             }
         };

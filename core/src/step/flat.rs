@@ -87,6 +87,12 @@ fn join(rounded: bf16, lower: u16) -> f32 {
     f32::from_bits(u32::from(upper) << 16 | u32::from(lower))
 }
 
+impl From<Tensor> for Flat {
+    fn from(wide: Tensor) -> Self {
+        Self(Kept::Wide(wide))
+    }
+}
+
 impl Flat {
     /// `len` zeros, an even number, for features of type `features`; with `offload`, lower halves are in host memory.
     ///
@@ -94,7 +100,7 @@ impl Flat {
     /// If there is not that much host memory.
     pub(super) fn zeros(len: usize, features: DType, offload: bool) -> Result<Self> {
         if features != DType::BF16 {
-            return Ok(Self(Kept::Wide(Tensor::zeros(&[len], features))));
+            return Ok(Tensor::zeros(&[len], features).into());
         }
         let rounded = Tensor::zeros(&[len], DType::BF16);
         let lower = match rounded.gpu().filter(|_| offload) {

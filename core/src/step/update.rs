@@ -195,8 +195,7 @@ impl DeviceUpdate {
         let n = weights.student.len();
         let Weights { student, teacher, moments, eight, .. } = weights;
         let ema = teacher.as_ref().filter(|_| follows);
-        // Kernels take arguments once.
-        let flats = || (student.place(), ema.map_or_else(Flat::no_place, Flat::place));
+        let (student_at, ema_at) = (student.place(), ema.map_or_else(Flat::no_place, Flat::place));
         let bytes = if follows { 36.0 } else { 28.0 };
         let wide = n.saturating_sub(self.blocks * EIGHT_BIT_BLOCK);
         let number = |start: usize, len: &[usize]| self.numbers.view(start, len);
@@ -204,10 +203,9 @@ impl DeviceUpdate {
             let of_adamw = number(NUMBERS + i * OF_ADAMW, &[OF_ADAMW]);
             if let (rules, count @ 1..) = &pass.whole {
                 let launch = self.gpu.kernel(&ADAMW, "adamw", DType::F32)?.grid(n.div_ceil(ELEMENTS_OF_BLOCK), 256);
-                let (student, ema) = flats();
                 launch.work(0.0, bytes * wide as f64).launch(args![
-                    student,
-                    ema,
+                    student_at,
+                    ema_at,
                     grads,
                     &moments[0],
                     &moments[1],
@@ -224,10 +222,9 @@ impl DeviceUpdate {
                 let [(mean, mean_scales), (square, square_scales)] = [mean.parts(), square.parts()];
                 let launch = self.gpu.kernel(&ADAMW, "adamw_8bit", DType::F32)?;
                 let launch = launch.grid(self.blocks.div_ceil(SCALES_OF_BLOCK), 256);
-                let (student, ema) = flats();
                 launch.work(0.0, (bytes - 12.0) * (n - wide) as f64).launch(args![
-                    student,
-                    ema,
+                    student_at,
+                    ema_at,
                     grads,
                     mean,
                     mean_scales,
@@ -258,10 +255,9 @@ impl DeviceUpdate {
             let new = groups.direction(*i, gradient, (student, moments), own.clone(), products)?;
             let len = spec.range.len();
             let launch = self.gpu.kernel(&ADAMW, "descend", DType::F32)?.over(len);
-            let (student, ema) = flats();
             launch.work(0.0, (bytes - 16.0) * len as f64).launch(args![
-                student,
-                ema,
+                student_at,
+                ema_at,
                 &new.direction,
                 &self.rules.view(rule * OF_RULE, &[OF_RULE]),
                 &self.numbers,

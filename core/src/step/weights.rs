@@ -368,15 +368,16 @@ fn load_role(layout: &Layout, flat: &mut Flat, source: &NamedTensors, prefixes: 
         let problem = format!("no backbone.* tensors in it, of {} or without a role", wanted.join(" or "));
         return Err(Error::content(path, problem, "name a run, a checkpoint, or weights that dinolab wrote"));
     };
-    let known: Vec<String> =
-        layout.modules().into_iter().filter(|m| m == "backbone" || source.has(&format!("{prefix}{m}."))).collect();
-    for module in known {
-        let part = layout.part(&format!("{module}."));
-        let shape = |name: &str| part.specs().iter().find(|spec| spec.name == name).map(|spec| spec.shape.as_slice());
-        let get = |name: &str| Some(adapted(source.get(&format!("{prefix}{name}"))?, shape(name)?));
-        flat.change(|flat| load(&part, flat, get, path))?;
-    }
-    Ok(())
+    let mut known = layout.modules().into_iter().filter(|m| m == "backbone" || source.has(&format!("{prefix}{m}.")));
+    flat.change(|flat| {
+        known.try_for_each(|module| {
+            let part = layout.part(&format!("{module}."));
+            let shape =
+                |name: &str| part.specs().iter().find(|spec| spec.name == name).map(|spec| spec.shape.as_slice());
+            let get = |name: &str| Some(adapted(source.get(&format!("{prefix}{name}"))?, shape(name)?));
+            load(&part, flat, get, path)
+        })
+    })
 }
 
 /// Channels of images in colour.

@@ -148,21 +148,22 @@ impl Log {
     }
 
     /// Distribution of every sub-model's weights and gradients.
-    pub(super) fn histograms(&mut self, step: u64, learner: &Learner) -> Option<String> {
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub(super) fn histograms(&mut self, step: u64, learner: &Learner) -> Result<Option<String>> {
         let layout = &learner.model().layout;
         let weights = learner.weights();
         let mut values = Vec::new();
         for module in layout.modules() {
             let range = layout.range_of(&format!("{module}."));
+            let of_weights = weights.student.view(range.start, &[range.len()])?;
             let gradients = weights.grads().view(range.start, &[range.len()]);
-            for (what, numbers) in
-                [("weights", weights.student.view(range.start, &[range.len()])), ("gradients", Ok(gradients))]
-            {
-                let Ok(numbers) = numbers.map(|numbers| numbers.to_f64_vec()) else { continue };
-                values.extend(events::histogram(&format!("{what}/{module}"), &numbers));
+            for (what, numbers) in [("weights", of_weights), ("gradients", gradients)] {
+                values.extend(events::histogram(&format!("{what}/{module}"), &numbers.to_f64_vec()));
             }
         }
-        self.show(step, values)
+        Ok(self.show(step, values))
     }
 
     /// Hands values to TensorBoard. After a failure, which is given, it gets no more: the numbers are in JSON as well.

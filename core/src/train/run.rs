@@ -312,7 +312,7 @@ impl Run<'_> {
         let lost = self.log.step(done, report, scores, &rates)?;
         self.warn_of(done, "log", lost)?;
         if self.recipe.log.histograms_every > 0 && done.is_multiple_of(self.recipe.log.histograms_every) {
-            let lost = self.log.histograms(done, &self.learner);
+            let lost = self.log.histograms(done, &self.learner)?;
             self.warn_of(done, "log", lost)?;
         }
         self.window = Window::default();
