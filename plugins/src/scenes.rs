@@ -445,8 +445,8 @@ impl Canvas {
     fn rgb(&self) -> Vec<u8> {
         let [red, green, blue] = &self.planes;
         let mut rgb = vec![0; 3 * red.len()];
-        for (out, ((r, g), b)) in rgb.chunks_exact_mut(3).zip(red.iter().zip(green).zip(blue)) {
-            (out[0], out[1], out[2]) = ((r + 0.5) as u8, (g + 0.5) as u8, (b + 0.5) as u8);
+        for (i, out) in rgb.chunks_exact_mut(3).enumerate() {
+            (out[0], out[1], out[2]) = ((red[i] + 0.5) as u8, (green[i] + 0.5) as u8, (blue[i] + 0.5) as u8);
         }
         rgb
     }

@@ -6,11 +6,11 @@ use std::path::Path;
 
 use dinolab_core::files::{read_tensors, write_tensors};
 use dinolab_core::{Error, Result, Tensor};
-use image::{ImageFormat, RgbImage};
+use image::RgbImage;
 use npyz::WriterBuilder;
 
 use super::{Maps, Seen};
-use crate::pictures::{map, scaled, to_colors, viridis, PatchView};
+use crate::pictures::{map, png, scaled, to_colors, viridis, PatchView};
 
 /// A file format for features.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Serialize)]
@@ -126,8 +126,6 @@ pub fn write_pictures(folder: &Path, seen: &Seen, maps: &Maps) -> Result<()> {
 }
 
 pub(super) fn save_png(path: &Path, picture: &RgbImage) -> Result<()> {
-    picture.save_with_format(path, ImageFormat::Png).map_err(|e| match e {
-        image::ImageError::IoError(source) => Error::Io { action: "write", path: path.into(), source },
-        other => Error::content(path, other.to_string(), "this is a defect: please report it"),
-    })
+    let failed = |source| Error::Io { action: "write", path: path.into(), source };
+    std::fs::write(path, png(picture)).map_err(failed)
 }

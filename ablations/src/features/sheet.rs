@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use dinolab_core::Result;
-use image::imageops::{overlay, resize, FilterType};
+use dinolab_plugins::pixels::rgb_resized;
+use image::imageops::{overlay, FilterType};
 use image::RgbImage;
 
 use super::files::{pictures, save_png};
@@ -85,7 +86,7 @@ fn thumbnail(picture: &RgbImage) -> RgbImage {
     let scale = f64::from(CELL) / f64::from(picture.width().max(picture.height()));
     let side = |n: u32| ((f64::from(n) * scale).round() as u32).clamp(1, CELL);
     let filter = if scale < 1.0 { FilterType::Triangle } else { FilterType::Nearest };
-    resize(picture, side(picture.width()), side(picture.height()), filter)
+    rgb_resized(picture.clone(), side(picture.width()), side(picture.height()), filter)
 }
 
 /// Draws a frame around a patch, in white within black so that it shows on anything.

@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use base64::{engine::general_purpose::STANDARD, Engine};
 use dinolab_core::files::write_file;
 use dinolab_core::Result;
+use dinolab_plugins::pixels::rgb_resized;
 use image::codecs::jpeg::JpegEncoder;
-use image::imageops::{resize, FilterType};
+use image::imageops::FilterType;
 use image::RgbImage;
 use serde::Serialize;
 
@@ -113,7 +114,8 @@ fn quantised(x: &[f64]) -> Vec<u8> {
 fn jpeg(image: &RgbImage) -> String {
     let scale = f64::from(SIDE) / f64::from(image.width().max(image.height()));
     let side = |n: u32| ((f64::from(n) * scale).round() as u32).max(1);
-    let small = (scale < 1.0).then(|| resize(image, side(image.width()), side(image.height()), FilterType::Triangle));
+    let small = || rgb_resized(image.clone(), side(image.width()), side(image.height()), FilterType::Triangle);
+    let small = (scale < 1.0).then(small);
     let mut bytes = Cursor::new(Vec::new());
     let encoder = JpegEncoder::new_with_quality(&mut bytes, 85);
     small.as_ref().unwrap_or(image).write_with_encoder(encoder).expect("encoding a JPEG into memory cannot fail");

@@ -1,10 +1,10 @@
 //! Values to colours, colours to images, images to pages.
 
-use std::io::Cursor;
-
 use base64::Engine;
-use image::imageops::{resize, FilterType};
-use image::{ImageFormat, RgbImage};
+use dinolab_plugins::pixels::rgb_resized;
+use image::codecs::png::PngEncoder;
+use image::imageops::FilterType;
+use image::RgbImage;
 
 /// Ten colours along viridis (Smith & van der Walt 2015): even in brightness and readable with any colour vision.
 const VIRIDIS: [[u8; 3]; 10] = [
@@ -40,14 +40,19 @@ pub fn map(width: usize, colors: impl IntoIterator<Item = [u8; 3]>) -> RgbImage 
 
 /// A map at the size of the image that it belongs to, every patch a square of one colour.
 pub fn scaled(map: &RgbImage, (width, height): (u32, u32)) -> RgbImage {
-    resize(map, width, height, FilterType::Nearest)
+    rgb_resized(map.clone(), width, height, FilterType::Nearest)
+}
+
+/// A PNG file's content.
+pub fn png(image: &RgbImage) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    image.write_with_encoder(PngEncoder::new(&mut bytes)).expect("encoding a PNG into memory cannot fail");
+    bytes
 }
 
 /// A PNG inside a page.
 pub fn data_uri(image: &RgbImage) -> String {
-    let mut bytes = Cursor::new(Vec::new());
-    image.write_to(&mut bytes, ImageFormat::Png).expect("encoding a PNG into memory cannot fail");
-    format!("data:image/png;base64,{}", base64::engine::general_purpose::STANDARD.encode(bytes.into_inner()))
+    format!("data:image/png;base64,{}", base64::engine::general_purpose::STANDARD.encode(png(image)))
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ mod components;
 
 use image::RgbImage;
 
-pub use colors::{data_uri, map, scaled, viridis};
+pub use colors::{data_uri, map, png, scaled, viridis};
 pub use components::{align_signs, foreground, principal_scores, to_colors};
 
 /// One image as a model sees it.

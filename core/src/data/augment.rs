@@ -222,8 +222,8 @@ fn to_planes<V: Value>(pixels: &[V], channels: usize, width: usize, flip: bool, 
     for (y, row) in pixels.chunks_exact(3 * width).enumerate() {
         let range = y * width..(y + 1) * width;
         let (r, g, b) = (&mut red[range.clone()], &mut green[range.clone()], &mut blue[range]);
-        for (((pixel, r), g), b) in row.chunks_exact(3).zip(r.iter_mut()).zip(g.iter_mut()).zip(b.iter_mut()) {
-            (*r, *g, *b) = (pixel[0].to_f32(), pixel[1].to_f32(), pixel[2].to_f32());
+        for (x, pixel) in row.as_chunks::<3>().0.iter().enumerate() {
+            (r[x], g[x], b[x]) = (pixel[0].to_f32(), pixel[1].to_f32(), pixel[2].to_f32());
         }
         if flip {
             r.reverse();

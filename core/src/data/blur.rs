@@ -1,9 +1,12 @@
 //! Gaussian blur of planar 8-bit values: torchvision's with a kernel of 9, as two passes of one dimension.
 
 use crate::simd;
+use crate::tensor::parallel::map_array;
 
 /// Taps on either side of the centre.
 const RADIUS: usize = 4;
+/// Every tap's distance from the first.
+const SHIFTS: [usize; 2 * RADIUS + 1] = [0, 1, 2, 3, 4, 5, 6, 7, 8];
 
 /// Blurs the square planes `[channels, side, side]` with standard deviation `sigma` (pixels) and rounds to whole
 /// numbers. Beyond the border the image is mirrored without repeating the border. `scratch` is reused between calls.
@@ -15,11 +18,10 @@ pub(super) fn gaussian_blur(pixels: &mut [f32], side: usize, sigma: f32, scratch
         simd!(f32, {
             for (row, out) in plane.chunks_exact(side).zip(rows.chunks_exact_mut(side)) {
                 pad(row, padded);
-                let shifted: [&[f32]; 2 * RADIUS + 1] = std::array::from_fn(|i| &padded[i..i + side]);
-                weigh(&taps, shifted, out);
+                weigh(&taps, map_array(SHIFTS, |i| &padded[i..i + side]), out);
             }
             for (y, out) in plane.chunks_exact_mut(side).enumerate() {
-                let shifted: [&[f32]; 2 * RADIUS + 1] = std::array::from_fn(|i| {
+                let shifted = map_array(SHIFTS, |i| {
                     let y = mirror(y as isize + i as isize - RADIUS as isize, side);
                     &rows[y * side..(y + 1) * side]
                 });
@@ -41,7 +43,7 @@ pub(super) fn taps(sigma: f32) -> [f32; RADIUS + 1] {
 #[inline(always)]
 fn weigh(taps: &[f32; RADIUS + 1], shifted: [&[f32]; 2 * RADIUS + 1], out: &mut [f32]) {
     let n = out.len();
-    let [a, b, c, d, e, f, g, h, i] = shifted.map(|s| &s[..n]);
+    let [a, b, c, d, e, f, g, h, i] = map_array(shifted, |s| &s[..n]);
     for x in 0..n {
         out[x] = taps[0] * e[x]
             + taps[1] * (d[x] + f[x])

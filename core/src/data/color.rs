@@ -10,6 +10,7 @@
 use super::value::Value;
 use crate::contract::{ColorPlan, Jitter, JitterOp};
 use crate::simd;
+use crate::tensor::parallel::map_array;
 
 /// Applies `plan` to planar pixels `[channels, n]`.
 pub(super) fn distort<V: Value>(pixels: &mut [f32], channels: usize, plan: &ColorPlan) {
@@ -58,24 +59,14 @@ fn step<V: Value>(pixels: &mut [f32], jitter: &Jitter, op: JitterOp) {
         JitterOp::Brightness => each(
             pixels,
             #[inline(always)]
-            |rgb| {
-                rgb.map(
-                    #[inline(always)]
-                    |x| blend::<V>(0.0, x, jitter.brightness),
-                )
-            },
+            |rgb| map_array(rgb, |x| blend::<V>(0.0, x, jitter.brightness)),
         ),
         JitterOp::Contrast => {
             let grey = (mean_luma::<V>(pixels) + 0.5).floor() as f32;
             each(
                 pixels,
                 #[inline(always)]
-                |rgb| {
-                    rgb.map(
-                        #[inline(always)]
-                        |x| blend::<V>(grey, x, jitter.contrast),
-                    )
-                },
+                |rgb| map_array(rgb, |x| blend::<V>(grey, x, jitter.contrast)),
             );
         }
         JitterOp::Saturation => each(
@@ -83,10 +74,7 @@ fn step<V: Value>(pixels: &mut [f32], jitter: &Jitter, op: JitterOp) {
             #[inline(always)]
             |rgb| {
                 let grey = luma::<V>(rgb);
-                rgb.map(
-                    #[inline(always)]
-                    |x| blend::<V>(grey, x, jitter.saturation),
-                )
+                map_array(rgb, |x| blend::<V>(grey, x, jitter.saturation))
             },
         ),
         JitterOp::Hue => {
@@ -125,7 +113,7 @@ fn blend<V: Value>(base: f32, x: f32, factor: f32) -> f32 {
 #[inline(always)]
 fn luma<V: Value>([r, g, b]: [f32; 3]) -> f32 {
     if V::TOP > 255.0 {
-        let [r, g, b] = [r, g, b].map(f64::from);
+        let [r, g, b] = map_array([r, g, b], f64::from);
         return ((19595.0 * r + 38470.0 * g + 7471.0 * b + 32768.0) * (1.0 / 65536.0)).floor() as f32;
     }
     ((19595.0 * r + 38470.0 * g + 7471.0 * b + 32768.0) * (1.0 / 65536.0)).floor()
@@ -168,10 +156,7 @@ fn turn_hue<V: Value>([r, g, b]: [f32; 3], shift: f32) -> [f32; 3] {
     let range = max - r.min(g).min(b);
     let saturation = (f64::from(range / max.max(1.0)) * f64::from(top)).floor() as f32;
     // Sixths of a turn from red; a grey pixel (range 0) has saturation 0, so its hue does not matter.
-    let [red, green, blue] = [r, g, b].map(
-        #[inline(always)]
-        |x| (max - x) / range.max(1.0),
-    );
+    let [red, green, blue] = map_array([r, g, b], |x| (max - x) / range.max(1.0));
     let (sector, plus, minus) = if r == max {
         (0.0, blue, green)
     } else if g == max {
@@ -188,14 +173,11 @@ fn turn_hue<V: Value>([r, g, b]: [f32; 3], shift: f32) -> [f32; 3] {
 
     let sixths = hue * (6.0 / top);
     let chroma = max * saturation * (1.0 / top);
-    [5.0, 3.0, 1.0].map(
-        #[inline(always)]
-        |offset| {
-            let k = offset + sixths;
-            let k = if k >= 6.0 { k - 6.0 } else { k };
-            (max - chroma * k.min(4.0 - k).clamp(0.0, 1.0) + 0.5).floor()
-        },
-    )
+    map_array([5.0, 3.0, 1.0], |offset| {
+        let k = offset + sixths;
+        let k = if k >= 6.0 { k - 6.0 } else { k };
+        (max - chroma * k.min(4.0 - k).clamp(0.0, 1.0) + 0.5).floor()
+    })
 }
 
 #[cfg(test)]

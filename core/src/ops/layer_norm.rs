@@ -128,11 +128,12 @@ impl Norm {
     pub(super) fn rows<T: Real>(self, y: &mut [T], x: &[T], stats: &mut [T], weight: &[T], bias: Option<&[T]>) {
         let d = weight.len();
         let (eps, n) = (T::of(self.eps), T::of(d as f64));
-        for ((y, x), stats) in y.chunks_exact_mut(d).zip(x.chunks_exact(d)).zip(stats.chunks_exact_mut(2)) {
+        for (row, y) in y.chunks_exact_mut(d).enumerate() {
+            let x = &x[row * d..][..d];
             let mean = if self.centred { lane_sum([x], |[x]| x) / n } else { T::ZERO };
             let variance = lane_sum([x], |[x]| (x - mean) * (x - mean)) / n;
             let rstd = T::ONE / (variance + eps).sqrt();
-            stats.copy_from_slice(&[mean, rstd]);
+            (stats[2 * row], stats[2 * row + 1]) = (mean, rstd);
             normalize(y, x, [mean, rstd], weight, bias);
         }
     }
@@ -141,11 +142,14 @@ impl Norm {
 /// `(x - mean) rstd weight + bias`, one row.
 #[inline(always)]
 fn normalize<T: Real>(y: &mut [T], x: &[T], [mean, rstd]: [T; 2], weight: &[T], bias: Option<&[T]>) {
-    for ((y, &x), &w) in y.iter_mut().zip(x).zip(weight) {
-        *y = (x - mean) * rstd * w;
+    let (d, x, weight) = (y.len(), &x[..y.len()], &weight[..y.len()]);
+    for i in 0..d {
+        y[i] = (x[i] - mean) * rstd * weight[i];
     }
-    if let Some(bias) = bias {
-        y.iter_mut().zip(bias).for_each(|(y, &b)| *y += b);
+    if let Some(bias) = bias.map(|bias| &bias[..d]) {
+        for i in 0..d {
+            y[i] += bias[i];
+        }
     }
 }
 
@@ -243,20 +247,19 @@ impl Normed {
                 dweight.fill(T::ZERO);
                 dbias.fill(T::ZERO);
                 dx_sum.fill(T::ZERO);
+                let (dweight, dbias, dx_sum) = (&mut dweight[..d], &mut dbias[..d], &mut dx_sum[..d]);
                 let mut again = again.chunks_exact_mut(d);
-                let rows = dx.chunks_exact_mut(d).zip(x.chunks_exact(d)).zip(dy.chunks_exact(d));
-                for (((dx, x), dy), stats) in rows.zip(stats.chunks_exact(2)) {
-                    let (mean, rstd) = (stats[0], stats[1]);
+                for (row, dx) in dx.chunks_exact_mut(d).enumerate() {
+                    let (x, dy) = (&x[row * d..][..d], &dy[row * d..][..d]);
+                    let (mean, rstd) = (stats[2 * row], stats[2 * row + 1]);
                     let g = if self.norm.centred { lane_sum([dy, weight], |[dy, w]| dy * w) / n } else { T::ZERO };
                     let gh = lane_sum([dy, weight, x], |[dy, w, x]| dy * w * (x - mean)) * rstd / n;
-                    let sums = dweight.iter_mut().zip(dbias.iter_mut()).zip(dx_sum.iter_mut());
-                    let each = dx.iter_mut().zip(x).zip(dy).zip(weight).zip(sums);
-                    for ((((dx, &x), &dy), &w), ((dweight, dbias), dx_sum)) in each {
-                        let h = (x - mean) * rstd;
-                        *dx = (dy * w - g - h * gh) * rstd + if add { *dx } else { T::ZERO };
-                        *dweight += dy * h;
-                        *dbias += dy;
-                        *dx_sum += *dx;
+                    for i in 0..d {
+                        let h = (x[i] - mean) * rstd;
+                        dx[i] = (dy[i] * weight[i] - g - h * gh) * rstd + if add { dx[i] } else { T::ZERO };
+                        dweight[i] += dy[i] * h;
+                        dbias[i] += dy[i];
+                        dx_sum[i] += dx[i];
                     }
                     if let Some(y) = again.next() {
                         normalize(y, x, [mean, rstd], weight, bias);

@@ -1,7 +1,9 @@
 //! A scene being composed: a part of a photograph, and cut-outs over it.
 
-use image::imageops::{crop_imm, flip_horizontal_in_place, resize, FilterType};
+use image::imageops::{crop_imm, flip_horizontal_in_place, FilterType};
 use image::{RgbImage, RgbaImage};
+
+use crate::pixels::{rgb_resized, rgba_resized};
 
 /// Where and how an object stands.
 pub(super) struct Pose {
@@ -33,8 +35,8 @@ impl Canvas {
         let sides = [width, height].map(|side| ((side as f64 * scale) as u32).max(1));
         let room = [photo.width() - sides[0], photo.height() - sides[1]];
         let [x, y] = [0, 1].map(|i| (f64::from(room[i]) * corner[i]).round() as u32);
-        let part = crop_imm(photo, x, y, sides[0], sides[1]);
-        let mut scene = resize(&*part, width as u32, height as u32, FilterType::Triangle);
+        let part = crop_imm(photo, x, y, sides[0], sides[1]).to_image();
+        let mut scene = rgb_resized(part, width as u32, height as u32, FilterType::Triangle);
         if mirrored {
             flip_horizontal_in_place(&mut scene);
         }
@@ -45,7 +47,7 @@ impl Canvas {
     pub fn paste(&mut self, cut_out: &RgbaImage, pose: &Pose, id: u8) {
         let factor = pose.side / cut_out.width().max(cut_out.height()) as f32;
         let [w, h] = [cut_out.width(), cut_out.height()].map(|side| ((side as f32 * factor).round() as u32).max(1));
-        let mut object = resize(cut_out, w, h, FilterType::Triangle);
+        let mut object = rgba_resized(cut_out.clone(), w, h, FilterType::Triangle);
         if pose.mirrored {
             flip_horizontal_in_place(&mut object);
         }

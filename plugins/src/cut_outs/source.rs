@@ -8,12 +8,13 @@ use std::sync::{Arc, OnceLock};
 use dinolab_core::data::Order;
 use dinolab_core::text::printable;
 use dinolab_core::{Error, Result};
-use image::imageops::{crop_imm, resize, FilterType};
+use image::imageops::{crop_imm, FilterType};
 use image::{RgbImage, RgbaImage};
 
 use crate::file_hashes::{FileHasher, Hashes};
 use crate::image_folder::labels::folders;
 use crate::image_folder::{decode, list, Listing, BACKGROUND};
+use crate::pixels::{rgb_resized, rgba_resized};
 
 /// Bytes of pixels that are kept between scenes; what does not fit is read anew.
 const KEPT: usize = 256 << 20;
@@ -173,7 +174,7 @@ impl Source {
                 return Ok(image);
             }
             let [width, height] = [image.width(), image.height()].map(|side| (f64::from(side) * factor).ceil() as u32);
-            Ok(resize(&image, width, height, FilterType::Triangle))
+            Ok(rgb_resized(image, width, height, FilterType::Triangle))
         };
         self.photo.get(file, |image| image.as_raw().len(), read)
     }
@@ -221,5 +222,5 @@ fn read_cut_out(path: &Path, largest: u32) -> Result<RgbaImage> {
     }
     let [width, height] =
         [image.width(), image.height()].map(|side| (f64::from(side) * factor).round().max(1.0) as u32);
-    Ok(resize(&image, width, height, FilterType::Triangle))
+    Ok(rgba_resized(image, width, height, FilterType::Triangle))
 }

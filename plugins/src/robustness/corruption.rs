@@ -6,11 +6,11 @@ use dinolab_core::contract::{ImageSize, Pixels, Sample};
 use dinolab_core::rng::{Rng, Stream};
 use image::codecs::jpeg::JpegEncoder;
 use image::imageops::blur;
-use image::{ImageBuffer, ImageFormat, Pixel, RgbImage};
+use image::{DynamicImage, ImageFormat, RgbImage};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::pixels::{filtered, resized, rgb, Filter};
+use crate::pixels::{filtered, resized, rgb};
 
 /// How many strengths a corruption has.
 pub const STRENGTHS: usize = 5;
@@ -69,7 +69,10 @@ impl Corruption {
                 let mut rng = Rng::new(seed, Stream::Probe, 2 + strength as u64, index as u64);
                 changed(image, |top, _, x| x + top * NOISE[at] * rng.normal())
             }
-            Self::Blur => filtered(image, &Blur(BLUR[at] * size.width.min(size.height) as f32 / SIDE)),
+            Self::Blur => {
+                let sigma = BLUR[at] * size.width.min(size.height) as f32 / SIDE;
+                filtered(image, |image| blurred(image, sigma))
+            }
             Self::Contrast => {
                 let n = image.channels();
                 let mean = means(&image);
@@ -91,15 +94,13 @@ impl Corruption {
     }
 }
 
-/// A Gaussian blur of this standard deviation in pixels.
-struct Blur(f32);
-
-impl Filter for Blur {
-    fn apply<P: Pixel<Subpixel: 'static> + 'static>(
-        &self,
-        image: &ImageBuffer<P, Vec<P::Subpixel>>,
-    ) -> ImageBuffer<P, Vec<P::Subpixel>> {
-        blur(image, self.0)
+/// A Gaussian blur of this standard deviation in pixels, computed in f32: that of `DynamicImage` is not.
+fn blurred(image: DynamicImage, sigma: f32) -> DynamicImage {
+    match image {
+        DynamicImage::ImageLuma8(image) => blur(&image, sigma).into(),
+        DynamicImage::ImageLuma16(image) => blur(&image, sigma).into(),
+        DynamicImage::ImageRgb16(image) => blur(&image, sigma).into(),
+        image => blur(&image.into_rgb8(), sigma).into(),
     }
 }
 

@@ -55,22 +55,20 @@ impl<T: Real> Head<'_, T> {
                 let scores = &mut scores[..rows.len() * n];
                 self.scores(q, k, rows.clone(), scores);
                 simd!(T, {
-                    let each = scores.chunks_exact_mut(n).zip(sums.iter_mut()).zip(&mut log_sum[rows.clone()]);
-                    for ((s, sum), log_sum) in each {
+                    for (i, s) in scores.chunks_exact_mut(n).enumerate() {
                         let max = lane_max(s);
                         s.iter_mut().for_each(|s| *s = (*s - max).exp());
-                        *sum = lane_sum([s], |[s]| s);
-                        *log_sum = max + sum.ln();
+                        sums[i] = lane_sum([s], |[s]| s);
+                        log_sum[rows.start + i] = max + sums[i].ln();
                     }
                 });
                 let weights = Mat::new(scores, rows.len(), n);
                 product(values, d, false, T::ONE, weights, self.packed(Which::Value), Threads::One);
                 simd!(T, {
-                    for ((row, values), &sum) in rows.zip(values.chunks_exact(d)).zip(sums.iter()) {
-                        let scale = T::ONE / sum;
+                    for (i, row) in rows.enumerate() {
                         // SAFETY: these columns of these rows belong to this head alone.
                         let out = unsafe { out.part((self.row + row) * self.width + self.column, d) };
-                        out.iter_mut().zip(values).for_each(|(o, &v)| *o = v * scale);
+                        scaled(out, &values[i * d..], T::ONE / sums[i]);
                     }
                 });
             }
@@ -103,14 +101,14 @@ impl<T: Real> Head<'_, T> {
                 self.scores(q, k, rows.clone(), p);
                 product(ds, n, false, T::ONE, dy_block, self.packed(Which::Value).t(), Threads::One);
                 simd!(T, {
-                    let each = rows.clone().zip(p.chunks_exact_mut(n)).zip(ds.chunks_exact_mut(n));
-                    for ((row, p), ds) in each {
+                    for (i, p) in p.chunks_exact_mut(n).enumerate() {
+                        let (row, ds) = (rows.start + i, &mut ds[i * n..][..n]);
                         let (dy, out) = (&dy[of_head(dy, row)][..d], &out[of_head(out, row)][..d]);
                         let delta = lane_sum([dy, out], |[dy, out]| dy * out);
                         let log_sum = log_sum[row];
-                        for (p, ds) in p.iter_mut().zip(ds) {
-                            *p = (*p - log_sum).exp();
-                            *ds = *p * (*ds - delta);
+                        for i in 0..n {
+                            p[i] = (p[i] - log_sum).exp();
+                            ds[i] = p[i] * (ds[i] - delta);
                         }
                     }
                 });
@@ -146,6 +144,7 @@ impl<T: Real> Head<'_, T> {
     }
 
     /// Where `which` of token `row` begins in the packed rows.
+    #[inline(always)]
     fn place(&self, which: Which, row: usize) -> usize {
         (self.row + row) * 3 * self.width + which as usize * self.width + self.column
     }
@@ -173,7 +172,7 @@ impl<T: Real> Head<'_, T> {
                     let from = &self.qkv[self.place(which, row)..][..d];
                     match self.angles(row) {
                         Some((sin, cos)) => rotate(to, from, cos, sin.split_at(half), [scale, scale]),
-                        None => to.iter_mut().zip(from).for_each(|(to, &x)| *to = x * scale),
+                        None => scaled(to, from, scale),
                     }
                 }
             }
@@ -184,7 +183,8 @@ impl<T: Real> Head<'_, T> {
     fn store(&self, dqkv: &Parts<'_, T>, which: Which, rows: Range<usize>, scale: T, from: &[T]) {
         let (d, half) = (self.d, self.d / 2);
         simd!(T, {
-            for (row, from) in rows.zip(from.chunks_exact(d)) {
+            for (i, row) in rows.enumerate() {
+                let from = &from[i * d..][..d];
                 // SAFETY: these columns of these rows belong to this head alone.
                 let to = unsafe { dqkv.part(self.place(which, row), d) };
                 let angles = if let Which::Value = which { None } else { self.angles(row) };
@@ -193,7 +193,7 @@ impl<T: Real> Head<'_, T> {
                         let (sin_a, sin_b) = sin.split_at(half);
                         rotate(to, from, cos, (sin_b, sin_a), [scale, -scale]);
                     }
-                    None => to.iter_mut().zip(from).for_each(|(to, &g)| *to = g * scale),
+                    None => scaled(to, from, scale),
                 }
             }
         });
@@ -227,6 +227,15 @@ impl<T: Real> Head<'_, T> {
     }
 }
 
+/// `to = scale from`.
+#[inline(always)]
+fn scaled<T: Real>(to: &mut [T], from: &[T], scale: T) {
+    let from = &from[..to.len()];
+    for i in 0..to.len() {
+        to[i] = from[i] * scale;
+    }
+}
+
 /// A row `[a, b]` of two halves to `[a cos_a c - b sin_a s, b cos_b c + a sin_b s]`: `x cos + rotate_half(x) sin` for
 /// `c = s = 1`, and its transpose when the halves of the sines change places and s is -1.
 #[inline(always)]
@@ -234,10 +243,10 @@ fn rotate<T: Real>(to: &mut [T], from: &[T], cos: &[T], (sin_a, sin_b): (&[T], &
     let half = sin_a.len();
     let ((a, b), (cos_a, cos_b)) = (from.split_at(half), cos.split_at(half));
     let (to_a, to_b) = to.split_at_mut(half);
-    for ((((to, &a), &b), &cos), &sin) in to_a.iter_mut().zip(a).zip(b).zip(cos_a).zip(sin_a) {
-        *to = a * cos * c - b * sin * s;
-    }
-    for ((((to, &a), &b), &cos), &sin) in to_b.iter_mut().zip(a).zip(b).zip(cos_b).zip(sin_b) {
-        *to = b * cos * c + a * sin * s;
+    let ([b, cos_a, cos_b, sin_b], to_b) =
+        ([&b[..half], &cos_a[..half], &cos_b[..half], &sin_b[..half]], &mut to_b[..half]);
+    for i in 0..half {
+        to_a[i] = a[i] * cos_a[i] * c - b[i] * sin_a[i] * s;
+        to_b[i] = b[i] * cos_b[i] * c + a[i] * sin_b[i] * s;
     }
 }

@@ -112,20 +112,30 @@ pub fn sum<T: Real>(x: &[T], f: impl Fn(T) -> T + Sync) -> T {
     partial.into_iter().sum()
 }
 
+/// `f` of every element. The standard library's `map` is a call, and no loop around it vectorises.
+#[inline(always)]
+pub fn map_array<T: Copy, R: Copy + Default, const N: usize>(of: [T; N], f: impl Fn(T) -> R) -> [R; N] {
+    let mut results = [R::default(); N];
+    for i in 0..N {
+        results[i] = f(of[i]);
+    }
+    results
+}
+
 /// The sum over i of `f([a[i], b[i], ..])`: 16 lanes in a fixed order, so that it vectorises and is the same everywhere.
 #[inline(always)]
 pub fn lane_sum<T: Real, const N: usize>(of: [&[T]; N], f: impl Fn([T; N]) -> T) -> T {
     const LANES: usize = 16;
     let mut lanes = [T::ZERO; LANES];
     let count = of[0].len() / LANES;
-    let blocks = of.map(|x| &x.as_chunks::<LANES>().0[..count]);
+    let blocks = map_array(of, |x| &x.as_chunks::<LANES>().0[..count]);
     for block in 0..count {
         for i in 0..LANES {
-            lanes[i] += f(blocks.map(|x| x[block][i]));
+            lanes[i] += f(map_array(blocks, |x| x[block][i]));
         }
     }
     for i in 0..of[0].len() % LANES {
-        lanes[i] += f(of.map(|x| x[count * LANES + i]));
+        lanes[i] += f(map_array(of, |x| x[count * LANES + i]));
     }
     // Halving keeps the sum short and vectorised.
     for half in [8, 4, 2, 1] {
@@ -147,10 +157,14 @@ pub fn lane_max<T: Real>(x: &[T]) -> T {
             lanes[i] = block[i].max(lanes[i]);
         }
     }
-    for (lane, &x) in lanes.iter_mut().zip(rest) {
-        *lane = x.max(*lane);
+    for i in 0..rest.len() {
+        lanes[i] = rest[i].max(lanes[i]);
     }
-    lanes.into_iter().fold(T::NEG_INF, T::max)
+    let mut greatest = T::NEG_INF;
+    for lane in lanes {
+        greatest = greatest.max(lane);
+    }
+    greatest
 }
 
 /// Runs `f` on `len` elements of memory that belongs to this thread and is used again by the next call; their content
