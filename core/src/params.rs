@@ -378,27 +378,9 @@ pub fn load_named(
     source: impl Fn(&str) -> Option<Tensor>,
     origin: &std::path::Path,
 ) -> Result<()> {
-    let mut problems = Vec::new();
-    let mut found = Vec::new();
-    for spec in &layout.specs {
-        match source(&spec.name) {
-            None => problems.push(format!("missing {} {:?}", spec.name, spec.shape)),
-            Some(t) if t.shape() != spec.shape => {
-                problems.push(format!("{}: {:?} in the file, {:?} in the model", spec.name, t.shape(), spec.shape));
-            }
-            Some(t) => found.push((spec.range(), t)),
-        }
-    }
-    if !problems.is_empty() {
-        let shown = problems.iter().take(12).map(|p| format!("\n    {p}")).collect::<String>();
-        let more = problems.len().saturating_sub(12);
-        let more = if more > 0 { format!("\n    and {more} more") } else { String::new() };
-        return Err(Error::content(
-            origin,
-            format!("does not fit the model: {} of {} tensors{shown}{more}", problems.len(), layout.specs.len()),
-            "use a checkpoint of the same architecture, or set the tables of the backbone and of the losses' heads to those of the checkpoint",
-        ));
-    }
+    let found: Vec<Option<Tensor>> = layout.specs.iter().map(|spec| source(&spec.name)).collect();
+    check_shapes(layout, found.iter().map(|tensor| tensor.as_ref().map(Tensor::shape)), origin)?;
+    let found = layout.specs.iter().map(ParamSpec::range).zip(found.into_iter().flatten());
     let dtype = flat.dtype();
     dispatch_real!("load", dtype, T => {
         let data = flat.as_mut_slice::<T>();
@@ -407,6 +389,36 @@ pub fn load_named(
         }
         Ok(())
     })
+}
+
+/// Fails if the shapes that a file has for the parameters of `layout`, in its order, are not theirs.
+///
+/// # Errors
+/// Every parameter that is missing or has another shape.
+pub(crate) fn check_shapes<'a>(
+    layout: &Layout,
+    found: impl Iterator<Item = Option<&'a [usize]>>,
+    origin: &std::path::Path,
+) -> Result<()> {
+    let problem = |(spec, found): (&ParamSpec, Option<&[usize]>)| match found {
+        None => Some(format!("missing {} {:?}", spec.name, spec.shape)),
+        Some(shape) if shape != spec.shape => {
+            Some(format!("{}: {shape:?} in the file, {:?} in the model", spec.name, spec.shape))
+        }
+        Some(_) => None,
+    };
+    let problems: Vec<String> = layout.specs.iter().zip(found).filter_map(problem).collect();
+    if problems.is_empty() {
+        return Ok(());
+    }
+    let shown = problems.iter().take(12).map(|p| format!("\n    {p}")).collect::<String>();
+    let more = problems.len().saturating_sub(12);
+    let more = if more > 0 { format!("\n    and {more} more") } else { String::new() };
+    Err(Error::content(
+        origin,
+        format!("does not fit the model: {} of {} tensors{shown}{more}", problems.len(), layout.specs.len()),
+        "use a checkpoint of the same architecture, or set the tables of the backbone and of the losses' heads to those of the checkpoint",
+    ))
 }
 
 #[cfg(test)]

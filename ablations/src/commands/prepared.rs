@@ -53,6 +53,10 @@ impl Prepared for Recipe {
         self.resolved.warnings.iter().map(ToString::to_string).collect()
     }
 
+    fn check_parent(&self, run: &Path, parent: &toml::Table) -> Result<()> {
+        self.resolved.check_sources_of(run, &Resolved::from_text(&parent.to_string())?)
+    }
+
     fn run(&self, job: Job<'_>) -> Result<Outcome> {
         let Job { out, resume, stop, save_within, watch } = job;
         let revision = crate::REVISION.into();

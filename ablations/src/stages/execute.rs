@@ -34,6 +34,9 @@ pub fn plan(stages: &Stages, out: &Path, extra: &Overrides, prepare: Prepare<'_>
         set.extend(stage.placed(&here));
         let prepared = prepare(&stage.recipe, &set)?;
         check_parents(stage, prepared.recipe(), &planned)?;
+        for parent in &planned {
+            prepared.check_parent(&here.join(&parent.stage.name), parent.prepared.recipe())?;
+        }
         planned.push(PlannedStage { stage: stage.clone(), dir: out.join(&stage.name), prepared });
     }
     Ok(planned)

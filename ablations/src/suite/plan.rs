@@ -43,6 +43,12 @@ pub trait Prepared {
     /// What in the recipe probably does not mean what it says.
     fn warnings(&self) -> Vec<String>;
 
+    /// Fails if what it takes of a run of the recipe `parent`, which will be in the folder `run`, does not fit its model.
+    fn check_parent(&self, run: &Path, parent: &toml::Table) -> Result<()> {
+        let _ = (run, parent);
+        Ok(())
+    }
+
     /// Runs it in `job.out`, where it leaves `recipe.toml` before step 0, `metrics.jsonl` on the way, and `result.json`
     /// at the end.
     fn run(&self, job: Job<'_>) -> Result<Outcome>;

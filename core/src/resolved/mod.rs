@@ -119,6 +119,14 @@ impl Resolved {
         Ok(warnings.into_iter().map(|p| self.raw.place(p)).collect())
     }
 
+    /// Checks what the recipe takes of a run of `parent` that will be in the folder `run`.
+    ///
+    /// # Errors
+    /// If it does not fit the recipe's model.
+    pub fn check_sources_of(&self, run: &Path, parent: &Resolved) -> Result<()> {
+        self.raw.refuse(step::check_sources_of(&self.recipe, run, &parent.recipe)?)
+    }
+
     /// The resolved recipe as TOML that loads again to the same recipe. Values that were set say where.
     pub fn to_toml(&self) -> String {
         let mut text = format!("# Resolved recipe {}: every default filled in.\nschema = {SCHEMA}\n", &self.hash[..16]);

@@ -99,7 +99,7 @@ pub(super) fn fits_student(path: &Path, student: &Declared) -> Result<()> {
 
 /// Fails unless teacher and student have the same patches and channels and, for every loss of the student with targets, targets
 /// of the same width.
-fn fits(path: &Path, teacher: &Declared, student: &Declared) -> Result<()> {
+pub(super) fn fits(path: &Path, teacher: &Declared, student: &Declared) -> Result<()> {
     let (theirs, ours) = (teacher.backbone.patch_size(), student.backbone.patch_size());
     if theirs != ours {
         let problem = format!("the teacher's patches have {theirs} pixels a side, the student's {ours}");

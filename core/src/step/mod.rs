@@ -35,7 +35,7 @@ pub use flat::Flat;
 pub use health::Health;
 pub use optimizer::ParamRule;
 pub use shared::SharedTeacher;
-pub use sources::{adaptations, check_sources, sources_of};
+pub use sources::{adaptations, check_sources, check_sources_of, sources_of};
 pub(crate) use sources::{frozen_sources, no_step_left};
 pub use updates::Updates;
 pub use weights::Weights;

@@ -2,15 +2,16 @@
 
 use std::path::{Path, PathBuf};
 
-use super::declare;
-use super::distillation::fits_student;
-use super::weights::RGB;
+use super::distillation::{fits, fits_student};
+use super::weights::{check_role, role_of, start_of_student, Shapes, RGB};
+use super::{declare, Declared};
 use crate::checkpoint;
 use crate::contract::Role;
+use crate::params::Layout;
 use crate::problem::Problem;
 use crate::recipe::Recipe;
 use crate::text::printable;
-use crate::weights::{to_continue, Source};
+use crate::weights::{check_same_model, run_at_step, to_continue, Source};
 use crate::{Error, Result};
 
 /// How weights are used.
@@ -23,15 +24,21 @@ enum Use {
 }
 
 /// Whether the weights that a recipe starts from are there and fit its model: what cannot be used is an error at its key,
-/// what is not there (yet) a warning, as weights may lie on another machine than recipes.
+/// what is not there (yet) a warning, as weights may lie on another machine than recipes. No tensor is read.
 ///
 /// # Errors
 /// If the recipe's model cannot be built.
 pub fn check_sources(recipe: &Recipe) -> Result<Vec<Problem>> {
     let model = declare(recipe)?;
-    let fits = |path: &PathBuf, how: Use| match how {
-        Use::Start => Source::at(path)?.check_same_model(model.backbone.as_ref()),
-        Use::Distil => fits_student(path, &model),
+    let check = |key: &str, path: &Path, how: Use| match how {
+        Use::Start => {
+            let source = Source::at(path)?;
+            source.check_same_model(model.backbone.as_ref())?;
+            let adapted = other_channels(channels_at(path, model.channels)?, path, key, model.channels)?;
+            shapes_fit(recipe, key, &source.shapes()?, path, &model)?;
+            Ok(adapted)
+        }
+        Use::Distil => fits_student(path, &model).map(|()| None),
     };
     let mut problems = Vec::new();
     for (key, path, how) in sources(recipe)? {
@@ -43,20 +50,63 @@ pub fn check_sources(recipe: &Recipe) -> Result<Vec<Problem>> {
             let done = checkpoint::step_at(&to_continue(from).ok()?)?;
             (done >= recipe.steps).then(|| no_step_left(recipe.steps, &path, done))
         }));
-        let found = fits(&path, how).and_then(|()| match how {
-            Use::Start => other_channels(&path, &key, model.channels),
-            Use::Distil => Ok(None),
-        });
-        problems.extend(found.unwrap_or_else(|error| {
-            Some(match error {
-                Error::Content { path, problem, help } => {
-                    Problem::error(&key, format!("{}: {problem}", path.display())).help(help)
-                }
-                other => Problem::error(&key, other.to_string()),
-            })
-        }));
+        problems.extend(check(&key, &path, how).unwrap_or_else(|error| Some(refused(&key, error))));
     }
     Ok(problems)
+}
+
+/// What `recipe` takes of a run of `parent` that will be in the folder `run`, and that does not fit its model.
+///
+/// # Errors
+/// If a model cannot be built.
+pub fn check_sources_of(recipe: &Recipe, run: &Path, parent: &Recipe) -> Result<Vec<Problem>> {
+    let (model, theirs) = (declare(recipe)?, declare(parent)?);
+    let mut shapes = Shapes::new();
+    let mut has = |role: &str, layout: &Layout| {
+        shapes.extend(layout.specs().iter().map(|spec| (format!("{role}.{}", spec.name), spec.shape.clone())));
+    };
+    has("student", &theirs.layout);
+    if parent.teacher.build(&mut ())?.exists() {
+        has("teacher", &theirs.layout);
+    }
+    theirs.teachers().into_iter().for_each(|name| has(&role_of(name), &theirs.layout.part("backbone.")));
+
+    let check = |key: &str, path: &Path, how: Use| match how {
+        Use::Start => {
+            check_same_model(theirs.backbone.as_ref(), model.backbone.as_ref(), path)?;
+            other_channels(theirs.channels, path, key, model.channels)?;
+            shapes_fit(recipe, key, &shapes, path, &model)
+        }
+        Use::Distil => fits(path, &theirs, &model),
+    };
+    let of_run = |path: &Path| path.starts_with(run) || run_at_step(path).is_some_and(|(named, _)| named == run);
+    let named = sources(recipe)?.into_iter().filter(|(_, path, _)| of_run(path));
+    Ok(named.filter_map(|(key, path, how)| check(&key, &path, how).err().map(|error| refused(&key, error))).collect())
+}
+
+/// An error of the weights that are named at `key`, as one of the key.
+fn refused(key: &str, error: Error) -> Problem {
+    match error {
+        Error::Content { path, problem, help } => {
+            Problem::error(key, format!("{}: {problem}", path.display())).help(help)
+        }
+        other => Problem::error(key, other.to_string()),
+    }
+}
+
+/// Fails if what a run loads of tensors at `path`, which is named at `key`, has other shapes than its model.
+fn shapes_fit(recipe: &Recipe, key: &str, shapes: &Shapes, path: &Path, model: &Declared) -> Result<()> {
+    match key {
+        "continue_from" => check_role(&model.layout, shapes, &["student."], path),
+        "init_from" => check_role(&model.layout, shapes, start_of_student(recipe.init_role), path),
+        "teacher" => check_role(&model.layout, shapes, &["teacher.", "student.", ""], path),
+        _ => check_role(&model.layout.part("backbone."), shapes, &["teacher.", "student.", ""], path),
+    }
+}
+
+/// Channels of the images that the model at `path` sees; `otherwise` where nothing says so.
+fn channels_at(path: &Path, otherwise: usize) -> Result<usize> {
+    Ok(Source::at(path)?.model()?.map_or(otherwise, |model| model.crops.channels()))
 }
 
 /// That a run of so many steps has none left after the run or checkpoint at `from`, which has done `done`.
@@ -72,14 +122,14 @@ pub(crate) fn no_step_left(steps: u64, from: &Path, done: u64) -> Problem {
 /// If they are of a number that is not adapted.
 pub fn adaptations(recipe: &Recipe) -> Result<Vec<String>> {
     let start = sources(recipe)?.into_iter().filter(|(_, path, how)| *how == Use::Start && Source::is_named(path));
-    let found = start.map(|(key, path, _)| other_channels(&path, &key, recipe.crops.channels()));
+    let channels = recipe.crops.channels();
+    let found = start.map(|(key, path, _)| other_channels(channels_at(&path, channels)?, &path, &key, channels));
     let found: Vec<Option<Problem>> = found.collect::<Result<_>>()?;
     Ok(found.into_iter().flatten().map(|problem| format!("{}: {}", problem.key, problem.message)).collect())
 }
 
-/// What becomes of a patch embedding of another number of channels than the recipe's.
-fn other_channels(path: &Path, key: &str, channels: usize) -> Result<Option<Problem>> {
-    let theirs = Source::at(path)?.model()?.map_or(channels, |model| model.crops.channels());
+/// What becomes of a patch embedding of `theirs` channels, where the recipe has `channels`.
+fn other_channels(theirs: usize, path: &Path, key: &str, channels: usize) -> Result<Option<Problem>> {
     if theirs == channels {
         return Ok(None);
     }

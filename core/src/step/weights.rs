@@ -1,5 +1,6 @@
 //! All weights of a run, each role one flat buffer, and how they are loaded, copied and saved.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -7,7 +8,7 @@ use crate::checkpoint::{Checkpoint, Content};
 use crate::contract::{At, Follow, Role, State, TeacherPolicy};
 use crate::files::NamedTensors;
 use crate::ops::{EightBit, Map, Place};
-use crate::params::{load_named, Layout};
+use crate::params::{check_shapes, load_named, Layout};
 use crate::recipe::{InitRole, Recipe};
 use crate::tensor::catch_out_of_memory;
 use crate::weights::Source;
@@ -212,11 +213,8 @@ impl Weights {
         self.follow_student()?;
         if let Some(path) = &recipe.init_from {
             let source = read_model(path, model)?;
-            let (student, average): (&[&str], &[&str]) = match recipe.init_role {
-                None => (&["student.", "teacher.", ""], &["teacher.", "student.", ""]),
-                Some(InitRole::Student) => (&["student.", ""], &["student.", ""]),
-                Some(InitRole::Teacher) => (&["teacher.", ""], &["teacher.", ""]),
-            };
+            let student = start_of_student(recipe.init_role);
+            let average = if recipe.init_role.is_some() { student } else { &["teacher.", "student.", ""] };
             load_role(layout, &mut self.student, &source, student, path)?;
             if let Some(teacher) = &mut self.teacher {
                 load_role(layout, teacher, &source, average, path)?;
@@ -362,12 +360,7 @@ fn read_model(path: &Path, model: &Declared) -> Result<NamedTensors> {
 /// Loads a model from the first of `prefixes` under which the file has a backbone. A head that the file does not have
 /// at all keeps its start: published weights come without heads.
 fn load_role(layout: &Layout, flat: &mut Flat, source: &NamedTensors, prefixes: &[&str], path: &Path) -> Result<()> {
-    let found = prefixes.iter().find(|p| source.has(&format!("{p}backbone.")));
-    let Some(prefix) = found else {
-        let wanted: Vec<&str> = prefixes.iter().map(|p| p.trim_end_matches('.')).filter(|p| !p.is_empty()).collect();
-        let problem = format!("no backbone.* tensors in it, of {} or without a role", wanted.join(" or "));
-        return Err(Error::content(path, problem, "name a run, a checkpoint, or weights that dinolab wrote"));
-    };
+    let prefix = role_in(|prefix| source.has(prefix), prefixes, path)?;
     let mut known = layout.modules().into_iter().filter(|m| m == "backbone" || source.has(&format!("{prefix}{m}.")));
     flat.change(|flat| {
         known.try_for_each(|module| {
@@ -380,17 +373,53 @@ fn load_role(layout: &Layout, flat: &mut Flat, source: &NamedTensors, prefixes: 
     })
 }
 
+/// The first of `prefixes` under which there is a backbone.
+fn role_in<'a>(has: impl Fn(&str) -> bool, prefixes: &[&'a str], path: &Path) -> Result<&'a str> {
+    prefixes.iter().copied().find(|p| has(&format!("{p}backbone."))).ok_or_else(|| {
+        let wanted: Vec<&str> = prefixes.iter().map(|p| p.trim_end_matches('.')).filter(|p| !p.is_empty()).collect();
+        let problem = format!("no backbone.* tensors in it, of {} or without a role", wanted.join(" or "));
+        Error::content(path, problem, "name a run, a checkpoint, or weights that dinolab wrote")
+    })
+}
+
+/// The shapes of tensors by their names in files.
+pub(super) type Shapes = BTreeMap<String, Vec<usize>>;
+
+/// Fails if [`load_role`] would not load from tensors of these shapes, which lie at `path`.
+pub(super) fn check_role(layout: &Layout, shapes: &Shapes, prefixes: &[&str], path: &Path) -> Result<()> {
+    let has = |prefix: &str| shapes.keys().any(|name| name.starts_with(prefix));
+    let prefix = role_in(has, prefixes, path)?;
+    let known = layout.modules().into_iter().filter(|m| m == "backbone" || has(&format!("{prefix}{m}.")));
+    for part in known.map(|module| layout.part(&format!("{module}."))) {
+        let found = part.specs().iter().map(|spec| {
+            let shape = shapes.get(&format!("{prefix}{}", spec.name))?.as_slice();
+            Some(if is_adapted(shape, &spec.shape) { &spec.shape } else { shape })
+        });
+        check_shapes(&part, found, path)?;
+    }
+    Ok(())
+}
+
+/// The prefixes under which the student of a run that starts from `init_from` looks for its weights.
+pub(super) fn start_of_student(role: Option<InitRole>) -> &'static [&'static str] {
+    match role {
+        None => &["student.", "teacher.", ""],
+        Some(InitRole::Student) => &["student.", ""],
+        Some(InitRole::Teacher) => &["teacher.", ""],
+    }
+}
+
 /// Channels of images in colour.
 pub(super) const RGB: usize = 3;
 
 /// A map `[D, 3, p, p]` of RGB as one of the shape `[D, n, p, p]`, by the rule of timm's `adapt_input_conv`: for one channel the
 /// sum over RGB; for more RGB repeated, cut to n, times 3/n, so that a grey image gives what it gave. Any other tensor is itself.
 fn adapted(tensor: &Tensor, shape: &[usize]) -> Tensor {
-    let (&[to, RGB, height, width], &[_, n, _, _]) = (tensor.shape(), shape) else { return tensor.clone() };
-    if n == RGB || shape != [to, n, height, width] {
+    if !is_adapted(tensor.shape(), shape) {
         return tensor.clone();
     }
-    let (from, pixels) = (tensor.to_f64_vec(), height * width);
+    let (n, pixels) = (shape[1], shape[2] * shape[3]);
+    let from = tensor.to_f64_vec();
     let at = |row: usize, channel: usize, i: usize| from[(row * RGB + channel) * pixels + i];
     let value = |k: usize| {
         let (row, channel, i) = (k / (n * pixels), k / pixels % n, k % pixels);
@@ -402,6 +431,12 @@ fn adapted(tensor: &Tensor, shape: &[usize]) -> Tensor {
     let values: Vec<f64> = (0..shape.iter().product()).map(value).collect();
     let dtype = if tensor.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
     Tensor::from_f64(&values, shape, dtype).expect("it has the shape's numbers")
+}
+
+/// Whether [`adapted`] makes another tensor of one of this shape.
+fn is_adapted(from: &[usize], to: &[usize]) -> bool {
+    let (&[_, RGB, height, width], &[rows, n, ..]) = (from, to) else { return false };
+    n != RGB && to == [rows, n, height, width] && from[0] == rows
 }
 
 /// [`load_named`] into a buffer wherever it is.

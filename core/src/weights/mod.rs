@@ -25,6 +25,7 @@ pub use files::{RawTensor, TensorFiles};
 pub use folder::{check_free, write_folder, ModelInfo, Preprocessing, WEIGHTS_FILE};
 pub use json::JsonTable;
 pub use source::Source;
+pub(crate) use source::{check_same_model, run_at_step};
 
 use folder::differences;
 pub(crate) use of_recipe::{to_continue, with_model_of_weights};

@@ -1,5 +1,6 @@
 //! What lies at a path that was named for weights: the one place that says so, for every key and every command.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use super::places::{entries, import_first, is_pickle, is_there, missing, published_in, snapshot};
@@ -207,6 +208,20 @@ impl Source {
         }
     }
 
+    /// Names and shapes of the tensors, which are not read: nor is it seen whether they are what was written.
+    ///
+    /// # Errors
+    /// If the file is missing or cut off.
+    pub(crate) fn shapes(&self) -> Result<BTreeMap<String, Vec<usize>>> {
+        let files = TensorFiles::open(&match self {
+            Self::Run { newest: folder, .. } | Self::Checkpoint(folder) | Self::Weights(folder) => {
+                folder.join(MODEL_FILE)
+            }
+            Self::File(file) => file.clone(),
+        })?;
+        Ok(files.names().filter_map(|name| Some((name.to_string(), files.get(name)?.shape.to_vec()))).collect())
+    }
+
     /// BLAKE3 of the file with the weights.
     ///
     /// # Errors
@@ -263,21 +278,27 @@ impl Source {
     /// Every key that differs, with both values.
     pub fn check_same_model(&self, backbone: &dyn Backbone) -> Result<()> {
         let Some(info) = self.model()? else { return Ok(()) };
-        let theirs = info.build(&mut ParamBuilder::new())?;
-        let differences = differences(&theirs.architecture(), &backbone.architecture());
-        if differences.is_empty() {
-            return Ok(());
-        }
-        let list: String = differences.iter().map(|d| format!("\n    {d}")).collect();
-        let help =
-            "leave `plugin` and these keys out of [backbone] to take the model of `backbone.weights`, or choose \
-            weights of the recipe's model";
-        Err(Error::content(self.path(), format!("weights of another model than the recipe's{list}"), help))
+        check_same_model(info.build(&mut ParamBuilder::new())?.as_ref(), backbone, self.path())
     }
 }
 
+/// Fails if the weights at `path`, which are of `theirs`, are of a model that computes something else than `backbone`.
+///
+/// # Errors
+/// Every key that differs, with both values.
+pub(crate) fn check_same_model(theirs: &dyn Backbone, backbone: &dyn Backbone, path: &Path) -> Result<()> {
+    let differences = differences(&theirs.architecture(), &backbone.architecture());
+    if differences.is_empty() {
+        return Ok(());
+    }
+    let list: String = differences.iter().map(|d| format!("\n    {d}")).collect();
+    let help = "leave `plugin` and these keys out of [backbone] to take the model of `backbone.weights`, or choose \
+        weights of the recipe's model";
+    Err(Error::content(path, format!("weights of another model than the recipe's{list}"), help))
+}
+
 /// The run and the step that `RUN@400` names, where nothing lies under that name itself.
-fn run_at_step(path: &Path) -> Option<(PathBuf, u64)> {
+pub(crate) fn run_at_step(path: &Path) -> Option<(PathBuf, u64)> {
     let (run, step) = path.file_name()?.to_str()?.rsplit_once('@')?;
     let step = step.parse().ok().filter(|_| !run.is_empty() && !is_there(path))?;
     Some((path.with_file_name(run), step))

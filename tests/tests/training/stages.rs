@@ -142,3 +142,23 @@ fn a_mistake_in_a_chain_is_named_before_anything_runs() {
         assert!(!folder.path("out").exists());
     }
 }
+
+#[test]
+fn what_a_stage_cannot_take_of_an_earlier_one_is_refused_before_the_first_begins() {
+    let folder = lab(12);
+    let whole = folder.read("chain.toml");
+    let model = "weights of another model than the recipe's\n    backbone.depth is 2 in the weights, 1 in the recipe";
+    let prototypes = "first_step = 8\nlosses.dino.head.prototypes = 16";
+    let distils = "teacher = { plugin = \"frozen\", checkpoint = \"{gram}\" }\nbackbone.patch_size = 4";
+    for (from, to, said) in [
+        ("first_step = 8", prototypes, "continue_from: "),
+        ("first_step = 8", prototypes, "dino_head.last_layer.weight: [32, 16] in the file, [16, 16] in the model"),
+        ("init_role = \"teacher\"", "init_role = \"teacher\"\nbackbone.depth = 1", model),
+        ("init_from = \"{gram}\"\ninit_role = \"teacher\"", distils, "the teacher's patches have 8 pixels a side"),
+    ] {
+        folder.write("changed.toml", &whole.replace(from, to));
+        let ended = folder.run(&["stages", "changed.toml", "--out", "changed"]);
+        assert!(ended.code == 2 && ended.err.contains(said), "{to}: {}", ended.err);
+        assert!(!folder.path("changed/pretrain").exists(), "{to}: the first stage has begun");
+    }
+}

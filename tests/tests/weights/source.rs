@@ -215,3 +215,35 @@ fn keys_of_a_weights_folder_that_somebody_wrote_count_or_are_refused() {
     folder.write("weights/weights.toml", &text.replace("mean = [0.485, 0.456, 0.406]", "mean = [0.43, 0.411, 0.296]"));
     assert_eq!(Trained::open(&folder.path("weights")).unwrap().normalization.0, [0.43, 0.411, 0.296]);
 }
+
+#[test]
+fn what_a_run_cannot_load_is_refused_by_check() {
+    let folder = run();
+    fs::copy(folder.path("weights/model.safetensors"), folder.path("alone.safetensors")).unwrap();
+    let check = |changes: &[&str]| {
+        let sets = changes.iter().flat_map(|change| ["--set", *change]);
+        folder.run(&[&["recipe", "check", "micro.toml"], &sets.collect::<Vec<_>>()[..]].concat())
+    };
+    let prototypes = "losses.ibot.head.prototypes=16";
+    for key in ["init_from", "continue_from"] {
+        let refused = check(&[&format!("{key}=runs/first"), prototypes]);
+        assert_eq!(refused.code, 2);
+        let said = "ibot_head.last_layer.weight: [32, 16] in the file, [16, 16] in the model";
+        assert!(refused.err.contains(&format!("{key}: ")) && refused.err.contains(said), "{}", refused.err);
+    }
+    // Nothing says what model a file by itself is of, but its shapes do.
+    let refused = check(&["backbone.dim=16", "init_from=alone.safetensors"]);
+    assert!(refused.code == 2 && refused.err.contains("[32] in the file, [16] in the model"), "{}", refused.err);
+    let cut = fs::read(folder.path("alone.safetensors")).unwrap();
+    fs::write(folder.path("cut.safetensors"), &cut[..cut.len() / 2]).unwrap();
+    assert_eq!(check(&["init_from=cut.safetensors"]).code, 2);
+    // Heads that only the weights have are passed over.
+    for changes in [
+        &["init_from=weights"][..],
+        &["init_from=alone.safetensors"],
+        &["init_from=runs/first", "losses.ibot.enabled=false"],
+    ] {
+        let accepted = check(changes);
+        assert_eq!(accepted.code, 0, "{changes:?}: {}", accepted.err);
+    }
+}
