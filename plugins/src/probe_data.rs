@@ -190,11 +190,11 @@ pub(crate) fn nearest_pixels(sample: &Sample, size: ImageSize) -> impl Fn(usize)
     let (width, height) = (sample.width, sample.height);
     let part = size.within(width, height);
     let (left, top) = ((width - part.width) / 2, (height - part.height) / 2);
-    move |i: usize| {
-        let (x, y) = (i % size.width, i / size.width);
-        let row = top + (2 * y + 1) * part.height / (2 * size.height);
-        row * width + left + (2 * x + 1) * part.width / (2 * size.width)
-    }
+    let row = |y: usize| (top + (2 * y + 1) * part.height / (2 * size.height)) * width;
+    let column = |x: usize| left + (2 * x + 1) * part.width / (2 * size.width);
+    let (rows, columns): (Vec<usize>, Vec<usize>) =
+        ((0..size.height).map(row).collect(), (0..size.width).map(column).collect());
+    move |i: usize| rows[i / size.width] + columns[i % size.width]
 }
 
 /// The largest middle part of a sample with the shape of `size`: its pixels alone.

@@ -43,9 +43,11 @@ impl Upsample {
 
     /// Logits `[P, classes]` of patches at pixel `i`, added to `out`.
     pub(crate) fn add(&self, i: usize, logits: &[f32], out: &mut [f32]) {
-        let corners = self.corners(i).map(|(patch, weight)| (&logits[patch * out.len()..][..out.len()], weight));
-        for (class, out) in out.iter_mut().enumerate() {
-            *out += corners.iter().map(|(l, weight)| l[class] * weight).sum::<f32>();
+        let classes = out.len();
+        let of_patch = |(patch, weight): (usize, f32)| (&logits[patch * classes..][..classes], weight);
+        let [(a, wa), (b, wb), (c, wc), (d, wd)] = self.corners(i).map(of_patch);
+        for k in 0..classes {
+            out[k] += a[k] * wa + b[k] * wb + c[k] * wc + d[k] * wd;
         }
     }
 }
