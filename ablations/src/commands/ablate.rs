@@ -76,12 +76,13 @@ pub fn run(args: Args) -> Result<ExitCode> {
     if let Some(steps) = args.steps {
         extra.insert("steps".into(), i64::from(steps).into());
     }
+    let prepare = |base: &Path, overrides: &Overrides| prepare(&args.suite, base, overrides);
     let plan = Plan::new(suite, out, &extra, &prepare)?;
     for warning in plan.recipe_warnings.iter().chain(&plan.warnings) {
         style::warn(warning);
     }
     let base = &plan.runs[0];
-    let device = || resolve(&base.base, &base.overrides)?.recipe.device();
+    let device = || resolve(&args.suite, &base.base, &base.overrides)?.recipe.device();
     let cluster = &args.cluster;
     if let Some(scheduler) = cluster.on {
         let (dry, retry_failed, smoke_steps) = (args.dry_run, args.retry_failed, args.smoke_steps);

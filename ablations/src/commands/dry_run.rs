@@ -30,6 +30,7 @@ fn start(plan: &Plan, run: &PlannedRun) -> u64 {
 
 /// The expansion of a suite's runs: arms, seeds, state and cost.
 pub(super) fn dry_run(plan: &Plan, runs: &[&PlannedRun]) -> Result<()> {
+    plan.check_folder()?;
     let mut table = Table::new();
     table.load_style(UTF8_FULL_CONDENSED).set_header([
         "arm",
@@ -48,7 +49,7 @@ pub(super) fn dry_run(plan: &Plan, runs: &[&PlannedRun]) -> Result<()> {
         }
     }
     for run in arms {
-        let recipe = resolve(&run.base, &run.overrides)?.recipe;
+        let recipe = resolve(&plan.suite.path, &run.base, &run.overrides)?.recipe;
         let steps = recipe.steps - start(plan, run);
         let of_step = cost::cost_on(&recipe, recipe.device()?)?;
         let tera = of_step.flops_per_image * recipe.batch.size as f64 * steps as f64 / 1e12;

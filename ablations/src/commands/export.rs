@@ -27,9 +27,9 @@ pub struct Args {
     /// The folder to make
     #[arg(long)]
     out: PathBuf,
-    /// Whose weights, of a run
-    #[arg(long, default_value = "teacher")]
-    role: Role,
+    /// Whose weights, of a run: by default the teacher's
+    #[arg(long)]
+    role: Option<Role>,
     /// Split the weights into files of at most so many megabytes, with an index, as Hugging Face does (hf and timm)
     #[arg(long, value_name = "MEGABYTES", value_parser = clap::value_parser!(u64).range(1..))]
     shard_size: Option<u64>,
@@ -78,6 +78,19 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         Format::Onnx => "onnx",
         Format::Safetensors => "dinolab",
     };
+    let files = TensorFiles::open(&source.model_file()?)?;
+    let has_teacher = files.names().any(|name| name.starts_with("teacher."));
+    let role = args.role.unwrap_or(Role::Teacher);
+    if args.role.is_some() && !source.has_roles() {
+        let problem = "these are weights of one model, neither a student nor its teacher";
+        return Err(Error::content(source.path(), problem, "leave out --role"));
+    }
+    if let (Some(scores), Role::Student, true) = (&args.scores, role, has_teacher) {
+        let problem =
+            "it has scores of the teacher, which is what `dinolab eval` reads of a run, and the student is exported";
+        let help = "leave out --scores; or export the student with --format safetensors, and evaluate and export that";
+        return Err(Error::content(scores, problem, help));
+    }
     let about = card::About {
         source: &source,
         model: &model,
@@ -87,13 +100,11 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     };
     // What is wrong with its parts is said before anything is written.
     let card = card::card(&about)?;
-    let files = TensorFiles::open(&source.model_file()?)?;
     let wide = read_by(&args.run).is_some_and(|read| read.wide);
-    let prefix = match (source.has_roles(), args.role) {
-        (false, _) => "",
-        (true, Role::Teacher) if files.names().any(|name| name.starts_with("teacher.")) => "teacher.",
-        (true, Role::Teacher) => "student.",
-        (true, Role::Student) => "student.",
+    let prefix = match role {
+        _ if !source.has_roles() => "",
+        Role::Teacher if has_teacher => "teacher.",
+        Role::Teacher | Role::Student => "student.",
     };
     write_folder(&args.out, |folder| {
         match args.format {

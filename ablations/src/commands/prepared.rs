@@ -1,10 +1,12 @@
 //! A recipe of a suite, ready to run by the trainer.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use dinolab_core::recipe::{Overrides as Sets, RawRecipe};
 use dinolab_core::resolved::Resolved;
+use dinolab_core::step::sources_of;
+use dinolab_core::text::printable;
 use dinolab_core::train::{self, Observer, RunOptions, Start};
 use dinolab_core::Result;
 
@@ -16,22 +18,22 @@ struct Recipe {
     table: toml::Table,
 }
 
-/// The recipe at `base` under the environment and a suite's overrides.
+/// The recipe at `base` under the environment and overrides by a suite or by stages, whose file is named as their origin.
 ///
 /// # Errors
 /// If it cannot be resolved.
-pub(super) fn resolve(base: &Path, overrides: &Overrides) -> Result<Resolved> {
+pub(super) fn resolve(by: &Path, base: &Path, overrides: &Overrides) -> Result<Resolved> {
     let environment = Sets { sets: Vec::new(), env: true };
     let pairs = overrides.iter().map(|(key, value)| (key.as_str(), value));
-    Resolved::of(RawRecipe::load(base)?.with(&environment)?.with_overrides("suite", pairs)?)?.absolute()
+    Resolved::of(RawRecipe::load(base)?.with(&environment)?.with_overrides(&printable(by), pairs)?)?.absolute()
 }
 
-/// A recipe of a suite, ready to run.
+/// A recipe of a suite or of a stage, ready to run.
 ///
 /// # Errors
 /// If it cannot be resolved.
-pub(super) fn prepare(base: &Path, overrides: &Overrides) -> Result<Box<dyn Prepared>> {
-    let resolved = resolve(base, overrides)?;
+pub(super) fn prepare(by: &Path, base: &Path, overrides: &Overrides) -> Result<Box<dyn Prepared>> {
+    let resolved = resolve(by, base, overrides)?;
     let table = resolved.to_toml().parse().expect("a resolved recipe is written as TOML");
     Ok(Box::new(Recipe { resolved, table }))
 }
@@ -51,6 +53,10 @@ impl Prepared for Recipe {
 
     fn warnings(&self) -> Vec<String> {
         self.resolved.warnings.iter().map(ToString::to_string).collect()
+    }
+
+    fn sources(&self) -> Result<Vec<(String, PathBuf)>> {
+        sources_of(&self.resolved.recipe)
     }
 
     fn check_parent(&self, run: &Path, parent: &toml::Table) -> Result<()> {
@@ -79,7 +85,8 @@ impl Observer for Watcher<'_> {
     fn step(&mut self, p: &train::Progress<'_>) {
         let loss = p.report.losses.get("loss/total").copied().unwrap_or(f64::NAN);
         let text = format!("loss {loss:.3}, {:.0} img/s", p.images_per_s);
-        (self.0)(Event::Step { step: p.step, steps: p.total, text: &text, values: &p.report.losses });
+        let values = p.report.numbers().into_iter().collect();
+        (self.0)(Event::Step { step: p.step, steps: p.total, text: &text, values: &values });
     }
 
     fn probed(&mut self, step: u64, scores: &BTreeMap<String, f64>) {

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use dinolab_core::recipe::parse_set;
 use dinolab_core::text::printable;
-use dinolab_core::Result;
+use dinolab_core::{Error, Result};
 
 use super::prepared::prepare;
 use crate::cli::{DeviceArgs, RESUMABLE};
@@ -21,7 +21,7 @@ use crate::{signals, style};
 pub struct Args {
     /// The stages, such as recipes/stages/three_stages.toml
     file: PathBuf,
-    /// The folder that contains the folder of each stage; default: a folder in runs/ named like the file
+    /// The folder that contains the folder of each stage; default: runs/ and the `name` of the file
     #[arg(long)]
     out: Option<PathBuf>,
     /// Change the recipes of all stages, where a stage does not say otherwise
@@ -43,6 +43,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let out = args.out.clone().unwrap_or_else(|| Path::new("runs").join(&stages.name));
     let sets = args.set.iter().cloned().chain(args.device.sets());
     let extra = sets.map(|text| parse_set(&text)).collect::<Result<Overrides>>()?;
+    let prepare = |base: &Path, overrides: &Overrides| prepare(&args.file, base, overrides);
     let planned = plan(&stages, &out, &extra, &prepare)?;
     let mut done = 0;
     let mut rows = Vec::new();
@@ -50,15 +51,24 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         let status = Status::of(&stage.dir)?;
         done += usize::from(matches!(status, Status::Finished(_)));
         let from = stage.stage.parents.iter().map(|(key, parent)| format!("{key} = {parent}"));
-        let steps = stage.prepared.recipe().get("steps").map(ToString::to_string).unwrap_or_default();
+        let steps = stage.prepared.recipe().get("steps").and_then(toml::Value::as_integer).unwrap_or(0).unsigned_abs();
+        let state = match &status {
+            Status::Finished(result) if result.steps < steps && result.stopped.is_none() => {
+                format!("at step {}", result.steps)
+            }
+            status => status.word().into(),
+        };
         let from = from.collect::<Vec<_>>().join(", ");
-        rows.push(vec![stage.stage.name.clone(), status.word().into(), format!("to step {steps}"), from]);
+        rows.push(vec![stage.stage.name.clone(), state, format!("to step {steps}"), from]);
     }
     if args.dry_run {
         style::print(&style::table(rows));
         return Ok(ExitCode::SUCCESS);
     }
     let progress = Progress::new(&stages.name, planned.len(), done);
+    // From now on the folder is theirs.
+    std::fs::create_dir_all(&out).map_err(Error::io("create", &out))?;
+    write(&stages, &planned, &out)?;
     if let Some((stage, step)) = execute(&planned, &signals::stop_flag(), &progress)? {
         style::say(&format!("stopped in stage {stage}, step {step}, saved; go on with the same command"));
         return Ok(ExitCode::from(RESUMABLE));

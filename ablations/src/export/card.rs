@@ -1,14 +1,17 @@
 //! The model card of an export: `README.md` as Hugging Face reads it.
 
 use std::fmt::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use dinolab_core::recipe::toml_value;
+use dinolab_core::recipe::{toml_value, Recipe};
 use dinolab_core::resolved::Resolved;
 use dinolab_core::text::printable;
 use dinolab_core::weights::{ModelInfo, Source};
 use dinolab_core::{Error, Result};
 use serde_json::Value as Json;
+
+/// The runs that are followed to where a training began: more go in a circle.
+const LONGEST: usize = 100;
 
 /// What a card is about.
 pub struct About<'a> {
@@ -30,7 +33,7 @@ pub struct About<'a> {
 /// If the recipe of a run or the scores cannot be read, or these are of other weights.
 pub fn card(about: &About<'_>) -> Result<String> {
     let recipe = about.source.has_roles().then(|| Resolved::of_source(about.source)).transpose()?;
-    let began = recipe.as_ref().and_then(|r| r.recipe.backbone.weights.clone().or(r.recipe.init_from.clone()));
+    let began = recipe.as_ref().map(|resolved| began(&resolved.recipe, 0)).transpose()?.flatten();
     let scores = about.scores.map(|file| scores(file, &about.source.hash()?)).transpose()?;
     let license = match about.license {
         Some(license) => format!("license: other\nlicense_name: {}\n", toml_value(&license.into())),
@@ -74,6 +77,17 @@ pub fn card(about: &About<'_>) -> Result<String> {
             .expect("writing to a string");
     }
     Ok(text)
+}
+
+/// The weights from which the training began that ended with a run of this recipe; `None` if it began from random ones.
+fn began(recipe: &Recipe, runs: usize) -> Result<Option<PathBuf>> {
+    let continued = recipe.continue_from.as_ref().map(|from| from.path());
+    let named = continued.or_else(|| recipe.init_from.clone()).or_else(|| recipe.backbone.weights.clone());
+    let Some(from) = named else { return Ok(None) };
+    match Source::at(&from).ok().filter(Source::has_roles) {
+        Some(run) if runs < LONGEST => began(&Resolved::of_source(&run)?.recipe, runs + 1),
+        _ => Ok(Some(from)),
+    }
 }
 
 /// A word of a command as a shell reads it.

@@ -10,7 +10,11 @@ use dinolab_core::weights::Source;
 use dinolab_core::{Error, Result};
 
 use super::file::{Stage, Stages};
-use crate::suite::{keeps, named_steps, Event, Job, Outcome, Overrides, Prepare, Prepared, Progress, Status};
+use super::page::FILE;
+use crate::suite::{
+    check_unchanged, keeps, named_steps, not_of_others, Event, Job, Outcome, Overrides, Prepare, Prepared, Progress,
+    Status,
+};
 
 /// A stage with its resolved recipe.
 pub struct PlannedStage {
@@ -27,6 +31,7 @@ pub struct PlannedStage {
 /// # Errors
 /// If a recipe cannot be resolved.
 pub fn plan(stages: &Stages, out: &Path, extra: &Overrides, prepare: Prepare<'_>) -> Result<Vec<PlannedStage>> {
+    check_folder(stages, out)?;
     let here = std::path::absolute(out).map_err(Error::io("find", out))?;
     let mut planned = Vec::new();
     for stage in &stages.stages {
@@ -34,12 +39,40 @@ pub fn plan(stages: &Stages, out: &Path, extra: &Overrides, prepare: Prepare<'_>
         set.extend(stage.placed(&here));
         let prepared = prepare(&stage.recipe, &set)?;
         check_parents(stage, prepared.recipe(), &planned)?;
+        let dir = out.join(&stage.name);
+        if Status::of(&dir)? != Status::Pending {
+            // A stage may become longer; the folders of other stages may have been moved with its own.
+            let may = |key: &str| key == "steps" || stage.parents.iter().any(|(named, _)| is_within(key, named));
+            check_unchanged(&dir, prepared.as_ref(), "chain", &may)?;
+        }
         for parent in &planned {
             prepared.check_parent(&here.join(&parent.stage.name), parent.prepared.recipe())?;
         }
-        planned.push(PlannedStage { stage: stage.clone(), dir: out.join(&stage.name), prepared });
+        planned.push(PlannedStage { stage: stage.clone(), dir, prepared });
     }
     Ok(planned)
+}
+
+/// Fails if the folder is that of something else.
+fn check_folder(stages: &Stages, out: &Path) -> Result<()> {
+    not_of_others(out, &["suite.json"], "chain of stages")?;
+    let path = out.join(FILE);
+    if !path.exists() {
+        return match stages.stages.iter().any(|stage| out.join(&stage.name).is_dir()) {
+            true => Ok(()),
+            false => not_of_others(out, &["report.html"], "chain of stages"),
+        };
+    }
+    let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+    let known: serde_json::Value = serde_json::from_str(&text)
+        .map_err(|e| Error::content(&path, e.to_string(), "remove this file: it is written anew"))?;
+    match known["name"].as_str() {
+        Some(name) if name != stages.name => {
+            let problem = format!("this folder holds the stages of `{name}`, not of `{}`", stages.name);
+            Err(Error::content(out, problem, "use another --out"))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Fails if a stage needs a checkpoint that the stage before does not keep, or has no step left to do after it.
@@ -108,8 +141,10 @@ pub fn execute(planned: &[PlannedStage], stop: &Arc<AtomicBool>, progress: &Prog
 /// If what the run wrote of its parents cannot be read.
 pub fn stale(stage: &PlannedStage) -> Result<Vec<String>> {
     let mut other = Vec::new();
+    let sources = stage.prepared.sources()?;
     for parent in Parent::read(&stage.dir)? {
-        let now = Source::at(&parent.path).and_then(|source| source.hash());
+        let named = sources.iter().find(|(key, _)| *key == parent.key).map_or(&parent.path, |(_, path)| path);
+        let now = Source::at(named).and_then(|source| source.hash());
         if now.is_ok_and(|now| now != parent.weights) {
             other.push(parent.key);
         }

@@ -100,6 +100,10 @@ impl Stages {
         let mut stages: Vec<Stage> = Vec::new();
         for entry in &file.stage {
             check_name("stage name", &entry.name)?;
+            if ["stages.json", "report.html"].contains(&entry.name.as_str()) {
+                let help = "give the stage another name".to_string();
+                return Err((format!("stage name `{}` is that of a file in the stages' folder", entry.name), help));
+            }
             if stages.iter().any(|stage| stage.name == entry.name) {
                 let help = "give every stage a name of its own".to_string();
                 return Err((format!("stage name `{}` is repeated", entry.name), help));

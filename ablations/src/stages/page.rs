@@ -14,6 +14,9 @@ use super::file::Stages;
 use crate::report::{stages_page, StageRow};
 use crate::suite::{RunRecord, Status};
 
+/// What programs read of a chain, in its folder.
+pub(super) const FILE: &str = "stages.json";
+
 /// Height of a stage in the graph, and of the box in it, in pixels.
 const ROW: usize = 88;
 const BOX: usize = 52;
@@ -54,7 +57,7 @@ pub fn write(stages: &Stages, planned: &[PlannedStage], out: &Path) -> Result<Pa
         records.push(record);
     }
     let text = serde_json::to_string_pretty(&json!({ "name": stages.name, "stages": data })).expect("plain data");
-    write_file(&out.join("stages.json"), format!("{text}\n").as_bytes())?;
+    write_file(&out.join(FILE), format!("{text}\n").as_bytes())?;
     let report = out.join("report.html");
     let page = stages_page(&stages.name, &stages.description, &graph(&rows, &edges), &rows, &records);
     write_file(&report, page.as_bytes())?;

@@ -23,7 +23,9 @@ pub(crate) use file::{beside, check_name, overrides};
 pub use file::{nearest, Arm, Better, Metric, Overrides, Suite, SuiteFile, SuiteMeasured};
 pub use locks::lock_folder;
 pub use options::{ExecuteOptions, LostIn, Tally};
-pub use plan::{changed_keys, Event, Job, Outcome, Plan, PlannedRun, Prepare, Prepared};
+pub use plan::{
+    changed_keys, check_unchanged, not_of_others, Event, Job, Outcome, Plan, PlannedRun, Prepare, Prepared,
+};
 pub(crate) use progress::bar_style;
 pub use progress::Progress;
 pub use record::{RunRecord, RunResult, Series, Status, Warning};

@@ -43,6 +43,11 @@ pub trait Prepared {
     /// What in the recipe probably does not mean what it says.
     fn warnings(&self) -> Vec<String>;
 
+    /// The keys that name weights, and what they name.
+    fn sources(&self) -> Result<Vec<(String, PathBuf)>> {
+        Ok(Vec::new())
+    }
+
     /// Fails if what it takes of a run of the recipe `parent`, which will be in the folder `run`, does not fit its model.
     fn check_parent(&self, run: &Path, parent: &toml::Table) -> Result<()> {
         let _ = (run, parent);
@@ -172,6 +177,10 @@ impl Plan {
             }
             overrides
         };
+        if extra.contains_key("seed") {
+            let help = "every run has one of the suite's `seeds`: change them there, or choose some with --seeds";
+            return Err(Error::user("a suite's runs have no seed of the command line", help));
+        }
         let here = std::path::absolute(&out).map_err(Error::io("find", &out))?;
         let (mut runs, mut trunks) = (Vec::new(), Vec::new());
         for &seed in &suite.seeds {
@@ -214,6 +223,8 @@ impl Plan {
         plan.warnings = plan.metric_warnings();
         plan.warnings.extend(plan.idle_follows());
         plan.recipe_warnings = plan.gather_recipe_warnings();
+        let idle = plan.set.keys().filter(|key| plan.suite.arms.iter().all(|arm| arm.set.contains_key(*key)));
+        plan.recipe_warnings.extend(idle.map(|key| format!("--set {key} changes nothing: every arm sets it")));
         Ok(plan)
     }
 
@@ -402,8 +413,24 @@ impl Plan {
     /// # Errors
     /// If the folder belongs to another suite, or a run in it to another recipe, or it cannot be written.
     pub fn claim_folder(&self) -> Result<()> {
-        let mut state =
-            State::read(&self.out)?.unwrap_or_else(|| State { suite: self.suite.name.clone(), ..State::default() });
+        self.checked_folder()?.write(&self.out)
+    }
+
+    /// The same without a record of it.
+    ///
+    /// # Errors
+    /// As [`claim_folder`](Self::claim_folder).
+    pub fn check_folder(&self) -> Result<()> {
+        self.checked_folder().map(drop)
+    }
+
+    /// What `suite.json` is to say.
+    fn checked_folder(&self) -> Result<State> {
+        let known = State::read(&self.out)?;
+        if known.is_none() && !self.out.join("arms").is_dir() {
+            not_of_others(&self.out, &["stages.json", "report.html", "summary.json", "summary.md"], "suite")?;
+        }
+        let mut state = known.unwrap_or_else(|| State { suite: self.suite.name.clone(), ..State::default() });
         if state.suite != self.suite.name {
             let problem = format!("this folder holds the suite `{}`, not `{}`", state.suite, self.suite.name);
             return Err(Error::content(&self.out, problem, "use another --out"));
@@ -416,7 +443,7 @@ impl Plan {
             }
             state.runs.insert(run.dir.clone(), run.hash.clone());
         }
-        state.write(&self.out)
+        Ok(state)
     }
 
     /// Holds a run to the recipe that it had when the folder was last claimed: a job that waited does what was submitted.
@@ -441,25 +468,39 @@ impl Plan {
 
     /// Fails if a run was started with a recipe that gives other numbers than the suite's.
     fn check_unchanged(&self, run: &PlannedRun) -> Result<()> {
-        let dir = self.out.join(&run.dir);
-        let file = dir.join("recipe.toml");
-        // Keys that came with a later version of the program have their defaults.
-        let resolved = Resolved::load(&file, &Default::default()).ok().map(|resolved| resolved.to_toml());
-        let old = resolved.or_else(|| std::fs::read_to_string(file).ok()).and_then(|t| t.parse::<toml::Table>().ok());
-        let changes: String = match old {
-            Some(old) => {
-                let mut changes = changed_keys(&old, run.prepared.recipe());
-                changes.retain(|(key, was, is)| run.prepared.matters(key) && !trunk::are_same_place(was, is));
-                if changes.is_empty() {
-                    return Ok(());
-                }
-                changes.iter().map(|change| format!("\n  {}", said(change))).collect()
-            }
-            None => ", which cannot be read".into(),
-        };
-        let problem = format!("this run was started with another recipe than the suite gives now{changes}");
-        Err(Error::content(dir, problem, "use another --out for the changed suite, or move this run's folder away"))
+        check_unchanged(&self.out.join(&run.dir), run.prepared.as_ref(), "suite", &|_| false)
     }
+}
+
+/// Fails if the run in `dir` was started with a recipe that gives other numbers than that of `by`, which is given now, but for
+/// keys that `may` change.
+pub fn check_unchanged(dir: &Path, prepared: &dyn Prepared, by: &str, may: &dyn Fn(&str) -> bool) -> Result<()> {
+    let file = dir.join("recipe.toml");
+    // Keys that came with a later version of the program have their defaults.
+    let resolved = Resolved::load(&file, &Default::default()).ok().map(|resolved| resolved.to_toml());
+    let old = resolved.or_else(|| std::fs::read_to_string(file).ok()).and_then(|t| t.parse::<toml::Table>().ok());
+    let changes: String = match old {
+        Some(old) => {
+            let mut changes = changed_keys(&old, prepared.recipe());
+            let other = |key: &str| prepared.matters(key) && !may(key);
+            changes.retain(|(key, was, is)| other(key) && !trunk::are_same_place(was, is));
+            if changes.is_empty() {
+                return Ok(());
+            }
+            changes.iter().map(|change| format!("\n  {}", said(change))).collect()
+        }
+        None => ", which cannot be read".into(),
+    };
+    let problem = format!("this run was started with another recipe than the {by} gives now{changes}");
+    let help = format!("use another --out for the changed {by}, or move this run's folder away");
+    Err(Error::content(dir, problem, help))
+}
+
+/// Fails if files are in `folder` that a suite or a chain of stages (`what`), which was not begun there, would write over.
+pub fn not_of_others(folder: &Path, written: &[&str], what: &str) -> Result<()> {
+    let Some(name) = written.iter().find(|name| folder.join(name).exists()) else { return Ok(()) };
+    let problem = format!("this {what} was not begun in this folder, and would write over what is there: {name}");
+    Err(Error::content(folder, problem, "use another --out, or move it away"))
 }
 
 /// A run's recipe with its hash; and then with what was found to make it fit into memory, which is no change of the suite.

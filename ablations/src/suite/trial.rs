@@ -147,20 +147,25 @@ fn unmeasured(plan: &Plan, arm: &str, out: &Path) -> Result<Vec<String>> {
     };
     // A score that is not a number after so few steps is none of the result's, and measured all the same.
     let logged = Lines::read(&out.join("metrics.jsonl"))?.objects;
-    let of_log = logged.iter().flat_map(|line| line.keys()).filter(|key| key.contains('/'));
-    let known: BTreeSet<&str> = result.metrics.keys().chain(of_log).map(String::as_str).collect();
-    let known: Vec<&str> = known.into_iter().collect();
-    let say = |what: &str, name: &str| {
+    let of_log = |wanted: &dyn Fn(&str) -> bool| -> Vec<String> {
+        let keys = logged.iter().flat_map(|line| line.keys()).chain(result.metrics.keys());
+        keys.filter(|key| wanted(key)).cloned().collect::<BTreeSet<_>>().into_iter().collect()
+    };
+    // Runs are compared by what their results have; a rule sees every number of a step.
+    let of_results = of_log(&|key| ["loss/", "probe/"].iter().any(|kind| key.starts_with(kind)));
+    let of_steps = of_log(&|key| key != "step" && !key.starts_with("throughput/"));
+    let say = |what: &str, name: &str, known: &[String]| {
+        let known: Vec<&str> = known.iter().map(String::as_str).collect();
         let meant = nearest(name, &known);
         format!("{arm}: {what} `{name}` is not measured; did you mean `{meant}`? ({})", known.join(", "))
     };
-    let metrics = plan.suite.metrics.iter().map(|metric| ("metric", &metric.name));
-    let all = metrics.chain(plan.suite.drop.iter().map(|rule| ("the rule's metric", &rule.metric)));
-    let missing = all.filter(|(_, name)| !known.contains(&name.as_str()));
+    let metrics = plan.suite.metrics.iter().map(|metric| ("metric", &metric.name, &of_results));
+    let all = metrics.chain(plan.suite.drop.iter().map(|rule| ("the rule's metric", &rule.metric, &of_steps)));
+    let missing = all.filter(|(_, name, known)| !known.contains(name));
     // A loss that an arm switches off is missing there by design; `Plan::warnings` said so. One that no arm has is misspelt.
     let by_design = |w: &String, name: &str| w.contains(name) && !w.ends_with("by any arm");
-    let unsaid = missing.filter(|(_, name)| !plan.warnings.iter().any(|w| by_design(w, name)));
-    Ok(unsaid.map(|(what, name)| say(what, name)).collect())
+    let unsaid = missing.filter(|(_, name, _)| !plan.warnings.iter().any(|w| by_design(w, name)));
+    Ok(unsaid.map(|(what, name, known)| say(what, name, known)).collect())
 }
 
 /// Steps that a run does itself.

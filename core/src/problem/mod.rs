@@ -16,9 +16,21 @@ pub use nested::{Fault, Nested};
 
 /// What serde says of a value of a wrong type ("invalid type: string \"x\", expected u64"), without Rust's names of types.
 pub fn plain_words(message: &str) -> String {
-    let line = |line: &str| match line.split_once("expected ") {
-        Some((before, expected)) => format!("{before}expected {}", nested::in_words(expected.trim_end())),
-        None => line.to_string(),
+    let line = |line: &str| {
+        if line.starts_with("data did not match any variant of untagged enum") {
+            return "this has none of the forms that it may have".into();
+        }
+        let wrong_type = line.strip_prefix("invalid type: ").and_then(|rest| rest.split_once(", expected "));
+        if let Some((found, expected)) = wrong_type {
+            return format!("expected {}, found {}", nested::in_words(expected.trim_end()), nested::found(found));
+        }
+        if let Some((given, known)) = line.strip_prefix("unknown variant ").and_then(|l| l.split_once(", expected ")) {
+            return format!("{given} is not one of the choices: {known}");
+        }
+        match line.split_once("expected ") {
+            Some((before, expected)) => format!("{before}expected {}", nested::in_words(expected.trim_end())),
+            None => line.to_string(),
+        }
     };
     message.lines().map(line).collect::<Vec<_>>().join("\n")
 }

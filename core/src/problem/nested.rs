@@ -119,8 +119,11 @@ impl Nested {
     /// Puts what the schema says of the key into "expected a whole number, found ..", which knows of no range, and into
     /// what serde says where several types are possible.
     pub(crate) fn say_kind(&mut self, kind: &str) {
-        if self.message.starts_with("data did not match any variant") {
-            self.message = format!("expected {kind}");
+        // What serde says of enums is of Rust alone.
+        let of_enums = ["data did not match any variant", "expected newtype variant", "expected one of the choices"];
+        if of_enums.iter().any(|said| self.message.starts_with(said)) {
+            let found = self.message.rsplit_once(", found ").map(|(_, found)| found).filter(|f| !f.contains("variant"));
+            self.message = format!("expected {kind}{}", found.map(|f| format!(", found {f}")).unwrap_or_default());
         }
         let is_number = kind.starts_with("number") || kind.starts_with("whole number");
         match self.message.strip_prefix("expected a ").and_then(|rest| rest.split_once(", found ")) {
@@ -152,6 +155,17 @@ fn mismatch(actual: &Actual, expected: &str) -> String {
     format!("expected {}, found {found}", in_words(expected))
 }
 
+/// What serde says that it found in place of another type.
+pub(super) fn found(found: &str) -> String {
+    match found {
+        "map" => "a table".into(),
+        "sequence" => "a list".into(),
+        text if text.starts_with("string ") => format!("the text {}", text.trim_start_matches("string ")),
+        // `integer `3``, and the like: the value is enough.
+        other => other.split_once('`').map_or_else(|| other.into(), |(_, value)| format!("`{value}")),
+    }
+}
+
 /// Rust's names of types in the words of the documentation.
 pub(super) fn in_words(expected: &str) -> String {
     match expected {
@@ -164,7 +178,8 @@ pub(super) fn in_words(expected: &str) -> String {
         "path string" => "a path in quotes".into(),
         "a sequence" => "a list".into(),
         "a map" => "a table".into(),
-        other if other.starts_with("enum ") => "one of the choices, in quotes".into(),
+        "unit" => "nothing".into(),
+        other if other == "enum" || other.starts_with("enum ") => "one of the choices, in quotes".into(),
         other if other.starts_with("struct ") => "a table".into(),
         other if other.starts_with("an array of length ") => {
             format!("a list of {} values", other.trim_start_matches("an array of length "))

@@ -24,7 +24,13 @@ use super::schema::{CropConfig, OptimizerConfig};
 use crate::contract::{Augmentation, Masking, Optimizer};
 use crate::problem::{nearest, Origin, Problem, SourceFile};
 use crate::registry;
-use crate::Result;
+use crate::{Error, Result};
+
+/// Whether a variable's name has the prefix of keys and an empty part, which figment passes over.
+fn is_cut(variable: &str) -> bool {
+    let key = variable.get(..ENV_PREFIX.len()).filter(|prefix| prefix.eq_ignore_ascii_case(ENV_PREFIX));
+    key.is_some_and(|_| variable[ENV_PREFIX.len()..].split("__").any(str::is_empty))
+}
 
 /// Variables of this prefix set keys: `DINOLAB_OPTIMIZER__LR=1e-3`.
 pub const ENV_PREFIX: &str = "DINOLAB_";
@@ -159,6 +165,14 @@ impl RawRecipe {
     pub fn with(self, overrides: &Overrides) -> Result<Self> {
         let vars: Vec<(String, String)> = match overrides.env {
             true => {
+                let mut names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
+                if let Some(name) = names.find(|name| is_cut(name)) {
+                    let problem = format!("the variable {name} names no key: a part of it is empty");
+                    return Err(Error::user(
+                        problem,
+                        format!("name one, as in {ENV_PREFIX}OPTIMIZER__LR, or unset it"),
+                    ));
+                }
                 let env = Env::prefixed(ENV_PREFIX).ignore(&NO_KEYS).split("__");
                 env.iter().map(|(k, v)| (k.as_str().into(), v)).collect()
             }

@@ -228,6 +228,10 @@ fn together(recipe: &Recipe, problems: &mut Vec<Problem>) {
     problems.extend(channels(recipe));
     problems.extend(decay_of_all(recipe));
     problems.extend(stop(recipe));
+    if recipe.losses.0.contains_key("total") {
+        let message = "is the name of the sum of all losses, which this loss would hide";
+        problems.push(Problem::error("losses.total", message).help("give the loss another name"));
+    }
     for (name, entry) in recipe.losses.0.iter().filter(|(_, e)| e.enabled) {
         let lowest = entry.weight.landmarks(recipe.steps).into_iter().find_map(|step| {
             let weight = entry.weight.at(At { step, total: recipe.steps });
@@ -279,9 +283,11 @@ fn stop(recipe: &Recipe) -> Option<Problem> {
     };
     if !on().any(|probe| probe == name) {
         let known = on().collect::<Vec<_>>().join(", ");
-        return Some(
-            problem(format!("there is no probe `{name}` that is on")).help(format!("the probes that are: {known}")),
-        );
+        let help = match known.is_empty() {
+            true => "no probe is on: turn one on, or remove `stop`".to_string(),
+            false => format!("the probes that are: {known}"),
+        };
+        return Some(problem(format!("there is no probe `{name}` that is on")).help(help));
     }
     let never = recipe.probes.0[name].every == 0;
     let message = format!("the probe `{name}` is run at the end only");

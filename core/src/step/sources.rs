@@ -46,10 +46,16 @@ pub fn check_sources(recipe: &Recipe) -> Result<Vec<Problem>> {
             problems.push(Problem::warning(&key, format!("{} is not there (yet)", path.display())));
             continue;
         }
-        problems.extend(recipe.continue_from.as_ref().filter(|_| key == "continue_from").and_then(|from| {
-            let done = checkpoint::step_at(&to_continue(from).ok()?)?;
-            (done >= recipe.steps).then(|| no_step_left(recipe.steps, &path, done))
-        }));
+        if let Some(from) = recipe.continue_from.as_ref().filter(|_| key == "continue_from") {
+            match to_continue(from).map(|checkpoint| checkpoint::step_at(&checkpoint)) {
+                Ok(Some(done)) if done >= recipe.steps => problems.push(no_step_left(recipe.steps, &path, done)),
+                Ok(_) => {}
+                Err(error) => {
+                    problems.push(refused(&key, error));
+                    continue;
+                }
+            }
+        }
         problems.extend(check(&key, &path, how).unwrap_or_else(|error| Some(refused(&key, error))));
     }
     Ok(problems)

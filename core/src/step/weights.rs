@@ -376,8 +376,8 @@ fn load_role(layout: &Layout, flat: &mut Flat, source: &NamedTensors, prefixes: 
 /// The first of `prefixes` under which there is a backbone.
 fn role_in<'a>(has: impl Fn(&str) -> bool, prefixes: &[&'a str], path: &Path) -> Result<&'a str> {
     prefixes.iter().copied().find(|p| has(&format!("{p}backbone."))).ok_or_else(|| {
-        let wanted: Vec<&str> = prefixes.iter().map(|p| p.trim_end_matches('.')).filter(|p| !p.is_empty()).collect();
-        let problem = format!("no backbone.* tensors in it, of {} or without a role", wanted.join(" or "));
+        let wanted: Vec<String> = prefixes.iter().map(|prefix| format!("{prefix}backbone.*")).collect();
+        let problem = format!("no tensors {} in it", wanted.join(" or "));
         Error::content(path, problem, "name a run, a checkpoint, or weights that dinolab wrote")
     })
 }

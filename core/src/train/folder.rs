@@ -80,6 +80,10 @@ impl RanksInfo {
     }
 }
 
+/// What a run writes after its recipe.
+const WRITTEN: [&str; 6] =
+    ["metrics.jsonl", "events.jsonl", "messages.jsonl", "run.json", "parents.json", checkpoint::FOLDER];
+
 /// The way out where a run cannot go on.
 const ANEW: &str =
     "start a new run in another folder (--out) that goes on from this one (--set continue_from=...), or from \
@@ -125,6 +129,10 @@ impl RunFolder {
         let recipe_path = path.join("recipe.toml");
         let is_run = checkpoint::newest_step(&path)?.is_some() || path.join(RESULT).exists();
         if !recipe_path.exists() && !is_run {
+            if let Some(name) = WRITTEN.iter().find(|name| path.join(name).exists()) {
+                let problem = format!("there is no run in this folder, and it has what one would write over: {name}");
+                return Err(Error::content(&path, problem, "move it away, or choose another folder (--out)"));
+            }
             return Ok(Self { path, changes: Vec::new(), old_steps: None, written: false, _lock: lock });
         }
         if !options.resume {

@@ -85,19 +85,7 @@ impl Log {
         scores: &BTreeMap<String, f64>,
         rates: &[(&str, f64)],
     ) -> Result<Option<String>> {
-        let mut numbers: Vec<(String, f64)> = report.losses.iter().map(|(k, v)| (logged_as(k), *v)).collect();
-        numbers.push(("lr".into(), report.lr));
-        numbers.push(("weight_decay".into(), report.weight_decay));
-        numbers.extend(report.grad_norms.iter().map(|(m, v)| (format!("grad_norm/{m}"), *v)));
-        if let Some(health) = &report.health {
-            numbers.push(("health/feature_std".into(), health.feature_std));
-            numbers.push(("health/effective_rank".into(), health.effective_rank));
-            numbers.push(("health/cls_patch_cosine".into(), health.cls_patch_cosine));
-            for (loss, marginal, sharpness) in &health.targets {
-                numbers.push((format!("health/{loss}/marginal_entropy"), *marginal));
-                numbers.push((format!("health/{loss}/target_entropy"), *sharpness));
-            }
-        }
+        let mut numbers = report.numbers();
         numbers.extend(rates.iter().map(|(k, v)| (k.to_string(), *v)));
         numbers.extend(scores.iter().map(|(k, v)| (k.clone(), *v)));
         let mut line = Map::new();
@@ -205,10 +193,4 @@ fn contact_sheet(batch: &Batch, recipe: &Recipe) -> (Vec<u8>, usize, usize) {
         }
     }
     (sheet, width, height)
-}
-
-/// The name under which a part of a loss is logged: `health/<loss>/<what>` if the loss calls it `health/<what>`.
-fn logged_as(name: &str) -> String {
-    let health = name.strip_prefix("loss/").and_then(|rest| rest.split_once("/health/"));
-    health.map_or_else(|| name.into(), |(loss, what)| format!("health/{loss}/{what}"))
 }

@@ -122,6 +122,7 @@ pub(super) fn begin(
     shared: Option<&Arc<SharedTeacher>>,
 ) -> Result<(Learner, Begun)> {
     let recipe = &resolved.recipe;
+    resolved.check_sources()?;
     let mut begun =
         Begun { step: 0, from: None, differences: Vec::new(), rewinds: Rewinds::default(), parents: Vec::new() };
     let learner = match &recipe.continue_from {

@@ -198,8 +198,10 @@ impl Run<'_> {
         if !scores.is_empty() {
             self.observer.probed(done, &scores);
         }
-        if let Some(patience) = &mut self.patience {
-            patience.measured(done, &scores)?;
+        if let Some(Err(error)) = self.patience.as_mut().map(|patience| patience.measured(done, &scores)) {
+            // Who corrects the key goes on from here.
+            self.save_besides(done)?;
+            return Err(error);
         }
         Ok(scores)
     }

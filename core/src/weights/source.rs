@@ -292,8 +292,8 @@ pub(crate) fn check_same_model(theirs: &dyn Backbone, backbone: &dyn Backbone, p
         return Ok(());
     }
     let list: String = differences.iter().map(|d| format!("\n    {d}")).collect();
-    let help = "leave `plugin` and these keys out of [backbone] to take the model of `backbone.weights`, or choose \
-        weights of the recipe's model";
+    let help = "set these keys of [backbone] as they are in the weights, or choose weights of the recipe's model \
+        (`backbone.weights` takes the model too, where [backbone] has no `plugin`)";
     Err(Error::content(path, format!("weights of another model than the recipe's{list}"), help))
 }
 

@@ -82,7 +82,8 @@ set = { "losses.koleo.weight" = 0.2 }
 fn a_run_is_shown_before_it_begins_while_it_goes_on_and_when_it_is_done() {
     let folder = Folder::with_micro();
     let (_watch, address) = watch(&folder, &["run"]);
-    assert!(wait("a first page", || Some(page(address)).filter(|p| !p.is_empty())).contains("Nothing is here yet"));
+    assert!(wait("a first page", || Some(page(address)).filter(|p| !p.is_empty()))
+        .contains("No run and no suite is here yet"));
     folder.succeed(&["train", "micro.toml", "--out", "run", "--set", "probes.dse.batch_clusters=4"]);
     // Pictures come when there is time for them.
     let pictures = "Similarity to the framed patch";

@@ -152,7 +152,7 @@ fn a_run_that_continues_another_under_another_recipe_says_in_what_it_differs() {
         "backbone.dim=64",
     ]));
     assert_eq!(wide.code, 2, "{}", wide.err);
-    assert!(wide.err.contains("in the file") && wide.err.contains("in the model"), "{}", wide.err);
+    assert!(wide.err.contains("backbone.dim is 32 in the weights, 64 in the recipe"), "{}", wide.err);
 }
 
 #[test]

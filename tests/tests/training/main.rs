@@ -2,6 +2,7 @@
 
 mod distillation;
 mod end_to_end;
+mod held_to;
 mod longer;
 mod stages;
 mod stopping;

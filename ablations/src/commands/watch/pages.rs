@@ -9,7 +9,7 @@ use dinolab_core::{Device, Result};
 use crate::commands::prepared::prepare;
 use crate::filmstrip::{filmstrip, Filmstrip};
 use crate::report::{self, Gallery, Provenance};
-use crate::suite::{Origin, Plan, Suite};
+use crate::suite::{Origin, Overrides, Plan, Suite};
 
 /// Checkpoints of more bytes are not looked into while the run goes on: pictures are made on the CPU, which trains or reads
 /// data.
@@ -79,7 +79,13 @@ impl Pages {
             self.look();
             return report::run_page(&self.folder, self.film.as_ref());
         }
-        Ok(report::waiting_page(&self.folder, "Nothing is here yet; what comes is shown."))
+        let said = match self.folder.join("stages.json").exists() {
+            true => {
+                "Stages are in this folder: watch the folder of one of them. Their report.html is written at the end."
+            }
+            false => "No run and no suite is here yet; what comes is shown.",
+        };
+        Ok(report::waiting_page(&self.folder, said))
     }
 
     fn suite_page(&mut self, origin: Origin) -> Result<String> {
@@ -90,6 +96,8 @@ impl Pages {
             device: None,
             command: origin.command(&self.folder),
         };
+        let file = suite.path.clone();
+        let prepare = |base: &Path, overrides: &Overrides| prepare(&file, base, overrides);
         let plan = Plan::new(suite, self.folder.clone(), &origin.set, &prepare)?;
         report::live_page(&plan, provenance, &mut self.gallery)
     }
