@@ -77,6 +77,10 @@ pub fn run(args: Args) -> Result<ExitCode> {
         extra.insert("steps".into(), i64::from(steps).into());
     }
     let prepare = |base: &Path, overrides: &Overrides| prepare(&args.suite, base, overrides);
+    if std::env::var_os("DINOLAB_SEED").is_some() {
+        let problem = "DINOLAB_SEED is set, and every run of a suite has one of its `seeds`";
+        return Err(Error::user(problem, "unset it; change `seeds` in the suite, or choose some with --seeds"));
+    }
     let plan = Plan::new(suite, out, &extra, &prepare)?;
     for warning in plan.recipe_warnings.iter().chain(&plan.warnings) {
         style::warn(warning);

@@ -242,7 +242,20 @@ fn check_name(name: &str, kind: Kind) -> Result<()> {
             "use small letters, digits and `_`, beginning with a letter: patch_contrast",
         ));
     }
-    let taken = ["test", "std", "core", "alloc", "dinolab", "dinolab_core"];
+    // Crates of the language, ours, and folders that cargo makes beside a program.
+    let taken = [
+        "test",
+        "std",
+        "core",
+        "alloc",
+        "proc_macro",
+        "dinolab",
+        "dinolab_core",
+        "build",
+        "deps",
+        "examples",
+        "incremental",
+    ];
     if taken.contains(&name) || KEYWORDS.contains(&name) {
         return Err(Error::user(format!("a crate cannot be named `{name}`"), "choose another name"));
     }

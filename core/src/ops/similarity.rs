@@ -105,12 +105,23 @@ impl<T: Real> Image<'_, T> {
             similarities(self.student, tile, false, T::ONE);
             if self.remove == NegativeRemoval::None {
                 similarities(self.teacher, tile, true, -T::ONE);
-                squares += simd!(T, tile.chunks(width).map(|e| lane_sum([e], |[e]| e * e).f64()).sum::<f64>());
+                squares += simd!(T, {
+                    let mut sum = 0.0;
+                    for e in tile.chunks(width) {
+                        sum += lane_sum([e], |[e]| e * e).f64();
+                    }
+                    sum
+                });
             } else {
                 similarities(self.teacher, other, false, T::ONE);
                 let keep_student = self.remove == NegativeRemoval::Teacher;
-                let rows = tile.chunks_mut(width).zip(other.chunks(width));
-                squares += simd!(T, rows.map(|(s, t)| subtract(s, t, keep_student).f64()).sum::<f64>());
+                squares += simd!(T, {
+                    let mut sum = 0.0;
+                    for (row, s) in tile.chunks_mut(width).enumerate() {
+                        sum += subtract(s, &other[row * width..][..width], keep_student).f64();
+                    }
+                    sum
+                });
             }
             if !gradient.is_empty() {
                 let (e, s) = (Mat::new(tile, height, width), Mat::new(&self.student[column * d..], width, d));
@@ -131,10 +142,11 @@ fn subtract<T: Real>(s: &mut [T], t: &[T], keep_student: bool) -> T {
         let e = if keep_student { s } else { positive(s) } - positive(t);
         e * e
     });
-    s.iter_mut().zip(t).for_each(|(s, &t)| {
-        let removed = !keep_student && *s < T::ZERO;
-        *s = if removed { T::ZERO } else { *s - positive(t) };
-    });
+    let t = &t[..s.len()];
+    for i in 0..s.len() {
+        let removed = !keep_student && s[i] < T::ZERO;
+        s[i] = if removed { T::ZERO } else { s[i] - positive(t[i]) };
+    }
     squares
 }
 

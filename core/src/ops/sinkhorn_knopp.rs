@@ -131,7 +131,11 @@ fn exponentials<T: Real>(q: &mut [T], x: &[T], top: &[T], scale: T, moved: Optio
 /// v_b = 1 / sum_k Q_bk u_k.
 #[inline(always)]
 fn sample_factor<T: Real>(q: &[T], u: &[T]) -> T {
-    T::ONE / q.chunks(CHUNK).zip(u.chunks(CHUNK)).map(|(q, u)| lane_sum([q, u], |[q, u]| q * u)).sum()
+    let mut sum = T::ZERO;
+    for (i, q) in q.chunks(CHUNK).enumerate() {
+        sum += lane_sum([q, &u[i * CHUNK..][..q.len()]], |[q, u]| q * u);
+    }
+    T::ONE / sum
 }
 
 /// Lets `visit(sample, row of Q, sums)` add each sample's part to the sums over samples, shard by shard; gives u = 1 / sums.

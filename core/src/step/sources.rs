@@ -42,6 +42,10 @@ pub fn check_sources(recipe: &Recipe) -> Result<Vec<Problem>> {
     };
     let mut problems = Vec::new();
     for (key, path, how) in sources(recipe)? {
+        if path.as_os_str().is_empty() {
+            problems.push(Problem::error(&key, "the path is empty").help("name weights, or remove the key"));
+            continue;
+        }
         if !Source::is_named(&path) {
             problems.push(Problem::warning(&key, format!("{} is not there (yet)", path.display())));
             continue;

@@ -2,7 +2,10 @@
 //! a new process holds the locks that this one holds.
 
 mod engine;
+mod finite;
 mod gram_teacher;
+mod lab;
+mod parts;
 mod ranks;
 mod rewind;
 mod teachers;

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use dinolab_core::checkpoint;
-use dinolab_core::{Device, Result};
+use dinolab_core::{Device, Error, Result};
 
 use crate::commands::prepared::prepare;
 use crate::filmstrip::{filmstrip, Filmstrip};
@@ -36,7 +36,7 @@ impl Pages {
     /// A run or suite by its folder, or a suite by its file.
     ///
     /// # Errors
-    /// If the file is no suite.
+    /// If the file is no suite, or the folder a checkpoint.
     pub(super) fn of(path: &Path, out: Option<&Path>) -> Result<Self> {
         let suite = path.is_file().then(|| Suite::load(path)).transpose()?;
         let folder = match (&suite, out) {
@@ -44,6 +44,10 @@ impl Pages {
             (Some(suite), None) => Path::new("runs").join(&suite.name),
             (None, None) => path.to_path_buf(),
         };
+        if folder.join("state.json").exists() {
+            let problem = "this is a checkpoint, of which there is no report";
+            return Err(Error::content(&folder, problem, "watch the folder of its run"));
+        }
         let suite = suite.map(|suite| suite.path);
         Ok(Self { folder, suite, seen: None, gallery: Gallery::default(), film: None, film_of: Vec::new() })
     }
