@@ -51,7 +51,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         let status = Status::of(&stage.dir)?;
         done += usize::from(matches!(status, Status::Finished(_)));
         let from = stage.stage.parents.iter().map(|(key, parent)| format!("{key} = {parent}"));
-        let steps = stage.prepared.recipe().get("steps").and_then(toml::Value::as_integer).unwrap_or(0).unsigned_abs();
+        let steps = stage.steps();
         let state = match &status {
             Status::Finished(result) if result.steps < steps && result.stopped.is_none() => {
                 format!("at step {}", result.steps)

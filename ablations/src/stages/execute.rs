@@ -9,8 +9,7 @@ use dinolab_core::train::Parent;
 use dinolab_core::weights::Source;
 use dinolab_core::{Error, Result};
 
-use super::file::{Stage, Stages};
-use super::page::FILE;
+use super::file::{Stage, Stages, FILE, REPORT};
 use crate::suite::{
     check_unchanged, keeps, named_steps, not_of_others, Event, Job, Outcome, Overrides, Prepare, Prepared, Progress,
     Status,
@@ -24,6 +23,17 @@ pub struct PlannedStage {
     pub dir: PathBuf,
     /// What to run.
     pub prepared: Box<dyn Prepared>,
+}
+
+impl PlannedStage {
+    /// The steps of its run.
+    pub fn steps(&self) -> u64 {
+        steps_of(self.prepared.recipe())
+    }
+}
+
+fn steps_of(recipe: &toml::Table) -> u64 {
+    recipe.get("steps").and_then(toml::Value::as_integer).unwrap_or(0) as u64
 }
 
 /// Every stage with its recipe, under `extra` overrides from the command line.
@@ -60,7 +70,7 @@ fn check_folder(stages: &Stages, out: &Path) -> Result<()> {
     if !path.exists() {
         return match stages.stages.iter().any(|stage| out.join(&stage.name).is_dir()) {
             true => Ok(()),
-            false => not_of_others(out, &["report.html"], "chain of stages"),
+            false => not_of_others(out, &[REPORT], "chain of stages"),
         };
     }
     let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
@@ -77,7 +87,6 @@ fn check_folder(stages: &Stages, out: &Path) -> Result<()> {
 
 /// Fails if a stage needs a checkpoint that the stage before does not keep, or has no step left to do after it.
 fn check_parents(stage: &Stage, recipe: &toml::Table, before: &[PlannedStage]) -> Result<()> {
-    let steps_of = |recipe: &toml::Table| recipe.get("steps").and_then(toml::Value::as_integer).unwrap_or(0) as u64;
     let parent = |name: &String| before.iter().find(|planned| planned.stage.name == *name).map(|p| p.prepared.recipe());
     let of = |(_, parent): &(String, String)| {
         named_steps(&stage.set, parent).into_iter().map(|step| (parent.clone(), step)).collect::<Vec<_>>()

@@ -10,6 +10,11 @@ use toml::Value;
 
 use crate::suite::{beside, check_name, nearest, overrides, walk, Overrides};
 
+/// What programs read of a chain, in its folder.
+pub const FILE: &str = "stages.json";
+/// What people read of it.
+pub(super) const REPORT: &str = "report.html";
+
 /// Runs that go on from each other, as their file says it.
 ///
 /// ```toml
@@ -100,7 +105,7 @@ impl Stages {
         let mut stages: Vec<Stage> = Vec::new();
         for entry in &file.stage {
             check_name("stage name", &entry.name)?;
-            if ["stages.json", "report.html"].contains(&entry.name.as_str()) {
+            if [FILE, REPORT].contains(&entry.name.as_str()) {
                 let help = "give the stage another name".to_string();
                 return Err((format!("stage name `{}` is that of a file in the stages' folder", entry.name), help));
             }

@@ -8,5 +8,5 @@ mod file;
 mod page;
 
 pub use execute::{execute, plan, stale, PlannedStage};
-pub use file::{Stage, StageEntry, Stages, StagesFile};
+pub use file::{Stage, StageEntry, Stages, StagesFile, FILE};
 pub use page::write;

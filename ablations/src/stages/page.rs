@@ -10,12 +10,9 @@ use dinolab_core::Result;
 use serde_json::json;
 
 use super::execute::{stale, PlannedStage};
-use super::file::Stages;
+use super::file::{Stages, FILE, REPORT};
 use crate::report::{stages_page, StageRow};
 use crate::suite::{RunRecord, Status};
-
-/// What programs read of a chain, in its folder.
-pub(super) const FILE: &str = "stages.json";
 
 /// Height of a stage in the graph, and of the box in it, in pixels.
 const ROW: usize = 88;
@@ -58,7 +55,7 @@ pub fn write(stages: &Stages, planned: &[PlannedStage], out: &Path) -> Result<Pa
     }
     let text = serde_json::to_string_pretty(&json!({ "name": stages.name, "stages": data })).expect("plain data");
     write_file(&out.join(FILE), format!("{text}\n").as_bytes())?;
-    let report = out.join("report.html");
+    let report = out.join(REPORT);
     let page = stages_page(&stages.name, &stages.description, &graph(&rows, &edges), &rows, &records);
     write_file(&report, page.as_bytes())?;
     Ok(report)

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::distillation::{fits, fits_student};
-use super::weights::{check_role, role_of, start_of_student, Shapes, RGB};
+use super::weights::{check_role, role_of, start_of_student, Shapes, EVALUATED, RGB};
 use super::{declare, Declared};
 use crate::checkpoint;
 use crate::contract::Role;
@@ -109,8 +109,8 @@ fn shapes_fit(recipe: &Recipe, key: &str, shapes: &Shapes, path: &Path, model: &
     match key {
         "continue_from" => check_role(&model.layout, shapes, &["student."], path),
         "init_from" => check_role(&model.layout, shapes, start_of_student(recipe.init_role), path),
-        "teacher" => check_role(&model.layout, shapes, &["teacher.", "student.", ""], path),
-        _ => check_role(&model.layout.part("backbone."), shapes, &["teacher.", "student.", ""], path),
+        "teacher" => check_role(&model.layout, shapes, EVALUATED, path),
+        _ => check_role(&model.layout.part("backbone."), shapes, EVALUATED, path),
     }
 }
 

@@ -208,13 +208,13 @@ impl Weights {
         self.student.set(drawn)?;
         if let Some(path) = &recipe.backbone.weights {
             let source = read_model(path, model)?;
-            load_role(&layout.part("backbone."), &mut self.student, &source, &["teacher.", "student.", ""], path)?;
+            load_role(&layout.part("backbone."), &mut self.student, &source, EVALUATED, path)?;
         }
         self.follow_student()?;
         if let Some(path) = &recipe.init_from {
             let source = read_model(path, model)?;
             let student = start_of_student(recipe.init_role);
-            let average = if recipe.init_role.is_some() { student } else { &["teacher.", "student.", ""] };
+            let average = if recipe.init_role.is_some() { student } else { EVALUATED };
             load_role(layout, &mut self.student, &source, student, path)?;
             if let Some(teacher) = &mut self.teacher {
                 load_role(layout, teacher, &source, average, path)?;
@@ -360,26 +360,31 @@ fn read_model(path: &Path, model: &Declared) -> Result<NamedTensors> {
 /// Loads a model from the first of `prefixes` under which the file has a backbone. A head that the file does not have
 /// at all keeps its start: published weights come without heads.
 fn load_role(layout: &Layout, flat: &mut Flat, source: &NamedTensors, prefixes: &[&str], path: &Path) -> Result<()> {
-    let prefix = role_in(|prefix| source.has(prefix), prefixes, path)?;
-    let mut known = layout.modules().into_iter().filter(|m| m == "backbone" || source.has(&format!("{prefix}{m}.")));
+    let (prefix, parts) = parts_in(layout, |prefix| source.has(prefix), prefixes, path)?;
     flat.change(|flat| {
-        known.try_for_each(|module| {
-            let part = layout.part(&format!("{module}."));
+        parts.iter().try_for_each(|part| {
             let shape =
                 |name: &str| part.specs().iter().find(|spec| spec.name == name).map(|spec| spec.shape.as_slice());
             let get = |name: &str| Some(adapted(source.get(&format!("{prefix}{name}"))?, shape(name)?));
-            load(&part, flat, get, path)
+            load(part, flat, get, path)
         })
     })
 }
 
-/// The first of `prefixes` under which there is a backbone.
-fn role_in<'a>(has: impl Fn(&str) -> bool, prefixes: &[&'a str], path: &Path) -> Result<&'a str> {
-    prefixes.iter().copied().find(|p| has(&format!("{p}backbone."))).ok_or_else(|| {
+/// The first of `prefixes` under which a file has a backbone, and the sub-models that it has there.
+fn parts_in<'a>(
+    layout: &Layout,
+    has: impl Fn(&str) -> bool,
+    prefixes: &[&'a str],
+    path: &Path,
+) -> Result<(&'a str, Vec<Layout>)> {
+    let Some(prefix) = prefixes.iter().copied().find(|p| has(&format!("{p}backbone."))) else {
         let wanted: Vec<String> = prefixes.iter().map(|prefix| format!("{prefix}backbone.*")).collect();
         let problem = format!("no tensors {} in it", wanted.join(" or "));
-        Error::content(path, problem, "name a run, a checkpoint, or weights that dinolab wrote")
-    })
+        return Err(Error::content(path, problem, "name a run, a checkpoint, or weights that dinolab wrote"));
+    };
+    let known = layout.modules().into_iter().filter(|m| m == "backbone" || has(&format!("{prefix}{m}.")));
+    Ok((prefix, known.map(|module| layout.part(&format!("{module}."))).collect()))
 }
 
 /// The shapes of tensors by their names in files.
@@ -388,9 +393,8 @@ pub(super) type Shapes = BTreeMap<String, Vec<usize>>;
 /// Fails if [`load_role`] would not load from tensors of these shapes, which lie at `path`.
 pub(super) fn check_role(layout: &Layout, shapes: &Shapes, prefixes: &[&str], path: &Path) -> Result<()> {
     let has = |prefix: &str| shapes.keys().any(|name| name.starts_with(prefix));
-    let prefix = role_in(has, prefixes, path)?;
-    let known = layout.modules().into_iter().filter(|m| m == "backbone" || has(&format!("{prefix}{m}.")));
-    for part in known.map(|module| layout.part(&format!("{module}."))) {
+    let (prefix, parts) = parts_in(layout, has, prefixes, path)?;
+    for part in parts {
         let found = part.specs().iter().map(|spec| {
             let shape = shapes.get(&format!("{prefix}{}", spec.name))?.as_slice();
             Some(if is_adapted(shape, &spec.shape) { &spec.shape } else { shape })
@@ -399,6 +403,9 @@ pub(super) fn check_role(layout: &Layout, shapes: &Shapes, prefixes: &[&str], pa
     }
     Ok(())
 }
+
+/// The prefixes under which the weights that are evaluated are looked for.
+pub(super) const EVALUATED: &[&str] = &["teacher.", "student.", ""];
 
 /// The prefixes under which the student of a run that starts from `init_from` looks for its weights.
 pub(super) fn start_of_student(role: Option<InitRole>) -> &'static [&'static str] {

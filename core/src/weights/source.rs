@@ -203,8 +203,17 @@ impl Source {
             Self::Run { newest: folder, .. } | Self::Checkpoint(folder) => {
                 checkpoint::model_file(folder).map_err(|e| self.broken(e))
             }
-            Self::Weights(folder) => Ok(folder.join(MODEL_FILE)),
-            Self::File(file) => Ok(file.clone()),
+            Self::Weights(_) | Self::File(_) => Ok(self.unverified()),
+        }
+    }
+
+    /// Where the safetensors file with the weights is, whether or not it is what was written.
+    fn unverified(&self) -> PathBuf {
+        match self {
+            Self::Run { newest: folder, .. } | Self::Checkpoint(folder) | Self::Weights(folder) => {
+                folder.join(MODEL_FILE)
+            }
+            Self::File(file) => file.clone(),
         }
     }
 
@@ -213,12 +222,7 @@ impl Source {
     /// # Errors
     /// If the file is missing or cut off.
     pub(crate) fn shapes(&self) -> Result<BTreeMap<String, Vec<usize>>> {
-        let files = TensorFiles::open(&match self {
-            Self::Run { newest: folder, .. } | Self::Checkpoint(folder) | Self::Weights(folder) => {
-                folder.join(MODEL_FILE)
-            }
-            Self::File(file) => file.clone(),
-        })?;
+        let files = TensorFiles::open(&self.unverified())?;
         Ok(files.names().filter_map(|name| Some((name.to_string(), files.get(name)?.shape.to_vec()))).collect())
     }
 

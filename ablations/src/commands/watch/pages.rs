@@ -4,11 +4,13 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use dinolab_core::checkpoint;
+use dinolab_core::weights::Source;
 use dinolab_core::{Device, Error, Result};
 
 use crate::commands::prepared::prepare;
 use crate::filmstrip::{filmstrip, Filmstrip};
 use crate::report::{self, Gallery, Provenance};
+use crate::stages;
 use crate::suite::{Origin, Overrides, Plan, Suite};
 
 /// Checkpoints of more bytes are not looked into while the run goes on: pictures are made on the CPU, which trains or reads
@@ -44,7 +46,7 @@ impl Pages {
             (Some(suite), None) => Path::new("runs").join(&suite.name),
             (None, None) => path.to_path_buf(),
         };
-        if folder.join("state.json").exists() {
+        if matches!(Source::at(&folder), Ok(Source::Checkpoint(_))) {
             let problem = "this is a checkpoint, of which there is no report";
             return Err(Error::content(&folder, problem, "watch the folder of its run"));
         }
@@ -83,10 +85,8 @@ impl Pages {
             self.look();
             return report::run_page(&self.folder, self.film.as_ref());
         }
-        let said = match self.folder.join("stages.json").exists() {
-            true => {
-                "Stages are in this folder: watch the folder of one of them. Their report.html is written at the end."
-            }
+        let said = match self.folder.join(stages::FILE).exists() {
+            true => "Stages are in this folder: watch the folder of one of them.",
             false => "No run and no suite is here yet; what comes is shown.",
         };
         Ok(report::waiting_page(&self.folder, said))
