@@ -148,18 +148,24 @@ fn processes_on_gpus_write_the_files_of_one() {
         "precision=bf16",
         "losses.koleo.enabled=true",
     ];
-    let mut alone = folder.command(&run_on("cuda", "one", &sets));
-    let Some(alone) = emulator::emulate(&mut alone, &[]) else { return };
-    let ended: Ended = alone.output().expect("it starts").into();
-    assert_eq!(ended.code, 0, "{}{}", ended.out, ended.err);
-    let mut both = mpi.command(&folder, 2, &run_on("cuda", "two", &sets));
-    let ended: Ended = emulator::emulate(&mut both, &[]).expect("as before").output().expect("it starts").into();
-    assert_eq!(ended.code, 0, "{}{}", ended.out, ended.err);
-    assert!(!ended.err.contains("not recorded"), "{}", ended.err);
-    assert_same_weights(&folder, "one", "two", 6);
-    assert_eq!(metrics(&folder, "one"), metrics(&folder, "two"));
-    let run = json(&folder, "two/run.json");
-    assert!(run["ranks"]["world"] == 2 && run["ranks"]["engine"].as_str().is_some_and(|e| e.contains("NCCL 2.23")));
+    // All that a rank has of its part alone: lower halves, of a teacher that is averaged too, and moments in both forms.
+    let eight_bit = ["optimizer.moments=8bit", "backbone.dim=64", "teachers.gram={ plugin = \"ema\", momentum = 0.9 }"];
+    for (kind, more) in [("f32", &[][..]), ("8bit", &eight_bit)] {
+        let (one, two) = (format!("one-{kind}"), format!("two-{kind}"));
+        let sets = [&sets, more].concat();
+        let mut alone = folder.command(&run_on("cuda", &one, &sets));
+        let Some(alone) = emulator::emulate(&mut alone, &[]) else { return };
+        let ended: Ended = alone.output().expect("it starts").into();
+        assert_eq!(ended.code, 0, "{}{}", ended.out, ended.err);
+        let mut both = mpi.command(&folder, 2, &run_on("cuda", &two, &sets));
+        let ended: Ended = emulator::emulate(&mut both, &[]).expect("as before").output().expect("it starts").into();
+        assert_eq!(ended.code, 0, "{}{}", ended.out, ended.err);
+        assert!(!ended.err.contains("not recorded"), "{}", ended.err);
+        assert_same_weights(&folder, &one, &two, 6);
+        assert_eq!(metrics(&folder, &one), metrics(&folder, &two));
+        let run = json(&folder, &format!("{two}/run.json"));
+        assert!(run["ranks"]["world"] == 2 && run["ranks"]["engine"].as_str().is_some_and(|e| e.contains("NCCL 2.23")));
+    }
 }
 
 #[test]
@@ -244,15 +250,18 @@ fn a_process_that_hangs_is_told_by_those_that_wait_and_ends_all() {
 fn what_processes_move_is_what_the_cost_says() {
     let folder = Folder::with_micro();
     let Some(mpi) = found().into_iter().next() else { return };
+    // So large that the rest of a block of the norm is little of it.
+    let model = ["backbone.dim=192", "backbone.depth=3", "backbone.heads=3"];
     let sets = ["batch.micro_batches=2", "batch.shards=2", "losses.koleo.enabled=false"];
-    let sets: Vec<&str> = sets.into_iter().flat_map(|set| ["--set", set]).collect();
+    let sets: Vec<&str> = sets.into_iter().chain(model).flat_map(|set| ["--set", set]).collect();
     let bench = ["bench", "micro.toml", "--device", "cpu", "--steps", "3", "--json"];
     let ended = mpi.run(&folder, 2, &[&bench[..], &sets].concat());
     assert_eq!(ended.code, 0, "{}{}", ended.out, ended.err);
     let line = ended.out.lines().find(|line| line.starts_with('{')).expect("one object");
     let measured =
         serde_json::from_str::<serde_json::Value>(line).expect("JSON")["ranks"]["mib"].as_f64().expect("a number");
-    let overrides = dinolab_core::recipe::Overrides { sets: vec!["device=cpu".into()], env: false };
+    let sets = ["device=cpu"].into_iter().chain(model).map(String::from).collect();
+    let overrides = dinolab_core::recipe::Overrides { sets, env: false };
     let raw = dinolab_core::recipe::RawRecipe::load(folder.path("micro.toml")).expect("a recipe");
     let mut recipe =
         dinolab_core::resolved::Resolved::of(raw.with(&overrides).expect("a recipe")).expect("a recipe").recipe;

@@ -6,6 +6,8 @@
 //! 1, 2, 4, ... ranks give the same bits, and the number of ranks does not affect the results of a run. (EasyScale, Li et
 //! al., SC'23, arXiv:2208.14228, has fixed logical workers on any number of GPUs in the same sense.)
 //!
+//! A rank sums the gradients of its part of the model alone, and updates it: see [`Learner`](crate::step::Learner).
+//!
 //! An engine ([`Comm`]) moves bytes, and only that: [`Mpi`] between processes, [`threads()`] between threads of one; what GPUs
 //! have goes through NCCL. The sums are taken here.
 

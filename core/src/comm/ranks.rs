@@ -7,13 +7,12 @@ use super::nccl::Nccl;
 use super::watch::{Traffic, Watched};
 use super::{shards, Comm, Shards, Single};
 use crate::cuda::Gpu;
-use crate::tensor::Real;
-use crate::{dispatch_real, Error, Result, Tensor};
+use crate::{Device, Error, Result, Tensor};
 
-/// Elements of one rank that are summed at a time: 1 MiB in f32.
-const PIECE: usize = 1 << 18;
-/// The same on a GPU: 64 MiB in f32.
-const GPU_PIECE: usize = 1 << 24;
+/// Elements of all ranks together that are moved at a time: 2 MiB in f32.
+const PIECES: usize = 1 << 19;
+/// The same on GPUs: 64 MiB in f32.
+const GPU_PIECES: usize = 1 << 24;
 
 /// The ranks of a run, and how a batch's shards are spread over them: rank r has the r-th of equal blocks.
 #[derive(Clone, Debug)]
@@ -163,55 +162,124 @@ impl Ranks {
         Ok(all)
     }
 
+    /// The greatest number, none of which is below zero, of all ranks.
+    ///
+    /// # Errors
+    /// If a rank has failed.
+    pub(crate) fn greatest(&self, own: f64) -> Result<f64> {
+        // The bits of such numbers are in their order.
+        Ok(f64::from_bits(self.numbers(own.to_bits())?.into_iter().max().unwrap_or_default()))
+    }
+
     /// The sum of all ranks' tensors in the order of the tree, on all of them. Each rank adds its share of the elements.
     ///
     /// # Errors
     /// If a rank has failed.
     pub fn sum(&self, x: &mut Tensor) -> Result<()> {
-        match &self.nccl {
-            _ if self.world() == 1 => Ok(()),
-            Some(nccl) => self.sum_on_gpus(nccl, x),
-            None => dispatch_real!("sum", x.dtype(), T => self.sum_of::<T>(x.as_mut_slice::<T>())),
-        }
+        let shares: Vec<Range<usize>> =
+            (0..self.world()).map(|r| r * x.len() / self.world()..(r + 1) * x.len() / self.world()).collect();
+        self.sum_to(x, &shares)?;
+        self.spread(x, &shares)
     }
 
-    fn sum_on_gpus(&self, nccl: &Nccl, x: &Tensor) -> Result<()> {
-        let world = self.world();
-        if !x.len().is_multiple_of(world) {
-            return Err(Error::shape("sum", format!("{} numbers are no equal shares of {world} ranks", x.len())));
-        }
-        let mut start = 0;
-        while start < x.len() {
-            let piece = GPU_PIECE.min((x.len() - start) / world);
-            let part = x.view(start, &[piece * world]);
-            let received = Tensor::uninit(part.shape(), x.dtype());
-            nccl.exchange(&part, &received)?;
-            let own = shards::tree((0..world).map(|rank| received.view(rank * piece, &[piece])).collect())?;
-            nccl.all_gather(&own, &part)?;
-            start += part.len();
-        }
-        Ok(())
-    }
-
-    fn sum_of<T: Real>(&self, x: &mut [T]) -> Result<()> {
-        let world = self.world();
-        let piece = PIECE.min(x.len().div_ceil(world));
-        let mut sent = vec![T::ZERO; piece * world];
-        let mut received = sent.clone();
-        for x in x.chunks_mut(piece * world) {
-            sent[..x.len()].copy_from_slice(x);
-            self.comm.exchange(bytemuck::cast_slice(&sent), bytemuck::cast_slice_mut(&mut received))?;
-            let mut stride = 1;
-            while stride < world {
-                for pair in received.chunks_mut(2 * stride * piece) {
-                    let (left, right) = pair.split_at_mut(stride * piece);
-                    left[..piece].iter_mut().zip(&right[..piece]).for_each(|(left, &right)| *left += right);
-                }
-                stride *= 2;
+    /// The sum of all ranks' flat tensors in the order of the tree, of which each rank gets the elements of its range. The
+    /// others of its own tensor are left as they are. (A reduce-scatter, whose ranges may overlap.)
+    ///
+    /// # Errors
+    /// If a rank has failed.
+    pub(crate) fn sum_to(&self, x: &mut Tensor, ranges: &[Range<usize>]) -> Result<()> {
+        self.in_pieces(x, ranges, |x, pieces, longest| {
+            let world = self.world();
+            let own = &pieces[self.rank()];
+            let mut sent = x.device().with(|| Tensor::zeros(&[world * longest], x.dtype()));
+            for (rank, piece) in pieces.iter().enumerate() {
+                copy(&mut sent, rank * longest, x, piece.clone())?;
             }
-            self.comm.all_gather(bytemuck::cast_slice(&received[..piece]), bytemuck::cast_slice_mut(&mut sent))?;
-            x.copy_from_slice(&sent[..x.len()]);
+            let mut received = x.device().with(|| Tensor::uninit(sent.shape(), x.dtype()));
+            match &self.nccl {
+                Some(nccl) => nccl.exchange(&sent, &received)?,
+                None => self.comm.exchange(sent.as_bytes(), received.bytes_mut())?,
+            }
+            if own.is_empty() {
+                return Ok(());
+            }
+            let parts = (0..world).map(|rank| received.view(rank * longest, &[own.len()])).collect();
+            copy(x, own.start, &shards::tree(parts)?, 0..own.len())
+        })
+    }
+
+    /// Gives every rank's range of a flat tensor to all others.
+    ///
+    /// # Errors
+    /// If a rank has failed.
+    pub(crate) fn spread(&self, x: &mut Tensor, ranges: &[Range<usize>]) -> Result<()> {
+        self.in_pieces(x, ranges, |x, pieces, longest| {
+            let mut own = x.device().with(|| Tensor::zeros(&[longest], x.dtype()));
+            copy(&mut own, 0, x, pieces[self.rank()].clone())?;
+            place(x, pieces, &self.stacked(&own)?)
+        })
+    }
+
+    /// The same in host memory, where `x` is, by way of the GPUs if ranks are on some.
+    ///
+    /// # Errors
+    /// If a rank has failed.
+    pub(crate) fn spread_on_host(&self, x: &mut Tensor, ranges: &[Range<usize>], device: Device) -> Result<()> {
+        self.in_pieces(x, ranges, |x, pieces, longest| {
+            let mut own = Device::Cpu.with(|| Tensor::zeros(&[longest], x.dtype()));
+            copy(&mut own, 0, x, pieces[self.rank()].clone())?;
+            place(x, pieces, &self.stacked(&own.to(device))?.to(Device::Cpu))
+        })
+    }
+
+    /// Moves the ranges of all ranks a piece of each at a time, so that little memory is needed beside `x`. `move_pieces` is
+    /// given the length of the longest of the pieces.
+    fn in_pieces(
+        &self,
+        x: &mut Tensor,
+        ranges: &[Range<usize>],
+        move_pieces: impl Fn(&mut Tensor, &[Range<usize>], usize) -> Result<()>,
+    ) -> Result<()> {
+        if self.world() == 1 {
+            return Ok(());
+        }
+        let most = if self.nccl.is_some() { GPU_PIECES } else { PIECES } / self.world();
+        let longest = ranges.iter().map(Range::len).max().unwrap_or(0);
+        for start in (0..longest).step_by(most.max(1)) {
+            let piece = |range: &Range<usize>| {
+                let at = |offset: usize| (range.start + offset).min(range.end);
+                at(start)..at(start + most.max(1))
+            };
+            let pieces: Vec<Range<usize>> = ranges.iter().map(piece).collect();
+            move_pieces(x, &pieces, pieces.iter().map(Range::len).max().unwrap_or(0))?;
         }
         Ok(())
+    }
+}
+
+/// Copies to each of `ranges` what `all`, `[ranks, ..]`, has of it.
+fn place(x: &mut Tensor, ranges: &[Range<usize>], all: &Tensor) -> Result<()> {
+    for (rank, range) in ranges.iter().enumerate() {
+        let start = rank * all.dim(1);
+        copy(x, range.start, all, start..start + range.len())?;
+    }
+    Ok(())
+}
+
+/// Copies elements of a tensor to another that is on the same device, from `at` on.
+fn copy(to: &mut Tensor, at: usize, from: &Tensor, range: Range<usize>) -> Result<()> {
+    let size = from.dtype().size();
+    match from.gpu() {
+        _ if range.is_empty() => Ok(()),
+        Some(gpu) => {
+            let [to, from] = [(to.device_address(), at), (from.device_address(), range.start)]
+                .map(|(address, element)| address + (element * size) as u64);
+            gpu.copy(to, from, range.len() * size)
+        }
+        None => {
+            let from = &from.as_bytes()[range.start * size..range.end * size];
+            to.bytes_mut()[at * size..][..from.len()].copy_from_slice(from);
+            Ok(())
+        }
     }
 }

@@ -308,11 +308,12 @@ __device__ __forceinline__ double block_sum_double(double x) {
     return of_thread[0];
 }
 
-// partial[block] = sum of squares, in double precision; 256 threads.
-extern "C" __global__ void square_sums_f32(double* partial, const float* x, const Module* modules, int count) {
+// partial[block] = sum of squares, in double precision, of blocks from `begin` on; 256 threads.
+extern "C" __global__ void square_sums_f32(double* partial, const float* x, const Module* modules, int count, int begin) {
+    const u32 block = begin + blockIdx.x;
     int m = 0;
-    while (m + 1 < count && modules[m + 1].block <= blockIdx.x) m++;
-    const size_t first = (blockIdx.x - modules[m].block) * UNITS_OF_BLOCK;
+    while (m + 1 < count && modules[m + 1].block <= block) m++;
+    const size_t first = (block - modules[m].block) * UNITS_OF_BLOCK;
     const size_t units = modules[m].len - first < UNITS_OF_BLOCK ? modules[m].len - first : UNITS_OF_BLOCK;
     const float4* from = (const float4*)(x + (modules[m].start + first) * 64);
     double sum = 0.0;
@@ -321,7 +322,7 @@ extern "C" __global__ void square_sums_f32(double* partial, const float* x, cons
         sum += (double)v.x * v.x + (double)v.y * v.y + (double)v.z * v.z + (double)v.w * v.w;
     }
     sum = block_sum_double(sum);
-    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+    if (threadIdx.x == 0) partial[block] = sum;
 }
 
 // norms[m] = root of the sum of its blocks; a block a module, 256 threads.

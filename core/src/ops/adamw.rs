@@ -55,6 +55,13 @@ pub struct Moments<'a> {
     pub square: &'a mut Tensor,
 }
 
+/// Moments of a part of the parameters.
+pub(crate) struct PartMoments<'a> {
+    pub(crate) moments: Moments<'a>,
+    /// The element of the parameters that the first of both is of.
+    pub(crate) start: usize,
+}
+
 /// The EMA teacher that follows in the same pass.
 pub struct Ema<'a> {
     /// Its parameters, in the student's layout.
@@ -82,15 +89,31 @@ pub fn adamw_step(
     config: AdamW,
     step: u64,
 ) -> Result<()> {
-    let buffers = [grads, &*moments.mean, &*moments.square].into_iter().chain(ema.as_ref().map(|e| &*e.params));
-    for other in buffers {
+    same_layout("adamw", params, moments.mean)?;
+    adamw_part(params, grads, PartMoments { moments, start: 0 }, ema, groups, config, step)
+}
+
+/// The same of a part of the parameters, in which all groups are.
+pub(crate) fn adamw_part(
+    params: &mut Tensor,
+    grads: &Tensor,
+    PartMoments { moments, start: from }: PartMoments<'_>,
+    ema: Option<Ema<'_>>,
+    groups: &[Group],
+    config: AdamW,
+    step: u64,
+) -> Result<()> {
+    for other in [grads].into_iter().chain(ema.as_ref().map(|e| &*e.params)) {
         same_layout("adamw", params, other)?;
     }
-    let ends = [0].into_iter().chain(groups.iter().map(|g| g.range.end));
+    same_layout("adamw", moments.mean, moments.square)?;
+    let part = from..from + moments.mean.len();
+    let ends = [from].into_iter().chain(groups.iter().map(|g| g.range.end));
     let ordered = groups.iter().zip(ends).all(|(g, end)| end <= g.range.start && g.range.start <= g.range.end);
-    if step == 0 || !ordered || groups.last().is_some_and(|g| g.range.end > params.len()) {
+    let inside = part.end <= params.len() && groups.last().is_none_or(|g| g.range.end <= part.end);
+    if step == 0 || !ordered || !inside || moments.mean.dtype() != params.dtype() {
         let problem = format!(
-            "step {step}, {} groups over {} elements: steps count from 1, groups ascend",
+            "step {step}, {} groups over {part:?} of {} elements: steps count from 1, groups ascend",
             groups.len(),
             params.len()
         );
@@ -99,14 +122,15 @@ pub fn adamw_step(
     dispatch_real!("adamw", params.dtype(), T => {
         let updates: Vec<Update<T>> = groups.iter().map(|g| Update::new(g, config, ema.as_ref(), step)).collect();
         let mut ema: Vec<&mut [T]> = match ema {
-            Some(ema) => ema.params.as_mut_slice::<T>().chunks_mut(BLOCK).collect(),
-            None => (0..params.len().div_ceil(BLOCK)).map(|_| <&mut [T]>::default()).collect(),
+            Some(ema) => ema.params.as_mut_slice::<T>()[part.clone()].chunks_mut(BLOCK).collect(),
+            None => (0..part.len().div_ceil(BLOCK)).map(|_| <&mut [T]>::default()).collect(),
         };
         let (m, v) = (moments.mean.as_mut_slice::<T>(), moments.square.as_mut_slice::<T>());
-        let blocks = params.as_mut_slice::<T>().par_chunks_mut(BLOCK).zip(grads.as_slice::<T>().par_chunks(BLOCK));
+        let params = params.as_mut_slice::<T>()[part.clone()].par_chunks_mut(BLOCK);
+        let blocks = params.zip(grads.as_slice::<T>()[part].par_chunks(BLOCK));
         let blocks = blocks.zip(m.par_chunks_mut(BLOCK).zip(v.par_chunks_mut(BLOCK))).zip(ema.par_iter_mut());
         blocks.enumerate().for_each(|(block, (((p, g), (m, v)), ema))| {
-            let (start, end) = (block * BLOCK, block * BLOCK + p.len());
+            let (start, end) = (from + block * BLOCK, from + block * BLOCK + p.len());
             let first = groups.partition_point(|g| g.range.end <= start);
             let inside = groups[first..].iter().zip(&updates[first..]).take_while(|(g, _)| g.range.start < end);
             for (group, update) in inside {
@@ -187,6 +211,33 @@ pub fn ema_update(ema: &mut Tensor, params: &Tensor, momentum: f64) -> Result<()
     })
 }
 
+/// Elements of the blocks of [`square_sums`] by which the norm of a gradient is summed.
+pub(crate) const NORM_BLOCK: usize = BLOCK;
+
+/// The sum of squares of each of these ranges of a flat buffer, in f64 in an order of its own.
+///
+/// # Errors
+/// If the type is not real.
+///
+/// # Panics
+/// If a range is out of bounds: it comes from the buffer's layout.
+pub(crate) fn square_sums(flat: &Tensor, ranges: &[Range<usize>]) -> Result<Vec<f64>> {
+    dispatch_real!("square_sums", flat.dtype(), T => {
+        let flat = flat.as_slice::<T>();
+        Ok(ranges.par_iter().map_to_vec(|range| simd!(T, {
+            let mut lanes = [0.0; 16];
+            let chunks = flat[range.clone()].chunks_exact(16);
+            let rest: f64 = chunks.remainder().iter().map(|x| x.f64() * x.f64()).sum();
+            for x in chunks {
+                for i in 0..16 {
+                    lanes[i] += x[i].f64() * x[i].f64();
+                }
+            }
+            lanes.into_iter().sum::<f64>() + rest
+        })))
+    })
+}
+
 /// The Euclidean length of `range` of a flat buffer, summed in f64 in an order of its own: the gradient norm that
 /// clipping looks at.
 ///
@@ -196,21 +247,9 @@ pub fn ema_update(ema: &mut Tensor, params: &Tensor, momentum: f64) -> Result<()
 /// # Panics
 /// If the range is out of bounds: it comes from the buffer's layout.
 pub fn l2_norm(flat: &Tensor, range: Range<usize>) -> Result<f64> {
-    let squares: Vec<f64> = dispatch_real!("l2_norm", flat.dtype(), T => {
-        let blocks = flat.as_slice::<T>()[range].par_chunks(BLOCK);
-        Ok(blocks.map_to_vec(|x| simd!(T, {
-            let mut lanes = [0.0; 16];
-            let chunks = x.chunks_exact(16);
-            let rest: f64 = chunks.remainder().iter().map(|x| x.f64() * x.f64()).sum();
-            for x in chunks {
-                for i in 0..16 {
-                    lanes[i] += x[i].f64() * x[i].f64();
-                }
-            }
-            lanes.into_iter().sum::<f64>() + rest
-        })))
-    })?;
-    Ok(squares.into_iter().sum::<f64>().sqrt())
+    let end = range.end;
+    let blocks: Vec<Range<usize>> = range.step_by(NORM_BLOCK).map(|start| start..end.min(start + NORM_BLOCK)).collect();
+    Ok(square_sums(flat, &blocks)?.into_iter().sum::<f64>().sqrt())
 }
 
 pub(super) fn same_layout(op: &'static str, a: &Tensor, b: &Tensor) -> Result<()> {

@@ -54,8 +54,17 @@ const DISTILLED: &str = "teacher to distil from";
 /// # Errors
 /// If a plugin refuses its configuration.
 pub fn cost(recipe: &Recipe) -> Result<RunCost> {
+    cost_on(recipe, device_of(recipe))
+}
+
+/// A GPU, unless the recipe says that it runs on the CPU.
+fn device_of(recipe: &Recipe) -> Device {
     let on_cpu = DeviceChoice::try_from("cpu".to_string()).is_ok_and(|cpu| recipe.device == cpu);
-    cost_on(recipe, if on_cpu { Device::Cpu } else { Device::Cuda(0) })
+    if on_cpu {
+        Device::Cpu
+    } else {
+        Device::Cuda(0)
+    }
 }
 
 /// What `recipe` costs on a device.
@@ -63,17 +72,17 @@ pub fn cost(recipe: &Recipe) -> Result<RunCost> {
 /// # Errors
 /// If a plugin refuses its configuration.
 pub fn cost_on(recipe: &Recipe, device: Device) -> Result<RunCost> {
-    Ok(cost_of(recipe, &declare(recipe)?, device))
+    Ok(cost_of(recipe, &declare(recipe)?, (device, 1)))
 }
 
-/// What `recipe` costs on a device, its model declared already: operations on average over its crop sizes, memory for the
-/// sizes that take most.
-fn cost_of(recipe: &Recipe, model: &Declared, device: Device) -> RunCost {
+/// What `recipe` costs on a device, its model declared already and its optimizer shared by so many processes: operations on
+/// average over its crop sizes, memory for the sizes that take most.
+fn cost_of(recipe: &Recipe, model: &Declared, on: (Device, usize)) -> RunCost {
     let named = named_teachers(recipe, model).unwrap_or_default();
     let own_side = named.iter().find_map(|teacher| teacher.policy.crop_size());
     let variants = recipe.crops.variants(own_side);
     let shares: f64 = variants.iter().map(|sizes| sizes.share).sum();
-    let costs = variants.iter().map(|sizes| (sizes.share / shares, cost_at(recipe, sizes, (model, &named), device)));
+    let costs = variants.iter().map(|sizes| (sizes.share / shares, cost_at(recipe, sizes, (model, &named), on)));
     let costs: Vec<(f64, RunCost)> = costs.collect();
     let flops_per_image = costs.iter().map(|(share, cost)| share * cost.flops_per_image).sum();
     let most_patches = costs.iter().map(|(_, cost)| cost.most_patches).fold(0.0, f64::max);
@@ -82,7 +91,12 @@ fn cost_of(recipe: &Recipe, model: &Declared, device: Device) -> RunCost {
 }
 
 /// What a step of these crop sizes costs.
-fn cost_at(recipe: &Recipe, sizes: &Resolution, (model, named): (&Declared, &[Teacher]), device: Device) -> RunCost {
+fn cost_at(
+    recipe: &Recipe,
+    sizes: &Resolution,
+    (model, named): (&Declared, &[Teacher]),
+    (device, ranks): (Device, usize),
+) -> RunCost {
     let backbone = model.backbone.as_ref();
     let grid = |side: usize| Grid { height: side / backbone.patch_size(), width: side / backbone.patch_size() };
     let globals = (GLOBALS, grid(sizes.global_size));
@@ -136,9 +150,11 @@ fn cost_at(recipe: &Recipe, sizes: &Resolution, (model, named): (&Declared, &[Te
     let named_len = named.len() * model.layout.range_of("backbone.").len();
     let has_teacher = recipe.teacher.build(&mut ()).is_ok_and(|t| t.exists());
     let distilled_len = distilled.as_ref().map(|m| m.layout.len());
-    let moment =
-        Storage::new(&model.layout, recipe.optimizer.moments.unwrap_or_default()).bytes(recipe.dtype(device).wide());
-    let mut memory = weights(recipe, device, model.layout.len(), moment, has_teacher, named_len, distilled_len);
+    let part = 0..model.layout.len().div_ceil(ranks);
+    let storage = Storage::new(&model.layout, recipe.optimizer.moments.unwrap_or_default(), &part);
+    let moment = storage.bytes(recipe.dtype(device).wide());
+    let of_models = (model.layout.len(), has_teacher, named_len, distilled_len);
+    let mut memory = weights(recipe, (device, ranks), of_models, moment);
 
     let number = recipe.dtype(device).size() as f64;
     let all = recipe.batch.size as f64;
@@ -200,16 +216,24 @@ pub struct Shared {
     pub images: usize,
     /// What it costs it: memory is its own.
     pub own: RunCost,
-    /// Bytes that it receives: its share of the gradients of all others, and the sums of theirs. What losses exchange is
-    /// little beside it: a number a prototype, a few times.
+    /// Bytes that it receives: its part of the gradients of all others, and the weights of student and teacher that they
+    /// updated. What losses exchange is little beside it: a number a prototype, a few times.
     pub received: f64,
 }
 
-/// What a step of `recipe` costs each of `ranks` processes.
+/// What a step of `recipe` costs each of `ranks` processes, on a GPU each unless it says that it runs on the CPU.
 ///
 /// # Errors
 /// If they cannot share it, or a plugin refuses its configuration.
 pub fn shared(recipe: &Recipe, ranks: usize) -> Result<Shared> {
+    shared_on(recipe, device_of(recipe), ranks)
+}
+
+/// What a step of `recipe` costs each of `ranks` processes on such devices.
+///
+/// # Errors
+/// As [`shared`].
+pub fn shared_on(recipe: &Recipe, device: Device, ranks: usize) -> Result<Shared> {
     let shards = recipe.batch.shards;
     if ranks == 0 || !shards.is_multiple_of(ranks) {
         let problem = format!("{ranks} processes cannot share batch.shards = {shards} evenly");
@@ -219,10 +243,13 @@ pub fn shared(recipe: &Recipe, ranks: usize) -> Result<Shared> {
     own.batch.size /= ranks;
     own.batch.micro_batches /= ranks;
     own.batch.shards /= ranks;
-    let cost = cost(&own)?;
-    let gradients = cost.memory.iter().find(|(name, _)| *name == "gradients").map_or(0.0, |(_, bytes)| *bytes);
-    let others = (ranks - 1) as f64 / ranks as f64;
-    Ok(Shared { images: own.batch.size, own: cost, received: 2.0 * others * gradients })
+    let model = declare(&own)?;
+    let features = own.dtype(device);
+    let models = if own.teacher.build(&mut ())?.exists() { 2 } else { 1 };
+    let of_number = features.wide().size() + models * features.size();
+    let of_others = model.layout.len() as f64 * (ranks - 1) as f64 / ranks as f64;
+    let cost = cost_of(&own, &model, (device, ranks));
+    Ok(Shared { images: own.batch.size, own: cost, received: of_others * of_number as f64 })
 }
 
 /// Numbers in the parameters whose names begin with `prefix`.
@@ -231,22 +258,22 @@ fn count_in(model: &Declared, prefix: &str) -> usize {
     inside.fold(0, |all: usize, s| all.saturating_add(s.range().len()))
 }
 
-/// What lasts from step to step, in bytes: for so many parameters, moments of so many bytes, a teacher with as many if there is
-/// one, and those of further teachers and of a model to distil from.
+/// What lasts from step to step, in bytes: for so many parameters, a teacher with as many if there is one, those of further
+/// teachers and of a model to distil from, and moments of so many bytes.
 fn weights(
     recipe: &Recipe,
-    device: Device,
-    own: usize,
+    (device, ranks): (Device, usize),
+    (own, teacher, further, distilled): (usize, bool, usize, Option<usize>),
     moment: f64,
-    teacher: bool,
-    further: usize,
-    distilled: Option<usize>,
 ) -> Vec<(&'static str, f64)> {
     let features = recipe.dtype(device);
     let wide = |n: usize| n as f64 * features.wide().size() as f64;
-    // Lower halves may be in host memory.
-    let offloaded = features == DType::BF16 && recipe.optimizer.offload;
-    let kept = |n: usize| if offloaded { n as f64 * features.size() as f64 } else { wide(n) };
+    // Lower halves are spread over the ranks, and may be in host memory.
+    let lower = if features == DType::BF16 && recipe.optimizer.offload { 0.0 } else { 1.0 / ranks as f64 };
+    let kept = |n: usize| {
+        let rounded = n as f64 * features.size() as f64;
+        rounded + lower * (wide(n) - rounded)
+    };
     let mut memory = vec![("student", kept(own)), ("gradients", wide(own))];
     // Shards wait for each other in a tree; their sum is made beside them.
     let waiting = recipe.batch.shards.ilog2();

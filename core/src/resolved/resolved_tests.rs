@@ -317,11 +317,11 @@ fn sizes_that_no_machine_has_name_the_key() {
 #[test]
 fn what_this_machine_cannot_hold_is_known_before_a_run() {
     let small = Resolved::from_text(RECIPE).unwrap();
-    assert!(fit(&small.recipe, crate::Device::Cpu).unwrap().is_none());
+    assert!(fit(&small.recipe, crate::Device::Cpu, 1).unwrap().is_none());
     let large = set("losses.test_cls.head.prototypes=2000000000").unwrap();
     let large = large.raw.with(&Overrides { sets: vec!["losses.test_cls.head.bottleneck=2000".into()], env: false });
     let large = Resolved::of(large.unwrap()).unwrap();
-    let fit = fit(&large.recipe, crate::Device::Cpu).unwrap().unwrap();
+    let fit = fit(&large.recipe, crate::Device::Cpu, 1).unwrap().unwrap();
     assert_eq!(fit.key, "losses.test_cls.head.prototypes");
     assert!(fit.message.starts_with("with 2000000000 the run needs about"), "{fit:?}");
 }

@@ -6,7 +6,7 @@
 use figment::value::Value;
 use serde_json::Value as Json;
 
-use super::cost::{cost_on, RunCost};
+use super::cost::{cost_on, shared_on, RunCost};
 use crate::problem::Problem;
 use crate::recipe::Recipe;
 use crate::text::bytes;
@@ -50,13 +50,13 @@ pub fn memory(device: Device) -> Option<f64> {
     }
 }
 
-/// What keeps `recipe` from fitting into `device`; `None` if it fits, or nobody knows.
+/// What keeps `recipe`, shared by so many processes, from fitting into `device`; `None` if it fits, or nobody knows.
 ///
 /// # Errors
 /// If a plugin refuses its configuration.
-pub fn fit(recipe: &Recipe, device: Device) -> Result<Option<Fit>> {
+pub fn fit(recipe: &Recipe, device: Device, ranks: usize) -> Result<Option<Fit>> {
     let Some(room) = memory(device) else { return Ok(None) };
-    let cost = cost_on(recipe, device)?;
+    let cost = shared_on(recipe, device, ranks)?.own;
     let total = cost.total_memory();
     let whose = if device == Device::Cpu { "this machine" } else { "the GPU" };
     Ok((total > room).then(|| {

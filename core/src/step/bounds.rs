@@ -6,7 +6,11 @@
 //! type reaches so much farther than training does that these coarse bounds suffice for any run that works; weights are
 //! measured when they come from elsewhere, and when the bounds of a long run have drifted too far.
 
+use std::ops::Range;
+
+use crate::comm::Ranks;
 use crate::contract;
+use crate::params::ParamSpec;
 use crate::tensor::greatest;
 use crate::{DType, Error, Result, Tensor};
 
@@ -58,29 +62,35 @@ impl Bounds {
     /// # Errors
     /// If one is not finite; the message names its tensor.
     pub(super) fn measured(weights: &Weights, model: &Declared) -> Result<Self> {
-        let layout = &model.layout;
+        let specs = model.layout.specs();
         let of_role = |role: &str, flat: &Flat| -> Result<f64> {
-            let most = flat.greatest()?;
+            let most = flat.bound()?;
             if most.is_finite() {
                 return Ok(most);
             }
-            let inside = layout.specs().iter().filter(|s| s.range().end <= flat.len());
-            inside
-                .map(|spec| of_tensor(&format!("{role}.{}", spec.name), &flat.view(spec.offset, &spec.shape)?))
-                .try_fold(0.0, |most: f64, of| Ok(most.max(of?)))
+            let inside = specs.iter().filter(|s| s.range().end <= flat.len());
+            let of = |spec: &ParamSpec| {
+                of_tensor(&format!("{role}.{}", spec.name), &flat.rounded().view(spec.offset, &spec.shape))
+            };
+            inside.map(of).try_fold(0.0, |most: f64, of| Ok(most.max(of?)))
         };
         let mut most = of_role("student", &weights.student)?;
         let named = weights.named.iter().map(|(name, flat)| (role_of(name), flat));
         for (role, flat) in weights.teacher.iter().map(|flat| ("teacher".to_string(), flat)).chain(named) {
             most = most.max(of_role(&role, flat)?);
         }
-        let of_moment = |(i, name): (usize, &&'static str)| {
+        let of_moment = |(i, name): (usize, &&'static str)| -> Result<f64> {
             // The greatest number of a block in eight bits is its scale.
             let eight = weights.eight.get(i).map_or(Ok(0.0), |eight| greatest(eight.scales()))?;
-            match weights.eight.is_empty() || !eight.is_finite() {
-                true => of_role(name, &weights.moment(i, layout).into()),
-                false => Ok(eight.max(of_tensor(name, &weights.moments[i])?)),
+            let whole = greatest(&weights.moments[i])?;
+            if eight.is_finite() && whole.is_finite() {
+                return Ok(eight.max(whole));
             }
+            let part = weights.moment(i);
+            let of = |(spec, at): (&ParamSpec, Range<usize>)| {
+                of_tensor(&format!("{name}.{}", spec.name), &part.view(at.start, &[at.len()]))
+            };
+            specs.iter().zip(weights.in_part()).map(of).try_fold(0.0, |most: f64, of| Ok(most.max(of?)))
         };
         let moments = weights.moment_names.iter().enumerate().map(of_moment);
         let moment = moments.collect::<Result<Vec<f64>>>()?.first().copied().unwrap_or(0.0);
@@ -94,6 +104,11 @@ impl Bounds {
             _ => f64::from(f32::MAX),
         };
         Ok(Self { weights: most, moment, limit: SHARE * limit })
+    }
+
+    /// The same of the numbers of all ranks.
+    pub(super) fn of_all(self, ranks: &Ranks) -> Result<Self> {
+        Ok(Self { weights: ranks.greatest(self.weights)?, moment: ranks.greatest(self.moment)?, ..self })
     }
 
     /// The longest clipped gradient of a sub-model with which every number stays finite; negative if there is none.

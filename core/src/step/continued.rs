@@ -2,10 +2,9 @@
 //! run.
 
 use std::path::Path;
-use std::sync::Arc;
 
 use super::weights::{load, role_of, Of, Weights};
-use super::{Declared, Learner, SharedTeacher};
+use super::{Declared, Learner, Peers};
 use crate::checkpoint::Checkpoint;
 use crate::contract::{Follow, Role};
 use crate::files::NamedTensors;
@@ -28,37 +27,37 @@ impl Learner {
     /// # Errors
     /// If a plugin refuses to be built, or a sub-model that both have has other shapes.
     pub fn continued(recipe: &Recipe, from: &Checkpoint, parent: &Recipe) -> Result<(Self, Vec<String>)> {
-        Self::continued_beside(recipe, from, parent, None)
+        Self::continued_with(recipe, from, parent, Peers::default())
     }
 
-    /// The same for one of several students, as [`new_beside`](Self::new_beside).
+    /// The same for one of several ranks, or students.
     ///
     /// # Errors
     /// As [`continued`](Self::continued), and if it cannot share the teacher.
-    pub fn continued_beside(
+    pub fn continued_with(
         recipe: &Recipe,
         from: &Checkpoint,
         parent: &Recipe,
-        shared: Option<&Arc<SharedTeacher>>,
+        peers: Peers<'_>,
     ) -> Result<(Self, Vec<String>)> {
-        let mut learner = Self::unstarted(recipe, shared)?;
-        let Self { model, weights, teacher, named, kernels, spikes, .. } = &mut learner;
+        let mut learner = Self::unstarted(recipe, peers)?;
+        let Self { model, weights, teacher, named, kernels, spikes, ranks, .. } = &mut learner;
         kernels.load()?;
         weights.student.set(&model.layout.init(recipe.seed, weights.student.dtype())?)?;
         let mut notes = weights.take_over(from, model)?;
         if let (role @ Role::Checkpoint(_), true) = (teacher.start(), recipe.teacher != parent.teacher) {
-            weights.follow(Of::Teacher, Follow::Copy(role), model)?;
+            weights.follow(Of::Teacher, Follow::Copy(role), model, ranks)?;
             notes.push("the teacher starts from the weights that its table names".into());
         }
         for (i, own) in named.iter().enumerate() {
             let same = recipe.teachers.0.get(&own.name) == parent.teachers.0.get(&own.name);
             if !(same && weights.take_over_named(i, from, model)?) {
-                weights.follow(Of::Named(i), Follow::Copy(own.policy.start()), model)?;
+                weights.follow(Of::Named(i), Follow::Copy(own.policy.start()), model, ranks)?;
                 notes.push(new_teacher(&own.name));
             }
         }
         weights.forget_bounds();
-        weights.bounds(model)?;
+        weights.bounds(model, ranks)?;
         if let Some(spikes) = spikes {
             spikes.restore(&from.optimizer);
         }
@@ -71,15 +70,16 @@ impl Weights {
     fn take_over(&mut self, from: &Checkpoint, model: &Declared) -> Result<Vec<String>> {
         let (layout, path) = (&model.layout, from.path.as_path());
         let mut notes = Vec::new();
-        let new = self.student.change(|flat| modules(&from.model, "student.", layout, flat, path))?;
+        let new = self.student.change(|flat| modules(&from.model, "student.", layout, (flat, 0), path))?;
         notes.extend(new.iter().map(|name| format!("{name} is new: it starts from the seed")));
         self.follow_student()?;
         if let Some(teacher) = self.teacher.as_mut().filter(|_| from.model.has("teacher.")) {
-            teacher.change(|flat| modules(&from.model, "teacher.", layout, flat, path))?;
+            teacher.change(|flat| modules(&from.model, "teacher.", layout, (flat, 0), path))?;
         }
         for (i, name) in self.moment_names.clone().into_iter().enumerate() {
-            let take = |moment: &mut Tensor| modules(&from.optimizer, &format!("{name}."), layout, moment, path);
-            let missing = self.change_moment(i, layout, take)?;
+            let take =
+                |moment: (&mut Tensor, usize)| modules(&from.optimizer, &format!("{name}."), layout, moment, path);
+            let missing = self.change_moment(i, take)?;
             let unsaid = missing.iter().filter(|module| !new.contains(module));
             notes.extend(unsaid.map(|module| format!("{name} of {module} is not there: it starts at zero")));
         }
@@ -105,18 +105,25 @@ impl Weights {
         }
         let layout = model.layout.part("backbone.");
         let get = |name: &str| from.model.get(&format!("{role}.{name}")).cloned();
-        flat.change(|flat| load(&layout, flat, get, &from.path))?;
+        flat.change(|flat| load(&layout, (flat, 0), get, &from.path))?;
         Ok(true)
     }
 }
 
-/// Loads every sub-model that a file has under `role`; gives the names of the others.
-fn modules(from: &NamedTensors, role: &str, layout: &Layout, flat: &mut Tensor, path: &Path) -> Result<Vec<String>> {
+/// Loads every sub-model that a file has under `role` into a part of flat memory, which begins at this element; gives the names
+/// of the others.
+fn modules(
+    from: &NamedTensors,
+    role: &str,
+    layout: &Layout,
+    (flat, start): (&mut Tensor, usize),
+    path: &Path,
+) -> Result<Vec<String>> {
     let mut missing = Vec::new();
     for module in layout.modules() {
         if from.has(&format!("{role}{module}.")) {
             let part = layout.part(&format!("{module}."));
-            load(&part, flat, |name| from.get(&format!("{role}{name}")).cloned(), path)?;
+            load(&part, (&mut *flat, start), |name| from.get(&format!("{role}{name}")).cloned(), path)?;
         } else {
             missing.push(module);
         }

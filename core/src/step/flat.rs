@@ -3,15 +3,18 @@
 //! Where features are bf16, a number of f32 is kept as two halves of 16 bits: itself rounded to bf16, which the step reads as it
 //! is, and its lower bits. Both together are the f32, exactly, for every pattern of bits: 4 bytes a number in place of 6.
 //! Numbers half way between two of bf16 are rounded away from zero, since from a number rounded to even the upper bits could
-//! not be told. Only updates need the lower bits, so they may lie in host memory ([`OptimizerConfig`]'s `offload`).
+//! not be told. Only updates need the lower bits, so they may lie in host memory ([`OptimizerConfig`]'s `offload`), and each of
+//! several ranks has those of the part that it updates ([`parts`](super::parts)).
 //!
 //! [`OptimizerConfig`]: crate::recipe::OptimizerConfig
+
+use std::ops::Range;
 
 use half::bf16;
 use rayon::prelude::*;
 
 use crate::cuda::{args, Arg, Pinned};
-use crate::tensor::{greatest, greatest_of_halves};
+use crate::tensor::greatest;
 use crate::{cuda_source, ops, DType, Device, Error, Result, Tensor};
 
 cuda_source! { static HALVES = "halves" { include_str!("halves.cu") } }
@@ -24,7 +27,12 @@ pub struct Flat(Kept);
 
 enum Kept {
     Wide(Tensor),
-    Halves { rounded: Tensor, lower: Lower },
+    /// The lower halves are those of the elements `own`.
+    Halves {
+        rounded: Tensor,
+        lower: Lower,
+        own: Range<usize>,
+    },
 }
 
 /// Lower halves, u16.
@@ -94,20 +102,21 @@ impl From<Tensor> for Flat {
 }
 
 impl Flat {
-    /// `len` zeros, an even number, for features of type `features`; with `offload`, lower halves are in host memory.
+    /// `len` zeros for features of type `features`, of which this rank updates `own`, from and to even numbers; with `offload`,
+    /// lower halves are in host memory.
     ///
     /// # Errors
     /// If there is not that much host memory.
-    pub(super) fn zeros(len: usize, features: DType, offload: bool) -> Result<Self> {
+    pub(super) fn zeros(len: usize, own: Range<usize>, features: DType, offload: bool) -> Result<Self> {
         if features != DType::BF16 {
             return Ok(Tensor::zeros(&[len], features).into());
         }
         let rounded = Tensor::zeros(&[len], DType::BF16);
         let lower = match rounded.gpu().filter(|_| offload) {
-            Some(gpu) => Lower::Host(Pinned::zeros(gpu, 2 * len)?),
-            None => Lower::Device(Tensor::zeros(&[len / 2], DType::U32)),
+            Some(gpu) => Lower::Host(Pinned::zeros(gpu, 2 * own.len())?),
+            None => Lower::Device(Tensor::zeros(&[own.len() / 2], DType::U32)),
         };
-        Ok(Self(Kept::Halves { rounded, lower }))
+        Ok(Self(Kept::Halves { rounded, lower, own }))
     }
 
     /// How many numbers they are.
@@ -133,8 +142,16 @@ impl Flat {
     pub(super) fn place(&self) -> Arg {
         Arg::plain(match &self.0 {
             Kept::Wide(wide) => [wide.device_address(), 0, 0],
-            Kept::Halves { rounded, lower } => [0, rounded.device_address(), lower.address()],
+            Kept::Halves { rounded, lower, own } => [0, rounded.device_address(), lower_of_first(lower, own)],
         })
+    }
+
+    /// What a step computes with, to be given by the ranks that updated it to the others.
+    pub(super) fn rounded_mut(&mut self) -> &mut Tensor {
+        match &mut self.0 {
+            Kept::Wide(wide) => wide,
+            Kept::Halves { rounded, .. } => rounded,
+        }
     }
 
     /// No numbers, for the same kernels.
@@ -150,21 +167,27 @@ impl Flat {
         }
     }
 
-    /// All of them in host memory.
+    /// All of them in host memory; those whose lower halves are on other ranks, rounded.
     ///
     /// # Errors
     /// If the device fails.
     pub fn to_host(&self) -> Result<Tensor> {
-        let (rounded, lower) = match &self.0 {
+        let (rounded, lower, own) = match &self.0 {
             Kept::Wide(wide) => return Ok(wide.to(Device::Cpu)),
-            Kept::Halves { rounded, lower } => (rounded.to(Device::Cpu), lower),
+            Kept::Halves { rounded, lower, own } => (rounded.to(Device::Cpu), lower, own),
         };
-        let mut out = Device::Cpu.with(|| Tensor::uninit(rounded.shape(), DType::F32));
+        let mut out = Device::Cpu.with(|| rounded.cast(DType::F32))?;
         lower.read(|lower| {
-            let halves = rounded.as_slice::<bf16>().par_iter().zip(lower).with_min_len(CHUNK);
-            out.as_mut_slice::<f32>().par_iter_mut().zip(halves).for_each(|(x, (r, l))| *x = join(*r, *l));
+            let halves = rounded.as_slice::<bf16>()[own.clone()].par_iter().zip(lower).with_min_len(CHUNK);
+            let out = out.as_mut_slice::<f32>()[own.clone()].par_iter_mut();
+            out.zip(halves).for_each(|(x, (r, l))| *x = join(*r, *l));
         })?;
         Ok(out)
+    }
+
+    /// Whether each rank has its part alone.
+    pub(super) fn is_spread(&self) -> bool {
+        matches!(&self.0, Kept::Halves { rounded, own, .. } if own.len() < rounded.len())
     }
 
     /// All of them, widened.
@@ -175,19 +198,20 @@ impl Flat {
         self.to_host().unwrap_or_else(|e| panic!("{e}")).to_f64_vec()
     }
 
-    /// Those from `start` on as a tensor of this shape, where they are; to be read, not changed.
+    /// Those from `start` on as a tensor of this shape, where they are; to be read, not changed. They are of this rank's part.
     ///
     /// # Errors
     /// If the device fails.
     pub fn view(&self, start: usize, shape: &[usize]) -> Result<Tensor> {
         match &self.0 {
             Kept::Wide(wide) => Ok(wide.view(start, shape)),
-            Kept::Halves { rounded, lower } => {
+            Kept::Halves { rounded, lower, own } => {
                 let gpu = rounded.gpu().expect("halves are on a GPU");
                 let mut out = rounded.device().with(|| Tensor::uninit(shape, DType::F32));
                 let n = out.len();
+                assert!(own.start <= start && start + n <= own.end, "{start}+{n} is in the part {own:?}");
                 let launch = gpu.kernel(&HALVES, "join", DType::F32)?.over(n).work(0.0, 8.0 * n as f64);
-                launch.launch(args![&mut out, rounded, lower.address(), start, n])?;
+                launch.launch(args![&mut out, rounded, lower_of_first(lower, own), start, n])?;
                 Ok(out)
             }
         }
@@ -198,17 +222,20 @@ impl Flat {
     /// # Errors
     /// If it has more numbers or fewer, or the device fails.
     pub fn set(&mut self, numbers: &Tensor) -> Result<()> {
-        let (rounded, lower) = match &mut self.0 {
+        let (rounded, lower, own) = match &mut self.0 {
             Kept::Wide(wide) => return wide.copy_from(numbers),
-            Kept::Halves { rounded, lower } => (rounded, lower),
+            Kept::Halves { rounded, lower, own } => (rounded, lower, own.clone()),
         };
         if numbers.len() != rounded.len() {
             return Err(Error::shape("set", format!("{} numbers for {}", numbers.len(), rounded.len())));
         }
         let mut of_rounded = Device::Cpu.with(|| Tensor::uninit(rounded.shape(), DType::BF16));
+        let numbers = numbers.as_slice::<f32>();
+        let all = of_rounded.as_mut_slice::<bf16>().par_iter_mut().zip(numbers).with_min_len(CHUNK);
+        all.for_each(|(rounded, x)| *rounded = split(*x).0);
         lower.write(|lower| {
-            let halves = of_rounded.as_mut_slice::<bf16>().par_iter_mut().zip(lower).with_min_len(CHUNK);
-            halves.zip(numbers.as_slice::<f32>()).for_each(|((r, l), x)| (*r, *l) = split(*x));
+            let own = lower.par_iter_mut().zip(&numbers[own]).with_min_len(CHUNK);
+            own.for_each(|(lower, x)| *lower = split(*x).1);
         })?;
         rounded.copy_from(&of_rounded)
     }
@@ -218,7 +245,7 @@ impl Flat {
         let n = self.len();
         match (&mut self.0, &other.0) {
             (Kept::Wide(own), Kept::Wide(other)) => own.copy_from(&other.view(0, &[n])),
-            (Kept::Halves { rounded, lower }, Kept::Halves { rounded: others, lower: others_lower }) => {
+            (Kept::Halves { rounded, lower, .. }, Kept::Halves { rounded: others, lower: others_lower, .. }) => {
                 rounded.copy_from(&others.view(0, &[n]))?;
                 lower.copy_from(others_lower)
             }
@@ -226,7 +253,7 @@ impl Flat {
         }
     }
 
-    /// Lets `f` change them, as wide as they are: those in halves in host memory.
+    /// Lets `f` change them, as wide as they are: those in halves in host memory. All ranks have to change them alike.
     pub fn change<R>(&mut self, f: impl FnOnce(&mut Tensor) -> Result<R>) -> Result<R> {
         if let Kept::Wide(wide) = &mut self.0 {
             return f(wide);
@@ -237,27 +264,37 @@ impl Flat {
         Ok(done)
     }
 
-    /// `self = momentum self + (1 - momentum) other`, by the first numbers of others, which are kept alike.
+    /// `self = momentum self + (1 - momentum) other`, by the first numbers of others, which are kept alike; of those that are
+    /// spread over ranks, this rank's part.
     pub(super) fn average(&mut self, other: &Flat, momentum: f64) -> Result<()> {
         let n = self.len();
         match (&mut self.0, &other.0) {
             (Kept::Wide(own), Kept::Wide(other)) => ops::ema_update(own, &other.view(0, &[n]), momentum),
-            (Kept::Halves { rounded, lower }, Kept::Halves { rounded: others, lower: others_lower }) => {
+            (Kept::Halves { own, .. }, _) if Range::is_empty(own) => Ok(()),
+            (Kept::Halves { rounded, lower, own }, Kept::Halves { rounded: others, lower: others_lower, .. }) => {
                 let gpu = rounded.gpu().expect("halves are on a GPU");
+                let n = own.len();
+                let [rounded, others] = [&*rounded, others].map(|of| of.view(own.start, &[n]));
                 let launch = gpu.kernel(&HALVES, "average", DType::F32)?.over(n).work(0.0, 12.0 * n as f64);
-                launch.launch(args![&*rounded, lower.address(), others, others_lower.address(), momentum as f32, n])
+                launch.launch(args![&rounded, lower.address(), &others, others_lower.address(), momentum as f32, n])
             }
             _ => unreachable!("all weights of a run are kept alike"),
         }
     }
 
-    /// `max |x|`; NaN if there is one.
-    pub(super) fn greatest(&self) -> Result<f64> {
+    /// A number that no `|x|` is greater than; NaN if there is one.
+    pub(super) fn bound(&self) -> Result<f64> {
         match &self.0 {
             Kept::Wide(wide) => greatest(wide),
-            Kept::Halves { rounded, lower } => greatest_of_halves(rounded, lower.address()),
+            // Rounding takes away less than a part in 256.
+            Kept::Halves { rounded, .. } => Ok(greatest(rounded)? * (1.0 + 1.0 / 256.0)),
         }
     }
+}
+
+/// Where the lower half of element 0 would be, with those of `own` at their place: kernels count from the first element.
+fn lower_of_first(lower: &Lower, own: &Range<usize>) -> u64 {
+    lower.address().wrapping_sub(2 * own.start as u64)
 }
 
 #[cfg(test)]

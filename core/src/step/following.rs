@@ -9,21 +9,21 @@ use super::Learner;
 impl Learner {
     /// What the teachers' policies do before a step.
     pub(super) fn before_step(&mut self, at: At) -> Result<()> {
-        self.weights.follow(Of::Teacher, follow(self.teacher.before_step(at), at)?, &self.model)?;
+        self.weights.follow(Of::Teacher, follow(self.teacher.before_step(at), at)?, &self.model, &self.ranks)?;
         self.follow_named(at, |policy| policy.before_step(at))
     }
 
     /// What the policies do after the update, which the EMA was part of.
     pub(super) fn follow_after(&mut self, at: At, follow: Follow) -> Result<()> {
         if let Follow::Copy(_) = follow {
-            self.weights.follow(Of::Teacher, follow, &self.model)?;
+            self.weights.follow(Of::Teacher, follow, &self.model, &self.ranks)?;
         }
         self.follow_named(at, |policy| policy.after_step(at))
     }
 
     fn follow_named(&mut self, at: At, what: impl Fn(&dyn TeacherPolicy) -> Follow) -> Result<()> {
         for (i, teacher) in self.named.iter().enumerate() {
-            self.weights.follow(Of::Named(i), follow(what(teacher.policy.as_ref()), at)?, &self.model)?;
+            self.weights.follow(Of::Named(i), follow(what(teacher.policy.as_ref()), at)?, &self.model, &self.ranks)?;
         }
         Ok(())
     }

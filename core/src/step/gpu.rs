@@ -267,7 +267,7 @@ impl Learner {
         // However it ends, the gradients are put back: a recording that fails is followed by an eager step.
         let done = catch_out_of_memory(|| {
             let pass = self.forward_backward(at, batches, draws, &mut grads, health)?;
-            let norms = update.norms(&grads)?;
+            let norms = update.norms(&grads, &self.ranks)?;
             let Pass { losses, health, state, marks } = pass;
             let one = |t: &Tensor| t.reshape(&[1]);
             let of_losses: Vec<Tensor> = losses.values().map(one).collect::<Result<_>>()?;
@@ -276,6 +276,7 @@ impl Learner {
             let total = losses.keys().position(|name| name == "loss/total");
             let taken = update.verdict(&values, losses.len(), total)?;
             update.apply(&self.optimizer, &mut self.weights, &grads, &norms, &taken, follows)?;
+            self.weights.spread(follows, &self.ranks)?;
             for ((_, old), (_, new)) in self.weights.loss_state.iter_mut().flatten().zip(state.iter().flatten()) {
                 if old.device_address() != new.device_address() {
                     ops::copy_if(old, new, &taken)?;

@@ -18,6 +18,7 @@ mod health;
 mod moments;
 mod optimizer;
 mod outputs;
+mod parts;
 mod refusal;
 mod shared;
 mod sources;
@@ -34,6 +35,7 @@ pub(crate) use distillation::distilled_model;
 pub use flat::Flat;
 pub use health::Health;
 pub use optimizer::ParamRule;
+pub use parts::Share;
 pub use shared::SharedTeacher;
 pub use sources::{adaptations, check_sources, check_sources_of, sources_of};
 pub(crate) use sources::{frozen_sources, no_step_left};
@@ -69,6 +71,22 @@ use outputs::{next_state, StudentPass, TeacherPass};
 use refusal::{Limits, Refusal};
 use spikes::Spikes;
 use update::DeviceUpdate;
+
+/// With whom a learner learns; alone, if not said.
+#[derive(Clone, Copy, Default)]
+pub struct Peers<'a> {
+    /// Which of the ranks of a run it is.
+    pub share: Share,
+    /// What it shares with other students of a frozen teacher.
+    pub teacher: Option<&'a Arc<SharedTeacher>>,
+}
+
+impl Peers<'_> {
+    /// The other ranks that `comm` joins: the learner then has to [join](Learner::join) them.
+    pub fn of(comm: &dyn Comm) -> Self {
+        Self { share: Share::of(comm), teacher: None }
+    }
+}
 
 /// A model in training: weights, optimizer, losses and the teachers' policies.
 pub struct Learner {
@@ -164,22 +182,22 @@ impl Learner {
     /// # Errors
     /// If a plugin refuses to be built, or weights to start from cannot be read.
     pub fn new(recipe: &Recipe) -> Result<Self> {
-        Self::new_beside(recipe, None)
+        Self::new_with(recipe, Peers::default())
     }
 
-    /// The same for one of several students of a frozen teacher, if there is one that they share.
+    /// The same for one of several ranks, or students.
     ///
     /// # Errors
-    /// As [`new`](Self::new), and if it cannot share it.
-    pub fn new_beside(recipe: &Recipe, shared: Option<&Arc<SharedTeacher>>) -> Result<Self> {
-        let mut learner = Self::unstarted(recipe, shared)?;
-        let Self { model, weights, teacher, named, kernels, .. } = &mut learner;
+    /// As [`new`](Self::new), and if it cannot share the teacher.
+    pub fn new_with(recipe: &Recipe, peers: Peers<'_>) -> Result<Self> {
+        let mut learner = Self::unstarted(recipe, peers)?;
+        let Self { model, weights, teacher, named, kernels, ranks, .. } = &mut learner;
         let dtype = weights.student.dtype();
         // Each has parts that only one core can do; together they fill them all.
         let (compiled, drawn) = rayon::join(|| kernels.load(), || model.layout.init(recipe.seed, dtype));
         compiled?;
         weights.start(&drawn?, recipe, model, teacher.as_ref(), named)?;
-        weights.bounds(model)?;
+        weights.bounds(model, ranks)?;
         Ok(learner)
     }
 
@@ -188,37 +206,33 @@ impl Learner {
     /// # Errors
     /// If a plugin refuses to be built, or a tensor is missing or has another shape.
     pub fn from_checkpoint(recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Self> {
-        Self::from_checkpoint_beside(recipe, checkpoint, None)
+        Self::from_checkpoint_with(recipe, checkpoint, Peers::default())
     }
 
-    /// The same for one of several students, as [`new_beside`](Self::new_beside).
+    /// The same for one of several ranks, or students.
     ///
     /// # Errors
     /// As [`from_checkpoint`](Self::from_checkpoint), and if it cannot share the teacher.
-    pub fn from_checkpoint_beside(
-        recipe: &Recipe,
-        checkpoint: &Checkpoint,
-        shared: Option<&Arc<SharedTeacher>>,
-    ) -> Result<Self> {
-        let mut learner = Self::unstarted(recipe, shared)?;
-        let Self { model, weights, kernels, .. } = &mut learner;
+    pub fn from_checkpoint_with(recipe: &Recipe, checkpoint: &Checkpoint, peers: Peers<'_>) -> Result<Self> {
+        let mut learner = Self::unstarted(recipe, peers)?;
+        let Self { model, weights, kernels, ranks, .. } = &mut learner;
         kernels.load()?;
         weights.restore(checkpoint, model)?;
-        weights.bounds(model)?;
+        weights.bounds(model, ranks)?;
         if let Some(spikes) = &mut learner.spikes {
             spikes.restore(&checkpoint.optimizer);
         }
         Ok(learner)
     }
 
-    fn unstarted(recipe: &Recipe, shared: Option<&Arc<SharedTeacher>>) -> Result<Self> {
+    fn unstarted(recipe: &Recipe, peers: Peers<'_>) -> Result<Self> {
         let model = declare(recipe)?;
         let teacher = recipe.teacher.build(&mut ())?;
         let distilled = TeacherModel::of(teacher.as_ref(), &model, recipe)?;
         let named = named_teachers(recipe, &model)?;
         let device = recipe.device()?;
         let dtype = recipe.dtype(device);
-        let optimizer = Groups::new(&recipe.optimizer, &model.layout, model.backbone.depth())?;
+        let optimizer = Groups::new(&recipe.optimizer, &model.layout, model.backbone.depth(), peers.share)?;
         let names = named.iter().map(|teacher| teacher.name.as_str());
         let new = || Weights::new(&model, &optimizer, teacher.exists(), names, dtype);
         let weights = catch_out_of_memory(|| device.with(new))?;
@@ -243,7 +257,7 @@ impl Learner {
             spikes: recipe.on_spike.as_ref().map(Spikes::new),
             gpu_step: gpu_step.transpose()?,
         };
-        if let Some(shared) = shared {
+        if let Some(shared) = peers.teacher {
             learner.share(shared, recipe.crops.global_size)?;
         }
         learner.distilled.as_ref().map_or(Ok(()), |teacher| teacher.read_once())?;
@@ -253,19 +267,26 @@ impl Learner {
     /// Joins the other ranks of a run, all of which have the same weights.
     ///
     /// # Errors
-    /// If they cannot share the shards, have other weights, or are on GPUs that NCCL does not join.
+    /// If they cannot share the shards, have other weights, or are on GPUs that NCCL does not join, or if this learner was made
+    /// for another rank.
     pub fn join(&mut self, comm: Arc<dyn Comm>) -> Result<()> {
+        let (share, own) = (Share::of(comm.as_ref()), self.optimizer.parts.share());
+        if share != own {
+            let problem = format!("a learner made for {own} is to be {share}");
+            return Err(Error::user(problem, "this is a fault of the program: make it with that `Share`"));
+        }
         let ranks = Ranks::new(comm, self.ranks.shards())?;
         let ranks = match self.device.gpu() {
             Some(gpu) => ranks.on(gpu)?,
             None => ranks,
         };
         if ranks.world() > 1 {
-            let hash = blake3::hash(self.weights.student.to_host()?.as_bytes()).to_hex();
+            // What all of them compute with.
+            let hash = blake3::hash(self.weights.student().to(Device::Cpu).as_bytes()).to_hex();
             ranks.comm().hold_same("the hash of the weights", &hash)?;
         }
         self.ranks = ranks;
-        Ok(())
+        self.weights.agree(&self.model, &self.ranks)
     }
 
     /// The ranks of the run, of which this is one.
@@ -324,14 +345,32 @@ impl Learner {
         self.spikes.as_ref().map_or(0, Spikes::skipped)
     }
 
-    /// Everything a run needs to go on after `step` steps.
+    /// Everything a run needs to go on after `step` steps. Of several ranks all have to ask for it, or
+    /// [give what they have](Self::hand_over).
     ///
     /// # Errors
-    /// If the device fails.
+    /// If the device or a rank fails.
     pub fn content(&self, step: u64) -> Result<Content> {
-        let mut content = catch_out_of_memory(|| self.weights.content(step, &self.model))?;
+        let mut content = catch_out_of_memory(|| self.weights.content(step, &self.model, &self.ranks))?;
         content.optimizer.extend(self.spikes.iter().flat_map(Spikes::content));
         Ok(content)
+    }
+
+    /// Gives ranks that ask for all [`content`](Self::content) what this one has of it.
+    ///
+    /// # Errors
+    /// If the device or a rank fails.
+    pub fn hand_over(&self) -> Result<()> {
+        catch_out_of_memory(|| self.weights.gather(&self.ranks, |_, _, _| {}))
+    }
+
+    /// Gives every rank the gradients of all; after a step each has those of its part.
+    ///
+    /// # Errors
+    /// If a rank has failed.
+    pub fn gather_gradients(&mut self) -> Result<()> {
+        let _step = cuda::step_scope();
+        self.ranks.spread(&mut self.weights.grads, self.optimizer.parts.ranges())
     }
 
     /// Runs step `step` (0-based) on its micro-batches. When something is not finite, or would not be after the update,
@@ -360,7 +399,7 @@ impl Learner {
         let pass = self.forward_backward(at, batches, &draws, &mut grads, health);
         let norms = {
             let _part = profile::part("norms of gradients");
-            self.optimizer.grad_norms(&grads)
+            self.optimizer.grad_norms(&grads, &self.ranks)
         };
         self.weights.grads = grads;
         let Pass { losses, health, state, marks } = pass?;
@@ -380,6 +419,7 @@ impl Learner {
             let momentum = if let Follow::Ema { momentum } = follow { Some(momentum) } else { None };
             let _part = profile::part("optimizer and EMA");
             self.optimizer.update(at, &mut self.weights, &report.grad_norms, momentum)?;
+            self.weights.spread(momentum.is_some(), &self.ranks)?;
         }
         self.after_step(at, report, refusal, reach, follow)
     }
@@ -448,8 +488,8 @@ impl Learner {
         StepContext { at, seed: self.seed, shards, dtype: self.dtype(), state }
     }
 
-    /// Teachers, student, losses and gradients of one step; `grads` is overwritten. What is of the whole batch is the same on
-    /// all ranks.
+    /// Teachers, student, losses and gradients of one step; `grads` is overwritten, and has the sums of all ranks in this one's
+    /// part. What is of the whole batch is the same on all ranks.
     fn forward_backward(
         &self,
         at: At,
@@ -470,7 +510,7 @@ impl Learner {
             }
             shards.end()?;
         }
-        self.ranks.sum(grads)?;
+        self.optimizer.sum_gradients(grads, &self.ranks)?;
         let measured = match batches.first() {
             Some(batch) if health && self.ranks.leads() => {
                 Some(Health::measure(&teacher.of(0), &self.model, &batch.indices().collect::<Vec<_>>())?)

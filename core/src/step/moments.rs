@@ -1,45 +1,63 @@
 //! Where the optimizer's moments of each parameter are kept.
 
+use std::ops::Range;
+
 use crate::ops::{EightBit, Place};
 use crate::params::{Layout, ParamRole, ParamSpec, ALIGN};
 use crate::recipe::MomentStorage;
 use crate::{DType, Tensor};
 
+use super::parts::within;
+
 /// The least numbers of a parameter whose moments take eight bits each: with fewer there is nothing to gain (Dettmers et al.,
 /// arXiv:2110.02861, whose implementation has the same).
 const LEAST: usize = 4096;
 
-/// The places of all moments, in the order of the layout.
+/// The places of the moments of a part of the layout.
 pub(crate) struct Storage {
-    pub(super) places: Vec<Place>,
+    /// Of every parameter, in the order of the layout.
+    pub(super) places: Vec<Placed>,
     /// Elements of a buffer of moments as wide as the weights.
     whole: usize,
     /// Blocks of moments in eight bits.
     pub(super) blocks: usize,
 }
 
+/// What of a parameter is in the part, and where its moments are.
+#[derive(Clone, Debug)]
+pub(super) struct Placed {
+    /// In the flat memory of the layout; empty if nothing of it is in the part.
+    pub(super) range: Range<usize>,
+    pub(super) place: Place,
+}
+
 impl Storage {
-    /// Those of a layout. As wide as the weights, moments lie where their weights do.
-    pub(crate) fn new(layout: &Layout, storage: MomentStorage) -> Self {
-        if storage == MomentStorage::F32 {
-            let places = layout.specs().iter().map(|spec| Place::Whole(spec.offset)).collect();
-            return Self { places, whole: layout.len(), blocks: 0 };
-        }
+    /// Those of the part `own` of a layout. As wide as the weights, moments lie as their weights do.
+    pub(crate) fn new(layout: &Layout, storage: MomentStorage, own: &Range<usize>) -> Self {
         let (mut whole, mut blocks) = (0usize, 0usize);
         let place = |spec: &ParamSpec| {
-            let len = spec.range().len();
-            // As in the paper, what is looked up by rare rows keeps its precision: here the prototypes.
-            let eight = spec.shape.len() > 1 && len >= LEAST && spec.role != Some(ParamRole::LastLayer);
-            if eight {
-                let first = blocks;
-                blocks = blocks.saturating_add(EightBit::blocks(len));
-                return Place::Eight(first);
+            let range = within(&spec.range(), own);
+            if storage == MomentStorage::F32 {
+                let place = Place::Whole(range.start.saturating_sub(own.start));
+                return Placed { range, place };
             }
-            let start = whole;
-            whole = whole.saturating_add(len.div_ceil(ALIGN).saturating_mul(ALIGN));
-            Place::Whole(start)
+            // As in the paper, what is looked up by rare rows keeps its precision: here the prototypes.
+            let eight = spec.shape.len() > 1 && spec.range().len() >= LEAST && spec.role != Some(ParamRole::LastLayer);
+            let place = if eight {
+                let first = blocks;
+                blocks = blocks.saturating_add(EightBit::blocks(range.len()));
+                Place::Eight(first)
+            } else {
+                let start = whole;
+                whole = whole.saturating_add(range.len().div_ceil(ALIGN).saturating_mul(ALIGN));
+                Place::Whole(start)
+            };
+            Placed { range, place }
         };
         let places = layout.specs().iter().map(place).collect();
+        if storage == MomentStorage::F32 {
+            whole = own.len();
+        }
         Self { places, whole, blocks }
     }
 

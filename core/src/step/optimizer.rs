@@ -4,9 +4,11 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
+use crate::comm::Ranks;
 use crate::contract::{At, Direction, Optimizer, ParamUpdate};
 use crate::ops::{
-    adamw_step, adamw_step_8bit, descend, l2_norm, write_range, AdamW, Ema, Group, MixedMoments, Moments, Place,
+    adamw_part, adamw_step_8bit, descend, square_sums, write_range, AdamW, Ema, Group, MixedMoments, Moments,
+    PartMoments, Place, NORM_BLOCK,
 };
 use crate::params::{Layout, ParamRole, ParamSpec};
 use crate::recipe::{MomentStorage, OptimizerConfig, OptimizerEntry};
@@ -15,6 +17,8 @@ use crate::{DType, Error, Result, Tensor};
 use super::bounds::Reach;
 use super::flat::Flat;
 use super::moments::Storage;
+use super::parts::{Parts, Share};
+use super::update::NUMBERS_OF_BLOCK;
 use super::Weights;
 
 /// Added to a gradient's norm before it divides, as in `torch.nn.utils.clip_grad_norm_`.
@@ -31,7 +35,9 @@ pub(crate) struct Groups {
     pub(super) adamw: Vec<(AdamW, Vec<usize>)>,
     /// The parameters that the optimizer directs.
     pub(super) directed: Vec<usize>,
-    /// Where the moments are.
+    /// What each rank updates.
+    pub(super) parts: Arc<Parts>,
+    /// Where the moments of this rank's part are.
     pub(crate) storage: Arc<Storage>,
 }
 
@@ -46,7 +52,6 @@ pub struct ParamRule {
     pub decays: bool,
     /// Whether it is held still for `freeze_last_layer_steps`.
     pub last_layer: bool,
-    pub(super) range: Range<usize>,
     /// Index of its sub-model.
     pub(super) module: usize,
 }
@@ -59,11 +64,11 @@ fn lr_multiplier(spec: &ParamSpec, depth: usize, config: &OptimizerConfig) -> f6
 }
 
 impl Groups {
-    /// The groups of a layout whose backbone has `depth` blocks.
+    /// The groups of a layout whose backbone has `depth` blocks, for one of the ranks that share it.
     ///
     /// # Errors
     /// If the plugin refuses its keys, or leaves parameters to AdamW without its moments.
-    pub(crate) fn new(entry: &OptimizerEntry, layout: &Arc<Layout>, depth: usize) -> Result<Self> {
+    pub(crate) fn new(entry: &OptimizerEntry, layout: &Arc<Layout>, depth: usize, share: Share) -> Result<Self> {
         let (config, optimizer) = (entry.own.clone(), entry.plugin.build(&mut ())?);
         let names = layout.modules();
         let modules: Vec<_> = names.iter().map(|m| (m.clone(), layout.range_of(&format!("{m}.")))).collect();
@@ -72,7 +77,6 @@ impl Groups {
             lr_multiplier: lr_multiplier(spec, depth, &config),
             decays: spec.decays,
             last_layer: spec.role == Some(ParamRole::LastLayer),
-            range: spec.range(),
             module: modules.iter().position(|(m, _)| m == spec.module()).expect("a parameter is in a module"),
         };
         let rules = layout.specs().iter().map(rule).collect();
@@ -96,8 +100,11 @@ impl Groups {
             let problem = format!("moments in eight bits are AdamW's, and the optimizer is `{}`", entry.plugin.name());
             return Err(Error::user(problem, "set optimizer.moments = \"f32\", or optimizer.plugin = \"adamw\""));
         }
-        let storage = Arc::new(Storage::new(layout, moments));
-        Ok(Self { config, optimizer, layout: layout.clone(), rules, modules, adamw, directed, storage })
+        // What an optimizer directs may look at a whole parameter.
+        let parts = Parts::new(layout, share, |i| directed.binary_search(&i).is_ok());
+        let storage = Arc::new(Storage::new(layout, moments, parts.own()));
+        let (layout, parts) = (layout.clone(), Arc::new(parts));
+        Ok(Self { config, optimizer, layout, rules, modules, adamw, directed, parts, storage })
     }
 
     /// The keys of every optimizer.
@@ -171,13 +178,41 @@ impl Groups {
         all
     }
 
-    /// L2 norm of every sub-model's gradient.
-    pub(super) fn grad_norms(&self, grads: &Tensor) -> Result<BTreeMap<String, f64>> {
-        let norm = |(name, range): &(String, Range<usize>)| Ok((name.clone(), l2_norm(grads, range.clone())?));
-        self.modules.iter().map(norm).collect()
+    /// The blocks of `len` elements in which squares of gradients are summed, sub-model by sub-model, and how many each
+    /// sub-model has.
+    pub(super) fn norm_blocks(&self, len: usize) -> (Vec<Range<usize>>, Vec<usize>) {
+        let of_module = |range: &Range<usize>| {
+            let range = range.clone();
+            let end = range.end;
+            range.step_by(len).map(move |start| start..end.min(start + len)).collect::<Vec<_>>()
+        };
+        let blocks: Vec<Vec<Range<usize>>> = self.module_ranges().map(of_module).collect();
+        let counts = blocks.iter().map(Vec::len).collect();
+        (blocks.concat(), counts)
     }
 
-    /// One update of all weights; with `momentum`, the teacher follows the updated student in the same pass.
+    /// Sums the gradients of this rank's part, and whole blocks of the norm, over all ranks.
+    pub(super) fn sum_gradients(&self, grads: &mut Tensor, ranks: &Ranks) -> Result<()> {
+        let len = if grads.gpu().is_some() { NUMBERS_OF_BLOCK } else { NORM_BLOCK };
+        ranks.sum_to(grads, &self.parts.with_blocks(&self.norm_blocks(len).0))
+    }
+
+    /// L2 norm of every sub-model's gradient, of which this rank has its part.
+    pub(super) fn grad_norms(&self, grads: &Tensor, ranks: &Ranks) -> Result<BTreeMap<String, f64>> {
+        let (blocks, counts) = self.norm_blocks(NORM_BLOCK);
+        let of_ranks = self.parts.blocks(&blocks);
+        let own = of_ranks[ranks.rank()].clone();
+        let mut squares = Tensor::zeros(&[blocks.len()], DType::F64);
+        squares.as_mut_slice::<f64>()[own.clone()].copy_from_slice(&square_sums(grads, &blocks[own])?);
+        ranks.spread(&mut squares, &of_ranks)?;
+        let mut squares = squares.as_slice::<f64>().iter();
+        let norm = |((name, _), count): (&(String, _), usize)| {
+            (name.clone(), squares.by_ref().take(count).sum::<f64>().sqrt())
+        };
+        Ok(self.modules.iter().zip(counts).map(norm).collect())
+    }
+
+    /// One update of this rank's part of all weights; with `momentum`, the teacher follows the updated student in the same pass.
     pub(super) fn update(
         &self,
         at: At,
@@ -190,41 +225,48 @@ impl Groups {
         let group = |i: &usize| {
             let rule = &self.rules[*i];
             Group {
-                range: rule.range.clone(),
+                range: self.storage.places[*i].range.clone(),
                 lr: if rule.last_layer { last_layer_lr } else { lr } * rule.lr_multiplier,
                 weight_decay: if rule.decays { weight_decay } else { 0.0 },
                 clip: clip[rule.module],
             }
         };
         let updates = weights.updates(at);
+        let own = self.parts.own();
         let Weights { student, teacher, moments, eight, grads, .. } = weights;
         for (adamw, places) in &self.adamw {
             let [mean, square, ..] = &mut moments[..] else { unreachable!("checked when the groups were made") };
             let whole = Moments { mean, square };
             let ema = momentum.zip(teacher.as_mut()).map(|(momentum, flat)| Ema { params: flat.wide_mut(), momentum });
             if let [mean, square] = &mut eight[..] {
-                let placed = |i: &usize| (group(i), self.storage.places[*i]);
-                let groups: Vec<(Group, Place)> = places.iter().map(placed).collect();
+                let placed = |i: usize| (group(&i), self.storage.places[i].place);
+                let groups: Vec<(Group, Place)> = self.own(places).map(placed).collect();
                 let moments = MixedMoments { whole, mean, square };
                 adamw_step_8bit(student.wide_mut(), grads, moments, ema, &groups, *adamw, updates)?;
             } else {
-                let groups: Vec<Group> = places.iter().map(group).collect();
-                adamw_step(student.wide_mut(), grads, whole, ema, &groups, *adamw, updates)?;
+                let groups: Vec<Group> = self.own(places).map(|i| group(&i)).collect();
+                let part = PartMoments { moments: whole, start: own.start };
+                adamw_part(student.wide_mut(), grads, part, ema, &groups, *adamw, updates)?;
             }
         }
         let dtype = grads.dtype();
         let numbers: Vec<Tensor> = self.numbers(at, updates).into_iter().map(|x| Tensor::scalar(x, dtype)).collect();
-        for i in &self.directed {
-            let group = group(i);
-            let gradient = self.gradient(*i, grads).scale(group.clip)?;
-            let new = self.direction(*i, gradient, (student, moments), numbers.clone(), dtype)?;
+        for i in self.own(&self.directed) {
+            let group = group(&i);
+            let gradient = self.gradient(i, grads).scale(group.clip)?;
+            let new = self.direction(i, gradient, (student, moments), numbers.clone(), dtype)?;
             let ema = momentum.zip(teacher.as_mut()).map(|(momentum, flat)| Ema { params: flat.wide_mut(), momentum });
             descend(student.wide_mut(), &new.direction, ema, &group)?;
             for (flat, new) in moments.iter_mut().zip(&new.moments) {
-                write_range(flat, group.range.clone(), new)?;
+                write_range(flat, group.range.start - own.start..group.range.end - own.start, new)?;
             }
         }
         Ok(())
+    }
+
+    /// Those of parameters `places` of which something is in this rank's part.
+    pub(super) fn own<'a>(&'a self, places: &'a [usize]) -> impl Iterator<Item = usize> + 'a {
+        places.iter().copied().filter(|i| !self.storage.places[*i].range.is_empty())
     }
 
     /// The gradient of parameter `i` in its own shape.
@@ -243,7 +285,7 @@ impl Groups {
         products: DType,
     ) -> Result<Direction> {
         let spec = &self.layout.specs()[i];
-        let view = |flat: &Tensor| flat.view(spec.offset, &spec.shape);
+        let view = |flat: &Tensor| flat.view(spec.offset - self.parts.own().start, &spec.shape);
         let moments: Vec<Tensor> = moments.iter().map(view).collect();
         let count = moments.len();
         let weight = student.view(spec.offset, &spec.shape)?;

@@ -31,11 +31,11 @@ impl Learner {
     /// What a step at `at` may be so that everything stays finite, and what its update does at most.
     pub(super) fn limits(&mut self, at: At) -> Result<(Limits, Reach)> {
         let reach = self.optimizer.reach(at, self.weights.updates(at));
-        let mut gradient = self.weights.bounds(&self.model)?.longest_gradient(reach);
+        let mut gradient = self.weights.bounds(&self.model, &self.ranks)?.longest_gradient(reach);
         if gradient < 0.0 {
             // The bounds may have drifted from the numbers.
             self.weights.forget_bounds();
-            gradient = self.weights.bounds(&self.model)?.longest_gradient(reach);
+            gradient = self.weights.bounds(&self.model, &self.ranks)?.longest_gradient(reach);
         }
         let loss = self.spikes.as_ref().map_or(f64::INFINITY, Spikes::limit);
         Ok((Limits { gradient, loss }, reach))

@@ -1,7 +1,10 @@
 //! The update on a GPU: clipping, the optimizer and EMA, all decided by numbers on the device.
 
+use std::ops::Range;
+
 use bytemuck::{Pod, Zeroable};
 
+use crate::comm::Ranks;
 use crate::contract::At;
 use crate::cuda::{args, Gpu};
 use crate::ops::{copy_if, EightBit, Place, ADAMW, EIGHT_BIT_BLOCK};
@@ -16,6 +19,8 @@ const UNIT: usize = 64;
 /// Units that a block of the norm takes, and elements that a block of the update takes.
 const UNITS_OF_BLOCK: usize = 512;
 const ELEMENTS_OF_BLOCK: usize = 4096;
+/// Elements of a block of the norm.
+pub(super) const NUMBERS_OF_BLOCK: usize = UNITS_OF_BLOCK * UNIT;
 /// Scales of moments in eight bits that a block takes.
 const SCALES_OF_BLOCK: usize = 4;
 
@@ -70,6 +75,8 @@ pub(crate) struct DeviceUpdate {
     modules: Tensor,
     module_count: usize,
     norm_blocks: usize,
+    /// Those of every rank.
+    own_blocks: Vec<Range<usize>>,
     /// What changes from step to step: a [`Numbers`], a kernel's `AdamW` for each pass, and the optimizer's own.
     numbers: Tensor,
 }
@@ -78,46 +85,48 @@ impl DeviceUpdate {
     pub(crate) fn new(gpu: &'static Gpu, groups: &Groups) -> Result<Self> {
         let unit = |offset: usize| u32::try_from(offset / UNIT).expect("fewer than 2^38 parameters");
         let rule = |i: &usize| {
-            let r = &groups.rules[*i];
+            let (r, placed) = (&groups.rules[*i], &groups.storage.places[*i]);
             Rule {
-                start: unit(r.range.start),
-                len: u32::try_from(r.range.len()).expect("a parameter has fewer than 2^32 elements"),
+                start: unit(placed.range.start),
+                len: u32::try_from(placed.range.len()).expect("a parameter has fewer than 2^32 elements"),
                 lr: r.lr_multiplier as f32,
                 decays: f32::from(u8::from(r.decays)),
                 module: r.module as u32,
                 last_layer: u32::from(r.last_layer),
-                moments: match groups.storage.places[*i] {
+                moments: match placed.place {
                     Place::Whole(at) => unit(at),
                     Place::Eight(first) => u32::try_from(first).expect("fewer than 2^40 parameters"),
                 },
             }
         };
         let rules_of = |places: &[usize]| places.iter().map(rule).collect::<Vec<Rule>>();
-        let mut blocks = 0;
+        let (norm_blocks, counts) = groups.norm_blocks(NUMBERS_OF_BLOCK);
         let mut modules: Vec<[u32; 3]> = Vec::new();
-        for range in groups.module_ranges() {
+        let mut before = 0;
+        for (range, count) in groups.module_ranges().zip(counts) {
             let (start, end) = (unit(range.start), unit(range.end.next_multiple_of(UNIT)));
-            modules.push([start, end - start, blocks as u32]);
-            blocks += ((end - start) as usize).div_ceil(UNITS_OF_BLOCK);
+            modules.push([start, end - start, before]);
+            before += count as u32;
         }
         let table = |bytes: &[u8]| Tensor::from_slice::<u32>(bytemuck::cast_slice(bytes), &[bytes.len() / 4]);
         let own = groups.numbers(At { step: 0, total: 1 }, 1).len();
         Device::Cuda(gpu.ordinal()).with(|| {
             let pass = |(_, places): &(_, Vec<usize>)| {
-                let is_eight = |i: &usize| matches!(groups.storage.places[*i], Place::Eight(_));
-                let (eight, whole): (Vec<usize>, Vec<usize>) = places.iter().partition(|i| is_eight(i));
+                let is_eight = |i: &usize| matches!(groups.storage.places[*i].place, Place::Eight(_));
+                let (eight, whole): (Vec<usize>, Vec<usize>) = groups.own(places).partition(is_eight);
                 let of = |some: &[usize]| table(bytemuck::cast_slice(&rules_of(some))).map(|rules| (rules, some.len()));
                 Ok(Pass { whole: of(&whole)?, eight: of(&eight)? })
             };
             Ok(Self {
                 gpu,
-                rules: table(bytemuck::cast_slice(&rules_of(&groups.directed)))?,
+                rules: table(bytemuck::cast_slice(&rules_of(&groups.own(&groups.directed).collect::<Vec<_>>())))?,
                 adamw: groups.adamw.iter().map(pass).collect::<Result<_>>()?,
                 values: table(bytemuck::cast_slice(&EightBit::values()))?,
                 blocks: groups.storage.blocks,
                 modules: table(bytemuck::cast_slice(&modules))?,
                 module_count: modules.len(),
-                norm_blocks: blocks,
+                norm_blocks: norm_blocks.len(),
+                own_blocks: groups.parts.blocks(&norm_blocks),
                 numbers: Tensor::zeros(&[NUMBERS + OF_ADAMW * groups.adamw.len() + own], DType::F32),
             })
         })
@@ -168,20 +177,26 @@ impl DeviceUpdate {
         Ok(taken)
     }
 
-    /// L2 norm of every sub-model's gradient: `[modules]`, f32, squares summed in double precision.
-    pub(super) fn norms(&self, grads: &Tensor) -> Result<Tensor> {
+    /// L2 norm of every sub-model's gradient, of which this rank has its part: `[modules]`, f32, squares summed in double
+    /// precision.
+    pub(super) fn norms(&self, grads: &Tensor, ranks: &Ranks) -> Result<Tensor> {
+        let own = &self.own_blocks[ranks.rank()];
         let mut partial = Tensor::uninit(&[self.norm_blocks], DType::F64);
         let mut norms = Tensor::uninit(&[self.module_count], DType::F32);
         let count = self.module_count as i32;
         let kernel = |name| self.gpu.kernel(&ADAMW, name, DType::F32);
-        let squares = kernel("square_sums")?.grid(self.norm_blocks, 256).work(0.0, 4.0 * grads.len() as f64);
-        squares.launch(args![&mut partial, grads, &self.modules, count])?;
+        if !own.is_empty() {
+            let bytes = 4.0 * grads.len() as f64 * own.len() as f64 / self.norm_blocks as f64;
+            let squares = kernel("square_sums")?.grid(own.len(), 256).work(0.0, bytes);
+            squares.launch(args![&mut partial, grads, &self.modules, count, own.start as i32])?;
+        }
+        ranks.spread(&mut partial, &self.own_blocks)?;
         let roots = kernel("norms")?.grid(self.module_count, 256);
         roots.launch(args![&mut norms, &partial, &self.modules, count, self.norm_blocks as i32])?;
         Ok(norms)
     }
 
-    /// One update of all weights, if `taken` is not 0; the teacher follows where `follows`.
+    /// One update of this rank's part of all weights, if `taken` is not 0; the teacher follows where `follows`.
     pub(super) fn apply(
         &self,
         groups: &Groups,
@@ -192,12 +207,13 @@ impl DeviceUpdate {
         follows: bool,
     ) -> Result<()> {
         let products = weights.student().dtype();
-        let n = weights.student.len();
+        let (n, part) = (weights.student.len(), groups.parts.own());
         let Weights { student, teacher, moments, eight, .. } = weights;
         let ema = teacher.as_ref().filter(|_| follows);
         let (student_at, ema_at) = (student.place(), ema.map_or_else(Flat::no_place, Flat::place));
         let bytes = if follows { 36.0 } else { 28.0 };
-        let wide = n.saturating_sub(self.blocks * EIGHT_BIT_BLOCK);
+        let eight_bit = self.blocks * EIGHT_BIT_BLOCK;
+        let wide = part.len().saturating_sub(eight_bit);
         let number = |start: usize, len: &[usize]| self.numbers.view(start, len);
         for (i, pass) in self.adamw.iter().enumerate() {
             let of_adamw = number(NUMBERS + i * OF_ADAMW, &[OF_ADAMW]);
@@ -222,7 +238,7 @@ impl DeviceUpdate {
                 let [(mean, mean_scales), (square, square_scales)] = [mean.parts(), square.parts()];
                 let launch = self.gpu.kernel(&ADAMW, "adamw_8bit", DType::F32)?;
                 let launch = launch.grid(self.blocks.div_ceil(SCALES_OF_BLOCK), 256);
-                launch.work(0.0, (bytes - 12.0) * (n - wide) as f64).launch(args![
+                launch.work(0.0, (bytes - 12.0) * eight_bit as f64).launch(args![
                     student_at,
                     ema_at,
                     grads,
@@ -249,11 +265,11 @@ impl DeviceUpdate {
         launch.launch(args![&mut clips, norms, &self.numbers, self.module_count as i32])?;
         let first = NUMBERS + OF_ADAMW * self.adamw.len();
         let own: Vec<Tensor> = (first..self.numbers.len()).map(|i| number(i, &[])).collect();
-        for (rule, i) in groups.directed.iter().enumerate() {
-            let spec = &groups.rules[*i];
-            let gradient = groups.gradient(*i, grads).mul(&clips.view(spec.module, &[]))?;
-            let new = groups.direction(*i, gradient, (student, moments), own.clone(), products)?;
-            let len = spec.range.len();
+        for (rule, i) in groups.own(&groups.directed).enumerate() {
+            let range = &groups.storage.places[i].range;
+            let gradient = groups.gradient(i, grads).mul(&clips.view(groups.rules[i].module, &[]))?;
+            let new = groups.direction(i, gradient, (student, moments), own.clone(), products)?;
+            let len = range.len();
             let launch = self.gpu.kernel(&ADAMW, "descend", DType::F32)?.over(len);
             launch.work(0.0, (bytes - 16.0) * len as f64).launch(args![
                 student_at,
@@ -264,7 +280,7 @@ impl DeviceUpdate {
                 taken
             ])?;
             for (flat, new) in moments.iter().zip(&new.moments) {
-                copy_if(&flat.view(spec.range.start, &[len]), new, taken)?;
+                copy_if(&flat.view(range.start - part.start, &[len]), new, taken)?;
             }
         }
         Ok(())

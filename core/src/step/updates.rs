@@ -2,12 +2,14 @@
 
 use std::sync::Arc;
 
+use crate::comm::Ranks;
 use crate::contract::At;
 use crate::params::Layout;
 use crate::recipe::OptimizerEntry;
 use crate::{cuda, DType, Device, Result, Tensor};
 
 use super::optimizer::Groups;
+use super::parts::Share;
 use super::update::DeviceUpdate;
 use super::{Limits, ParamRule, Weights};
 
@@ -33,7 +35,7 @@ impl Updates {
         total: u64,
         (device, features): (Device, DType),
     ) -> Result<Self> {
-        let groups = Groups::new(entry, layout, depth)?;
+        let groups = Groups::new(entry, layout, depth, Share::default())?;
         let mut weights = device.with(|| Weights::of_layout(layout, &groups, true, [], features))?;
         weights.student.set(&layout.init(0, features.wide())?)?;
         let on_gpu = device.gpu().map(|gpu| DeviceUpdate::new(gpu, &groups)).transpose()?;
@@ -49,7 +51,7 @@ impl Updates {
         let Self { groups, weights, .. } = self;
         let grads = Tensor::from_f64(grads, &[grads.len()], weights.student.dtype())?;
         let Some(on_gpu) = &self.on_gpu else {
-            let norms = groups.grad_norms(&grads)?;
+            let norms = groups.grad_norms(&grads, &Ranks::one(1))?;
             weights.grads = grads;
             return groups.update(at, weights, &norms, Some(momentum));
         };
@@ -58,7 +60,7 @@ impl Updates {
         on_gpu.write(at, groups, weights.updates(at), limits, Some(momentum))?;
         let _on = self.device.enter();
         let _step = cuda::step_scope();
-        let norms = on_gpu.norms(&grads)?;
+        let norms = on_gpu.norms(&grads, &Ranks::one(1))?;
         let taken = on_gpu.verdict(&norms, 0, None)?;
         on_gpu.apply(groups, weights, &grads, &norms, &taken, true)
     }

@@ -1,23 +1,26 @@
 //! All weights of a run, each role one flat buffer, and how they are loaded, copied and saved.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
 use crate::checkpoint::{Checkpoint, Content};
+use crate::comm::Ranks;
 use crate::contract::{At, Follow, Role, State, TeacherPolicy};
 use crate::files::NamedTensors;
-use crate::ops::{EightBit, Map, Place};
-use crate::params::{check_shapes, load_named, Layout};
+use crate::ops::{write_range, EightBit, Map, Place};
+use crate::params::{check_shapes, load_part, Layout};
 use crate::recipe::{InitRole, Recipe};
 use crate::tensor::catch_out_of_memory;
 use crate::weights::Source;
-use crate::{DType, Device, Error, Result, Tensor};
+use crate::{cuda, DType, Device, Error, Result, Tensor};
 
 use super::bounds::{Bounds, Reach};
 use super::flat::Flat;
-use super::moments::Storage;
+use super::moments::{Placed, Storage};
 use super::optimizer::Groups;
+use super::parts::Parts;
 use super::{Declared, DeclaredLoss, Teacher};
 
 /// Student, teachers, moments and the losses' state.
@@ -28,13 +31,15 @@ pub struct Weights {
     pub teacher: Option<Flat>,
     /// The teachers of `[teachers]` that losses ask for, by name: the backbone's part of the layout, which comes first.
     pub named: Vec<(String, Flat)>,
-    /// The optimizer's moments, in the order of [`Optimizer::moments`](crate::contract::Optimizer::moments). Where some are in
-    /// eight bits, those that are not, one behind the other.
+    /// The optimizer's moments, in the order of [`Optimizer::moments`](crate::contract::Optimizer::moments): those of the part that
+    /// this rank updates. Where some are in eight bits, those that are not, one behind the other.
     pub moments: Vec<Tensor>,
     /// The others.
     pub(super) eight: Vec<EightBit>,
     /// Which are where.
     storage: Arc<Storage>,
+    /// What each rank updates.
+    parts: Arc<Parts>,
     /// Their names.
     pub(super) moment_names: Vec<&'static str>,
     /// By loss: its state by name.
@@ -54,6 +59,13 @@ pub(super) enum Of {
     Teacher,
     /// Those of a teacher of `[teachers]`, by its place.
     Named(usize),
+}
+
+/// Flat memory of a checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Gathered {
+    Weights,
+    Moment,
 }
 
 /// What the names of a teacher's parameters begin with in files: `<name>_teacher.`.
@@ -91,7 +103,8 @@ impl Weights {
         features: DType,
     ) -> Result<Self> {
         let dtype = features.wide();
-        let zeros = |len| Flat::zeros(len, features, optimizer.config().offload);
+        let parts = optimizer.parts.clone();
+        let zeros = |len| Flat::zeros(len, parts.own_of(len), features, optimizer.config().offload);
         let named = named.into_iter().map(|name| Ok((name.to_string(), zeros(backbone_len(layout))?)));
         let storage = optimizer.storage.clone();
         // AdamW's two: others are refused when the groups are made.
@@ -104,6 +117,7 @@ impl Weights {
             moments: optimizer.moments().iter().map(|_| storage.whole(dtype)).collect(),
             eight,
             storage,
+            parts: parts.clone(),
             moment_names: optimizer.moments().to_vec(),
             loss_state: Vec::new(),
             skipped: 0,
@@ -117,15 +131,21 @@ impl Weights {
         at.step + 1 - self.skipped
     }
 
-    /// How large the numbers are at most: measured, if weights came from elsewhere.
+    /// How large the numbers of all ranks are at most: measured, if weights came from elsewhere.
     ///
     /// # Errors
     /// If one is not finite.
-    pub(super) fn bounds(&mut self, model: &Declared) -> Result<Bounds> {
+    pub(super) fn bounds(&mut self, model: &Declared, ranks: &Ranks) -> Result<Bounds> {
         if self.bounds.is_none() {
-            self.bounds = Some(catch_out_of_memory(|| Bounds::measured(self, model))?);
+            self.bounds = Some(catch_out_of_memory(|| Bounds::measured(self, model))?.of_all(ranks)?);
         }
         Ok(self.bounds.expect("measured just above"))
+    }
+
+    /// Has the same bounds as all ranks.
+    pub(super) fn agree(&mut self, model: &Declared, ranks: &Ranks) -> Result<()> {
+        self.bounds = Some(self.bounds(model, &Ranks::one(1))?.of_all(ranks)?);
+        Ok(())
     }
 
     /// Numbers came from elsewhere.
@@ -153,39 +173,46 @@ impl Weights {
         self.named[i].1.rounded()
     }
 
-    /// Moment `i` of the whole layout; where some are in eight bits, in host memory.
-    pub(super) fn moment(&self, i: usize, layout: &Layout) -> Tensor {
+    /// Moment `i` of this rank's part; where some are in eight bits, in host memory.
+    pub(super) fn moment(&self, i: usize) -> Tensor {
         let Some(eight) = self.eight.get(i) else { return self.moments[i].clone() };
         let (eight, whole) = (eight.to(Device::Cpu), self.moments[i].to(Device::Cpu));
-        let mut flat = Device::Cpu.with(|| Tensor::zeros(&[layout.len()], DType::F32));
-        let numbers = flat.as_mut_slice::<f32>();
-        for (spec, place) in layout.specs().iter().zip(&self.storage.places) {
-            let numbers = &mut numbers[spec.range()];
-            match *place {
+        let mut part = Device::Cpu.with(|| Tensor::zeros(&[self.parts.own().len()], DType::F32));
+        let numbers = part.as_mut_slice::<f32>();
+        for (range, placed) in self.in_part().zip(&self.storage.places) {
+            let numbers = &mut numbers[range];
+            match placed.place {
                 Place::Whole(at) => numbers.copy_from_slice(&whole.as_slice()[at..at + numbers.len()]),
                 Place::Eight(first) => eight.read(first, numbers),
             }
         }
-        flat
+        part
     }
 
-    /// Lets `f` change moment `i`, given as [`moment`](Self::moment) does.
+    /// Where the numbers of each parameter are in what [`moment`](Self::moment) gives.
+    pub(super) fn in_part(&self) -> impl Iterator<Item = Range<usize>> + '_ {
+        let own = self.parts.own();
+        let range = |placed: &Placed| placed.range.start - own.start..placed.range.end - own.start;
+        self.storage.places.iter().map(move |placed| if placed.range.is_empty() { 0..0 } else { range(placed) })
+    }
+
+    /// Lets `f` change moment `i`, given as [`moment`](Self::moment) does with the element that its first number is of.
     pub(super) fn change_moment<R>(
         &mut self,
         i: usize,
-        layout: &Layout,
-        f: impl FnOnce(&mut Tensor) -> Result<R>,
+        f: impl FnOnce((&mut Tensor, usize)) -> Result<R>,
     ) -> Result<R> {
+        let start = self.parts.own().start;
         if self.eight.is_empty() {
-            return f(&mut self.moments[i]);
+            return f((&mut self.moments[i], start));
         }
-        let mut flat = self.moment(i, layout);
-        let done = f(&mut flat)?;
+        let mut part = self.moment(i);
+        let done = f((&mut part, start))?;
         let (mut eight, mut whole) = Device::Cpu.with(|| (self.eight[i].zeros_like(), self.storage.whole(DType::F32)));
-        let numbers = flat.as_slice::<f32>();
-        for (spec, place) in layout.specs().iter().zip(&self.storage.places) {
-            let numbers = &numbers[spec.range()];
-            match *place {
+        let numbers = part.as_slice::<f32>();
+        for (range, placed) in self.in_part().zip(&self.storage.places) {
+            let numbers = &numbers[range];
+            match placed.place {
                 Place::Whole(at) => whole.as_mut_slice()[at..at + numbers.len()].copy_from_slice(numbers),
                 Place::Eight(first) => eight.write(first, numbers),
             }
@@ -245,11 +272,21 @@ impl Weights {
     }
 
     /// A teacher's weights follow, as its policy says; without weights there is nothing to do.
-    pub(super) fn follow(&mut self, of: Of, how: Follow, model: &Declared) -> Result<()> {
+    pub(super) fn follow(&mut self, of: Of, how: Follow, model: &Declared, ranks: &Ranks) -> Result<()> {
         match how {
             Follow::Keep => Ok(()),
             Follow::Copy(role) => self.copy(of, &role, model),
-            Follow::Ema { momentum } => self.ema(of, momentum),
+            Follow::Ema { momentum } => self.ema(of, momentum, ranks),
+        }
+    }
+
+    /// Gives what this rank updated to the others: the student, and the teacher where it follows in the update.
+    pub(super) fn spread(&mut self, follows: bool, ranks: &Ranks) -> Result<()> {
+        let Self { student, teacher, parts, .. } = self;
+        ranks.spread(student.rounded_mut(), parts.ranges())?;
+        match teacher.as_mut().filter(|_| follows) {
+            Some(teacher) => ranks.spread(teacher.rounded_mut(), parts.ranges()),
+            None => Ok(()),
         }
     }
 
@@ -279,42 +316,73 @@ impl Weights {
     }
 
     /// `[teacher]` is averaged with the student; a teacher of `[teachers]` with `[teacher]`, or without one with the student.
-    fn ema(&mut self, of: Of, momentum: f64) -> Result<()> {
-        match of {
-            Of::Teacher => match &mut self.teacher {
-                Some(teacher) => teacher.average(&self.student, momentum),
-                None => Ok(()),
-            },
-            Of::Named(i) => self.named[i].1.average(self.teacher.as_ref().unwrap_or(&self.student), momentum),
+    fn ema(&mut self, of: Of, momentum: f64, ranks: &Ranks) -> Result<()> {
+        let Self { student, teacher, named, parts, .. } = self;
+        let (flat, other) = match (of, teacher) {
+            (Of::Teacher, None) => return Ok(()),
+            (Of::Teacher, Some(teacher)) => (teacher, &*student),
+            (Of::Named(i), teacher) => (&mut named[i].1, teacher.as_ref().unwrap_or(student)),
+        };
+        flat.average(other, momentum)?;
+        match flat.is_spread() {
+            true => {
+                let _step = cuda::step_scope();
+                let ranges = parts.ranges_of(flat.len());
+                ranks.spread(flat.rounded_mut(), &ranges)
+            }
+            false => Ok(()),
         }
     }
 
-    /// Everything a run needs to go on after `step` steps, by name, in host memory.
+    /// Everything a run needs to go on after `step` steps, by name, in host memory. Of several ranks all have to ask for it.
     ///
     /// # Errors
-    /// If the device fails.
-    pub fn content(&self, step: u64, model: &Declared) -> Result<Content> {
+    /// If the device or a rank fails.
+    pub(super) fn content(&self, step: u64, model: &Declared, ranks: &Ranks) -> Result<Content> {
         let mut content = Content { step, skipped: self.skipped, model: Vec::new(), optimizer: Vec::new() };
-        let put = |list: &mut Vec<(String, Tensor)>, role: &str, flat: &Tensor| {
+        self.gather(ranks, |of, role, flat| {
             let inside = model.layout.specs().iter().filter(|s| s.range().end <= flat.len());
-            list.extend(inside.map(|s| (format!("{role}.{}", s.name), flat.view(s.offset, &s.shape))));
-        };
-        put(&mut content.model, "student", &self.student.to_host()?);
-        if let Some(teacher) = &self.teacher {
-            put(&mut content.model, "teacher", &teacher.to_host()?);
-        }
-        for (name, flat) in &self.named {
-            put(&mut content.model, &role_of(name), &flat.to_host()?);
-        }
-        for (i, name) in self.moment_names.iter().enumerate() {
-            put(&mut content.optimizer, name, &self.moment(i, &model.layout).to(Device::Cpu));
-        }
+            let named = inside.map(|s| (format!("{role}.{}", s.name), flat.view(s.offset, &s.shape)));
+            match of {
+                Gathered::Weights => content.model.extend(named),
+                Gathered::Moment => content.optimizer.extend(named),
+            }
+        })?;
         for (loss, state) in model.losses.iter().zip(&self.loss_state) {
             for (name, value) in state {
                 content.optimizer.push((format!("state.{}.{name}", loss.name), value.to(Device::Cpu)));
             }
         }
         Ok(content)
+    }
+
+    /// Gives `take` all flat memory of a checkpoint, one role after the other: of several ranks each has a part of some.
+    pub(super) fn gather(&self, ranks: &Ranks, mut take: impl FnMut(Gathered, &str, Tensor)) -> Result<()> {
+        let device = self.grads.device();
+        let _step = cuda::step_scope();
+        let of_named = self.named.iter().map(|(name, flat)| (role_of(name), flat));
+        let models = [("student".to_string(), &self.student)].into_iter();
+        let models = models.chain(self.teacher.iter().map(|flat| ("teacher".to_string(), flat))).chain(of_named);
+        for (role, flat) in models {
+            let mut host = flat.to_host()?;
+            if flat.is_spread() {
+                host = host.into_unique();
+                ranks.spread_on_host(&mut host, &self.parts.ranges_of(flat.len()), device)?;
+            }
+            take(Gathered::Weights, &role, host);
+        }
+        let (own, len) = (self.parts.own(), self.student.len());
+        for (i, name) in self.moment_names.iter().enumerate() {
+            let mut moment = self.moment(i).to(Device::Cpu);
+            if own.len() < len {
+                let mut whole = Device::Cpu.with(|| Tensor::zeros(&[len], moment.dtype()));
+                write_range(&mut whole, own.clone(), &moment)?;
+                ranks.spread_on_host(&mut whole, self.parts.ranges(), device)?;
+                moment = whole;
+            }
+            take(Gathered::Moment, name, moment);
+        }
+        Ok(())
     }
 
     /// Takes everything from a checkpoint of the same recipe.
@@ -324,7 +392,7 @@ impl Weights {
     pub fn restore(&mut self, from: &Checkpoint, model: &Declared) -> Result<()> {
         let layout = &model.layout;
         let whole = |source: &NamedTensors, role: &str, layout: &Layout, flat: &mut Tensor| {
-            load(layout, flat, |name| source.get(&format!("{role}.{name}")).cloned(), &from.path)
+            load(layout, (flat, 0), |name| source.get(&format!("{role}.{name}")).cloned(), &from.path)
         };
         self.student.change(|flat| whole(&from.model, "student", layout, flat))?;
         if let Some(teacher) = &mut self.teacher {
@@ -334,7 +402,10 @@ impl Weights {
             flat.change(|flat| whole(&from.model, &role_of(name), &layout.part("backbone."), flat))?;
         }
         for (i, name) in self.moment_names.clone().into_iter().enumerate() {
-            self.change_moment(i, layout, |flat| whole(&from.optimizer, name, layout, flat))?;
+            self.change_moment(i, |part| {
+                let get = |param: &str| from.optimizer.get(&format!("{name}.{param}")).cloned();
+                load(layout, part, get, &from.path)
+            })?;
         }
         for (loss, state) in model.losses.iter().zip(&mut self.loss_state) {
             for (name, value) in state {
@@ -366,7 +437,7 @@ fn load_role(layout: &Layout, flat: &mut Flat, source: &NamedTensors, prefixes: 
             let shape =
                 |name: &str| part.specs().iter().find(|spec| spec.name == name).map(|spec| spec.shape.as_slice());
             let get = |name: &str| Some(adapted(source.get(&format!("{prefix}{name}"))?, shape(name)?));
-            load(part, flat, get, path)
+            load(part, (&mut *flat, 0), get, path)
         })
     })
 }
@@ -446,15 +517,15 @@ fn is_adapted(from: &[usize], to: &[usize]) -> bool {
     n != RGB && to == [rows, n, height, width] && from[0] == rows
 }
 
-/// [`load_named`] into a buffer wherever it is.
+/// [`load_part`] into a buffer wherever it is.
 pub(super) fn load(
     layout: &Layout,
-    flat: &mut Tensor,
+    (part, start): (&mut Tensor, usize),
     source: impl Fn(&str) -> Option<Tensor>,
     path: &Path,
 ) -> Result<()> {
-    let Device::Cuda(_) = flat.device() else { return load_named(layout, flat, source, path) };
-    let mut host = flat.to(Device::Cpu);
-    Device::Cpu.with(|| load_named(layout, &mut host, source, path))?;
-    flat.copy_from(&host)
+    let Device::Cuda(_) = part.device() else { return load_part(layout, (part, start), source, path) };
+    let mut host = part.to(Device::Cpu);
+    Device::Cpu.with(|| load_part(layout, (&mut host, start), source, path))?;
+    part.copy_from(&host)
 }

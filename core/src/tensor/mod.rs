@@ -21,7 +21,7 @@ use std::sync::Arc;
 pub use device::catch_out_of_memory;
 pub(crate) use device::{cannot_record, recording};
 pub use kernels::parallel;
-pub(crate) use kernels::{blocks, columns, greatest, greatest_of_halves};
+pub(crate) use kernels::{blocks, columns, greatest};
 pub use real::{Element, Real};
 pub use storage::{memory_stats, reset_peak, trim, MemoryStats};
 pub(crate) use tape::Slot;

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, Content};
 use crate::contract::{BatchImage, CropBox};
 use crate::data::{Batch, Masks};
 use crate::files::{read_tensors, write_tensors, NamedTensors};
@@ -13,10 +13,10 @@ use crate::{Device, Error, Result, Tensor};
 
 use super::folder::RunFolder;
 
-/// Writes the capture of `step`; gives its path.
+/// Writes the capture of `step`, after which there is this content; gives its path.
 pub(super) fn write(
     folder: &RunFolder,
-    learner: &Learner,
+    content: Content,
     resolved: &Resolved,
     step: u64,
     batches: &[Batch],
@@ -24,7 +24,8 @@ pub(super) fn write(
     let captures = folder.path().join("captures");
     std::fs::create_dir_all(&captures).map_err(Error::io("create", &captures))?;
     let path = captures.join(format!("step-{step:08}.safetensors"));
-    let content = learner.weights().content(step, learner.model())?;
+    // The step that failed was counted as skipped; what is captured is the state before it.
+    let skipped = content.skipped - 1;
     let mut tensors = content.model;
     tensors.extend(content.optimizer);
     for (i, batch) in batches.iter().enumerate() {
@@ -57,8 +58,6 @@ pub(super) fn write(
             put(&format!("boxes.{name}"), &Tensor::from_slice(&numbers, &[numbers.len() / BOX, BOX])?);
         }
     }
-    // The step that failed was counted as skipped; what is captured is the state before it.
-    let skipped = learner.skipped() - 1;
     let metadata = [
         ("recipe", resolved.to_toml()),
         ("step", step.to_string()),

@@ -61,7 +61,7 @@ use crate::contract::{DataContext, Dataset};
 use crate::data::{Loader, LoaderSpec};
 use crate::recipe::Recipe;
 use crate::resolved::{fit, Resolved};
-use crate::step::{Learner, Report};
+use crate::step::{Learner, Peers, Report};
 use crate::text::printable;
 use crate::{checkpoint, step, Error, Result};
 
@@ -211,7 +211,7 @@ fn run_on(
 ) -> Result<Option<Outcome>> {
     let recipe = &resolved.recipe;
     lead.check(recipe)?;
-    if let Some(fit) = fit(recipe, recipe.device()?)? {
+    if let Some(fit) = fit(recipe, recipe.device()?, lead.comm().world())? {
         return Err(fit.into_error());
     }
     let folder = RunFolder::open(resolved, options, &|key| Parent::only_moved(&options.out, resolved, key))?;
@@ -222,7 +222,7 @@ fn run_on(
     let (mut messages, mut happened) = (Vec::new(), Vec::new());
     let (train, test) = datasets(recipe)?;
     resolved.check_data(test.as_ref())?;
-    let shared = student.map(Student::teacher);
+    let peers = Peers { teacher: student.map(Student::teacher), ..Peers::of(lead.comm().as_ref()) };
     let own = newest_checkpoint(&folder, recipe)?;
     let (resumed, from) = (own.is_some(), own.as_ref().map(|(checkpoint, _)| checkpoint.path.clone()));
     let (mut learner, start, begun) = match own {
@@ -230,11 +230,11 @@ fn run_on(
             parents::check_frozen(resolved, folder.path())?;
             let passed = passed.into_iter().map(|e| ("checkpoint", format!("passed over a broken checkpoint: {e}")));
             messages.extend(passed);
-            (Learner::from_checkpoint_beside(recipe, &checkpoint, shared)?, checkpoint.step, None)
+            (Learner::from_checkpoint_with(recipe, &checkpoint, peers)?, checkpoint.step, None)
         }
         None => {
             messages.extend(step::adaptations(recipe)?.into_iter().map(|text| ("weights", text)));
-            let (learner, begun) = parents::begin(resolved, train.as_ref(), shared)?;
+            let (learner, begun) = parents::begin(resolved, train.as_ref(), peers)?;
             begun.check(folder.path())?;
             (learner, begun.step, Some(begun))
         }

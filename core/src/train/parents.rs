@@ -1,7 +1,6 @@
 //! What a run came from: the weights that its recipe names, by their hashes, and the checkpoint that it goes on from.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -11,7 +10,7 @@ use crate::checkpoint::{self, Checkpoint};
 use crate::contract::Dataset;
 use crate::recipe::is_within;
 use crate::resolved::{changes, Resolved};
-use crate::step::{frozen_sources, new_teacher, no_step_left, sources_of, Learner, SharedTeacher};
+use crate::step::{frozen_sources, new_teacher, no_step_left, sources_of, Learner, Peers};
 use crate::text::printable;
 use crate::weights::{to_continue, Source};
 use crate::{Error, Result};
@@ -116,20 +115,16 @@ pub(super) struct Begun {
 ///
 /// # Errors
 /// If it cannot be built, what `continue_from` names is no whole checkpoint or has done all steps, or weights cannot be read.
-pub(super) fn begin(
-    resolved: &Resolved,
-    data: &dyn Dataset,
-    shared: Option<&Arc<SharedTeacher>>,
-) -> Result<(Learner, Begun)> {
+pub(super) fn begin(resolved: &Resolved, data: &dyn Dataset, peers: Peers<'_>) -> Result<(Learner, Begun)> {
     let recipe = &resolved.recipe;
     resolved.check_sources()?;
     let mut begun =
         Begun { step: 0, from: None, differences: Vec::new(), rewinds: Rewinds::default(), parents: Vec::new() };
     let learner = match &recipe.continue_from {
-        None => Learner::new_beside(recipe, shared)?,
+        None => Learner::new_with(recipe, peers)?,
         Some(from) => {
             let checkpoint = checkpoint::load(&to_continue(from)?)?;
-            begun.continues(&checkpoint, resolved, data, shared)?
+            begun.continues(&checkpoint, resolved, data, peers)?
         }
     };
     // What is not there was not needed: a teacher of a loss that is off.
@@ -168,14 +163,14 @@ impl Begun {
         from: &Checkpoint,
         resolved: &Resolved,
         data: &dyn Dataset,
-        shared: Option<&Arc<SharedTeacher>>,
+        peers: Peers<'_>,
     ) -> Result<Learner> {
         let (done, steps) = (from.step, resolved.recipe.steps);
         if done >= steps {
             return Err(no_step_left(steps, &from.path, done).into());
         }
         let parent = Resolved::of_source(&Source::at(&from.path)?)?;
-        let (learner, new) = Learner::continued_beside(&resolved.recipe, from, &parent.recipe, shared)?;
+        let (learner, new) = Learner::continued_with(&resolved.recipe, from, &parent.recipe, peers)?;
         let told = |key: &str| key != "name" && !key.starts_with("continue_from");
         let changed = changes(&parent.value, &resolved.value).into_iter().filter(|change| told(&change.key));
         self.differences.extend(changed.map(|change| change.to_string()));

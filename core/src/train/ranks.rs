@@ -14,7 +14,7 @@ use crate::comm::{Comm, Ranks, Single};
 use crate::data::{BrokenSample, Loader, LoaderSpec};
 use crate::recipe::Recipe;
 use crate::resolved::Resolved;
-use crate::step::Learner;
+use crate::step::{Learner, Peers};
 use crate::{checkpoint, Error, Result};
 
 /// What rank 0 tells the others.
@@ -35,6 +35,10 @@ pub(super) enum Order {
     },
     /// A step is done by all.
     Step(u64),
+    /// Rank 0 is given what the others have of a checkpoint.
+    Content,
+    /// All are given the gradients of all.
+    Gradients,
     /// What the command is about is done by all.
     Work,
     /// The program ends with this code.
@@ -177,6 +181,8 @@ pub fn follow(comm: &Arc<dyn Comm>, resolve: &dyn Fn() -> Result<Resolved>, stop
                 let broken = member.step(step)?;
                 exchange(comm.as_ref(), Note { stop: stop.load(Ordering::Relaxed), broken })?;
             }
+            (Order::Content, Some(member)) => member.learner.hand_over()?,
+            (Order::Gradients, Some(member)) => member.learner.gather_gradients()?,
             (other, _) => unreachable!("{other:?} is no order of a run that has not begun"),
         }
     }
@@ -199,9 +205,10 @@ impl Member {
             let problem = "this rank reads another recipe or other data than rank 0";
             return Err(Error::user(problem, "let all ranks see the same files, at the same places"));
         }
+        let peers = Peers::of(comm.as_ref());
         let mut learner = match checkpoint {
-            Some(path) => Learner::from_checkpoint(recipe, &checkpoint::load(&path)?)?,
-            None => parents::begin(resolved, train.as_ref(), None)?.0,
+            Some(path) => Learner::from_checkpoint_with(recipe, &checkpoint::load(&path)?, peers)?,
+            None => parents::begin(resolved, train.as_ref(), peers)?.0,
         };
         learner.join(comm.clone())?;
         let spec = LoaderSpec { left_out, ..loader_spec(recipe, &learner, start) };

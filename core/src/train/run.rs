@@ -272,7 +272,8 @@ impl Run<'_> {
             }
         };
         let batches = if of_others.is_empty() { batches } else { &of_others };
-        let path = capture::write(&self.folder, &self.learner, self.resolved, step, batches)?;
+        let content = self.lead.together(&Order::Content, || self.learner.content(step))?;
+        let path = capture::write(&self.folder, content, self.resolved, step, batches)?;
         let skipped = self.learner.skipped() - self.learner.spikes();
         match self.recipe.on_non_finite {
             OnNonFinite::Skip(most) if skipped <= most => {
@@ -314,6 +315,7 @@ impl Run<'_> {
         let lost = self.log.step(done, report, scores, &rates)?;
         self.warn_of(done, "log", lost)?;
         if self.recipe.log.histograms_every > 0 && done.is_multiple_of(self.recipe.log.histograms_every) {
+            self.lead.together(&Order::Gradients, || self.learner.gather_gradients())?;
             let lost = self.log.histograms(done, &self.learner)?;
             self.warn_of(done, "log", lost)?;
         }
@@ -379,7 +381,8 @@ impl Run<'_> {
             return checkpoint::prune(self.folder.path(), step, keep);
         }
         self.log.sync()?;
-        checkpoint::save(self.folder.path(), &self.learner.content(step)?, keep)?;
+        let content = self.lead.together(&Order::Content, || self.learner.content(step))?;
+        checkpoint::save(self.folder.path(), &content, keep)?;
         self.saved = Some(step);
         self.aging.saved(begin.elapsed());
         Ok(())

@@ -55,7 +55,7 @@ impl Start {
             batch: recipe.batch.size,
             device,
             precision: learner.features_dtype(),
-            memory: cost::cost(recipe)?.total_memory(),
+            memory: cost::shared_on(recipe, learner.device(), learner.ranks().world())?.own.total_memory(),
         })
     }
 }

@@ -303,7 +303,7 @@ fn start(folder: &Folder, recipe: &str, sets: &[String]) -> Vec<(String, Tensor)
     let resolved =
         Resolved::load(folder.path(recipe), &Overrides { sets, env: false }).unwrap_or_else(|e| panic!("{e}"));
     let learner = Learner::new(&resolved.recipe).unwrap();
-    learner.weights().content(0, learner.model()).unwrap().model
+    learner.content(0).unwrap().model
 }
 
 /// The ConvNeXt of the tests.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use dinolab_core::data::Loader;
 use dinolab_core::resolved::Resolved;
-use dinolab_core::step::{Learner, SharedTeacher};
+use dinolab_core::step::{Learner, Peers, SharedTeacher};
 use dinolab_core::train::{self, Outcome, RunOptions, Silent, StudentRun};
 use dinolab_core::Tensor;
 use dinolab_plugins as _;
@@ -65,8 +65,9 @@ gpu_test!(a_shared_teacher_sees_a_step_once_and_students_steps_are_recorded_with
     teach(folder.path());
     let resolved = student(folder.path(), "student", 32);
     let run = |shared: Option<&Arc<SharedTeacher>>, students: usize| {
+        let peers = Peers { teacher: shared, ..Peers::default() };
         let mut learners: Vec<Learner> =
-            (0..students).map(|_| Learner::new_beside(&resolved.recipe, shared).unwrap()).collect();
+            (0..students).map(|_| Learner::new_with(&resolved.recipe, peers).unwrap()).collect();
         let (data, _) = train::datasets(&resolved.recipe).unwrap();
         let loader = Loader::new(data, train::loader_spec(&resolved.recipe, &learners[0], 0)).unwrap();
         for (step, made) in loader.enumerate() {

@@ -10,9 +10,9 @@ use dinolab_core::data::Pipeline;
 use dinolab_core::params::Params;
 use dinolab_core::recipe::{Overrides, RawRecipe};
 use dinolab_core::resolved::Resolved;
-use dinolab_core::step::{Learner, Report};
+use dinolab_core::step::{Learner, Peers, Report};
 use dinolab_core::train::{self, Lead, Outcome, RunOptions, Silent};
-use dinolab_core::{plugin, Error, Result};
+use dinolab_core::{plugin, Error, Result, Tensor};
 use dinolab_plugins as _;
 use dinolab_tests::recipes::LOSSES_OF_PARTS;
 use serde::{Deserialize, Serialize};
@@ -117,12 +117,13 @@ fn on_ranks<R: Send>(world: usize, work: impl Fn(Arc<dyn Comm>) -> R + Sync) -> 
 /// The learner of a rank after all steps, and their reports.
 fn trained(resolved: &Resolved, comm: Arc<dyn Comm>) -> Result<(Learner, Vec<Report>)> {
     let recipe = &resolved.recipe;
-    let mut learner = Learner::new(recipe)?;
+    let mut learner = Learner::new_with(recipe, Peers::of(comm.as_ref()))?;
     learner.join(comm)?;
     let pipeline = Pipeline::new(train::datasets(recipe)?.0, train::loader_spec(recipe, &learner, 0))?;
     let reports = (0..recipe.steps)
         .map(|step| learner.step(step, &pipeline.step(step)?.batches, false))
         .collect::<Result<_>>()?;
+    learner.gather_gradients()?;
     Ok((learner, reports))
 }
 
@@ -138,6 +139,7 @@ fn bits((learner, reports): &(Learner, Vec<Report>)) -> Vec<(String, Vec<u64>)> 
         all.extend(values);
     }
     all.push(("skipped".into(), vec![learner.skipped()]));
+    all.push(("gradients".into(), learner.weights().grads().to_f64_vec().into_iter().map(f64::to_bits).collect()));
     all
 }
 
@@ -148,6 +150,7 @@ fn a_step_on_ranks_is_that_of_one_process_to_the_bit() {
         (DINO, "f32", &[][..]),
         (DINO, "f64", &["batch.micro_batches=4"]),
         (&methods, "f32", &["optimizer.plugin=\"muon\""]),
+        (DINO, "f32", &["optimizer.moments=\"8bit\"", "backbone.dim=64", "teachers.gram={ plugin = \"ema\" }"]),
     ] {
         let precision = format!("precision=\"{precision}\"");
         let resolved = resolve(tables, &[sets, &[&precision]].concat()).unwrap_or_else(|e| panic!("{e}"));
@@ -155,9 +158,16 @@ fn a_step_on_ranks_is_that_of_one_process_to_the_bit() {
         assert_eq!(one.0.skipped(), u64::from(tables == DINO), "the step that breaks is not taken");
         let expected = bits(&one);
         for world in [2, 4] {
-            let all = on_ranks(world, |comm| trained(&resolved, comm).map(|run| bits(&run)));
+            let all = on_ranks(world, |comm| {
+                trained(&resolved, comm)
+                    .map(|run| (bits(&run), run.0.weights().moments.iter().map(Tensor::len).sum::<usize>()))
+            });
+            let (all, moments): (Vec<_>, Vec<usize>) =
+                all.into_iter().map(|run| run.unwrap_or_else(|e| panic!("{e}"))).unzip();
+            let whole: usize = one.0.weights().moments.iter().map(Tensor::len).sum();
+            let most = moments.iter().max().expect("there are ranks");
+            assert!(*most < whole, "each rank has its part of {whole}: {moments:?}");
             for (rank, found) in all.into_iter().enumerate() {
-                let found = found.unwrap_or_else(|e| panic!("{e}"));
                 let different = found.iter().zip(&expected).find(|(a, b)| a != b).map(|(a, _)| a.0.clone());
                 assert_eq!((different, found.len()), (None, expected.len()), "rank {rank} of {world}");
             }

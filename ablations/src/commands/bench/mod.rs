@@ -12,7 +12,7 @@ use dinolab_core::data::{Batch, Loader};
 use dinolab_core::profile::Profile;
 use dinolab_core::recipe::Recipe;
 use dinolab_core::resolved::cost;
-use dinolab_core::step::{Learner, Report};
+use dinolab_core::step::{Learner, Peers, Report};
 use dinolab_core::train::{self, Lead};
 use dinolab_core::{tensor, Device, Error, Result};
 use serde::Serialize;
@@ -126,7 +126,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 }
 
 fn measure(args: &Args, recipe: &Recipe, comm: &Arc<dyn Comm>, begin: Instant) -> Result<Measured> {
-    let mut learner = Learner::new(recipe)?;
+    let mut learner = Learner::new_with(recipe, Peers::of(comm.as_ref()))?;
     learner.join(comm.clone())?;
     let gpu = match learner.device() {
         Device::Cpu => None,

@@ -164,7 +164,9 @@ fn check(path: &Path, overrides: &Overrides, cost: Option<Asked>) -> bool {
             Err(error) => return Err(error),
         }
         match recipe.device() {
-            Ok(device) => fit(recipe, device)?.into_iter().for_each(|fit| warn(&fit.into_error())),
+            Ok(device) => fit(recipe, device, cost.and_then(|asked| asked.ranks).unwrap_or(1))?
+                .into_iter()
+                .for_each(|fit| warn(&fit.into_error())),
             Err(error) => warn(&error),
         }
         let cost = cost.map(|asked| asked.answer(&resolved.recipe)).transpose()?;

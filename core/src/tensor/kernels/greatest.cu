@@ -1,12 +1,12 @@
 // The greatest number in size, as bits: those of sizes are in the order of the sizes, infinity and then NaN the last.
 
-// *greatest = max(*greatest, bits of |x(i)| for all i).
-template <class F> __device__ __forceinline__ void greatest_of(u32* greatest, size_t n, F x) {
+// *greatest = max(*greatest, bits of |x[i]| for all i).
+template <class T> __device__ void greatest(u32* greatest, const T* x, size_t n) {
     __shared__ u32 of_warp[32];
     const size_t all = (size_t)gridDim.x * blockDim.x;
     u32 most = 0;
     for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += all)
-        most = max(most, __float_as_uint(x(i)) & 0x7fffffffu);
+        most = max(most, __float_as_uint(to_float(x[i])) & 0x7fffffffu);
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) most = max(most, __shfl_xor_sync(FULL_WARP, most, step));
     if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = most;
@@ -17,12 +17,4 @@ template <class F> __device__ __forceinline__ void greatest_of(u32* greatest, si
         atomicMax(greatest, most);
     }
 }
-
-template <class T> __device__ void greatest(u32* out, const T* x, size_t n) {
-    greatest_of(out, n, [=](size_t i) { return to_float(x[i]); });
-}
 KERNEL(greatest, (u32* out, const T* x, size_t n), (out, x, n))
-
-extern "C" __global__ void __launch_bounds__(KERNEL_BOUNDS) greatest_of_halves_f32(u32* out, const bf16* rounded, const u16* lower, size_t n) {
-    greatest_of(out, n, [=](size_t i) { return join_halves(rounded[i], lower[i]); });
-}

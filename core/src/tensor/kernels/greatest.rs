@@ -15,8 +15,11 @@ const MOST_BLOCKS: usize = 1024;
 /// `max |x|`; NaN if there is one, 0 if there is nothing.
 pub(crate) fn greatest(x: &Tensor) -> Result<f64> {
     if let (Some(gpu), DType::F32 | DType::BF16) = (x.gpu(), x.dtype()) {
-        let kernel = gpu.kernel(&GREATEST, "greatest", x.dtype())?;
-        return on_gpu(x, |bits, blocks| kernel.grid(blocks, 256).launch(args![bits, x, x.len()]));
+        let mut bits = x.device().with(|| Tensor::zeros(&[1], DType::U32));
+        let launch =
+            gpu.kernel(&GREATEST, "greatest", x.dtype())?.grid(x.len().div_ceil(256).clamp(1, MOST_BLOCKS), 256);
+        launch.launch(args![&mut bits, x, x.len()])?;
+        return Ok(f64::from(f32::from_bits(bits.to(Device::Cpu).as_slice::<u32>()[0])));
     }
     let x = &x.to(Device::Cpu);
     // A NaN stays.
@@ -30,19 +33,6 @@ pub(crate) fn greatest(x: &Tensor) -> Result<f64> {
         let of = |chunk: &[T]| chunk.iter().fold(0.0f64, |most, x| max(most, x.f64().abs()));
         Ok(x.as_slice::<T>().par_chunks(CHUNK).map_to_vec(of).into_iter().fold(0.0, max))
     })
-}
-
-/// [`greatest`] of numbers of f32 on a GPU that are kept `rounded` to bf16, with lower bits at the address `lower` (see `step::Flat`).
-pub(crate) fn greatest_of_halves(rounded: &Tensor, lower: u64) -> Result<f64> {
-    let kernel = rounded.gpu().expect("halves are on a GPU").kernel(&GREATEST, "greatest_of_halves", DType::F32)?;
-    on_gpu(rounded, |bits, blocks| kernel.grid(blocks, 256).launch(args![bits, rounded, lower, rounded.len()]))
-}
-
-/// What `launch` leaves in a word of zero bits, where `like` is and by as many blocks as its size asks for.
-fn on_gpu(like: &Tensor, launch: impl FnOnce(&mut Tensor, usize) -> Result<()>) -> Result<f64> {
-    let mut bits = like.device().with(|| Tensor::zeros(&[1], DType::U32));
-    launch(&mut bits, like.len().div_ceil(256).min(MOST_BLOCKS))?;
-    Ok(f64::from(f32::from_bits(bits.to(Device::Cpu).as_slice::<u32>()[0])))
 }
 
 #[cfg(test)]

@@ -8,5 +8,5 @@ pub mod parallel;
 mod write;
 
 pub(crate) use columns::RowSums;
-pub(crate) use greatest::{greatest, greatest_of_halves};
+pub(crate) use greatest::greatest;
 pub(crate) use write::{accumulate, convert, fill};
