@@ -1,15 +1,16 @@
-//! Commands that several processes run together, started by mpirun, mpiexec or srun.
+//! Commands that several processes run together, started by torchrun, mpirun, mpiexec or srun.
 
 use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 use std::process::ExitCode;
+use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::Duration;
 
-use dinolab_core::comm::{host, Comm, Launch, Mpi};
+use dinolab_core::comm::{self, host, Comm, Launch, Launcher};
 use dinolab_core::train::Lead;
 use dinolab_core::{Error, Result};
 
-use crate::{cli, style};
+use crate::{cli, signals, style};
 
 /// Runs `lead`, on rank 0 or in a process that is alone, and `follow` on the other ranks; both give the program's exit code. A
 /// rank that fails says so, and ends all.
@@ -23,8 +24,8 @@ pub fn run(
     let Some(launch) = Launch::detect()? else { return lead(&Lead::alone()).map(ExitCode::from) };
     choose_gpu(&launch);
     let patience = patience()?;
-    let comm: Arc<dyn Comm> = Arc::new(Mpi::join(&launch)?);
-    watch(comm.clone(), patience);
+    let comm = comm::join(&launch)?;
+    watch(comm.clone(), patience, launch.launcher);
     share_cores(comm.as_ref())?;
     let guarded = |work: &mut dyn FnMut() -> Result<u8>| match catch_unwind(AssertUnwindSafe(work)) {
         Ok(ended) => ended,
@@ -85,11 +86,18 @@ fn patience() -> Result<Duration> {
     text.parse().map(Duration::from_secs).map_err(wrong)
 }
 
+/// What is left of that after `torchrun` has asked this rank to stop: it does so too when another has died, and waits for
+/// half a minute.
+const AFTER_STOP: Duration = Duration::from_secs(12);
+
 /// Ends this rank when it has waited too long for another: one that hangs would keep all for ever. Every rank that waits says
 /// so; the one that says nothing is the one to look at.
-fn watch(comm: Arc<dyn Comm>, patience: Duration) {
+fn watch(comm: Arc<dyn Comm>, patience: Duration, launcher: Launcher) {
+    let stop = signals::stop_flag();
     let look = move || loop {
         std::thread::sleep(Duration::from_millis(500));
+        let stops = launcher == Launcher::Torchrun && stop.load(Ordering::Relaxed);
+        let patience = if stops { patience.min(AFTER_STOP) } else { patience };
         if let Some((what, since)) = comm.waits().filter(|(_, since)| *since > patience) {
             let seconds = since.as_secs();
             let problem = format!(

@@ -1,5 +1,5 @@
 //! The program on several processes, joined by the MPI libraries that are here: Open MPI (Debian's `openmpi-bin`) and MPICH
-//! (`pip install mpich`), the latter by its own binary interface and by the standard's.
+//! (`pip install mpich`), the latter by its own binary interface and by the standard's; and by `torchrun`'s store.
 
 use std::fs;
 use std::path::PathBuf;
@@ -131,7 +131,7 @@ fn processes_write_the_files_of_one() {
     }
 }
 
-/// On the emulated driver and NCCL: steps that are recorded and replayed, and those of logged steps, which are not.
+/// On the emulated driver and NCCL, started by either kind of launcher: steps that are recorded and replayed, and those of logged steps, which are not.
 #[test]
 fn processes_on_gpus_write_the_files_of_one() {
     let folder = Folder::with_micro();
@@ -157,7 +157,9 @@ fn processes_on_gpus_write_the_files_of_one() {
         let Some(alone) = emulator::emulate(&mut alone, &[]) else { return };
         let ended: Ended = alone.output().expect("it starts").into();
         assert_eq!(ended.code, 0, "{}{}", ended.out, ended.err);
-        let mut both = mpi.command(&folder, 2, &run_on("cuda", &two, &sets));
+        let args = run_on("cuda", &two, &sets);
+        let by_torchrun = if kind == "8bit" { torchrun(&folder, 2, &args) } else { None };
+        let mut both = by_torchrun.unwrap_or_else(|| mpi.command(&folder, 2, &args));
         let ended: Ended = emulator::emulate(&mut both, &[]).expect("as before").output().expect("it starts").into();
         assert_eq!(ended.code, 0, "{}{}", ended.out, ended.err);
         assert!(!ended.err.contains("not recorded"), "{}", ended.err);
@@ -269,6 +271,56 @@ fn what_processes_move_is_what_the_cost_says() {
     let expected =
         dinolab_core::resolved::cost::shared(&recipe, 2).expect("two share it").received / f64::from(1 << 20);
     assert!((measured / expected - 1.0).abs() < 0.05, "{measured} MiB of {expected}");
+}
+
+/// The program on processes that `torchrun` starts, if it is here.
+fn torchrun(folder: &Folder, world: usize, args: &[&str]) -> Option<Command> {
+    let python = std::env::var_os("DINOLAB_PYTHON").map(PathBuf::from);
+    let launcher = python.unwrap_or_else(|| root().join("target/python/bin/python")).with_file_name("torchrun");
+    if !launcher.exists() {
+        println!("skipped: torchrun is not here: pip install torch");
+        return None;
+    }
+    let mut command = Command::new(launcher);
+    let world = world.to_string();
+    command.args(["--standalone", "--no-python", "--nproc-per-node", &world, env!("CARGO_BIN_EXE_with_plugins")]);
+    command.args(args).current_dir(folder.path("")).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.env("RAYON_NUM_THREADS", "1");
+    Some(command)
+}
+
+#[test]
+fn torchrun_starts_processes_that_stop_go_on_and_end_together() {
+    let folder = Folder::with_micro();
+    let args = run("torchrun", &["steps=40", "checkpoint.every=100"]);
+    let Some(mut command) = torchrun(&folder, 4, &args) else { return };
+    let log = folder.path("torchrun/metrics.jsonl");
+    let mut child = command.spawn().expect("torchrun starts");
+    wait_until(&mut child, || fs::read_to_string(&log).is_ok_and(|text| text.lines().count() >= 3));
+    signal(&child, "TERM");
+    let ended: Ended = child.wait_with_output().expect("it ends").into();
+    assert!(ended.out.contains("saved; go on"), "{}{}", ended.out, ended.err);
+    let ended: Ended = torchrun(&folder, 2, &args).expect("as before").output().expect("torchrun starts").into();
+    assert_eq!(ended.code, 0, "{}{}", ended.out, ended.err);
+    assert_eq!(json(&folder, "torchrun/run.json")["ranks"]["engine"], "torchrun's store");
+    folder.succeed(&run("whole", &["steps=40", "checkpoint.every=100"]));
+    assert_same_weights(&folder, "whole", "torchrun", 40);
+    // One that fails says why, and one that dies takes the others with it.
+    let begin = Instant::now();
+    let mut wrong = torchrun(&folder, 2, &run("wrong", &["batch.shards=1"])).expect("as before");
+    let ended: Ended = wrong.output().expect("torchrun starts").into();
+    assert!(ended.code != 0 && ended.err.contains("2 processes cannot share batch.shards = 1"), "{}", ended.err);
+    assert!(begin.elapsed() < Duration::from_secs(20));
+    let mut dies = torchrun(&folder, 2, &run("dies", &["steps=4000", "checkpoint.every=2"])).expect("as before");
+    let mut child = dies.spawn().expect("torchrun starts");
+    let saved = folder.path("dies/checkpoints/step-00000004");
+    wait_until(&mut child, || saved.exists());
+    let processes = running("dies");
+    let killed = Command::new("kill").args(["-KILL", &processes[1].to_string()]).status();
+    assert!(killed.expect("there is a kill command").success());
+    let begin = Instant::now();
+    let ended: Ended = child.wait_with_output().expect("it ends").into();
+    assert!(ended.code != 0 && begin.elapsed() < Duration::from_secs(20), "{:?} {}", begin.elapsed(), ended.err);
 }
 
 /// The commands of the book's page on processes, as they are written there.

@@ -13,6 +13,8 @@ pub enum Launcher {
     Mpich,
     /// A job step of Slurm: `srun`.
     Slurm,
+    /// PyTorch's `torchrun`.
+    Torchrun,
 }
 
 impl fmt::Display for Launcher {
@@ -21,6 +23,7 @@ impl fmt::Display for Launcher {
             Self::OpenMpi => "Open MPI's mpirun",
             Self::Mpich => "mpiexec",
             Self::Slurm => "srun",
+            Self::Torchrun => "torchrun",
         })
     }
 }
@@ -77,7 +80,10 @@ impl Launch {
         };
         // A step of Slurm also sets PMI's variables; an allocation without a step sets SLURM_NTASKS, and starts nothing.
         let step = if env("SLURM_STEP_ID").is_some() { "SLURM_STEP_NUM_TASKS" } else { "" };
+        // torchrun is started by others, as one process a machine.
+        let torchrun = if env("TORCHELASTIC_RUN_ID").is_some() { ["WORLD_SIZE", "RANK"] } else { [""; 2] };
         let known = [
+            (Launcher::Torchrun, torchrun, ["LOCAL_WORLD_SIZE", "LOCAL_RANK"]),
             (
                 Launcher::OpenMpi,
                 ["OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"],
@@ -95,10 +101,6 @@ impl Launch {
             let (local_world, local_rank) = (number(local_world)?, number(local_rank)?);
             let launch = Self { launcher, world, rank, local_world, local_rank };
             return Ok((world > 1).then_some(launch));
-        }
-        if env("TORCHELASTIC_RUN_ID").is_some() && number("WORLD_SIZE")?.is_some_and(|world| world > 1) {
-            let problem = "torchrun started several processes, which cannot be joined: they are joined by MPI";
-            return Err(Error::user(problem, format!("start them with mpirun, mpiexec or srun, or set {ALONE}=1")));
         }
         Ok(None)
     }
@@ -129,12 +131,22 @@ mod tests {
             [("SLURM_STEP_ID", "0"), ("SLURM_STEP_NUM_TASKS", "8"), ("SLURM_PROCID", "5"), ("SLURM_LOCALID", "1")];
         // What a user has in `salloc`, and the script of a job: no processes of a step.
         let salloc = [("SLURM_JOB_ID", "7"), ("SLURM_NTASKS", "8"), ("SLURM_PROCID", "0")];
-        let cases: [(&[_], _); 7] = [
+        let torchrun = [
+            ("TORCHELASTIC_RUN_ID", "none"),
+            ("RANK", "3"),
+            ("WORLD_SIZE", "4"),
+            ("LOCAL_RANK", "1"),
+            ("LOCAL_WORLD_SIZE", "2"),
+        ];
+        let below_srun = [&torchrun[..], &srun].concat();
+        let cases: [(&[_], _); 9] = [
             (&[], None),
             (&mpirun, launch(Launcher::OpenMpi, 4, 3, Some(2), Some(1))),
             (&hydra, launch(Launcher::Mpich, 2, 0, Some(2), Some(0))),
             (&srun, launch(Launcher::Slurm, 8, 5, None, Some(1))),
             (&salloc, None),
+            (&torchrun, launch(Launcher::Torchrun, 4, 3, Some(2), Some(1))),
+            (&below_srun, launch(Launcher::Torchrun, 4, 3, Some(2), Some(1))),
             (&[("OMPI_COMM_WORLD_SIZE", "1"), ("OMPI_COMM_WORLD_RANK", "0")], None),
             (&[("RANK", "0"), ("WORLD_SIZE", "2")], None),
         ];
@@ -146,11 +158,10 @@ mod tests {
 
     #[test]
     fn what_makes_no_sense_is_an_error_that_names_it() {
-        let cases: [(&[_], &str); 4] = [
+        let cases: [(&[_], &str); 3] = [
             (&[("PMI_SIZE", "two"), ("PMI_RANK", "0")], "PMI_SIZE"),
             (&[("PMI_SIZE", "2"), ("PMI_RANK", "2")], "rank 2 of 2"),
             (&[("DINOLAB_RANKS", "2")], "DINOLAB_RANKS"),
-            (&[("TORCHELASTIC_RUN_ID", "x"), ("WORLD_SIZE", "2"), ("RANK", "0")], "torchrun"),
         ];
         for (env, named) in cases {
             let error = of(env).unwrap_err().to_string();

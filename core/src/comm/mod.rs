@@ -8,14 +8,15 @@
 //!
 //! A rank sums the gradients of its part of the model alone, and updates it: see [`Learner`](crate::step::Learner).
 //!
-//! An engine ([`Comm`]) moves bytes, and only that: [`Mpi`] between processes, [`threads()`] between threads of one; what GPUs
-//! have goes through NCCL. The sums are taken here.
+//! An engine ([`Comm`]) moves bytes, and only that: [`Mpi`] or [`Store`] between processes, [`threads()`] between threads of one;
+//! what GPUs have goes through NCCL. The sums are taken here.
 
 mod launch;
 mod mpi;
 mod nccl;
 mod ranks;
 mod shards;
+mod store;
 mod text;
 mod threads;
 mod watch;
@@ -24,9 +25,11 @@ pub use launch::{host, Launch, Launcher};
 pub use mpi::Mpi;
 pub use ranks::Ranks;
 pub use shards::Shards;
+pub use store::Store;
 pub use threads::{threads, Threads};
 pub use watch::Traffic;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::Result;
@@ -71,6 +74,17 @@ pub trait Comm: Send + Sync + std::fmt::Debug {
     fn waits(&self) -> Option<(&'static str, Duration)> {
         None
     }
+}
+
+/// Joins the processes of a launch, by what their launcher has for it.
+///
+/// # Errors
+/// If they cannot be joined.
+pub fn join(launch: &Launch) -> Result<Arc<dyn Comm>> {
+    Ok(match launch.launcher {
+        Launcher::Torchrun => Arc::new(Store::join(launch)?),
+        Launcher::OpenMpi | Launcher::Mpich | Launcher::Slurm => Arc::new(Mpi::join(launch)?),
+    })
 }
 
 /// One rank: nothing moves.

@@ -212,7 +212,7 @@ fn open(launch: &Launch) -> Result<(Library, PathBuf)> {
         (Some(own), _) => vec![own.into()],
         (None, Launcher::OpenMpi) => vec!["libmpi.so.40".into()],
         (None, Launcher::Mpich) => ["libmpi.so.12", "libmpich.so.12", "libmpi_abi.so.1"].map(PathBuf::from).to_vec(),
-        (None, Launcher::Slurm) => {
+        (None, Launcher::Slurm | Launcher::Torchrun) => {
             ["libmpi.so.40", "libmpi.so.12", "libmpich.so.12", "libmpi_abi.so.1"].map(PathBuf::from).to_vec()
         }
     };
