@@ -183,7 +183,7 @@ impl Ranks {
     }
 
     /// The sum of all ranks' flat tensors in the order of the tree, of which each rank gets the elements of its range. The
-    /// others of its own tensor are left as they are. (A reduce-scatter, whose ranges may overlap.)
+    /// others of its own tensor are left as they are. (A reduce-scatter; no two ranges overlap.)
     ///
     /// # Errors
     /// If a rank has failed.
@@ -281,5 +281,39 @@ fn copy(to: &mut Tensor, at: usize, from: &Tensor, range: Range<usize>) -> Resul
             to.bytes_mut()[at * size..][..from.len()].copy_from_slice(from);
             Ok(())
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::comm::{threads, Comm};
+    use crate::DType;
+
+    #[test]
+    fn sums_are_those_of_the_tree_and_given_to_all_however_many_pieces_they_are() {
+        let (world, len) = (4, 3 * PIECES + 77);
+        let starts = [0, len / 4 + 5, len / 2, len / 2 + 9, len];
+        let ranges: Vec<Range<usize>> = starts.windows(2).map(|pair| pair[0]..pair[1]).collect();
+        let of_rank =
+            |rank: usize| -> Vec<f32> { (0..len).map(|i| ((i * 7 + rank * 13) % 1000) as f32 * 1.1).collect() };
+        let all: Vec<Vec<f32>> = (0..world).map(of_rank).collect();
+        let sum = |i: usize| (all[0][i] + all[1][i]) + (all[2][i] + all[3][i]);
+        let work = |comm: Arc<dyn Comm>| {
+            let ranks = Ranks::new(comm, world).unwrap();
+            let (own, rank) = (&ranges[ranks.rank()], ranks.rank());
+            let mut x = Tensor::from_slice(&all[rank], &[len]).unwrap();
+            ranks.sum_to(&mut x, &ranges).unwrap();
+            let expected = |i: usize| if own.contains(&i) { sum(i) } else { all[rank][i] };
+            assert!((0..len).all(|i| x.as_slice::<f32>()[i] == expected(i)), "rank {rank}");
+            ranks.spread(&mut x, &ranges).unwrap();
+            assert!((0..len).all(|i| x.as_slice::<f32>()[i] == sum(i)), "rank {rank}");
+            // Fewer than there are ranks.
+            ranks.sum(&mut Tensor::zeros(&[3], DType::F32)).unwrap();
+        };
+        std::thread::scope(|scope| {
+            let started: Vec<_> = threads(world).into_iter().map(|comm| scope.spawn(|| work(Arc::new(comm)))).collect();
+            started.into_iter().for_each(|rank| rank.join().unwrap());
+        });
     }
 }

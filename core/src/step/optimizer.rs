@@ -191,10 +191,11 @@ impl Groups {
         (blocks.concat(), counts)
     }
 
-    /// Sums the gradients of this rank's part, and whole blocks of the norm, over all ranks.
+    /// Sums the gradients of this rank's part over all ranks, with the rest of the block of the norm that its end is in.
     pub(super) fn sum_gradients(&self, grads: &mut Tensor, ranks: &Ranks) -> Result<()> {
-        let len = if grads.gpu().is_some() { NUMBERS_OF_BLOCK } else { NORM_BLOCK };
-        ranks.sum_to(grads, &self.parts.with_blocks(&self.norm_blocks(len).0))
+        ranks.sum_to(grads, self.parts.ranges())?;
+        let block = if grads.gpu().is_some() { NUMBERS_OF_BLOCK } else { NORM_BLOCK };
+        ranks.spread(grads, &self.parts.heads(block))
     }
 
     /// L2 norm of every sub-model's gradient, of which this rank has its part.

@@ -100,10 +100,10 @@ impl Parts {
         self.ranges.iter().map(|range| first(range.start)..first(range.end)).collect()
     }
 
-    /// The part of each rank, and what more of `blocks` it needs to have all of those that begin in it.
-    pub(super) fn with_blocks(&self, blocks: &[Range<usize>]) -> Vec<Range<usize>> {
-        let last = |of: &Range<usize>| if of.is_empty() { 0 } else { blocks[of.end - 1].end };
-        self.ranges.iter().zip(self.blocks(blocks)).map(|(range, of)| range.start..range.end.max(last(&of))).collect()
+    /// The beginning of each part, with `len` elements if it has so many: all that a block of this length that begins before it
+    /// may need of it.
+    pub(super) fn heads(&self, len: usize) -> Vec<Range<usize>> {
+        self.ranges.iter().map(|range| range.start..range.end.min(range.start + len)).collect()
     }
 }
 
@@ -121,7 +121,7 @@ mod tests {
 
     proptest! {
         /// However large parameters are, and however many ranks there are: the parts are all of the memory in order, none is cut that
-        /// has to be whole, and every block of a norm is in the part that it begins in.
+        /// has to be whole, and every block of a norm is in the part that it begins in and the heads of those behind.
         #[test]
         fn parts_are_all_of_the_memory(sizes in proptest::collection::vec((1usize..5000, any::<bool>()), 1..12), world in 1usize..9) {
             let mut params = ParamBuilder::new();
@@ -141,10 +141,11 @@ mod tests {
             }
             prop_assert_eq!(end, layout.len());
             let blocks: Vec<Range<usize>> = (0..layout.len()).step_by(700).map(|at| at..(at + 700).min(layout.len())).collect();
-            let (of_ranks, with) = (parts.blocks(&blocks), parts.with_blocks(&blocks));
+            let (of_ranks, heads) = (parts.blocks(&blocks), parts.heads(700));
             prop_assert_eq!(of_ranks.iter().map(Range::len).sum::<usize>(), blocks.len());
-            for (of, with) in of_ranks.into_iter().zip(with) {
-                prop_assert!(blocks[of].iter().all(|block| with.start <= block.start && block.end <= with.end));
+            for (rank, of) in of_ranks.into_iter().enumerate() {
+                let has = |i: usize| parts.ranges()[rank].contains(&i) || heads.iter().any(|head| head.contains(&i));
+                prop_assert!(blocks[of].iter().all(|block| block.clone().all(has)));
             }
             // No rank has much more than another, where nothing has to be whole.
             if sizes.iter().all(|(_, whole)| !whole) {

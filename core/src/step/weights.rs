@@ -253,7 +253,7 @@ impl Weights {
         named.iter().enumerate().try_for_each(|(i, teacher)| self.copy(Of::Named(i), &teacher.policy.start(), model))
     }
 
-    /// The gradients of the last step, in the student's layout.
+    /// The gradients of the last step, in the student's layout: of several ranks each has those of its part.
     pub fn grads(&self) -> &Tensor {
         &self.grads
     }

@@ -150,6 +150,8 @@ fn a_step_on_ranks_is_that_of_one_process_to_the_bit() {
         (DINO, "f32", &[][..]),
         (DINO, "f64", &["batch.micro_batches=4"]),
         (&methods, "f32", &["optimizer.plugin=\"muon\""]),
+        // So many numbers that they are moved in several pieces.
+        (DINO, "f32", &["losses.dino.head.prototypes=70000", "steps=3", "losses.breaks.step=1"]),
         (DINO, "f32", &["optimizer.moments=\"8bit\"", "backbone.dim=64", "teachers.gram={ plugin = \"ema\" }"]),
     ] {
         let precision = format!("precision=\"{precision}\"");
