@@ -4,9 +4,10 @@
 //! buffer of that layout. Student, teachers, gradients and optimizer moments are each one buffer, so
 //! the optimizer, EMA, clipping and checkpoints walk flat memory and know no layer.
 
+use std::cell::RefCell;
 use std::collections::HashSet;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rayon::prelude::*;
 
@@ -313,31 +314,68 @@ pub struct Params<'a> {
     layout: &'a Arc<Layout>,
     flat: &'a Tensor,
     tape: Option<&'a Tape>,
-    tracked: std::cell::RefCell<Vec<Option<Tensor>>>,
+    tracked: RefCell<Vec<Option<Tensor>>>,
+    uses: Option<Noted>,
+}
+
+/// Who notes that a parameter is used: each does so once.
+struct Noted {
+    uses: Uses,
+    seen: RefCell<Vec<bool>>,
+}
+
+/// How many tapes add to the gradient of each parameter: that of the model, and those of parts that are computed again.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Uses(Arc<Mutex<Vec<usize>>>);
+
+impl Uses {
+    /// The counts, in the order of the layout.
+    pub(crate) fn counts(&self) -> Vec<usize> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn note(&self, param: usize) {
+        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if counts.len() <= param {
+            counts.resize(param + 1, 0);
+        }
+        counts[param] += 1;
+    }
 }
 
 impl<'a> Params<'a> {
     /// Plain weights: nothing is recorded (teachers, evaluation).
     pub fn frozen(layout: &'a Arc<Layout>, flat: &'a Tensor) -> Self {
-        Self { layout, flat, tape: None, tracked: Default::default() }
+        Self { layout, flat, tape: None, tracked: Default::default(), uses: None }
+    }
+
+    /// The same, where `uses` is told which of them are used.
+    pub(crate) fn noted(layout: &'a Arc<Layout>, flat: &'a Tensor, uses: Uses) -> Self {
+        let seen = RefCell::new(vec![false; layout.specs.len()]);
+        Self { uses: Some(Noted { uses, seen }), ..Self::frozen(layout, flat) }
     }
 
     /// Weights followed by `tape`: gradients land at the same places of a flat gradient buffer.
     pub fn tracked(layout: &'a Arc<Layout>, flat: &'a Tensor, tape: &'a Tape) -> Self {
-        let tracked = std::cell::RefCell::new(vec![None; layout.specs.len()]);
-        Self { layout, flat, tape: Some(tape), tracked }
+        let tracked = RefCell::new(vec![None; layout.specs.len()]);
+        Self { tape: Some(tape), tracked, ..Self::noted(layout, flat, Uses::default()) }
     }
 
     /// Weights that are tensors already, in the order of the layout, followed or not.
     pub(crate) fn given(layout: &'a Arc<Layout>, flat: &'a Tensor, tensors: Vec<Tensor>) -> Self {
-        let tracked = std::cell::RefCell::new(tensors.into_iter().map(Some).collect());
-        Self { layout, flat, tape: None, tracked }
+        let tracked = RefCell::new(tensors.into_iter().map(Some).collect());
+        Self { tracked, ..Self::frozen(layout, flat) }
     }
 
     /// The parameter `id`.
     pub fn get(&self, id: ParamId) -> Tensor {
         if let Some(Some(known)) = self.tracked.borrow().get(id.0) {
             return known.clone();
+        }
+        if let Some(Noted { uses, seen }) = &self.uses {
+            if !std::mem::replace(&mut seen.borrow_mut()[id.0], true) {
+                uses.note(id.0);
+            }
         }
         let spec = &self.layout.specs[id.0];
         let view = || self.flat.view(spec.offset, &spec.shape);
@@ -360,6 +398,11 @@ impl<'a> Params<'a> {
     /// The flat buffer.
     pub(crate) fn flat(&self) -> &Tensor {
         self.flat
+    }
+
+    /// Where it is noted which of them are used.
+    pub(crate) fn uses(&self) -> Uses {
+        self.uses.as_ref().map(|noted| noted.uses.clone()).unwrap_or_default()
     }
 
     /// The tape that follows these weights.

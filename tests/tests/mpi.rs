@@ -253,7 +253,7 @@ fn what_processes_move_is_what_the_cost_says() {
     let folder = Folder::with_micro();
     let Some(mpi) = found().into_iter().next() else { return };
     // So large that the rest of a block of the norm is little of it.
-    let model = ["backbone.dim=192", "backbone.depth=3", "backbone.heads=3"];
+    let model = ["backbone.dim=192", "backbone.depth=4", "backbone.heads=3"];
     let sets = ["batch.micro_batches=2", "batch.shards=2", "losses.koleo.enabled=false"];
     let sets: Vec<&str> = sets.into_iter().chain(model).flat_map(|set| ["--set", set]).collect();
     let bench = ["bench", "micro.toml", "--device", "cpu", "--steps", "3", "--json"];

@@ -13,6 +13,8 @@ use crate::{Device, Error, Result, Tensor};
 const PIECES: usize = 1 << 19;
 /// The same on GPUs: 64 MiB in f32.
 const GPU_PIECES: usize = 1 << 24;
+/// Shares begin at multiples of this many elements.
+const ALIGN: usize = 64;
 
 /// The ranks of a run, and how a batch's shards are spread over them: rank r has the r-th of equal blocks.
 #[derive(Clone, Debug)]
@@ -176,10 +178,39 @@ impl Ranks {
     /// # Errors
     /// If a rank has failed.
     pub fn sum(&self, x: &mut Tensor) -> Result<()> {
-        let shares: Vec<Range<usize>> =
-            (0..self.world()).map(|r| r * x.len() / self.world()..(r + 1) * x.len() / self.world()).collect();
+        let shares = self.shares(x.len());
         self.sum_to(x, &shares)?;
         self.spread(x, &shares)
+    }
+
+    /// `len` elements in equal shares, one a rank.
+    pub(crate) fn shares(&self, len: usize) -> Vec<Range<usize>> {
+        let cut = |rank: usize| if rank == self.world() { len } else { rank * len / self.world() / ALIGN * ALIGN };
+        (0..self.world()).map(|rank| cut(rank)..cut(rank + 1)).collect()
+    }
+
+    /// Elements of all ranks together that are moved at a time.
+    pub(crate) fn at_once_on(device: Device) -> usize {
+        match device {
+            Device::Cpu => PIECES,
+            Device::Cuda(_) => GPU_PIECES,
+        }
+    }
+
+    /// Elements of one rank that are moved at a time, where such a tensor is.
+    pub(crate) fn at_once(&self, x: &Tensor) -> usize {
+        (Self::at_once_on(x.device()) / self.world()).max(ALIGN)
+    }
+
+    /// What every rank sends to each, in order of rank: pieces of equal length, of which `received` are those for this one.
+    ///
+    /// # Errors
+    /// If a rank has failed.
+    pub(crate) fn exchange(&self, pieces: &Tensor, received: &mut Tensor) -> Result<()> {
+        match &self.nccl {
+            Some(nccl) => nccl.exchange(pieces, received),
+            None => self.comm.exchange(pieces.as_bytes(), received.bytes_mut()),
+        }
     }
 
     /// The sum of all ranks' flat tensors in the order of the tree, of which each rank gets the elements of its range. The
@@ -196,10 +227,7 @@ impl Ranks {
                 copy(&mut sent, rank * longest, x, piece.clone())?;
             }
             let mut received = x.device().with(|| Tensor::uninit(sent.shape(), x.dtype()));
-            match &self.nccl {
-                Some(nccl) => nccl.exchange(&sent, &received)?,
-                None => self.comm.exchange(sent.as_bytes(), received.bytes_mut())?,
-            }
+            self.exchange(&sent, &mut received)?;
             if own.is_empty() {
                 return Ok(());
             }
@@ -243,15 +271,16 @@ impl Ranks {
         if self.world() == 1 {
             return Ok(());
         }
-        let most = if self.nccl.is_some() { GPU_PIECES } else { PIECES } / self.world();
+        let most = self.at_once(x);
         let longest = ranges.iter().map(Range::len).max().unwrap_or(0);
-        for start in (0..longest).step_by(most.max(1)) {
+        for start in (0..longest).step_by(most) {
             let piece = |range: &Range<usize>| {
                 let at = |offset: usize| (range.start + offset).min(range.end);
-                at(start)..at(start + most.max(1))
+                at(start)..at(start + most)
             };
             let pieces: Vec<Range<usize>> = ranges.iter().map(piece).collect();
-            move_pieces(x, &pieces, pieces.iter().map(Range::len).max().unwrap_or(0))?;
+            // Kernels read from every rank's piece on, in vectors.
+            move_pieces(x, &pieces, pieces.iter().map(Range::len).max().unwrap_or(0).next_multiple_of(ALIGN))?;
         }
         Ok(())
     }
@@ -267,7 +296,7 @@ fn place(x: &mut Tensor, ranges: &[Range<usize>], all: &Tensor) -> Result<()> {
 }
 
 /// Copies elements of a tensor to another that is on the same device, from `at` on.
-fn copy(to: &mut Tensor, at: usize, from: &Tensor, range: Range<usize>) -> Result<()> {
+pub(crate) fn copy(to: &mut Tensor, at: usize, from: &Tensor, range: Range<usize>) -> Result<()> {
     let size = from.dtype().size();
     match from.gpu() {
         _ if range.is_empty() => Ok(()),

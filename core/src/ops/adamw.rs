@@ -8,7 +8,7 @@ use std::ops::Range;
 use crate::cuda::args;
 use crate::tensor::blocks::*;
 use crate::tensor::parallel::{zip_mut, BLOCK};
-use crate::tensor::Real;
+use crate::tensor::{Element, Real};
 use crate::{cuda_source, dispatch_real, simd, Error, Result, Tensor};
 
 cuda_source! { pub(crate) static ADAMW = "adamw" { include_str!("adamw.cu") } }
@@ -55,6 +55,20 @@ pub struct Moments<'a> {
     pub square: &'a mut Tensor,
 }
 
+/// A buffer of the parameters' layout from an element on.
+#[derive(Clone, Copy)]
+pub(crate) struct FromElement<'a> {
+    pub(crate) tensor: &'a Tensor,
+    pub(crate) start: usize,
+}
+
+impl FromElement<'_> {
+    /// These elements of the layout.
+    pub(super) fn slice<T: Element>(&self, range: Range<usize>) -> &[T] {
+        &self.tensor.as_slice::<T>()[range.start - self.start..range.end - self.start]
+    }
+}
+
 /// Moments of a part of the parameters.
 pub(crate) struct PartMoments<'a> {
     pub(crate) moments: Moments<'a>,
@@ -90,28 +104,28 @@ pub fn adamw_step(
     step: u64,
 ) -> Result<()> {
     same_layout("adamw", params, moments.mean)?;
+    same_layout("adamw", params, grads)?;
+    let grads = FromElement { tensor: grads, start: 0 };
     adamw_part(params, grads, PartMoments { moments, start: 0 }, ema, groups, config, step)
 }
 
 /// The same of a part of the parameters, in which all groups are.
 pub(crate) fn adamw_part(
     params: &mut Tensor,
-    grads: &Tensor,
+    grads: FromElement<'_>,
     PartMoments { moments, start: from }: PartMoments<'_>,
     ema: Option<Ema<'_>>,
     groups: &[Group],
     config: AdamW,
     step: u64,
 ) -> Result<()> {
-    for other in [grads].into_iter().chain(ema.as_ref().map(|e| &*e.params)) {
-        same_layout("adamw", params, other)?;
-    }
+    ema.as_ref().map_or(Ok(()), |ema| same_layout("adamw", params, ema.params))?;
     same_layout("adamw", moments.mean, moments.square)?;
     let part = from..from + moments.mean.len();
     let ends = [from].into_iter().chain(groups.iter().map(|g| g.range.end));
     let ordered = groups.iter().zip(ends).all(|(g, end)| end <= g.range.start && g.range.start <= g.range.end);
     let inside = part.end <= params.len() && groups.last().is_none_or(|g| g.range.end <= part.end);
-    if step == 0 || !ordered || !inside || moments.mean.dtype() != params.dtype() {
+    if step == 0 || !ordered || !inside || [moments.mean.dtype(), grads.tensor.dtype()] != [params.dtype(); 2] {
         let problem = format!(
             "step {step}, {} groups over {part:?} of {} elements: steps count from 1, groups ascend",
             groups.len(),
@@ -127,7 +141,7 @@ pub(crate) fn adamw_part(
         };
         let (m, v) = (moments.mean.as_mut_slice::<T>(), moments.square.as_mut_slice::<T>());
         let params = params.as_mut_slice::<T>()[part.clone()].par_chunks_mut(BLOCK);
-        let blocks = params.zip(grads.as_slice::<T>()[part].par_chunks(BLOCK));
+        let blocks = params.zip(grads.slice::<T>(part).par_chunks(BLOCK));
         let blocks = blocks.zip(m.par_chunks_mut(BLOCK).zip(v.par_chunks_mut(BLOCK))).zip(ema.par_iter_mut());
         blocks.enumerate().for_each(|(block, (((p, g), (m, v)), ema))| {
             let (start, end) = (from + block * BLOCK, from + block * BLOCK + p.len());

@@ -14,7 +14,7 @@ use crate::tensor::blocks::*;
 use crate::tensor::parallel;
 use crate::{simd, DType, Device, Error, Result, Tensor};
 
-use super::adamw::{same_layout, Ema, Group, Moments, Update};
+use super::adamw::{same_layout, Ema, FromElement, Group, Moments, Update};
 use super::AdamW;
 
 /// Numbers that share a scale.
@@ -223,14 +223,26 @@ pub fn adamw_step_8bit(
     params: &mut Tensor,
     grads: &Tensor,
     moments: MixedMoments<'_>,
+    ema: Option<Ema<'_>>,
+    groups: &[(Group, Place)],
+    config: AdamW,
+    step: u64,
+) -> Result<()> {
+    same_layout("adamw", params, grads)?;
+    adamw_part_8bit(params, FromElement { tensor: grads, start: 0 }, moments, ema, groups, config, step)
+}
+
+/// The same of a part of the parameters, in which all groups are.
+pub(crate) fn adamw_part_8bit(
+    params: &mut Tensor,
+    grads: FromElement<'_>,
+    moments: MixedMoments<'_>,
     mut ema: Option<Ema<'_>>,
     groups: &[(Group, Place)],
     config: AdamW,
     step: u64,
 ) -> Result<()> {
-    for other in [grads].into_iter().chain(ema.as_ref().map(|e| &*e.params)) {
-        same_layout("adamw", params, other)?;
-    }
+    ema.as_ref().map_or(Ok(()), |ema| same_layout("adamw", params, ema.params))?;
     if params.dtype() != DType::F32 {
         return Err(Error::shape("adamw", format!("moments in eight bits are those of f32, not {:?}", params.dtype())));
     }
@@ -238,7 +250,7 @@ pub fn adamw_step_8bit(
     for (group, place) in groups {
         let update = Update::<f32>::new(group, config, ema.as_ref(), step);
         let range = group.range.clone();
-        let (p, g) = (&mut params.as_mut_slice::<f32>()[range.clone()], &grads.as_slice::<f32>()[range.clone()]);
+        let (p, g) = (&mut params.as_mut_slice::<f32>()[range.clone()], grads.slice::<f32>(range.clone()));
         let ema = ema.as_mut().map(|e| &mut e.params.as_mut_slice::<f32>()[range]);
         let numbers = p.len();
         let part = match place {

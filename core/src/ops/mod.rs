@@ -51,10 +51,10 @@ pub use neighbours::neighbour_group;
 pub use similarity::{NegativeRemoval, SimilarityOptions};
 pub use tokens::rows_of_images;
 
-pub(crate) use adamw::{adamw_part, square_sums, PartMoments, ADAMW, NORM_BLOCK};
+pub(crate) use adamw::{adamw_part, square_sums, FromElement, PartMoments, ADAMW, NORM_BLOCK};
 pub(crate) use attention::attention_kernels;
 pub(crate) use descend::{descend, write_range};
-pub(crate) use eight_bit::BLOCK as EIGHT_BIT_BLOCK;
+pub(crate) use eight_bit::{adamw_part_8bit, BLOCK as EIGHT_BIT_BLOCK};
 pub(crate) use elementwise::copy_if;
 pub(crate) use entropy::row_entropies;
 

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use crate::params::{Layout, Params};
+use crate::params::{Layout, Params, Uses};
 use crate::scope;
 use crate::tensor::{Grads, Op, Slot, Tape};
 use crate::{Result, Tensor};
@@ -15,6 +15,7 @@ struct Recompute {
     part: Part,
     layout: Arc<Layout>,
     flat: Tensor,
+    uses: Uses,
     scope: String,
     inputs: Vec<Tensor>,
 }
@@ -36,7 +37,8 @@ impl Params<'_> {
             return part(self, &inputs);
         }
         let (layout, flat) = (self.layout().clone(), self.flat().clone());
-        Recompute { part: Box::new(part), layout, flat, scope: scope::current(), inputs: Vec::new() }.apply(inputs)
+        let (uses, scope) = (self.uses(), scope::current());
+        Recompute { part: Box::new(part), layout, flat, uses, scope, inputs: Vec::new() }.apply(inputs)
     }
 }
 
@@ -51,7 +53,7 @@ impl Op for Recompute {
 
     fn forward(&mut self, inputs: &[&Tensor], save: bool) -> Result<Tensor> {
         let inputs: Vec<Tensor> = inputs.iter().map(|x| x.detach()).collect();
-        let out = (self.part)(&Params::frozen(&self.layout, &self.flat), &inputs)?;
+        let out = (self.part)(&Params::noted(&self.layout, &self.flat, self.uses.clone()), &inputs)?;
         if save {
             self.inputs = inputs;
         }
@@ -59,7 +61,7 @@ impl Op for Recompute {
     }
 
     fn backward(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
-        let Self { part, layout, flat, scope, inputs } = *self;
+        let Self { part, layout, flat, scope, inputs, .. } = *self;
         let _scope = scope::enter(scope);
         let tape = Tape::new();
         let follow = |(i, x): (usize, Tensor)| if grads.needs(i) { tape.leaf(&x) } else { x };

@@ -4,9 +4,10 @@
 //! once; a vector through a head costs twice the head's parameters forward. Softmax, norms and the optimizer are not
 //! counted.
 
+use crate::comm::Ranks;
 use crate::contract::{Cost, Grid, ImageSize, LossCost, LossRows, View};
 use crate::recipe::{DeviceChoice, Recipe, Resolution};
-use crate::step::{declare, distilled_model, named_teachers, Declared, Storage, Teacher, GLOBALS};
+use crate::step::{declare, distilled_model, named_teachers, Declared, Layers, Storage, Teacher, GLOBALS};
 use crate::{cuda, DType, Device, Error, Result};
 
 /// What a recipe costs.
@@ -153,8 +154,17 @@ fn cost_at(
     let part = 0..model.layout.len().div_ceil(ranks);
     let storage = Storage::new(&model.layout, recipe.optimizer.moments.unwrap_or_default(), &part);
     let moment = storage.bytes(recipe.dtype(device).wide());
+    let layers = Layers::of(&model.layout);
+    // With one micro-batch each, processes have gradients of their part and a share of the sums, and of the layers that the backward
+    // pass is in.
+    let (gradients, longest) = match by_layer(recipe, ranks) {
+        true => (2 * part.len() + layers.largest(2), layers.largest(1).max(part.len())),
+        false => (model.layout.len(), model.layout.len()),
+    };
     let of_models = (model.layout.len(), has_teacher, named_len, distilled_len);
-    let mut memory = weights(recipe, (device, ranks), of_models, moment);
+    let mut memory = weights(recipe, (device, ranks), of_models, (gradients, moment));
+    let moved = 2 * Ranks::at_once_on(device).min(longest) * recipe.dtype(device).wide().size();
+    memory.extend((ranks > 1).then_some(("moved between processes", moved as f64)));
 
     let number = recipe.dtype(device).size() as f64;
     let all = recipe.batch.size as f64;
@@ -246,10 +256,17 @@ pub fn shared_on(recipe: &Recipe, device: Device, ranks: usize) -> Result<Shared
     let model = declare(&own)?;
     let features = own.dtype(device);
     let models = if own.teacher.build(&mut ())?.exists() { 2 } else { 1 };
-    let of_number = features.wide().size() + models * features.size();
+    // Sums of gradients that are taken layer by layer go to those whose they are afterwards.
+    let sums = if by_layer(&own, ranks) { 1.0 / ranks as f64 } else { 0.0 };
+    let of_number = (1.0 + sums) * features.wide().size() as f64 + (models * features.size()) as f64;
     let of_others = model.layout.len() as f64 * (ranks - 1) as f64 / ranks as f64;
     let cost = cost_of(&own, &model, (device, ranks));
-    Ok(Shared { images: own.batch.size, own: cost, received: of_others * of_number as f64 })
+    Ok(Shared { images: own.batch.size, own: cost, received: of_others * of_number })
+}
+
+/// Whether so many processes, each with this recipe's batch, sum gradients layer by layer.
+fn by_layer(recipe: &Recipe, ranks: usize) -> bool {
+    ranks > 1 && recipe.batch.micro_batches == 1
 }
 
 /// Numbers in the parameters whose names begin with `prefix`.
@@ -259,12 +276,12 @@ fn count_in(model: &Declared, prefix: &str) -> usize {
 }
 
 /// What lasts from step to step, in bytes: for so many parameters, a teacher with as many if there is one, those of further
-/// teachers and of a model to distil from, and moments of so many bytes.
+/// teachers and of a model to distil from; so many gradients, and moments of so many bytes.
 fn weights(
     recipe: &Recipe,
     (device, ranks): (Device, usize),
     (own, teacher, further, distilled): (usize, bool, usize, Option<usize>),
-    moment: f64,
+    (gradients, moment): (usize, f64),
 ) -> Vec<(&'static str, f64)> {
     let features = recipe.dtype(device);
     let wide = |n: usize| n as f64 * features.wide().size() as f64;
@@ -274,7 +291,7 @@ fn weights(
         let rounded = n as f64 * features.size() as f64;
         rounded + lower * (wide(n) - rounded)
     };
-    let mut memory = vec![("student", kept(own)), ("gradients", wide(own))];
+    let mut memory = vec![("student", kept(own)), ("gradients", wide(gradients))];
     // Shards wait for each other in a tree; their sum is made beside them.
     let waiting = recipe.batch.shards.ilog2();
     memory.extend((waiting > 0).then(|| ("gradients of shards", f64::from(waiting + 1) * wide(own))));

@@ -8,6 +8,7 @@
 //! ```
 
 mod bounds;
+mod buckets;
 mod continued;
 mod declare;
 mod distillation;
@@ -29,6 +30,7 @@ mod updates;
 mod views;
 mod weights;
 
+pub(crate) use buckets::Layers;
 pub(crate) use declare::{build_backbone, build_loss};
 pub use declare::{declare, Declared, DeclaredLoss, GLOBALS};
 pub(crate) use distillation::distilled_model;
@@ -49,7 +51,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::checkpoint::{Checkpoint, Content};
-use crate::comm::{Comm, Ranks, Shards};
+use crate::comm::{copy, Comm, Ranks, Shards};
 use crate::contract::{At, Crops, Draws, Features, Follow, Mode, State, StepContext, TeacherPolicy};
 use crate::data::Batch;
 use crate::params::Params;
@@ -62,6 +64,7 @@ use crate::tensor::{catch_out_of_memory, Tape};
 use crate::{cuda, DType, Device, Error, Result, Tensor};
 
 use bounds::Reach;
+use buckets::Buckets;
 use distillation::TeacherModel;
 use following::follow;
 use gpu::{GpuStep, Kernels};
@@ -232,7 +235,12 @@ impl Learner {
         let named = named_teachers(recipe, &model)?;
         let device = recipe.device()?;
         let dtype = recipe.dtype(device);
-        let optimizer = Groups::new(&recipe.optimizer, &model.layout, model.backbone.depth(), peers.share)?;
+        let mut optimizer = Groups::new(&recipe.optimizer, &model.layout, model.backbone.depth(), peers.share)?;
+        // With more than one, gradients are those of all: they are added up before they are summed over the ranks.
+        let micro_batches = recipe.batch.micro_batches / peers.share.world();
+        if peers.share.world() > 1 && micro_batches == 1 {
+            optimizer.sum_by_layer();
+        }
         let names = named.iter().map(|teacher| teacher.name.as_str());
         let new = || Weights::new(&model, &optimizer, teacher.exists(), names, dtype);
         let weights = catch_out_of_memory(|| device.with(new))?;
@@ -364,13 +372,23 @@ impl Learner {
         catch_out_of_memory(|| self.weights.gather(&self.ranks, |_, _, _| {}))
     }
 
-    /// Gives every rank the gradients of all; after a step each has those of its part.
+    /// The gradients of the last step in the student's layout, in host memory. Of several ranks, each of which has those of its
+    /// part, all have to ask for them.
     ///
     /// # Errors
     /// If a rank has failed.
-    pub fn gather_gradients(&mut self) -> Result<()> {
+    pub fn gradients(&self) -> Result<Tensor> {
+        let own = self.weights.grads.to(Device::Cpu);
+        if self.ranks.world() == 1 {
+            return Ok(own);
+        }
         let _step = cuda::step_scope();
-        self.ranks.spread(&mut self.weights.grads, self.optimizer.parts.ranges())
+        let (parts, start) = (&self.optimizer.parts, self.optimizer.gradients().start);
+        let mut all = Device::Cpu.with(|| Tensor::zeros(&[self.model.layout.len()], own.dtype()));
+        let part = parts.own().clone();
+        copy(&mut all, part.start, &own, part.start - start..part.end - start)?;
+        self.ranks.spread_on_host(&mut all, parts.ranges(), self.device)?;
+        Ok(all)
     }
 
     /// Runs step `step` (0-based) on its micro-batches. When something is not finite, or would not be after the update,
@@ -578,8 +596,17 @@ impl Learner {
         // Before its loss begins, a run may have nothing to learn from.
         let Some(total) = total else { return Ok(values) };
         values.insert("loss/total".into(), total.detach());
-        if total.is_tracked() {
-            tape.backward(&total, 1.0 / (count * self.ranks.world()) as f64, Some(grads))?;
+        if !total.is_tracked() {
+            return Ok(values);
+        }
+        let seed = 1.0 / (count * self.ranks.world()) as f64;
+        match &self.optimizer.layers {
+            None => drop(tape.backward(&total, seed, Some(grads))?),
+            Some(layers) => {
+                let mut buckets = Buckets::new(&self.ranks, layers, &params.uses().counts(), grads);
+                tape.backward_into(&total, seed, &mut buckets)?;
+                buckets.finish(grads, &self.optimizer.windows())?;
+            }
         }
         Ok(values)
     }

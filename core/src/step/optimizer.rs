@@ -7,18 +7,18 @@ use std::sync::Arc;
 use crate::comm::Ranks;
 use crate::contract::{At, Direction, Optimizer, ParamUpdate};
 use crate::ops::{
-    adamw_part, adamw_step_8bit, descend, square_sums, write_range, AdamW, Ema, Group, MixedMoments, Moments,
-    PartMoments, Place, NORM_BLOCK,
+    adamw_part, adamw_part_8bit, descend, square_sums, write_range, AdamW, Ema, FromElement, Group, MixedMoments,
+    Moments, PartMoments, Place, NORM_BLOCK,
 };
 use crate::params::{Layout, ParamRole, ParamSpec};
 use crate::recipe::{MomentStorage, OptimizerConfig, OptimizerEntry};
 use crate::{DType, Error, Result, Tensor};
 
 use super::bounds::Reach;
+use super::buckets::Layers;
 use super::flat::Flat;
 use super::moments::Storage;
 use super::parts::{Parts, Share};
-use super::update::NUMBERS_OF_BLOCK;
 use super::Weights;
 
 /// Added to a gradient's norm before it divides, as in `torch.nn.utils.clip_grad_norm_`.
@@ -39,6 +39,8 @@ pub(crate) struct Groups {
     pub(super) parts: Arc<Parts>,
     /// Where the moments of this rank's part are.
     pub(crate) storage: Arc<Storage>,
+    /// By what the gradients are summed over the ranks while the backward pass runs, if they are.
+    pub(super) layers: Option<Layers>,
 }
 
 /// How the optimizer treats one parameter.
@@ -104,7 +106,25 @@ impl Groups {
         let parts = Parts::new(layout, share, |i| directed.binary_search(&i).is_ok());
         let storage = Arc::new(Storage::new(layout, moments, parts.own()));
         let (layout, parts) = (layout.clone(), Arc::new(parts));
-        Ok(Self { config, optimizer, layout, rules, modules, adamw, directed, parts, storage })
+        Ok(Self { config, optimizer, layout, rules, modules, adamw, directed, parts, storage, layers: None })
+    }
+
+    /// Has the gradients of each layer summed over the ranks as soon as they are known.
+    pub(super) fn sum_by_layer(&mut self) {
+        self.layers = Some(Layers::of(&self.layout));
+    }
+
+    /// The gradients that this rank has: all, or those of its window.
+    pub(super) fn gradients(&self) -> Range<usize> {
+        match &self.layers {
+            None => 0..self.layout.len(),
+            Some(_) => self.parts.window(self.parts.own(), self.layout.len()),
+        }
+    }
+
+    /// Of every rank its part, and the rest of a block of the norm that begins there.
+    pub(super) fn windows(&self) -> Vec<Range<usize>> {
+        self.parts.ranges().iter().map(|part| self.parts.window(part, self.layout.len())).collect()
     }
 
     /// The keys of every optimizer.
@@ -191,11 +211,14 @@ impl Groups {
         (blocks.concat(), counts)
     }
 
-    /// Sums the gradients of this rank's part over all ranks, with the rest of the block of the norm that its end is in.
+    /// Sums the gradients of this rank's part over all ranks, with the rest of the block of the norm that its end is in, where
+    /// that was not done layer by layer.
     pub(super) fn sum_gradients(&self, grads: &mut Tensor, ranks: &Ranks) -> Result<()> {
+        if self.layers.is_some() {
+            return Ok(());
+        }
         ranks.sum_to(grads, self.parts.ranges())?;
-        let block = if grads.gpu().is_some() { NUMBERS_OF_BLOCK } else { NORM_BLOCK };
-        ranks.spread(grads, &self.parts.heads(block))
+        ranks.spread(grads, &self.parts.heads())
     }
 
     /// L2 norm of every sub-model's gradient, of which this rank has its part.
@@ -203,8 +226,10 @@ impl Groups {
         let (blocks, counts) = self.norm_blocks(NORM_BLOCK);
         let of_ranks = self.parts.blocks(&blocks);
         let own = of_ranks[ranks.rank()].clone();
+        let start = self.gradients().start;
+        let of_own: Vec<Range<usize>> = blocks[own.clone()].iter().map(|b| b.start - start..b.end - start).collect();
         let mut squares = Tensor::zeros(&[blocks.len()], DType::F64);
-        squares.as_mut_slice::<f64>()[own.clone()].copy_from_slice(&square_sums(grads, &blocks[own])?);
+        squares.as_mut_slice::<f64>()[own].copy_from_slice(&square_sums(grads, &of_own)?);
         ranks.spread(&mut squares, &of_ranks)?;
         let mut squares = squares.as_slice::<f64>().iter();
         let norm = |((name, _), count): (&(String, _), usize)| {
@@ -234,7 +259,8 @@ impl Groups {
         };
         let updates = weights.updates(at);
         let own = self.parts.own();
-        let Weights { student, teacher, moments, eight, grads, .. } = weights;
+        let Weights { student, teacher, moments, eight, grads, grads_start, .. } = weights;
+        let gradients = FromElement { tensor: grads, start: *grads_start };
         for (adamw, places) in &self.adamw {
             let [mean, square, ..] = &mut moments[..] else { unreachable!("checked when the groups were made") };
             let whole = Moments { mean, square };
@@ -243,11 +269,11 @@ impl Groups {
                 let placed = |i: usize| (group(&i), self.storage.places[i].place);
                 let groups: Vec<(Group, Place)> = self.own(places).map(placed).collect();
                 let moments = MixedMoments { whole, mean, square };
-                adamw_step_8bit(student.wide_mut(), grads, moments, ema, &groups, *adamw, updates)?;
+                adamw_part_8bit(student.wide_mut(), gradients, moments, ema, &groups, *adamw, updates)?;
             } else {
                 let groups: Vec<Group> = self.own(places).map(|i| group(&i)).collect();
                 let part = PartMoments { moments: whole, start: own.start };
-                adamw_part(student.wide_mut(), grads, part, ema, &groups, *adamw, updates)?;
+                adamw_part(student.wide_mut(), gradients, part, ema, &groups, *adamw, updates)?;
             }
         }
         let dtype = grads.dtype();
@@ -273,7 +299,7 @@ impl Groups {
     /// The gradient of parameter `i` in its own shape.
     pub(super) fn gradient(&self, i: usize, grads: &Tensor) -> Tensor {
         let spec = &self.layout.specs()[i];
-        grads.view(spec.offset, &spec.shape)
+        grads.view(spec.offset - self.gradients().start, &spec.shape)
     }
 
     /// Where the optimizer directs parameter `i`, in tensors of the weights' type that are nobody else's.

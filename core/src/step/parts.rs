@@ -8,8 +8,13 @@ use std::fmt;
 use std::ops::Range;
 
 use crate::comm::Comm;
-use crate::ops::EIGHT_BIT_BLOCK;
+use crate::ops::{EIGHT_BIT_BLOCK, NORM_BLOCK};
 use crate::params::Layout;
+
+use super::update::NUMBERS_OF_BLOCK;
+
+/// No block in which squares of gradients are summed is longer, on any device.
+const LONGEST_BLOCK: usize = if NORM_BLOCK > NUMBERS_OF_BLOCK { NORM_BLOCK } else { NUMBERS_OF_BLOCK };
 
 /// One of the ranks that share a model's optimizer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +40,11 @@ impl Share {
     /// That of this rank.
     pub fn of(comm: &dyn Comm) -> Self {
         Self { rank: comm.rank(), world: comm.world() }
+    }
+
+    /// How many there are.
+    pub(super) fn world(self) -> usize {
+        self.world
     }
 }
 
@@ -100,10 +110,14 @@ impl Parts {
         self.ranges.iter().map(|range| first(range.start)..first(range.end)).collect()
     }
 
-    /// The beginning of each part, with `len` elements if it has so many: all that a block of this length that begins before it
-    /// may need of it.
-    pub(super) fn heads(&self, len: usize) -> Vec<Range<usize>> {
-        self.ranges.iter().map(|range| range.start..range.end.min(range.start + len)).collect()
+    /// The beginning of each part: all that a block of a norm that begins before it may need of it.
+    pub(super) fn heads(&self) -> Vec<Range<usize>> {
+        self.ranges.iter().map(|range| range.start..range.end.min(range.start + LONGEST_BLOCK)).collect()
+    }
+
+    /// A part with what a block of a norm that begins in it may need behind it, of `len` elements in all.
+    pub(super) fn window(&self, part: &Range<usize>, len: usize) -> Range<usize> {
+        part.start..len.min(part.end + LONGEST_BLOCK)
     }
 }
 
@@ -141,7 +155,7 @@ mod tests {
             }
             prop_assert_eq!(end, layout.len());
             let blocks: Vec<Range<usize>> = (0..layout.len()).step_by(700).map(|at| at..(at + 700).min(layout.len())).collect();
-            let (of_ranks, heads) = (parts.blocks(&blocks), parts.heads(700));
+            let (of_ranks, heads) = (parts.blocks(&blocks), parts.heads());
             prop_assert_eq!(of_ranks.iter().map(Range::len).sum::<usize>(), blocks.len());
             for (rank, of) in of_ranks.into_iter().enumerate() {
                 let has = |i: usize| parts.ranges()[rank].contains(&i) || heads.iter().any(|head| head.contains(&i));

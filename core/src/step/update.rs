@@ -77,6 +77,8 @@ pub(crate) struct DeviceUpdate {
     norm_blocks: usize,
     /// Those of every rank.
     own_blocks: Vec<Range<usize>>,
+    /// The element that the gradients begin at.
+    grads_start: usize,
     /// What changes from step to step: a [`Numbers`], a kernel's `AdamW` for each pass, and the optimizer's own.
     numbers: Tensor,
 }
@@ -127,6 +129,7 @@ impl DeviceUpdate {
                 module_count: modules.len(),
                 norm_blocks: norm_blocks.len(),
                 own_blocks: groups.parts.blocks(&norm_blocks),
+                grads_start: groups.gradients().start,
                 numbers: Tensor::zeros(&[NUMBERS + OF_ADAMW * groups.adamw.len() + own], DType::F32),
             })
         })
@@ -188,12 +191,18 @@ impl DeviceUpdate {
         if !own.is_empty() {
             let bytes = 4.0 * grads.len() as f64 * own.len() as f64 / self.norm_blocks as f64;
             let squares = kernel("square_sums")?.grid(own.len(), 256).work(0.0, bytes);
+            let grads = self.grads_of_first(grads);
             squares.launch(args![&mut partial, grads, &self.modules, count, own.start as i32])?;
         }
         ranks.spread(&mut partial, &self.own_blocks)?;
         let roots = kernel("norms")?.grid(self.module_count, 256);
         roots.launch(args![&mut norms, &partial, &self.modules, count, self.norm_blocks as i32])?;
         Ok(norms)
+    }
+
+    /// Where the gradient of element 0 would be: kernels count from the first element.
+    fn grads_of_first(&self, grads: &Tensor) -> u64 {
+        grads.device_address().wrapping_sub((grads.dtype().size() * self.grads_start) as u64)
     }
 
     /// One update of this rank's part of all weights, if `taken` is not 0; the teacher follows where `follows`.
@@ -210,6 +219,7 @@ impl DeviceUpdate {
         let (n, part) = (weights.student.len(), groups.parts.own());
         let Weights { student, teacher, moments, eight, .. } = weights;
         let ema = teacher.as_ref().filter(|_| follows);
+        let grads_at = self.grads_of_first(grads);
         let (student_at, ema_at) = (student.place(), ema.map_or_else(Flat::no_place, Flat::place));
         let bytes = if follows { 36.0 } else { 28.0 };
         let eight_bit = self.blocks * EIGHT_BIT_BLOCK;
@@ -222,7 +232,7 @@ impl DeviceUpdate {
                 launch.work(0.0, bytes * wide as f64).launch(args![
                     student_at,
                     ema_at,
-                    grads,
+                    grads_at,
                     &moments[0],
                     &moments[1],
                     rules,
@@ -241,7 +251,7 @@ impl DeviceUpdate {
                 launch.work(0.0, (bytes - 12.0) * eight_bit as f64).launch(args![
                     student_at,
                     ema_at,
-                    grads,
+                    grads_at,
                     mean,
                     mean_scales,
                     square,

@@ -46,8 +46,9 @@ pub struct Weights {
     pub loss_state: Vec<State>,
     /// Steps whose update was skipped.
     pub skipped: u64,
-    /// Gradients of the last step.
+    /// Gradients of the last step, from this element of the layout on.
     pub(super) grads: Tensor,
+    pub(super) grads_start: usize,
     /// How large numbers are at most, once they were measured.
     bounds: Option<Bounds>,
 }
@@ -105,6 +106,7 @@ impl Weights {
         let dtype = features.wide();
         let parts = optimizer.parts.clone();
         let zeros = |len| Flat::zeros(len, parts.own_of(len), features, optimizer.config().offload);
+        let grads = optimizer.gradients();
         let named = named.into_iter().map(|name| Ok((name.to_string(), zeros(backbone_len(layout))?)));
         let storage = optimizer.storage.clone();
         // AdamW's two: others are refused when the groups are made.
@@ -121,7 +123,8 @@ impl Weights {
             moment_names: optimizer.moments().to_vec(),
             loss_state: Vec::new(),
             skipped: 0,
-            grads: Tensor::zeros(&[layout.len()], dtype),
+            grads: Tensor::zeros(&[grads.len()], dtype),
+            grads_start: grads.start,
             bounds: None,
         })
     }
@@ -253,7 +256,7 @@ impl Weights {
         named.iter().enumerate().try_for_each(|(i, teacher)| self.copy(Of::Named(i), &teacher.policy.start(), model))
     }
 
-    /// The gradients of the last step, in the student's layout: of several ranks each has those of its part.
+    /// The gradients of the last step, in the student's layout: on several ranks, those of a part are of use.
     pub fn grads(&self) -> &Tensor {
         &self.grads
     }

@@ -24,8 +24,8 @@ pub use kernels::parallel;
 pub(crate) use kernels::{blocks, columns, greatest};
 pub use real::{Element, Real};
 pub use storage::{memory_stats, reset_peak, trim, MemoryStats};
-pub(crate) use tape::Slot;
 pub use tape::{GradMut, Grads, LeafGrads, Op, Tape};
+pub(crate) use tape::{ParamGrads, Slot};
 pub use watch::first_non_finite;
 
 use crate::{cuda, DType, Device, Error, Result};

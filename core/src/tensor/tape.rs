@@ -211,14 +211,24 @@ impl Tape {
     /// # Errors
     /// If `result` is not of this tape, or an operation fails.
     pub fn backward_from(&self, result: &Tensor, dy: Tensor, params: Option<&mut Tensor>) -> Result<LeafGrads> {
-        self.backward_from_slot(result, Slot { grad: dy, row_sums: None }, params)
+        self.backward_from_slot(
+            result,
+            Slot { grad: dy, row_sums: None },
+            params.map(|flat| flat as &mut dyn ParamGrads),
+        )
+    }
+
+    /// [`backward`](Self::backward) with the gradients of parameters wherever `params` has them.
+    pub(crate) fn backward_into(&self, loss: &Tensor, seed: f64, params: &mut dyn ParamGrads) -> Result<LeafGrads> {
+        let seed = loss.device().with(|| Tensor::full(&loss.shape, loss.dtype, seed))?;
+        self.backward_from_slot(loss, Slot { grad: seed, row_sums: None }, Some(params))
     }
 
     pub(crate) fn backward_from_slot(
         &self,
         result: &Tensor,
         dy: Slot,
-        mut params: Option<&mut Tensor>,
+        mut params: Option<&mut dyn ParamGrads>,
     ) -> Result<LeafGrads> {
         let Some(var) = result.var.as_ref().filter(|v| Arc::ptr_eq(&v.tape.0, &self.0)) else {
             return Err(Error::shape("backward", "the loss is not on this tape"));
@@ -229,7 +239,15 @@ impl Tape {
         let mut slots: Vec<Option<Slot>> = nodes.iter().map(|_| None).collect();
         slots[var.id] = Some(dy);
         for id in (0..=var.id).rev() {
-            let NodeKind::Op { .. } = nodes[id].kind else { continue };
+            match (&nodes[id].kind, params.as_deref_mut()) {
+                (NodeKind::Op { .. }, _) => {}
+                // What uses it comes behind it on the tape.
+                (NodeKind::Param(range), Some(params)) => {
+                    params.done(range)?;
+                    continue;
+                }
+                _ => continue,
+            }
             let NodeKind::Op { op, inputs, scope } = std::mem::replace(&mut nodes[id].kind, NodeKind::Done) else {
                 unreachable!("checked just above");
             };
@@ -237,7 +255,7 @@ impl Tape {
             let name = op.name();
             let _part = profile::gradient_part(name);
             watch::observe(|| format!("gradient of {name} in {scope}"), &dy);
-            let params = params.as_deref_mut();
+            let params = reborrow(&mut params);
             let mut grads = Grads { nodes: &nodes, inputs: &inputs, slots: &mut slots, params, row_sums, host: None };
             op.backward(dy, &mut grads)?;
         }
@@ -270,6 +288,32 @@ impl LeafGrads {
     }
 }
 
+/// Where the gradients of parameters are added up: a flat buffer, or what gives them away as soon as they are known.
+pub(crate) trait ParamGrads {
+    /// A buffer with the gradient of the parameter at this range of the layout, and the element that it begins at.
+    fn buffer(&mut self, range: &Range<usize>) -> Result<(&mut Tensor, usize)>;
+
+    /// The tape that is run backward adds nothing more to the gradient of the parameter at this range.
+    fn done(&mut self, range: &Range<usize>) -> Result<()>;
+}
+
+impl ParamGrads for Tensor {
+    fn buffer(&mut self, _: &Range<usize>) -> Result<(&mut Tensor, usize)> {
+        Ok((self, 0))
+    }
+
+    fn done(&mut self, _: &Range<usize>) -> Result<()> {
+        Ok(())
+    }
+}
+
+fn reborrow<'a>(params: &'a mut Option<&mut dyn ParamGrads>) -> Option<&'a mut dyn ParamGrads> {
+    match params {
+        Some(params) => Some(&mut **params),
+        None => None,
+    }
+}
+
 /// The gradient of a node so far.
 pub(crate) struct Slot {
     pub(crate) grad: Tensor,
@@ -282,7 +326,7 @@ pub struct Grads<'a> {
     nodes: &'a [Node],
     inputs: &'a [Option<usize>],
     slots: &'a mut [Option<Slot>],
-    params: Option<&'a mut Tensor>,
+    params: Option<&'a mut dyn ParamGrads>,
     /// The sums of the rows of the result's gradient, if they are known.
     row_sums: Option<RowSums>,
     /// The device of the gradients, when the operation itself runs on the host.
@@ -320,13 +364,13 @@ impl<'a> GradMut<'a> {
 
 impl Grads<'_> {
     fn reborrow(&mut self) -> Grads<'_> {
-        let params = self.params.as_deref_mut();
+        let params = reborrow(&mut self.params);
         Grads { nodes: self.nodes, inputs: self.inputs, slots: self.slots, params, row_sums: None, host: self.host }
     }
 
-    /// The flat gradient buffer of parameters, for a tape inside an operation.
-    pub(crate) fn params(&mut self) -> Option<&mut Tensor> {
-        self.params.as_deref_mut()
+    /// The gradients of parameters, for a tape inside an operation.
+    pub(crate) fn params(&mut self) -> Option<&mut dyn ParamGrads> {
+        reborrow(&mut self.params)
     }
 
     /// Whether input `i` is tracked.
@@ -393,10 +437,11 @@ impl Grads<'_> {
             return self.add(i, grad);
         }
         if let NodeKind::Param(range) = &node.kind {
-            let Some(buffer) = self.params.as_deref_mut() else {
+            let Some(params) = reborrow(&mut self.params) else {
                 return Err(Error::shape("backward", "parameters are tracked but no gradient buffer was given"));
             };
-            return f(GradMut { buffer, range: range.clone(), add: true });
+            let (buffer, start) = params.buffer(range)?;
+            return f(GradMut { buffer, range: range.start - start..range.end - start, add: true });
         }
         let add = self.slots[id].is_some();
         let new = || Slot { grad: Tensor::uninit(&node.shape, node.dtype), row_sums: None };

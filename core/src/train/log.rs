@@ -139,14 +139,15 @@ impl Log {
     ///
     /// # Errors
     /// If the device fails.
-    pub(super) fn histograms(&mut self, step: u64, learner: &Learner) -> Result<Option<String>> {
+    pub(super) fn histograms(&mut self, step: u64, learner: &Learner, gradients: &Tensor) -> Result<Option<String>> {
         let layout = &learner.model().layout;
-        let weights = learner.weights();
+        // Of several ranks, rounded to what a step computes with where this one has no more.
+        let numbers = learner.weights().student.to_host()?;
         let mut values = Vec::new();
         for module in layout.modules() {
             let range = layout.range_of(&format!("{module}."));
-            let of_weights = weights.student.view(range.start, &[range.len()])?;
-            let gradients = weights.grads().view(range.start, &[range.len()]);
+            let of_weights = numbers.view(range.start, &[range.len()]);
+            let gradients = gradients.view(range.start, &[range.len()]);
             for (what, numbers) in [("weights", of_weights), ("gradients", gradients)] {
                 values.extend(events::histogram(&format!("{what}/{module}"), &numbers.to_f64_vec()));
             }

@@ -315,8 +315,8 @@ impl Run<'_> {
         let lost = self.log.step(done, report, scores, &rates)?;
         self.warn_of(done, "log", lost)?;
         if self.recipe.log.histograms_every > 0 && done.is_multiple_of(self.recipe.log.histograms_every) {
-            self.lead.together(&Order::Gradients, || self.learner.gather_gradients())?;
-            let lost = self.log.histograms(done, &self.learner)?;
+            let gradients = self.lead.together(&Order::Gradients, || self.learner.gradients())?;
+            let lost = self.log.histograms(done, &self.learner, &gradients)?;
             self.warn_of(done, "log", lost)?;
         }
         self.window = Window::default();

@@ -12,7 +12,7 @@ use dinolab_core::recipe::{Overrides, RawRecipe};
 use dinolab_core::resolved::Resolved;
 use dinolab_core::step::{Learner, Peers, Report};
 use dinolab_core::train::{self, Lead, Outcome, RunOptions, Silent};
-use dinolab_core::{plugin, Error, Result, Tensor};
+use dinolab_core::{plugin, Error, Result};
 use dinolab_plugins as _;
 use dinolab_tests::recipes::LOSSES_OF_PARTS;
 use serde::{Deserialize, Serialize};
@@ -123,7 +123,6 @@ fn trained(resolved: &Resolved, comm: Arc<dyn Comm>) -> Result<(Learner, Vec<Rep
     let reports = (0..recipe.steps)
         .map(|step| learner.step(step, &pipeline.step(step)?.batches, false))
         .collect::<Result<_>>()?;
-    learner.gather_gradients()?;
     Ok((learner, reports))
 }
 
@@ -139,7 +138,10 @@ fn bits((learner, reports): &(Learner, Vec<Report>)) -> Vec<(String, Vec<u64>)> 
         all.extend(values);
     }
     all.push(("skipped".into(), vec![learner.skipped()]));
-    all.push(("gradients".into(), learner.weights().grads().to_f64_vec().into_iter().map(f64::to_bits).collect()));
+    all.push((
+        "gradients".into(),
+        learner.gradients().expect("all ask").to_f64_vec().into_iter().map(f64::to_bits).collect(),
+    ));
     all
 }
 
@@ -150,25 +152,51 @@ fn a_step_on_ranks_is_that_of_one_process_to_the_bit() {
         (DINO, "f32", &[][..]),
         (DINO, "f64", &["batch.micro_batches=4"]),
         (&methods, "f32", &["optimizer.plugin=\"muon\""]),
-        // So many numbers that they are moved in several pieces.
+        // One micro-batch a rank, so that gradients are summed layer by layer: some blocks are computed again.
+        (&methods, "f32", &["optimizer.plugin=\"muon\"", "batch.micro_batches=4", "backbone.checkpointing=\"full\""]),
+        // So many numbers that they are moved in several pieces, all at the end and layer by layer.
         (DINO, "f32", &["losses.dino.head.prototypes=70000", "steps=3", "losses.breaks.step=1"]),
-        (DINO, "f32", &["optimizer.moments=\"8bit\"", "backbone.dim=64", "teachers.gram={ plugin = \"ema\" }"]),
+        (
+            DINO,
+            "f32",
+            &[
+                "losses.dino.head.prototypes=70000",
+                "steps=3",
+                "losses.breaks.step=1",
+                "batch.micro_batches=2",
+                "batch.shards=2",
+            ],
+        ),
+        (
+            DINO,
+            "f32",
+            &[
+                "optimizer.moments=\"8bit\"",
+                "backbone.dim=64",
+                "batch.micro_batches=4",
+                "teachers.gram={ plugin = \"ema\" }",
+            ],
+        ),
     ] {
         let precision = format!("precision=\"{precision}\"");
         let resolved = resolve(tables, &[sets, &[&precision]].concat()).unwrap_or_else(|e| panic!("{e}"));
         let one = trained(&resolved, Arc::new(dinolab_core::comm::Single)).unwrap_or_else(|e| panic!("{e}"));
         assert_eq!(one.0.skipped(), u64::from(tables == DINO), "the step that breaks is not taken");
         let expected = bits(&one);
-        for world in [2, 4] {
+        for world in [2, 4].into_iter().filter(|world| *world <= resolved.recipe.batch.shards) {
+            let by_layer = resolved.recipe.batch.micro_batches == world;
             let all = on_ranks(world, |comm| {
-                trained(&resolved, comm)
-                    .map(|run| (bits(&run), run.0.weights().moments.iter().map(Tensor::len).sum::<usize>()))
+                trained(&resolved, comm).map(|run| {
+                    let (weights, len) = (run.0.weights(), run.0.model().layout.len());
+                    (bits(&run), (weights.moments[0].len(), weights.grads().len() < len))
+                })
             });
-            let (all, moments): (Vec<_>, Vec<usize>) =
+            let (all, kept): (Vec<_>, Vec<_>) =
                 all.into_iter().map(|run| run.unwrap_or_else(|e| panic!("{e}"))).unzip();
-            let whole: usize = one.0.weights().moments.iter().map(Tensor::len).sum();
-            let most = moments.iter().max().expect("there are ranks");
-            assert!(*most < whole, "each rank has its part of {whole}: {moments:?}");
+            let whole = one.0.weights().moments[0].len();
+            assert!(kept.iter().all(|(moments, _)| *moments < whole), "each has its part of {whole}: {kept:?}");
+            // Beside its part a rank has gradients of a block, which is more than the rest of a small model.
+            assert_eq!(kept[world - 1].1, by_layer, "{kept:?}");
             for (rank, found) in all.into_iter().enumerate() {
                 let different = found.iter().zip(&expected).find(|(a, b)| a != b).map(|(a, _)| a.0.clone());
                 assert_eq!((different, found.len()), (None, expected.len()), "rank {rank} of {world}");

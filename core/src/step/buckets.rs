@@ -1,0 +1,187 @@
+//! Gradients that are summed over the ranks while the backward pass runs, layer by layer: stage 2 of ZeRO (Rajbhandari et al.,
+//! arXiv:1910.02054).
+//!
+//! A rank holds the gradients of a layer from the first number that is added to them until the last. Then each rank sums a share
+//! of them, the same of every layer, so that all are busy. At the end every rank gets the sums of its part of the model. So that
+//! they are those of one process, a rank has one micro-batch.
+
+use std::ops::Range;
+
+use crate::comm::{copy, Ranks};
+use crate::params::Layout;
+use crate::tensor::ParamGrads;
+use crate::{Error, Result, Tensor};
+
+use super::parts::within;
+
+/// The layers of a model, as ranges of its flat memory: neighbouring parameters of one layer of one sub-model.
+#[derive(Clone, Debug)]
+pub(crate) struct Layers {
+    ranges: Vec<Range<usize>>,
+    /// The layer of each parameter, in the order of the layout.
+    of_param: Vec<usize>,
+    /// Where each parameter begins.
+    begins: Vec<usize>,
+}
+
+impl Layers {
+    pub(crate) fn of(layout: &Layout) -> Self {
+        let specs = layout.specs();
+        let (mut ranges, mut of_param): (Vec<Range<usize>>, Vec<usize>) = Default::default();
+        for (i, spec) in specs.iter().enumerate() {
+            let same = i > 0 && (specs[i - 1].module(), specs[i - 1].layer) == (spec.module(), spec.layer);
+            match ranges.last_mut().filter(|_| same) {
+                Some(last) => last.end = spec.range().end,
+                None => ranges.push(spec.range()),
+            }
+            of_param.push(ranges.len() - 1);
+        }
+        Self { ranges, of_param, begins: specs.iter().map(|spec| spec.offset).collect() }
+    }
+
+    /// Numbers of the largest layers, as many as are asked for.
+    pub(crate) fn largest(&self, count: usize) -> usize {
+        let mut lens: Vec<usize> = self.ranges.iter().map(Range::len).collect();
+        lens.sort_unstable();
+        lens.iter().rev().take(count).sum()
+    }
+
+    fn of_range(&self, range: &Range<usize>) -> usize {
+        self.of_param[self.begins.partition_point(|begin| *begin <= range.start) - 1]
+    }
+}
+
+/// The gradients of a backward pass.
+pub(super) struct Buckets<'a> {
+    ranks: &'a Ranks,
+    layers: &'a Layers,
+    /// Of each layer, what was added up so far.
+    open: Vec<Option<Tensor>>,
+    /// Of each layer, how often a tape still adds to a parameter's gradient; nothing once it is summed.
+    left: Vec<Option<usize>>,
+    /// This rank's share of the sums of each layer, one behind the other.
+    shares: Tensor,
+}
+
+impl<'a> Buckets<'a> {
+    /// So many tapes add to the gradient of each parameter; gradients are like `grads`.
+    pub(super) fn new(ranks: &'a Ranks, layers: &'a Layers, uses: &[usize], grads: &Tensor) -> Self {
+        let mut left = vec![Some(0); layers.ranges.len()];
+        for (layer, uses) in layers.of_param.iter().zip(uses) {
+            left[*layer] = left[*layer].map(|left| left + uses);
+        }
+        let open = left.iter().map(|_| None).collect();
+        let len = layers.ranges.iter().map(|range| ranks.shares(range.len())[ranks.rank()].len()).sum();
+        Self { ranks, layers, open, left, shares: grads.device().with(|| Tensor::zeros(&[len], grads.dtype())) }
+    }
+
+    /// Gives the sums to those whose they are: each rank has the elements of its window, in order of rank.
+    pub(super) fn finish(mut self, own: &mut Tensor, windows: &[Range<usize>]) -> Result<()> {
+        // Where nothing was learned.
+        (0..self.left.len()).try_for_each(|layer| self.close(layer))?;
+        let (world, rank) = (self.ranks.world(), self.ranks.rank());
+        let shares: Vec<Vec<Range<usize>>> = (0..world).map(|rank| self.shares_of(rank)).collect();
+        let len = |from: usize, to: usize| shares[from].iter().map(|share| within(share, &windows[to]).len()).sum();
+        let longest: usize = (0..world * world).map(|i| len(i / world, i % world)).max().unwrap_or(0);
+        let most = self.ranks.at_once(own);
+        let buffer = || own.device().with(|| Tensor::zeros(&[world * most.min(longest)], own.dtype()));
+        let (mut sent, mut received) = (buffer(), buffer());
+        for start in (0..longest).step_by(most) {
+            let round = start..longest.min(start + most);
+            let piece = most.min(longest);
+            for (to, window) in windows.iter().enumerate() {
+                for Moved { share, at, len, .. } in moved(&shares[rank], window, &round) {
+                    copy(&mut sent, to * piece + at, &self.shares, share..share + len)?;
+                }
+            }
+            self.ranks.exchange(&sent, &mut received)?;
+            for (from, shares) in shares.iter().enumerate() {
+                for Moved { flat, at, len, .. } in moved(shares, &windows[rank], &round) {
+                    let at = from * piece + at;
+                    copy(own, flat - windows[rank].start, &received, at..at + len)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A rank's shares of the layers, in flat memory.
+    fn shares_of(&self, rank: usize) -> Vec<Range<usize>> {
+        let share = |layer: &Range<usize>| {
+            let share = self.ranks.shares(layer.len()).swap_remove(rank);
+            layer.start + share.start..layer.start + share.end
+        };
+        self.layers.ranges.iter().map(share).collect()
+    }
+
+    /// Sums a layer's gradients over the ranks, once: this one takes its share.
+    fn close(&mut self, layer: usize) -> Result<()> {
+        if self.left[layer].take().is_none() {
+            return Ok(());
+        }
+        let mut sum = self.open[layer].take().unwrap_or_else(|| self.zeros(layer));
+        let rank = self.ranks.rank();
+        let shares = self.ranks.shares(sum.len());
+        self.ranks.sum_to(&mut sum, &shares)?;
+        let before = self.shares_of(rank)[..layer].iter().map(Range::len).sum();
+        copy(&mut self.shares, before, &sum, shares[rank].clone())
+    }
+
+    fn zeros(&self, layer: usize) -> Tensor {
+        self.shares.device().with(|| Tensor::zeros(&[self.layers.ranges[layer].len()], self.shares.dtype()))
+    }
+}
+
+/// Neighbouring numbers that go from a rank to another.
+struct Moved {
+    /// Where they begin in flat memory, and among the shares of the rank that they come from.
+    flat: usize,
+    share: usize,
+    /// Their place in what moves in a round.
+    at: usize,
+    len: usize,
+}
+
+/// What of a rank's shares is in a window, as far as it moves in this round: those numbers of it, counted one share after the other.
+fn moved(shares: &[Range<usize>], window: &Range<usize>, round: &Range<usize>) -> Vec<Moved> {
+    let (mut before, mut counted) = (0, 0);
+    let part = |share: &Range<usize>| {
+        let part = within(share, window);
+        let now = within(&(counted..counted + part.len()), round);
+        let skipped = part.start.saturating_sub(share.start) + now.start.saturating_sub(counted);
+        let moved =
+            Moved { flat: share.start + skipped, share: before + skipped, at: now.start - round.start, len: now.len() };
+        (before, counted) = (before + share.len(), counted + part.len());
+        (moved.len > 0).then_some(moved)
+    };
+    shares.iter().filter_map(part).collect()
+}
+
+impl ParamGrads for Buckets<'_> {
+    fn buffer(&mut self, range: &Range<usize>) -> Result<(&mut Tensor, usize)> {
+        let layer = self.layers.of_range(range);
+        let of_layer = self.layers.ranges[layer].clone();
+        if self.left[layer].is_none() {
+            let problem = "a parameter's gradient is added to after its layer's was summed over the processes";
+            let help =
+                "this is a fault of a plugin that uses a parameter in a part that is computed again inside another";
+            return Err(Error::user(problem, help));
+        }
+        if self.open[layer].is_none() {
+            self.open[layer] = Some(self.zeros(layer));
+        }
+        Ok((self.open[layer].as_mut().expect("opened just above"), of_layer.start))
+    }
+
+    fn done(&mut self, range: &Range<usize>) -> Result<()> {
+        let layer = self.layers.of_range(range);
+        match &mut self.left[layer] {
+            Some(left @ 2..) => {
+                *left -= 1;
+                Ok(())
+            }
+            Some(_) => self.close(layer),
+            None => Ok(()),
+        }
+    }
+}
