@@ -21,13 +21,20 @@ pub(super) fn warnings(plan: &Plan, records: &[RunRecord]) -> Vec<String> {
             Status::Interrupted => warnings.push(format!("{run} is not finished and not in the numbers")),
             Status::Pending => warnings.push(format!("{run} is pending and not in the numbers")),
         }
-        warnings.extend(record.attempts.iter().map(|attempt| match attempt.micro_batches {
-            Some(parts) => format!(
-                "{run} did not fit and was begun anew with batch.micro_batches = {parts}: losses that look across a \
-                 micro-batch see fewer images in it than in the runs that it is compared with ({})",
-                first_line(&attempt.error)
-            ),
-            None => format!("{run} was tried again after: {}", first_line(&attempt.error)),
+        let mut again = BTreeMap::<&str, usize>::new();
+        for attempt in &record.attempts {
+            let error = first_line(&attempt.error);
+            match attempt.micro_batches {
+                Some(parts) => warnings.push(format!(
+                    "{run} did not fit and was begun anew with batch.micro_batches = {parts}: losses that look across a \
+                     micro-batch see fewer images in it than in the runs that it is compared with ({error})"
+                )),
+                None => *again.entry(error).or_default() += 1,
+            }
+        }
+        warnings.extend(again.into_iter().map(|(error, times)| match times {
+            1 => format!("{run} was tried again after: {error}"),
+            _ => format!("{run} was tried again {times} times after: {error}"),
         }));
         // A trunk has only to be there.
         for metric in plan.suite.metrics.iter().filter(|_| record.result().is_some() && record.arm != TRUNK) {
