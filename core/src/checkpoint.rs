@@ -79,7 +79,9 @@ fn folder_name(step: u64) -> String {
 fn step_of(path: &Path) -> Option<(u64, bool)> {
     let name = path.file_name()?.to_str()?.strip_prefix("step-")?;
     let (number, in_place) = name.strip_suffix(REPLACED).map_or((name, true), |number| (number, false));
-    Some((number.parse().ok()?, in_place))
+    let step = number.parse().ok()?;
+    // Other names are somebody else's.
+    (format!("{step:08}") == number).then_some((step, in_place))
 }
 
 /// Which checkpoints of a run are kept.
@@ -193,7 +195,7 @@ pub fn clear(run: &Path) -> Result<()> {
     for entry in fs::read_dir(&folder).map_err(Error::io("list", &folder))? {
         let path = entry.map_err(Error::io("list", &folder))?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let half = step_of(&path).is_some() && !path.join(STATE_FILE).exists();
+        let half = step_of(&path).is_some() && path.is_dir() && !path.join(STATE_FILE).exists();
         // The newer one of the same step is in its place.
         let replaced = name.strip_suffix(REPLACED).is_some_and(|name| folder.join(name).join(STATE_FILE).exists());
         if half || replaced || name.starts_with(BUILDING) || name.starts_with(REMOVING) {
@@ -512,6 +514,19 @@ mod tests {
         }
         assert_eq!(load_newest(run.path()).unwrap().unwrap().0.step, 100_000_000);
         assert_eq!(load_newest_before(run.path(), 100_000_000).unwrap().unwrap().0.step, 99_999_999);
+    }
+
+    #[test]
+    fn what_others_put_beside_checkpoints_stays() {
+        let run = tempfile::tempdir().unwrap();
+        save(run.path(), &content(1), Keep::newest(1)).unwrap();
+        let folder = run.path().join(FOLDER);
+        fs::create_dir(folder.join("step-4")).unwrap();
+        fs::write(folder.join("step-4/notes.txt"), b"mine").unwrap();
+        fs::write(folder.join("step-00000009"), b"mine").unwrap();
+        save(run.path(), &content(2), Keep::newest(1)).unwrap();
+        assert!(folder.join("step-4/notes.txt").exists() && folder.join("step-00000009").exists());
+        assert_eq!(list(run.path()).unwrap().len(), 1);
     }
 
     #[test]

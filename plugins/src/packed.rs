@@ -202,8 +202,9 @@ impl Labels {
         self.of.push(label.map(|label| *self.ids.entry(label).or_insert(next)));
     }
 
-    /// The class of each image and the names of the classes: `names`, of which a label is the number or the name; without,
-    /// all labels, numbers in their order and texts in that of the alphabet.
+    /// The class of each image and the names of the classes: `names`, of which a label is the number or the name (where all are
+    /// numbers and not all are names, each is a number, so that a class whose name is another's number is not taken for it);
+    /// without, all labels, numbers in their order and texts in that of the alphabet.
     ///
     /// # Errors
     /// The first image whose label is none of `names`, with the label.
@@ -214,9 +215,12 @@ impl Labels {
         };
         let named: BTreeMap<&String, u32> = all.iter().enumerate().map(|(i, name)| (*name, i as u32)).collect();
         let mut class: Vec<Option<u32>> = vec![None; self.ids.len()];
+        let number = |label: &String| label.parse().ok().filter(|&n: &u32| (n as usize) < names.len());
+        let named_all = self.ids.keys().all(|label| named.contains_key(label));
+        let are_numbers = !named_all && self.ids.keys().all(|label| label.parse::<u32>().is_ok());
         for (label, &id) in &self.ids {
-            let number = || label.parse().ok().filter(|&n: &u32| !names.is_empty() && (n as usize) < names.len());
-            class[id as usize] = named.get(label).copied().or_else(number);
+            let name = named.get(label).copied().filter(|_| !are_numbers);
+            class[id as usize] = name.or_else(|| number(label));
         }
         let mut labels = Vec::with_capacity(self.of.len());
         for (index, id) in self.of.iter().enumerate() {
@@ -376,6 +380,10 @@ mod tests {
         let (of, names) = labels(&["2", "cat"]).classes(&given).unwrap();
         assert_eq!((of, names), (vec![Some(2), Some(1)], given.to_vec()));
         assert_eq!(labels(&["0", "3"]).classes(&given).unwrap_err(), (1, "3".into()));
+        // A name that is another's number: all labels are numbers, or all are names.
+        let shifted = ["1".to_string(), "2".into(), "3".into()];
+        assert_eq!(labels(&["0", "1", "2"]).classes(&shifted).unwrap().0, [Some(0), Some(1), Some(2)]);
+        assert_eq!(labels(&["1", "3"]).classes(&shifted).unwrap().0, [Some(0), Some(2)]);
         assert_eq!(labels(&[]).classes(&[]).unwrap(), (vec![], vec![]));
     }
 }

@@ -283,7 +283,16 @@ fn index(path: &Path, config: &WebdatasetConfig, arrays: bool) -> Result<Shard> 
             return Err(damaged("", problem));
         }
         end = range.end.next_multiple_of(512);
-        if entry.header().entry_type().is_file() {
+        let kind = entry.header().entry_type();
+        if (kind.is_hard_link() || kind.is_symlink()) && sample_of(&name).is_some() {
+            let problem = format!("the member {} is a link to another, and has no content", printable(&name));
+            return Err(Error::content(
+                path,
+                problem,
+                "pack the files themselves: tar --hard-dereference --dereference",
+            ));
+        }
+        if kind.is_file() {
             if let Some((sample_name, ending)) = sample_of(&name) {
                 let at = *groups.entry(sample_name.to_string()).or_insert_with(|| {
                     samples.push(Sample::default());

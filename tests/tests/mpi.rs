@@ -364,6 +364,22 @@ fn what_is_wrong_is_said_once_and_nobody_waits() {
         say(&run("x", &["batch.shards=1"]), 2, &["2 processes cannot share batch.shards = 1"]);
         say(&run("x", &["batch.shard=1"]), 2, &["did you mean"]);
         say(&["ablate", "suite.toml"], 2, &["2 processes of a command that is one process's work"]);
+        // Ranks with other arguments, or another command.
+        let words = |command: &str| command.split(' ').map(String::from).collect::<Vec<_>>();
+        let both = |first: &str, second: &str, word: &str| {
+            let mut command = mpi.command(&folder, 1, &words(first).iter().map(String::as_str).collect::<Vec<_>>());
+            command.args([":", "-n", "1", env!("CARGO_BIN_EXE_with_plugins")]).args(words(second));
+            let begin = Instant::now();
+            let ended: Ended = command.output().expect("the launcher starts").into();
+            let said = format!("{} {second}: {}{}", mpi.name, ended.out, ended.err);
+            assert!(ended.code != 0 && begin.elapsed() < Duration::from_secs(20) && said.contains(word), "{said}");
+            assert!(!said.contains("panicked"), "{said}");
+        };
+        let bench = "bench micro.toml --device cpu --steps 2 --set batch.micro_batches=2 --set batch.shards=2";
+        both(bench, &format!("{bench} --set optimizer.plugin=muon"), "the recipe of rank 1 is not that of rank 0");
+        let train =
+            "train micro.toml --device cpu --set steps=2 --set batch.micro_batches=2 --set batch.shards=2 --out y";
+        both(train, "doctor", "another command");
     }
     // The library of another launcher: every process would be alone.
     let [open_mpi, mpich, ..] = &found()[..] else { return };

@@ -37,7 +37,7 @@ pub struct Args {
     #[arg(long, value_name = "EVAL_JSON")]
     scores: Option<PathBuf>,
     /// The licence of the weights, for the model card; if training started from other weights, give their licence
-    #[arg(long)]
+    #[arg(long, value_parser = clap::builder::NonEmptyStringValueParser::new())]
     license: Option<String>,
 }
 

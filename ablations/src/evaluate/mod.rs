@@ -45,7 +45,7 @@ pub fn measure(
         }
         let [train, test] = if drawn { drawn_parts.clone() } else { [plan.train.clone(), plan.test.clone()] };
         let context = ProbeContext {
-            features: &|pixels| seen.features(pixels),
+            features: &|pixels| seen.features(pixels)?.finite(),
             train: train.as_ref(),
             test: test.as_ref(),
             image_size: size,

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
-use dinolab_core::recipe::{toml_value, Recipe};
+use dinolab_core::recipe::Recipe;
 use dinolab_core::resolved::Resolved;
 use dinolab_core::text::printable;
 use dinolab_core::weights::{ModelInfo, Source};
@@ -27,6 +27,32 @@ pub struct About<'a> {
     pub license: Option<&'a str>,
 }
 
+/// Licences that Hugging Face's Hub knows by these names.
+const OF_THE_HUB: [&str; 22] = [
+    "afl-3.0",
+    "agpl-3.0",
+    "apache-2.0",
+    "bsd-2-clause",
+    "bsd-3-clause",
+    "cc-by-4.0",
+    "cc-by-nc-4.0",
+    "cc-by-nc-nd-4.0",
+    "cc-by-nc-sa-4.0",
+    "cc-by-nd-4.0",
+    "cc-by-sa-4.0",
+    "cc0-1.0",
+    "eupl-1.2",
+    "gpl-2.0",
+    "gpl-3.0",
+    "isc",
+    "lgpl-3.0",
+    "mit",
+    "mpl-2.0",
+    "openrail",
+    "unlicense",
+    "wtfpl",
+];
+
 /// The text of the card.
 ///
 /// # Errors
@@ -36,7 +62,9 @@ pub fn card(about: &About<'_>) -> Result<String> {
     let began = recipe.as_ref().map(|resolved| began(&resolved.recipe, 0)).transpose()?.flatten();
     let scores = about.scores.map(|file| scores(file, &about.source.hash()?)).transpose()?;
     let license = match about.license {
-        Some(license) => format!("license: other\nlicense_name: {}\n", toml_value(&license.into())),
+        Some(license) if OF_THE_HUB.contains(&license) => format!("license: {license}\n"),
+        // Text of JSON is text of YAML.
+        Some(license) => format!("license: other\nlicense_name: {}\n", serde_json::Value::from(license)),
         None => String::new(),
     };
     let mut text = format!(

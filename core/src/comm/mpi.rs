@@ -222,7 +222,7 @@ fn open(launch: &Launch) -> Result<(Library, PathBuf)> {
         // SAFETY: an MPI library's initialisers may run.
         match unsafe { Library::open(Some(&name), RTLD_NOW | RTLD_GLOBAL) } {
             Ok(library) => return Ok((library, name)),
-            Err(error) => reasons.push(format!("\n  {error}")),
+            Err(error) => reasons.push(format!("\n  {}: {}", name.display(), why(&error))),
         }
     }
     let problem = format!(
@@ -236,6 +236,11 @@ fn open(launch: &Launch) -> Result<(Library, PathBuf)> {
         None => format!("put the launcher's library where the system looks, or name it with {LIBRARY}=path"),
     };
     Err(Error::user(problem, help))
+}
+
+/// What the system says of a library that cannot be opened.
+pub(super) fn why(error: &libloading::Error) -> String {
+    std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
 }
 
 /// The handles of a library, whose interface its name and symbols tell.

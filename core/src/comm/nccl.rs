@@ -7,6 +7,7 @@ use std::ffi::{c_char, c_int, c_void, CStr};
 
 use libloading::os::unix::{Library, Symbol, RTLD_LOCAL, RTLD_NOW};
 
+use super::mpi::why;
 use super::Comm;
 use crate::cuda::Gpu;
 use crate::{Error, Result, Tensor};
@@ -160,7 +161,7 @@ fn open() -> Result<Library> {
         // SAFETY: the library's initialisers may run.
         match unsafe { Library::open(Some(name), RTLD_NOW | RTLD_LOCAL) } {
             Ok(library) => return Ok(library),
-            Err(error) => reasons.push(format!("\n  {error}")),
+            Err(error) => reasons.push(format!("\n  {name}: {}", why(&error))),
         }
     }
     let problem = format!("several processes are on GPUs, and no library of NCCL joins them:{}", reasons.concat());

@@ -5,7 +5,8 @@ use std::fmt;
 use super::pos_encoding::Grid;
 use crate::params::{ParamBuilder, Params};
 use crate::rng::Rng;
-use crate::{Result, Tensor};
+use crate::tensor::greatest;
+use crate::{Error, Result, Tensor};
 
 /// Crops of one size: the global ones, the local ones, or a teacher's own.
 #[derive(Clone, Debug)]
@@ -225,6 +226,19 @@ impl Features {
         })
     }
 
+    /// These, for probes: of features that are not finite, scores would be numbers all the same.
+    ///
+    /// # Errors
+    /// If one is not finite.
+    pub fn finite(self) -> Result<Self> {
+        for tensor in self.tensors() {
+            if !greatest(tensor)?.is_finite() {
+                return Err(Error::user("the features are not finite", "the run diverged: see its health lines"));
+            }
+        }
+        Ok(self)
+    }
+
     /// All tensors, in a fixed order.
     pub(crate) fn tensors(&self) -> impl Iterator<Item = &Tensor> {
         [&self.cls, &self.registers, &self.patches, &self.prenorm].into_iter().chain(&self.layers)
@@ -375,4 +389,25 @@ pub trait Backbone: fmt::Debug + Send + Sync {
 
     /// What one forward costs for one image with `crops`: (how many, grid of each).
     fn cost(&self, crops: &[(usize, Grid)]) -> Cost;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn features_for_probes_are_finite_in_every_part() {
+        let of = |bad: usize, value: f32| {
+            let part = |i: usize| Tensor::from_slice(&[1.0, if i == bad { value } else { 2.0 }], &[1, 1, 2]).unwrap();
+            let grid = Grid { height: 1, width: 1 };
+            let (cls, registers) = (part(0), part(1));
+            Features { cls, registers, patches: part(2), prenorm: part(3), layers: vec![part(4)], grid }.finite()
+        };
+        assert!(of(9, 0.0).is_ok());
+        for bad in 0..5 {
+            for value in [f32::NAN, f32::INFINITY] {
+                assert!(of(bad, value).err().unwrap().to_string().contains("the features are not finite"));
+            }
+        }
+    }
 }

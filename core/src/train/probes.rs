@@ -71,7 +71,7 @@ impl Probes {
                 None => [self.train.clone(), self.test.clone()],
             };
             let context = ProbeContext {
-                features: &|pixels| learner.teacher_features(pixels),
+                features: &|pixels| learner.teacher_features(pixels)?.finite(),
                 train: train.as_ref(),
                 test: test.as_ref(),
                 image_size: size.unwrap_or(ImageSize::square(recipe.crops.global_size)),

@@ -147,8 +147,11 @@ fn exchange(comm: &dyn Comm, own: Note) -> Result<Vec<Note>> {
     comm.gather_text(&text)?.iter().map(parse).collect()
 }
 
+/// What to do about ranks that do not go together.
+const SAME: &str = "start the same program with the same arguments on all ranks";
+
 fn misunderstood(error: &serde_json::Error) -> Error {
-    Error::user(format!("ranks do not understand each other: {error}"), "start the same program on all ranks")
+    Error::user(format!("ranks do not understand each other: {error}"), SAME)
 }
 
 /// Does `work` when rank 0 [shares](Lead::share) it; gives the code that the program ends with.
@@ -161,7 +164,7 @@ pub fn join_in(comm: &Arc<dyn Comm>, work: impl FnOnce() -> Result<()>) -> Resul
         match Order::next(comm.as_ref())? {
             Order::End(code) => return Ok(code),
             Order::Work => work.take().map_or(Ok(()), |work| work())?,
-            other => unreachable!("{other:?} is an order of a run"),
+            _ => return Err(Error::user("rank 0 does a run, and this rank another command", SAME)),
         }
     }
 }
@@ -183,7 +186,7 @@ pub fn follow(comm: &Arc<dyn Comm>, resolve: &dyn Fn() -> Result<Resolved>, stop
             }
             (Order::Content, Some(member)) => member.learner.hand_over()?,
             (Order::Gradients, Some(member)) => drop(member.learner.gradients()?),
-            (other, _) => unreachable!("{other:?} is no order of a run that has not begun"),
+            _ => return Err(Error::user("rank 0 does another command than this rank, which does a run", SAME)),
         }
     }
 }

@@ -11,7 +11,7 @@ use dinolab_core::cuda::Gpu;
 use dinolab_core::data::{Batch, Loader};
 use dinolab_core::profile::Profile;
 use dinolab_core::recipe::Recipe;
-use dinolab_core::resolved::cost;
+use dinolab_core::resolved::{cost, Resolved};
 use dinolab_core::step::{Learner, Peers, Report};
 use dinolab_core::train::{self, Lead};
 use dinolab_core::{tensor, Device, Error, Result};
@@ -107,15 +107,15 @@ impl Shared {
 pub fn run(args: &Args) -> Result<ExitCode> {
     let begin = Instant::now();
     let follow = |comm: &Arc<dyn Comm>| {
-        train::join_in(comm, || measure(args, &args.recipe.resolve_quietly()?.recipe, comm, begin).map(drop))
+        train::join_in(comm, || measure(args, &args.recipe.resolve_quietly()?, comm, begin).map(drop))
     };
     let lead = |lead: &Lead| {
         if args.steps == 0 {
             return Err(Error::user("--steps 0 measures nothing", "ask for at least one step"));
         }
-        let recipe = args.recipe.resolve()?.recipe;
-        lead.check(&recipe)?;
-        let measured = lead.share(|| measure(args, &recipe, lead.comm(), begin))?;
+        let resolved = args.recipe.resolve()?;
+        lead.check(&resolved.recipe)?;
+        let measured = lead.share(|| measure(args, &resolved, lead.comm(), begin))?;
         style::print(&match args.json {
             true => serde_json::to_string(&measured).expect("plain data") + "\n",
             false => measured.table(),
@@ -125,7 +125,10 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     ranks::run(lead, follow)
 }
 
-fn measure(args: &Args, recipe: &Recipe, comm: &Arc<dyn Comm>, begin: Instant) -> Result<Measured> {
+fn measure(args: &Args, resolved: &Resolved, comm: &Arc<dyn Comm>, begin: Instant) -> Result<Measured> {
+    let recipe = &resolved.recipe;
+    let what = format!("{} for {} and {} steps", resolved.hash, args.warmup, args.steps);
+    comm.hold_same("the recipe", &what)?;
     let mut learner = Learner::new_with(recipe, Peers::of(comm.as_ref()))?;
     learner.join(comm.clone())?;
     let gpu = match learner.device() {

@@ -42,10 +42,10 @@ pub enum Command {
         #[arg(long, requires = "cost", value_name = "N")]
         ranks: Option<usize>,
         /// Compute throughput of one process, used to estimate the time of a step.
-        #[arg(long, requires = "ranks", value_name = "TFLOP/S")]
+        #[arg(long, requires = "ranks", value_name = "TFLOP/S", value_parser = rate)]
         tflops: Option<f64>,
         /// Bandwidth at which a process receives data, for the same estimate.
-        #[arg(long, requires = "ranks", value_name = "GB/S")]
+        #[arg(long, requires = "ranks", value_name = "GB/S", value_parser = rate)]
         link: Option<f64>,
     },
     /// Print what differs between two recipes; of two runs also code, data and metrics.
@@ -106,6 +106,16 @@ pub fn run(command: Command) -> Result<ExitCode> {
         Command::Explain { key, path, set } => explain::run(&key, &path, &set.overrides())?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// A rate, by which something is divided.
+fn rate(text: &str) -> std::result::Result<f64, String> {
+    let rate: f64 = text.parse().map_err(|_| "it is a number".to_string())?;
+    if rate.is_finite() && rate > 0.0 {
+        Ok(rate)
+    } else {
+        Err("it is a number above 0".into())
+    }
 }
 
 /// What is asked about the cost of a recipe.
