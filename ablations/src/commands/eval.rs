@@ -1,6 +1,6 @@
 //! `dinolab eval`: trained weights, scored.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 
@@ -47,6 +47,17 @@ pub struct Args {
     set: SetArgs,
 }
 
+/// Makes the folder, or opens one in which this command began before.
+fn open(out: &Path) -> Result<()> {
+    std::fs::create_dir_all(out).map_err(Error::io("create", out))?;
+    let begun = ["scores", "features"].iter().any(|name| out.join(name).is_dir());
+    if !begun && std::fs::read_dir(out).map_err(Error::io("list", out))?.next().is_some() {
+        let problem = "this folder is not empty, and no scores were written to it before";
+        return Err(Error::content(out, problem, "name another with --out, or remove it"));
+    }
+    Ok(())
+}
+
 /// Runs the command.
 pub fn run(args: &Args) -> Result<ExitCode> {
     let stop = signals::stop_flag();
@@ -54,7 +65,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let summary = plan.train.summary();
     style::line(&summary.content);
     summary.notes.iter().for_each(style::note);
-    std::fs::create_dir_all(&args.out).map_err(Error::io("create", &args.out))?;
+    open(&args.out)?;
     let file = |job, size| args.out.join("scores").join(plan.key(job, size)).with_extension("json");
     let all: usize = plan.jobs.iter().map(|job| job.sizes.len()).sum();
     let probes = plan.jobs.iter().flat_map(|job| job.sizes.iter().map(|&size| plan.taken(job, size).count()));

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use dinolab_core::problem::plain_words;
+use dinolab_core::recipe::read_text;
 use dinolab_core::{Error, Result};
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -91,7 +92,7 @@ impl Stages {
     /// # Errors
     /// If it cannot be read, has an unknown key or a wrong type, repeats a name, or a stage names one that is not before it.
     pub fn load(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+        let text = read_text(path).map_err(|e| e.error(path))?;
         let file: StagesFile = toml::from_str(&text).map_err(|e| {
             let help = "`dinolab recipe schema stages` prints every key that it may have";
             Error::content(path, plain_words(e.to_string().trim_end()), help)

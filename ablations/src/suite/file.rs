@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path, PathBuf};
 
 use dinolab_core::problem::plain_words;
-use dinolab_core::recipe::{Spread, MOST_RUNS as MOST_MEASURED};
+use dinolab_core::recipe::{read_text, Spread, MOST_RUNS as MOST_MEASURED};
 use dinolab_core::text::printable;
 use dinolab_core::{Error, Result};
 use schemars::JsonSchema;
@@ -199,7 +199,7 @@ impl Suite {
     /// If the file cannot be read, has an unknown key or a wrong type, repeats a seed or an arm name, has fewer than
     /// two arms, or names a baseline that is no arm.
     pub fn load(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+        let text = read_text(path).map_err(|e| e.error(path))?;
         let file: SuiteFile = toml::from_str(&text).map_err(|e| {
             let help = "`dinolab recipe schema suite` prints every key that a suite may have";
             Error::content(path, plain_words(e.to_string().trim_end()), help)

@@ -496,6 +496,14 @@ pub fn read_text(file: &Path) -> Result<String, NoText> {
 }
 
 impl NoText {
+    /// As the error of `file`.
+    pub fn error(self, file: &Path) -> Error {
+        match self {
+            Self::Io(error) => Error::io("read", file)(error),
+            Self::Encoding(what, help) => Error::content(file, what, help),
+        }
+    }
+
     /// As a problem of `file`, for which `given` was asked.
     pub fn at_path(self, given: &Path, file: &Path) -> Problem {
         match self {

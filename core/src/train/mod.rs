@@ -296,6 +296,8 @@ fn run_on(
     let (log, problems) = log::Log::open(&folder, recipe, start)?;
     messages.extend(problems.into_iter().map(|text| ("log", text)));
     observer.started(&Start::of(recipe, &learner, train.as_ref(), folder.path(), start)?);
+    let lines = Lines::read(&folder.path().join("metrics.jsonl"))?.objects;
+    let verdict = verdict::Verdict::of(&lines, learner.model());
     let stop = recipe.stop.as_ref().map(|stop| patience::Patience::new(stop, &folder.path().join("metrics.jsonl")));
     let mut run = Run {
         planned,
@@ -305,7 +307,7 @@ fn run_on(
         probes,
         feed,
         spec,
-        verdict: verdict::Verdict::default(),
+        verdict,
         told_eager: false,
         told: BTreeSet::new(),
         broken: Broken::default(),

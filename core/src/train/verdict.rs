@@ -1,7 +1,11 @@
 //! Naming the known sicknesses of self-supervised training when they show.
 
+use std::collections::BTreeMap;
+
+use serde_json::{Map, Value};
+
 use crate::contract::Dataset;
-use crate::step::{Learner, Report};
+use crate::step::{Declared, Learner, Report};
 
 /// What was seen so far, and what was said already: each sickness is named once.
 #[derive(Default)]
@@ -19,6 +23,16 @@ const PATIENCE: usize = 5;
 const CONSTANT: f64 = 0.02;
 
 impl Verdict {
+    /// What was seen until a run was stopped, by the lines of its log.
+    pub(super) fn of(lines: &[Map<String, Value>], model: &Declared) -> Self {
+        let mut verdict = Self::default();
+        for line in lines {
+            // What shows here was named then.
+            verdict.look(&|name| line.get(name)?.as_f64(), model);
+        }
+        verdict
+    }
+
     /// Sicknesses that show now and were not named before: a short name, and what it is.
     pub(super) fn judge(
         &mut self,
@@ -27,13 +41,33 @@ impl Verdict {
         data: &dyn Dataset,
     ) -> Vec<(&'static str, String)> {
         let Some(health) = &report.health else { return Vec::new() };
+        let numbers: BTreeMap<String, f64> = report.numbers().into_iter().collect();
+        let mut found = self.look(&|name| numbers.get(name).copied(), learner.model());
+        // In a constant output everything coincides; that has its own name.
+        if let (Some(&(a, b)), true) = (health.coinciding.first(), health.feature_std >= CONSTANT) {
+            let text = format!(
+                "{} and {} have the same CLS feature: copies of each other, or pictures without content; losses push \
+                them apart in vain, so remove one",
+                data.describe(a),
+                data.describe(b)
+            );
+            found.extend(self.named(vec![("duplicates", text)]));
+        }
+        found
+    }
+
+    /// Sicknesses that the numbers of a step show, as the log has them, and that were not named before.
+    fn look(&mut self, number: &dyn Fn(&str) -> Option<f64>, model: &Declared) -> Vec<(&'static str, String)> {
+        let of_health = ["health/feature_std", "health/effective_rank", "health/cls_patch_cosine"];
+        let of_health = of_health.map(|name| number(name).filter(|x| x.is_finite()));
+        let [Some(feature_std), Some(rank), Some(cosine)] = of_health else { return Vec::new() };
         self.measured += 1;
-        self.best_rank = self.best_rank.max(health.effective_rank);
+        self.best_rank = self.best_rank.max(rank);
         let mut found: Vec<(&'static str, String)> = Vec::new();
 
-        let uniform = learner.model().losses.iter().find_map(|l| {
+        let uniform = model.losses.iter().find_map(|l| {
             let k = l.needs.targets.filter(|spec| spec.distribution)?.width;
-            let loss = *report.losses.get(&format!("loss/{}", l.name))?;
+            let loss = number(&format!("loss/{}", l.name))?;
             let ln_k = (k as f64).ln();
             ((loss - ln_k).abs() < 0.01 * ln_k).then(|| (l.name.clone(), loss, k))
         });
@@ -46,15 +80,17 @@ impl Verdict {
             found.push(("uniform", text));
         }
         if self.measured > PATIENCE {
-            if health.feature_std < CONSTANT {
+            if feature_std < CONSTANT {
                 let text = format!(
-                    "the CLS feature is nearly constant (standard deviation {:.4}): one-hot collapse; try \
-                    a loss that spreads features, a higher teacher temperature or more EMA momentum",
-                    health.feature_std
+                    "the CLS feature is nearly constant (standard deviation {feature_std:.4}): one-hot collapse; try \
+                    a loss that spreads features, a higher teacher temperature or more EMA momentum"
                 );
                 found.push(("constant", text));
             }
-            for (name, marginal, _) in health.targets.iter().filter(|(_, marginal, _)| *marginal < 0.05) {
+            for name in model.losses.iter().map(|l| &l.name) {
+                let Some(marginal) = number(&format!("health/{name}/marginal_entropy")).filter(|m| *m < 0.05) else {
+                    continue;
+                };
                 let text = format!(
                     "targets of `{name}` fall on few prototypes (entropy of their mean is {:.0}% of ln K): \
                     one-hot collapse; use Sinkhorn-Knopp or a higher teacher temperature",
@@ -62,35 +98,29 @@ impl Verdict {
                 );
                 found.push(("one_hot", text));
             }
-            if health.effective_rank < 0.25 * self.best_rank {
+            if rank < 0.25 * self.best_rank {
                 let text = format!(
-                    "the effective rank of the CLS features fell from {:.1} to {:.1}: dimensional \
+                    "the effective rank of the CLS features fell from {:.1} to {rank:.1}: dimensional \
                     collapse; try more of a loss that spreads features, or a lower learning rate",
-                    self.best_rank, health.effective_rank
+                    self.best_rank
                 );
                 found.push(("rank", text));
             }
-            let first = *self.first_cosine.get_or_insert(health.cls_patch_cosine);
-            if health.cls_patch_cosine > 0.5 && health.cls_patch_cosine > first + 0.25 {
+            let first = *self.first_cosine.get_or_insert(cosine);
+            if cosine > 0.5 && cosine > first + 0.25 {
                 let text = format!(
-                    "the cosine between CLS and patches crept up from {first:.2} to {:.2}: dense features \
+                    "the cosine between CLS and patches crept up from {first:.2} to {cosine:.2}: dense features \
                     are losing locality; a loss that holds the similarities of patches to those of an earlier teacher is \
-                    meant for this",
-                    health.cls_patch_cosine
+                    meant for this"
                 );
                 found.push(("locality", text));
             }
         }
-        // In a constant output everything coincides; that has its own name.
-        if let (Some(&(a, b)), true) = (health.coinciding.first(), health.feature_std >= CONSTANT) {
-            let text = format!(
-                "{} and {} have the same CLS feature: copies of each other, or pictures without content; losses push \
-                them apart in vain, so remove one",
-                data.describe(a),
-                data.describe(b)
-            );
-            found.push(("duplicates", text));
-        }
+        self.named(found)
+    }
+
+    /// Those that were not named before.
+    fn named(&mut self, mut found: Vec<(&'static str, String)>) -> Vec<(&'static str, String)> {
         found.retain(|(key, _)| !self.said.contains(key));
         self.said.extend(found.iter().map(|(key, _)| *key));
         found

@@ -187,6 +187,9 @@ fn what_cannot_be_scored_is_refused_before_anything_is() {
         (vec!["run", "--data", "extra.toml"], vec!["extra.toml", "dta"]),
         (vec!["run", "--data", "plain.toml", "--probes", "linear_segmentation"], vec!["needs pixel masks"]),
         (vec!["run", data[0], data[1], "--set", "probes.knn.temperature=-1"], vec!["temperature"]),
+        // Folders of others: a run's, and one with pictures.
+        (vec!["run", data[0], data[1], "--out", "run"], vec!["not empty"]),
+        (vec!["run", data[0], data[1], "--out", "images"], vec!["not empty"]),
     ] {
         let ended = folder.run(&[&["eval"], &args[..]].concat());
         assert_eq!(ended.code, 2, "{args:?}: {}", ended.err);

@@ -506,3 +506,23 @@ fn a_run_that_asks_for_no_checkpoints_loses_no_more_than_its_minutes() {
     }
     assert_same_weights(&folder, "killed", "whole", step + 2);
 }
+
+#[test]
+fn signs_of_failure_are_those_of_the_whole_run() {
+    let folder = Folder::with_micro();
+    let told = |out: &str, parts: &[u64]| {
+        for steps in parts {
+            let steps = format!("steps={steps}");
+            let sets = [&steps, "log.every=1", "optimizer.lr=0.0", "losses.dino.head.prototype_std=0.001"];
+            let run = ["train", "micro.toml", "--device", "cpu", "--resume", "--out", out];
+            folder.succeed(&run.into_iter().chain(sets.into_iter().flat_map(|set| ["--set", set])).collect::<Vec<_>>());
+        }
+        let messages = folder.read(&format!("{out}/messages.jsonl"));
+        let messages = messages.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).expect("JSON"));
+        let signs = messages.filter(|message| message["kind"] == "uniform");
+        signs.map(|message| format!("{} {}", message["step"], message["text"])).collect::<Vec<_>>()
+    };
+    let whole = told("whole", &[9]);
+    assert!(whole.len() == 1 && whole[0].contains("uniform collapse"), "{whole:?}");
+    assert_eq!(told("parts", &[4, 6, 9]), whole);
+}
