@@ -23,7 +23,6 @@ mod watch;
 
 pub use launch::{host, Launch, Launcher};
 pub use mpi::Mpi;
-pub(crate) use ranks::copy;
 pub use ranks::Ranks;
 pub use shards::Shards;
 pub use store::Store;

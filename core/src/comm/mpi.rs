@@ -6,11 +6,11 @@
 
 use std::ffi::{c_char, c_int, c_void, CStr};
 use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use libloading::os::unix::{Library, Symbol, RTLD_GLOBAL, RTLD_NOW};
 
+use super::watch::Inside;
 use super::{Comm, Launch, Launcher};
 use crate::{Error, Result};
 
@@ -57,7 +57,7 @@ pub struct Mpi {
     broadcast: Symbol<Ibcast>,
     test: Symbol<Test>,
     /// The collective that this rank is in.
-    inside: Mutex<Option<(&'static str, Instant)>>,
+    inside: Inside,
 }
 
 /// What differs between binary interfaces.
@@ -118,7 +118,7 @@ impl Mpi {
             all_to_all,
             broadcast,
             test,
-            inside: Mutex::default(),
+            inside: Inside::default(),
         })
     }
 
@@ -131,10 +131,10 @@ impl Mpi {
     ) -> Result<()> {
         let count = count_of(count)?;
         let (from, to) = (sent.as_ptr().cast(), received.as_mut_ptr().cast());
-        *lock(&self.inside) = Some((what, Instant::now()));
+        self.inside.enter(what);
         // SAFETY: `sent` and `received` hold `count` bytes for each rank, or `sent` those of this rank: the callers ask.
         let code = unsafe { call(from, count, self.byte, to, count, self.byte, self.everyone) };
-        *lock(&self.inside) = None;
+        self.inside.leave();
         check(&self.library, what, code)
     }
 }
@@ -191,7 +191,7 @@ impl Comm for Mpi {
         self.version.clone()
     }
     fn waits(&self) -> Option<(&'static str, Duration)> {
-        lock(&self.inside).map(|(what, since)| (what, since.elapsed()))
+        self.inside.waits()
     }
 }
 
@@ -199,10 +199,6 @@ impl std::fmt::Debug for Mpi {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Mpi(rank {} of {}, {})", self.rank, self.size, self.name.display())
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The library that belongs to the launcher.

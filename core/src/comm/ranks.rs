@@ -7,14 +7,14 @@ use super::nccl::Nccl;
 use super::watch::{Traffic, Watched};
 use super::{shards, Comm, Shards, Single};
 use crate::cuda::Gpu;
+use crate::params::ALIGN;
+use crate::tensor::copy_elements;
 use crate::{Device, Error, Result, Tensor};
 
 /// Elements of all ranks together that are moved at a time: 2 MiB in f32.
 const PIECES: usize = 1 << 19;
 /// The same on GPUs: 64 MiB in f32.
 const GPU_PIECES: usize = 1 << 24;
-/// Shares begin at multiples of this many elements.
-const ALIGN: usize = 64;
 
 /// The ranks of a run, and how a batch's shards are spread over them: rank r has the r-th of equal blocks.
 #[derive(Clone, Debug)]
@@ -224,7 +224,7 @@ impl Ranks {
             let own = &pieces[self.rank()];
             let mut sent = x.device().with(|| Tensor::zeros(&[world * longest], x.dtype()));
             for (rank, piece) in pieces.iter().enumerate() {
-                copy(&mut sent, rank * longest, x, piece.clone())?;
+                copy_elements(&mut sent, rank * longest, x, piece.clone())?;
             }
             let mut received = x.device().with(|| Tensor::uninit(sent.shape(), x.dtype()));
             self.exchange(&sent, &mut received)?;
@@ -232,7 +232,7 @@ impl Ranks {
                 return Ok(());
             }
             let parts = (0..world).map(|rank| received.view(rank * longest, &[own.len()])).collect();
-            copy(x, own.start, &shards::tree(parts)?, 0..own.len())
+            copy_elements(x, own.start, &shards::tree(parts)?, 0..own.len())
         })
     }
 
@@ -243,7 +243,7 @@ impl Ranks {
     pub(crate) fn spread(&self, x: &mut Tensor, ranges: &[Range<usize>]) -> Result<()> {
         self.in_pieces(x, ranges, |x, pieces, longest| {
             let mut own = x.device().with(|| Tensor::zeros(&[longest], x.dtype()));
-            copy(&mut own, 0, x, pieces[self.rank()].clone())?;
+            copy_elements(&mut own, 0, x, pieces[self.rank()].clone())?;
             place(x, pieces, &self.stacked(&own)?)
         })
     }
@@ -255,7 +255,7 @@ impl Ranks {
     pub(crate) fn spread_on_host(&self, x: &mut Tensor, ranges: &[Range<usize>], device: Device) -> Result<()> {
         self.in_pieces(x, ranges, |x, pieces, longest| {
             let mut own = Device::Cpu.with(|| Tensor::zeros(&[longest], x.dtype()));
-            copy(&mut own, 0, x, pieces[self.rank()].clone())?;
+            copy_elements(&mut own, 0, x, pieces[self.rank()].clone())?;
             place(x, pieces, &self.stacked(&own.to(device))?.to(Device::Cpu))
         })
     }
@@ -290,27 +290,9 @@ impl Ranks {
 fn place(x: &mut Tensor, ranges: &[Range<usize>], all: &Tensor) -> Result<()> {
     for (rank, range) in ranges.iter().enumerate() {
         let start = rank * all.dim(1);
-        copy(x, range.start, all, start..start + range.len())?;
+        copy_elements(x, range.start, all, start..start + range.len())?;
     }
     Ok(())
-}
-
-/// Copies elements of a tensor to another that is on the same device, from `at` on.
-pub(crate) fn copy(to: &mut Tensor, at: usize, from: &Tensor, range: Range<usize>) -> Result<()> {
-    let size = from.dtype().size();
-    match from.gpu() {
-        _ if range.is_empty() => Ok(()),
-        Some(gpu) => {
-            let [to, from] = [(to.device_address(), at), (from.device_address(), range.start)]
-                .map(|(address, element)| address + (element * size) as u64);
-            gpu.copy(to, from, range.len() * size)
-        }
-        None => {
-            let from = &from.as_bytes()[range.start * size..range.end * size];
-            to.bytes_mut()[at * size..][..from.len()].copy_from_slice(from);
-            Ok(())
-        }
-    }
 }
 
 #[cfg(test)]

@@ -6,9 +6,10 @@
 
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Mutex;
+use std::time::Duration;
 
+use super::watch::{lock, Inside};
 use super::{Comm, Launch};
 use crate::{Error, Result};
 
@@ -40,7 +41,7 @@ pub struct Store {
     prefix: String,
     posted: Mutex<Posted>,
     /// The call that this rank is in.
-    inside: Mutex<Option<(&'static str, Instant)>>,
+    inside: Inside,
 }
 
 /// What this rank has posted.
@@ -150,7 +151,7 @@ impl Store {
             address,
             prefix,
             posted: Mutex::default(),
-            inside: Mutex::default(),
+            inside: Inside::default(),
         };
         store.end_with_others();
         Ok(store)
@@ -177,11 +178,11 @@ impl Store {
 
     /// Calls `work` with the number of the call.
     fn call<R>(&self, what: &'static str, work: impl FnOnce(&mut Client, &mut Posted) -> io::Result<R>) -> Result<R> {
-        *lock(&self.inside) = Some((what, Instant::now()));
+        self.inside.enter(what);
         let mut posted = lock(&self.posted);
         posted.calls += 1;
         let done = work(&mut lock(&self.client), &mut posted);
-        *lock(&self.inside) = None;
+        self.inside.leave();
         done.map_err(|e| {
             let problem = format!("{what} by torchrun's store failed: {e}");
             Error::user(problem, "see what the other ranks say, and whether torchrun still runs")
@@ -272,7 +273,7 @@ impl Comm for Store {
             0 => self.post(client, posted, "all", bytes),
             _ => {
                 // A rank may wait long for an order.
-                *lock(&self.inside) = None;
+                self.inside.leave();
                 self.read(client, posted.calls, (0, "all"), bytes)
             }
         })
@@ -293,7 +294,7 @@ impl Comm for Store {
         "torchrun's store".into()
     }
     fn waits(&self) -> Option<(&'static str, Duration)> {
-        lock(&self.inside).map(|(what, since)| (what, since.elapsed()))
+        self.inside.waits()
     }
 }
 
@@ -301,8 +302,4 @@ impl std::fmt::Debug for Store {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Store(rank {} of {}, {})", self.rank, self.world, self.address)
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

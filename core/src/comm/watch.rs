@@ -1,6 +1,6 @@
-//! What moves between ranks, counted.
+//! What moves between ranks, counted, and the calls that ranks are in.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::Comm;
@@ -17,6 +17,28 @@ pub struct Traffic {
     pub time: Duration,
 }
 
+/// The call that a rank is in, and since when, for [`Comm::waits`].
+#[derive(Default)]
+pub(super) struct Inside(Mutex<Option<(&'static str, Instant)>>);
+
+impl Inside {
+    pub(super) fn enter(&self, what: &'static str) {
+        *lock(&self.0) = Some((what, Instant::now()));
+    }
+
+    pub(super) fn leave(&self) {
+        *lock(&self.0) = None;
+    }
+
+    pub(super) fn waits(&self) -> Option<(&'static str, Duration)> {
+        lock(&self.0).map(|(what, since)| (what, since.elapsed()))
+    }
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// An engine whose traffic is counted.
 #[derive(Debug)]
 pub(super) struct Watched {
@@ -30,13 +52,13 @@ impl Watched {
     }
 
     pub(super) fn traffic(&self) -> Traffic {
-        *self.traffic.lock().unwrap_or_else(PoisonError::into_inner)
+        *lock(&self.traffic)
     }
 
     fn timed(&self, bytes: usize, call: impl FnOnce() -> Result<()>) -> Result<()> {
         let start = Instant::now();
         let done = call();
-        let mut traffic = self.traffic.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut traffic = lock(&self.traffic);
         traffic.calls += 1;
         traffic.bytes += bytes as u64;
         traffic.time += start.elapsed();

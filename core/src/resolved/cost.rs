@@ -157,7 +157,7 @@ fn cost_at(
     let layers = Layers::of(&model.layout);
     // With one micro-batch each, processes have gradients of their part and a share of the sums, and of the layers that the backward
     // pass is in.
-    let (gradients, longest) = match by_layer(recipe, ranks) {
+    let (gradients, longest) = match Layers::are_summed(recipe.batch.micro_batches * ranks, ranks) {
         true => (2 * part.len() + layers.largest(2), layers.largest(1).max(part.len())),
         false => (model.layout.len(), model.layout.len()),
     };
@@ -257,16 +257,11 @@ pub fn shared_on(recipe: &Recipe, device: Device, ranks: usize) -> Result<Shared
     let features = own.dtype(device);
     let models = if own.teacher.build(&mut ())?.exists() { 2 } else { 1 };
     // Sums of gradients that are taken layer by layer go to those whose they are afterwards.
-    let sums = if by_layer(&own, ranks) { 1.0 / ranks as f64 } else { 0.0 };
+    let sums = if Layers::are_summed(recipe.batch.micro_batches, ranks) { 1.0 / ranks as f64 } else { 0.0 };
     let of_number = (1.0 + sums) * features.wide().size() as f64 + (models * features.size()) as f64;
     let of_others = model.layout.len() as f64 * (ranks - 1) as f64 / ranks as f64;
     let cost = cost_of(&own, &model, (device, ranks));
     Ok(Shared { images: own.batch.size, own: cost, received: of_others * of_number })
-}
-
-/// Whether so many processes, each with this recipe's batch, sum gradients layer by layer.
-fn by_layer(recipe: &Recipe, ranks: usize) -> bool {
-    ranks > 1 && recipe.batch.micro_batches == 1
 }
 
 /// Numbers in the parameters whose names begin with `prefix`.

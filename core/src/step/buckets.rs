@@ -7,9 +7,9 @@
 
 use std::ops::Range;
 
-use crate::comm::{copy, Ranks};
+use crate::comm::Ranks;
 use crate::params::Layout;
-use crate::tensor::ParamGrads;
+use crate::tensor::{copy_elements, ParamGrads};
 use crate::{Error, Result, Tensor};
 
 use super::parts::within;
@@ -25,6 +25,12 @@ pub(crate) struct Layers {
 }
 
 impl Layers {
+    /// Whether so many ranks sum gradients layer by layer: if each has one of the micro-batches. With more, gradients are those
+    /// of all of them, added up before they are summed over the ranks.
+    pub(crate) fn are_summed(micro_batches: usize, ranks: usize) -> bool {
+        ranks > 1 && micro_batches == ranks
+    }
+
     pub(crate) fn of(layout: &Layout) -> Self {
         let specs = layout.specs();
         let (mut ranges, mut of_param): (Vec<Range<usize>>, Vec<usize>) = Default::default();
@@ -91,14 +97,14 @@ impl<'a> Buckets<'a> {
             let piece = most.min(longest);
             for (to, window) in windows.iter().enumerate() {
                 for Moved { share, at, len, .. } in moved(&shares[rank], window, &round) {
-                    copy(&mut sent, to * piece + at, &self.shares, share..share + len)?;
+                    copy_elements(&mut sent, to * piece + at, &self.shares, share..share + len)?;
                 }
             }
             self.ranks.exchange(&sent, &mut received)?;
             for (from, shares) in shares.iter().enumerate() {
                 for Moved { flat, at, len, .. } in moved(shares, &windows[rank], &round) {
                     let at = from * piece + at;
-                    copy(own, flat - windows[rank].start, &received, at..at + len)?;
+                    copy_elements(own, flat - windows[rank].start, &received, at..at + len)?;
                 }
             }
         }
@@ -124,7 +130,7 @@ impl<'a> Buckets<'a> {
         let shares = self.ranks.shares(sum.len());
         self.ranks.sum_to(&mut sum, &shares)?;
         let before = self.shares_of(rank)[..layer].iter().map(Range::len).sum();
-        copy(&mut self.shares, before, &sum, shares[rank].clone())
+        copy_elements(&mut self.shares, before, &sum, shares[rank].clone())
     }
 
     fn zeros(&self, layer: usize) -> Tensor {

@@ -51,7 +51,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::checkpoint::{Checkpoint, Content};
-use crate::comm::{copy, Comm, Ranks, Shards};
+use crate::comm::{Comm, Ranks, Shards};
 use crate::contract::{At, Crops, Draws, Features, Follow, Mode, State, StepContext, TeacherPolicy};
 use crate::data::Batch;
 use crate::params::Params;
@@ -60,7 +60,7 @@ use crate::recipe::{Precision, Recipe};
 use crate::registry::Chosen;
 use crate::rng::{Rng, Stream};
 use crate::scope;
-use crate::tensor::{catch_out_of_memory, Tape};
+use crate::tensor::{catch_out_of_memory, copy_elements, Tape};
 use crate::{cuda, DType, Device, Error, Result, Tensor};
 
 use bounds::Reach;
@@ -236,9 +236,7 @@ impl Learner {
         let device = recipe.device()?;
         let dtype = recipe.dtype(device);
         let mut optimizer = Groups::new(&recipe.optimizer, &model.layout, model.backbone.depth(), peers.share)?;
-        // With more than one, gradients are those of all: they are added up before they are summed over the ranks.
-        let micro_batches = recipe.batch.micro_batches / peers.share.world();
-        if peers.share.world() > 1 && micro_batches == 1 {
+        if Layers::are_summed(recipe.batch.micro_batches, peers.share.world()) {
             optimizer.sum_by_layer();
         }
         let names = named.iter().map(|teacher| teacher.name.as_str());
@@ -386,7 +384,7 @@ impl Learner {
         let (parts, start) = (&self.optimizer.parts, self.optimizer.gradients().start);
         let mut all = Device::Cpu.with(|| Tensor::zeros(&[self.model.layout.len()], own.dtype()));
         let part = parts.own().clone();
-        copy(&mut all, part.start, &own, part.start - start..part.end - start)?;
+        copy_elements(&mut all, part.start, &own, part.start - start..part.end - start)?;
         self.ranks.spread_on_host(&mut all, parts.ranges(), self.device)?;
         Ok(all)
     }

@@ -259,8 +259,8 @@ impl Groups {
         };
         let updates = weights.updates(at);
         let own = self.parts.own();
-        let Weights { student, teacher, moments, eight, grads, grads_start, .. } = weights;
-        let gradients = FromElement { tensor: grads, start: *grads_start };
+        let Weights { student, teacher, moments, eight, grads, .. } = weights;
+        let gradients = FromElement { tensor: grads, start: self.gradients().start };
         for (adamw, places) in &self.adamw {
             let [mean, square, ..] = &mut moments[..] else { unreachable!("checked when the groups were made") };
             let whole = Moments { mean, square };

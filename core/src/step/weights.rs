@@ -46,9 +46,8 @@ pub struct Weights {
     pub loss_state: Vec<State>,
     /// Steps whose update was skipped.
     pub skipped: u64,
-    /// Gradients of the last step, from this element of the layout on.
+    /// Gradients of the last step: those of [`Groups::gradients`].
     pub(super) grads: Tensor,
-    pub(super) grads_start: usize,
     /// How large numbers are at most, once they were measured.
     bounds: Option<Bounds>,
 }
@@ -106,7 +105,6 @@ impl Weights {
         let dtype = features.wide();
         let parts = optimizer.parts.clone();
         let zeros = |len| Flat::zeros(len, parts.own_of(len), features, optimizer.config().offload);
-        let grads = optimizer.gradients();
         let named = named.into_iter().map(|name| Ok((name.to_string(), zeros(backbone_len(layout))?)));
         let storage = optimizer.storage.clone();
         // AdamW's two: others are refused when the groups are made.
@@ -123,8 +121,7 @@ impl Weights {
             moment_names: optimizer.moments().to_vec(),
             loss_state: Vec::new(),
             skipped: 0,
-            grads: Tensor::zeros(&[grads.len()], dtype),
-            grads_start: grads.start,
+            grads: Tensor::zeros(&[optimizer.gradients().len()], dtype),
             bounds: None,
         })
     }

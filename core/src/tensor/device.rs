@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::ops::Range;
 
 use super::storage::Buffer;
 use super::Tensor;
@@ -158,6 +159,24 @@ impl Tensor {
             cuda::unwind(error);
         }
         out
+    }
+}
+
+/// Copies elements of a tensor to another that is on the same device, from `at` on.
+pub(crate) fn copy_elements(to: &mut Tensor, at: usize, from: &Tensor, range: Range<usize>) -> Result<()> {
+    let size = from.dtype().size();
+    match from.gpu() {
+        _ if range.is_empty() => Ok(()),
+        Some(gpu) => {
+            let [to, from] = [(to.device_address(), at), (from.device_address(), range.start)]
+                .map(|(address, element)| address + (element * size) as u64);
+            gpu.copy(to, from, range.len() * size)
+        }
+        None => {
+            let from = &from.as_bytes()[range.start * size..range.end * size];
+            to.bytes_mut()[at * size..][..from.len()].copy_from_slice(from);
+            Ok(())
+        }
     }
 }
 

@@ -298,10 +298,9 @@ fn run_on(
     observer.started(&Start::of(recipe, &learner, train.as_ref(), folder.path(), start)?);
     let lines = Lines::read(&folder.path().join("metrics.jsonl"))?.objects;
     let verdict = verdict::Verdict::of(&lines, learner.model());
-    let stop = recipe.stop.as_ref().map(|stop| patience::Patience::new(stop, &folder.path().join("metrics.jsonl")));
     let mut run = Run {
         planned,
-        patience: stop.transpose()?,
+        patience: recipe.stop.as_ref().map(|stop| patience::Patience::new(stop, &lines)),
         seconds: log.seconds(),
         log,
         probes,

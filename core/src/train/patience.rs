@@ -2,9 +2,9 @@
 //! was interrupted ends where an uninterrupted one does.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
-use super::lines::Lines;
+use serde_json::{Map, Value};
+
 use crate::problem::nearest;
 use crate::recipe::StopConfig;
 use crate::{Error, Result};
@@ -17,18 +17,15 @@ pub(super) struct Patience {
 }
 
 impl Patience {
-    /// Of a run whose log has the lines of the steps that were done.
-    ///
-    /// # Errors
-    /// If the log cannot be read.
-    pub(super) fn new(config: &StopConfig, metrics: &Path) -> Result<Self> {
+    /// Of a run whose log has these lines of the steps that were done.
+    pub(super) fn new(config: &StopConfig, lines: &[Map<String, Value>]) -> Self {
         let mut patience = Self { config: config.clone(), history: Vec::new() };
-        for line in Lines::read(metrics)?.objects {
+        for line in lines {
             if let (Some(step), Some(value)) = (line.get("step").and_then(|s| s.as_u64()), line.get(&config.metric)) {
                 patience.history.push((step, value.as_f64()));
             }
         }
-        Ok(patience)
+        patience
     }
 
     /// Takes note of what was measured after `done` steps.
