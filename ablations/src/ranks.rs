@@ -48,8 +48,7 @@ pub fn run(
     } else {
         let mut follow = Some(follow);
         guarded(&mut || follow.take().expect("called once")(&comm)).unwrap_or_else(|error| {
-            style::line(&format!("rank {} of {} on {}:", comm.rank(), comm.world(), host()));
-            style::error(&error);
+            style::error_of(&format!("rank {} of {} on {}:", comm.rank(), comm.world(), host()), &error);
             comm.abort();
             cli::exit_code(&error)
         })

@@ -123,13 +123,21 @@ pub fn note(message: impl std::fmt::Display) {
 
 /// Writes an error to stderr; every problem of a recipe is one.
 pub fn error(error: &dinolab_core::Error) {
+    stderr(&errors(error));
+}
+
+/// The same, with a line before it that says whose error it is: all at once, so that no other process speaks between.
+pub fn error_of(who: &str, error: &dinolab_core::Error) {
+    stderr(&format!("{}\n{}", shown(who), errors(error)));
+}
+
+fn errors(error: &dinolab_core::Error) -> String {
     let messages: Vec<String> = match error {
         dinolab_core::Error::Recipe(recipe) => recipe.0.iter().map(ToString::to_string).collect(),
         other => vec![other.to_string()],
     };
-    for message in messages {
-        stderr(&format!("{} {}", err().red("error:"), shown(&message)));
-    }
+    let messages = messages.iter().map(|message| format!("{} {}", err().red("error:"), shown(message)));
+    messages.collect::<Vec<_>>().join("\n")
 }
 
 /// A table without lines, for lists.

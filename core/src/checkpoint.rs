@@ -8,16 +8,26 @@
 //!   state.json             step, and the BLAKE3 hash of each file
 //! ```
 //!
+//! Tensors that are too many for one file are split as Hugging Face splits them: `model-00001-of-00003.safetensors` and so on, with
+//! `model.safetensors.index.json`. What is in which file depends on the model alone. Of several ranks each writes some of them.
+//!
 //! Everything is written to a temporary folder, flushed to the disk and renamed, so that a kill at any moment leaves
 //! the old checkpoints, or those and a whole new one. A file whose hash does not fit is refused by name.
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+use tempfile::TempDir;
 
-use crate::files::{hash_file, new_folder, parse_tensors, sync_dir, write_file, write_tensors, NamedTensors, BUILDING};
+use crate::files::{
+    hash_file, hash_of_hashes, index_name, is_split_name, new_folder, split, split_name, sync_dir, write_file,
+    write_index, write_tensors, TensorFiles, BUILDING,
+};
+use crate::recipe::CheckpointConfig;
 use crate::{Error, Result, Tensor};
 
 /// The version of the format written here.
@@ -26,8 +36,6 @@ const FORMAT: u32 = 1;
 pub const FOLDER: &str = "checkpoints";
 /// Weights, in a checkpoint and elsewhere.
 pub const MODEL_FILE: &str = "model.safetensors";
-/// The rest of what a run needs to go on.
-const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 /// The file that makes a folder a checkpoint.
 pub const STATE_FILE: &str = "state.json";
 /// The recipe of a run, in its folder and in its checkpoints.
@@ -45,7 +53,51 @@ struct State {
     files: BTreeMap<String, String>,
 }
 
-/// What a checkpoint holds.
+/// Tensors of a checkpoint that are in files of their own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Set {
+    /// Weights by role and name.
+    Model,
+    /// The rest of what a run needs to go on: moments and the losses' state.
+    Optimizer,
+}
+
+impl Set {
+    const ALL: [Self; 2] = [Self::Model, Self::Optimizer];
+
+    /// What the names of its files begin with.
+    fn stem(self) -> &'static str {
+        match self {
+            Self::Model => "model",
+            Self::Optimizer => "optimizer",
+        }
+    }
+
+    /// One key a file: the library writes several in any order, and a checkpoint's bytes are those of any run like it.
+    fn metadata(self, step: u64, skipped: u64) -> (&'static str, String) {
+        match self {
+            Self::Model => ("step", step.to_string()),
+            Self::Optimizer => ("skipped", skipped.to_string()),
+        }
+    }
+}
+
+/// What gives the tensors of a checkpoint, some at a time.
+pub trait Give {
+    /// Steps done, and how many of them were skipped because something was not finite.
+    fn steps(&self) -> (u64, u64);
+
+    /// Bytes of the tensors of a set, in order. Those of none are given by rank 0.
+    fn bytes(&self, set: Set) -> Vec<u64>;
+
+    /// Tensors of a set by their places, in host memory, if this rank keeps them. Of several ranks all have to ask for the same.
+    ///
+    /// # Errors
+    /// If the device or a rank fails.
+    fn tensors(&self, set: Set, places: Range<usize>, keep: bool) -> Result<Vec<(String, Tensor)>>;
+}
+
+/// What a checkpoint holds, in host memory.
 pub struct Content {
     /// Steps done.
     pub step: u64,
@@ -57,7 +109,30 @@ pub struct Content {
     pub optimizer: Vec<(String, Tensor)>,
 }
 
-/// A whole checkpoint read back.
+impl Content {
+    fn of(&self, set: Set) -> &[(String, Tensor)] {
+        match set {
+            Set::Model => &self.model,
+            Set::Optimizer => &self.optimizer,
+        }
+    }
+}
+
+impl Give for Content {
+    fn steps(&self) -> (u64, u64) {
+        (self.step, self.skipped)
+    }
+
+    fn bytes(&self, set: Set) -> Vec<u64> {
+        self.of(set).iter().map(|(_, tensor)| tensor.as_bytes().len() as u64).collect()
+    }
+
+    fn tensors(&self, set: Set, places: Range<usize>, _keep: bool) -> Result<Vec<(String, Tensor)>> {
+        Ok(self.of(set)[places].to_vec())
+    }
+}
+
+/// A whole checkpoint, whose tensors are read when they are asked for.
 pub struct Checkpoint {
     /// Its folder.
     pub path: PathBuf,
@@ -66,9 +141,9 @@ pub struct Checkpoint {
     /// Steps whose update was skipped because something was not finite.
     pub skipped: u64,
     /// Weights by role and name.
-    pub model: NamedTensors,
+    pub model: TensorFiles,
     /// Moments and the losses' state.
-    pub optimizer: NamedTensors,
+    pub optimizer: TensorFiles,
 }
 
 fn folder_name(step: u64) -> String {
@@ -107,46 +182,128 @@ impl Keep {
 ///
 /// # Errors
 /// If it cannot be written; earlier checkpoints stay as they are.
-pub fn save(run: &Path, content: &Content, keep: Keep) -> Result<PathBuf> {
-    let folder = run.join(FOLDER);
-    fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
-    let target = folder.join(folder_name(content.step));
-    clear(run)?;
-    let building = new_folder(&folder)?;
-    let mut files = BTreeMap::new();
-    // One key a file: the library writes several in any order, and a checkpoint's bytes are those of any run like it.
-    for (name, tensors, key, count) in [
-        (MODEL_FILE, &content.model, "step", content.step),
-        (OPTIMIZER_FILE, &content.optimizer, "skipped", content.skipped),
-    ] {
-        let path = building.path().join(name);
-        write_tensors(&path, tensors, &[(key, count.to_string())])?;
-        files.insert(name.to_string(), hash_file(&path)?);
+pub fn save(run: &Path, from: &dyn Give, keep: Keep) -> Result<PathBuf> {
+    let saving = Saving::begin(run)?;
+    let written = write(saving.folder(), from, CheckpointConfig::default().file_bytes(), (0, 1))??;
+    saving.finish(from.steps(), written, keep)
+}
+
+/// Whether a set of these tensors is in several files of at most `most` bytes.
+pub(crate) fn is_split(from: &dyn Give, most: u64) -> bool {
+    Set::ALL.iter().any(|set| split(&from.bytes(*set), most).len() > 1)
+}
+
+/// A checkpoint that is being written.
+pub struct Saving {
+    run: PathBuf,
+    building: TempDir,
+}
+
+/// A file of a checkpoint that was written.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Written {
+    name: String,
+    hash: String,
+    bytes: u64,
+    tensors: Vec<String>,
+}
+
+/// Writes the files of one rank, given with the number of ranks, into `folder`: of a set that is in one file, rank 0's. Every rank has
+/// to write its own at the same time, whatever happens to its disk: such an error is inside.
+///
+/// # Errors
+/// If tensors cannot be given.
+pub fn write(folder: &Path, from: &dyn Give, most: u64, (rank, world): (usize, usize)) -> Result<Result<Vec<Written>>> {
+    let (step, skipped) = from.steps();
+    let mut done: Result<Vec<Written>> = Ok(Vec::new());
+    for set in Set::ALL {
+        let files = split(&from.bytes(set), most);
+        // The last has what rank 0 alone has.
+        let owner = |i: usize| (files.len() - 1 - i) % world;
+        // As many at a time as there are ranks: all write at once.
+        for begin in (0..files.len()).step_by(world) {
+            let mut own = None;
+            for i in begin..files.len().min(begin + world) {
+                let keep = owner(i) == rank && done.is_ok();
+                let tensors = from.tensors(set, files[i].clone(), keep)?;
+                if keep {
+                    own = Some((split_name(set.stem(), i, files.len()), tensors));
+                }
+            }
+            if let (Some((name, tensors)), Ok(written)) = (own, &mut done) {
+                match write_one(folder, name, &tensors, set.metadata(step, skipped)) {
+                    Ok(file) => written.push(file),
+                    Err(error) => done = Err(error),
+                }
+            }
+        }
     }
-    if let Some(text) = sealed_recipe(run)? {
-        write_file(&building.path().join(RECIPE_FILE), text.as_bytes())?;
+    Ok(done)
+}
+
+fn write_one(folder: &Path, name: String, tensors: &[(String, Tensor)], metadata: (&str, String)) -> Result<Written> {
+    let path = folder.join(&name);
+    write_tensors(&path, tensors, &[metadata])?;
+    let bytes = tensors.iter().map(|(_, tensor)| tensor.as_bytes().len() as u64).sum();
+    let hash = hash_file(&path)?;
+    Ok(Written { name, hash, bytes, tensors: tensors.iter().map(|(name, _)| name.clone()).collect() })
+}
+
+impl Saving {
+    /// Makes a folder for the files of a checkpoint of `run`, which is gone with this if it is not finished.
+    ///
+    /// # Errors
+    /// If it cannot be made.
+    pub fn begin(run: &Path) -> Result<Self> {
+        let folder = run.join(FOLDER);
+        fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
+        clear(run)?;
+        Ok(Self { run: run.into(), building: new_folder(&folder)? })
     }
-    let state = State {
-        format: FORMAT,
-        dinolab: env!("CARGO_PKG_VERSION").into(),
-        step: content.step,
-        skipped: content.skipped,
-        files,
-    };
-    write_file(
-        &building.path().join(STATE_FILE),
-        serde_json::to_string_pretty(&state).expect("plain data").as_bytes(),
-    )?;
-    sync_dir(building.path())?;
-    if target.exists() {
-        // The same step was written before. It stays a checkpoint, under another name, until the new one is in its place.
-        let old = folder.join(format!("{}{REPLACED}", folder_name(content.step)));
-        fs::rename(&target, &old).map_err(Error::io("replace", &target))?;
+
+    /// Where the files are [written](write).
+    pub fn folder(&self) -> &Path {
+        self.building.path()
     }
-    fs::rename(building.keep(), &target).map_err(Error::io("write", &target))?;
-    sync_dir(&folder)?;
-    prune(run, content.step, keep)?;
-    Ok(target)
+
+    /// Makes a checkpoint of these files, after so many steps and skipped ones, as [`save`] does.
+    ///
+    /// # Errors
+    /// As [`save`].
+    pub fn finish(self, (step, skipped): (u64, u64), written: Vec<Written>, keep: Keep) -> Result<PathBuf> {
+        let Self { run, building } = self;
+        let folder = run.join(FOLDER);
+        let target = folder.join(folder_name(step));
+        let mut files: BTreeMap<String, String> =
+            written.iter().map(|file| (file.name.clone(), file.hash.clone())).collect();
+        for stem in Set::ALL.map(Set::stem) {
+            let of_set: Vec<&Written> = written.iter().filter(|file| is_split_name(stem, &file.name)).collect();
+            if of_set.len() > 1 {
+                let places = of_set.iter().flat_map(|f| f.tensors.iter().map(|name| (name.clone(), f.name.clone())));
+                write_index(building.path(), stem, &places.collect(), of_set.iter().map(|file| file.bytes).sum())?;
+                let index = index_name(stem);
+                files.insert(index.clone(), hash_file(&building.path().join(index))?);
+            }
+        }
+        if let Some(text) = sealed_recipe(&run)? {
+            write_file(&building.path().join(RECIPE_FILE), text.as_bytes())?;
+        }
+        let state = State { format: FORMAT, dinolab: env!("CARGO_PKG_VERSION").into(), step, skipped, files };
+        write_file(
+            &building.path().join(STATE_FILE),
+            serde_json::to_string_pretty(&state).expect("plain data").as_bytes(),
+        )?;
+        sync_dir(building.path())?;
+        if target.exists() {
+            // The same step was written before. It stays a checkpoint, under another name, until the new one is in its place.
+            let old = folder.join(format!("{}{REPLACED}", folder_name(step)));
+            fs::rename(&target, &old).map_err(Error::io("replace", &target))?;
+        }
+        fs::rename(building.keep(), &target).map_err(Error::io("write", &target))?;
+        sync_dir(&folder)?;
+        prune(&run, step, keep)?;
+        Ok(target)
+    }
 }
 
 /// Removes the checkpoints of `run` beside that of `step`, which is whole: those that are not to be kept, and those of later
@@ -271,49 +428,71 @@ pub(crate) fn run_of(checkpoint: &Path) -> Option<PathBuf> {
     folder.parent().filter(|run| run.join(RECIPE_FILE).exists()).map(Path::to_path_buf)
 }
 
-/// Reads one checkpoint folder.
+/// Opens one checkpoint folder, if it is what was written.
 ///
 /// # Errors
 /// If a file is missing, cut off or changed, or written by a newer version.
 pub fn load(path: &Path) -> Result<Checkpoint> {
-    let state = read_state(path)?;
-    let model = read(path, &state, MODEL_FILE)?;
-    Ok(Checkpoint {
-        path: path.into(),
-        step: state.step,
-        skipped: state.skipped,
-        model,
-        optimizer: read(path, &state, OPTIMIZER_FILE)?,
-    })
+    Set::ALL.into_iter().try_for_each(|set| verify(path, set).map(drop))?;
+    open(path)
 }
 
-/// The weights of a checkpoint alone.
+/// The same of one that another process found to be what was written.
+///
+/// # Errors
+/// If a file is missing or cut off, or written by a newer version.
+pub(crate) fn open(path: &Path) -> Result<Checkpoint> {
+    let state = read_state(path)?;
+    let (model, optimizer) = (files(path, &state, Set::Model)?, files(path, &state, Set::Optimizer)?);
+    Ok(Checkpoint { path: path.into(), step: state.step, skipped: state.skipped, model, optimizer })
+}
+
+/// The names of the files of a set.
+fn names(path: &Path, state: &State, set: Set) -> Result<Vec<String>> {
+    let names: Vec<String> = state.files.keys().filter(|name| is_split_name(set.stem(), name)).cloned().collect();
+    let all: Vec<String> = (0..names.len().max(1)).map(|i| split_name(set.stem(), i, names.len().max(1))).collect();
+    match names == all {
+        true => Ok(names),
+        false => Err(changed(&path.join(if names.is_empty() { &all[0] } else { STATE_FILE }))),
+    }
+}
+
+/// Finds that the files of a set are what was written; gives their hash.
 ///
 /// # Errors
 /// As [`load`].
-pub(crate) fn read_model(path: &Path) -> Result<NamedTensors> {
-    read(path, &read_state(path)?, MODEL_FILE)
+pub(crate) fn verify(path: &Path, set: Set) -> Result<String> {
+    let state = read_state(path)?;
+    let names = names(path, &state, set)?;
+    let index = Some(index_name(set.stem())).filter(|_| names.len() > 1);
+    let of_file = |name: &String| {
+        let file = path.join(name);
+        let hash = hash_file(&file)?;
+        if state.files.get(name) == Some(&hash) {
+            Ok(hash)
+        } else {
+            Err(changed(&file))
+        }
+    };
+    let hashes: Vec<String> = names.par_iter().map(of_file).collect::<Result<_>>()?;
+    index.iter().try_for_each(|name| of_file(name).map(drop))?;
+    Ok(hash_of_hashes(&hashes))
 }
 
-/// A file of tensors of a checkpoint, if it is what was written, of the same step.
-fn read(path: &Path, state: &State, name: &str) -> Result<NamedTensors> {
-    let file = path.join(name);
-    let bytes = fs::read(&file).map_err(Error::io("read", &file))?;
-    if state.files.get(name) != Some(&blake3::hash(&bytes).to_hex().to_string()) {
-        return Err(changed(&file));
-    }
-    let tensors = parse_tensors(&file, &bytes)?;
+/// The tensors of a set, of the same step.
+fn files(path: &Path, state: &State, set: Set) -> Result<TensorFiles> {
+    let names = names(path, state, set)?;
+    let mut files = TensorFiles::none_of(path);
+    names.iter().try_for_each(|name| files.add(&path.join(name)))?;
     // `state.json` has no hash of its own: what it counts is in the files as well.
-    for (key, says) in [("step", state.step), ("skipped", state.skipped)] {
-        match tensors.metadata.get(key) {
-            Some(written) if *written != says.to_string() => {
-                let problem = format!("{key} is {says} here, {written} in {name}: it was changed");
-                return Err(Error::content(path.join(STATE_FILE), problem, AGAIN));
-            }
-            _ => {}
+    let (key, says) = set.metadata(state.step, state.skipped);
+    for (name, metadata) in names.iter().zip(files.metadata()) {
+        if let Some(written) = metadata.get(key).filter(|written| **written != says) {
+            let problem = format!("{key} is {says} here, {written} in {name}: it was changed");
+            return Err(Error::content(path.join(STATE_FILE), problem, AGAIN));
         }
     }
-    Ok(tensors)
+    Ok(files)
 }
 
 /// What to do about a broken checkpoint.
@@ -385,19 +564,6 @@ pub(crate) fn recipe_file(checkpoint: &Path) -> Result<Option<PathBuf>> {
     }
 }
 
-/// The file of weights by role of a checkpoint, found to be what was written.
-///
-/// # Errors
-/// If it is missing or was changed.
-pub(crate) fn model_file(checkpoint: &Path) -> Result<PathBuf> {
-    let state = read_state(checkpoint)?;
-    let file = checkpoint.join(MODEL_FILE);
-    match state.files.get(MODEL_FILE) == Some(&hash_file(&file)?) {
-        true => Ok(file),
-        false => Err(changed(&file)),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -424,7 +590,7 @@ mod tests {
         let (newest, passed) = load_newest(run.path()).unwrap().unwrap();
         assert!(passed.is_empty());
         assert_eq!(newest.step, 30);
-        assert_eq!(newest.model.get("student.w").unwrap().to_f64_vec(), [30.0, 2.0, 3.0]);
+        assert_eq!(newest.model.read("student.w").unwrap().unwrap().to_f64_vec(), [30.0, 2.0, 3.0]);
     }
 
     #[test]
@@ -470,6 +636,90 @@ mod tests {
         let bytes = fs::read(&file).unwrap();
         fs::write(&file, &bytes[..bytes.len() / 2]).unwrap();
         assert!(load(&third).err().unwrap().to_string().contains("optimizer.safetensors"));
+    }
+
+    /// Five tensors a set, of 12 bytes each.
+    fn several() -> Content {
+        let list = |set: &str| -> Vec<(String, Tensor)> {
+            (0..5).map(|i| (format!("{set}.{i}"), Tensor::from_slice(&[i as f32; 3], &[3]).unwrap())).collect()
+        };
+        Content { step: 7, skipped: 1, model: list("student"), optimizer: list("exp_avg") }
+    }
+
+    #[test]
+    fn what_is_too_large_for_a_file_is_split_and_the_files_are_the_same_of_however_many_ranks() {
+        let mut written: Vec<BTreeMap<String, Vec<u8>>> = Vec::new();
+        for world in [1, 2, 3, 7] {
+            let run = tempfile::tempdir().unwrap();
+            let saving = Saving::begin(run.path()).unwrap();
+            let of_rank = |rank| write(saving.folder(), &several(), 24, (rank, world)).unwrap().unwrap();
+            let parts: Vec<Vec<Written>> = (0..world).map(of_rank).collect();
+            assert!(parts.iter().take(3).all(|part| !part.is_empty()), "none of the first writes nothing");
+            let path = saving.finish((7, 1), parts.into_iter().flatten().collect(), Keep::newest(1)).unwrap();
+            let checkpoint = load(&path).unwrap();
+            for (set, files) in [("student", &checkpoint.model), ("exp_avg", &checkpoint.optimizer)] {
+                let third = files.read(&format!("{set}.3")).unwrap().expect("it is in the second file");
+                assert_eq!((third.to_f64_vec(), files.names().count()), (vec![3.0; 3], 5));
+            }
+            let all = fs::read_dir(&path).unwrap().map(|e| e.unwrap());
+            written.push(all.map(|e| (e.file_name().into_string().unwrap(), fs::read(e.path()).unwrap())).collect());
+        }
+        let names: Vec<&String> = written[0].keys().collect();
+        assert_eq!(names.len(), 2 * 4 + 1, "{names:?}");
+        assert!(written.iter().all(|files| *files == written[0]));
+        // Others find the tensors by the index.
+        let run = tempfile::tempdir().unwrap();
+        written[0].iter().for_each(|(name, bytes)| fs::write(run.path().join(name), bytes).unwrap());
+        let read = TensorFiles::open(&run.path().join("model.safetensors.index.json")).unwrap();
+        assert_eq!(read.names().count(), 5);
+    }
+
+    #[test]
+    fn a_split_file_that_is_changed_or_gone_is_named() {
+        let run = tempfile::tempdir().unwrap();
+        let saving = Saving::begin(run.path()).unwrap();
+        let written = write(saving.folder(), &several(), 24, (0, 1)).unwrap().unwrap();
+        let path = saving.finish((7, 1), written, Keep::newest(1)).unwrap();
+        for name in
+            ["model-00002-of-00003.safetensors", "optimizer-00003-of-00003.safetensors", "model.safetensors.index.json"]
+        {
+            let file = path.join(name);
+            let bytes = fs::read(&file).unwrap();
+            fs::write(&file, &bytes[..bytes.len() - 1]).unwrap();
+            let changed = load(&path).err().unwrap().to_string();
+            assert!(changed.contains(name) && changed.contains("hash"), "{changed}");
+            fs::remove_file(&file).unwrap();
+            assert!(load(&path).err().unwrap().to_string().contains(name));
+            fs::write(&file, bytes).unwrap();
+        }
+        load(&path).unwrap();
+        // A file that `state.json` does not list is as good as gone.
+        let state = fs::read_to_string(path.join(STATE_FILE)).unwrap();
+        let less: Vec<&str> = state.lines().filter(|line| !line.contains("model-00002")).collect();
+        fs::write(path.join(STATE_FILE), less.join("\n")).unwrap();
+        assert!(load(&path).err().unwrap().to_string().contains(STATE_FILE));
+    }
+
+    #[test]
+    fn a_rank_whose_disk_is_full_says_so_when_all_have_written() {
+        let gone = tempfile::tempdir().unwrap().path().join("gone");
+        let asked = std::cell::Cell::new(0);
+        struct Counted<'a>(Content, &'a std::cell::Cell<usize>);
+        impl Give for Counted<'_> {
+            fn steps(&self) -> (u64, u64) {
+                self.0.steps()
+            }
+            fn bytes(&self, set: Set) -> Vec<u64> {
+                self.0.bytes(set)
+            }
+            fn tensors(&self, set: Set, places: Range<usize>, keep: bool) -> Result<Vec<(String, Tensor)>> {
+                self.1.set(self.1.get() + 1);
+                self.0.tensors(set, places, keep)
+            }
+        }
+        let failed = write(&gone, &Counted(several(), &asked), 24, (0, 2)).unwrap().unwrap_err();
+        assert!(failed.to_string().contains("gone"), "{failed}");
+        assert_eq!(asked.get(), 6, "the other rank needs what this one has of every file");
     }
 
     #[test]

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rayon::prelude::*;
 
 use crate::rng::{Rng, Stream};
-use crate::tensor::{Real, Tape};
+use crate::tensor::{copy_elements, Real, Tape};
 use crate::{dispatch_real, DType, Error, Result, Tensor};
 
 /// How a parameter starts.
@@ -421,31 +421,12 @@ pub fn load_named(
     source: impl Fn(&str) -> Option<Tensor>,
     origin: &std::path::Path,
 ) -> Result<()> {
-    load_part(layout, (flat, 0), source, origin)
-}
-
-/// The same into a part of the flat memory, which begins at this element.
-pub(crate) fn load_part(
-    layout: &Layout,
-    (part, start): (&mut Tensor, usize),
-    source: impl Fn(&str) -> Option<Tensor>,
-    origin: &std::path::Path,
-) -> Result<()> {
     let found: Vec<Option<Tensor>> = layout.specs.iter().map(|spec| source(&spec.name)).collect();
     check_shapes(layout, found.iter().map(|tensor| tensor.as_ref().map(Tensor::shape)), origin)?;
-    let found = layout.specs.iter().map(ParamSpec::range).zip(found.into_iter().flatten());
-    let dtype = part.dtype();
-    dispatch_real!("load", dtype, T => {
-        let data = part.as_mut_slice::<T>();
-        for (range, tensor) in found {
-            let (first, end) = (range.start.max(start), range.end.min(start + data.len()));
-            if first < end {
-                let tensor = tensor.cast(dtype)?;
-                data[first - start..end - start].copy_from_slice(&tensor.as_slice::<T>()[first - range.start..end - range.start]);
-            }
-        }
-        Ok(())
-    })
+    for (spec, tensor) in layout.specs.iter().zip(found.into_iter().flatten()) {
+        copy_elements(flat, spec.offset, &tensor.cast(flat.dtype())?, 0..spec.range().len())?;
+    }
+    Ok(())
 }
 
 /// Fails if the shapes that a file has for the parameters of `layout`, in its order, are not theirs.

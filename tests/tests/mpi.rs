@@ -1,6 +1,7 @@
 //! The program on several processes, joined by the MPI libraries that are here: Open MPI (Debian's `openmpi-bin`) and MPICH
 //! (`pip install mpich`), the latter by its own binary interface and by the standard's; and by `torchrun`'s store.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -129,6 +130,26 @@ fn processes_write_the_files_of_one() {
             assert_eq!(ended.out.matches("finished 12 steps").count(), 1, "{}", ended.out);
         }
     }
+}
+
+#[test]
+fn checkpoints_in_several_files_are_written_by_all_and_read_by_any_number() {
+    let folder = Folder::with_micro();
+    let Some(mpi) = found().into_iter().next() else { return };
+    let sets = ["backbone.dim=128", "checkpoint.file_mb=1"];
+    folder.succeed(&run("one", &sets));
+    for (world, steps) in [(4, "steps=4"), (2, "steps=12")] {
+        let ended = mpi.run(&folder, world, &run("several", &[&sets[..], &[steps]].concat()));
+        assert_eq!(ended.code, 0, "{}{}", ended.out, ended.err);
+    }
+    let files = |run: &str| -> BTreeMap<PathBuf, Vec<u8>> {
+        let all = fs::read_dir(folder.path(run).join("checkpoints/step-00000012")).expect("it was written");
+        let all = all.map(|entry| entry.expect("it is there").path());
+        all.map(|path| (path.file_name().expect("a file").into(), fs::read(&path).expect("it can be read"))).collect()
+    };
+    let (one, several) = (files("one"), files("several"));
+    assert!(one.len() > 9, "{:?}", one.keys());
+    assert!(one.keys().eq(several.keys()) && one == several);
 }
 
 /// On the emulated driver and NCCL, started by either kind of launcher: steps that are recorded and replayed, and those of logged steps, which are not.

@@ -40,6 +40,8 @@ const LONGEST_TEXT: usize = 16 * 1024;
 /// How long a rank that waits for an order looks without sleeping, and how long it sleeps then.
 const AWAKE: Duration = Duration::from_millis(2);
 const ASLEEP: Duration = Duration::from_micros(200);
+/// The time in which a launcher passes on what a process said.
+const HEARD: Duration = Duration::from_millis(200);
 /// Names of the library that is used in place of those that are looked for.
 const LIBRARY: &str = "DINOLAB_MPI";
 
@@ -176,6 +178,8 @@ impl Comm for Mpi {
         }
     }
     fn abort(&self) {
+        // A launcher that is told to end all may drop what this process said a moment ago.
+        std::thread::sleep(HEARD);
         if let Ok(abort) = symbol::<WithComm>(&self.library, "MPI_Abort") {
             // SAFETY: a handle of this library; it ends the process.
             unsafe { abort(self.everyone, 1) };

@@ -1,7 +1,9 @@
 //! Files and folders that are whole or not there.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
 
 use crate::{Error, Result};
 
@@ -66,7 +68,24 @@ pub(crate) fn sync_dir(path: &Path) -> Result<()> {
 /// If it cannot be read.
 pub fn hash_file(path: &Path) -> Result<String> {
     let mut hasher = blake3::Hasher::new();
-    let mut file = fs::File::open(path).map_err(Error::io("read", path))?;
-    std::io::copy(&mut file, &mut hasher).map_err(Error::io("read", path))?;
+    let file = fs::File::open(path).map_err(Error::io("read", path))?;
+    hasher.update_reader(file).map_err(Error::io("read", path))?;
     Ok(hasher.finalize().to_hex().to_string())
+}
+
+/// The hash of one file, or of the hashes of several.
+///
+/// # Errors
+/// If one cannot be read.
+pub(crate) fn hash_files(paths: &[PathBuf]) -> Result<String> {
+    let hashes: Vec<String> = paths.par_iter().map(|path| hash_file(path)).collect::<Result<_>>()?;
+    Ok(hash_of_hashes(&hashes))
+}
+
+/// The hash of one, or that of several.
+pub(crate) fn hash_of_hashes(hashes: &[String]) -> String {
+    match hashes {
+        [one] => one.clone(),
+        several => blake3::hash(several.concat().as_bytes()).to_hex().to_string(),
+    }
 }

@@ -44,7 +44,7 @@ pub fn parse_safetensors<'a>(path: &Path, bytes: &'a [u8]) -> Result<SafeTensors
 /// Named tensors read from a file.
 #[derive(Debug, Default)]
 pub struct NamedTensors {
-    tensors: BTreeMap<String, Tensor>,
+    pub(super) tensors: BTreeMap<String, Tensor>,
     /// The file's own metadata.
     pub metadata: BTreeMap<String, String>,
 }
@@ -124,20 +124,16 @@ pub fn write_pieces<S: AsRef<str> + Ord + std::fmt::Display, V: View>(
 /// If the file cannot be read or is cut off.
 pub fn read_tensors(path: &Path) -> Result<NamedTensors> {
     let bytes = fs::read(path).map_err(Error::io("read", path))?;
-    parse_tensors(path, &bytes)
-}
-
-pub(crate) fn parse_tensors(path: &Path, bytes: &[u8]) -> Result<NamedTensors> {
-    let file = parse_safetensors(path, bytes)?;
-    let (_, header) = SafeTensors::read_metadata(bytes).expect("it was parsed just above");
+    let file = parse_safetensors(path, &bytes)?;
+    let (_, header) = SafeTensors::read_metadata(&bytes).expect("it was parsed just above");
     let metadata = header.metadata().iter().flatten().map(|(k, v)| (k.clone(), v.clone())).collect();
-    let tensors = file.tensors().into_iter().map(|(name, view)| Ok((name, to_tensor(path, &view)?)));
-    Ok(NamedTensors { tensors: tensors.collect::<Result<_>>()?, metadata })
+    let read =
+        |(name, view): (String, TensorView<'_>)| Ok((name, to_tensor(path, view.dtype(), view.shape(), view.data())?));
+    Ok(NamedTensors { tensors: file.tensors().into_iter().map(read).collect::<Result<_>>()?, metadata })
 }
 
-/// The tensor of a view; half precision widens to f32, other integers and booleans become u32.
-fn to_tensor(path: &Path, view: &TensorView<'_>) -> Result<Tensor> {
-    let (shape, data) = (view.shape(), view.data());
+/// A tensor of these bytes; f16 widens to f32, other integers than u32 and booleans become u32.
+pub(super) fn to_tensor(path: &Path, dtype: Dtype, shape: &[usize], data: &[u8]) -> Result<Tensor> {
     macro_rules! read {
         ($from:ty, $to:ty, $convert:expr) => {{
             let values: Vec<$to> = data
@@ -147,7 +143,7 @@ fn to_tensor(path: &Path, view: &TensorView<'_>) -> Result<Tensor> {
             Tensor::from_slice(&values, shape)
         }};
     }
-    match view.dtype() {
+    match dtype {
         Dtype::F32 => read!(f32, f32, |x| x),
         Dtype::F64 => read!(f64, f64, |x| x),
         Dtype::BF16 => read!(u16, half::bf16, half::bf16::from_bits),

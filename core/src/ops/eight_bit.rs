@@ -11,7 +11,7 @@
 use std::sync::LazyLock;
 
 use crate::tensor::blocks::*;
-use crate::tensor::parallel;
+use crate::tensor::{copy_elements, parallel};
 use crate::{simd, DType, Device, Error, Result, Tensor};
 
 use super::adamw::{same_layout, Ema, FromElement, Group, Moments, Update};
@@ -143,6 +143,24 @@ impl EightBit {
     /// The scales: the greatest of them is the size of the greatest number.
     pub fn scales(&self) -> &Tensor {
         &self.scales
+    }
+
+    /// So many numbers from block `first` on; to be read, not changed.
+    pub(crate) fn part(&self, first: usize, len: usize) -> Self {
+        let blocks = Self::blocks(len);
+        let (codes, scales) = (&self.codes, &self.scales);
+        let words = BLOCK / 4;
+        Self {
+            map: self.map,
+            codes: codes.view(first * words, &[blocks * words]),
+            scales: scales.view(first, &[blocks]),
+        }
+    }
+
+    /// Takes blocks, wherever they are, from block `first` on.
+    pub(crate) fn put(&mut self, first: usize, blocks: &Self) -> Result<()> {
+        copy_elements(&mut self.codes, first * BLOCK / 4, &blocks.codes, 0..blocks.codes.len())?;
+        copy_elements(&mut self.scales, first, &blocks.scales, 0..blocks.scales.len())
     }
 
     /// The same on another device.

@@ -431,6 +431,11 @@ pub struct CheckpointConfig {
     /// Steps between checkpoints that are kept forever, besides the newest ones: for later Gram teachers, forks and
     /// pictures over time; 0: none.
     pub keep_every: u64,
+    /// Most megabytes (10^6 bytes) of a file; a larger tensor has one alone. More are split as Hugging Face splits them, with an
+    /// index, and with `mpirun` or `torchrun` every process writes some of them. Writing takes so much host memory, not that
+    /// of the whole model.
+    #[schemars(range(min = 1, max = 1_000_000_000))]
+    pub file_mb: u64,
 }
 
 impl CheckpointConfig {
@@ -438,11 +443,16 @@ impl CheckpointConfig {
     pub fn is_due(&self, done: u64) -> bool {
         [self.every, self.keep_every].iter().any(|every| *every > 0 && done.is_multiple_of(*every))
     }
+
+    /// Most bytes of a file.
+    pub(crate) fn file_bytes(&self) -> u64 {
+        self.file_mb.saturating_mul(1_000_000)
+    }
 }
 
 impl Default for CheckpointConfig {
     fn default() -> Self {
-        Self { every: 0, minutes: 10.0, keep: 2, keep_every: 0 }
+        Self { every: 0, minutes: 10.0, keep: 2, keep_every: 0, file_mb: 5000 }
     }
 }
 

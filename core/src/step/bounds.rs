@@ -6,8 +6,6 @@
 //! type reaches so much farther than training does that these coarse bounds suffice for any run that works; weights are
 //! measured when they come from elsewhere, and when the bounds of a long run have drifted too far.
 
-use std::ops::Range;
-
 use crate::comm::Ranks;
 use crate::contract;
 use crate::params::ParamSpec;
@@ -86,11 +84,10 @@ impl Bounds {
             if eight.is_finite() && whole.is_finite() {
                 return Ok(eight.max(whole));
             }
-            let part = weights.moment(i);
-            let of = |(spec, at): (&ParamSpec, Range<usize>)| {
-                of_tensor(&format!("{name}.{}", spec.name), &part.view(at.start, &[at.len()]))
+            let of = |(param, spec): (usize, &ParamSpec)| {
+                of_tensor(&format!("{name}.{}", spec.name), &weights.moment(i, param))
             };
-            specs.iter().zip(weights.in_part()).map(of).try_fold(0.0, |most: f64, of| Ok(most.max(of?)))
+            specs.iter().enumerate().map(of).try_fold(0.0, |most: f64, of| Ok(most.max(of?)))
         };
         let moments = weights.moment_names.iter().enumerate().map(of_moment);
         let moment = moments.collect::<Result<Vec<f64>>>()?.first().copied().unwrap_or(0.0);

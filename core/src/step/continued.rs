@@ -1,14 +1,12 @@
 //! Going on from a checkpoint of another run: everything that both recipes have is taken over, what is new starts as in a new
 //! run.
 
-use std::path::Path;
-
-use super::weights::{load, role_of, Of, Weights};
+use super::saved::Stored;
+use super::weights::{role_of, Of, Weights};
 use super::{Declared, Learner, Peers};
 use crate::checkpoint::Checkpoint;
 use crate::contract::{Follow, Role};
-use crate::files::NamedTensors;
-use crate::params::Layout;
+use crate::params::{Layout, ParamSpec};
 use crate::recipe::Recipe;
 use crate::{Result, Tensor};
 
@@ -59,7 +57,7 @@ impl Learner {
         weights.forget_bounds();
         weights.bounds(model, ranks)?;
         if let Some(spikes) = spikes {
-            spikes.restore(&from.optimizer);
+            spikes.restore(&from.optimizer)?;
         }
         Ok((learner, notes))
     }
@@ -70,23 +68,23 @@ impl Weights {
     fn take_over(&mut self, from: &Checkpoint, model: &Declared) -> Result<Vec<String>> {
         let (layout, path) = (&model.layout, from.path.as_path());
         let mut notes = Vec::new();
-        let new = self.student.change(|flat| modules(&from.model, "student.", layout, (flat, 0), path))?;
+        let of_model = |role: &str| Stored { files: &from.model, prefix: format!("{role}."), path, adapt: false };
+        let new = modules(&of_model("student"), layout, |_, spec, tensor| self.student.write(spec.offset, tensor))?;
         notes.extend(new.iter().map(|name| format!("{name} is new: it starts from the seed")));
         self.follow_student()?;
         if let Some(teacher) = self.teacher.as_mut().filter(|_| from.model.has("teacher.")) {
-            teacher.change(|flat| modules(&from.model, "teacher.", layout, (flat, 0), path))?;
+            modules(&of_model("teacher"), layout, |_, spec, tensor| teacher.write(spec.offset, tensor))?;
         }
         for (i, name) in self.moment_names.clone().into_iter().enumerate() {
-            let take =
-                |moment: (&mut Tensor, usize)| modules(&from.optimizer, &format!("{name}."), layout, moment, path);
-            let missing = self.change_moment(i, take)?;
+            let stored = Stored { files: &from.optimizer, prefix: format!("{name}."), path, adapt: false };
+            let missing = modules(&stored, layout, |at, spec, tensor| self.write_moment(i, at, spec, tensor))?;
             let unsaid = missing.iter().filter(|module| !new.contains(module));
             notes.extend(unsaid.map(|module| format!("{name} of {module} is not there: it starts at zero")));
         }
         for (loss, state) in model.losses.iter().zip(&mut self.loss_state) {
             for (own, value) in state {
                 let name = format!("state.{}.{own}", loss.name);
-                match from.optimizer.get(&name).filter(|t| t.shape() == value.shape()) {
+                match from.optimizer.read(&name)?.filter(|t| t.shape() == value.shape()) {
                     Some(found) => value.copy_from(&found.cast(value.dtype())?)?,
                     None => notes.push(format!("{own} of the loss {} starts anew", loss.name)),
                 }
@@ -103,29 +101,24 @@ impl Weights {
         if !from.model.has(&format!("{role}.")) {
             return Ok(false);
         }
-        let layout = model.layout.part("backbone.");
-        let get = |name: &str| from.model.get(&format!("{role}.{name}")).cloned();
-        flat.change(|flat| load(&layout, (flat, 0), get, &from.path))?;
+        let stored = Stored { files: &from.model, prefix: format!("{role}."), path: &from.path, adapt: false };
+        stored.load(&model.layout, "backbone.", |_, spec, tensor| flat.write(spec.offset, tensor))?;
         Ok(true)
     }
 }
 
-/// Loads every sub-model that a file has under `role` into a part of flat memory, which begins at this element; gives the names
-/// of the others.
+/// Loads every sub-model that is stored, as [`Stored::load`] does; gives the names of the others.
 fn modules(
-    from: &NamedTensors,
-    role: &str,
+    stored: &Stored<'_>,
     layout: &Layout,
-    (flat, start): (&mut Tensor, usize),
-    path: &Path,
+    mut take: impl FnMut(usize, &ParamSpec, &Tensor) -> Result<()>,
 ) -> Result<Vec<String>> {
     let mut missing = Vec::new();
     for module in layout.modules() {
-        if from.has(&format!("{role}{module}.")) {
-            let part = layout.part(&format!("{module}."));
-            load(&part, (&mut *flat, start), |name| from.get(&format!("{role}{name}")).cloned(), path)?;
-        } else {
-            missing.push(module);
+        let part = format!("{module}.");
+        match stored.files.has(&format!("{}{part}", stored.prefix)) {
+            true => stored.load(layout, &part, &mut take)?,
+            false => missing.push(module),
         }
     }
     Ok(missing)

@@ -11,12 +11,13 @@ use std::sync::{Arc, OnceLock};
 use serde_json::Value as Json;
 
 use crate::contract::TeacherPolicy;
-use crate::params::{load_named, ParamBuilder};
+use crate::params::ParamBuilder;
 use crate::recipe::Recipe;
 use crate::tensor::catch_out_of_memory;
 use crate::weights::Source;
 use crate::{cuda, DType, Device, Error, Result, Tensor};
 
+use super::saved::Stored;
 use super::{declare, Declared};
 
 /// A frozen model that gives targets.
@@ -80,12 +81,10 @@ impl TeacherModel {
 
     fn read(&self) -> Result<Tensor> {
         let flat = Device::Cpu.with(|| {
-            let tensors = self.source.tensors()?;
-            let mut flat = Tensor::zeros(&[self.model.layout.len()], self.dtype.wide());
+            let tensors = self.source.files()?;
             let role = ["teacher.", "student."].into_iter().find(|role| tensors.has(role)).unwrap_or_default();
-            let tensor = |name: &str| tensors.get(&format!("{role}{name}")).cloned();
-            load_named(&self.model.layout, &mut flat, tensor, self.source.path())?;
-            flat.cast(self.dtype)
+            let stored = Stored { files: &tensors, prefix: role.into(), path: self.source.path(), adapt: false };
+            stored.flat(&self.model.layout, self.dtype.wide())?.cast(self.dtype)
         })?;
         let _lasting = cuda::lasting_scope();
         Ok(flat.to(self.device))

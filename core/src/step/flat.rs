@@ -14,8 +14,10 @@ use half::bf16;
 use rayon::prelude::*;
 
 use crate::cuda::{args, Arg, Pinned};
-use crate::tensor::greatest;
+use crate::tensor::{copy_elements, greatest};
 use crate::{cuda_source, ops, DType, Device, Error, Result, Tensor};
+
+use super::parts::within;
 
 cuda_source! { static HALVES = "halves" { include_str!("halves.cu") } }
 
@@ -51,34 +53,37 @@ impl Lower {
         }
     }
 
-    /// Gives all of them to `f`.
-    fn read<R>(&self, f: impl FnOnce(&[u16]) -> R) -> Result<R> {
+    /// Those of `range`, which begins at an even one.
+    fn read(&self, range: Range<usize>) -> Result<Vec<u16>> {
         match self {
-            Self::Device(lower) => Ok(f(bytemuck::cast_slice(lower.to(Device::Cpu).as_slice::<u32>()))),
-            Self::Host(lower) => Ok(f(bytemuck::cast_slice(lower.bytes()?))),
+            Self::Device(lower) => {
+                let words = lower.view(range.start / 2, &[range.len().div_ceil(2)]).to(Device::Cpu);
+                Ok(bytemuck::cast_slice(words.as_slice::<u32>())[..range.len()].to_vec())
+            }
+            Self::Host(lower) => Ok(bytemuck::cast_slice(lower.bytes()?)[range].to_vec()),
         }
     }
 
-    /// Lets `f` write all of them.
-    fn write(&mut self, f: impl FnOnce(&mut [u16])) -> Result<()> {
+    /// Writes those from `start` on, which is even; an odd last one takes its neighbour with it, which belongs to no number.
+    fn write(&mut self, start: usize, lower: &[u16]) -> Result<()> {
         match self {
-            Self::Device(lower) => {
-                let mut host = Device::Cpu.with(|| Tensor::uninit(lower.shape(), DType::U32));
-                f(bytemuck::cast_slice_mut(host.as_mut_slice::<u32>()));
-                lower.copy_from(&host)
+            Self::Device(to) => {
+                let mut words = Device::Cpu.with(|| Tensor::zeros(&[lower.len().div_ceil(2)], DType::U32));
+                bytemuck::cast_slice_mut(words.as_mut_slice::<u32>())[..lower.len()].copy_from_slice(lower);
+                copy_elements(to, start / 2, &words, 0..words.len())
             }
-            Self::Host(lower) => {
-                f(bytemuck::cast_slice_mut(lower.bytes_mut()?));
+            Self::Host(to) => {
+                bytemuck::cast_slice_mut(to.bytes_mut()?)[start..][..lower.len()].copy_from_slice(lower);
                 Ok(())
             }
         }
     }
 
-    /// Takes the first of others.
-    fn copy_from(&mut self, other: &Self) -> Result<()> {
+    /// Takes the first `len` of others.
+    fn copy_from(&mut self, other: &Self, len: usize) -> Result<()> {
         match (self, other) {
             (Self::Device(own), Self::Device(other)) => own.copy_from(&other.view(0, &[own.len()])),
-            (own, other) => other.read(|other| own.write(|own| own.copy_from_slice(&other[..own.len()])))?,
+            (own, other) => own.write(0, &other.read(0..len)?),
         }
     }
 }
@@ -172,16 +177,26 @@ impl Flat {
     /// # Errors
     /// If the device fails.
     pub fn to_host(&self) -> Result<Tensor> {
+        self.read(0..self.len())
+    }
+
+    /// The same of those of a range, which begins at an even one.
+    pub(super) fn read(&self, range: Range<usize>) -> Result<Tensor> {
+        let part = |flat: &Tensor| flat.view(range.start, &[range.len()]).to(Device::Cpu);
         let (rounded, lower, own) = match &self.0 {
-            Kept::Wide(wide) => return Ok(wide.to(Device::Cpu)),
-            Kept::Halves { rounded, lower, own } => (rounded.to(Device::Cpu), lower, own),
+            Kept::Wide(wide) => return Ok(part(wide)),
+            Kept::Halves { rounded, lower, own } => (part(rounded), lower, own),
         };
         let mut out = Device::Cpu.with(|| rounded.cast(DType::F32))?;
-        lower.read(|lower| {
-            let halves = rounded.as_slice::<bf16>()[own.clone()].par_iter().zip(lower).with_min_len(CHUNK);
-            let out = out.as_mut_slice::<f32>()[own.clone()].par_iter_mut();
-            out.zip(halves).for_each(|(x, (r, l))| *x = join(*r, *l));
-        })?;
+        let own_part = within(&range, own);
+        if own_part.is_empty() {
+            return Ok(out);
+        }
+        let lower = lower.read(own_part.start - own.start..own_part.end - own.start)?;
+        let place = own_part.start - range.start..own_part.end - range.start;
+        let halves = rounded.as_slice::<bf16>()[place.clone()].par_iter().zip(&lower).with_min_len(CHUNK);
+        let out_part = out.as_mut_slice::<f32>()[place].par_iter_mut();
+        out_part.zip(halves).for_each(|(x, (r, l))| *x = join(*r, *l));
         Ok(out)
     }
 
@@ -217,27 +232,36 @@ impl Flat {
         }
     }
 
-    /// Takes the numbers of a tensor, which is in host memory where they are kept in halves.
+    /// Takes the numbers of a tensor in host memory. All ranks have to take the same.
     ///
     /// # Errors
     /// If it has more numbers or fewer, or the device fails.
     pub fn set(&mut self, numbers: &Tensor) -> Result<()> {
+        if numbers.len() != self.len() {
+            return Err(Error::shape("set", format!("{} numbers for {}", numbers.len(), self.len())));
+        }
+        self.write(0, numbers)
+    }
+
+    /// The same of those from `start` on, which is even.
+    pub(super) fn write(&mut self, start: usize, numbers: &Tensor) -> Result<()> {
+        let numbers = Device::Cpu.with(|| numbers.cast(self.dtype()))?;
         let (rounded, lower, own) = match &mut self.0 {
-            Kept::Wide(wide) => return wide.copy_from(numbers),
+            Kept::Wide(wide) => return copy_elements(wide, start, &numbers, 0..numbers.len()),
             Kept::Halves { rounded, lower, own } => (rounded, lower, own.clone()),
         };
-        if numbers.len() != rounded.len() {
-            return Err(Error::shape("set", format!("{} numbers for {}", numbers.len(), rounded.len())));
-        }
-        let mut of_rounded = Device::Cpu.with(|| Tensor::uninit(rounded.shape(), DType::BF16));
+        let mut of_rounded = Device::Cpu.with(|| Tensor::uninit(numbers.shape(), DType::BF16));
         let numbers = numbers.as_slice::<f32>();
         let all = of_rounded.as_mut_slice::<bf16>().par_iter_mut().zip(numbers).with_min_len(CHUNK);
         all.for_each(|(rounded, x)| *rounded = split(*x).0);
-        lower.write(|lower| {
-            let own = lower.par_iter_mut().zip(&numbers[own]).with_min_len(CHUNK);
-            own.for_each(|(lower, x)| *lower = split(*x).1);
-        })?;
-        rounded.copy_from(&of_rounded)
+        copy_elements(rounded, start, &of_rounded, 0..numbers.len())?;
+        let part = within(&(start..start + numbers.len()), &own);
+        if part.is_empty() {
+            return Ok(());
+        }
+        let of_part = numbers[part.start - start..part.end - start].par_iter().with_min_len(CHUNK);
+        let halves: Vec<u16> = of_part.map(|x| split(*x).1).collect();
+        lower.write(part.start - own.start, &halves)
     }
 
     /// Takes the first numbers of others, which are kept alike.
@@ -245,23 +269,12 @@ impl Flat {
         let n = self.len();
         match (&mut self.0, &other.0) {
             (Kept::Wide(own), Kept::Wide(other)) => own.copy_from(&other.view(0, &[n])),
-            (Kept::Halves { rounded, lower, .. }, Kept::Halves { rounded: others, lower: others_lower, .. }) => {
+            (Kept::Halves { rounded, lower, own }, Kept::Halves { rounded: others, lower: others_lower, .. }) => {
                 rounded.copy_from(&others.view(0, &[n]))?;
-                lower.copy_from(others_lower)
+                lower.copy_from(others_lower, own.len())
             }
             _ => unreachable!("all weights of a run are kept alike"),
         }
-    }
-
-    /// Lets `f` change them, as wide as they are: those in halves in host memory. All ranks have to change them alike.
-    pub fn change<R>(&mut self, f: impl FnOnce(&mut Tensor) -> Result<R>) -> Result<R> {
-        if let Kept::Wide(wide) = &mut self.0 {
-            return f(wide);
-        }
-        let mut numbers = self.to_host()?;
-        let done = Device::Cpu.with(|| f(&mut numbers))?;
-        self.set(&numbers)?;
-        Ok(done)
     }
 
     /// `self = momentum self + (1 - momentum) other`, by the first numbers of others, which are kept alike; of those that are

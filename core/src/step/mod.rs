@@ -21,6 +21,7 @@ mod optimizer;
 mod outputs;
 mod parts;
 mod refusal;
+mod saved;
 mod shared;
 mod sources;
 mod spikes;
@@ -38,6 +39,7 @@ pub use flat::Flat;
 pub use health::Health;
 pub use optimizer::ParamRule;
 pub use parts::Share;
+pub(crate) use saved::Stored;
 pub use shared::SharedTeacher;
 pub use sources::{adaptations, check_sources, check_sources_of, sources_of};
 pub(crate) use sources::{frozen_sources, no_step_left};
@@ -50,7 +52,7 @@ pub(crate) use views::check_views;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::checkpoint::{Checkpoint, Content};
+use crate::checkpoint::Checkpoint;
 use crate::comm::{Comm, Ranks, Shards};
 use crate::contract::{At, Crops, Draws, Features, Follow, Mode, State, StepContext, TeacherPolicy};
 use crate::data::Batch;
@@ -60,7 +62,7 @@ use crate::recipe::{Precision, Recipe};
 use crate::registry::Chosen;
 use crate::rng::{Rng, Stream};
 use crate::scope;
-use crate::tensor::{catch_out_of_memory, copy_elements, Tape};
+use crate::tensor::{catch_out_of_memory, Tape};
 use crate::{cuda, DType, Device, Error, Result, Tensor};
 
 use bounds::Reach;
@@ -223,7 +225,7 @@ impl Learner {
         weights.restore(checkpoint, model)?;
         weights.bounds(model, ranks)?;
         if let Some(spikes) = &mut learner.spikes {
-            spikes.restore(&checkpoint.optimizer);
+            spikes.restore(&checkpoint.optimizer)?;
         }
         Ok(learner)
     }
@@ -349,44 +351,6 @@ impl Learner {
     /// Those of them that were skipped because the loss jumped.
     pub fn spikes(&self) -> u64 {
         self.spikes.as_ref().map_or(0, Spikes::skipped)
-    }
-
-    /// Everything a run needs to go on after `step` steps. Of several ranks all have to ask for it, or
-    /// [give what they have](Self::hand_over).
-    ///
-    /// # Errors
-    /// If the device or a rank fails.
-    pub fn content(&self, step: u64) -> Result<Content> {
-        let mut content = catch_out_of_memory(|| self.weights.content(step, &self.model, &self.ranks))?;
-        content.optimizer.extend(self.spikes.iter().flat_map(Spikes::content));
-        Ok(content)
-    }
-
-    /// Gives ranks that ask for all [`content`](Self::content) what this one has of it.
-    ///
-    /// # Errors
-    /// If the device or a rank fails.
-    pub fn hand_over(&self) -> Result<()> {
-        catch_out_of_memory(|| self.weights.gather(&self.ranks, |_, _, _| {}))
-    }
-
-    /// The gradients of the last step in the student's layout, in host memory. Of several ranks, each of which has those of its
-    /// part, all have to ask for them.
-    ///
-    /// # Errors
-    /// If a rank has failed.
-    pub fn gradients(&self) -> Result<Tensor> {
-        let own = self.weights.grads.to(Device::Cpu);
-        if self.ranks.world() == 1 {
-            return Ok(own);
-        }
-        let _step = cuda::step_scope();
-        let (parts, start) = (&self.optimizer.parts, self.optimizer.gradients().start);
-        let mut all = Device::Cpu.with(|| Tensor::zeros(&[self.model.layout.len()], own.dtype()));
-        let part = parts.own().clone();
-        copy_elements(&mut all, part.start, &own, part.start - start..part.end - start)?;
-        self.ranks.spread_on_host(&mut all, parts.ranges(), self.device)?;
-        Ok(all)
     }
 
     /// Runs step `step` (0-based) on its micro-batches. When something is not finite, or would not be after the update,

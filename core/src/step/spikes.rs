@@ -2,9 +2,9 @@
 
 use std::collections::VecDeque;
 
-use crate::files::NamedTensors;
+use crate::files::TensorFiles;
 use crate::recipe::SpikeConfig;
-use crate::{Device, Tensor};
+use crate::{Device, Result, Tensor};
 
 /// The losses that a step's is compared with, and how many were too high.
 #[derive(Clone, Debug)]
@@ -55,7 +55,7 @@ impl Spikes {
     /// For a checkpoint.
     pub(super) fn content(&self) -> Vec<(String, Tensor)> {
         let losses: Vec<f64> = self.recent.iter().copied().collect();
-        let host = |make: &dyn Fn() -> crate::Result<Tensor>| Device::Cpu.with(make).expect("a list has one axis");
+        let host = |make: &dyn Fn() -> Result<Tensor>| Device::Cpu.with(make).expect("a list has one axis");
         vec![
             (LOSSES.into(), host(&|| Tensor::from_slice(&losses, &[losses.len()]))),
             (SKIPPED.into(), host(&|| Tensor::from_slice(&[self.skipped as u32], &[1]))),
@@ -63,11 +63,12 @@ impl Spikes {
     }
 
     /// From a checkpoint; one that was written without begins anew.
-    pub(super) fn restore(&mut self, from: &NamedTensors) {
-        if let (Some(losses), Some(skipped)) = (from.get(LOSSES), from.get(SKIPPED)) {
+    pub(super) fn restore(&mut self, from: &TensorFiles) -> Result<()> {
+        if let (Some(losses), Some(skipped)) = (from.read(LOSSES)?, from.read(SKIPPED)?) {
             self.recent = losses.to_f64_vec().into();
             self.skipped = skipped.to_f64_vec().first().map_or(0, |&n| n as u64);
         }
+        Ok(())
     }
 }
 

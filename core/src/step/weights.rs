@@ -1,18 +1,16 @@
 //! All weights of a run, each role one flat buffer, and how they are loaded, copied and saved.
 
 use std::collections::BTreeMap;
-use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::checkpoint::{Checkpoint, Content};
 use crate::comm::Ranks;
 use crate::contract::{At, Follow, Role, State, TeacherPolicy};
-use crate::files::NamedTensors;
-use crate::ops::{write_range, EightBit, Map, Place};
-use crate::params::{check_shapes, load_part, Layout};
+use crate::files::TensorFiles;
+use crate::ops::{EightBit, Map, Place};
+use crate::params::{check_shapes, Layout, ParamSpec};
 use crate::recipe::{InitRole, Recipe};
-use crate::tensor::catch_out_of_memory;
+use crate::tensor::{catch_out_of_memory, copy_elements};
 use crate::weights::Source;
 use crate::{cuda, DType, Device, Error, Result, Tensor};
 
@@ -21,6 +19,7 @@ use super::flat::Flat;
 use super::moments::{Placed, Storage};
 use super::optimizer::Groups;
 use super::parts::Parts;
+use super::saved::Stored;
 use super::{Declared, DeclaredLoss, Teacher};
 
 /// Student, teachers, moments and the losses' state.
@@ -39,7 +38,7 @@ pub struct Weights {
     /// Which are where.
     storage: Arc<Storage>,
     /// What each rank updates.
-    parts: Arc<Parts>,
+    pub(super) parts: Arc<Parts>,
     /// Their names.
     pub(super) moment_names: Vec<&'static str>,
     /// By loss: its state by name.
@@ -59,13 +58,6 @@ pub(super) enum Of {
     Teacher,
     /// Those of a teacher of `[teachers]`, by its place.
     Named(usize),
-}
-
-/// Flat memory of a checkpoint.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Gathered {
-    Weights,
-    Moment,
 }
 
 /// What the names of a teacher's parameters begin with in files: `<name>_teacher.`.
@@ -173,53 +165,42 @@ impl Weights {
         self.named[i].1.rounded()
     }
 
-    /// Moment `i` of this rank's part; where some are in eight bits, in host memory.
-    pub(super) fn moment(&self, i: usize) -> Tensor {
-        let Some(eight) = self.eight.get(i) else { return self.moments[i].clone() };
-        let (eight, whole) = (eight.to(Device::Cpu), self.moments[i].to(Device::Cpu));
-        let mut part = Device::Cpu.with(|| Tensor::zeros(&[self.parts.own().len()], DType::F32));
-        let numbers = part.as_mut_slice::<f32>();
-        for (range, placed) in self.in_part().zip(&self.storage.places) {
-            let numbers = &mut numbers[range];
-            match placed.place {
-                Place::Whole(at) => numbers.copy_from_slice(&whole.as_slice()[at..at + numbers.len()]),
-                Place::Eight(first) => eight.read(first, numbers),
+    /// Moment `moment` of what this rank has of a parameter, by its place in the layout, in host memory.
+    pub(super) fn moment(&self, moment: usize, param: usize) -> Tensor {
+        let Placed { range, place } = &self.storage.places[param];
+        match (*place, self.eight.get(moment)) {
+            _ if range.is_empty() => Device::Cpu.with(|| Tensor::zeros(&[0], self.moments[moment].dtype())),
+            (Place::Eight(first), Some(eight)) => {
+                let mut numbers = Device::Cpu.with(|| Tensor::zeros(&[range.len()], DType::F32));
+                eight.part(first, range.len()).to(Device::Cpu).read(0, numbers.as_mut_slice());
+                numbers
             }
+            (Place::Whole(at) | Place::Eight(at), _) => self.moments[moment].view(at, &[range.len()]).to(Device::Cpu),
         }
-        part
     }
 
-    /// Where the numbers of each parameter are in what [`moment`](Self::moment) gives.
-    pub(super) fn in_part(&self) -> impl Iterator<Item = Range<usize>> + '_ {
-        let own = self.parts.own();
-        let range = |placed: &Placed| placed.range.start - own.start..placed.range.end - own.start;
-        self.storage.places.iter().map(move |placed| if placed.range.is_empty() { 0..0 } else { range(placed) })
-    }
-
-    /// Lets `f` change moment `i`, given as [`moment`](Self::moment) does with the element that its first number is of.
-    pub(super) fn change_moment<R>(
+    /// Writes what this rank has of a parameter to moment `moment`; `numbers`, in host memory, are of the whole parameter.
+    pub(super) fn write_moment(
         &mut self,
-        i: usize,
-        f: impl FnOnce((&mut Tensor, usize)) -> Result<R>,
-    ) -> Result<R> {
-        let start = self.parts.own().start;
-        if self.eight.is_empty() {
-            return f((&mut self.moments[i], start));
+        moment: usize,
+        param: usize,
+        spec: &ParamSpec,
+        numbers: &Tensor,
+    ) -> Result<()> {
+        let Placed { range, place } = &self.storage.places[param];
+        if range.is_empty() {
+            return Ok(());
         }
-        let mut part = self.moment(i);
-        let done = f((&mut part, start))?;
-        let (mut eight, mut whole) = Device::Cpu.with(|| (self.eight[i].zeros_like(), self.storage.whole(DType::F32)));
-        let numbers = part.as_slice::<f32>();
-        for (range, placed) in self.in_part().zip(&self.storage.places) {
-            let numbers = &numbers[range];
-            match placed.place {
-                Place::Whole(at) => whole.as_mut_slice()[at..at + numbers.len()].copy_from_slice(numbers),
-                Place::Eight(first) => eight.write(first, numbers),
+        let to = &mut self.moments[moment];
+        let numbers = Device::Cpu.with(|| numbers.view(range.start - spec.offset, &[range.len()]).cast(to.dtype()))?;
+        match (*place, self.eight.get_mut(moment)) {
+            (Place::Eight(first), Some(eight)) => {
+                let mut part = Device::Cpu.with(|| eight.part(first, range.len()).zeros_like());
+                part.write(0, numbers.as_slice());
+                eight.put(first, &part)
             }
+            (Place::Whole(at) | Place::Eight(at), _) => copy_elements(to, at, &numbers, 0..range.len()),
         }
-        self.eight[i].copy_from(&eight)?;
-        self.moments[i].copy_from(&whole)?;
-        Ok(done)
     }
 
     /// The start of a run: as `drawn` from the seed, or read where the recipe says.
@@ -251,6 +232,11 @@ impl Weights {
             self.copy(Of::Teacher, &role, model)?;
         }
         named.iter().enumerate().try_for_each(|(i, teacher)| self.copy(Of::Named(i), &teacher.policy.start(), model))
+    }
+
+    /// Where they are.
+    pub(super) fn device(&self) -> Device {
+        self.student.rounded().device()
     }
 
     /// The gradients of the last step, in the student's layout: on several ranks, those of a part are of use.
@@ -333,113 +319,21 @@ impl Weights {
             false => Ok(()),
         }
     }
-
-    /// Everything a run needs to go on after `step` steps, by name, in host memory. Of several ranks all have to ask for it.
-    ///
-    /// # Errors
-    /// If the device or a rank fails.
-    pub(super) fn content(&self, step: u64, model: &Declared, ranks: &Ranks) -> Result<Content> {
-        let mut content = Content { step, skipped: self.skipped, model: Vec::new(), optimizer: Vec::new() };
-        self.gather(ranks, |of, role, flat| {
-            let inside = model.layout.specs().iter().filter(|s| s.range().end <= flat.len());
-            let named = inside.map(|s| (format!("{role}.{}", s.name), flat.view(s.offset, &s.shape)));
-            match of {
-                Gathered::Weights => content.model.extend(named),
-                Gathered::Moment => content.optimizer.extend(named),
-            }
-        })?;
-        for (loss, state) in model.losses.iter().zip(&self.loss_state) {
-            for (name, value) in state {
-                content.optimizer.push((format!("state.{}.{name}", loss.name), value.to(Device::Cpu)));
-            }
-        }
-        Ok(content)
-    }
-
-    /// Gives `take` all flat memory of a checkpoint, one role after the other: of several ranks each has a part of some.
-    pub(super) fn gather(&self, ranks: &Ranks, mut take: impl FnMut(Gathered, &str, Tensor)) -> Result<()> {
-        let device = self.grads.device();
-        let _step = cuda::step_scope();
-        let of_named = self.named.iter().map(|(name, flat)| (role_of(name), flat));
-        let models = [("student".to_string(), &self.student)].into_iter();
-        let models = models.chain(self.teacher.iter().map(|flat| ("teacher".to_string(), flat))).chain(of_named);
-        for (role, flat) in models {
-            let mut host = flat.to_host()?;
-            if flat.is_spread() {
-                host = host.into_unique();
-                ranks.spread_on_host(&mut host, &self.parts.ranges_of(flat.len()), device)?;
-            }
-            take(Gathered::Weights, &role, host);
-        }
-        let (own, len) = (self.parts.own(), self.student.len());
-        for (i, name) in self.moment_names.iter().enumerate() {
-            let mut moment = self.moment(i).to(Device::Cpu);
-            if own.len() < len {
-                let mut whole = Device::Cpu.with(|| Tensor::zeros(&[len], moment.dtype()));
-                write_range(&mut whole, own.clone(), &moment)?;
-                ranks.spread_on_host(&mut whole, self.parts.ranges(), device)?;
-                moment = whole;
-            }
-            take(Gathered::Moment, name, moment);
-        }
-        Ok(())
-    }
-
-    /// Takes everything from a checkpoint of the same recipe.
-    ///
-    /// # Errors
-    /// If a tensor is missing or has another shape.
-    pub fn restore(&mut self, from: &Checkpoint, model: &Declared) -> Result<()> {
-        let layout = &model.layout;
-        let whole = |source: &NamedTensors, role: &str, layout: &Layout, flat: &mut Tensor| {
-            load(layout, (flat, 0), |name| source.get(&format!("{role}.{name}")).cloned(), &from.path)
-        };
-        self.student.change(|flat| whole(&from.model, "student", layout, flat))?;
-        if let Some(teacher) = &mut self.teacher {
-            teacher.change(|flat| whole(&from.model, "teacher", layout, flat))?;
-        }
-        for (name, flat) in &mut self.named {
-            flat.change(|flat| whole(&from.model, &role_of(name), &layout.part("backbone."), flat))?;
-        }
-        for (i, name) in self.moment_names.clone().into_iter().enumerate() {
-            self.change_moment(i, |part| {
-                let get = |param: &str| from.optimizer.get(&format!("{name}.{param}")).cloned();
-                load(layout, part, get, &from.path)
-            })?;
-        }
-        for (loss, state) in model.losses.iter().zip(&mut self.loss_state) {
-            for (name, value) in state {
-                let name = format!("state.{}.{name}", loss.name);
-                let found = from.optimizer.get(&name).filter(|t| t.shape() == value.shape());
-                let missing =
-                    || Error::content(&from.path, format!("no {name} {:?}", value.shape()), "start the run anew");
-                value.copy_from(&found.ok_or_else(missing)?.cast(value.dtype())?)?;
-            }
-        }
-        self.skipped = from.skipped;
-        Ok(())
-    }
 }
 
 /// Weights of the same model.
-fn read_model(path: &Path, model: &Declared) -> Result<NamedTensors> {
+fn read_model(path: &Path, model: &Declared) -> Result<TensorFiles> {
     let source = Source::at(path)?;
     source.check_same_model(model.backbone.as_ref())?;
-    Device::Cpu.with(|| source.tensors())
+    source.files()
 }
 
 /// Loads a model from the first of `prefixes` under which the file has a backbone. A head that the file does not have
 /// at all keeps its start: published weights come without heads.
-fn load_role(layout: &Layout, flat: &mut Flat, source: &NamedTensors, prefixes: &[&str], path: &Path) -> Result<()> {
-    let (prefix, parts) = parts_in(layout, |prefix| source.has(prefix), prefixes, path)?;
-    flat.change(|flat| {
-        parts.iter().try_for_each(|part| {
-            let shape =
-                |name: &str| part.specs().iter().find(|spec| spec.name == name).map(|spec| spec.shape.as_slice());
-            let get = |name: &str| Some(adapted(source.get(&format!("{prefix}{name}"))?, shape(name)?));
-            load(part, (&mut *flat, 0), get, path)
-        })
-    })
+fn load_role(layout: &Layout, flat: &mut Flat, files: &TensorFiles, prefixes: &[&str], path: &Path) -> Result<()> {
+    let (prefix, parts) = parts_in(layout, |prefix| files.has(prefix), prefixes, path)?;
+    let stored = Stored { files, prefix: prefix.into(), path, adapt: true };
+    parts.iter().try_for_each(|part| stored.load(layout, part, |_, spec, tensor| flat.write(spec.offset, tensor)))
 }
 
 /// The first of `prefixes` under which a file has a backbone, and the sub-models that it has there.
@@ -448,14 +342,14 @@ fn parts_in<'a>(
     has: impl Fn(&str) -> bool,
     prefixes: &[&'a str],
     path: &Path,
-) -> Result<(&'a str, Vec<Layout>)> {
+) -> Result<(&'a str, Vec<String>)> {
     let Some(prefix) = prefixes.iter().copied().find(|p| has(&format!("{p}backbone."))) else {
         let wanted: Vec<String> = prefixes.iter().map(|prefix| format!("{prefix}backbone.*")).collect();
         let problem = format!("no tensors {} in it", wanted.join(" or "));
         return Err(Error::content(path, problem, "name a run, a checkpoint, or weights that dinolab wrote"));
     };
     let known = layout.modules().into_iter().filter(|m| m == "backbone" || has(&format!("{prefix}{m}.")));
-    Ok((prefix, known.map(|module| layout.part(&format!("{module}."))).collect()))
+    Ok((prefix, known.map(|module| format!("{module}.")).collect()))
 }
 
 /// The shapes of tensors by their names in files.
@@ -466,6 +360,7 @@ pub(super) fn check_role(layout: &Layout, shapes: &Shapes, prefixes: &[&str], pa
     let has = |prefix: &str| shapes.keys().any(|name| name.starts_with(prefix));
     let (prefix, parts) = parts_in(layout, has, prefixes, path)?;
     for part in parts {
+        let part = layout.part(&part);
         let found = part.specs().iter().map(|spec| {
             let shape = shapes.get(&format!("{prefix}{}", spec.name))?.as_slice();
             Some(if is_adapted(shape, &spec.shape) { &spec.shape } else { shape })
@@ -492,9 +387,9 @@ pub(super) const RGB: usize = 3;
 
 /// A map `[D, 3, p, p]` of RGB as one of the shape `[D, n, p, p]`, by the rule of timm's `adapt_input_conv`: for one channel the
 /// sum over RGB; for more RGB repeated, cut to n, times 3/n, so that a grey image gives what it gave. Any other tensor is itself.
-fn adapted(tensor: &Tensor, shape: &[usize]) -> Tensor {
+pub(super) fn adapted(tensor: Tensor, shape: &[usize]) -> Tensor {
     if !is_adapted(tensor.shape(), shape) {
-        return tensor.clone();
+        return tensor;
     }
     let (n, pixels) = (shape[1], shape[2] * shape[3]);
     let from = tensor.to_f64_vec();
@@ -512,20 +407,7 @@ fn adapted(tensor: &Tensor, shape: &[usize]) -> Tensor {
 }
 
 /// Whether [`adapted`] makes another tensor of one of this shape.
-fn is_adapted(from: &[usize], to: &[usize]) -> bool {
+pub(super) fn is_adapted(from: &[usize], to: &[usize]) -> bool {
     let (&[_, RGB, height, width], &[rows, n, ..]) = (from, to) else { return false };
     n != RGB && to == [rows, n, height, width] && from[0] == rows
-}
-
-/// [`load_part`] into a buffer wherever it is.
-pub(super) fn load(
-    layout: &Layout,
-    (part, start): (&mut Tensor, usize),
-    source: impl Fn(&str) -> Option<Tensor>,
-    path: &Path,
-) -> Result<()> {
-    let Device::Cuda(_) = part.device() else { return load_part(layout, (part, start), source, path) };
-    let mut host = part.to(Device::Cpu);
-    Device::Cpu.with(|| load_part(layout, (&mut host, start), source, path))?;
-    part.copy_from(&host)
 }

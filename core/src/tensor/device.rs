@@ -162,19 +162,23 @@ impl Tensor {
     }
 }
 
-/// Copies elements of a tensor to another that is on the same device, from `at` on.
+/// Copies elements of a tensor to another of its type, from `at` on: on one device, or from and to the host.
 pub(crate) fn copy_elements(to: &mut Tensor, at: usize, from: &Tensor, range: Range<usize>) -> Result<()> {
     let size = from.dtype().size();
-    match from.gpu() {
+    debug_assert_eq!(to.dtype(), from.dtype());
+    let (at, bytes) = (at * size, range.start * size..range.end * size);
+    let device = |tensor: &Tensor, at: usize| tensor.device_address() + at as u64;
+    match (to.gpu(), from.gpu()) {
         _ if range.is_empty() => Ok(()),
-        Some(gpu) => {
-            let [to, from] = [(to.device_address(), at), (from.device_address(), range.start)]
-                .map(|(address, element)| address + (element * size) as u64);
-            gpu.copy(to, from, range.len() * size)
+        (Some(gpu), Some(_)) => gpu.copy(device(to, at), device(from, bytes.start), bytes.len()),
+        (Some(gpu), None) => gpu.upload(device(to, at), &from.as_bytes()[bytes]),
+        (None, Some(gpu)) => {
+            let from = device(from, bytes.start);
+            gpu.download(&mut to.bytes_mut()[at..][..bytes.len()], from)
         }
-        None => {
-            let from = &from.as_bytes()[range.start * size..range.end * size];
-            to.bytes_mut()[at * size..][..from.len()].copy_from_slice(from);
+        (None, None) => {
+            let from = &from.as_bytes()[bytes];
+            to.bytes_mut()[at..][..from.len()].copy_from_slice(from);
             Ok(())
         }
     }

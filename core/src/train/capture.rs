@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use crate::checkpoint::{Checkpoint, Content};
 use crate::contract::{BatchImage, CropBox};
 use crate::data::{Batch, Masks};
-use crate::files::{read_tensors, write_tensors, NamedTensors};
+use crate::files::{read_tensors, write_tensors, NamedTensors, TensorFiles};
 use crate::recipe::{Overrides, RawRecipe, Recipe};
 use crate::resolved::Resolved;
 use crate::step::{Learner, Report};
@@ -92,8 +92,8 @@ pub fn replay(path: &Path, overrides: &Overrides) -> Result<(Recipe, u64, Report
     let recipe = Resolved::of(RawRecipe::from_text(meta("recipe")?)?.with(overrides)?)?.recipe;
     let (step, skipped, count) = (number("step")?, number("skipped")?, number("batches")?);
     let batches = (0..count).map(|i| read_batch(&tensors, i, path)).collect::<Result<Vec<_>>>()?;
-    let optimizer = read_tensors(path)?;
-    let checkpoint = Checkpoint { path: path.into(), step, skipped, model: tensors, optimizer };
+    let [model, optimizer] = [TensorFiles::open(path)?, TensorFiles::open(path)?];
+    let checkpoint = Checkpoint { path: path.into(), step, skipped, model, optimizer };
     let mut learner = Learner::from_checkpoint(&recipe, &checkpoint)?;
     let report = learner.step(step, &batches, true)?;
     Ok((recipe, step, report))

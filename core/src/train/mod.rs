@@ -269,6 +269,7 @@ fn run_on(
         recipe: resolved.hash.clone(),
         data: train.fingerprint(),
         checkpoint: from,
+        folder: folder.path().into(),
         start,
         left_out: left_out.clone(),
     };

@@ -25,7 +25,7 @@ pub struct Parent {
     pub key: String,
     /// What was read: a checkpoint, or a folder or file of weights.
     pub path: PathBuf,
-    /// BLAKE3 of the file with the weights.
+    /// BLAKE3 of the file with the weights; of several files, that of their hashes.
     pub weights: String,
     /// Hash of the recipe of the run that they are of, if they are of one.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -3,19 +3,20 @@
 //! The others wait for its orders. What all do together is a step; whatever rank 0 decides between steps (to stop, to go
 //! back, to end by a rule) they learn by the next order. A rank that fails, or rank 0 in the middle of a step, ends all.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use super::{datasets, loader_spec, parents};
+use crate::checkpoint::{self, Saving, Written};
 use crate::comm::{Comm, Ranks, Single};
 use crate::data::{BrokenSample, Loader, LoaderSpec};
 use crate::recipe::Recipe;
 use crate::resolved::Resolved;
 use crate::step::{Learner, Peers};
-use crate::{checkpoint, Error, Result};
+use crate::{Error, Result};
 
 /// What rank 0 tells the others.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -28,6 +29,8 @@ pub(super) enum Order {
         data: Option<String>,
         /// The checkpoint that it is read from; without one it begins as the recipe says.
         checkpoint: Option<PathBuf>,
+        /// The run's folder.
+        folder: PathBuf,
         /// Steps done.
         start: u64,
         /// As in [`LoaderSpec`].
@@ -35,6 +38,8 @@ pub(super) enum Order {
     },
     /// A step is done by all.
     Step(u64),
+    /// A checkpoint after so many steps is written into a folder by all.
+    Save { folder: PathBuf, step: u64 },
     /// Rank 0 is given what the others have of a checkpoint.
     Content,
     /// All are given the gradients of all.
@@ -127,6 +132,25 @@ impl Lead {
         Ok((stop, all.drain(..).flat_map(|note| note.broken).collect()))
     }
 
+    /// Writes a checkpoint of `learner` after `step` steps with all ranks, each of which writes its files.
+    pub(super) fn save(&self, learner: &Learner, step: u64, saving: &Saving, most: u64) -> Result<Vec<Written>> {
+        if self.comm.world() == 1 {
+            return learner.write(step, saving.folder(), most)?;
+        }
+        let order = Order::Save { folder: saving.folder().into(), step };
+        let parts =
+            self.together(&order, || exchange_parts(self.comm.as_ref(), learner.write(step, saving.folder(), most)?))?;
+        let mut all = Vec::new();
+        for (rank, part) in parts.into_iter().enumerate() {
+            all.extend(part.map_err(|error| {
+                let (problem, help) =
+                    error.split_once("\n  help: ").unwrap_or((&error, "mend that, and go on with --resume"));
+                Error::user(format!("rank {rank}: {problem}"), help)
+            })?);
+        }
+        Ok(all)
+    }
+
     /// The program of all ranks ends with this code, which was said why; in the middle of a step they are ended.
     pub fn end(&self, code: u8) {
         // Ranks that cannot be reached any more are ended by their launcher.
@@ -135,6 +159,16 @@ impl Lead {
             false => drop(self.order(&Order::End(code))),
         }
     }
+}
+
+/// What a rank wrote of a checkpoint, or why it could not.
+type Part = std::result::Result<Vec<Written>, String>;
+
+/// Tells all ranks what each of them wrote.
+pub(super) fn exchange_parts(comm: &dyn Comm, own: Result<Vec<Written>>) -> Result<Vec<Part>> {
+    let own: Part = own.map_err(|error| error.to_string());
+    let all = comm.gather_text(&serde_json::to_string(&own).expect("plain data"))?;
+    all.iter().map(|text| serde_json::from_str(text).map_err(|e| misunderstood(&e))).collect()
 }
 
 fn exchange(comm: &dyn Comm, own: Note) -> Result<Vec<Note>> {
@@ -184,6 +218,7 @@ pub fn follow(comm: &Arc<dyn Comm>, resolve: &dyn Fn() -> Result<Resolved>, stop
                 let broken = member.step(step)?;
                 exchange(comm.as_ref(), Note { stop: stop.load(Ordering::Relaxed), broken })?;
             }
+            (Order::Save { folder, step }, Some(member)) => drop(member.save(step, &folder)?),
             (Order::Content, Some(member)) => member.learner.hand_over()?,
             (Order::Gradients, Some(member)) => drop(member.learner.gradients()?),
             _ => return Err(Error::user("rank 0 does another command than this rank, which does a run", SAME)),
@@ -195,11 +230,13 @@ pub fn follow(comm: &Arc<dyn Comm>, resolve: &dyn Fn() -> Result<Resolved>, stop
 struct Member {
     learner: Learner,
     loader: Loader,
+    /// Bytes of a file of a checkpoint, at most.
+    most: u64,
 }
 
 impl Member {
     fn begin(resolved: &Resolved, comm: &Arc<dyn Comm>, order: Order) -> Result<Self> {
-        let Order::Begin { recipe: hash, data, checkpoint, start, left_out } = order else {
+        let Order::Begin { recipe: hash, data, checkpoint, folder, start, left_out } = order else {
             unreachable!("asked for with that order")
         };
         let recipe = &resolved.recipe;
@@ -210,12 +247,24 @@ impl Member {
         }
         let peers = Peers::of(comm.as_ref());
         let mut learner = match checkpoint {
-            Some(path) => Learner::from_checkpoint_with(recipe, &checkpoint::load(&path)?, peers)?,
+            Some(path) => Learner::from_checkpoint_with(recipe, &checkpoint::open(&path)?, peers)?,
             None => parents::begin(resolved, train.as_ref(), peers)?.0,
         };
         learner.join(comm.clone())?;
+        let most = recipe.checkpoint.file_bytes();
+        if learner.all_write(most) && !folder.is_dir() {
+            let problem =
+                "the run's folder is not there for this process, which writes its part of the checkpoints into it";
+            let help = "choose with --out a folder that all machines see; or set checkpoint.file_mb so high that rank 0 writes all";
+            return Err(Error::content(folder, problem, help));
+        }
         let spec = LoaderSpec { left_out, ..loader_spec(recipe, &learner, start) };
-        Ok(Self { learner, loader: Loader::new(train, spec)? })
+        Ok(Self { learner, loader: Loader::new(train, spec)?, most })
+    }
+
+    /// Writes this rank's files of a checkpoint.
+    fn save(&self, step: u64, folder: &Path) -> Result<Vec<Part>> {
+        exchange_parts(self.learner.ranks().comm(), self.learner.write(step, folder, self.most)?)
     }
 
     /// Does a step with the others; gives what could not be read.

@@ -381,8 +381,9 @@ impl Run<'_> {
             return checkpoint::prune(self.folder.path(), step, keep);
         }
         self.log.sync()?;
-        let content = self.lead.together(&Order::Content, || self.learner.content(step))?;
-        checkpoint::save(self.folder.path(), &content, keep)?;
+        let saving = checkpoint::Saving::begin(self.folder.path())?;
+        let written = self.lead.save(&self.learner, step, &saving, config.file_bytes())?;
+        saving.finish((step, self.learner.skipped()), written, keep)?;
         self.saved = Some(step);
         self.aging.saved(begin.elapsed());
         Ok(())

@@ -3,9 +3,12 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use safetensors::Dtype;
+
 use crate::contract::{Backbone, Crops, Features, Mode};
 use crate::cuda;
-use crate::params::{load_named, Layout, ParamBuilder, Params};
+use crate::params::{Layout, ParamBuilder, Params};
+use crate::step::Stored;
 use crate::tensor::catch_out_of_memory;
 use crate::weights::Source;
 use crate::{DType, Device, Error, Result, Tensor};
@@ -44,22 +47,21 @@ impl Trained {
         let mut params = ParamBuilder::new();
         let backbone = model.build(&mut params)?;
         let layout = params.finish();
-        let tensors = source.tensors()?;
+        let tensors = source.files()?;
         let role = match source.has_roles() {
             false => "",
             // A run without a teacher is evaluated by its student.
             true if tensors.has("teacher.") => "teacher.",
             true => "student.",
         };
-        let get = |name: &str| tensors.get(&format!("{role}{name}"));
-        let is_f64 = layout.specs().first().and_then(|spec| get(&spec.name)).is_some_and(|t| t.dtype() == DType::F64);
+        let first = layout.specs().first().and_then(|spec| tensors.get(&format!("{role}{}", spec.name)));
+        let is_f64 = first.is_some_and(|tensor| tensor.dtype == Dtype::F64);
         let (device, dtype) = match (is_f64, device) {
             (true, _) => (Device::Cpu, DType::F64),
             (false, Some(device)) => (device, DType::F32),
             (false, None) => ("auto".parse()?, DType::F32),
         };
-        let mut flat = Device::Cpu.with(|| Tensor::zeros(&[layout.len()], dtype));
-        load_named(&layout, &mut flat, |name| get(name).cloned(), path)?;
+        let flat = Stored { files: &tensors, prefix: role.into(), path, adapt: false }.flat(&layout, dtype)?;
         let normalization = (model.crops.mean, model.crops.std);
         Ok(Self { backbone, normalization, global_size: model.crops.global_size, layout, flat: flat.to(device) })
     }

@@ -6,8 +6,7 @@ use std::path::Path;
 
 use safetensors::tensor::{Dtype, View};
 
-use super::files::floats;
-use super::{RawTensor, TensorFiles};
+use crate::files::{floats, RawTensor, TensorFiles};
 use crate::{Error, Result};
 
 /// One of dinolab's tensors, and the tensors of the published layout that lie in it one after the other.

@@ -1,68 +1,13 @@
-//! Safetensors files as they lie on the disk: one file, or the shards of an index.
+//! Safetensors files that others wrote: one file, or the shards of an index.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
-use std::ops::Range;
 use std::path::{Component, Path, PathBuf};
-
-use memmap2::Mmap;
-use safetensors::Dtype;
 
 use super::places::{self, missing};
 use super::JsonTable;
-use crate::files::{parse_safetensors, Really};
+use crate::files::TensorFiles;
 use crate::text::printable;
 use crate::{Error, Result};
-
-/// Named tensors of one or several memory-mapped safetensors files. Nothing is read before it is asked for.
-pub struct TensorFiles {
-    pub(super) path: PathBuf,
-    maps: Vec<Mmap>,
-    tensors: BTreeMap<String, Place>,
-}
-
-/// Where a tensor is.
-struct Place {
-    file: usize,
-    dtype: Dtype,
-    shape: Vec<usize>,
-    bytes: Range<usize>,
-}
-
-/// A tensor's bytes, little-endian and row-major, of any type.
-#[derive(Clone, Copy, Debug)]
-pub struct RawTensor<'a> {
-    /// Type of an element.
-    pub dtype: Dtype,
-    /// Its shape.
-    pub shape: &'a [usize],
-    /// Its elements.
-    pub bytes: &'a [u8],
-}
-
-impl RawTensor<'_> {
-    /// Its elements, if they are floats of 16, 32 or 64 bits.
-    pub fn values(&self) -> Option<impl Iterator<Item = f64> + '_> {
-        floats(self.dtype, self.bytes)
-    }
-
-    /// Elements that are infinite or not a number.
-    pub fn non_finite(&self) -> usize {
-        self.values().map_or(0, |values| values.filter(|x| !x.is_finite()).count())
-    }
-}
-
-/// The numbers in these bytes, if they are floats of 16, 32 or 64 bits.
-pub(super) fn floats(dtype: Dtype, bytes: &[u8]) -> Option<impl Iterator<Item = f64> + '_> {
-    let read: fn(&[u8]) -> f64 = match dtype {
-        Dtype::F64 => |b| f64::from_le_bytes(b.try_into().expect("8 bytes")),
-        Dtype::F32 => |b| f32::from_le_bytes(b.try_into().expect("4 bytes")).into(),
-        Dtype::F16 => |b| half::f16::from_le_bytes(b.try_into().expect("2 bytes")).to_f64(),
-        Dtype::BF16 => |b| half::bf16::from_le_bytes(b.try_into().expect("2 bytes")).to_f64(),
-        _ => return None,
-    };
-    Some(bytes.chunks_exact(dtype.bitsize() / 8).map(read))
-}
 
 impl TensorFiles {
     /// Opens a safetensors file, the index of a sharded one (`*.index.json`), or a folder that holds either: a download in
@@ -75,7 +20,10 @@ impl TensorFiles {
         if places::is_pickle(&file) {
             return Err(places::import_first(&file));
         }
-        let mut all = Self { path: file.clone(), maps: Vec::new(), tensors: BTreeMap::new() };
+        if let Some(problem) = missing(&file) {
+            return Err(Error::content(&file, problem, "check the path, or download it again"));
+        }
+        let mut all = Self::none_of(&file);
         if file.extension().is_some_and(|e| e == "json") {
             all.add_shards(&file)?;
         } else {
@@ -97,40 +45,6 @@ impl TensorFiles {
         }
     }
 
-    /// Adds the tensors of a file.
-    fn add(&mut self, path: &Path) -> Result<()> {
-        if let Some(problem) = missing(path) {
-            return Err(Error::content(path, problem, "check the path, or download it again"));
-        }
-        let kind = std::fs::metadata(path).map_err(Error::io("read", path))?;
-        if !kind.is_file() {
-            return Err(Error::content(path, "this is not a file", "name a safetensors file"));
-        }
-        if kind.len() == 0 {
-            return Err(Really::of(&[]).expect("empty is known").error(path, "a safetensors file"));
-        }
-        let file = File::open(path).map_err(Error::io("read", path))?;
-        // SAFETY: the map is only read, as bytes, which have no invalid values. A file that another process changes
-        // meanwhile gives other bytes, one that it cuts off ends this process: nothing in it is trusted as a pointer.
-        let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))?;
-        let parsed = parse_safetensors(path, &map)?;
-        for (name, view) in parsed.iter() {
-            let start = view.data().as_ptr() as usize - map.as_ptr() as usize;
-            let place = Place {
-                file: self.maps.len(),
-                dtype: view.dtype(),
-                shape: view.shape().to_vec(),
-                bytes: start..start + view.data().len(),
-            };
-            if self.tensors.insert(name.to_string(), place).is_some() {
-                let problem = format!("{name} is in an earlier shard already");
-                return Err(Error::content(path, problem, "download the shards again"));
-            }
-        }
-        self.maps.push(map);
-        Ok(())
-    }
-
     /// Adds the shards of an index, which has to say of every tensor where it is.
     fn add_shards(&mut self, index: &Path) -> Result<()> {
         let mut table = JsonTable::read(index)?;
@@ -147,58 +61,19 @@ impl TensorFiles {
         }
         let help = "download the index and all shards again, of one version";
         for (tensor, file) in &weight_map {
-            let found = self.tensors.get(tensor).map(|place| inside[place.file]);
+            let found = self.file_of(tensor).map(|file| inside[file]);
             if found != Some(file) {
                 let where_ = found.map_or("in none of the shards".into(), |other| format!("in {other}"));
                 return Err(Error::content(index, format!("{tensor} should be in {file}, and is {where_}"), help));
             }
         }
-        match self.tensors.iter().find(|(name, _)| !weight_map.contains_key(*name)) {
-            Some((name, place)) => {
-                let problem = format!("{name} of {} is not in the index", inside[place.file]);
-                Err(Error::content(index, problem, help))
+        match self.names().find(|name| !weight_map.contains_key(*name)) {
+            Some(name) => {
+                let file = inside[self.file_of(name).expect("it has its names")];
+                Err(Error::content(index, format!("{name} of {file} is not in the index"), help))
             }
             None => Ok(()),
         }
-    }
-
-    /// The file, or the index.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// All names, sorted.
-    pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.tensors.keys().map(String::as_str)
-    }
-
-    /// The tensor of that name.
-    pub fn get(&self, name: &str) -> Option<RawTensor<'_>> {
-        let place = self.tensors.get(name)?;
-        let bytes = &self.maps[place.file][place.bytes.clone()];
-        Some(RawTensor { dtype: place.dtype, shape: &place.shape, bytes })
-    }
-
-    /// Elements of all tensors: no tensor of a model can have more.
-    pub fn elements(&self) -> usize {
-        self.tensors.values().map(|t| t.shape.iter().product::<usize>()).sum()
-    }
-
-    /// Gives every tensor the name that `rename` says; without one it is left out.
-    ///
-    /// # Errors
-    /// If two tensors get the same name.
-    pub fn rename(&mut self, rename: impl Fn(&str) -> Option<String>) -> Result<()> {
-        let mut origins: BTreeMap<String, String> = BTreeMap::new();
-        for (name, place) in std::mem::take(&mut self.tensors) {
-            let Some(new) = rename(&name) else { continue };
-            if let Some(other) = origins.insert(new.clone(), name.clone()) {
-                let problem = format!("{other} and {name} are both {new} of the model");
-                return Err(Error::content(&self.path, problem, "save the weights of one model alone"));
-            }
-            self.tensors.insert(new, place);
-        }
-        Ok(())
     }
 }
 

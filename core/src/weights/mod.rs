@@ -21,7 +21,7 @@ mod pytorch;
 mod source;
 
 pub use crate::checkpoint::MODEL_FILE;
-pub use files::{RawTensor, TensorFiles};
+pub use crate::files::{RawTensor, TensorFiles};
 pub use folder::{check_free, write_folder, ModelInfo, Preprocessing, WEIGHTS_FILE};
 pub use json::JsonTable;
 pub use source::Source;

@@ -3,15 +3,15 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use super::places::{entries, import_first, is_pickle, is_there, missing, published_in, snapshot};
-use super::{differences, with_model_of_weights, ModelInfo, RawTensor, TensorFiles, WEIGHTS_FILE};
-use crate::checkpoint::{self, MODEL_FILE, RECIPE_FILE, STATE_FILE};
+use super::places::{entries, import_first, is_pickle, is_there, missing, published_in, snapshot, INDEX_FILE};
+use super::{differences, with_model_of_weights, ModelInfo, TensorFiles, WEIGHTS_FILE};
+use crate::checkpoint::{self, Set, MODEL_FILE, RECIPE_FILE, STATE_FILE};
 use crate::contract::Backbone;
-use crate::files::{read_tensors, NamedTensors};
+use crate::files::{hash_files, NamedTensors};
 use crate::params::ParamBuilder;
 use crate::recipe::{RawRecipe, Recipe};
 use crate::text::printable;
-use crate::{DType, Error, Result};
+use crate::{Error, Result};
 
 /// What lies at a path that was named for weights.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,7 +59,7 @@ impl Source {
         for file in [path, &real] {
             let is = |name: &str| file.file_name().is_some_and(|n| n == name);
             let folder = file.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-            if [MODEL_FILE, STATE_FILE, WEIGHTS_FILE, RECIPE_FILE].iter().any(|name| is(name)) {
+            if [MODEL_FILE, INDEX_FILE, STATE_FILE, WEIGHTS_FILE, RECIPE_FILE].iter().any(|name| is(name)) {
                 if let Ok(Some(source)) = Self::folder(folder) {
                     return Ok(source);
                 }
@@ -194,24 +194,27 @@ impl Source {
         Err(Error::content(self.path(), problem, help))
     }
 
-    /// The safetensors file with the weights; that of a checkpoint was found to be what was written.
+    /// The safetensors file with the weights, or the index if they are in several; those of a checkpoint were found to be what was
+    /// written.
     ///
     /// # Errors
-    /// If it is missing, or was changed.
+    /// If one is missing, or was changed.
     pub fn model_file(&self) -> Result<PathBuf> {
-        match self {
-            Self::Run { newest: folder, .. } | Self::Checkpoint(folder) => {
-                checkpoint::model_file(folder).map_err(|e| self.broken(e))
-            }
-            Self::Weights(_) | Self::File(_) => Ok(self.unverified()),
+        if let Self::Run { newest: folder, .. } | Self::Checkpoint(folder) = self {
+            checkpoint::verify(folder, Set::Model).map_err(|e| self.broken(e))?;
         }
+        Ok(self.unverified())
     }
 
-    /// Where the safetensors file with the weights is, whether or not it is what was written.
+    /// Where the weights are, whether or not they are what was written.
     fn unverified(&self) -> PathBuf {
         match self {
             Self::Run { newest: folder, .. } | Self::Checkpoint(folder) | Self::Weights(folder) => {
-                folder.join(MODEL_FILE)
+                let [whole, index] = [MODEL_FILE, INDEX_FILE].map(|name| folder.join(name));
+                if !is_there(&whole) && is_there(&index) {
+                    return index;
+                }
+                whole
             }
             Self::File(file) => file.clone(),
         }
@@ -223,38 +226,45 @@ impl Source {
     /// If the file is missing or cut off.
     pub(crate) fn shapes(&self) -> Result<BTreeMap<String, Vec<usize>>> {
         let files = TensorFiles::open(&self.unverified())?;
-        Ok(files.names().filter_map(|name| Some((name.to_string(), files.get(name)?.shape.to_vec()))).collect())
+        Ok(files.names().filter_map(|name| Some((name.to_string(), files.shape(name)?.to_vec()))).collect())
     }
 
-    /// BLAKE3 of the file with the weights.
+    /// BLAKE3 of the file with the weights; if they are in several, of the hashes of these, in order of their names.
     ///
     /// # Errors
-    /// As [`model_file`](Self::model_file).
+    /// As [`model_file`](Self::model_file), or if the file cannot be read.
     pub fn hash(&self) -> Result<String> {
-        crate::files::hash_file(&self.model_file()?)
+        match self {
+            Self::Run { newest: folder, .. } | Self::Checkpoint(folder) => {
+                checkpoint::verify(folder, Set::Model).map_err(|e| self.broken(e))
+            }
+            Self::Weights(_) | Self::File(_) => hash_files(TensorFiles::open(&self.unverified())?.files()),
+        }
     }
 
-    /// Its tensors: weights, so floats, and finite.
+    /// Its tensors, read into memory.
     ///
     /// # Errors
-    /// If the file is missing or broken, or holds what no weights are.
+    /// If a file is missing or broken, or holds what no weights are.
     pub fn tensors(&self) -> Result<NamedTensors> {
-        let tensors = match self {
-            Self::Run { newest: folder, .. } | Self::Checkpoint(folder) => {
-                checkpoint::read_model(folder).map_err(|e| self.broken(e))?
-            }
-            Self::Weights(_) | Self::File(_) => read_tensors(&self.model_file()?)?,
-        };
+        self.files()?.read_all()
+    }
+
+    /// Its tensors, to be read one after the other: weights, so floats, and finite.
+    ///
+    /// # Errors
+    /// As [`tensors`](Self::tensors).
+    pub(crate) fn files(&self) -> Result<TensorFiles> {
+        let tensors = TensorFiles::open(&self.model_file()?)?;
         for name in tensors.names() {
-            let tensor = tensors.get(name).expect("it has its names");
             let refuse = |problem: String| {
                 Err(Error::content(self.path(), problem, "take an earlier checkpoint, or import the weights again"))
             };
-            if tensor.dtype() == DType::U32 {
-                return refuse(format!("{name} is of whole numbers, which no weights are"));
+            let raw = tensors.get(name).expect("it has its names");
+            if raw.values().is_none() {
+                return refuse(format!("{name} is of type {:?}, which no weights are", raw.dtype));
             }
-            let raw = RawTensor { dtype: tensor.dtype().into(), shape: tensor.shape(), bytes: tensor.as_bytes() };
-            let (bad, all) = (raw.non_finite(), tensor.len());
+            let (bad, all) = (raw.non_finite(), raw.shape.iter().product::<usize>());
             if bad > 0 {
                 return refuse(format!("{name} has {bad} of {all} numbers that are not finite (NaN or infinite)"));
             }
@@ -266,7 +276,7 @@ impl Source {
     fn broken(&self, error: Error) -> Error {
         let Self::Run { folder, newest } = self else { return error };
         let older = checkpoint::list(folder).unwrap_or_default().into_iter().rev().filter(|c| c != newest);
-        match older.into_iter().find(|c| checkpoint::model_file(c).is_ok()) {
+        match older.into_iter().find(|c| checkpoint::verify(c, Set::Model).is_ok()) {
             Some(whole) => {
                 let problem = format!("the newest checkpoint of this run is broken: {}", error.problem());
                 Error::content(newest, problem, format!("name the one before: {}", printable(whole)))

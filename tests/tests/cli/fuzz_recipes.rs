@@ -135,8 +135,10 @@ fn trained(resolved: Resolved) -> Went {
 /// Whether a run is within the budget of time and memory; of what the formula does not count, that it is small.
 fn is_small(resolved: &Resolved) -> bool {
     let value = |pointer: &str| resolved.value.pointer(pointer).and_then(serde_json::Value::as_f64).unwrap_or(0.0);
-    let size = resolved.value.pointer("/data/size");
-    let sides = size.into_iter().flat_map(|s| s.as_array().cloned().unwrap_or(vec![s.clone()]));
+    let of_probes =
+        resolved.recipe.probes.0.keys().flat_map(|name| ["size", "sizes"].map(|key| format!("/probes/{name}/{key}")));
+    let sizes = of_probes.chain(["/data/size".into()]).filter_map(|pointer| resolved.value.pointer(&pointer));
+    let sides = sizes.flat_map(|s| s.as_array().cloned().unwrap_or(vec![s.clone()]));
     let probed = resolved.recipe.probes.0.keys().flat_map(|name| {
         ["samples", "train_samples", "test_samples", "iterations"].map(|key| format!("/probes/{name}/{key}"))
     });

@@ -11,7 +11,7 @@ use dinolab_core::train::Trained;
 use dinolab_core::weights::Source;
 use dinolab_core::Tensor;
 use dinolab_plugins as _;
-use dinolab_tests::program::{root, Folder};
+use dinolab_tests::program::{json, root, Folder};
 
 /// A run with two checkpoints, and what can be made of it.
 fn run() -> Folder {
@@ -181,6 +181,50 @@ fn weights_that_are_not_finite_are_refused_wherever_they_are_used() {
         assert_eq!(ended.code, 2, "{place:?}: {}{}", ended.out, ended.err);
         assert!(ended.err.contains("norm.weight has 32 of 32 numbers that are not finite"), "{place:?}: {}", ended.err);
     }
+}
+
+/// Trained to the end in one go and in two, exported, and started from: a checkpoint in several files does all that one in one file
+/// does.
+#[test]
+fn a_checkpoint_in_several_files_is_read_wherever_one_is() {
+    let folder = Folder::with_micro();
+    let train = |out: &str, sets: &[&str]| {
+        let all = ["backbone.dim=128", "steps=4", "checkpoint.every=2"];
+        let args = ["train", "micro.toml", "--resume", "--out", out].into_iter();
+        let sets = all.iter().chain(sets).flat_map(|set| ["--set", *set]);
+        folder.succeed(&args.chain(sets).collect::<Vec<_>>());
+    };
+    train("one", &[]);
+    let split = "checkpoint.file_mb=1";
+    train("several", &["steps=2", split]);
+    train("several", &[split]);
+    let newest = "several/checkpoints/step-00000004";
+    let names =
+        fs::read_dir(folder.path(newest)).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let second = names.into_iter().find(|name| name.starts_with("model-00002-of-")).expect("there are several");
+    let same = |a: &str, b: &str| {
+        let [a, b] = [a, b].map(|path| fs::read(folder.path(path)).unwrap());
+        assert!(a == b);
+    };
+    for (i, path) in
+        ["one", "several", newest, &format!("{newest}/model.safetensors.index.json")].into_iter().enumerate()
+    {
+        folder.succeed(&["export", path, "--format", "safetensors", "--out", &format!("export{i}")]);
+        same("export0/model.safetensors", &format!("export{i}/model.safetensors"));
+        train(&format!("begun{i}"), &[&format!("init_from={path}"), "steps=1"]);
+        same(
+            "begun0/checkpoints/step-00000001/model.safetensors",
+            &format!("begun{i}/checkpoints/step-00000001/model.safetensors"),
+        );
+    }
+    let parents = |run: &str| {
+        let parents = json(&folder, &format!("{run}/parents.json"));
+        parents[0]["weights"].as_str().expect("a hash").to_string()
+    };
+    assert_eq!(parents("begun1"), parents("begun2"));
+    fs::remove_file(folder.path(newest).join(second)).unwrap();
+    let ended = folder.run(&["export", "several", "--format", "safetensors", "--out", "none"]);
+    assert!(ended.code == 2 && ended.err.contains("step-00000002") && ended.err.contains("broken"), "{}", ended.err);
 }
 
 #[test]
