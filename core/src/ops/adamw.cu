@@ -10,6 +10,7 @@ struct Rule {
     u32 module;
     u32 last_layer;
     u32 moments;  // where its moments start: in units of 64 elements; in eight bits, in blocks
+    u32 block;    // its first block of `adamw`
 };
 
 // What changes from step to step.
@@ -131,22 +132,18 @@ template <class F> __device__ __forceinline__ int last_rule(int count, F starts_
 
 constexpr int ELEMENTS_OF_BLOCK = 4096;
 
-// If `taken` is not 0. There may be no `ema`.
+// Blocks from `begin` on, of which every rule has its own. If `taken` is not 0. There may be no `ema`.
 extern "C" __global__ void adamw_f32(Flat params, Flat ema, const float* grads, float* mean, float* square, const Rule* rules,
                                      int count, const Numbers* numbers, const AdamW* adamw, const float* norms,
-                                     const float* taken, size_t n) {
+                                     const float* taken, u32 begin) {
     if (*taken == 0.0f) return;
-    const Numbers s = *numbers;
-    const AdamW a = *adamw;
-    const size_t first = (size_t)blockIdx.x * ELEMENTS_OF_BLOCK;
-    int rule = last_rule(count, [&](int i) { return (size_t)rules[i].start * 64 <= first; });
-    for (size_t i = first + threadIdx.x * 4; i < first + ELEMENTS_OF_BLOCK && i < n; i += blockDim.x * 4) {
-        while (rule + 1 < count && (size_t)rules[rule + 1].start * 64 <= i) rule++;
-        const Rule r = rules[rule];
-        const size_t start = (size_t)r.start * 64, end = start + r.len;
-        if (i < start || i >= end) continue;
+    const u32 block = begin + blockIdx.x;
+    const Rule r = rules[last_rule(count, [&](int i) { return rules[i].block <= block; })];
+    const Update update(r, *numbers, *adamw, norms);
+    const size_t start = (size_t)r.start * 64, end = start + r.len;
+    const size_t first = start + (size_t)(block - r.block) * ELEMENTS_OF_BLOCK;
+    for (size_t i = first + threadIdx.x * 4; i < first + ELEMENTS_OF_BLOCK && i < end; i += blockDim.x * 4) {
         const size_t at = (size_t)r.moments * 64 + (i - start);
-        const Update update(r, s, a, norms);
         float p[4], g[4], m[4], v[4], e[4] = {};
         params.get4(i, p);
         if (ema) ema.get4(i, e);
@@ -206,20 +203,21 @@ __device__ __forceinline__ float greatest_of_scale(const float* x, float* of_war
     return fmaxf(of_warp[threadIdx.x / 64 * 2], of_warp[threadIdx.x / 64 * 2 + 1]);
 }
 
-// As above for parameters whose moments are in eight bits, four codes a word. Four scales a block of 256 threads.
+// As above for parameters whose moments are in eight bits, four codes a word. Four scales a block of 256 threads, from scale `begin`
+// to `end`.
 extern "C" __global__ void __launch_bounds__(256)
 adamw_8bit_f32(Flat params, Flat ema, const float* grads, u32* mean, float* mean_scales, u32* square, float* square_scales,
                const Rule* rules, int count, const Values* all, const Numbers* numbers, const AdamW* adamw, const float* norms,
-               const float* taken, u32 scales) {
+               const float* taken, u32 begin, u32 end) {
     if (*taken == 0.0f) return;
     __shared__ Values values;
     __shared__ float of_warp[2][8];
     for (int i = threadIdx.x; i < sizeof(Values) / 4; i += 256) ((float*)&values)[i] = ((const float*)all)[i];
     __syncthreads();
-    const u32 scale = blockIdx.x * SCALES_OF_BLOCK + threadIdx.x / THREADS_OF_SCALE;
+    const u32 scale = begin + blockIdx.x * SCALES_OF_BLOCK + threadIdx.x / THREADS_OF_SCALE;
     const Rule r = rules[last_rule(count, [&](int i) { return rules[i].moments <= scale; })];
     const u32 k = (scale - r.moments) * NUMBERS_OF_SCALE + threadIdx.x % THREADS_OF_SCALE * 4;
-    const bool inside = scale < scales && scale >= r.moments && k < r.len;
+    const bool inside = scale < end && scale >= r.moments && k < r.len;
     const size_t i = (size_t)r.start * 64 + k, word = (size_t)scale * THREADS_OF_SCALE + threadIdx.x % THREADS_OF_SCALE;
     float p[4], g[4], m[4] = {}, v[4] = {}, e[4] = {};
     if (inside) {
@@ -323,6 +321,18 @@ extern "C" __global__ void square_sums_f32(double* partial, const float* x, cons
     }
     sum = block_sum_double(sum);
     if (threadIdx.x == 0) partial[block] = sum;
+}
+
+// flag = 1 if a step of which `taken` is not 0 updates a layer with the blocks from `begin` to `end`: if its gradient is finite and,
+// clipped as one of length `norm`, not too long. One block of 256 threads.
+extern "C" __global__ void layer_verdict_f32(float* flag, const double* partial, int begin, int end, const float* taken,
+                                             const float* norm, const Numbers* numbers) {
+    double sum = 0.0;
+    for (int b = begin + threadIdx.x; b < end; b += 256) sum += partial[b];
+    const float own = (float)sqrt(block_sum_double(sum));
+    if (threadIdx.x > 0) return;
+    const bool fits = own <= 3.402823466e38f && clip_of(numbers->max_norm, *norm) * own <= numbers->longest_gradient;
+    *flag = fits && *taken != 0.0f ? 1.0f : 0.0f;
 }
 
 // norms[m] = root of the sum of its blocks; a block a module, 256 threads.

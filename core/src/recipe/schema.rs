@@ -365,6 +365,22 @@ pub struct OptimizerConfig {
     /// On a GPU with features in bf16: keep the lower halves of weights and teachers, which only updates read, in pinned host memory.
     /// This takes 2 bytes per number of each off the GPU and moves 4 over the bus in every step. No result changes.
     pub offload: bool,
+    /// When weights are updated; by default `whole`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub update: Option<UpdateOrder>,
+}
+
+/// When weights are updated.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum UpdateOrder {
+    /// When all gradients are known.
+    #[default]
+    Whole,
+    /// On a GPU: each layer as soon as its gradients are known, whose memory is then free (4 bytes per weight). `clip_grad` clips by
+    /// the norm of the last step, because this step's is not known yet; a gradient that is not finite ends the run, because other
+    /// layers are updated already. For AdamW and one micro-batch. On a CPU the same numbers, with all gradients kept.
+    Fused,
 }
 
 /// What the optimizer's moments take of memory.
@@ -380,6 +396,13 @@ pub enum MomentStorage {
     EightBit,
 }
 
+impl OptimizerConfig {
+    /// Whether each layer is updated as soon as its gradients are known.
+    pub fn is_fused(&self) -> bool {
+        self.update == Some(UpdateOrder::Fused)
+    }
+}
+
 impl Default for OptimizerConfig {
     fn default() -> Self {
         Self {
@@ -392,6 +415,7 @@ impl Default for OptimizerConfig {
             freeze_last_layer_steps: 0,
             moments: None,
             offload: false,
+            update: None,
         }
     }
 }

@@ -208,6 +208,18 @@ fn together(recipe: &Recipe, problems: &mut Vec<Problem>) {
         problems.push(Problem::error("optimizer.moments", message).help(help));
     }
     let (size, parts) = (recipe.batch.size, recipe.batch.micro_batches);
+    if recipe.optimizer.is_fused() && parts > 1 {
+        let message = format!(
+            "an update that goes with the backward pass is of one micro-batch, and batch.micro_batches = {parts}"
+        );
+        let help = "set batch.micro_batches = 1, or optimizer.update = \"whole\"";
+        problems.push(Problem::error("optimizer.update", message).help(help));
+    }
+    if recipe.optimizer.is_fused() && recipe.log.histograms_every > 0 {
+        let message = "histograms are of gradients, which optimizer.update = \"fused\" does not keep";
+        problems
+            .push(Problem::error("log.histograms_every", message).help("set it to 0, or optimizer.update = \"whole\""));
+    }
     if size % parts != 0 {
         let near: Vec<String> = near_divisors(size, parts).iter().map(ToString::to_string).collect();
         let message = format!("{size} images cannot be split into {parts} equal parts");

@@ -155,9 +155,10 @@ fn cost_at(
     let storage = Storage::new(&model.layout, recipe.optimizer.moments.unwrap_or_default(), &part);
     let moment = storage.bytes(recipe.dtype(device).wide());
     let layers = Layers::of(&model.layout);
-    // With one micro-batch each, processes have gradients of their part and a share of the sums, and of the layers that the backward
+    // A fused update has gradients of the layers that the backward pass is in. With one micro-batch each, processes have gradients of their part and a share of the sums, and of the layers that the backward
     // pass is in.
     let (gradients, longest) = match Layers::are_summed(recipe.batch.micro_batches * ranks, ranks) {
+        _ if recipe.optimizer.is_fused() && device != Device::Cpu => (layers.largest(2), 0),
         true => (2 * part.len() + layers.largest(2), layers.largest(1).max(part.len())),
         false => (model.layout.len(), model.layout.len()),
     };

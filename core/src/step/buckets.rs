@@ -8,63 +8,17 @@
 use std::ops::Range;
 
 use crate::comm::Ranks;
-use crate::params::Layout;
 use crate::tensor::{copy_elements, ParamGrads};
-use crate::{Error, Result, Tensor};
+use crate::{Result, Tensor};
 
+use super::layers::{Layers, Open};
 use super::parts::within;
-
-/// The layers of a model, as ranges of its flat memory: neighbouring parameters of one layer of one sub-model.
-#[derive(Clone, Debug)]
-pub(crate) struct Layers {
-    ranges: Vec<Range<usize>>,
-    /// The layer of each parameter, in the order of the layout.
-    of_param: Vec<usize>,
-    /// Where each parameter begins.
-    begins: Vec<usize>,
-}
-
-impl Layers {
-    /// Whether so many ranks sum gradients layer by layer: if each has one of the micro-batches. With more, gradients are those
-    /// of all of them, added up before they are summed over the ranks.
-    pub(crate) fn are_summed(micro_batches: usize, ranks: usize) -> bool {
-        ranks > 1 && micro_batches == ranks
-    }
-
-    pub(crate) fn of(layout: &Layout) -> Self {
-        let specs = layout.specs();
-        let (mut ranges, mut of_param): (Vec<Range<usize>>, Vec<usize>) = Default::default();
-        for (i, spec) in specs.iter().enumerate() {
-            let same = i > 0 && (specs[i - 1].module(), specs[i - 1].layer) == (spec.module(), spec.layer);
-            match ranges.last_mut().filter(|_| same) {
-                Some(last) => last.end = spec.range().end,
-                None => ranges.push(spec.range()),
-            }
-            of_param.push(ranges.len() - 1);
-        }
-        Self { ranges, of_param, begins: specs.iter().map(|spec| spec.offset).collect() }
-    }
-
-    /// Numbers of the largest layers, as many as are asked for.
-    pub(crate) fn largest(&self, count: usize) -> usize {
-        let mut lens: Vec<usize> = self.ranges.iter().map(Range::len).collect();
-        lens.sort_unstable();
-        lens.iter().rev().take(count).sum()
-    }
-
-    fn of_range(&self, range: &Range<usize>) -> usize {
-        self.of_param[self.begins.partition_point(|begin| *begin <= range.start) - 1]
-    }
-}
 
 /// The gradients of a backward pass.
 pub(super) struct Buckets<'a> {
     ranks: &'a Ranks,
     layers: &'a Layers,
-    /// Of each layer, what was added up so far.
-    open: Vec<Option<Tensor>>,
-    /// Of each layer, how often a tape still adds to a parameter's gradient; nothing once it is summed.
-    left: Vec<Option<usize>>,
+    open: Open<'a>,
     /// This rank's share of the sums of each layer, one behind the other.
     shares: Tensor,
 }
@@ -72,19 +26,15 @@ pub(super) struct Buckets<'a> {
 impl<'a> Buckets<'a> {
     /// So many tapes add to the gradient of each parameter; gradients are like `grads`.
     pub(super) fn new(ranks: &'a Ranks, layers: &'a Layers, uses: &[usize], grads: &Tensor) -> Self {
-        let mut left = vec![Some(0); layers.ranges.len()];
-        for (layer, uses) in layers.of_param.iter().zip(uses) {
-            left[*layer] = left[*layer].map(|left| left + uses);
-        }
-        let open = left.iter().map(|_| None).collect();
-        let len = layers.ranges.iter().map(|range| ranks.shares(range.len())[ranks.rank()].len()).sum();
-        Self { ranks, layers, open, left, shares: grads.device().with(|| Tensor::zeros(&[len], grads.dtype())) }
+        let open = Open::new(layers, uses, grads.device(), grads.dtype());
+        let len = layers.ranges().iter().map(|range| ranks.shares(range.len())[ranks.rank()].len()).sum();
+        Self { ranks, layers, open, shares: grads.device().with(|| Tensor::zeros(&[len], grads.dtype())) }
     }
 
     /// Gives the sums to those whose they are: each rank has the elements of its window, in order of rank.
     pub(super) fn finish(mut self, own: &mut Tensor, windows: &[Range<usize>]) -> Result<()> {
         // Where nothing was learned.
-        (0..self.left.len()).try_for_each(|layer| self.close(layer))?;
+        (0..self.layers.ranges().len()).try_for_each(|layer| self.close(layer))?;
         let (world, rank) = (self.ranks.world(), self.ranks.rank());
         let shares: Vec<Vec<Range<usize>>> = (0..world).map(|rank| self.shares_of(rank)).collect();
         let len = |from: usize, to: usize| shares[from].iter().map(|share| within(share, &windows[to]).len()).sum();
@@ -117,24 +67,17 @@ impl<'a> Buckets<'a> {
             let share = self.ranks.shares(layer.len()).swap_remove(rank);
             layer.start + share.start..layer.start + share.end
         };
-        self.layers.ranges.iter().map(share).collect()
+        self.layers.ranges().iter().map(share).collect()
     }
 
     /// Sums a layer's gradients over the ranks, once: this one takes its share.
     fn close(&mut self, layer: usize) -> Result<()> {
-        if self.left[layer].take().is_none() {
-            return Ok(());
-        }
-        let mut sum = self.open[layer].take().unwrap_or_else(|| self.zeros(layer));
+        let Some(mut sum) = self.open.close(layer) else { return Ok(()) };
         let rank = self.ranks.rank();
         let shares = self.ranks.shares(sum.len());
         self.ranks.sum_to(&mut sum, &shares)?;
         let before = self.shares_of(rank)[..layer].iter().map(Range::len).sum();
         copy_elements(&mut self.shares, before, &sum, shares[rank].clone())
-    }
-
-    fn zeros(&self, layer: usize) -> Tensor {
-        self.shares.device().with(|| Tensor::zeros(&[self.layers.ranges[layer].len()], self.shares.dtype()))
     }
 }
 
@@ -165,29 +108,10 @@ fn moved(shares: &[Range<usize>], window: &Range<usize>, round: &Range<usize>) -
 
 impl ParamGrads for Buckets<'_> {
     fn buffer(&mut self, range: &Range<usize>) -> Result<(&mut Tensor, usize)> {
-        let layer = self.layers.of_range(range);
-        let of_layer = self.layers.ranges[layer].clone();
-        if self.left[layer].is_none() {
-            let problem = "a parameter's gradient is added to after its layer's was summed over the processes";
-            let help =
-                "this is a fault of a plugin that uses a parameter in a part that is computed again inside another";
-            return Err(Error::user(problem, help));
-        }
-        if self.open[layer].is_none() {
-            self.open[layer] = Some(self.zeros(layer));
-        }
-        Ok((self.open[layer].as_mut().expect("opened just above"), of_layer.start))
+        self.open.buffer(range)
     }
 
     fn done(&mut self, range: &Range<usize>) -> Result<()> {
-        let layer = self.layers.of_range(range);
-        match &mut self.left[layer] {
-            Some(left @ 2..) => {
-                *left -= 1;
-                Ok(())
-            }
-            Some(_) => self.close(layer),
-            None => Ok(()),
-        }
+        self.open.done(range).map_or(Ok(()), |layer| self.close(layer))
     }
 }

@@ -39,7 +39,7 @@ impl Learner {
         peers: Peers<'_>,
     ) -> Result<(Self, Vec<String>)> {
         let mut learner = Self::unstarted(recipe, peers)?;
-        let Self { model, weights, teacher, named, kernels, spikes, ranks, .. } = &mut learner;
+        let Self { model, weights, teacher, named, kernels, ranks, .. } = &mut learner;
         kernels.load()?;
         weights.student.set(&model.layout.init(recipe.seed, weights.student.dtype())?)?;
         let mut notes = weights.take_over(from, model)?;
@@ -56,9 +56,7 @@ impl Learner {
         }
         weights.forget_bounds();
         weights.bounds(model, ranks)?;
-        if let Some(spikes) = spikes {
-            spikes.restore(&from.optimizer)?;
-        }
+        learner.restore_rest(&from.optimizer)?;
         Ok((learner, notes))
     }
 }

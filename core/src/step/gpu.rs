@@ -11,10 +11,10 @@ use crate::cuda::{self, Gpu, Graph, Source};
 use crate::data::{Batch, DeviceBatches};
 use crate::profile::Profile;
 use crate::tensor::{catch_out_of_memory, recording};
-use crate::{ops, DType, Device, Result, Tensor};
+use crate::{ops, DType, Device, Error, Result, Tensor};
 
 use super::update::DeviceUpdate;
-use super::{follow, Health, Learner, Pass, Refusal, Report};
+use super::{follow, Health, Learner, Pass, Refusal, Report, Updated};
 
 /// What a learner on a GPU has beside its weights.
 pub(super) struct GpuStep {
@@ -59,8 +59,8 @@ struct Recorded {
     _constants: Vec<Tensor>,
 }
 
-/// What the host reads at the end of a step, one f32 each: losses, norms, marks of the losses' states, and whether the
-/// step was taken.
+/// What the host reads at the end of a step, one f32 each: losses, norms, marks of the losses' states, whether the step was
+/// taken, and for each layer that is updated by itself whether it was.
 struct Answer {
     losses: Vec<String>,
     marks: Vec<String>,
@@ -188,7 +188,7 @@ impl Learner {
         let follow = follow(self.teacher.after_step(at), at)?;
         let momentum = if let Follow::Ema { momentum } = follow { Some(momentum) } else { None };
         let (limits, reach) = self.limits(at)?;
-        own.update.write(at, &self.optimizer, self.weights.updates(at), limits, momentum)?;
+        own.update.write(at, &self.optimizer, self.weights.updates(at), limits, momentum, &self.last_norms)?;
         let of_batches = batches.iter().flat_map(Batch::tensors).map(Tensor::device_address);
         let kind = Kind {
             shapes: batches.iter().flat_map(Batch::tensors).map(|t| t.shape().to_vec()).collect(),
@@ -241,7 +241,17 @@ impl Learner {
             health: measured,
             ..Report::default()
         };
-        let taken = taken != [0.0];
+        let (taken, flags) = (taken[0] != 0.0, &taken[1..]);
+        if taken && flags.contains(&0.0) {
+            let bad = report.grad_norms.iter().find(|(_, norm)| !norm.is_finite());
+            let what = bad.map_or("is too large for the weights to stay finite".into(), |(name, _)| {
+                format!("of {name} is not finite")
+            });
+            let problem = format!("step {}: the gradient {what}, and some layers are updated already", at.step);
+            let help = "go on from the newest checkpoint with --resume; optimizer.update = \"whole\" sees it before an update, says where \
+                it began, and can skip the step";
+            return Err(Error::user(problem, help));
+        }
         let refusal = match taken {
             true => None,
             false => own.feed.during(at, || self.refusal(at, &batches, &draws, &report, &marks, limits))?,
@@ -266,23 +276,35 @@ impl Learner {
         let mut grads = self.weights.take_grads();
         // However it ends, the gradients are put back: a recording that fails is followed by an eager step.
         let done = catch_out_of_memory(|| {
-            let pass = self.forward_backward(at, batches, draws, &mut grads, health)?;
-            let norms = update.norms(&grads, &self.ranks)?;
-            let Pass { losses, health, state, marks } = pass;
+            let into = (&mut grads, Some((update, follows)));
+            let Pass { losses, health, state, marks, updated } =
+                self.forward_backward(at, batches, draws, into, health)?;
+            let norms = match &updated {
+                Some(updated) => updated.norms.clone(),
+                None => update.norms(&grads, &self.ranks)?,
+            };
             let one = |t: &Tensor| t.reshape(&[1]);
             let of_losses: Vec<Tensor> = losses.values().map(one).collect::<Result<_>>()?;
             let of_states: Vec<Tensor> = marks.iter().map(|(_, mark)| one(mark)).collect::<Result<_>>()?;
             let values = Tensor::cat(&of_losses.iter().chain([&norms]).chain(&of_states).collect::<Vec<_>>())?;
             let total = losses.keys().position(|name| name == "loss/total");
-            let taken = update.verdict(&values, losses.len(), total)?;
-            update.apply(&self.optimizer, &mut self.weights, &grads, &norms, &taken, follows)?;
-            self.weights.spread(follows, &self.ranks)?;
+            let (taken, flags) = match updated {
+                Some(Updated { taken, flags, .. }) => (taken, Some(flags)),
+                None => {
+                    let of_norms = losses.len()..losses.len() + norms.len();
+                    let taken = update.verdict(&values, of_norms, total)?;
+                    update.apply(&self.optimizer, &mut self.weights, &grads, &norms, &taken, follows)?;
+                    self.weights.spread(follows, &self.ranks)?;
+                    (taken, None)
+                }
+            };
             for ((_, old), (_, new)) in self.weights.loss_state.iter_mut().flatten().zip(state.iter().flatten()) {
                 if old.device_address() != new.device_address() {
                     ops::copy_if(old, new, &taken)?;
                 }
             }
-            let values = Tensor::cat(&[&values, &one(&taken)?])?;
+            let taken = one(&taken)?;
+            let values = Tensor::cat(&[&values, &taken].into_iter().chain(&flags).collect::<Vec<_>>())?;
             let marks = marks.into_iter().map(|(name, _)| name).collect();
             Ok((Answer { losses: losses.into_keys().collect(), marks, values }, health))
         });

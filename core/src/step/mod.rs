@@ -14,8 +14,10 @@ mod declare;
 mod distillation;
 mod flat;
 mod following;
+mod fused;
 mod gpu;
 mod health;
+mod layers;
 mod moments;
 mod optimizer;
 mod outputs;
@@ -31,12 +33,12 @@ mod updates;
 mod views;
 mod weights;
 
-pub(crate) use buckets::Layers;
 pub(crate) use declare::{build_backbone, build_loss};
 pub use declare::{declare, Declared, DeclaredLoss, GLOBALS};
 pub(crate) use distillation::distilled_model;
 pub use flat::Flat;
 pub use health::Health;
+pub(crate) use layers::Layers;
 pub use optimizer::ParamRule;
 pub use parts::Share;
 pub(crate) use saved::Stored;
@@ -69,8 +71,10 @@ use bounds::Reach;
 use buckets::Buckets;
 use distillation::TeacherModel;
 use following::follow;
+use fused::{ByLayer, Fused, Updated};
 use gpu::{GpuStep, Kernels};
 pub(crate) use moments::Storage;
+use optimizer::Gradients;
 pub(crate) use optimizer::Groups;
 use outputs::{next_state, StudentPass, TeacherPass};
 use refusal::{Limits, Refusal};
@@ -113,6 +117,8 @@ pub struct Learner {
     /// Whether products on a GPU drop bits of f32.
     tf32: bool,
     spikes: Option<Spikes>,
+    /// Of the last step that was taken, as in [`Report::grad_norms`].
+    last_norms: BTreeMap<String, f64>,
     gpu_step: Option<GpuStep>,
 }
 
@@ -131,7 +137,12 @@ struct Pass {
     state: Vec<State>,
     /// Of every loss with a state: 0, or not finite where that state is not.
     marks: Vec<(String, Tensor)>,
+    /// What an update leaves that went with the backward pass.
+    updated: Option<Updated>,
 }
+
+/// An update that goes with the backward pass, and whether the teacher follows in it.
+type Update<'a> = Option<(&'a DeviceUpdate, bool)>;
 
 /// What one step gave.
 #[derive(Clone, Debug, Default)]
@@ -224,9 +235,7 @@ impl Learner {
         kernels.load()?;
         weights.restore(checkpoint, model)?;
         weights.bounds(model, ranks)?;
-        if let Some(spikes) = &mut learner.spikes {
-            spikes.restore(&checkpoint.optimizer)?;
-        }
+        learner.restore_rest(&checkpoint.optimizer)?;
         Ok(learner)
     }
 
@@ -240,6 +249,8 @@ impl Learner {
         let mut optimizer = Groups::new(&recipe.optimizer, &model.layout, model.backbone.depth(), peers.share)?;
         if Layers::are_summed(recipe.batch.micro_batches, peers.share.world()) {
             optimizer.sum_by_layer();
+        } else if recipe.optimizer.is_fused() && device != Device::Cpu {
+            optimizer.update_by_layer();
         }
         let names = named.iter().map(|teacher| teacher.name.as_str());
         let new = || Weights::new(&model, &optimizer, teacher.exists(), names, dtype);
@@ -263,6 +274,7 @@ impl Learner {
             kernels,
             tf32: recipe.precision == Precision::Tf32,
             spikes: recipe.on_spike.as_ref().map(Spikes::new),
+            last_norms: BTreeMap::new(),
             gpu_step: gpu_step.transpose()?,
         };
         if let Some(shared) = peers.teacher {
@@ -376,13 +388,13 @@ impl Learner {
         let draws = self.draws(at.step, batches)?;
         let (limits, reach) = self.limits(at)?;
         let mut grads = self.weights.take_grads();
-        let pass = self.forward_backward(at, batches, &draws, &mut grads, health);
+        let pass = self.forward_backward(at, batches, &draws, (&mut grads, None), health);
         let norms = {
             let _part = profile::part("norms of gradients");
             self.optimizer.grad_norms(&grads, &self.ranks)
         };
         self.weights.grads = grads;
-        let Pass { losses, health, state, marks } = pass?;
+        let Pass { losses, health, state, marks, .. } = pass?;
         let report = Report {
             losses: losses.into_iter().map(|(name, loss)| (name, loss.item())).collect(),
             grad_norms: norms?,
@@ -398,7 +410,9 @@ impl Learner {
             self.weights.loss_state = state;
             let momentum = if let Follow::Ema { momentum } = follow { Some(momentum) } else { None };
             let _part = profile::part("optimizer and EMA");
-            self.optimizer.update(at, &mut self.weights, &report.grad_norms, momentum)?;
+            let Self { optimizer, weights, last_norms, .. } = self;
+            let norms = if optimizer.config().is_fused() { &*last_norms } else { &report.grad_norms };
+            optimizer.update(at, weights, norms, momentum)?;
             self.weights.spread(momentum.is_some(), &self.ranks)?;
         }
         self.after_step(at, report, refusal, reach, follow)
@@ -419,6 +433,7 @@ impl Learner {
         match refusal {
             None => {
                 self.weights.moved(reach, self.clipped(&report));
+                self.last_norms.clone_from(&report.grad_norms);
                 self.follow_after(at, follow)?;
                 return Ok(report);
             }
@@ -469,24 +484,28 @@ impl Learner {
     }
 
     /// Teachers, student, losses and gradients of one step; `grads` is overwritten, and has the sums of all ranks in this one's
-    /// part. What is of the whole batch is the same on all ranks.
+    /// part, unless layers are updated at once: without `update` their gradients are thrown away. What is of the whole batch is the
+    /// same on all ranks.
     fn forward_backward(
         &self,
         at: At,
         batches: &[Batch],
         draws: &[Draws],
-        grads: &mut Tensor,
+        (grads, update): (&mut Tensor, Update<'_>),
         health: bool,
     ) -> Result<Pass> {
         let teacher = TeacherPass::run(self, batches, draws, at, health)?;
         let mut states = teacher.state.clone();
-        let mut values = Vec::with_capacity(batches.len());
+        let (mut values, mut updated) = (Vec::with_capacity(batches.len()), None);
         let mut shards = sums::OfShards::new(grads);
         for shard in sums::shards_of(batches.len(), &self.ranks)? {
             let grads = shards.begin();
             for micro in shard {
                 let batch = (micro, &batches[micro], &draws[micro]);
-                values.push(self.micro_batch(at, batch, batches.len(), &teacher, &mut states, grads)?);
+                let (of_batch, update) =
+                    self.micro_batch(at, batch, batches.len(), &teacher, &mut states, (grads, update))?;
+                values.push(of_batch);
+                updated = update;
             }
             shards.end()?;
         }
@@ -498,18 +517,23 @@ impl Learner {
             _ => None,
         };
         let losses = sums::means(&self.ranks, values)?;
-        let mut marks = Vec::new();
-        for (declared, state) in self.model.losses.iter().zip(&states) {
-            for (name, tensor) in state {
-                // Nothing times what is not finite is not finite.
-                marks.push((format!("the state {name} of {}", declared.name), tensor.scale(0.0)?.sum()?));
-            }
-        }
-        Ok(Pass { losses, health: measured, state: states, marks })
+        let marks = self.marks(&states)?;
+        Ok(Pass { losses, health: measured, state: states, marks, updated })
     }
 
-    /// Student, losses and gradients, which are added to `grads`, of one of this rank's `count` micro-batches: the values of
-    /// [`Report::losses`].
+    /// Of every loss with a state: 0, or not finite where that state is not.
+    fn marks(&self, states: &[State]) -> Result<Vec<(String, Tensor)>> {
+        let all =
+            self.model.losses.iter().zip(states).flat_map(|(declared, state)| state.iter().map(move |s| (declared, s)));
+        // Nothing times what is not finite is not finite.
+        let mark = |(declared, (name, tensor)): (&DeclaredLoss, &(&str, Tensor))| {
+            Ok((format!("the state {name} of {}", declared.name), tensor.scale(0.0)?.sum()?))
+        };
+        all.map(mark).collect()
+    }
+
+    /// Student, losses and gradients, which are added to `grads` or used at once, of one of this rank's `count` micro-batches: the
+    /// values of [`Report::losses`].
     fn micro_batch(
         &self,
         at: At,
@@ -517,8 +541,8 @@ impl Learner {
         count: usize,
         teacher: &TeacherPass,
         states: &mut [State],
-        grads: &mut Tensor,
-    ) -> Result<BTreeMap<String, Tensor>> {
+        (grads, update): (&mut Tensor, Update<'_>),
+    ) -> Result<(BTreeMap<String, Tensor>, Option<Updated>)> {
         let dtype = self.dtype();
         let tape = Tape::new();
         let params = Params::tracked(&self.model.layout, self.weights.student(), &tape);
@@ -556,21 +580,51 @@ impl Learner {
             });
         }
         // Before its loss begins, a run may have nothing to learn from.
-        let Some(total) = total else { return Ok(values) };
-        values.insert("loss/total".into(), total.detach());
-        if !total.is_tracked() {
-            return Ok(values);
+        if let Some(total) = &total {
+            values.insert("loss/total".into(), total.detach());
         }
+        let learned = total.filter(Tensor::is_tracked);
         let seed = 1.0 / (count * self.ranks.world()) as f64;
-        match &self.optimizer.layers {
-            None => drop(tape.backward(&total, seed, Some(grads))?),
-            Some(layers) => {
+        match (&self.optimizer.gradients, learned) {
+            (Gradients::Kept, Some(total)) => drop(tape.backward(&total, seed, Some(grads))?),
+            (Gradients::Summed(layers), Some(total)) => {
                 let mut buckets = Buckets::new(&self.ranks, layers, &params.uses().counts(), grads);
                 tape.backward_into(&total, seed, &mut buckets)?;
                 buckets.finish(grads, &self.optimizer.windows())?;
             }
+            (Gradients::Used(layers), learned) => {
+                let updates = update.map(|update| self.updates(update, &values, states)).transpose()?;
+                let mut fused = Fused::new(layers, &params.uses().counts(), &self.weights, updates);
+                if let Some(total) = learned {
+                    tape.backward_into(&total, seed, &mut fused)?;
+                }
+                return Ok((values, fused.finish()?));
+            }
+            (Gradients::Kept | Gradients::Summed(_), None) => {}
         }
-        Ok(values)
+        Ok((values, None))
+    }
+
+    /// What updates layers of a step with these losses and states, if it is taken.
+    fn updates<'a>(
+        &'a self,
+        (update, follows): (&'a DeviceUpdate, bool),
+        losses: &BTreeMap<String, Tensor>,
+        states: &[State],
+    ) -> Result<ByLayer<'a>> {
+        let marks = self.marks(states)?;
+        let values: Vec<Tensor> = losses
+            .values()
+            .chain(marks.iter().map(|(_, mark)| mark))
+            .map(|x| x.reshape(&[1]))
+            .collect::<Result<_>>()?;
+        let total = losses.keys().position(|name| name == "loss/total");
+        let taken = match values.is_empty() {
+            true => Tensor::full(&[], DType::F32, 1.0)?,
+            false => update.verdict(&Tensor::cat(&values.iter().collect::<Vec<_>>())?, 0..0, total)?,
+        };
+
+        Ok(ByLayer { update, weights: &self.weights, follows, taken, squares: update.squares(), flags: update.flags() })
     }
 
     /// What the teacher, or without one the student, gives of normalised pixels `[B, 3, h, w]`, in evaluation, in host memory: what probes and

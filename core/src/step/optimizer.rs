@@ -15,8 +15,8 @@ use crate::recipe::{MomentStorage, OptimizerConfig, OptimizerEntry};
 use crate::{DType, Error, Result, Tensor};
 
 use super::bounds::Reach;
-use super::buckets::Layers;
 use super::flat::Flat;
+use super::layers::Layers;
 use super::moments::Storage;
 use super::parts::{Parts, Share};
 use super::Weights;
@@ -39,8 +39,24 @@ pub(crate) struct Groups {
     pub(super) parts: Arc<Parts>,
     /// Where the moments of this rank's part are.
     pub(crate) storage: Arc<Storage>,
-    /// By what the gradients are summed over the ranks while the backward pass runs, if they are.
-    pub(super) layers: Option<Layers>,
+    /// What becomes of gradients.
+    pub(super) gradients: Gradients,
+}
+
+/// What becomes of the gradients of a step.
+pub(super) enum Gradients {
+    /// All are added up before the update.
+    Kept,
+    /// Each layer's are summed over the ranks while the backward pass runs.
+    Summed(Layers),
+    /// Each layer is updated while the backward pass runs.
+    Used(Layers),
+}
+
+/// A range in blocks of `len` elements.
+pub(super) fn blocks_of(range: &Range<usize>, len: usize) -> impl Iterator<Item = Range<usize>> {
+    let end = range.end;
+    range.clone().step_by(len).map(move |start| start..end.min(start + len))
 }
 
 /// How the optimizer treats one parameter.
@@ -105,20 +121,31 @@ impl Groups {
         // What an optimizer directs may look at a whole parameter.
         let parts = Parts::new(layout, share, |i| directed.binary_search(&i).is_ok());
         let storage = Arc::new(Storage::new(layout, moments, parts.own()));
-        let (layout, parts) = (layout.clone(), Arc::new(parts));
-        Ok(Self { config, optimizer, layout, rules, modules, adamw, directed, parts, storage, layers: None })
+        if config.is_fused() && !directed.is_empty() {
+            let name = entry.plugin.name();
+            let problem = format!("the optimizer `{name}` needs all gradients before it updates a weight");
+            return Err(Error::user(problem, "set optimizer.update = \"whole\", or optimizer.plugin = \"adamw\""));
+        }
+        let (layout, parts, gradients) = (layout.clone(), Arc::new(parts), Gradients::Kept);
+        Ok(Self { config, optimizer, layout, rules, modules, adamw, directed, parts, storage, gradients })
     }
 
     /// Has the gradients of each layer summed over the ranks as soon as they are known.
     pub(super) fn sum_by_layer(&mut self) {
-        self.layers = Some(Layers::of(&self.layout));
+        self.gradients = Gradients::Summed(Layers::of(&self.layout));
     }
 
-    /// The gradients that this rank has: all, or those of its window.
+    /// Has each layer updated as soon as its gradients are known.
+    pub(super) fn update_by_layer(&mut self) {
+        self.gradients = Gradients::Used(Layers::of(&self.layout));
+    }
+
+    /// The gradients that this rank has after a step: all, those of its window, or none.
     pub(super) fn gradients(&self) -> Range<usize> {
-        match &self.layers {
-            None => 0..self.layout.len(),
-            Some(_) => self.parts.window(self.parts.own(), self.layout.len()),
+        match &self.gradients {
+            Gradients::Kept => 0..self.layout.len(),
+            Gradients::Summed(_) => self.parts.window(self.parts.own(), self.layout.len()),
+            Gradients::Used(_) => 0..0,
         }
     }
 
@@ -201,12 +228,8 @@ impl Groups {
     /// The blocks of `len` elements in which squares of gradients are summed, sub-model by sub-model, and how many each
     /// sub-model has.
     pub(super) fn norm_blocks(&self, len: usize) -> (Vec<Range<usize>>, Vec<usize>) {
-        let of_module = |range: &Range<usize>| {
-            let range = range.clone();
-            let end = range.end;
-            range.step_by(len).map(move |start| start..end.min(start + len)).collect::<Vec<_>>()
-        };
-        let blocks: Vec<Vec<Range<usize>>> = self.module_ranges().map(of_module).collect();
+        let blocks: Vec<Vec<Range<usize>>> =
+            self.module_ranges().map(|range| blocks_of(range, len).collect()).collect();
         let counts = blocks.iter().map(Vec::len).collect();
         (blocks.concat(), counts)
     }
@@ -214,11 +237,13 @@ impl Groups {
     /// Sums the gradients of this rank's part over all ranks, with the rest of the block of the norm that its end is in, where
     /// that was not done layer by layer.
     pub(super) fn sum_gradients(&self, grads: &mut Tensor, ranks: &Ranks) -> Result<()> {
-        if self.layers.is_some() {
-            return Ok(());
+        match self.gradients {
+            Gradients::Kept => {
+                ranks.sum_to(grads, self.parts.ranges())?;
+                ranks.spread(grads, &self.parts.heads())
+            }
+            Gradients::Summed(_) | Gradients::Used(_) => Ok(()),
         }
-        ranks.sum_to(grads, self.parts.ranges())?;
-        ranks.spread(grads, &self.parts.heads())
     }
 
     /// L2 norm of every sub-model's gradient, of which this rank has its part.
@@ -238,7 +263,8 @@ impl Groups {
         Ok(self.modules.iter().zip(counts).map(norm).collect())
     }
 
-    /// One update of this rank's part of all weights; with `momentum`, the teacher follows the updated student in the same pass.
+    /// One update of this rank's part of all weights, clipped by these norms; with `momentum`, the teacher follows the updated student
+    /// in the same pass.
     pub(super) fn update(
         &self,
         at: At,
@@ -247,7 +273,8 @@ impl Groups {
         momentum: Option<f64>,
     ) -> Result<()> {
         let (lr, last_layer_lr, weight_decay) = (self.lr(at), self.last_layer_lr(at), self.weight_decay(at));
-        let clip: Vec<f64> = self.modules.iter().map(|(name, _)| self.clip(norms[name])).collect();
+        let clip: Vec<f64> =
+            self.modules.iter().map(|(name, _)| self.clip(norms.get(name).copied().unwrap_or(0.0))).collect();
         let group = |i: &usize| {
             let rule = &self.rules[*i];
             Group {

@@ -43,7 +43,11 @@ impl Learner {
 
     /// The longest gradient of a sub-model, after clipping.
     pub(super) fn clipped(&self, report: &Report) -> f64 {
-        report.grad_norms.values().map(|&norm| self.optimizer.clip(norm) * norm).fold(0.0, f64::max)
+        let fused = self.optimizer.config().is_fused();
+        let clipped_as =
+            |name: &str, norm: f64| if fused { self.last_norms.get(name).copied().unwrap_or(0.0) } else { norm };
+        let clipped = |(name, &norm): (&String, &f64)| self.optimizer.clip(clipped_as(name, norm)) * norm;
+        report.grad_norms.iter().map(clipped).fold(0.0, f64::max)
     }
 
     /// Why a step with this report is not taken, if it is not.
@@ -92,8 +96,9 @@ impl Learner {
         // In the memory of the step, which is over: only the answers of recorded steps are kept there.
         let _step = cuda::step_scope();
         let mut grads = self.weights.take_grads();
-        let (result, first) =
-            first_non_finite(|| catch_out_of_memory(|| self.forward_backward(at, batches, draws, &mut grads, false)));
+        let (result, first) = first_non_finite(|| {
+            catch_out_of_memory(|| self.forward_backward(at, batches, draws, (&mut grads, None), false))
+        });
         self.weights.grads = grads;
         result?;
         Ok(Some(match first {

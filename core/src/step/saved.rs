@@ -46,6 +46,22 @@ impl Learner {
         self.ranks.world() > 1 && checkpoint::is_split(&self.saved(0), most)
     }
 
+    /// By sub-model, f64.
+    fn norms(&self) -> Tensor {
+        let norms: Vec<f64> =
+            self.optimizer.modules().map(|name| self.last_norms.get(name).copied().unwrap_or(0.0)).collect();
+        Device::Cpu.with(|| Tensor::from_slice(&norms, &[norms.len()])).expect("a list has one axis")
+    }
+
+    /// Takes what is neither weights nor moments from a checkpoint; one that was written without begins anew.
+    pub(super) fn restore_rest(&mut self, from: &TensorFiles) -> Result<()> {
+        let names: Vec<String> = self.optimizer.modules().map(String::from).collect();
+        if let Some(norms) = from.read(CLIP_NORMS)?.filter(|norms| norms.len() == names.len()) {
+            self.last_norms = names.into_iter().zip(norms.to_f64_vec()).collect();
+        }
+        self.spikes.as_mut().map_or(Ok(()), |spikes| spikes.restore(from))
+    }
+
     fn saved(&self, step: u64) -> Saved<'_> {
         Saved::new(self, step)
     }
@@ -79,6 +95,9 @@ struct Saved<'a> {
     sets: [Vec<Entry<'a>>; 2],
 }
 
+/// The name of the norms that the next step's gradients are clipped by.
+const CLIP_NORMS: &str = "clip.norms";
+
 struct Entry<'a> {
     name: String,
     from: Origin<'a>,
@@ -96,6 +115,7 @@ enum Origin<'a> {
 impl<'a> Saved<'a> {
     fn new(learner: &'a Learner, step: u64) -> Self {
         let Learner { weights, model, ranks, spikes, .. } = learner;
+        let norms = learner.optimizer.config().is_fused().then(|| (CLIP_NORMS.to_string(), learner.norms()));
         let specs = || model.layout.specs().iter().enumerate();
         let of_named = weights.named.iter().map(|(name, flat)| (role_of(name), flat));
         let models = [("student".to_string(), &weights.student)].into_iter();
@@ -120,7 +140,7 @@ impl<'a> Saved<'a> {
             state.iter().map(|(name, value)| (format!("state.{}.{name}", loss.name), value.clone()))
         });
         let small = state
-            .chain(spikes.iter().flat_map(Spikes::content))
+            .chain(spikes.iter().flat_map(Spikes::content).chain(norms))
             .map(|(name, value)| Entry { name, from: Origin::Small(value) });
         let moments = weights.moment_names.iter().enumerate().flat_map(of_moment);
         Self {

@@ -1,5 +1,6 @@
 //! The update alone: weights without a model, and gradients that are given.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::comm::Ranks;
@@ -57,11 +58,11 @@ impl Updates {
         };
         let grads = grads.to(self.device);
         let limits = Limits { gradient: f64::from(f32::MAX), loss: f64::INFINITY };
-        on_gpu.write(at, groups, weights.updates(at), limits, Some(momentum))?;
+        on_gpu.write(at, groups, weights.updates(at), limits, Some(momentum), &BTreeMap::new())?;
         let _on = self.device.enter();
         let _step = cuda::step_scope();
         let norms = on_gpu.norms(&grads, &Ranks::one(1))?;
-        let taken = on_gpu.verdict(&norms, 0, None)?;
+        let taken = on_gpu.verdict(&norms, 0..norms.len(), None)?;
         on_gpu.apply(groups, weights, &grads, &norms, &taken, true)
     }
 

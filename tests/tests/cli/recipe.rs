@@ -1,6 +1,6 @@
 //! `dinolab plugins`, `dinolab recipe`: what they print, and how they end.
 
-use dinolab_tests::program::{root, Ended, Folder};
+use dinolab_tests::program::{assert_same_weights, root, Ended, Folder};
 
 const RECIPE: &str = r#"name = "toy"
 steps = 100
@@ -327,6 +327,30 @@ fn data_that_are_here_are_held_to_what_they_are_and_those_elsewhere_are_a_warnin
     let ended =
         folder.run(&[&["recipe", "check", "micro.toml", "--set", "data.plugin=image_folder"], &masks[..]].concat());
     assert!(ended.code == 2 && ended.err.contains("have no mask here"), "{}", ended.err);
+}
+
+#[test]
+fn an_update_in_the_backward_pass_is_refused_where_it_needs_all_gradients() {
+    let folder = Folder::with_micro();
+    let check = |sets: &[&str]| {
+        let sets = ["optimizer.update=fused"].iter().chain(sets).flat_map(|set| ["--set", set]);
+        let ended = folder.run(&["recipe", "check", "micro.toml"].into_iter().chain(sets).collect::<Vec<_>>());
+        (ended.code, ended.err)
+    };
+    assert_eq!(check(&[]).0, 0);
+    for (set, key) in [
+        ("batch.micro_batches=2", "optimizer.update: "),
+        ("optimizer.plugin=muon", "the optimizer `muon` needs all gradients"),
+        ("log.histograms_every=5", "log.histograms_every: "),
+    ] {
+        let (code, said) = check(&[set]);
+        assert!(code == 2 && said.contains(key), "{set}: {said}");
+    }
+    // On a CPU all gradients are kept, and the numbers are those of a GPU: what was clipped is clipped by the norm before.
+    folder.succeed(&["train", "micro.toml", "--out", "fused", "--set", "optimizer.update=fused"]);
+    folder.succeed(&["train", "micro.toml", "--out", "stopped", "--set", "optimizer.update=fused", "--set", "steps=5"]);
+    folder.succeed(&["train", "micro.toml", "--out", "stopped", "--set", "optimizer.update=fused", "--resume"]);
+    assert_same_weights(&folder, "fused", "stopped", 12);
 }
 
 #[test]

@@ -201,6 +201,84 @@ gpu_test!(weights_in_halves_follow_the_formula_and_are_restored_to_the_bit_where
     assert!(run(true) == run(false), "lower halves in host memory have other bits");
 });
 
+/// The small recipe with moments and an update of these kinds, clipped at this norm.
+fn updated(update: &str, moments: &str, clip: &str) -> String {
+    let wide = RECIPE.replace("dim = 32", "dim = 64\ncheckpointing = \"full\"").replace("hidden = 24", "hidden = 256");
+    format!("{wide}update = \"{update}\"\nmoments = \"{moments}\"\nclip_grad = {clip}\n")
+}
+
+gpu_test!(layers_that_are_updated_in_the_backward_pass_have_the_bits_of_a_whole_update, {
+    for (precision, moments) in [("f32", "f32"), ("bf16", "f32"), ("bf16", "8bit")] {
+        let run = |update: &str| {
+            let (mut learner, mut loader) = learner("cuda", precision, &updated(update, moments, "0.0"));
+            let reports: Vec<Report> = (0..5)
+                .map(|step| learner.step(step, &loader.next().unwrap().unwrap().batches, step == 3).unwrap())
+                .collect();
+            assert_eq!((learner.eager_reason(), learner.recorded_nodes().is_empty()), (None, false), "{update}");
+            (reports, learner.content(5).unwrap())
+        };
+        let ((whole, kept), (fused, used)) = (run("whole"), run("fused"));
+        for (a, b) in kept.model.iter().chain(&kept.optimizer).zip(used.model.iter().chain(&used.optimizer)) {
+            assert!(a.0 == b.0 && a.1.as_bytes() == b.1.as_bytes(), "{precision}, {moments}: {} differs", a.0);
+        }
+        for (whole, fused) in whole.iter().zip(&fused) {
+            assert_eq!(whole.losses, fused.losses);
+            // Blocks of the sums lie otherwise.
+            for (module, norm) in &whole.grad_norms {
+                assert!((fused.grad_norms[module] / norm - 1.0).abs() < 1e-6, "{module}: {norm}, {fused:?}");
+            }
+        }
+    }
+});
+
+gpu_test!(gradients_of_layers_are_clipped_by_the_last_norm_and_a_resumed_run_goes_on_with_it, {
+    let recipe = updated("fused", "f32", "0.05");
+    let compare_with = |precision: &str, tolerance: f64| {
+        let run = |device: &str| {
+            let (mut learner, mut loader) = learner(device, precision, &recipe);
+            for step in 0..4 {
+                learner.step(step, &loader.next().unwrap().unwrap().batches, false).unwrap();
+            }
+            learner.weights().student.to_f64_vec()
+        };
+        let (gpu, cpu) = (run("cuda"), run("cpu"));
+        let far = gpu.iter().zip(&cpu).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        assert!(far < tolerance, "{far}");
+    };
+    compare_with("f32", 1e-4);
+    let text = format!("device = \"cuda\"\nprecision = \"f32\"\n{recipe}");
+    let resolved = Resolved::from_text(&text).unwrap();
+    let (mut learner, mut loader) = learner("cuda", "f32", &recipe);
+    let batches: Vec<_> = (0..4).map(|_| loader.next().unwrap().unwrap().batches).collect();
+    for (step, batches) in (0..2).zip(&batches) {
+        learner.step(step, batches, false).unwrap();
+    }
+    let folder = tempfile::tempdir().unwrap();
+    checkpoint::save(folder.path(), &learner.content(2).unwrap(), checkpoint::Keep::newest(1)).unwrap();
+    let (saved, _) = checkpoint::load_newest(folder.path()).unwrap().expect("one was saved");
+    let mut resumed = Learner::from_checkpoint(&resolved.recipe, &saved).unwrap();
+    for (step, batches) in (2..4).zip(&batches[2..]) {
+        let clipped = learner.step(step, batches, false).unwrap();
+        assert!(clipped.grad_norms["backbone"] > 0.05, "nothing is clipped: {clipped:?}");
+        resumed.step(step, batches, false).unwrap();
+    }
+    assert!(learner.weights().student.to_f64_vec() == resumed.weights().student.to_f64_vec());
+});
+
+gpu_test!(a_fused_update_is_not_taken_for_its_losses_and_ends_the_run_for_its_gradients, {
+    let (mut learner, mut loader) = learner("cuda", "f32", &updated("fused", "f32", "3.0"));
+    let mut batches = loader.next().unwrap().unwrap().batches;
+    learner.step(0, &batches, false).unwrap();
+    let before = learner.weights().student.to_f64_vec();
+    let good = batches[0].global.clone();
+    batches[0].global = good.scale(f64::NAN).unwrap();
+    let report = learner.step(1, &batches, false).unwrap();
+    assert!(report.non_finite.is_some_and(|what| what.contains("first:")), "the operation is named");
+    assert!(learner.weights().student.to_f64_vec() == before, "a step that is not taken changes nothing");
+    batches[0].global = good;
+    learner.step(2, &batches, false).unwrap();
+});
+
 #[test]
 fn checkpointing_changes_no_bit() {
     for drop_path in ["0.3", "0.0"] {
