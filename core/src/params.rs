@@ -145,22 +145,44 @@ impl Layout {
     /// A freshly initialised flat buffer. Every parameter has its own stream of draws, so that adding one changes no
     /// other, and arms of an ablation with the same seed start equal wherever they agree.
     pub fn init(&self, seed: u64, dtype: DType) -> Result<Tensor> {
-        let mut flat = Tensor::zeros(&[self.len], dtype);
-        dispatch_real!("init", dtype, T => {
-            let mut rest = flat.as_mut_slice::<T>();
-            let mut at = 0;
-            let mut places = Vec::new();
-            for spec in &self.specs {
-                let (place, behind) = rest[spec.offset - at..].split_at_mut(spec.range().len());
-                places.push((spec, place));
-                (rest, at) = (behind, spec.range().end);
-            }
-            places.into_par_iter().for_each(|(spec, place)| {
-                spec.init.fill(&Rng::named(seed, Stream::Init, 0, &spec.name), place);
-            });
-            Ok(flat)
+        draw(&self.specs, 0..self.len, seed, dtype)
+    }
+
+    /// The same in parts of at most so many elements, or of one parameter: the element that each begins at, in order.
+    pub(crate) fn init_parts(
+        &self,
+        seed: u64,
+        dtype: DType,
+        most: usize,
+    ) -> impl Iterator<Item = (usize, Result<Tensor>)> + '_ {
+        let (mut specs, mut start) = (self.specs.as_slice(), 0);
+        std::iter::from_fn(move || {
+            let many = specs.partition_point(|spec| spec.range().end <= start + most).max(1).min(specs.len());
+            let (part, rest) = specs.split_at(many);
+            let end = rest.first().map_or(self.len, |next| next.offset);
+            (specs, start) = (rest, end);
+            part.first().map(|first| (first.offset, draw(part, first.offset..end, seed, dtype)))
         })
     }
+}
+
+/// A range of a flat buffer, with these parameters in it.
+fn draw(specs: &[ParamSpec], range: Range<usize>, seed: u64, dtype: DType) -> Result<Tensor> {
+    let mut flat = Tensor::zeros(&[range.len()], dtype);
+    dispatch_real!("init", dtype, T => {
+        let mut rest = flat.as_mut_slice::<T>();
+        let mut at = range.start;
+        let mut places = Vec::new();
+        for spec in specs {
+            let (place, behind) = rest[spec.offset - at..].split_at_mut(spec.range().len());
+            places.push((spec, place));
+            (rest, at) = (behind, spec.range().end);
+        }
+        places.into_par_iter().for_each(|(spec, place)| {
+            spec.init.fill(&Rng::named(seed, Stream::Init, 0, &spec.name), place);
+        });
+        Ok(flat)
+    })
 }
 
 /// Draws of a truncated normal before it is taken for a uniform one: with a deviation of 1 all of them are outside the
@@ -481,6 +503,25 @@ mod tests {
         let ids = starts.map(|init| builder.add(&format!("{init:?}"), &[n], init));
         let layout = builder.finish();
         let flat = layout.init(5, DType::F32).unwrap();
+        for most in [1, 2 * n + 300, usize::MAX / 2] {
+            let (mut end, mut parts) = (0, 0);
+            for (start, part) in layout.init_parts(5, DType::F32, most) {
+                let part = part.unwrap();
+                assert!(start == end && part.as_bytes() == flat.view(start, &[part.len()]).as_bytes());
+                (end, parts) = (start + part.len(), parts + 1);
+            }
+            assert!(
+                end == flat.len()
+                    && parts
+                        == if most == 1 {
+                            9
+                        } else if most < 3 * n {
+                            5
+                        } else {
+                            1
+                        }
+            );
+        }
         for (id, init) in ids.into_iter().zip(starts) {
             let spec = &layout.specs()[id.0];
             let mut rng = Rng::named(5, Stream::Init, 0, &spec.name);

@@ -41,7 +41,7 @@ impl Learner {
         let mut learner = Self::unstarted(recipe, peers)?;
         let Self { model, weights, teacher, named, kernels, ranks, .. } = &mut learner;
         kernels.load()?;
-        weights.student.set(&model.layout.init(recipe.seed, weights.student.dtype())?)?;
+        weights.student.draw(&model.layout, recipe.seed)?;
         let mut notes = weights.take_over(from, model)?;
         if let (role @ Role::Checkpoint(_), true) = (teacher.start(), recipe.teacher != parent.teacher) {
             weights.follow(Of::Teacher, Follow::Copy(role), model, ranks)?;

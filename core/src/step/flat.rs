@@ -14,12 +14,16 @@ use half::bf16;
 use rayon::prelude::*;
 
 use crate::cuda::{args, Arg, Pinned};
+use crate::params::Layout;
 use crate::tensor::{copy_elements, greatest};
 use crate::{cuda_source, ops, DType, Device, Error, Result, Tensor};
 
 use super::parts::within;
 
 cuda_source! { static HALVES = "halves" { include_str!("halves.cu") } }
+
+/// Numbers that are drawn before they are brought to the device.
+const DRAWN_TOGETHER: usize = 1 << 26;
 
 /// Numbers of one task of the CPU.
 const CHUNK: usize = 1 << 16;
@@ -241,6 +245,20 @@ impl Flat {
             return Err(Error::shape("set", format!("{} numbers for {}", numbers.len(), self.len())));
         }
         self.write(0, numbers)
+    }
+
+    /// Takes the start of a layout, drawn from a seed.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub(super) fn draw(&mut self, layout: &Layout, seed: u64) -> Result<()> {
+        let dtype = self.dtype();
+        // The parts go on one after the other, and are drawn each by all cores.
+        let mut parts = layout.init_parts(seed, dtype, DRAWN_TOGETHER);
+        while let Some((start, part)) = Device::Cpu.with(|| parts.next()) {
+            self.write(start, &part?)?;
+        }
+        Ok(())
     }
 
     /// The same of those from `start` on, which is even.

@@ -208,11 +208,11 @@ impl Learner {
     pub fn new_with(recipe: &Recipe, peers: Peers<'_>) -> Result<Self> {
         let mut learner = Self::unstarted(recipe, peers)?;
         let Self { model, weights, teacher, named, kernels, ranks, .. } = &mut learner;
-        let dtype = weights.student.dtype();
         // Each has parts that only one core can do; together they fill them all.
-        let (compiled, drawn) = rayon::join(|| kernels.load(), || model.layout.init(recipe.seed, dtype));
+        let (compiled, drawn) = rayon::join(|| kernels.load(), || weights.student.draw(&model.layout, recipe.seed));
         compiled?;
-        weights.start(&drawn?, recipe, model, teacher.as_ref(), named)?;
+        drawn?;
+        weights.start(recipe, model, teacher.as_ref(), named)?;
         weights.bounds(model, ranks)?;
         Ok(learner)
     }

@@ -38,7 +38,7 @@ impl Updates {
     ) -> Result<Self> {
         let groups = Groups::new(entry, layout, depth, Share::default())?;
         let mut weights = device.with(|| Weights::of_layout(layout, &groups, true, [], features))?;
-        weights.student.set(&layout.init(0, features.wide())?)?;
+        weights.student.draw(layout, 0)?;
         let on_gpu = device.gpu().map(|gpu| DeviceUpdate::new(gpu, &groups)).transpose()?;
         Ok(Self { groups, weights, device, on_gpu, total })
     }

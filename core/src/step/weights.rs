@@ -203,17 +203,15 @@ impl Weights {
         }
     }
 
-    /// The start of a run: as `drawn` from the seed, or read where the recipe says.
+    /// The start of a run, whose student was drawn from the seed: what the recipe names is read.
     pub(super) fn start(
         &mut self,
-        drawn: &Tensor,
         recipe: &Recipe,
         model: &Declared,
         teacher: &dyn TeacherPolicy,
         named: &[Teacher],
     ) -> Result<()> {
         let layout = &model.layout;
-        self.student.set(drawn)?;
         if let Some(path) = &recipe.backbone.weights {
             let source = read_model(path, model)?;
             load_role(&layout.part("backbone."), &mut self.student, &source, EVALUATED, path)?;
