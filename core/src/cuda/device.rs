@@ -462,8 +462,20 @@ impl Gpu {
 pub(crate) struct CudaBuffer {
     gpu: &'static Gpu,
     address: sys::CUdeviceptr,
-    size: usize,
-    in_step: bool,
+    home: Home,
+}
+
+/// Where a block is from.
+#[derive(Debug)]
+enum Home {
+    Arena {
+        size: usize,
+        in_step: bool,
+    },
+    /// Pinned host memory, which kernels read and write in place, over the bus.
+    Host {
+        bytes: usize,
+    },
 }
 
 impl CudaBuffer {
@@ -475,9 +487,53 @@ impl CudaBuffer {
         gpu.bind();
         let in_step = in_step();
         match gpu.arena(in_step).take(bytes) {
-            Ok((address, size)) => Self { gpu, address, size, in_step },
+            Ok((address, size)) => Self { gpu, address, home: Home::Arena { size, in_step } },
             Err(failure) => unwind(gpu.full(bytes, failure)),
         }
+    }
+
+    /// A block of zeros in pinned host memory. With unified addressing, which every 64-bit system has, its address on the host is its
+    /// address on the device.
+    ///
+    /// # Errors
+    /// If the system has not that much memory that can be pinned.
+    pub(crate) fn zeros_on_host(gpu: &'static Gpu, bytes: usize) -> Result<Self> {
+        gpu.bind();
+        let mut at = std::ptr::null_mut();
+        // SAFETY: an out-pointer to a local; the block is freed when this value is dropped. Fresh memory may be uninitialised.
+        unsafe {
+            check("cuMemHostAlloc", sys::cuMemHostAlloc(&mut at, bytes.max(1), 0)).map_err(|failure| {
+                let (size, why) = (crate::text::bytes(bytes as f64), Error::from(failure).problem());
+                let problem = format!("the system gives no {size} of host memory that the GPU can read: {why}");
+                let help = "set optimizer.offload and optimizer.offload_moments to false, or use a machine with more memory (`ulimit -l` \
+                    may limit it too)";
+                Error::user(problem, help)
+            })?;
+            at.cast::<u8>().write_bytes(0, bytes);
+        }
+        Ok(Self { gpu, address: at as u64, home: Home::Host { bytes } })
+    }
+
+    /// The content of a block in host memory, once the device has done all that it was given.
+    ///
+    /// # Errors
+    /// If that work failed.
+    pub(crate) fn on_host(&self) -> Result<Option<&[u8]>> {
+        let Home::Host { bytes } = self.home else { return Ok(None) };
+        self.gpu.synchronize()?;
+        // SAFETY: `bytes` initialised bytes, which nothing writes before the device is given more work, with this value borrowed.
+        Ok(Some(unsafe { std::slice::from_raw_parts(self.address as *const u8, bytes) }))
+    }
+
+    /// As [`on_host`](Self::on_host), to be written.
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn on_host_mut(&mut self) -> Result<Option<&mut [u8]>> {
+        let Home::Host { bytes } = self.home else { return Ok(None) };
+        self.gpu.synchronize()?;
+        // SAFETY: as above, and `&mut self` is exclusive.
+        Ok(Some(unsafe { std::slice::from_raw_parts_mut(self.address as *mut u8, bytes) }))
     }
 
     pub(crate) fn gpu(&self) -> &'static Gpu {
@@ -491,7 +547,15 @@ impl CudaBuffer {
 
 impl Drop for CudaBuffer {
     fn drop(&mut self) {
-        self.gpu.arena(self.in_step).give(self.address, self.size);
+        match self.home {
+            Home::Arena { size, in_step } => self.gpu.arena(in_step).give(self.address, size),
+            Home::Host { .. } => {
+                self.gpu.bind();
+                let _ = self.gpu.synchronize();
+                // SAFETY: allocated in `zeros_on_host`, freed once, and the device is done with it.
+                unsafe { sys::cuMemFreeHost(self.address as *mut c_void) };
+            }
+        }
     }
 }
 

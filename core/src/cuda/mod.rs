@@ -35,7 +35,6 @@ mod device;
 mod graph;
 mod launch;
 mod libraries;
-mod pinned;
 mod place;
 mod profile;
 mod source;
@@ -57,7 +56,6 @@ pub use staging::Staging;
 pub use crate::cuda_args as args;
 
 pub(crate) use device::{in_step, lasting_scope, step_scope, unwind, CudaBuffer};
-pub(crate) use pinned::Pinned;
 
 use crate::Error;
 

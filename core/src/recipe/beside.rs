@@ -77,6 +77,7 @@ impl OwnKeys for OptimizerConfig {
         "freeze_last_layer_steps",
         "moments",
         "offload",
+        "offload_moments",
         "update",
     ];
 }

@@ -153,7 +153,8 @@ fn cost_at(
     let distilled_len = distilled.as_ref().map(|m| m.layout.len());
     let part = 0..model.layout.len().div_ceil(ranks);
     let storage = Storage::new(&model.layout, recipe.optimizer.moments.unwrap_or_default(), &part);
-    let moment = storage.bytes(recipe.dtype(device).wide());
+    let offload = recipe.optimizer.offload_moments && device != Device::Cpu;
+    let moment = storage.bytes(recipe.dtype(device).wide(), offload);
     let layers = Layers::of(&model.layout);
     // A fused update has gradients of the layers that the backward pass is in. With one micro-batch each, processes have gradients of their part and a share of the sums, and of the layers that the backward
     // pass is in.

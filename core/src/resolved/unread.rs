@@ -9,7 +9,7 @@ use crate::params::ParamBuilder;
 use crate::problem::{Origin, Problem, Severity};
 use crate::recipe::{RawRecipe, Recipe};
 use crate::step::{build_loss, declare, Declared};
-use crate::DType;
+use crate::{DType, Device};
 
 /// What was given and is not read. `idle` are keys beside a key that makes them idle, and what that would have to be.
 ///
@@ -52,6 +52,11 @@ pub(super) fn check(recipe: &Recipe, raw: &RawRecipe, idle: Vec<(String, String)
         let message =
             |key: &str| format!("nothing reads {key}: only features in bf16, on a GPU, leave weights a lower half");
         tell(key.clone(), vec![key], &message, "remove it, or choose another device or precision".into());
+    }
+    if recipe.optimizer.offload_moments && recipe.device().is_ok_and(|device| device == Device::Cpu) {
+        let key = "optimizer.offload_moments".to_string();
+        let message = |key: &str| format!("nothing reads {key}: on a CPU moments are in its memory anyway");
+        tell(key.clone(), vec![key], &message, "remove it, or choose another device".into());
     }
     for (key, needed) in idle {
         let message = |key: &str| format!("nothing reads {key}: it is read with {needed} only");

@@ -13,7 +13,7 @@ use std::ops::Range;
 use half::bf16;
 use rayon::prelude::*;
 
-use crate::cuda::{args, Arg, Pinned};
+use crate::cuda::{args, Arg};
 use crate::params::Layout;
 use crate::tensor::{copy_elements, greatest};
 use crate::{cuda_source, ops, DType, Device, Error, Result, Tensor};
@@ -33,63 +33,25 @@ pub struct Flat(Kept);
 
 enum Kept {
     Wide(Tensor),
-    /// The lower halves are those of the elements `own`.
+    /// The lower halves, two to a word of u32, are those of the elements `own`.
     Halves {
         rounded: Tensor,
-        lower: Lower,
+        lower: Tensor,
         own: Range<usize>,
     },
 }
 
-/// Lower halves, u16.
-enum Lower {
-    /// On the device, two to a word of u32.
-    Device(Tensor),
-    /// In host memory.
-    Host(Pinned),
+/// Lower halves from `start` on, which is even, of those that lie two to a word.
+fn read_lower(lower: &Tensor, start: usize, len: usize) -> Vec<u16> {
+    let words = lower.view(start / 2, &[len.div_ceil(2)]).to(Device::Cpu);
+    bytemuck::cast_slice(words.as_slice::<u32>())[..len].to_vec()
 }
 
-impl Lower {
-    fn address(&self) -> u64 {
-        match self {
-            Self::Device(lower) => lower.device_address(),
-            Self::Host(lower) => lower.address(),
-        }
-    }
-
-    /// Those of `range`, which begins at an even one.
-    fn read(&self, range: Range<usize>) -> Result<Vec<u16>> {
-        match self {
-            Self::Device(lower) => {
-                let words = lower.view(range.start / 2, &[range.len().div_ceil(2)]).to(Device::Cpu);
-                Ok(bytemuck::cast_slice(words.as_slice::<u32>())[..range.len()].to_vec())
-            }
-            Self::Host(lower) => Ok(bytemuck::cast_slice(lower.bytes()?)[range].to_vec()),
-        }
-    }
-
-    /// Writes those from `start` on, which is even; an odd last one takes its neighbour with it, which belongs to no number.
-    fn write(&mut self, start: usize, lower: &[u16]) -> Result<()> {
-        match self {
-            Self::Device(to) => {
-                let mut words = Device::Cpu.with(|| Tensor::zeros(&[lower.len().div_ceil(2)], DType::U32));
-                bytemuck::cast_slice_mut(words.as_mut_slice::<u32>())[..lower.len()].copy_from_slice(lower);
-                copy_elements(to, start / 2, &words, 0..words.len())
-            }
-            Self::Host(to) => {
-                bytemuck::cast_slice_mut(to.bytes_mut()?)[start..][..lower.len()].copy_from_slice(lower);
-                Ok(())
-            }
-        }
-    }
-
-    /// Takes the first `len` of others.
-    fn copy_from(&mut self, other: &Self, len: usize) -> Result<()> {
-        match (self, other) {
-            (Self::Device(own), Self::Device(other)) => own.copy_from(&other.view(0, &[own.len()])),
-            (own, other) => own.write(0, &other.read(0..len)?),
-        }
-    }
+/// Writes them; an odd last one takes its neighbour with it, which belongs to no number.
+fn write_lower(to: &mut Tensor, start: usize, lower: &[u16]) -> Result<()> {
+    let mut words = Device::Cpu.with(|| Tensor::zeros(&[lower.len().div_ceil(2)], DType::U32));
+    bytemuck::cast_slice_mut(words.as_mut_slice::<u32>())[..lower.len()].copy_from_slice(lower);
+    copy_elements(to, start / 2, &words, 0..words.len())
 }
 
 /// The number rounded to bf16, and its lower half.
@@ -122,8 +84,8 @@ impl Flat {
         }
         let rounded = Tensor::zeros(&[len], DType::BF16);
         let lower = match rounded.gpu().filter(|_| offload) {
-            Some(gpu) => Lower::Host(Pinned::zeros(gpu, 2 * own.len())?),
-            None => Lower::Device(Tensor::zeros(&[own.len() / 2], DType::U32)),
+            Some(gpu) => Tensor::zeros_beside(gpu, &[own.len() / 2], DType::U32)?,
+            None => Tensor::zeros(&[own.len() / 2], DType::U32),
         };
         Ok(Self(Kept::Halves { rounded, lower, own }))
     }
@@ -196,7 +158,7 @@ impl Flat {
         if own_part.is_empty() {
             return Ok(out);
         }
-        let lower = lower.read(own_part.start - own.start..own_part.end - own.start)?;
+        let lower = read_lower(lower, own_part.start - own.start, own_part.len());
         let place = own_part.start - range.start..own_part.end - range.start;
         let halves = rounded.as_slice::<bf16>()[place.clone()].par_iter().zip(&lower).with_min_len(CHUNK);
         let out_part = out.as_mut_slice::<f32>()[place].par_iter_mut();
@@ -279,7 +241,7 @@ impl Flat {
         }
         let of_part = numbers[part.start - start..part.end - start].par_iter().with_min_len(CHUNK);
         let halves: Vec<u16> = of_part.map(|x| split(*x).1).collect();
-        lower.write(part.start - own.start, &halves)
+        write_lower(lower, part.start - own.start, &halves)
     }
 
     /// Takes the first numbers of others, which are kept alike.
@@ -287,9 +249,9 @@ impl Flat {
         let n = self.len();
         match (&mut self.0, &other.0) {
             (Kept::Wide(own), Kept::Wide(other)) => own.copy_from(&other.view(0, &[n])),
-            (Kept::Halves { rounded, lower, own }, Kept::Halves { rounded: others, lower: others_lower, .. }) => {
+            (Kept::Halves { rounded, lower, .. }, Kept::Halves { rounded: others, lower: others_lower, .. }) => {
                 rounded.copy_from(&others.view(0, &[n]))?;
-                lower.copy_from(others_lower, own.len())
+                lower.copy_from(&others_lower.view(0, &[lower.len()]))
             }
             _ => unreachable!("all weights of a run are kept alike"),
         }
@@ -307,7 +269,7 @@ impl Flat {
                 let n = own.len();
                 let [rounded, others] = [&*rounded, others].map(|of| of.view(own.start, &[n]));
                 let launch = gpu.kernel(&HALVES, "average", DType::F32)?.over(n).work(0.0, 12.0 * n as f64);
-                launch.launch(args![&rounded, lower.address(), &others, others_lower.address(), momentum as f32, n])
+                launch.launch(args![&rounded, &*lower, &others, others_lower, momentum as f32, n])
             }
             _ => unreachable!("all weights of a run are kept alike"),
         }
@@ -324,8 +286,8 @@ impl Flat {
 }
 
 /// Where the lower half of element 0 would be, with those of `own` at their place: kernels count from the first element.
-fn lower_of_first(lower: &Lower, own: &Range<usize>) -> u64 {
-    lower.address().wrapping_sub(2 * own.start as u64)
+fn lower_of_first(lower: &Tensor, own: &Range<usize>) -> u64 {
+    lower.device_address().wrapping_sub(2 * own.start as u64)
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use std::ops::Range;
 use crate::ops::{EightBit, Place};
 use crate::params::{Layout, ParamRole, ParamSpec, ALIGN};
 use crate::recipe::MomentStorage;
-use crate::{DType, Tensor};
+use crate::{DType, Device, Result, Tensor};
 
 use super::parts::within;
 
@@ -61,13 +61,20 @@ impl Storage {
         Self { places, whole, blocks }
     }
 
-    /// One moment of those that are as wide as the weights, zero.
-    pub(super) fn whole(&self, weights: DType) -> Tensor {
-        Tensor::zeros(&[self.whole], weights)
+    /// One moment of those that are as wide as the weights, zero; of those on a GPU, in host memory if `offload` says so.
+    ///
+    /// # Errors
+    /// If there is not that much host memory.
+    pub(super) fn whole(&self, weights: DType, offload: bool) -> Result<Tensor> {
+        match Device::current().gpu().filter(|_| offload) {
+            Some(gpu) => Tensor::zeros_beside(gpu, &[self.whole], weights),
+            None => Ok(Tensor::zeros(&[self.whole], weights)),
+        }
     }
 
-    /// What one moment takes beside weights of this type.
-    pub(crate) fn bytes(&self, weights: DType) -> f64 {
-        self.whole as f64 * weights.size() as f64 + self.blocks as f64 * EightBit::BYTES as f64
+    /// What one moment takes beside weights of this type, where those as wide as they are elsewhere if `offload` says so.
+    pub(crate) fn bytes(&self, weights: DType, offload: bool) -> f64 {
+        let whole = if offload { 0.0 } else { self.whole as f64 * weights.size() as f64 };
+        whole + self.blocks as f64 * EightBit::BYTES as f64
     }
 }

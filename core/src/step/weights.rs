@@ -98,7 +98,7 @@ impl Weights {
         let parts = optimizer.parts.clone();
         let zeros = |len| Flat::zeros(len, parts.own_of(len), features, optimizer.config().offload);
         let named = named.into_iter().map(|name| Ok((name.to_string(), zeros(backbone_len(layout))?)));
-        let storage = optimizer.storage.clone();
+        let (storage, offload_moments) = (optimizer.storage.clone(), optimizer.config().offload_moments);
         // AdamW's two: others are refused when the groups are made.
         let eight = if storage.blocks == 0 { &[][..] } else { &[Map::Signed, Map::Unsigned] };
         let eight = eight.iter().map(|map| EightBit::zeros(*map, storage.blocks)).collect();
@@ -106,7 +106,11 @@ impl Weights {
             student: zeros(layout.len())?,
             teacher: teacher.then(|| zeros(layout.len())).transpose()?,
             named: named.collect::<Result<_>>()?,
-            moments: optimizer.moments().iter().map(|_| storage.whole(dtype)).collect(),
+            moments: optimizer
+                .moments()
+                .iter()
+                .map(|_| storage.whole(dtype, offload_moments))
+                .collect::<Result<_>>()?,
             eight,
             storage,
             parts: parts.clone(),

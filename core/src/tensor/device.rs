@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::storage::Buffer;
 use super::Tensor;
@@ -103,27 +104,22 @@ pub(crate) fn recording<R>(f: impl FnOnce() -> R) -> (R, std::result::Result<Vec
 
 /// Copies elements between tensors of equal length and type, wherever they are.
 pub(super) fn copy(to: &mut Tensor, from: &Tensor) -> Result<()> {
-    let bytes = from.len() * from.dtype().size();
     match (to.gpu(), from.gpu()) {
-        (None, None) => to.bytes_mut().copy_from_slice(from.as_bytes()),
         // Replayed, the copy would read what lies there by then.
-        (Some(_), None) if is_recording() => cannot_record(|| "numbers come from the host inside the step".into()),
-        (Some(gpu), None) => {
-            assert!(to.is_unique(), "only an unshared tensor is written to");
-            gpu.upload(to.device_address(), from.as_bytes())?;
+        (Some(_), None) if is_recording() => {
+            cannot_record(|| "numbers come from the host inside the step".into());
+            return Ok(());
         }
         (None, Some(_)) if is_recording() => {
             cannot_record(|| "the host looks at values inside the step".into());
             to.fill_zero();
+            return Ok(());
         }
-        (None, Some(gpu)) => gpu.download(to.bytes_mut(), from.device_address())?,
-        (Some(gpu), Some(other)) if gpu.ordinal() == other.ordinal() => {
-            assert!(to.is_unique(), "only an unshared tensor is written to");
-            gpu.copy(to.device_address(), from.device_address(), bytes)?;
-        }
-        (Some(_), Some(_)) => copy(to, &from.to(Device::Cpu))?,
+        (Some(gpu), Some(other)) if gpu.ordinal() != other.ordinal() => return copy(to, &from.to(Device::Cpu)),
+        (Some(_), _) => assert!(to.is_unique(), "only an unshared tensor is written to"),
+        (None, _) => {}
     }
-    Ok(())
+    copy_elements(to, 0, from, 0..from.len())
 }
 
 impl Tensor {
@@ -132,6 +128,29 @@ impl Tensor {
         match &*self.buffer {
             Buffer::Cpu(_) => None,
             Buffer::Cuda(buffer) => Some(buffer.gpu()),
+        }
+    }
+
+    /// The bytes, if they are in host memory: of those that kernels read in place, once the GPU has done its work.
+    fn bytes_on_host(&self) -> Result<Option<&[u8]>> {
+        let bytes = self.offset * self.dtype.size()..(self.offset + self.len()) * self.dtype.size();
+        Ok(match &*self.buffer {
+            Buffer::Cpu(_) => Some(self.as_bytes()),
+            Buffer::Cuda(buffer) => buffer.on_host()?.map(|all| &all[bytes]),
+        })
+    }
+
+    /// As [`bytes_on_host`](Self::bytes_on_host), to be written.
+    fn bytes_on_host_mut(&mut self) -> Result<Option<&mut [u8]>> {
+        let bytes = self.offset * self.dtype.size()..(self.offset + self.len()) * self.dtype.size();
+        match &*self.buffer {
+            Buffer::Cpu(_) => return Ok(Some(self.bytes_mut())),
+            Buffer::Cuda(buffer) if buffer.on_host()?.is_none() => return Ok(None),
+            Buffer::Cuda(_) => {}
+        }
+        match Arc::get_mut(&mut self.buffer).expect("only an unshared tensor is written to") {
+            Buffer::Cuda(buffer) => Ok(buffer.on_host_mut()?.map(|all| &mut all[bytes])),
+            Buffer::Cpu(_) => unreachable!("it returned above"),
         }
     }
 
@@ -166,22 +185,21 @@ impl Tensor {
 pub(crate) fn copy_elements(to: &mut Tensor, at: usize, from: &Tensor, range: Range<usize>) -> Result<()> {
     let size = from.dtype().size();
     debug_assert_eq!(to.dtype(), from.dtype());
-    let (at, bytes) = (at * size, range.start * size..range.end * size);
-    let device = |tensor: &Tensor, at: usize| tensor.device_address() + at as u64;
-    match (to.gpu(), from.gpu()) {
-        _ if range.is_empty() => Ok(()),
-        (Some(gpu), Some(_)) => gpu.copy(device(to, at), device(from, bytes.start), bytes.len()),
-        (Some(gpu), None) => gpu.upload(device(to, at), &from.as_bytes()[bytes]),
-        (None, Some(gpu)) => {
-            let from = device(from, bytes.start);
-            gpu.download(&mut to.bytes_mut()[at..][..bytes.len()], from)
-        }
-        (None, None) => {
-            let from = &from.as_bytes()[bytes];
-            to.bytes_mut()[at..][..from.len()].copy_from_slice(from);
-            Ok(())
-        }
+    if range.is_empty() {
+        return Ok(());
     }
+    let (at, bytes) = (at * size..(at + range.len()) * size, range.start * size..range.end * size);
+    let device = |tensor: &Tensor, at: usize| Some((tensor.gpu()?, tensor.device_address() + at as u64));
+    let places = (device(to, at.start), device(from, bytes.start));
+    let from = from.bytes_on_host()?.map(|from| &from[bytes.clone()]);
+    match (to.bytes_on_host_mut()?.map(|to| &mut to[at]), from, places) {
+        (Some(to), Some(from), _) => to.copy_from_slice(from),
+        (Some(to), None, (_, Some((gpu, from)))) => gpu.download(to, from)?,
+        (None, Some(from), (Some((gpu, to)), _)) => gpu.upload(to, from)?,
+        (None, None, (Some((gpu, to)), Some((_, from)))) => gpu.copy(to, from, bytes.len())?,
+        _ => unreachable!("what is not on the host is on a GPU"),
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -28,6 +28,7 @@ pub use tape::{GradMut, Grads, LeafGrads, Op, Tape};
 pub(crate) use tape::{ParamGrads, Slot};
 pub use watch::first_non_finite;
 
+use crate::cuda::{CudaBuffer, Gpu};
 use crate::{cuda, DType, Device, Error, Result};
 use storage::Buffer;
 
@@ -74,6 +75,16 @@ impl Tensor {
         let mut out = Self::uninit(shape, dtype);
         out.fill_zero();
         out
+    }
+
+    /// The same of a GPU, in pinned host memory, which its kernels read and write in place.
+    ///
+    /// # Errors
+    /// If there is not that much of it.
+    pub(crate) fn zeros_beside(gpu: &'static Gpu, shape: &[usize], dtype: DType) -> Result<Self> {
+        let len: usize = shape.iter().product();
+        let buffer = Arc::new(Buffer::Cuda(CudaBuffer::zeros_on_host(gpu, len * dtype.size())?));
+        Ok(Self { buffer, offset: 0, shape: shape.to_vec(), dtype, var: None })
     }
 
     /// All elements `value`.

@@ -369,6 +369,8 @@ fn what_would_change_nothing_is_said_before_a_run() {
     assert!(!check(&["losses.gram.enabled=true", "steps=151"]).1.contains("is asked at none"));
     let (code, said) = check(&["optimizer.offload=true"]);
     assert!(code == 0 && said.contains("nothing reads optimizer.offload"), "{said}");
+    let (code, said) = check(&["optimizer.offload_moments=true"]);
+    assert!(code == 0 && said.contains("nothing reads optimizer.offload_moments"), "{said}");
     let (code, said) = check(&["crops.resolutions=[]"]);
     assert!(code == 2 && said.contains("crops.resolutions: the list is empty"), "{said}");
     // A run is extended by the recipe in its folder.

@@ -178,7 +178,7 @@ gpu_test!(weights_in_halves_follow_the_formula_and_are_restored_to_the_bit_where
         [&weights.student, weights.teacher.as_ref().expect("there is one"), &weights.named[0].1].map(|w| w.to_f64_vec())
     };
     let run = |offload: bool| {
-        let recipe = format!("{before}plugin = \"ema\"{after}offload = {offload}\n");
+        let recipe = format!("{before}plugin = \"ema\"{after}offload = {offload}\noffload_moments = {offload}\n");
         let (mut learner, mut loader) = learner("cuda", "bf16", &recipe);
         for step in 0..3 {
             let [.., old] = numbers(&learner);
@@ -196,9 +196,13 @@ gpu_test!(weights_in_halves_follow_the_formula_and_are_restored_to_the_bit_where
         let text = format!("device = \"cuda\"\nprecision = \"bf16\"\n{recipe}");
         let restored = Learner::from_checkpoint(&Resolved::from_text(&text).unwrap().recipe, &checkpoint).unwrap();
         assert!(numbers(&restored) == numbers(&learner));
-        numbers(&learner)
+        let moments: Vec<Vec<f64>> =
+            restored.content(3).unwrap().optimizer.iter().map(|(_, t)| t.to_f64_vec()).collect();
+        let kept: Vec<Vec<f64>> = learner.content(3).unwrap().optimizer.iter().map(|(_, t)| t.to_f64_vec()).collect();
+        assert!(moments == kept);
+        (numbers(&learner), kept)
     };
-    assert!(run(true) == run(false), "lower halves in host memory have other bits");
+    assert!(run(true) == run(false), "lower halves and moments in host memory have other bits");
 });
 
 /// The small recipe with moments and an update of these kinds, clipped at this norm.

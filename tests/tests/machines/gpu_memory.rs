@@ -77,6 +77,7 @@ gpu_test!(the_predicted_peak_is_within_a_twentieth_of_what_is_taken, {
         ("a Gram teacher", "enabled = false", "enabled = true"),
         ("moments in eight bits", "[teachers.gram]", "[optimizer]\nmoments = \"8bit\"\n[teachers.gram]"),
         ("lower halves in host memory", "[teachers.gram]", "[optimizer]\noffload = true\n[teachers.gram]"),
+        ("moments in host memory", "[teachers.gram]", "[optimizer]\noffload_moments = true\n[teachers.gram]"),
         ("an update in the backward pass", "[teachers.gram]", "[optimizer]\nupdate = \"fused\"\n[teachers.gram]"),
         (
             "two Gram teachers",
