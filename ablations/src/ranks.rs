@@ -6,11 +6,30 @@ use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::Duration;
 
-use dinolab_core::comm::{self, host, Comm, Launch, Launcher};
+use dinolab_core::comm::{self, host, Comm, Launch, Launcher, Reduction};
 use dinolab_core::train::Lead;
 use dinolab_core::{Error, Result};
 
 use crate::{cli, signals, style};
+
+/// Who adds the gradients of several processes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Reduce {
+    /// Dinolab, in the order of the shards: the same bits on any number of processes
+    #[default]
+    Ordered,
+    /// MPI or NCCL, by its algorithm for the network: results depend on the number of processes, within rounding
+    Engine,
+}
+
+impl From<Reduce> for Reduction {
+    fn from(reduce: Reduce) -> Self {
+        match reduce {
+            Reduce::Ordered => Self::Ordered,
+            Reduce::Engine => Self::Engine,
+        }
+    }
+}
 
 /// Runs `lead`, on rank 0 or in a process that is alone, and `follow` on the other ranks; both give the program's exit code. A
 /// rank that fails says so, and ends all.
@@ -18,13 +37,19 @@ use crate::{cli, signals, style};
 /// # Errors
 /// If a process that is alone fails, or the processes cannot be joined.
 pub fn run(
+    reduce: Reduce,
     lead: impl FnOnce(&Lead) -> Result<u8>,
     follow: impl FnOnce(&Arc<dyn Comm>) -> Result<u8>,
 ) -> Result<ExitCode> {
-    let Some(launch) = Launch::detect()? else { return lead(&Lead::alone()).map(ExitCode::from) };
+    let Some(launch) = Launch::detect()? else {
+        if reduce == Reduce::Engine {
+            style::warn("nothing reads --reduce: this is one process");
+        }
+        return lead(&Lead::alone()).map(ExitCode::from);
+    };
     choose_gpu(&launch);
     let patience = patience()?;
-    let comm = comm::join(&launch)?;
+    let comm = comm::join(&launch, reduce.into())?;
     watch(comm.clone(), patience, launch.launcher);
     share_cores(comm.as_ref())?;
     let guarded = |work: &mut dyn FnMut() -> Result<u8>| match catch_unwind(AssertUnwindSafe(work)) {

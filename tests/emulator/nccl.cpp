@@ -100,6 +100,26 @@ CUresult gather(Communicator& comm, uint64_t from, uint64_t to, size_t bytes) {
     return CUDA_SUCCESS;
 }
 
+/// Sums in another order than that of ranks, as nobody may rely on one.
+CUresult reduce_scatter(Communicator& comm, uint64_t from, uint64_t to, size_t count) {
+    const size_t most = ROOM / comm.world / sizeof(float);
+    if (!fits(from, count * comm.world * sizeof(float)) || !fits(to, count * sizeof(float))) return CUDA_ERROR_ILLEGAL_ADDRESS;
+    for (size_t start = 0; start < count || start == 0; start += most) {
+        const size_t piece = std::min(most, count - start);
+        for (int peer = 0; peer < comm.world; peer++)
+            std::memcpy(comm.of(comm.rank) + peer * most * sizeof(float), reinterpret_cast<float*>(from) + peer * count + start,
+                        piece * sizeof(float));
+        if (!agree(comm, 3, count)) return CUDA_ERROR_LAUNCH_FAILED;
+        auto* sum = reinterpret_cast<float*>(to) + start;
+        for (int rank = comm.world - 1; rank >= 0; rank--) {
+            const auto* own = reinterpret_cast<float*>(comm.of(rank)) + comm.rank * most;
+            for (size_t i = 0; i < piece; i++) sum[i] = rank == comm.world - 1 ? own[i] : sum[i] + own[i];
+        }
+        if (!comm.meet()) return CUDA_ERROR_LAUNCH_FAILED;
+    }
+    return CUDA_SUCCESS;
+}
+
 CUresult exchange(const std::vector<Part>& parts) {
     Communicator& comm = *parts[0].comm;
     const size_t bytes = parts[0].bytes, most = ROOM / comm.world;
@@ -182,6 +202,12 @@ NCCL_API ncclCommInitRank(Communicator** comm, int world, Id id, int rank) {
 NCCL_API ncclAllGather(uint64_t from, uint64_t to, size_t count, int type, Communicator* comm, CUstream stream) {
     if (type != 0) return ncclInvalidArgument;
     return given(enqueue(stream, NodeType::Kernel, [=] { return gather(*comm, from, to, count); }));
+}
+
+NCCL_API ncclReduceScatter(uint64_t from, uint64_t to, size_t count, int type, int operation, Communicator* comm,
+                           CUstream stream) {
+    if (type != 7 || operation != 0) return ncclInvalidArgument;
+    return given(enqueue(stream, NodeType::Kernel, [=] { return reduce_scatter(*comm, from, to, count); }));
 }
 
 NCCL_API ncclGroupStart() {

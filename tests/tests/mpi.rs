@@ -132,6 +132,62 @@ fn processes_write_the_files_of_one() {
     }
 }
 
+/// Norms and losses of the engine's sums are those of ours within rounding, on CPUs in both widths and on emulated GPUs; and a rank
+/// with another choice, or an engine without sums, is refused.
+#[test]
+fn gradients_that_the_engine_adds_are_equal_within_rounding() {
+    let folder = Folder::with_micro();
+    let near = |one: &str, other: &str, tolerance: f64| {
+        for (a, b) in metrics(&folder, one).iter().zip(metrics(&folder, other)) {
+            for name in ["grad_norm/backbone", "loss/total"] {
+                let [a, b] = [a, &b].map(|line| line[name].as_f64().unwrap_or_else(|| panic!("no {name} in {line}")));
+                assert!((a / b - 1.0).abs() < tolerance, "{other}: {name} is {b}, expected {a}");
+            }
+        }
+        let run = json(&folder, &format!("{other}/run.json"));
+        assert!(run["ranks"]["engine"].as_str().is_some_and(|e| e.contains("adds gradients")), "{run}");
+    };
+    let mpis = found();
+    for (precision, tolerance) in [("f32", 1e-4), ("f64", 1e-12)] {
+        let (one, set) = (format!("one-{precision}"), format!("precision={precision}"));
+        let sets = ["steps=4", "log.every=1", set.as_str()];
+        if !mpis.is_empty() {
+            folder.succeed(&run(&one, &sets));
+        }
+        for mpi in &mpis {
+            let out = format!("{}-{precision}", mpi.name.replace(' ', "-"));
+            let ended = mpi.run(&folder, 2, &[&run(&out, &sets)[..], &["--reduce", "engine"]].concat());
+            assert_eq!(ended.code, 0, "{}: {}{}", mpi.name, ended.out, ended.err);
+            near(&one, &out, tolerance);
+        }
+    }
+    let Some(mpi) = mpis.first() else { return };
+    let args = run("refused", &["steps=1"]);
+    if let Some(mut command) = torchrun(&folder, 2, &[&args[..], &["--reduce", "engine"]].concat()) {
+        let ended: Ended = command.output().expect("torchrun starts").into();
+        assert!(ended.code != 0 && ended.err.contains("moves bytes and adds no numbers"), "{}", ended.err);
+    }
+    let mut command = mpi.command(&folder, 1, &args);
+    command.args(["--reduce", "engine", ":", "-n", "1", env!("CARGO_BIN_EXE_with_plugins")]).args(&args);
+    let ended: Ended = command.output().expect("the launcher starts").into();
+    assert!(ended.code != 0 && ended.err.contains("--reduce of rank 1 is not that of rank 0"), "{}", ended.err);
+    if emulator::has_gpu() {
+        return;
+    }
+    let sets = ["steps=4", "log.every=1", "batch.micro_batches=2", "batch.shards=2", "precision=f32"];
+    let Some(mut alone) =
+        emulator::emulate(&mut folder.command(&run_on("cuda", "alone", &sets)), &[]).map(|c| c.output())
+    else {
+        return;
+    };
+    assert!(alone.as_mut().expect("it starts").status.success());
+    let args = [&run_on("cuda", "engine", &sets)[..], &["--reduce", "engine"]].concat();
+    let mut both = mpi.command(&folder, 2, &args);
+    let ended: Ended = emulator::emulate(&mut both, &[]).expect("as before").output().expect("it starts").into();
+    assert_eq!(ended.code, 0, "{}{}", ended.out, ended.err);
+    near("alone", "engine", 1e-4);
+}
+
 #[test]
 fn checkpoints_in_several_files_are_written_by_all_and_read_by_any_number() {
     let folder = Folder::with_micro();

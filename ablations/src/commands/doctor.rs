@@ -45,7 +45,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     if Launch::detect()?.is_some() {
         let work = |comm: &Arc<dyn Comm>| ranks_of(comm);
         let lead = |lead: &Lead| lead.share(|| work(lead.comm())).map(|text| style::print(&text)).map(|()| 0);
-        return ranks::run(lead, |comm| train::join_in(comm, || work(comm).map(drop)));
+        return ranks::run(ranks::Reduce::default(), lead, |comm| train::join_in(comm, || work(comm).map(drop)));
     }
     let mut failures = 0;
     let libraries = cuda::libraries();

@@ -32,12 +32,15 @@ pub struct Args {
     /// Continue the run in the folder from its newest checkpoint; --set steps=N makes it longer
     #[arg(long)]
     resume: bool,
+    /// Who adds the gradients of several processes
+    #[arg(long, value_enum, default_value_t)]
+    reduce: ranks::Reduce,
 }
 
 /// Runs the command.
 pub fn run(args: &Args) -> Result<ExitCode> {
     let follow = |comm: &_| train::follow(comm, &|| args.recipe.resolve_quietly(), &signals::stop_flag());
-    ranks::run(|lead| if args.with.is_empty() { one(args, lead) } else { students(args, lead) }, follow)
+    ranks::run(args.reduce, |lead| if args.with.is_empty() { one(args, lead) } else { students(args, lead) }, follow)
 }
 
 fn one(args: &Args, lead: &Lead) -> Result<u8> {

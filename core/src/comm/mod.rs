@@ -9,7 +9,7 @@
 //! A rank sums the gradients of its part of the model alone, and updates it: see [`Learner`](crate::step::Learner).
 //!
 //! An engine ([`Comm`]) moves bytes, and only that: [`Mpi`] or [`Store`] between processes, [`threads()`] between threads of one;
-//! what GPUs have goes through NCCL. The sums are taken here.
+//! what GPUs have goes through NCCL. The sums are taken here, unless the engine is asked for those of gradients ([`Reduction`]).
 
 mod launch;
 mod mpi;
@@ -32,7 +32,17 @@ pub use watch::Traffic;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::Result;
+use crate::{DType, Error, Result};
+
+/// Who adds the gradients of ranks. All other sums are taken here.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Reduction {
+    /// Each rank those of its part, in the order of the shards.
+    #[default]
+    Ordered,
+    /// MPI or NCCL, by its algorithm for the network: bits depend on the engine and on the number of ranks.
+    Engine,
+}
 
 /// Moves bytes between the ranks of a run. All ranks call the same methods in the same order with the same lengths.
 pub trait Comm: Send + Sync + std::fmt::Debug {
@@ -61,6 +71,21 @@ pub trait Comm: Send + Sync + std::fmt::Debug {
     /// If a rank has failed.
     fn broadcast(&self, bytes: &mut [u8]) -> Result<()>;
 
+    /// Who adds gradients.
+    fn reduction(&self) -> Reduction {
+        Reduction::Ordered
+    }
+
+    /// Reduce-scatter of numbers in host memory by the engine's own sums: of `world` pieces of equal length, `sum` is that of the
+    /// pieces for this rank.
+    ///
+    /// # Errors
+    /// If the engine has no sums, or a rank has failed.
+    fn reduce_scatter(&self, _pieces: &[u8], _dtype: DType, _sum: &mut [u8]) -> Result<()> {
+        let problem = format!("{} moves bytes and adds no numbers", self.engine());
+        Err(Error::user(problem, "leave out --reduce engine, or start the processes with MPI"))
+    }
+
     /// Ends all ranks, because this one cannot go on; what is wrong was said.
     fn abort(&self);
 
@@ -80,10 +105,10 @@ pub trait Comm: Send + Sync + std::fmt::Debug {
 ///
 /// # Errors
 /// If they cannot be joined.
-pub fn join(launch: &Launch) -> Result<Arc<dyn Comm>> {
+pub fn join(launch: &Launch, reduction: Reduction) -> Result<Arc<dyn Comm>> {
     Ok(match launch.launcher {
-        Launcher::Torchrun => Arc::new(Store::join(launch)?),
-        Launcher::OpenMpi | Launcher::Mpich | Launcher::Slurm => Arc::new(Mpi::join(launch)?),
+        Launcher::Torchrun => Arc::new(Store::join(launch, reduction)?),
+        Launcher::OpenMpi | Launcher::Mpich | Launcher::Slurm => Arc::new(Mpi::join(launch, reduction)?),
     })
 }
 

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use libloading::os::unix::{Library, Symbol, RTLD_GLOBAL, RTLD_NOW};
 
 use super::watch::Inside;
-use super::{Comm, Launch, Launcher};
-use crate::{Error, Result};
+use super::{Comm, Launch, Launcher, Reduction};
+use crate::{DType, Error, Result};
 
 /// A handle of MPI: an address or a number. Where the library expects an `int`, it reads the lower half of the register.
 type Handle = usize;
@@ -22,6 +22,8 @@ type InitThread = unsafe extern "C" fn(*mut c_int, *mut c_void, c_int, *mut c_in
 type Ask = unsafe extern "C" fn(Handle, *mut c_int) -> c_int;
 /// `MPI_Allgather` and `MPI_Alltoall`.
 type Collective = unsafe extern "C" fn(*const c_void, c_int, Handle, *mut c_void, c_int, Handle, Handle) -> c_int;
+/// `MPI_Reduce_scatter_block(sent, received, count, type, operation, comm)`.
+type Reduce = unsafe extern "C" fn(*const c_void, *mut c_void, c_int, Handle, Handle, Handle) -> c_int;
 /// `MPI_Ibcast(buffer, count, type, root, comm, request)`.
 type Ibcast = unsafe extern "C" fn(*mut c_void, c_int, Handle, c_int, Handle, *mut u64) -> c_int;
 /// `MPI_Test(request, flag, status)`.
@@ -51,11 +53,13 @@ pub struct Mpi {
     name: PathBuf,
     version: String,
     everyone: Handle,
-    byte: Handle,
+    handles: Handles,
+    reduction: Reduction,
     size: usize,
     rank: usize,
     all_gather: Symbol<Collective>,
     all_to_all: Symbol<Collective>,
+    reduce: Symbol<Reduce>,
     broadcast: Symbol<Ibcast>,
     test: Symbol<Test>,
     /// The collective that this rank is in.
@@ -66,6 +70,10 @@ pub struct Mpi {
 struct Handles {
     world: Handle,
     byte: Handle,
+    float: Handle,
+    double: Handle,
+    /// `MPI_SUM`.
+    sum: Handle,
     errors_return: Handle,
     /// `MPI_THREAD_SERIALIZED`.
     serialized: c_int,
@@ -76,7 +84,7 @@ impl Mpi {
     ///
     /// # Errors
     /// If no library is found, or one that does not belong to the launcher.
-    pub fn join(launch: &Launch) -> Result<Self> {
+    pub fn join(launch: &Launch, reduction: Reduction) -> Result<Self> {
         let (library, name) = open(launch)?;
         let handles = handles(&library, &name)?;
         let init: Symbol<InitThread> = symbol(&library, "MPI_Init_thread")?;
@@ -107,17 +115,20 @@ impl Mpi {
         }
         let [all_gather, all_to_all] = [symbol(&library, "MPI_Allgather")?, symbol(&library, "MPI_Alltoall")?];
         let (broadcast, test) = (symbol(&library, "MPI_Ibcast")?, symbol(&library, "MPI_Test")?);
-        let (version, Handles { world: everyone, byte, .. }) = (version(&library)?, handles);
+        let (version, everyone) = (version(&library)?, handles.world);
+        let reduce = symbol(&library, "MPI_Reduce_scatter_block")?;
         Ok(Self {
             library,
             name,
             version,
             everyone,
-            byte,
+            handles,
+            reduction,
             size,
             rank,
             all_gather,
             all_to_all,
+            reduce,
             broadcast,
             test,
             inside: Inside::default(),
@@ -135,7 +146,7 @@ impl Mpi {
         let (from, to) = (sent.as_ptr().cast(), received.as_mut_ptr().cast());
         self.inside.enter(what);
         // SAFETY: `sent` and `received` hold `count` bytes for each rank, or `sent` those of this rank: the callers ask.
-        let code = unsafe { call(from, count, self.byte, to, count, self.byte, self.everyone) };
+        let code = unsafe { call(from, count, self.handles.byte, to, count, self.handles.byte, self.everyone) };
         self.inside.leave();
         check(&self.library, what, code)
     }
@@ -161,8 +172,9 @@ impl Comm for Mpi {
         // Larger than the status of any library.
         let mut status = [0u64; 16];
         // SAFETY: `bytes` outlives the request, which is waited for below.
-        let code =
-            unsafe { (self.broadcast)(bytes.as_mut_ptr().cast(), count, self.byte, 0, self.everyone, &mut request) };
+        let code = unsafe {
+            (self.broadcast)(bytes.as_mut_ptr().cast(), count, self.handles.byte, 0, self.everyone, &mut request)
+        };
         check(&self.library, "MPI_Ibcast", code)?;
         let start = Instant::now();
         loop {
@@ -176,6 +188,24 @@ impl Comm for Mpi {
                 std::thread::sleep(ASLEEP);
             }
         }
+    }
+    fn reduction(&self) -> Reduction {
+        self.reduction
+    }
+    fn reduce_scatter(&self, pieces: &[u8], dtype: DType, sum: &mut [u8]) -> Result<()> {
+        assert_eq!(pieces.len(), sum.len() * self.size, "as much for every rank");
+        let number = match dtype {
+            DType::F32 => self.handles.float,
+            DType::F64 => self.handles.double,
+            other => return Err(Error::shape("mpi", format!("no sums of {other:?}"))),
+        };
+        let count = count_of(sum.len() / dtype.size())?;
+        self.inside.enter("MPI_Reduce_scatter_block");
+        let (from, to) = (pieces.as_ptr().cast(), sum.as_mut_ptr().cast());
+        // SAFETY: `sum` holds `count` numbers, and `pieces` as many for each rank.
+        let code = unsafe { (self.reduce)(from, to, count, number, self.handles.sum, self.everyone) };
+        self.inside.leave();
+        check(&self.library, "MPI_Reduce_scatter_block", code)
     }
     fn abort(&self) {
         // A launcher that is told to end all may drop what this process said a moment ago.
@@ -250,15 +280,34 @@ fn handles(library: &Library, name: &std::path::Path) -> Result<Handles> {
         unsafe { library.get::<*const c_void>(symbol.as_bytes()) }.ok().map(|found| found.into_raw() as usize)
     };
     if let Some(world) = address("ompi_mpi_comm_world") {
-        let (Some(byte), Some(errors_return)) = (address("ompi_mpi_byte"), address("ompi_mpi_errors_return")) else {
+        let names = ["byte", "float", "double", "op_sum", "errors_return"];
+        let [Some(byte), Some(float), Some(double), Some(sum), Some(errors_return)] =
+            names.map(|name| address(&format!("ompi_mpi_{name}")))
+        else {
             return Err(Error::content(name, "some symbols of Open MPI are missing", "install Open MPI 4 or newer"));
         };
-        return Ok(Handles { world, byte, errors_return, serialized: 2 });
+        return Ok(Handles { world, byte, float, double, sum, errors_return, serialized: 2 });
     }
     let of_standard = name.file_name().is_some_and(|file| file.to_string_lossy().starts_with("libmpi_abi"));
     Ok(match of_standard {
-        true => Handles { world: 0x101, byte: 0x247, errors_return: 0x143, serialized: 2048 },
-        false => Handles { world: 0x4400_0000, byte: 0x4c00_010d, errors_return: 0x5400_0001, serialized: 2 },
+        true => Handles {
+            world: 0x101,
+            byte: 0x247,
+            float: 0x210,
+            double: 0x214,
+            sum: 0x21,
+            errors_return: 0x143,
+            serialized: 2048,
+        },
+        false => Handles {
+            world: 0x4400_0000,
+            byte: 0x4c00_010d,
+            float: 0x4c00_040a,
+            double: 0x4c00_080b,
+            sum: 0x5800_0003,
+            errors_return: 0x5400_0001,
+            serialized: 2,
+        },
     })
 }
 

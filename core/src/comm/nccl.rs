@@ -10,15 +10,18 @@ use libloading::os::unix::{Library, Symbol, RTLD_LOCAL, RTLD_NOW};
 use super::mpi::why;
 use super::Comm;
 use crate::cuda::Gpu;
-use crate::{Error, Result, Tensor};
+use crate::{DType, Error, Result, Tensor};
 
 /// `ncclUniqueId`, which is handed over by value.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Id([c_char; 128]);
 
-/// `ncclInt8`: bytes are moved, and nothing else.
+/// `ncclInt8`: bytes are moved.
 const BYTES: c_int = 0;
+/// `ncclFloat32`, and `ncclSum`: the only numbers that are added, and only where the engine's sums are asked for.
+const FLOATS: c_int = 7;
+const SUM: c_int = 0;
 /// The oldest version whose collectives can be recorded with memory of the kind that a step has: 2.18.
 const OLDEST: c_int = 21_800;
 
@@ -27,6 +30,8 @@ type GetUniqueId = unsafe extern "C" fn(*mut Id) -> c_int;
 type InitRank = unsafe extern "C" fn(*mut *mut c_void, c_int, Id, c_int) -> c_int;
 /// `ncclAllGather(sent, received, count, type, comm, stream)`.
 type AllGather = unsafe extern "C" fn(u64, u64, usize, c_int, *mut c_void, *mut c_void) -> c_int;
+/// `ncclReduceScatter(sent, received, count of a rank, type, operation, comm, stream)`.
+type ReduceScatter = unsafe extern "C" fn(u64, u64, usize, c_int, c_int, *mut c_void, *mut c_void) -> c_int;
 /// `ncclSend` and `ncclRecv(buffer, count, type, peer, comm, stream)`.
 type Move = unsafe extern "C" fn(u64, usize, c_int, c_int, *mut c_void, *mut c_void) -> c_int;
 /// `ncclGroupStart` and `ncclGroupEnd`.
@@ -40,6 +45,7 @@ pub(super) struct Nccl {
     world: usize,
     version: c_int,
     all_gather: Symbol<AllGather>,
+    reduce_scatter: Symbol<ReduceScatter>,
     send: Symbol<Move>,
     receive: Symbol<Move>,
     start: Symbol<Group>,
@@ -93,6 +99,7 @@ impl Nccl {
             world,
             version,
             all_gather: symbol(&library, "ncclAllGather")?,
+            reduce_scatter: symbol(&library, "ncclReduceScatter")?,
             send: symbol(&library, "ncclSend")?,
             receive: symbol(&library, "ncclRecv")?,
             start: symbol(&library, "ncclGroupStart")?,
@@ -115,6 +122,15 @@ impl Nccl {
         // SAFETY: both lie in memory of the GPU of the communicator, and work of its stream alone writes there.
         let code = unsafe { (self.all_gather)(from, to, bytes, BYTES, self.comm, stream) };
         told(&self.error, "ncclAllGather", code)
+    }
+
+    /// Of pieces of equal length in f32, `sum` is NCCL's sum over ranks of those for this one.
+    pub(super) fn reduce_scatter(&self, pieces: &Tensor, sum: &Tensor) -> Result<()> {
+        assert!(pieces.len() == sum.len() * self.world && sum.dtype() == DType::F32, "as much for every rank");
+        let (from, to, stream) = (pieces.device_address(), sum.device_address(), self.gpu.stream().cast());
+        // SAFETY: as in `all_gather`.
+        let code = unsafe { (self.reduce_scatter)(from, to, sum.len(), FLOATS, SUM, self.comm, stream) };
+        told(&self.error, "ncclReduceScatter", code)
     }
 
     /// Of pieces of equal length, piece r goes to rank r; `received` is what the others have for this one.

@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use super::nccl::Nccl;
 use super::watch::{Traffic, Watched};
-use super::{shards, Comm, Shards, Single};
+use super::{shards, Comm, Reduction, Shards, Single};
 use crate::cuda::Gpu;
 use crate::params::ALIGN;
 use crate::tensor::copy_elements;
-use crate::{Device, Error, Result, Tensor};
+use crate::{DType, Device, Error, Result, Tensor};
 
 /// Elements of all ranks together that are moved at a time: 2 MiB in f32.
 const PIECES: usize = 1 << 19;
@@ -90,9 +90,13 @@ impl Ranks {
 
     /// What moves the bytes, for a person.
     pub fn engine(&self) -> String {
-        match &self.nccl {
+        let moves = match &self.nccl {
             Some(nccl) => format!("{} and {}", nccl.name(), self.comm.engine()),
             None => self.comm.engine(),
+        };
+        match self.comm.reduction() {
+            Reduction::Ordered => moves,
+            Reduction::Engine => format!("{moves}, which adds gradients"),
         }
     }
 
@@ -213,8 +217,8 @@ impl Ranks {
         }
     }
 
-    /// The sum of all ranks' flat tensors in the order of the tree, of which each rank gets the elements of its range. The
-    /// others of its own tensor are left as they are. (A reduce-scatter; no two ranges overlap.)
+    /// The sum of all ranks' flat tensors in the order of the tree, or in the engine's if it adds gradients, of which each rank gets the
+    /// elements of its range. The others of its own tensor are left as they are. (A reduce-scatter; no two ranges overlap.)
     ///
     /// # Errors
     /// If a rank has failed.
@@ -226,6 +230,10 @@ impl Ranks {
             for (rank, piece) in pieces.iter().enumerate() {
                 copy_elements(&mut sent, rank * longest, x, piece.clone())?;
             }
+            if self.comm.reduction() == Reduction::Engine {
+                let sum = self.reduce_scatter(&sent)?;
+                return copy_elements(x, own.start, &sum, 0..own.len());
+            }
             let mut received = x.device().with(|| Tensor::uninit(sent.shape(), x.dtype()));
             self.exchange(&sent, &mut received)?;
             if own.is_empty() {
@@ -234,6 +242,30 @@ impl Ranks {
             let parts = (0..world).map(|rank| received.view(rank * longest, &[own.len()])).collect();
             copy_elements(x, own.start, &shards::tree(parts)?, 0..own.len())
         })
+    }
+
+    /// Of pieces of equal length, the engine's sum over ranks of those for this one.
+    pub(crate) fn reduce_scatter(&self, pieces: &Tensor) -> Result<Tensor> {
+        let mut sum = pieces.device().with(|| Tensor::uninit(&[pieces.len() / self.world()], pieces.dtype()));
+        match &self.nccl {
+            Some(nccl) => nccl.reduce_scatter(pieces, &sum)?,
+            None => self.comm.reduce_scatter(pieces.as_bytes(), pieces.dtype(), sum.bytes_mut())?,
+        }
+        Ok(sum)
+    }
+
+    /// Fails unless all ranks agree on who adds gradients, and whoever it is can.
+    ///
+    /// # Errors
+    /// As it says.
+    pub(crate) fn check_reduction(&self, device: Device) -> Result<()> {
+        self.comm().hold_same("--reduce", &format!("{:?}", self.comm.reduction()))?;
+        match self.comm.reduction() {
+            Reduction::Ordered => Ok(()),
+            Reduction::Engine => {
+                self.reduce_scatter(&device.with(|| Tensor::zeros(&[self.world()], DType::F32))).map(drop)
+            }
+        }
     }
 
     /// Gives every rank's range of a flat tensor to all others.
@@ -299,7 +331,6 @@ fn place(x: &mut Tensor, ranges: &[Range<usize>], all: &Tensor) -> Result<()> {
 mod tests {
     use super::*;
     use crate::comm::{threads, Comm};
-    use crate::DType;
 
     #[test]
     fn sums_are_those_of_the_tree_and_given_to_all_however_many_pieces_they_are() {

@@ -10,7 +10,7 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use super::watch::{lock, Inside};
-use super::{Comm, Launch};
+use super::{Comm, Launch, Reduction};
 use crate::{Error, Result};
 
 /// The first word of a client.
@@ -40,6 +40,7 @@ pub struct Store {
     /// What keys begin with: those of earlier starts of the same processes may be there.
     prefix: String,
     posted: Mutex<Posted>,
+    reduction: Reduction,
     /// The call that this rank is in.
     inside: Inside,
 }
@@ -130,7 +131,7 @@ impl Store {
     ///
     /// # Errors
     /// If the agent's store is not where the environment says.
-    pub fn join(launch: &Launch) -> Result<Self> {
+    pub fn join(launch: &Launch, reduction: Reduction) -> Result<Self> {
         let env = |name: &str| std::env::var(name).unwrap_or_default();
         if env("TORCHELASTIC_USE_AGENT_STORE") != "True" {
             let problem = "torchrun started several processes, and its agent keeps its store to itself";
@@ -151,6 +152,7 @@ impl Store {
             address,
             prefix,
             posted: Mutex::default(),
+            reduction,
             inside: Inside::default(),
         };
         store.end_with_others();
@@ -289,6 +291,9 @@ impl Comm for Store {
     fn leave(&self) {
         // What one rank ends with, torchrun ends the others for.
         let _ = self.all_gather(&[], &mut []);
+    }
+    fn reduction(&self) -> Reduction {
+        self.reduction
     }
     fn engine(&self) -> String {
         "torchrun's store".into()

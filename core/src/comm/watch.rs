@@ -3,8 +3,8 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::Comm;
-use crate::Result;
+use super::{Comm, Reduction};
+use crate::{DType, Result};
 
 /// What was moved, and how long that took; waiting for orders is not counted.
 #[derive(Clone, Copy, Debug, Default)]
@@ -81,6 +81,12 @@ impl Comm for Watched {
     }
     fn broadcast(&self, bytes: &mut [u8]) -> Result<()> {
         self.inner.broadcast(bytes)
+    }
+    fn reduction(&self) -> Reduction {
+        self.inner.reduction()
+    }
+    fn reduce_scatter(&self, pieces: &[u8], dtype: DType, sum: &mut [u8]) -> Result<()> {
+        self.timed(sum.len(), || self.inner.reduce_scatter(pieces, dtype, sum))
     }
     fn abort(&self) {
         self.inner.abort();

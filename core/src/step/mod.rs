@@ -301,6 +301,7 @@ impl Learner {
             None => ranks,
         };
         if ranks.world() > 1 {
+            ranks.check_reduction(self.device)?;
             // What all of them compute with.
             let hash = blake3::hash(self.weights.student().to(Device::Cpu).as_bytes()).to_hex();
             ranks.comm().hold_same("the hash of the weights", &hash)?;

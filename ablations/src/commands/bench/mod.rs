@@ -35,6 +35,9 @@ pub struct Args {
     /// One JSON object instead of a table
     #[arg(long)]
     json: bool,
+    /// Who adds the gradients of several processes
+    #[arg(long, value_enum, default_value_t)]
+    reduce: ranks::Reduce,
 }
 
 /// Steps whose parts are timed; the quickest is told of.
@@ -122,7 +125,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         });
         Ok(0)
     };
-    ranks::run(lead, follow)
+    ranks::run(args.reduce, lead, follow)
 }
 
 fn measure(args: &Args, resolved: &Resolved, comm: &Arc<dyn Comm>, begin: Instant) -> Result<Measured> {
