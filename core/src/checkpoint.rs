@@ -261,7 +261,7 @@ impl Saving {
         Ok(Self { run: run.into(), building: new_folder(&folder)? })
     }
 
-    /// Where the files are [written](write).
+    /// Where the files are [written](write()).
     pub fn folder(&self) -> &Path {
         self.building.path()
     }
@@ -447,6 +447,31 @@ pub(crate) fn open(path: &Path) -> Result<Checkpoint> {
     Ok(Checkpoint { path: path.into(), step: state.step, skipped: state.skipped, model, optimizer })
 }
 
+/// The weights of a checkpoint by role, whether or not they are what was written.
+///
+/// # Errors
+/// If a file is missing or cut off.
+pub(crate) fn model(path: &Path) -> Result<TensorFiles> {
+    files(path, &read_state(path)?, Set::Model)
+}
+
+/// Bytes of the files with the weights of a checkpoint.
+///
+/// # Errors
+/// If one is missing.
+pub fn model_bytes(path: &Path) -> Result<u64> {
+    let bytes = |name: &String| {
+        let file = path.join(name);
+        file.metadata().map(|file| file.len()).map_err(Error::io("read", file))
+    };
+    names(path, &read_state(path)?, Set::Model)?.iter().map(bytes).sum()
+}
+
+/// Of which set of a checkpoint a file of this name has tensors.
+pub(crate) fn set_of(name: &str) -> Option<Set> {
+    Set::ALL.into_iter().find(|set| is_split_name(set.stem(), name))
+}
+
 /// The names of the files of a set.
 fn names(path: &Path, state: &State, set: Set) -> Result<Vec<String>> {
     let names: Vec<String> = state.files.keys().filter(|name| is_split_name(set.stem(), name)).cloned().collect();
@@ -483,7 +508,11 @@ pub(crate) fn verify(path: &Path, set: Set) -> Result<String> {
 fn files(path: &Path, state: &State, set: Set) -> Result<TensorFiles> {
     let names = names(path, state, set)?;
     let mut files = TensorFiles::none_of(path);
-    names.iter().try_for_each(|name| files.add(&path.join(name)))?;
+    let broken = |error| match error {
+        Error::Content { path, problem, .. } => Error::content(path, problem, AGAIN),
+        other => other,
+    };
+    names.iter().try_for_each(|name| files.add(&path.join(name)).map_err(broken))?;
     // `state.json` has no hash of its own: what it counts is in the files as well.
     let (key, says) = set.metadata(state.step, state.skipped);
     for (name, metadata) in names.iter().zip(files.metadata()) {

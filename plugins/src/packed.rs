@@ -1,5 +1,6 @@
 //! Images that lie in larger files, tar shards or tables: what their datasets share.
 
+use std::collections::btree_map::Entry;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io::Cursor;
@@ -280,6 +281,62 @@ pub(crate) fn files(path: &Path, ending: &str, key: &str) -> Result<Vec<PathBuf>
     match files.iter().find(|file| !file.is_file()) {
         Some(missing) => Err(wrong(missing, "there is no such file")),
         None => Ok(files),
+    }
+}
+
+/// Which file it is, by whatever name or link.
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    use std::os::unix::fs::MetadataExt;
+    path.metadata().ok().map(|file| (file.dev(), file.ino()))
+}
+
+/// Each file once, under its first name; the others are told of.
+pub(crate) fn once(files: Vec<PathBuf>, notes: &mut Vec<String>) -> Vec<PathBuf> {
+    let mut known: BTreeMap<(u64, u64), PathBuf> = BTreeMap::new();
+    let mut again: Vec<String> = Vec::new();
+    let is_new = |path: &PathBuf| match identity(path).map(|id| known.entry(id)) {
+        Some(Entry::Occupied(first)) => {
+            again.push(match first.get() == path {
+                true => format!("{} is named twice", printable(path)),
+                false => format!("{} is the file {}", printable(path), printable(first.get())),
+            });
+            false
+        }
+        Some(Entry::Vacant(place)) => {
+            place.insert(path.clone());
+            true
+        }
+        None => true,
+    };
+    let files = files.into_iter().filter(is_new).collect();
+    if let Some(first) = again.first() {
+        let more = again.len() - 1;
+        let more = if more > 0 { format!(", and {more} more like it") } else { String::new() };
+        notes.push(format!("{first}{more}: read once"));
+    }
+    files
+}
+
+/// Says which files are trained on and held out as well.
+pub(crate) fn overlap(train: &[PathBuf], held_out: &[PathBuf]) -> Option<String> {
+    let known: Vec<(u64, u64)> = train.iter().filter_map(|path| identity(path)).collect();
+    let both: Vec<&PathBuf> =
+        held_out.iter().filter(|path| identity(path).is_some_and(|id| known.contains(&id))).collect();
+    let first = both.first()?;
+    let more = if both.len() > 1 { format!(" and {} more", both.len() - 1) } else { String::new() };
+    Some(format!("{}{more} held out for probes and trained on: scores are of images that were seen", printable(first)))
+}
+
+/// Fails if a class is named twice.
+///
+/// # Errors
+/// The name.
+pub(crate) fn check_classes(names: &[String]) -> Result<()> {
+    match names.iter().enumerate().find(|(i, name)| names[..*i].contains(name)) {
+        Some((_, name)) => {
+            Err(Error::user(format!("data.classes names `{name}` twice"), "give each class a name of its own"))
+        }
+        None => Ok(()),
     }
 }
 

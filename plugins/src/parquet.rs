@@ -20,7 +20,7 @@ use serde_json::Value;
 use crate::file_hashes::FileHasher;
 use crate::image_folder::labels::{TEST, TRAIN};
 use crate::image_folder::{MaskConfig, Wanted};
-use crate::packed::{self, files, pixel_classes, unlabelled, All, Labels, Packed, Store};
+use crate::packed::{self, check_classes, files, once, overlap, pixel_classes, unlabelled, All, Labels, Packed, Store};
 
 const HELP: &str = "copy or download the file again, or leave it out";
 
@@ -238,20 +238,24 @@ fn open(config: &ParquetConfig) -> Result<Packed<Tables>> {
 
 /// The files to train on, those that are held out, and what to say of them.
 fn parts(config: &ParquetConfig) -> Result<(Vec<PathBuf>, Vec<PathBuf>, Vec<String>)> {
-    let all = files(&config.path, "parquet", "data.path")?;
+    check_classes(&config.classes)?;
+    let mut notes = Vec::new();
+    let all = once(files(&config.path, "parquet", "data.path")?, &mut notes);
     if let Some(val) = &config.val {
-        let notes = vec![format!("the images of {} are held out for probes", printable(val))];
-        return Ok((all, files(val, "parquet", "data.val")?, notes));
+        notes.push(format!("the images of {} are held out for probes", printable(val)));
+        let val = once(files(val, "parquet", "data.val")?, &mut notes);
+        notes.extend(overlap(&all, &val));
+        return Ok((all, val, notes));
     }
     let part = |path: &PathBuf| {
         let stem = path.file_stem().unwrap_or_default().to_string_lossy().to_lowercase();
         stem.split(['-', '_', '.']).next().unwrap_or_default().to_string()
     };
     let of = |names: &[&'static str]| names.iter().copied().find(|name| all.iter().any(|path| part(path) == *name));
-    let (Some(train), Some(test)) = (of(&TRAIN), of(&TEST)) else { return Ok((all, Vec::new(), Vec::new())) };
+    let (Some(train), Some(test)) = (of(&TRAIN), of(&TEST)) else { return Ok((all, Vec::new(), notes)) };
     let those = |name: &str| all.iter().filter(|path| part(path) == name).cloned().collect::<Vec<_>>();
     let (of_train, of_test) = (those(train), those(test));
-    let mut notes = vec![format!("files {train} are trained on, files {test} are held out for probes")];
+    notes.push(format!("files {train} are trained on, files {test} are held out for probes"));
     let left = all.len() - of_train.len() - of_test.len();
     if left > 0 {
         notes.push(format!("{left} other files beside them are not used"));

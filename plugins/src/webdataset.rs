@@ -7,13 +7,14 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use dinolab_core::contract::{DataContext, Dataset};
+use dinolab_core::files::twice;
 use dinolab_core::text::printable;
 use dinolab_core::{plugin, Error, Result};
 use rayon::prelude::*;
 
 use crate::file_hashes::FileHasher;
 use crate::image_folder::{is_image, MaskConfig, Wanted};
-use crate::packed::{self, files, pixel_classes, unlabelled, All, Labels, Packed, Store};
+use crate::packed::{self, check_classes, files, once, overlap, pixel_classes, unlabelled, All, Labels, Packed, Store};
 
 /// A label is a file of at most so many bytes.
 const MOST_LABEL: u64 = 1 << 20;
@@ -139,14 +140,18 @@ impl Store for Shards {
 /// Reads the headers of all shards, and labels; no image is read.
 fn open(config: &WebdatasetConfig) -> Result<Packed<Shards>> {
     let wanted = Wanted::new(config.channels, config.bits, config.background);
-    let mut shards = files(&config.path, "tar", "data.path")?;
+    check_classes(&config.classes)?;
+    let mut notes = Vec::new();
+    let mut shards = once(files(&config.path, "tar", "data.path")?, &mut notes);
     let first = shards.len();
     if let Some(val) = &config.val {
-        shards.extend(files(val, "tar", "data.val")?);
+        let val = once(files(val, "tar", "data.val")?, &mut notes);
+        notes.extend(overlap(&shards, &val));
+        shards.extend(val);
     }
     let found: Vec<Shard> =
         shards.par_iter().map(|path| index(path, config, wanted.takes_arrays())).collect::<Result<_>>()?;
-    let (mut store, mut labels, mut notes) = (Shards::default(), Labels::default(), Vec::new());
+    let (mut store, mut labels) = (Shards::default(), Labels::default());
     let (mut train, mut no_image) = (0, 0);
     let mut hasher = FileHasher::default();
     for (number, (path, shard)) in shards.iter().zip(found).enumerate() {
@@ -364,6 +369,9 @@ fn of_json(file: &mut File, shard: &Path, member: (String, Range<u64>), key: &st
     let help = format!("write an object, with a number or a name as `{key}`, or set data.label to the key that has it");
     let object: serde_json::Map<String, serde_json::Value> =
         serde_json::from_str(&text).map_err(|e| Error::content(&place, e.to_string(), &help))?;
+    if twice(text.as_bytes()).is_some_and(|name| name == key) {
+        return Err(Error::content(place, format!("`{key}` is given twice"), help));
+    }
     match object.get(key) {
         None | Some(serde_json::Value::Null) => Ok(None),
         Some(serde_json::Value::String(name)) => Ok(Some(name.clone())),

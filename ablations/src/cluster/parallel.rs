@@ -126,7 +126,7 @@ pub fn execute(plan: &Plan, options: &ExecuteOptions, jobs: &Jobs, slots: &[Slot
     let mut pool = Pool { slots, workers: Vec::new(), board, shown: Instant::now(), stopping: false };
     if options.smoke_steps > 0 && !trials(plan, options, jobs, &left, &mut pool)? {
         pool.board.finish();
-        return Ok(Tally { interrupted: Some(("a trial run".into(), 0)), ..tally });
+        return Ok(Tally { interrupted: Some(("a trial run".into(), None)), ..tally });
     }
     let mut todo = VecDeque::new();
     for run in left {
@@ -171,7 +171,7 @@ pub fn execute(plan: &Plan, options: &ExecuteOptions, jobs: &Jobs, slots: &[Slot
     }
     match (options.stop.load(Ordering::Relaxed), pool.stopping) {
         (true, _) if tally.interrupted.is_none() => {
-            tally.interrupted = todo.front().map(|(run, _)| (run.label(), 0));
+            tally.interrupted = todo.front().map(|(run, _)| (run.label(), Some(0)));
         }
         // The first failure ended the others.
         (false, true) => tally.interrupted = None,
@@ -216,7 +216,7 @@ fn ended<'a>(
         // One that was asked to stop before it could listen ended at once, with nothing lost.
         (_, code) if code == Some(i32::from(RESUMABLE)) || asked_to_stop && status.signal() == Some(libc::SIGTERM) => {
             let step = super::board::newest(&worker.dir).map_or(0, |(step, _)| step);
-            tally.interrupted = Some((label.clone(), step));
+            tally.interrupted = Some((label.clone(), Some(step)));
         }
         (_, Some(1)) => {
             board.say(&format!("{label}: {}", last_words(&worker.log)));
@@ -235,7 +235,7 @@ fn ended<'a>(
             let how = status.signal().map_or_else(|| format!("{status}"), |signal| format!("signal {signal}"));
             let error = format!("its process ended by {how}; what it said is in {}", worker.log.display());
             let mut budget = Budget::of(&plan.suite, &worker.dir)?;
-            if budget.next(&error, None, run.prepared.recipe())? == Next::Again {
+            if budget.next(&error, None, run.prepared.recipe(), &|_| false)? == Next::Again {
                 board.say(&format!("{label}: failed, and is tried again: {error}"));
                 return Ok(Some(run));
             }

@@ -157,9 +157,8 @@ pub fn run(args: Args) -> Result<ExitCode> {
     }
     if let Some((run, step)) = &tally.interrupted {
         let (done, runs) = (finished(&plan, &all)?.len(), all.len());
-        style::say(&format!(
-            "stopped at {run}, step {step}, saved; {done} of {runs} runs are finished; go on with the same command"
-        ));
+        let at = step.map_or("of which nothing is kept".into(), |step| format!("step {step}, saved"));
+        style::say(&format!("stopped at {run}, {at}; {done} of {runs} runs are finished; go on with the same command"));
         return Ok(ExitCode::from(RESUMABLE));
     }
     conclude(&plan, &tally)

@@ -78,7 +78,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         Format::Onnx => "onnx",
         Format::Safetensors => "dinolab",
     };
-    let files = TensorFiles::open(&source.model_file()?)?;
+    let files = source.stored()?;
     let has_teacher = files.names().any(|name| name.starts_with("teacher."));
     let role = args.role.unwrap_or(Role::Teacher);
     if args.role.is_some() && !source.has_roles() {

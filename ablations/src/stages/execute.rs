@@ -94,6 +94,11 @@ fn check_parents(stage: &Stage, recipe: &toml::Table, before: &[PlannedStage]) -
     let (name, named) = (&stage.name, stage.parents.iter().flat_map(of).collect::<Vec<_>>());
     for (other, step) in &named {
         let Some(recipe) = parent(other).filter(|recipe| !keeps(recipe, steps_of(recipe), *step)) else { continue };
+        if *step > steps_of(recipe) {
+            let problem =
+                format!("stage `{name}` needs step {step} of `{other}`, which has {} steps", steps_of(recipe));
+            return Err(Error::user(problem, format!("name a step that it has, or set more steps in `{other}`")));
+        }
         let problem = format!("stage `{name}` needs step {step} of `{other}`, and its checkpoint would not be kept");
         let help =
             format!("set checkpoint.keep_every of `{other}` to a divisor of {step}, at most {}", steps_of(recipe));

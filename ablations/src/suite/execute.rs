@@ -42,7 +42,7 @@ pub fn execute(plan: &Plan, options: &ExecuteOptions, prepare: Prepare<'_>, prog
     match smoke(plan, &untried(plan, &runs)?, options, prepare, progress)? {
         Tried::Well => {}
         Tried::Stopped => {
-            tally.interrupted = Some(("a trial run".into(), 0));
+            tally.interrupted = Some(("a trial run".into(), None));
             return Ok(tally);
         }
         Tried::LostGpu => {
@@ -53,7 +53,7 @@ pub fn execute(plan: &Plan, options: &ExecuteOptions, prepare: Prepare<'_>, prog
     let all = with_trunks(plan, &runs);
     for (i, run) in all.iter().enumerate() {
         if options.stop.load(Ordering::Relaxed) {
-            tally.interrupted = Some((run.label(), 0));
+            tally.interrupted = Some((run.label(), Some(0)));
             break;
         }
         let before = tally.failed.len();
@@ -228,19 +228,24 @@ fn one(
                 return fails(plan, run, &dropped.unwrap_or_default(), progress, tally);
             }
             Ok(Outcome::Interrupted { step }) => {
-                tally.interrupted = Some((label, step));
+                tally.interrupted = Some((label, Some(step)));
                 return Ok(());
             }
             Err(error) => error,
         };
         let at = if let Error::Run { step, .. } = &error { Some(*step) } else { None };
         let error = error.to_string();
-        let next = budget.next(&error, at, changed.as_ref().unwrap_or(&run.prepared).recipe())?;
+        let with = |changes: &Overrides| {
+            let all = run.overrides.iter().chain(changes).map(|(key, value)| (key.clone(), value.clone()));
+            prepare(&run.base, &all.collect())
+        };
+        let recipe = changed.as_ref().unwrap_or(&run.prepared).recipe();
+        let next = budget.next(&error, at, recipe, &|changes| with(changes).is_ok())?;
         tally.lost_gpu = loses_the_gpu(&error).then_some(LostIn::Run);
         match next {
             Next::Again if options.stop.load(Ordering::Relaxed) => {
                 tally.lost_gpu = None;
-                tally.interrupted = Some((label, newest_step(&dir)?.unwrap_or(0)));
+                tally.interrupted = Some((label, Some(newest_step(&dir)?.unwrap_or(0))));
                 return Ok(());
             }
             Next::Again if tally.lost_gpu.is_some() => {
@@ -253,12 +258,7 @@ fn one(
             }
             Next::MoreMicroBatches(overrides) => {
                 progress.say(&format!("{label}: out of memory, and begun anew with {}", said(&overrides)));
-                let all = run.overrides.iter().chain(&overrides).map(|(key, value)| (key.clone(), value.clone()));
-                resume = false;
-                match prepare(&run.base, &all.collect()) {
-                    Ok(prepared) => changed = Some(prepared),
-                    Err(refused) => return fails(plan, run, &refused.to_string(), progress, tally),
-                }
+                (resume, changed) = (false, Some(with(&overrides)?));
             }
             Next::Fails => return fails(plan, run, &error, progress, tally),
         }

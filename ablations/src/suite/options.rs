@@ -44,6 +44,6 @@ pub struct Tally {
     pub waiting: Vec<String>,
     /// Where this process lost its GPU: what is left is for another.
     pub lost_gpu: Option<LostIn>,
-    /// The run that was asked to stop, and its step.
-    pub interrupted: Option<(String, u64)>,
+    /// The run that was asked to stop, and its step; a trial run keeps none.
+    pub interrupted: Option<(String, Option<u64>)>,
 }

@@ -9,6 +9,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::Arc;
 use std::time::Duration;
 
+use dinolab_core::checkpoint::newest_step;
 use dinolab_core::recipe::is_within;
 use dinolab_core::resolved::Resolved;
 use dinolab_core::{Error, Result};
@@ -402,7 +403,12 @@ impl Plan {
             let which = if arms.len() == self.suite.arms.len() { "any arm".to_string() } else { arms.join(", ") };
             (!arms.is_empty()).then(|| format!("metric `{metric}` is not measured by {which}"))
         };
-        self.suite.metrics.iter().filter_map(|m| warning(&m.name)).collect()
+        // A rule may be of a loss that some arms do not have.
+        let of_rules =
+            self.suite.drop.iter().filter_map(|rule| warning(&rule.metric).filter(|w| w.ends_with("any arm")));
+        let mut all: Vec<String> = self.suite.metrics.iter().filter_map(|m| warning(&m.name)).chain(of_rules).collect();
+        all.dedup();
+        all
     }
 
     /// Compares the plan with what the folder was used for before, and records it in `suite.json`.
@@ -476,6 +482,10 @@ impl Plan {
 /// keys that `may` change.
 pub fn check_unchanged(dir: &Path, prepared: &dyn Prepared, by: &str, may: &dyn Fn(&str) -> bool) -> Result<()> {
     let file = dir.join("recipe.toml");
+    // It failed before it began: there is nothing that another recipe would change.
+    if !file.exists() && !dir.join("result.json").exists() && newest_step(dir)?.is_none() {
+        return Ok(());
+    }
     // Keys that came with a later version of the program have their defaults.
     let resolved = Resolved::load(&file, &Default::default()).ok().map(|resolved| resolved.to_toml());
     let old = resolved.or_else(|| std::fs::read_to_string(file).ok()).and_then(|t| t.parse::<toml::Table>().ok());

@@ -182,16 +182,25 @@ impl Budget {
         self.attempts.iter().any(|a| a.lost_gpu && !a.past).then_some(SAVE_WITHIN)
     }
 
-    /// What follows `error`, at step `at`, of a run of `recipe`. Takes it from the budget, and what a run that begins anew left.
+    /// What follows `error`, at step `at`, of a run of `recipe`. Takes it from the budget, and what a run that begins anew left: with
+    /// the fewest micro-batches that its recipe `accepts`.
     ///
     /// # Errors
     /// If the run's folder cannot be written.
-    pub(crate) fn next(&mut self, error: &str, at: Option<u64>, recipe: &toml::Table) -> Result<Next> {
-        if let Some(parts) = self.policy.shrinks(error).then(|| more_micro_batches(recipe)).flatten() {
+    pub(crate) fn next(
+        &mut self,
+        error: &str,
+        at: Option<u64>,
+        recipe: &toml::Table,
+        accepts: &dyn Fn(&Overrides) -> bool,
+    ) -> Result<Next> {
+        let set = |parts| Overrides::from([(MICRO_BATCHES.to_string(), Value::Integer(parts as i64))]);
+        let mut fewer =
+            more_micro_batches(recipe).filter(|_| self.policy.shrinks(error)).map(|parts| (parts, set(parts)));
+        if let Some((parts, changes)) = fewer.find(|(_, changes)| accepts(changes)) {
             clear(&self.dir)?;
             self.record(Attempt { error: error.into(), micro_batches: Some(parts), ..Attempt::default() })?;
-            let set = [(MICRO_BATCHES.to_string(), Value::Integer(parts as i64))];
-            return Ok(Next::MoreMicroBatches(set.into()));
+            return Ok(Next::MoreMicroBatches(changes));
         }
         let step = newest_step(&self.dir)?;
         let lost = self.attempts.iter().filter(|a| a.lost_gpu && !a.past);
@@ -212,11 +221,11 @@ impl Budget {
     }
 }
 
-/// The smallest number of micro-batches that is at least twice that of `recipe` and divides its batch.
-fn more_micro_batches(recipe: &toml::Table) -> Option<u64> {
+/// The numbers of micro-batches that are at least twice that of `recipe` and divide its batch, the smallest first.
+fn more_micro_batches(recipe: &toml::Table) -> impl Iterator<Item = u64> {
     let batch = |key: &str| recipe.get("batch")?.get(key)?.as_integer().and_then(|n| u64::try_from(n).ok());
-    let (size, now) = (batch("size")?, batch("micro_batches").unwrap_or(1));
-    (2 * now..=size).find(|parts| size.is_multiple_of(*parts))
+    let (size, now) = (batch("size").unwrap_or(0), batch("micro_batches").unwrap_or(1));
+    (2 * now..=size).filter(move |parts| size.is_multiple_of(*parts))
 }
 
 /// Removes what a run left but for its logs. `recipe.toml`, by which a run is known, goes last.
@@ -252,7 +261,7 @@ mod tests {
             left: 0,
             attempts: Attempt::read(dir.path()).unwrap(),
         };
-        let lost = |at| budget().next("CUDA_ERROR_LAUNCH_FAILED", at, &toml::Table::new()).unwrap();
+        let lost = |at| budget().next("CUDA_ERROR_LAUNCH_FAILED", at, &toml::Table::new(), &|_| true).unwrap();
         assert_eq!(budget().save_within(), None);
         assert_eq!([Some(7), Some(3), Some(7), None, None].map(lost), [(); 5].map(|()| Next::Again));
         assert_eq!(budget().save_within(), Some(SAVE_WITHIN));
@@ -265,8 +274,24 @@ mod tests {
     }
 
     #[test]
+    fn a_run_is_not_begun_anew_with_what_its_recipe_refuses() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("metrics.jsonl"), "kept").unwrap();
+        let policy = OnOutOfMemory::MoreMicroBatches;
+        let mut budget = Budget { dir: dir.path().into(), policy, left: 0, attempts: Vec::new() };
+        let recipe = "batch = { size = 12 }".parse().unwrap();
+        let error = "needs about 98 GiB, and the GPU has 78 GiB";
+        assert_eq!(budget.next(error, None, &recipe, &|_| false).unwrap(), Next::Fails);
+        assert!(dir.path().join("metrics.jsonl").exists() && Attempt::read(dir.path()).unwrap().is_empty());
+        let by_three = |changes: &Overrides| changes[MICRO_BATCHES].as_integer().is_some_and(|parts| parts % 3 == 0);
+        let next = budget.next(error, None, &recipe, &by_three).unwrap();
+        assert!(matches!(next, Next::MoreMicroBatches(changes) if changes[MICRO_BATCHES].as_integer() == Some(3)));
+        assert!(!dir.path().join("metrics.jsonl").exists());
+    }
+
+    #[test]
     fn micro_batches_at_least_double_and_divide_the_batch() {
-        let parts = |batch: &str| more_micro_batches(&format!("batch = {{ {batch} }}").parse().unwrap());
+        let parts = |batch: &str| more_micro_batches(&format!("batch = {{ {batch} }}").parse().unwrap()).next();
         assert_eq!(parts("size = 12"), Some(2));
         assert_eq!(parts("size = 12, micro_batches = 2"), Some(4));
         assert_eq!(parts("size = 12, micro_batches = 4"), Some(12));

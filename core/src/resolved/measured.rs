@@ -10,7 +10,7 @@ use crate::contract::Dataset;
 use crate::problem::{Nested, Problem};
 use crate::recipe::{check_tables, Overrides, Probes, RawRecipe};
 use crate::registry::Chosen;
-use crate::Result;
+use crate::{Error, Result};
 
 /// The keys of a recipe that say what is measured on what.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -34,6 +34,14 @@ impl Measured {
     pub fn load(path: &Path, overrides: &Overrides) -> Result<Self> {
         let raw = RawRecipe::load(path)?.with(overrides)?;
         if ["backbone", "losses", "steps"].iter().any(|key| raw.get(key).is_some()) {
+            let key = |set: &String| set.split(['.', '=']).next().unwrap_or_default().trim().to_string();
+            if let Some(other) =
+                overrides.sets.iter().find(|set| !["data", "probes", "seed"].contains(&key(set).as_str()))
+            {
+                let problem = format!("--set {other}: of a recipe, its data, probes and seed are read here");
+                let help = "leave it out; what pixels weights were trained on is in their own recipe or weights.toml";
+                return Err(Error::user(problem, help));
+            }
             let recipe = Resolved::of(raw)?.recipe;
             return Ok(Self { seed: recipe.seed, data: recipe.data, probes: recipe.probes });
         }

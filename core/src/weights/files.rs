@@ -39,6 +39,14 @@ impl TensorFiles {
     /// As [`open`](Self::open), or if a PyTorch file is damaged or holds tensors that have no plain form.
     pub fn published(path: &Path, beside: &Path) -> Result<Self> {
         let file = if path.is_dir() { places::published_in(path)? } else { path.to_path_buf() };
+        if let Some(index) = places::index_of(&file) {
+            let problem = "this is one of several files with the weights of a model";
+            return Err(Error::content(
+                &file,
+                problem,
+                format!("name their index, {}, or their folder", printable(index)),
+            ));
+        }
         match places::is_pickle(&file) && missing(&file).is_none() {
             true => Self::unpickle(&file, beside),
             false => Self::open(&file),

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::MODEL_FILE;
+use crate::files::{index_name, is_split_name};
 use crate::text::printable;
 use crate::{Error, Result};
 
@@ -21,6 +22,14 @@ pub(super) fn import_first(path: &Path) -> Error {
 /// Whether a file has a name of PyTorch's.
 pub(super) fn is_pickle(path: &Path) -> bool {
     path.extension().is_some_and(|ending| PICKLES.iter().any(|known| ending == *known))
+}
+
+/// The index beside a file that is one of several: `model-00001-of-00003.safetensors`.
+pub(super) fn index_of(file: &Path) -> Option<PathBuf> {
+    let name = file.file_name()?.to_str()?;
+    let (stem, _) = name.rsplit_once("-of-")?.0.rsplit_once('-')?;
+    let index = file.with_file_name(index_name(stem));
+    (is_split_name(stem, name) && is_there(&index)).then_some(index)
 }
 
 /// Most entries of a folder that are looked at.

@@ -59,7 +59,13 @@ impl Source {
         for file in [path, &real] {
             let is = |name: &str| file.file_name().is_some_and(|n| n == name);
             let folder = file.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-            if [MODEL_FILE, INDEX_FILE, STATE_FILE, WEIGHTS_FILE, RECIPE_FILE].iter().any(|name| is(name)) {
+            let own = [INDEX_FILE, STATE_FILE, WEIGHTS_FILE, RECIPE_FILE].iter().any(|name| is(name));
+            let set = file.file_name().and_then(|name| checkpoint::set_of(&name.to_string_lossy()));
+            if set == Some(Set::Optimizer) && is_there(&folder.join(STATE_FILE)) {
+                let help = format!("name the checkpoint, {}", printable(folder));
+                return Err(Error::content(path, "these are the moments of a checkpoint, and no weights", help));
+            }
+            if own || set == Some(Set::Model) {
                 if let Ok(Some(source)) = Self::folder(folder) {
                     return Ok(source);
                 }
@@ -194,51 +200,51 @@ impl Source {
         Err(Error::content(self.path(), problem, help))
     }
 
-    /// The safetensors file with the weights, or the index if they are in several; those of a checkpoint were found to be what was
-    /// written.
+    /// The files with the weights; those of a checkpoint were found to be what was written.
     ///
     /// # Errors
     /// If one is missing, or was changed.
-    pub fn model_file(&self) -> Result<PathBuf> {
+    pub fn stored(&self) -> Result<TensorFiles> {
         if let Self::Run { newest: folder, .. } | Self::Checkpoint(folder) = self {
             checkpoint::verify(folder, Set::Model).map_err(|e| self.broken(e))?;
         }
-        Ok(self.unverified())
+        self.unverified()
     }
 
-    /// Where the weights are, whether or not they are what was written.
-    fn unverified(&self) -> PathBuf {
+    /// The same, whether or not they are what was written.
+    fn unverified(&self) -> Result<TensorFiles> {
         match self {
-            Self::Run { newest: folder, .. } | Self::Checkpoint(folder) | Self::Weights(folder) => {
-                let [whole, index] = [MODEL_FILE, INDEX_FILE].map(|name| folder.join(name));
-                if !is_there(&whole) && is_there(&index) {
-                    return index;
-                }
-                whole
+            // Those that it says it has, whatever lies beside them.
+            Self::Run { newest: folder, .. } | Self::Checkpoint(folder) => {
+                checkpoint::model(folder).map_err(|e| self.broken(e))
             }
-            Self::File(file) => file.clone(),
+            Self::Weights(folder) => {
+                let [whole, index] = [MODEL_FILE, INDEX_FILE].map(|name| folder.join(name));
+                TensorFiles::open(if !is_there(&whole) && is_there(&index) { &index } else { &whole })
+            }
+            Self::File(file) => TensorFiles::open(file),
         }
     }
 
     /// Names and shapes of the tensors, which are not read: nor is it seen whether they are what was written.
     ///
     /// # Errors
-    /// If the file is missing or cut off.
+    /// If a file is missing or cut off.
     pub(crate) fn shapes(&self) -> Result<BTreeMap<String, Vec<usize>>> {
-        let files = TensorFiles::open(&self.unverified())?;
+        let files = self.unverified()?;
         Ok(files.names().filter_map(|name| Some((name.to_string(), files.shape(name)?.to_vec()))).collect())
     }
 
     /// BLAKE3 of the file with the weights; if they are in several, of the hashes of these, in order of their names.
     ///
     /// # Errors
-    /// As [`model_file`](Self::model_file), or if the file cannot be read.
+    /// As [`stored`](Self::stored), or if a file cannot be read.
     pub fn hash(&self) -> Result<String> {
         match self {
             Self::Run { newest: folder, .. } | Self::Checkpoint(folder) => {
                 checkpoint::verify(folder, Set::Model).map_err(|e| self.broken(e))
             }
-            Self::Weights(_) | Self::File(_) => hash_files(TensorFiles::open(&self.unverified())?.files()),
+            Self::Weights(_) | Self::File(_) => hash_files(self.unverified()?.files()),
         }
     }
 
@@ -255,7 +261,7 @@ impl Source {
     /// # Errors
     /// As [`tensors`](Self::tensors).
     pub(crate) fn files(&self) -> Result<TensorFiles> {
-        let tensors = TensorFiles::open(&self.model_file()?)?;
+        let tensors = self.stored()?;
         for name in tensors.names() {
             let refuse = |problem: String| {
                 Err(Error::content(self.path(), problem, "take an earlier checkpoint, or import the weights again"))
@@ -278,7 +284,7 @@ impl Source {
         let older = checkpoint::list(folder).unwrap_or_default().into_iter().rev().filter(|c| c != newest);
         match older.into_iter().find(|c| checkpoint::verify(c, Set::Model).is_ok()) {
             Some(whole) => {
-                let problem = format!("the newest checkpoint of this run is broken: {}", error.problem());
+                let problem = format!("the newest checkpoint of this run is broken: {}", error.problem_of(""));
                 Error::content(newest, problem, format!("name the one before: {}", printable(whole)))
             }
             None => error,

@@ -5,6 +5,8 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use dinolab_core::contract::{DataContext, Dataset};
+use dinolab_core::files::twice;
+use dinolab_core::text::printable;
 use dinolab_core::{plugin, Error, Result};
 
 use super::depth::Depths;
@@ -239,6 +241,9 @@ fn of_json(file: &Path, text: &str) -> Result<Vec<(usize, Cells)>> {
         };
         let object: serde_json::Map<String, serde_json::Value> =
             serde_json::from_str(line).map_err(|e| wrong(e.to_string()))?;
+        if let Some(key) = twice(line.as_bytes()) {
+            return Err(wrong(format!("`{}` is given twice", printable(key))));
+        }
         let mut cells = Cells::new();
         for (key, value) in object {
             let cell = match value {

@@ -157,6 +157,35 @@ fn shards_are_one_list_of_images_with_labels() {
 }
 
 /// A grey picture of 8 x 4 pixels with `number` in its lower half and 1 in its upper.
+#[test]
+fn a_file_is_read_once_however_often_it_is_named_and_held_out_images_that_are_trained_on_are_told() {
+    let lab = Lab::new();
+    lab.tar("a.tar", &[("0.png", &picture(10)), ("1.png", &picture(20))]);
+    lab.tar("b.tar", &[("2.png", &picture(30)), ("3.png", &picture(40)), ("4.png", &picture(50))]);
+    let notes = |mut table: Value| {
+        table["held_out"] = 0.0.into();
+        let data = lab.open("webdataset", table).expect("two shards");
+        (data.len(), data.summary().notes.join("; "))
+    };
+    let (whole, _) = notes(json!({ "path": "{a,b}.tar" }));
+    let (len, said) = notes(json!({ "path": "{a,b,a,a}.tar" }));
+    assert!(len == whole && said.contains("a.tar is named twice, and 1 more like it: read once"), "{len}: {said}");
+    fs::create_dir(lab.path("links")).unwrap();
+    fs::copy(lab.path("a.tar"), lab.path("links/a.tar")).unwrap();
+    std::os::unix::fs::symlink("a.tar", lab.path("links/b.tar")).unwrap();
+    fs::hard_link(lab.path("links/a.tar"), lab.path("links/c.tar")).unwrap();
+    let (len, said) = notes(json!({ "path": "links" }));
+    let (once, _) = notes(json!({ "path": "a.tar" }));
+    assert!(len == once && said.contains("b.tar is the file"), "{len}: {said}");
+    let (_, said) = notes(json!({ "path": "{a,b}.tar", "val": "b.tar", "held_out": 0.0 }));
+    assert!(said.contains("b.tar held out for probes and trained on"), "{said}");
+    let (_, said) = notes(json!({ "path": "a.tar", "val": "b.tar" }));
+    assert!(!said.contains("trained on"), "{said}");
+    lab.refused("webdataset", json!({ "path": "a.tar", "classes": ["x", "y", "x"] }), &["names `x` twice"]);
+    lab.tar("twice.tar", &[("1.png", &picture(1)), ("1.json", br#"{"label": 0, "label": 1}"#)]);
+    lab.refused("webdataset", json!({ "path": "twice.tar", "label": "label" }), &["`label` is given twice", "1.json"]);
+}
+
 fn grey(number: u8) -> Vec<u8> {
     let mut bytes = std::io::Cursor::new(Vec::new());
     let image = GrayImage::from_fn(8, 4, |_, y| Luma([if y < 2 { 1 } else { number }]));

@@ -335,5 +335,7 @@ fn what_is_wrong_with_a_table_is_named_with_its_line() {
     refused("t.csv", b"path,label\nimages/cat/a.png,\"cat\nimages/dog/a.png,dog\n", &["line 2", "`cat`", "quote"]);
     refused("t.txt", TABLE.as_bytes(), &["t.txt", ".csv or a .jsonl"]);
     refused("t.jsonl", b"{\"path\": \"images/cat/a.png\", \"label\": 1.5}", &["line 1", "`label` is 1.5"]);
+    let twice = b"{\"path\": \"images/cat/a.png\", \"label\": 1, \"label\": 2}";
+    refused("t.jsonl", twice, &["line 1", "`label` is given twice"]);
     refused("t.jsonl", b"\n{\"path\": ", &["line 2"]);
 }

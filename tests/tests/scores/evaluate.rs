@@ -36,6 +36,31 @@ fn score<'a>(eval: &'a Value, weights: usize, size: usize, name: &str) -> &'a Va
 }
 
 #[test]
+fn a_key_that_is_not_read_of_a_recipe_is_refused() {
+    let folder = Folder::with_micro();
+    folder.succeed(&["train", "micro.toml", "--out", "run", "--set", "steps=1"]);
+    let eval = |set: &str| {
+        folder.run(&[
+            "eval",
+            "run",
+            "--data",
+            "micro.toml",
+            "--probes",
+            "cls_patch_cosine",
+            "--out",
+            "seen",
+            "--set",
+            set,
+        ])
+    };
+    for set in ["crops.mean=[0.0, 0.0, 0.0]", "batch.size=2"] {
+        let ended = eval(set);
+        assert!(ended.code == 2 && ended.err.contains(&format!("--set {set}: ")), "{}", ended.err);
+    }
+    assert_eq!(eval("data.count=32").code, 0);
+}
+
+#[test]
 fn a_run_its_step_and_its_export_are_scored_side_by_side_and_done_ones_are_kept() {
     let folder = lab();
     let args = ["eval", "run", "weights", "run@8", "--data", "data.toml", "--sizes", "32,48", "--out", "seen"];

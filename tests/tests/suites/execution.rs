@@ -23,7 +23,7 @@ fn an_interrupted_suite_continues_without_repeating_finished_runs() {
     let plan = lab.plan(&suite()).expect("a valid suite");
     *lab.trainer.stop_at.borrow_mut() = Some("on 0".into());
     let first = lab.execute(&plan, |_| ()).expect("it ran");
-    assert_eq!(first.interrupted, Some(("on seed 0".into(), 20)));
+    assert_eq!(first.interrupted, Some(("on seed 0".into(), Some(20))));
     assert_eq!(lab.log(), ["off 0 from 0 to 40", "on 0 from 0 to 40"]);
     let before = fs::read(lab.out().join("arms/off/seed-0/result.json")).expect("it was finished");
 
@@ -177,6 +177,20 @@ fn what_does_not_fit_is_begun_anew_with_more_micro_batches_if_the_suite_says_so(
     let (summary, _) = report::write(&plan, provenance(), &look).expect("it was written");
     let said = summary.warnings.join("\n");
     assert!(said.contains("off seed 0 did not fit and was begun anew with batch.micro_batches = 4"), "{said}");
+}
+
+#[test]
+fn a_run_that_failed_before_it_began_is_no_other_suites() {
+    let lab = Lab::new();
+    let plan = lab.plan(&suite()).expect("a valid suite");
+    *lab.trainer.fail_at.borrow_mut() = Some("on 1".into());
+    assert_eq!(lab.execute(&plan, |_| ()).expect("it ran").failed.len(), 1);
+    // As a run leaves it whose weights to start from were not there.
+    fs::remove_file(lab.out().join("arms/on/seed-1/recipe.toml")).expect("the fake writes it first");
+    *lab.trainer.fail_at.borrow_mut() = None;
+    assert_eq!(lab.execute(&plan, |_| ()).expect("the others are done").failed.len(), 1);
+    let tally = lab.execute(&plan, |o| o.retry_failed = true).expect("it is done now");
+    assert_eq!((tally.finished, tally.failed.len()), (1, 0));
 }
 
 #[test]

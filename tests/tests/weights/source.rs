@@ -97,7 +97,7 @@ fn what_is_no_weights_is_named_with_what_to_do() {
         (cache, "there are no weights here"),
         (folder.path("runs"), "runs below"),
         (folder.path("runs/first/checkpoints"), "the checkpoints of a run"),
-        (folder.path("runs/first/checkpoints/step-00000002/optimizer.safetensors"), "other names than dinolab's"),
+        (folder.path("runs/first/checkpoints/step-00000002/optimizer.safetensors"), "the moments of a checkpoint"),
         (folder.path("begun"), "no checkpoint yet"),
         (folder.path("empty"), "there are no weights here"),
         (folder.path("dead"), "a link to gone, where nothing is"),
@@ -222,9 +222,32 @@ fn a_checkpoint_in_several_files_is_read_wherever_one_is() {
         parents[0]["weights"].as_str().expect("a hash").to_string()
     };
     assert_eq!(parents("begun1"), parents("begun2"));
-    fs::remove_file(folder.path(newest).join(second)).unwrap();
+    // What lies beside the files of a checkpoint is none of it; one of them stands for all.
+    let stray = folder.path(newest).join("model.safetensors");
+    train("other", &["seed=7"]);
+    fs::copy(folder.path("other/checkpoints/step-00000004/model.safetensors"), &stray).unwrap();
+    let shard = format!("{newest}/{second}");
+    for (i, path) in ["several", newest, &shard].into_iter().enumerate() {
+        folder.succeed(&["export", path, "--format", "safetensors", "--out", &format!("beside{i}")]);
+        same("export0/model.safetensors", &format!("beside{i}/model.safetensors"));
+    }
+    fs::remove_file(stray).unwrap();
+    folder.succeed(&["export", "several", "--format", "hf", "--shard-size", "1", "--out", "hf"]);
+    let names = fs::read_dir(folder.path("hf")).unwrap().map(|entry| entry.unwrap().path());
+    let part =
+        names.into_iter().find(|path| path.display().to_string().contains("model-00001-of-")).expect("it is split");
+    let ended = folder.run(&["import", part.to_str().unwrap(), "--out", "imported"]);
+    assert!(ended.code == 2 && ended.err.contains("one of several files"), "{}", ended.err);
+    fs::remove_file(folder.path(&shard)).unwrap();
     let ended = folder.run(&["export", "several", "--format", "safetensors", "--out", "none"]);
-    assert!(ended.code == 2 && ended.err.contains("step-00000002") && ended.err.contains("broken"), "{}", ended.err);
+    assert!(
+        ended.code == 2
+            && ended.err.contains("step-00000002")
+            && ended.err.contains("broken")
+            && ended.err.contains(&second),
+        "{}",
+        ended.err
+    );
 }
 
 #[test]

@@ -109,7 +109,7 @@ impl Pages {
     /// Makes the filmstrip of a run again if it keeps other checkpoints than before.
     fn look(&mut self) {
         let kept = checkpoint::list(&self.folder).unwrap_or_default();
-        let small = |path: &PathBuf| path.join("model.safetensors").metadata().is_ok_and(|m| m.len() <= LARGEST);
+        let small = |path: &PathBuf| checkpoint::model_bytes(path).is_ok_and(|bytes| bytes <= LARGEST);
         if kept == self.film_of || !kept.iter().all(small) {
             return;
         }
