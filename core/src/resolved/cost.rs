@@ -19,6 +19,8 @@ pub struct RunCost {
     pub flops_per_image: f64,
     /// Parts of the memory at the point of a step where it is most, in bytes: on a GPU unless the recipe says otherwise.
     pub memory: Vec<(&'static str, f64)>,
+    /// Bytes of host memory that a GPU's updates read in place.
+    pub pinned: f64,
     /// Patches of all crops of one kind in a micro-batch, at most.
     pub most_patches: f64,
 }
@@ -153,8 +155,6 @@ fn cost_at(
     let distilled_len = distilled.as_ref().map(|m| m.layout.len());
     let part = 0..model.layout.len().div_ceil(ranks);
     let storage = Storage::new(&model.layout, recipe.optimizer.moments.unwrap_or_default(), &part);
-    let offload = recipe.optimizer.offload_moments && device != Device::Cpu;
-    let moment = storage.bytes(recipe.dtype(device).wide(), offload);
     let layers = Layers::of(&model.layout);
     // A fused update has gradients of the layers that the backward pass is in. With one micro-batch each, processes have gradients of their part and a share of the sums, and of the layers that the backward
     // pass is in.
@@ -164,7 +164,7 @@ fn cost_at(
         false => (model.layout.len(), model.layout.len()),
     };
     let of_models = (model.layout.len(), has_teacher, named_len, distilled_len);
-    let mut memory = weights(recipe, (device, ranks), of_models, (gradients, moment));
+    let (mut memory, pinned) = weights(recipe, (device, ranks), of_models, (gradients, &storage));
     let moved = 2 * Ranks::at_once_on(device).min(longest) * recipe.dtype(device).wide().size();
     memory.extend((ranks > 1).then_some(("moved between processes", moved as f64)));
 
@@ -192,7 +192,7 @@ fn cost_at(
     });
     let patches = |(count, grid): (usize, Grid)| part * count as f64 * grid.patches() as f64;
     let most_patches = own.into_iter().map(patches).fold(patches(globals), f64::max);
-    RunCost { modules, flops_per_image: flops, memory, most_patches }
+    RunCost { modules, flops_per_image: flops, memory, pinned, most_patches }
 }
 
 /// What the probes of a run cost that begins after `start` steps: how often one is taken, images that they see in all, and
@@ -273,28 +273,34 @@ fn count_in(model: &Declared, prefix: &str) -> usize {
 }
 
 /// What lasts from step to step, in bytes: for so many parameters, a teacher with as many if there is one, those of further
-/// teachers and of a model to distil from; so many gradients, and moments of so many bytes.
+/// teachers and of a model to distil from; so many gradients, and moments at these places. And what of it is in pinned host memory.
 fn weights(
     recipe: &Recipe,
     (device, ranks): (Device, usize),
     (own, teacher, further, distilled): (usize, bool, usize, Option<usize>),
-    (gradients, moment): (usize, f64),
-) -> Vec<(&'static str, f64)> {
+    (gradients, storage): (usize, &Storage),
+) -> (Vec<(&'static str, f64)>, f64) {
     let features = recipe.dtype(device);
     let wide = |n: usize| n as f64 * features.wide().size() as f64;
     // Lower halves are spread over the ranks, and may be in host memory.
-    let lower = if features == DType::BF16 && recipe.optimizer.offload { 0.0 } else { 1.0 / ranks as f64 };
-    let kept = |n: usize| {
-        let rounded = n as f64 * features.size() as f64;
-        rounded + lower * (wide(n) - rounded)
+    let (in_place, beside) = match features == DType::BF16 && recipe.optimizer.offload {
+        true => (0.0, 1.0 / ranks as f64),
+        false => (1.0 / ranks as f64, 0.0),
     };
+    let rounded = |n: usize| n as f64 * features.size() as f64;
+    let kept = |n: usize| rounded(n) + in_place * (wide(n) - rounded(n));
+    let all = own + if teacher { own } else { 0 } + further;
+    let mut pinned = beside * (wide(all) - rounded(all));
     let mut memory = vec![("student", kept(own)), ("gradients", wide(gradients))];
     // Shards wait for each other in a tree; their sum is made beside them.
     let waiting = recipe.batch.shards.ilog2();
     memory.extend((waiting > 0).then(|| ("gradients of shards", f64::from(waiting + 1) * wide(own))));
     memory.extend(teacher.then(|| ("EMA teacher", kept(own))));
     let moments = recipe.optimizer.plugin.build(&mut ()).map_or(0, |optimizer| optimizer.moments().len());
-    let of_moments = moments as f64 * moment;
+    let offload = recipe.optimizer.offload_moments && device != Device::Cpu;
+    let moment = |offload| storage.bytes(features.wide(), offload);
+    let of_moments = moments as f64 * moment(offload);
+    pinned += moments as f64 * (moment(false) - moment(offload));
     memory.extend(match moments {
         0 => None,
         1 => Some(("optimizer (1 moment)", of_moments)),
@@ -306,7 +312,7 @@ fn weights(
     if device != Device::Cpu {
         memory.push(("workspace of matrix products", cuda::WORKSPACE as f64));
     }
-    memory
+    (memory, pinned)
 }
 
 /// Masked patches an image, on average; 0 if the plugin refuses its configuration.

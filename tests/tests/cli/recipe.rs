@@ -329,6 +329,30 @@ fn data_that_are_here_are_held_to_what_they_are_and_those_elsewhere_are_a_warnin
     assert!(ended.code == 2 && ended.err.contains("have no mask here"), "{}", ended.err);
 }
 
+/// What leaves the GPU's memory is counted as the host's.
+#[test]
+fn pinned_host_memory_is_told_with_the_cost() {
+    let folder = Folder::new();
+    let recipe = root().join("recipes/vit_7b_one_card.toml");
+    let path = recipe.to_str().expect("a path in UTF-8");
+    let told = |sets: &[&str]| {
+        let args = ["recipe", "check", "--cost", path].into_iter().chain(sets.iter().flat_map(|set| ["--set", *set]));
+        let out = folder.succeed(&args.collect::<Vec<_>>()).out;
+        let gib = |line: &str| line.split(" GiB").next()?.split_whitespace().next_back()?.parse::<f64>().ok();
+        let find =
+            |word: &str| out.lines().filter(|line| line.contains("GiB")).find(|line| line.contains(word)).and_then(gib);
+        (find("together").expect("a sum"), find("pinned host memory").unwrap_or(0.0))
+    };
+    let (all, none) = told(&["optimizer.moments=f32"]);
+    assert_eq!(none, 0.0);
+    for sets in [&["offload"][..], &["offload_moments"], &["offload", "offload_moments"]] {
+        let sets: Vec<String> = sets.iter().map(|key| format!("optimizer.{key}=true")).collect();
+        let sets: Vec<&str> = sets.iter().map(String::as_str).chain(["optimizer.moments=f32"]).collect();
+        let (gpu, host) = told(&sets);
+        assert!(host > 20.0 && (gpu + host - all).abs() < 0.05, "{sets:?}: {gpu} + {host}, and {all} in all");
+    }
+}
+
 #[test]
 fn an_update_in_the_backward_pass_is_refused_where_it_needs_all_gradients() {
     let folder = Folder::with_micro();

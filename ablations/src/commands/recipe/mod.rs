@@ -229,5 +229,8 @@ fn cost_table(cost: &cost::RunCost) -> String {
     write!(text, "\n{}\n", style.bold("memory")).expect("writing to a string");
     let memory = cost.memory.iter().map(|(name, bytes)| row(name, text::bytes(*bytes)));
     text += &style::table(memory.chain([row("together", text::bytes(cost.total_memory()))]));
+    if cost.pinned > 0.0 {
+        text += &format!("and {} of pinned host memory\n", text::bytes(cost.pinned));
+    }
     text + "\n"
 }
