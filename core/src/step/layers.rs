@@ -5,7 +5,8 @@ use std::ops::Range;
 use crate::params::Layout;
 use crate::{DType, Device, Error, Result, Tensor};
 
-/// The layers of a model, as ranges of its flat memory: neighbouring parameters of one layer of one sub-model.
+/// The layers of a model, as ranges of its flat memory: neighbouring parameters of one layer of one sub-model, with the padding
+/// behind them.
 #[derive(Clone, Debug)]
 pub(crate) struct Layers {
     ranges: Vec<Range<usize>>,
@@ -27,9 +28,10 @@ impl Layers {
         let (mut ranges, mut of_param): (Vec<Range<usize>>, Vec<usize>) = Default::default();
         for (i, spec) in specs.iter().enumerate() {
             let same = i > 0 && (specs[i - 1].module(), specs[i - 1].layer) == (spec.module(), spec.layer);
+            let end = specs.get(i + 1).map_or(layout.len(), |next| next.offset);
             match ranges.last_mut().filter(|_| same) {
-                Some(last) => last.end = spec.range().end,
-                None => ranges.push(spec.range()),
+                Some(last) => last.end = end,
+                None => ranges.push(spec.offset..end),
             }
             of_param.push(ranges.len() - 1);
         }
