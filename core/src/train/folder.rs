@@ -232,6 +232,20 @@ impl RunFolder {
         Ok(notes)
     }
 
+    /// Writes the recipe again if somebody removed it, or the folder: without it nobody could go on from a checkpoint. Says whether it
+    /// did.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub(super) fn keep_recipe(&self, resolved: &Resolved) -> Result<bool> {
+        let file = self.path.join("recipe.toml");
+        if file.exists() {
+            return Ok(false);
+        }
+        fs::create_dir_all(&self.path).map_err(Error::io("create", &self.path))?;
+        write_file(&file, resolved.to_toml().as_bytes()).map(|()| true)
+    }
+
     /// Holds what a run goes on with to what it was last run with.
     fn compare(&self, now: &RunInfo) -> Result<Vec<String>> {
         let Some(before) = RunInfo::read(&self.path)? else {

@@ -380,6 +380,9 @@ impl Run<'_> {
             // A kill may have come between its writing and the removal of an older one.
             return checkpoint::prune(self.folder.path(), step, keep);
         }
+        if self.folder.keep_recipe(self.resolved)? {
+            self.warn(step, "folder", "the run's recipe.toml was gone while it ran, and is written again")?;
+        }
         self.log.sync()?;
         let saving = checkpoint::Saving::begin(self.folder.path())?;
         let written = self.lead.save(&self.learner, step, &saving, config.file_bytes())?;

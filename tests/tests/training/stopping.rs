@@ -454,6 +454,21 @@ fn what_has_nothing_to_save_ends_with_a_sentence() {
 }
 
 #[test]
+fn a_run_whose_recipe_is_removed_while_it_runs_writes_it_again() {
+    let folder = Folder::with_micro();
+    let args = [&run("bare")[..], &["--set", "steps=4000"]].concat();
+    let mut child = start(&folder, &args);
+    wait_until(&mut child, || saved(&folder.path("bare")) >= 4);
+    fs::remove_file(folder.path("bare/recipe.toml")).expect("a run has one");
+    wait_until(&mut child, || folder.path("bare/recipe.toml").exists());
+    let ended = stopped(child, "TERM", Duration::ZERO);
+    assert!(ended.code == 75 && folder.read("bare/messages.jsonl").contains("recipe.toml was gone"), "{ended:?}");
+    let at = saved(&folder.path("bare"));
+    let longer = format!("steps={}", at + 2);
+    folder.succeed(&[&run("bare")[..], &["--set", &longer]].concat());
+}
+
+#[test]
 fn a_second_signal_ends_a_run_at_once_and_loses_nothing_that_was_saved() {
     let folder = Folder::with_micro();
     let args = ["train", "micro.toml", "--set", "steps=2000", "--out", "run"];
