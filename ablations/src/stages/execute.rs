@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::Arc;
 
+use dinolab_core::checkpoint::newest_step;
 use dinolab_core::recipe::is_within;
 use dinolab_core::train::Parent;
 use dinolab_core::weights::Source;
@@ -52,8 +53,18 @@ pub fn plan(stages: &Stages, out: &Path, extra: &Overrides, prepare: Prepare<'_>
         let dir = out.join(&stage.name);
         if Status::of(&dir)? != Status::Pending {
             // A stage may become longer; the folders of other stages may have been moved with its own.
-            let may = |key: &str| key == "steps" || stage.parents.iter().any(|(named, _)| is_within(key, named));
+            let step = |named: Option<&str>| named?.trim_matches('"').rsplit_once('@')?.1.parse::<u64>().ok();
+            let may = |key: &str, was: Option<&str>, is: Option<&str>| {
+                let of_parent =
+                    || stage.parents.iter().any(|(named, _)| is_within(key, named)) && step(was) == step(is);
+                key == "steps" || of_parent()
+            };
             check_unchanged(&dir, prepared.as_ref(), "chain", &may)?;
+            let (done, steps) = (newest_step(&dir)?.unwrap_or(0), steps_of(prepared.recipe()));
+            if steps < done {
+                let problem = format!("this stage has done {done} steps, and its recipe now has {steps}");
+                return Err(Error::content(dir, problem, "set its steps to as many, or move this folder away"));
+            }
         }
         for parent in &planned {
             prepared.check_parent(&here.join(&parent.stage.name), parent.prepared.recipe())?;

@@ -474,13 +474,18 @@ impl Plan {
 
     /// Fails if a run was started with a recipe that gives other numbers than the suite's.
     fn check_unchanged(&self, run: &PlannedRun) -> Result<()> {
-        check_unchanged(&self.out.join(&run.dir), run.prepared.as_ref(), "suite", &|_| false)
+        check_unchanged(&self.out.join(&run.dir), run.prepared.as_ref(), "suite", &|_, _, _| false)
     }
 }
 
 /// Fails if the run in `dir` was started with a recipe that gives other numbers than that of `by`, which is given now, but for
-/// keys that `may` change.
-pub fn check_unchanged(dir: &Path, prepared: &dyn Prepared, by: &str, may: &dyn Fn(&str) -> bool) -> Result<()> {
+/// keys that `may` change so, given with their values.
+pub fn check_unchanged(
+    dir: &Path,
+    prepared: &dyn Prepared,
+    by: &str,
+    may: &dyn Fn(&str, Option<&str>, Option<&str>) -> bool,
+) -> Result<()> {
     let file = dir.join("recipe.toml");
     // It failed before it began: there is nothing that another recipe would change.
     if !file.exists() && !dir.join("result.json").exists() && newest_step(dir)?.is_none() {
@@ -492,8 +497,10 @@ pub fn check_unchanged(dir: &Path, prepared: &dyn Prepared, by: &str, may: &dyn 
     let changes: String = match old {
         Some(old) => {
             let mut changes = changed_keys(&old, prepared.recipe());
-            let other = |key: &str| prepared.matters(key) && !may(key);
-            changes.retain(|(key, was, is)| other(key) && !trunk::are_same_place(was, is));
+            changes.retain(|(key, was, is)| {
+                let allowed = || may(key, was.as_deref(), is.as_deref()) || trunk::are_same_place(was, is);
+                prepared.matters(key) && !allowed()
+            });
             if changes.is_empty() {
                 return Ok(());
             }

@@ -24,6 +24,7 @@ use super::schema::{CropConfig, OptimizerConfig};
 use crate::contract::{Augmentation, Masking, Optimizer};
 use crate::problem::{nearest, Origin, Problem, SourceFile};
 use crate::registry;
+use crate::text::printable;
 use crate::{Error, Result};
 
 /// Whether a variable's name has the prefix of keys and an empty part, which figment passes over.
@@ -64,6 +65,9 @@ pub struct Overrides {
     /// Whether `DINOLAB_...` variables count.
     pub env: bool,
 }
+
+/// Parts of a key at most: no table is deeper.
+const DEEPEST: usize = 64;
 
 /// A recipe as written: layers merged, nothing checked, no defaults.
 #[derive(Clone, Debug)]
@@ -113,6 +117,12 @@ impl RawRecipe {
             let origin = origin(&problem.key);
             Problem { at_value: false, ..problem.at(origin) }
         };
+        for (table, what, command) in [("stage", "a chain of stages", "stages"), ("arm", "a suite", "ablate")] {
+            if matches!(value.get(table), Some(Value::Array(..))) {
+                let problem = at(Problem::error(table, format!("this is the file of {what}, and no recipe")));
+                return Err(problem.help(format!("`dinolab {command} {}`", printable(&source.path))).into());
+            }
+        }
         let expected = value.remove(expected::KEY).map(Expected::of).transpose().map_err(at)?;
         let renamed = old_names::rename(&mut value).map_err(at)?;
         let base = match value.remove("extends") {
@@ -223,6 +233,10 @@ impl RawRecipe {
     pub(crate) fn set(&mut self, key: &str, value: Value, origin: Origin) -> Result<()> {
         if key.is_empty() || key.split('.').any(str::is_empty) {
             let wrong = Problem::error("", format!("`{key}` is not a dotted key")).at(origin);
+            return Err(wrong.help("for example optimizer.lr").into());
+        }
+        if key.split('.').count() > DEEPEST {
+            let wrong = Problem::error("", format!("a key of more than {DEEPEST} parts")).at(origin);
             return Err(wrong.help("for example optimizer.lr").into());
         }
         let new = old_names::new_name(key);

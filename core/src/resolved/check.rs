@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::sizes;
 use crate::contract::{
-    Annotation, At, Backbone, CropContext, Dataset, Grid, ImageSize, Loss, Masking, Probe, TeacherPolicy,
+    Annotation, At, Backbone, CropContext, Dataset, Grid, ImageSize, Loss, Masking, Probe, Schedule, TeacherPolicy,
 };
 use crate::problem::{Problem, Severity};
 use crate::recipe::{MomentStorage, Precision, ProbeEntry, Recipe};
@@ -253,6 +253,18 @@ fn together(recipe: &Recipe, problems: &mut Vec<Problem>) {
         let problem = lowest.map(|message| Problem::warning(format!("losses.{name}.weight"), message));
         problems.extend(problem.map(|p| p.help("this is right for a few ideas only; losses are minimised")));
     }
+    if recipe.losses.0.contains_key("") {
+        problems.push(Problem::error("losses", "a loss has an empty name").help("give it one"));
+    }
+    let is_idle = |schedule: &Schedule| {
+        let at = |step| schedule.at(At { step, total: recipe.steps });
+        schedule.landmarks(recipe.steps).into_iter().all(|step| at(step) == 0.0)
+    };
+    let mut weights = recipe.losses.0.values().filter(|entry| entry.enabled).map(|entry| &entry.weight).peekable();
+    if recipe.steps > 0 && weights.peek().is_some() && weights.all(is_idle) {
+        let message = "all losses have the weight 0 at every step, so nothing is learned";
+        problems.push(Problem::warning("losses", message).help("set the weight of one"));
+    }
 }
 
 /// Another number of channels in `crops.mean`, in `crops.std` and in the images.
@@ -479,6 +491,10 @@ fn losses(
         }
         if let (true, Some(masking)) = (needs.masks, masking) {
             problems.extend(masked(recipe, masking, backbone.patch_size(), name));
+        }
+        if needs.masks && !needs.teacher && distils {
+            let message = "the student of a frozen teacher sees whole images, so also the pixels that this loss hides from others";
+            problems.push(Problem::warning(&key, message).help(off.clone()));
         }
         // With a teacher of its own to learn from, patches in plain sight teach something.
         if needs.masks && !backbone.hides_masked_patches() && !distils {

@@ -329,6 +329,31 @@ fn data_that_are_here_are_held_to_what_they_are_and_those_elsewhere_are_a_warnin
     assert!(ended.code == 2 && ended.err.contains("have no mask here"), "{}", ended.err);
 }
 
+#[test]
+fn files_of_another_kind_and_recipes_that_teach_nothing_are_named() {
+    let folder = Folder::with_micro();
+    folder.write("chain.toml", "name = \"c\"\n[[stage]]\nname = \"a\"\nrecipe = \"micro.toml\"\n");
+    folder.write("suite.toml", "name = \"s\"\nbase = \"micro.toml\"\n[[arm]]\nname = \"a\"\n");
+    for (file, command) in [("chain.toml", "dinolab stages chain.toml"), ("suite.toml", "dinolab ablate suite.toml")] {
+        let ended = folder.run(&["train", file]);
+        assert!(ended.code == 2 && ended.err.contains(command), "{}", ended.err);
+    }
+    let check = |sets: &[&str]| {
+        let sets = sets.iter().flat_map(|set| ["--set", *set]);
+        folder.run(&["recipe", "check", "micro.toml"].into_iter().chain(sets).collect::<Vec<_>>())
+    };
+    let deep = format!("{}=1", vec!["a"; 20_000].join("."));
+    let ended = check(&[&deep]);
+    assert!(ended.code == 2 && ended.err.contains("more than 64 parts"), "{}", ended.code);
+    let none = ["losses.dino.weight=0", "losses.ibot.weight=0", "losses.koleo.weight=0"];
+    assert!(check(&none).err.contains("all losses have the weight 0"));
+    assert!(!check(&none[..2]).err.contains("all losses have the weight 0"));
+    folder.succeed(&["train", "micro.toml", "--out", "run", "--set", "steps=1"]);
+    let frozen = ["teacher={ plugin = 'frozen', checkpoint = 'run' }", "losses.inpainting.weight=1"];
+    let ended = check(&frozen);
+    assert!(ended.code == 0 && ended.err.contains("sees whole images"), "{}", ended.err);
+}
+
 /// What leaves the GPU's memory is counted as the host's.
 #[test]
 fn pinned_host_memory_is_told_with_the_cost() {

@@ -104,6 +104,32 @@ fn a_chain_is_the_runs_that_one_command_each_gives_and_says_what_came_from_what(
 }
 
 #[test]
+fn a_chain_whose_file_was_edited_is_refused_before_anything_is_trained() {
+    let folder = lab(12);
+    folder.succeed(&["stages", "chain.toml", "--out", "chain"]);
+    let text = folder.read("chain.toml");
+    let before = folder.read("chain/gram/metrics.jsonl");
+    for (from, to, said) in [
+        ("checkpoint = \"{pretrain}@4\"", "checkpoint = \"{pretrain}@8\"", "was started with another recipe"),
+        ("steps = 20", "steps = 16", "has done 20 steps, and its recipe now has 16"),
+    ] {
+        // The stage before could be trained on.
+        folder.write(
+            "chain.toml",
+            &text.replace("keep_every\" = 4, steps = 12", "keep_every\" = 4, steps = 16").replace(from, to),
+        );
+        for more in [&["--dry-run"][..], &[]] {
+            let ended = folder.run(&[&["stages", "chain.toml", "--out", "chain"], more].concat());
+            assert!(ended.code == 2 && ended.err.contains(said), "{to}: {}{}", ended.out, ended.err);
+        }
+        assert!(!folder.path("chain/pretrain/checkpoints/step-00000016").exists());
+    }
+    assert_eq!(folder.read("chain/gram/metrics.jsonl"), before);
+    folder.write("chain.toml", &text);
+    folder.succeed(&["stages", "chain.toml", "--out", "chain"]);
+}
+
+#[test]
 fn a_chain_that_was_asked_to_stop_goes_on_to_the_same_bytes() {
     let folder = lab(300);
     folder.succeed(&["stages", "chain.toml", "--out", "whole"]);
