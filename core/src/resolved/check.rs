@@ -492,7 +492,7 @@ fn losses(
         if let (true, Some(masking)) = (needs.masks, masking) {
             problems.extend(masked(recipe, masking, backbone.patch_size(), name));
         }
-        if needs.masks && !needs.teacher && distils {
+        if needs.masks && !needs.runs_teacher() && distils {
             let message = "the student of a frozen teacher sees whole images, so also the pixels that this loss hides from others";
             problems.push(Problem::warning(&key, message).help(off.clone()));
         }
