@@ -478,14 +478,12 @@ impl Plan {
     }
 }
 
+/// Whether a key may change from a value to another, either of which may be missing.
+pub type MayChange<'a> = &'a dyn Fn(&str, Option<&str>, Option<&str>) -> bool;
+
 /// Fails if the run in `dir` was started with a recipe that gives other numbers than that of `by`, which is given now, but for
-/// keys that `may` change so, given with their values.
-pub fn check_unchanged(
-    dir: &Path,
-    prepared: &dyn Prepared,
-    by: &str,
-    may: &dyn Fn(&str, Option<&str>, Option<&str>) -> bool,
-) -> Result<()> {
+/// keys that `may` change so.
+pub fn check_unchanged(dir: &Path, prepared: &dyn Prepared, by: &str, may: MayChange<'_>) -> Result<()> {
     let file = dir.join("recipe.toml");
     // It failed before it began: there is nothing that another recipe would change.
     if !file.exists() && !dir.join("result.json").exists() && newest_step(dir)?.is_none() {
