@@ -1,7 +1,7 @@
 //! Images that lie in larger files, tar shards or tables: what their datasets share.
 
 use std::collections::btree_map::Entry;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io::Cursor;
 use std::path::{Path, PathBuf};
@@ -319,7 +319,7 @@ pub(crate) fn once(files: Vec<PathBuf>, notes: &mut Vec<String>) -> Vec<PathBuf>
 
 /// Says which files are trained on and held out as well.
 pub(crate) fn overlap(train: &[PathBuf], held_out: &[PathBuf]) -> Option<String> {
-    let known: Vec<(u64, u64)> = train.iter().filter_map(|path| identity(path)).collect();
+    let known: BTreeSet<(u64, u64)> = train.iter().filter_map(|path| identity(path)).collect();
     let both: Vec<&PathBuf> =
         held_out.iter().filter(|path| identity(path).is_some_and(|id| known.contains(&id))).collect();
     let first = both.first()?;
@@ -332,8 +332,9 @@ pub(crate) fn overlap(train: &[PathBuf], held_out: &[PathBuf]) -> Option<String>
 /// # Errors
 /// The name.
 pub(crate) fn check_classes(names: &[String]) -> Result<()> {
-    match names.iter().enumerate().find(|(i, name)| names[..*i].contains(name)) {
-        Some((_, name)) => {
+    let mut seen = BTreeSet::new();
+    match names.iter().find(|name| !seen.insert(*name)) {
+        Some(name) => {
             Err(Error::user(format!("data.classes names `{name}` twice"), "give each class a name of its own"))
         }
         None => Ok(()),

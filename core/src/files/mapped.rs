@@ -154,11 +154,8 @@ impl TensorFiles {
     /// # Errors
     /// As [`read`](Self::read).
     pub(crate) fn read_all(&self) -> Result<NamedTensors> {
-        let read = |(name, place): (&String, &Place)| {
-            let bytes = &self.maps[place.file][place.bytes.clone()];
-            Ok((name.clone(), to_tensor(&self.path, place.dtype, &place.shape, bytes)?))
-        };
-        let tensors = self.tensors.iter().map(read).collect::<Result<_>>()?;
+        let read = |name: &str| Ok((name.to_string(), self.read(name)?.expect("it has its names")));
+        let tensors = self.names().map(read).collect::<Result<_>>()?;
         let metadata = self.metadata.iter().flatten().map(|(key, value)| (key.clone(), value.clone())).collect();
         Ok(NamedTensors { tensors, metadata })
     }

@@ -5,12 +5,12 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use safetensors::tensor::{Dtype, TensorView, View};
+use safetensors::tensor::{Dtype, View};
 use safetensors::SafeTensors;
 
 use super::atomic::shared;
 use super::json::twice;
-use super::Really;
+use super::{Really, TensorFiles};
 use crate::text::printable;
 use crate::{DType, Error, Result, Tensor};
 
@@ -123,13 +123,9 @@ pub fn write_pieces<S: AsRef<str> + Ord + std::fmt::Display, V: View>(
 /// # Errors
 /// If the file cannot be read or is cut off.
 pub fn read_tensors(path: &Path) -> Result<NamedTensors> {
-    let bytes = fs::read(path).map_err(Error::io("read", path))?;
-    let file = parse_safetensors(path, &bytes)?;
-    let (_, header) = SafeTensors::read_metadata(&bytes).expect("it was parsed just above");
-    let metadata = header.metadata().iter().flatten().map(|(k, v)| (k.clone(), v.clone())).collect();
-    let read =
-        |(name, view): (String, TensorView<'_>)| Ok((name, to_tensor(path, view.dtype(), view.shape(), view.data())?));
-    Ok(NamedTensors { tensors: file.tensors().into_iter().map(read).collect::<Result<_>>()?, metadata })
+    let mut file = TensorFiles::none_of(path);
+    file.add(path)?;
+    file.read_all()
 }
 
 /// A tensor of these bytes; f16 widens to f32, other integers than u32 and booleans become u32.

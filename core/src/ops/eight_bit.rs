@@ -169,15 +169,6 @@ impl EightBit {
         Self { map: self.map, codes: self.codes.to(device), scales: self.scales.to(device) }
     }
 
-    /// The same numbers, wherever they are.
-    ///
-    /// # Errors
-    /// If there are more or fewer.
-    pub fn copy_from(&mut self, other: &Self) -> Result<()> {
-        self.codes.copy_from(&other.codes)?;
-        self.scales.copy_from(&other.scales)
-    }
-
     /// Codes and scale of each block from `first` on, to be written, in host memory.
     fn blocks_mut(&mut self, first: usize) -> impl Blocks<Piece = (&mut [u8], &mut f32)> {
         let codes: &mut [u8] = bytemuck::cast_slice_mut(self.codes.as_mut_slice::<u32>());

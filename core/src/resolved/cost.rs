@@ -156,8 +156,8 @@ fn cost_at(
     let part = 0..model.layout.len().div_ceil(ranks);
     let storage = Storage::new(&model.layout, recipe.optimizer.moments.unwrap_or_default(), &part);
     let layers = Layers::of(&model.layout);
-    // A fused update has gradients of the layers that the backward pass is in. With one micro-batch each, processes have gradients of their part and a share of the sums, and of the layers that the backward
-    // pass is in.
+    // A fused update has gradients of the layers that the backward pass is in. With one micro-batch each, processes have those as
+    // well, the gradients of their part and a share of the sums.
     let (gradients, longest) = match Layers::are_summed(recipe.batch.micro_batches * ranks, ranks) {
         _ if recipe.optimizer.is_fused() && device != Device::Cpu => (layers.largest(2), 0),
         true => (2 * part.len() + layers.largest(2), layers.largest(1).max(part.len())),

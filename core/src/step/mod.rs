@@ -411,9 +411,8 @@ impl Learner {
             self.weights.loss_state = state;
             let momentum = if let Follow::Ema { momentum } = follow { Some(momentum) } else { None };
             let _part = profile::part("optimizer and EMA");
-            let Self { optimizer, weights, last_norms, .. } = self;
-            let norms = if optimizer.config().is_fused() { &*last_norms } else { &report.grad_norms };
-            optimizer.update(at, weights, norms, momentum)?;
+            let norms = self.clipped_by(&report.grad_norms).clone();
+            self.optimizer.update(at, &mut self.weights, &norms, momentum)?;
             self.weights.spread(momentum.is_some(), &self.ranks)?;
         }
         self.after_step(at, report, refusal, reach, follow)

@@ -1,5 +1,7 @@
 //! Steps that are not taken: what is not finite, what would make a weight so, and spikes of the loss.
 
+use std::collections::BTreeMap;
+
 use crate::contract::{At, Draws};
 use crate::cuda;
 use crate::data::Batch;
@@ -43,11 +45,18 @@ impl Learner {
 
     /// The longest gradient of a sub-model, after clipping.
     pub(super) fn clipped(&self, report: &Report) -> f64 {
-        let fused = self.optimizer.config().is_fused();
-        let clipped_as =
-            |name: &str, norm: f64| if fused { self.last_norms.get(name).copied().unwrap_or(0.0) } else { norm };
-        let clipped = |(name, &norm): (&String, &f64)| self.optimizer.clip(clipped_as(name, norm)) * norm;
+        let by = self.clipped_by(&report.grad_norms);
+        let clipped = |(name, &norm): (&String, &f64)| self.optimizer.clip(by.get(name).copied().unwrap_or(0.0)) * norm;
         report.grad_norms.iter().map(clipped).fold(0.0, f64::max)
+    }
+
+    /// The norms that gradients of these norms are clipped by: their own, or those of the last step.
+    pub(super) fn clipped_by<'a>(&'a self, own: &'a BTreeMap<String, f64>) -> &'a BTreeMap<String, f64> {
+        if self.optimizer.config().is_fused() {
+            &self.last_norms
+        } else {
+            own
+        }
     }
 
     /// Why a step with this report is not taken, if it is not.

@@ -24,7 +24,7 @@ impl Learner {
     /// # Errors
     /// If the device or a rank fails.
     pub fn content(&self, step: u64) -> Result<Content> {
-        catch_out_of_memory(|| self.saved(step).whole(true))
+        catch_out_of_memory(|| Saved::new(self, step).whole(true))
     }
 
     /// Gives ranks that ask for all [`content`](Self::content) what this one has of it.
@@ -32,18 +32,18 @@ impl Learner {
     /// # Errors
     /// If the device or a rank fails.
     pub fn hand_over(&self) -> Result<()> {
-        catch_out_of_memory(|| self.saved(0).whole(false).map(drop))
+        catch_out_of_memory(|| Saved::new(self, 0).whole(false).map(drop))
     }
 
     /// Writes this rank's files of a checkpoint after `step` steps, as [`checkpoint::write`] does.
     pub(crate) fn write(&self, step: u64, folder: &Path, most: u64) -> Result<Result<Vec<Written>>> {
         let share = (self.ranks.rank(), self.ranks.world());
-        catch_out_of_memory(|| checkpoint::write(folder, &self.saved(step), most, share))
+        catch_out_of_memory(|| checkpoint::write(folder, &Saved::new(self, step), most, share))
     }
 
     /// Whether all of several ranks write files of a checkpoint, or rank 0 alone.
     pub(crate) fn all_write(&self, most: u64) -> bool {
-        self.ranks.world() > 1 && checkpoint::is_split(&self.saved(0), most)
+        self.ranks.world() > 1 && checkpoint::is_split(&Saved::new(self, 0), most)
     }
 
     /// By sub-model, f64.
@@ -60,10 +60,6 @@ impl Learner {
             self.last_norms = names.into_iter().zip(norms.to_f64_vec()).collect();
         }
         self.spikes.as_mut().map_or(Ok(()), |spikes| spikes.restore(from))
-    }
-
-    fn saved(&self, step: u64) -> Saved<'_> {
-        Saved::new(self, step)
     }
 
     /// The gradients of the last step in the student's layout, in host memory. Of several ranks, each of which has those of its
