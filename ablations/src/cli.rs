@@ -10,7 +10,7 @@ use dinolab_core::resolved::Resolved;
 use dinolab_core::{registry, Error, Result};
 
 use crate::signals::{self, Answer};
-use crate::{commands, style};
+use crate::{commands, ranks, style};
 
 /// Exit code of bad input: a recipe, a suite or a command line that has to be mended.
 pub const BAD_INPUT: u8 = 2;
@@ -86,6 +86,11 @@ impl Command {
     /// Whether several processes that were started together do it together.
     fn shares_steps(&self) -> bool {
         matches!(self, Self::Train(_) | Self::Bench(_) | Self::Doctor(_))
+    }
+
+    /// Whether its thread is the one that computes: students side by side have threads of their own.
+    fn computes_itself(&self) -> bool {
+        !matches!(self, Self::Train(args) if args.has_students())
     }
 
     fn run(self) -> Result<ExitCode> {
@@ -216,6 +221,9 @@ pub fn main() -> ExitCode {
         }
         cli.command.answer().map_or(Ok(()), |answer| signals::listen(answer, launch.is_some()))?;
         registry::check()?;
+        if launch.is_none() && cli.command.computes_itself() {
+            ranks::compute_here(1);
+        }
         cli.command.run()
     };
     let ended = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(unwound);

@@ -142,19 +142,29 @@ fn watch(comm: Arc<dyn Comm>, patience: Duration, launcher: Launcher) {
     drop(named.spawn(look));
 }
 
-/// Gives this rank its share of the cores that it may use, unless RAYON_NUM_THREADS says how many threads: with as many others
-/// as may use one of them too.
+/// Gives this rank its share of the cores that it may use, with as many others as may use one of them too.
 fn share_cores(comm: &dyn Comm) -> Result<()> {
     let own = Cores::own();
     let mut all = vec![0; Cores::BYTES * comm.world()];
     comm.all_gather(&own.bytes(), &mut all)?;
     let sharing = all.chunks_exact(Cores::BYTES).filter(|other| own.overlap(other)).count();
-    if std::env::var_os("RAYON_NUM_THREADS").is_none() {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        // It fails where the pool was made before, which then has as many threads as it has.
-        let _ = rayon::ThreadPoolBuilder::new().num_threads((cores / sharing.max(1)).max(1)).build_global();
-    }
+    compute_here(sharing);
     Ok(())
+}
+
+/// Makes this thread one of those that compute, so that an operation begins where it is asked for: from another thread, one of
+/// them has to be woken first, and that thread at the end. They are as many as RAYON_NUM_THREADS says, or a share of the cores that
+/// so many processes may use.
+pub(crate) fn compute_here(sharing: usize) {
+    let asked =
+        std::env::var("RAYON_NUM_THREADS").ok().and_then(|text| text.parse().ok()).filter(|&threads| threads > 0);
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads: usize = asked.unwrap_or((cores / sharing.max(1)).max(1));
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+    // By itself it could not do what a thread asks for that it waits for.
+    let pool = if threads > 1 { pool.use_current_thread() } else { pool };
+    // It fails where there are threads already, which then are as many as they are.
+    let _ = pool.build_global();
 }
 
 /// As many cores as a machine may have.

@@ -37,10 +37,17 @@ pub struct Args {
     reduce: ranks::Reduce,
 }
 
+impl Args {
+    /// Whether several students train side by side.
+    pub fn has_students(&self) -> bool {
+        !self.with.is_empty()
+    }
+}
+
 /// Runs the command.
 pub fn run(args: &Args) -> Result<ExitCode> {
     let follow = |comm: &_| train::follow(comm, &|| args.recipe.resolve_quietly(), &signals::stop_flag());
-    ranks::run(args.reduce, |lead| if args.with.is_empty() { one(args, lead) } else { students(args, lead) }, follow)
+    ranks::run(args.reduce, |lead| if args.has_students() { students(args, lead) } else { one(args, lead) }, follow)
 }
 
 fn one(args: &Args, lead: &Lead) -> Result<u8> {
