@@ -13,8 +13,10 @@ use crate::profile::Profile;
 use crate::tensor::{catch_out_of_memory, recording};
 use crate::{ops, DType, Device, Error, Result, Tensor};
 
+use super::fused::Updated;
+use super::pass::Pass;
 use super::update::DeviceUpdate;
-use super::{follow, Health, Learner, Pass, Refusal, Report, Updated};
+use super::{follow, Health, Learner, Refusal, Report};
 
 /// What a learner on a GPU has beside its weights.
 pub(super) struct GpuStep {
