@@ -13,7 +13,7 @@ use std::sync::{Mutex, PoisonError};
 use cudarc::cublaslt::{result, sys};
 use cudarc::driver::sys as driver;
 
-use super::device::CudaBuffer;
+use super::buffer::CudaBuffer;
 use super::profile::device_ms;
 use super::source::{cache_folder, write_whole};
 use super::{Failure, Gpu};

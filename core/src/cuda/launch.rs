@@ -4,7 +4,7 @@ use std::ffi::c_void;
 
 use cudarc::driver::sys;
 
-use super::device::UNASKED_SHARED;
+use super::kernels::UNASKED_SHARED;
 use super::{check, Gpu};
 use crate::{Error, Result};
 

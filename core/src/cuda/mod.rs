@@ -31,8 +31,10 @@
 
 mod arena;
 mod blas;
+mod buffer;
 mod device;
 mod graph;
+mod kernels;
 mod launch;
 mod libraries;
 mod place;
@@ -55,7 +57,8 @@ pub use staging::Staging;
 
 pub use crate::cuda_args as args;
 
-pub(crate) use device::{in_step, lasting_scope, step_scope, unwind, CudaBuffer};
+pub(crate) use buffer::CudaBuffer;
+pub(crate) use device::{in_step, lasting_scope, step_scope, unwind};
 
 use crate::Error;
 
