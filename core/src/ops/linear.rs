@@ -248,7 +248,13 @@ impl Linear<'_> {
         let (i, o) = (self.weight.dim(1), self.weight.dim(0));
         let rows = x.len() / i;
         let mut stats = Tensor::uninit(&[if self.before.has_stats() { rows } else { 0 }, 2], x.dtype());
-        let (input, weight) = (x.as_slice::<T>(), Mat::new(self.weight.as_slice::<T>(), o, i).t());
+        // Every block of rows would gather the columns of W^T one number at a time: several have it gathered once.
+        let transposed = (rows > ROWS).then(|| self.weight.detach().transpose().expect("a weight is a matrix"));
+        let weight = match &transposed {
+            Some(transposed) => Mat::new(transposed.as_slice::<T>(), i, o),
+            None => Mat::new(self.weight.as_slice::<T>(), o, i).t(),
+        };
+        let input = x.as_slice::<T>();
         let [bias, scale, onto] = [self.bias, self.scale, self.onto].map(|t| t.map(|t| t.as_slice::<T>()));
         // A block without statistics gets an empty part of them.
         let parts = stats.as_mut_slice::<T>().chunks_mut(2 * ROWS).map(Some).chain(std::iter::repeat_with(|| None));
