@@ -81,7 +81,7 @@ fn advice(source: &std::io::Error) -> &'static str {
     use std::io::ErrorKind::{FileTooLarge, PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull};
     match source.kind() {
         StorageFull | QuotaExceeded | FileTooLarge => {
-            "\n  help: make room and give the command again; a run goes on from what was saved with --resume"
+            "\n  help: make room and give the command again; `train` goes on from what was saved with --resume"
         }
         PermissionDenied | ReadOnlyFilesystem => "\n  help: choose a place where you may, or change its permissions",
         _ => "",

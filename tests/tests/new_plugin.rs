@@ -130,6 +130,7 @@ fn names_that_cannot_be_are_refused() {
         ("Patch-Contrast", "cannot be the name of a plugin"),
         ("match", "a crate cannot be named `match`"),
         ("koleo", "there is a plugin `koleo` of kind loss already"),
+        (&"a".repeat(65), "has 65 letters"),
     ] {
         let ended = folder.run(&["new", "plugin", name, "--kind", "loss"]);
         assert_eq!(ended.code, 2);

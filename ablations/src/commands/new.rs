@@ -242,6 +242,11 @@ fn check_name(name: &str, kind: Kind) -> Result<()> {
             "use small letters, digits and `_`, beginning with a letter: patch_contrast",
         ));
     }
+    // As many as a registry of crates takes; names of files have a limit too.
+    if name.len() > 64 {
+        let problem = format!("the name of the plugin has {} letters, and that of a crate has at most 64", name.len());
+        return Err(Error::user(problem, "choose a shorter name"));
+    }
     // Crates of the language, ours, and folders that cargo makes beside a program.
     let taken = [
         "test",
