@@ -221,8 +221,9 @@ pub fn main() -> ExitCode {
         }
         cli.command.answer().map_or(Ok(()), |answer| signals::listen(answer, launch.is_some()))?;
         registry::check()?;
+        ranks::asked_threads()?;
         if launch.is_none() && cli.command.computes_itself() {
-            ranks::compute_here(1);
+            ranks::compute_here(1)?;
         }
         cli.command.run()
     };

@@ -148,23 +148,44 @@ fn share_cores(comm: &dyn Comm) -> Result<()> {
     let mut all = vec![0; Cores::BYTES * comm.world()];
     comm.all_gather(&own.bytes(), &mut all)?;
     let sharing = all.chunks_exact(Cores::BYTES).filter(|other| own.overlap(other)).count();
-    compute_here(sharing);
-    Ok(())
+    compute_here(sharing)
 }
 
 /// Makes this thread one of those that compute, so that an operation begins where it is asked for: from another thread, one of
 /// them has to be woken first, and that thread at the end. They are as many as RAYON_NUM_THREADS says, or a share of the cores that
 /// so many processes may use.
-pub(crate) fn compute_here(sharing: usize) {
-    let asked =
-        std::env::var("RAYON_NUM_THREADS").ok().and_then(|text| text.parse().ok()).filter(|&threads| threads > 0);
+///
+/// # Errors
+/// If RAYON_NUM_THREADS is no number of threads.
+pub(crate) fn compute_here(sharing: usize) -> Result<()> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads: usize = asked.unwrap_or((cores / sharing.max(1)).max(1));
+    let threads = asked_threads()?.unwrap_or((cores / sharing.max(1)).max(1));
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
     // By itself it could not do what a thread asks for that it waits for.
     let pool = if threads > 1 { pool.use_current_thread() } else { pool };
     // It fails where there are threads already, which then are as many as they are.
     let _ = pool.build_global();
+    Ok(())
+}
+
+/// More than any machine has cores.
+const MOST_THREADS: usize = 4096;
+
+/// How many threads the environment asks for, if it does.
+///
+/// # Errors
+/// If that is no number of threads.
+pub(crate) fn asked_threads() -> Result<Option<usize>> {
+    const KEY: &str = "RAYON_NUM_THREADS";
+    let Some(text) = std::env::var_os(KEY) else { return Ok(None) };
+    match text.to_str().and_then(|text| text.parse().ok()).filter(|&threads| threads <= MOST_THREADS) {
+        Some(0) => Ok(None),
+        Some(threads) => Ok(Some(threads)),
+        None => {
+            let problem = format!("{KEY} = {text:?} in the environment is no number of threads");
+            Err(Error::user(problem, format!("set it to a whole number up to {MOST_THREADS}, or unset it: one a core")))
+        }
+    }
 }
 
 /// As many cores as a machine may have.

@@ -214,6 +214,10 @@ fn open(config: &ParquetConfig) -> Result<Packed<Tables>> {
     if train == 0 {
         return Err(Error::content(&config.path, "the files have no row", "name files with images in data.path"));
     }
+    if store.tables.len() > first && train == count {
+        let path = config.val.as_ref().unwrap_or(&config.path);
+        return Err(Error::content(path, "the files that are held out have no row", "name files with images, or none"));
+    }
     let (labels, classes) = labels.classes(&names).map_err(|(index, label)| {
         let problem = format!("its label `{label}` is none of the {} classes", names.len());
         Error::content(store.place(index), problem, "name all classes in data.classes")

@@ -236,14 +236,14 @@ impl PosEncoding for RopeBox {
             Some(draw) if draw.gpu().is_some() => self.compute_on(grid, draw, dtype),
             Some(draw) => self.compute(grid, draw.as_slice().try_into().expect("checked just above"), dtype),
             None => {
-                // Only finished tables are pushed, so a panic elsewhere leaves the list whole.
+                // Only finished tables are pushed, so a panic elsewhere leaves the list whole; none is computed under the lock.
                 let here = Device::current();
-                let mut known = self.evaluation.lock().unwrap_or_else(PoisonError::into_inner);
-                if let Some((.., tables)) = known.iter().find(|k| (k.0, k.1, k.2) == (grid, dtype, here)) {
+                let known = || self.evaluation.lock().unwrap_or_else(PoisonError::into_inner);
+                if let Some((.., tables)) = known().iter().find(|k| (k.0, k.1, k.2) == (grid, dtype, here)) {
                     return Ok(tables.clone());
                 }
                 let tables = self.compute(grid, &NEUTRAL, dtype)?;
-                known.push((grid, dtype, here, tables.clone()));
+                known().push((grid, dtype, here, tables.clone()));
                 Ok(tables)
             }
         }

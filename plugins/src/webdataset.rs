@@ -322,7 +322,11 @@ fn index(path: &Path, config: &WebdatasetConfig, arrays: bool) -> Result<Shard> 
         }
         last = printable(&name);
     }
-    let note = (end >= length && end > 0)
+    if length == 0 {
+        let help = "fetch it again, or leave it out";
+        return Err(Error::content(path, "it is empty, as an unfinished download leaves it: no tar file is", help));
+    }
+    let note = (end >= length)
         .then(|| format!("{} has no mark at its end: it may be cut short between two members", printable(path)));
     let mut shard = Shard { images: Vec::new(), no_image: 0, note };
     let size_of = |name: &str, range: &Range<u64>| -> Result<u32> {

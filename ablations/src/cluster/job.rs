@@ -75,8 +75,9 @@ impl Jobs {
         let words = arguments.iter().map(|word| if word.is_empty() { variable.to_string() } else { shell(word) });
         let program = shell(&self.program.display().to_string());
         // Keys of recipes that the environment sets, which other machines do not have.
-        let keys = std::env::vars().filter(|(name, _)| name.starts_with("DINOLAB_"));
-        let keys: String = keys.map(|(name, value)| format!("{name}={} ", shell(&value))).collect();
+        let keys = std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value)));
+        let keys = keys.filter(|(name, _)| name.starts_with("DINOLAB_"));
+        let keys: String = keys.map(|(name, value)| format!("{name}={} ", shell(&value.to_string_lossy()))).collect();
         let keys = if keys.is_empty() { keys } else { format!("env {keys}") };
         format!("{keys}{program} {}", words.collect::<Vec<_>>().join(" "))
     }
@@ -91,7 +92,7 @@ impl Jobs {
 }
 
 /// A word for a shell.
-pub(super) fn shell(word: &str) -> String {
+pub fn shell(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "/._=+-:,@%".contains(c);
     match !word.is_empty() && word.chars().all(plain) {
         true => word.into(),

@@ -12,7 +12,7 @@ mod slot;
 mod slurm;
 mod status;
 
-pub use job::Jobs;
+pub use job::{shell, Jobs};
 pub use parallel::execute;
 pub use slot::{Slot, PROGRAM};
 pub use slurm::Submission;

@@ -44,7 +44,7 @@ pub struct Args {
     #[command(flatten)]
     device: DeviceArgs,
     /// Number of trial steps of every arm before the first run; 0: no trial
-    #[arg(long, default_value_t = 2, value_name = "STEPS")]
+    #[arg(long, default_value_t = 2, value_name = "STEPS", value_parser = clap::value_parser!(u64).range(..=u64::from(u32::MAX)))]
     smoke_steps: u64,
     /// End at the first run that fails, instead of going on with the others
     #[arg(long)]
@@ -201,7 +201,7 @@ fn failed(plan: &Plan) -> Result<Vec<(String, String)>> {
 }
 
 fn conclude(plan: &Plan, tally: &Tally) -> Result<ExitCode> {
-    let command = std::env::args().skip(1).map(|a| if a.contains(' ') { format!("'{a}'") } else { a });
+    let command = std::env::args_os().skip(1).map(|word| cluster::shell(&word.to_string_lossy()));
     let provenance = Provenance {
         version: env!("CARGO_PKG_VERSION").into(),
         revision: Some(crate::REVISION.to_string()).filter(|r| !r.is_empty()),

@@ -10,6 +10,8 @@ use dinolab_core::weights::{ModelInfo, Source};
 use dinolab_core::{Error, Result};
 use serde_json::Value as Json;
 
+use crate::cluster::shell;
+
 /// The runs that are followed to where a training began: more go in a circle.
 const LONGEST: usize = 100;
 
@@ -75,8 +77,7 @@ pub fn card(about: &About<'_>) -> Result<String> {
     let (version, revision) = (env!("CARGO_PKG_VERSION"), crate::REVISION);
     let command = ["dinolab".to_string()]
         .into_iter()
-        .chain(std::env::args().skip(1))
-        .map(|word| quoted(&word))
+        .chain(std::env::args_os().skip(1).map(|word| shell(&word.to_string_lossy())))
         .collect::<Vec<_>>()
         .join(" ");
     write!(
@@ -115,16 +116,6 @@ fn began(recipe: &Recipe, runs: usize) -> Result<Option<PathBuf>> {
     match Source::at(&from).ok().filter(Source::has_roles) {
         Some(run) if runs < LONGEST => began(&Resolved::of_source(&run)?.recipe, runs + 1),
         _ => Ok(Some(from)),
-    }
-}
-
-/// A word of a command as a shell reads it.
-fn quoted(word: &str) -> String {
-    let plain = |c: char| c.is_alphanumeric() || "-_./=:@,".contains(c);
-    if !word.is_empty() && word.chars().all(plain) {
-        word.into()
-    } else {
-        format!("'{}'", word.replace('\'', "'\\''"))
     }
 }
 

@@ -66,7 +66,9 @@ impl State {
     }
 
     pub(super) fn write(&self, out: &Path) -> Result<()> {
-        let text = serde_json::to_string_pretty(self).expect("the state is plain data");
+        let text = serde_json::to_string_pretty(self).map_err(|_| {
+            Error::content(out, "the name of a file of this suite is no UTF-8", "give files and folders other names")
+        })?;
         write_file(&out.join(FILE), text.as_bytes())
     }
 }

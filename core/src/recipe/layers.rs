@@ -192,25 +192,24 @@ impl RawRecipe {
     }
 
     /// Variables as (dotted key, text).
-    fn with_env(mut self, vars: Vec<(String, String)>) -> Result<Self> {
-        for (key, text) in vars {
+    fn with_env(self, vars: Vec<(String, String)>) -> Result<Self> {
+        let keys = vars.into_iter().map(|(key, text)| {
             let origin = Origin::Env(format!("{ENV_PREFIX}{}", key.to_uppercase().replace('.', "__")));
-            let wrong = |m| Problem::error(&key, m).at(origin.clone());
-            let value =
-                parse_value(&text).and_then(|v| Value::serialize(v).map_err(|e| e.to_string())).map_err(wrong)?;
-            self.set(&key, value, origin)?;
-        }
-        Ok(self)
+            let value = parse_value(&text).and_then(|v| Value::serialize(v).map_err(|e| e.to_string()));
+            let value = value.map_err(|m| Problem::error(&key, m).at(origin.clone()))?;
+            Ok((key, value, origin))
+        });
+        self.with_keys(keys.collect::<Result<_>>()?)
     }
 
-    fn with_sets(mut self, sets: &[String]) -> Result<Self> {
-        for text in sets {
+    fn with_sets(self, sets: &[String]) -> Result<Self> {
+        let keys = sets.iter().map(|text| {
             let origin = Origin::Set(text.clone());
             let (key, value) = parse_set(text)?;
             let value = Value::serialize(value).map_err(|e| Problem::error(&key, e.to_string()).at(origin.clone()))?;
-            self.set(&key, value, origin)?;
-        }
-        Ok(self)
+            Ok((key, value, origin))
+        });
+        self.with_keys(keys.collect::<Result<_>>()?)
     }
 
     /// With these (dotted key, value) pairs on top: an arm of a suite. `by` names it in messages: "arm `off`".
@@ -218,15 +217,22 @@ impl RawRecipe {
     /// # Errors
     /// If a key is empty.
     pub fn with_overrides<'a>(
-        mut self,
+        self,
         by: &str,
         pairs: impl IntoIterator<Item = (&'a str, &'a toml::Value)>,
     ) -> Result<Self> {
-        for (key, value) in pairs {
+        let keys = pairs.into_iter().map(|(key, value)| {
             let origin = Origin::Override(by.to_string());
             let value = Value::serialize(value).map_err(|e| Problem::error(key, e.to_string()).at(origin.clone()))?;
-            self.set(key, value, origin)?;
-        }
+            Ok((key.to_string(), value, origin))
+        });
+        self.with_keys(keys.collect::<Result<_>>()?)
+    }
+
+    /// With one layer of keys on top, the later over the earlier.
+    fn with_keys(mut self, mut keys: Vec<(String, Value, Origin)>) -> Result<Self> {
+        plugins_first(&mut keys);
+        keys.into_iter().try_for_each(|(key, value, origin)| self.set(&key, value, origin))?;
         Ok(self)
     }
 
@@ -338,6 +344,21 @@ fn join(path: &str, key: &str) -> String {
         key.to_string()
     } else {
         format!("{path}.{key}")
+    }
+}
+
+/// Brings the plugin of a table before the other keys of the table that are in the same layer: another plugin drops the keys of
+/// layers below, not those that were given beside it.
+fn plugins_first<A, B>(keys: &mut [(String, A, B)]) {
+    for i in 0..keys.len() {
+        let Some(table) = keys[i].0.strip_suffix(".plugin") else { continue };
+        let is_in = |key: &str, table: &str| key.strip_prefix(table).is_some_and(|rest| rest.starts_with('.'));
+        // A whole table before it is below it.
+        let above = |(key, ..): &(String, A, B)| *key == keys[i].0 || key == table || is_in(table, key);
+        let start = keys[..i].iter().rposition(above).map_or(0, |at| at + 1);
+        if let Some(first) = keys[start..i].iter().position(|(key, ..)| is_in(key, table)) {
+            keys[start + first..=i].rotate_right(1);
+        }
     }
 }
 

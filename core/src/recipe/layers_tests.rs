@@ -62,6 +62,31 @@ fn another_plugin_drops_the_keys_of_the_one_below() {
 }
 
 #[test]
+fn keys_beside_a_plugin_are_kept_in_any_order() {
+    let raw = || RawRecipe::from_text(&with("weight = 2\ntemperature = 0.5")).unwrap();
+    let keys = ["losses.test_cls.temperature=3", "losses.test_cls.plugin=test_cls", "losses.test_cls.weight=4"];
+    let below = || raw().with(&sets(&["losses.test_cls.plugin=test_spread"])).unwrap();
+    for order in [[0, 1, 2], [1, 0, 2], [2, 0, 1], [0, 2, 1]] {
+        let pairs = order.map(|i| keys[i].split_once('=').unwrap());
+        let variables = pairs.map(|(key, text)| (key.to_string(), text.to_string()));
+        let values = pairs.map(|(key, text)| (key, parse_value(text).unwrap()));
+        for layered in [
+            below().with_sets(&order.map(|i| keys[i].to_string())).unwrap(),
+            below().with_env(variables.to_vec()).unwrap(),
+            below().with_overrides("arm", values.iter().map(|(key, value)| (*key, value))).unwrap(),
+        ] {
+            let [temperature, weight] =
+                ["temperature", "weight"].map(|k| number(&layered, &format!("losses.test_cls.{k}")));
+            assert_eq!((temperature, weight), (3.0, 4.0), "{order:?}");
+        }
+    }
+    // A table that is given whole before a plugin is below it.
+    let table = "losses.test_cls={ plugin = \"test_cls\", temperature = 3 }";
+    let other = raw().with(&sets(&[table, "losses.test_cls.plugin=test_spread"])).unwrap();
+    assert!(other.get("losses.test_cls.temperature").is_none());
+}
+
+#[test]
 fn a_bare_number_replaces_a_scheduler_and_back() {
     let raw = RawRecipe::from_text(&with("weight = { plugin = \"test_ramp\", to = 3 }")).unwrap();
     let flat = raw.clone().with(&sets(&["losses.test_cls.weight=2"])).unwrap();

@@ -13,17 +13,19 @@ use crate::{Device, Error, Result, Tensor};
 
 use super::folder::RunFolder;
 
-/// Writes the capture of `step`, after which there is this content; gives its path.
+/// Writes the capture of `step`, after which there is this content, of a run that went back so many times; gives its path.
 pub(super) fn write(
     folder: &RunFolder,
     content: Content,
     resolved: &Resolved,
-    step: u64,
+    (step, rewinds): (u64, u64),
     batches: &[Batch],
 ) -> Result<PathBuf> {
     let captures = folder.path().join("captures");
     std::fs::create_dir_all(&captures).map_err(Error::io("create", &captures))?;
-    let path = captures.join(format!("step-{step:08}.safetensors"));
+    // The step may have failed before the run went back, with other images.
+    let again = if rewinds > 0 { format!("-rewind-{rewinds}") } else { String::new() };
+    let path = captures.join(format!("step-{step:08}{again}.safetensors"));
     // The step that failed was counted as skipped; what is captured is the state before it.
     let skipped = content.skipped - 1;
     let mut tensors = content.model;

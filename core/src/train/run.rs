@@ -273,7 +273,8 @@ impl Run<'_> {
         };
         let batches = if of_others.is_empty() { batches } else { &of_others };
         let content = self.lead.together(&Order::Content, || self.learner.content(step))?;
-        let path = capture::write(&self.folder, content, self.resolved, step, batches)?;
+        let rewinds = rewind::Rewinds::read(self.folder.path())?.count();
+        let path = capture::write(&self.folder, content, self.resolved, (step, rewinds), batches)?;
         let skipped = self.learner.skipped() - self.learner.spikes();
         match self.recipe.on_non_finite {
             OnNonFinite::Skip(most) if skipped <= most => {

@@ -19,6 +19,7 @@ use dinolab_core::text::printable;
 use dinolab_core::{plugin, Error, Result};
 
 use crate::file_hashes::{FileHasher, Hashes};
+use crate::packed::overlap;
 
 use beside::{DEPTH, MASK};
 use decode::{read_again, Known};
@@ -317,6 +318,7 @@ impl Files {
         let labelled = match &config.val {
             Some(val) => {
                 let theirs = listed(val, "data.val", &wanted)?;
+                notes.extend(overlap(&paths, &theirs.paths));
                 notes.extend(theirs.notes.into_iter().map(|note| format!("{}: {note}", printable(val))));
                 for (found, (kind, _, folder)) in found.iter_mut().zip(kinds) {
                     match (found, folder) {

@@ -372,6 +372,17 @@ fn exact_copies_are_named() {
 }
 
 #[test]
+fn images_that_are_held_out_and_trained_on_are_told() {
+    let folder = folder_of(&["a/1.jpg", "b/1.jpg", "b/2.jpg"]);
+    let with_val = |val: &str| {
+        let val = Some(folder.path().join(val));
+        said(&ImageFolder::open(&ImageFolderConfig { val, ..ImageFolderConfig::of(folder.path()) }).unwrap())
+    };
+    let told = with_val("b");
+    assert!(told.contains("b/1.jpg and 1 more held out for probes and trained on"), "{told}");
+}
+
+#[test]
 fn what_is_transparent_lies_on_the_background() {
     let folder = tempfile::tempdir().unwrap();
     // Noise under full transparency, which no viewer shows.

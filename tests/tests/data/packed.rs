@@ -266,6 +266,8 @@ fn what_is_wrong_with_shards_is_named_with_shard_and_member() {
     refused(json!({ "path": "zipped.tar" }), &["zipped.tar", "compressed", "gunzip"]);
     refused(json!({ "path": "train-{00..02}.tar" }), &["train-02.tar", "no such file", "data.path", "{000..146}"]);
     refused(json!({ "path": "train-00.tar", "val": "val-{00.tar" }), &["no closing", "data.val"]);
+    fs::write(lab.path("no-bytes.tar"), "").unwrap();
+    refused(json!({ "path": "{train-00,no-bytes}.tar" }), &["no-bytes.tar", "it is empty", "fetch it again"]);
     lab.tar("none.tar", &[("0.cls", b"1")]);
     refused(json!({ "path": "none.tar" }), &["none.tar", "no image", "data.path"]);
     lab.tar("twice.tar", &[("0.png", b"?"), ("0.jpg", b"?")]);
@@ -361,6 +363,8 @@ fn what_is_wrong_with_tables_is_named_with_file_and_row() {
         json!({ "path": "good.parquet", "classes": ["a", "b"] }),
         &["good.parquet/row 2", "`2`", "2 classes", "data.classes"],
     );
+    lab.table("no-rows.parquet", &[], Some(&["a", "b", "c"]));
+    refused(json!({ "path": "good.parquet", "val": "no-rows.parquet" }), &["no-rows.parquet", "held out have no row"]);
     lab.table("other.parquet", &rows(&[0]), Some(&["x", "y"]));
     refused(json!({ "path": "{good,other}.parquet" }), &["other.parquet", "others than those of", "good.parquet"]);
     // A cell without an image is a broken sample of its own, as is a damaged one.

@@ -152,6 +152,10 @@ fn a_run_goes_back_past_bad_data_and_ends_the_same_however_it_was_stopped() {
     assert!(matches!(outcome, Outcome::Finished(_)));
     let went: Vec<&String> = said.iter().filter(|text| text.contains("goes back to step")).collect();
     assert!(!went.is_empty() && went.iter().all(|text| text.contains("loss/squeamish")), "{said:?}");
+    // Each step that failed can be seen, whatever failed at that step before.
+    let captured = |text: &&String| fs::exists(text.split_once("captured in ").unwrap().1).unwrap();
+    assert!(went.iter().all(captured), "{said:?}");
+    assert_eq!(fs::read_dir(whole.join("captures")).unwrap().count(), went.len());
     let expected = end(&whole);
     assert_eq!(expected.2.len(), 14);
     assert!(expected.2.values().all(|loss| loss != "null"), "{:?}", expected.2);

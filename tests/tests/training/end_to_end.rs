@@ -45,6 +45,10 @@ fn the_same_seed_gives_the_same_bytes_on_any_number_of_threads() {
         assert_eq!(ended.code, 0, "{}", ended.err);
     }
     assert_same_weights(&folder, "1", "3", 12);
+    for threads in ["three", "-1", "70000"] {
+        let ended = folder.run_with(&[("RAYON_NUM_THREADS", threads)], &["train", "micro.toml", "--out", "none"]);
+        assert!(ended.code == 2 && ended.err.contains("is no number of threads"), "{}", ended.err);
+    }
     folder.succeed(&["train", "micro.toml", "--out", "other", "--set", "seed=1"]);
     assert_ne!(final_weights(&folder, "1", 12)[0].1, final_weights(&folder, "other", 12)[0].1);
 }

@@ -27,10 +27,10 @@ pub struct Args {
     #[command(flatten)]
     recipe: RecipeArgs,
     /// Steps that are timed
-    #[arg(long, default_value_t = 20)]
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(..=u64::from(u32::MAX)))]
     steps: u64,
     /// Steps before that, not timed
-    #[arg(long, default_value_t = 3)]
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(..=u64::from(u32::MAX)))]
     warmup: u64,
     /// One JSON object instead of a table
     #[arg(long)]
