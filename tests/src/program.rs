@@ -60,7 +60,7 @@ pub fn with_plugins() -> PathBuf {
 }
 
 /// A Python that has these modules: that of `DINOLAB_PYTHON`, of `target/python`, or `python3`. Says so when it
-/// cannot.
+/// has not.
 pub fn python(modules: &str) -> Option<PathBuf> {
     let own = root().join("target/python/bin/python");
     let given = std::env::var_os("DINOLAB_PYTHON").map(PathBuf::from);

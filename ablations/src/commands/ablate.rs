@@ -44,8 +44,8 @@ pub struct Args {
     #[command(flatten)]
     device: DeviceArgs,
     /// Number of trial steps of every arm before the first run; 0: no trial
-    #[arg(long, default_value_t = 2, value_name = "STEPS", value_parser = clap::value_parser!(u64).range(..=u64::from(u32::MAX)))]
-    smoke_steps: u64,
+    #[arg(long, default_value_t = 2, value_name = "STEPS")]
+    smoke_steps: u32,
     /// End at the first run that fails, instead of going on with the others
     #[arg(long)]
     fail_fast: bool,
@@ -89,7 +89,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
     let device = || resolve(&args.suite, &base.base, &base.overrides)?.recipe.device();
     let cluster = &args.cluster;
     if let Some(scheduler) = cluster.on {
-        let (dry, retry_failed, smoke_steps) = (args.dry_run, args.retry_failed, args.smoke_steps);
+        let (dry, retry_failed, smoke_steps) = (args.dry_run, args.retry_failed, args.smoke_steps.into());
         let gpu = scheduler == cluster::Scheduler::Kubernetes;
         let device = if gpu { device()? } else { Device::Cpu };
         let handover = cluster::Handover { args: cluster, dry, retry_failed, smoke_steps, device };
@@ -117,7 +117,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
     let options = ExecuteOptions {
         arms: args.arms.clone(),
         seeds: args.seeds.clone(),
-        smoke_steps: args.smoke_steps,
+        smoke_steps: args.smoke_steps.into(),
         fail_fast: args.fail_fast,
         retry_failed: args.retry_failed,
         stop: signals::stop_flag(),
@@ -147,7 +147,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
         Some(n) => {
             let (slots, said) = cluster::Slot::divide(usize::from(n), device()?)?;
             said.iter().for_each(style::note);
-            let jobs = cluster::Jobs::new(&plan, args.smoke_steps, cluster::PROGRAM.into())?;
+            let jobs = cluster::Jobs::new(&plan, args.smoke_steps.into(), cluster::PROGRAM.into())?;
             cluster::execute(&plan, &options, &jobs, &slots)?
         }
         None => execute(&plan, &options, &prepare, &progress()?)?,

@@ -173,6 +173,7 @@ impl Gpu {
         if bytes.is_empty() {
             return Ok(());
         }
+        self.bind();
         let mut pinned = self.pinned.lock().unwrap_or_else(PoisonError::into_inner);
         for (to, part) in (to..).step_by(PINNED).zip(bytes.chunks(PINNED)) {
             // SAFETY: the caller owns the block at `to`; what is copied lies in pinned memory, which is written again when

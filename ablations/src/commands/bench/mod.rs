@@ -27,11 +27,11 @@ pub struct Args {
     #[command(flatten)]
     recipe: RecipeArgs,
     /// Steps that are timed
-    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(..=u64::from(u32::MAX)))]
-    steps: u64,
+    #[arg(long, default_value_t = 20)]
+    steps: u32,
     /// Steps before that, not timed
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(..=u64::from(u32::MAX)))]
-    warmup: u64,
+    #[arg(long, default_value_t = 3)]
+    warmup: u32,
     /// One JSON object instead of a table
     #[arg(long)]
     json: bool,
@@ -139,15 +139,16 @@ fn measure(args: &Args, resolved: &Resolved, comm: &Arc<dyn Comm>, begin: Instan
         Device::Cuda(ordinal) => Some(Gpu::get(ordinal)?),
     };
     let ready = first_step(recipe, &learner)?;
+    let (warmup, steps) = (u64::from(args.warmup), u64::from(args.steps));
     let (mut times, mut first_step_s, mut before) = (Vec::new(), None, Traffic::default());
-    for step in 0..args.warmup + args.steps {
+    for step in 0..warmup + steps {
         let (report, ms) = timed(gpu, || learner.step(step, &ready, false))?;
         first_step_s.get_or_insert_with(|| begin.elapsed().as_secs_f64());
         if let Some(what) = report.non_finite {
             let help = "a benchmark of broken numbers means nothing: check the recipe with a short `dinolab train`";
             return Err(Error::user(format!("{what} is not finite at step {step}"), help));
         }
-        if step >= args.warmup {
+        if step >= warmup {
             times.push(ms);
         } else {
             before = learner.ranks().traffic();
@@ -157,8 +158,8 @@ fn measure(args: &Args, resolved: &Resolved, comm: &Arc<dyn Comm>, begin: Instan
         None => tensor::memory_stats().peak,
         Some(gpu) => gpu.memory().iter().map(|arena| arena.peak).sum(),
     };
-    let shared = Shared::of(learner.ranks(), before, args.steps);
-    let first = args.warmup + args.steps;
+    let shared = Shared::of(learner.ranks(), before, steps);
+    let first = warmup + steps;
     let profiles: Result<Vec<Profile>> = (first..first + PROFILED).map(|step| learner.profile(step, &ready)).collect();
     let profile = profiles?.into_iter().min_by(|a, b| a.ms().total_cmp(&b.ms())).expect("there are some");
     times.sort_by(f64::total_cmp);
@@ -176,7 +177,7 @@ fn measure(args: &Args, resolved: &Resolved, comm: &Arc<dyn Comm>, begin: Instan
         precision: format!("{:?}", learner.features_dtype()).to_lowercase(),
         threads: rayon::current_num_threads(),
         batch: recipe.batch.size,
-        steps: args.steps,
+        steps,
         ms_median: median,
         ms_min: times[0],
         ms_max: times[times.len() - 1],
