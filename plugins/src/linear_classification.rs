@@ -22,8 +22,8 @@ use crate::probe_data::{draw_two, Features, Look};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct LinearClassification {
-    /// Labelled training images.
-    #[schemars(range(max = 1_000_000_000))]
+    /// Labelled training images, at least two: one part is fitted, the other chooses the penalty.
+    #[schemars(range(min = 2, max = 1_000_000_000))]
     pub train_samples: NonZeroUsize,
     /// Test images to classify.
     #[schemars(range(max = 1_000_000_000))]

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use dinolab_core::text::printable;
 use dinolab_core::{Error, Result};
 
 use super::slot::PROGRAM;
@@ -27,6 +28,19 @@ impl Jobs {
         let (suite, out, here) = (absolute(&plan.suite.path)?, absolute(&plan.out)?, absolute(Path::new("."))?);
         let sets = plan.set.iter().map(|(key, value)| format!("{key}={value}")).collect();
         Ok(Self { program, here, suite, out, sets, smoke_steps })
+    }
+
+    /// Fails if its commands are not one line each.
+    pub(super) fn check_lines(&self) -> Result<()> {
+        let text = format!("{} {}", self.here.display(), self.run_command("", false));
+        if text.chars().any(char::is_control) {
+            let problem =
+                format!("a command for a scheduler has to be one line, and this one is not: {}", printable(&text));
+            let help =
+                "names of folders and files, values of --set and of variables DINOLAB_... may have no line break";
+            return Err(Error::user(problem, help));
+        }
+        Ok(())
     }
 
     /// The suite's folder.

@@ -75,5 +75,18 @@ pub fn manifest(plan: &Plan, jobs: &Jobs, left: &[(&PlannedRun, bool)], options:
 fn name(suite: &str) -> String {
     let fits = |c: char| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '-' };
     let name: String = suite.chars().map(fits).take(50).collect();
-    name.trim_matches('-').to_string()
+    match name.trim_matches('-') {
+        "" => "suite".into(),
+        name => name.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::name;
+
+    #[test]
+    fn every_suite_has_a_name_of_kubernetes() {
+        assert_eq!([name("Gram_on off"), name("---"), name("-é-")], ["gram-on-off", "suite", "suite"]);
+    }
 }

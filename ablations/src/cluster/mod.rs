@@ -67,7 +67,9 @@ pub struct Args {
 
 fn option_of_sbatch(text: &str) -> Result<String, String> {
     let name = text.split('=').next().unwrap_or_default();
-    let fits = name.starts_with(|c: char| c.is_ascii_alphabetic()) && !name.contains(char::is_whitespace);
+    let fits = name.starts_with(|c: char| c.is_ascii_alphabetic())
+        && !name.contains(char::is_whitespace)
+        && !text.contains(char::is_control);
     fits.then(|| text.into())
         .ok_or_else(|| "expected an option of sbatch without its dashes, such as time=24:00:00".into())
 }
@@ -123,6 +125,7 @@ impl Handover<'_> {
             style::say("nothing to hand over: every run is done, failed (--retry-failed) or in the queue; --report writes the report");
             return Ok(());
         }
+        Jobs::new(plan, self.smoke_steps, PROGRAM.into())?.check_lines()?;
         if !self.dry {
             claim(plan)?;
         }

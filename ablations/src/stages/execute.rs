@@ -44,6 +44,10 @@ fn steps_of(recipe: &toml::Table) -> u64 {
 pub fn plan(stages: &Stages, out: &Path, extra: &Overrides, prepare: Prepare<'_>) -> Result<Vec<PlannedStage>> {
     check_folder(stages, out)?;
     let here = std::path::absolute(out).map_err(Error::io("find", out))?;
+    if here.to_str().is_none() {
+        let help = "name another --out: stages name each other's folders in their recipes, which are UTF-8";
+        return Err(Error::content(out, "the name of this folder is not UTF-8", help));
+    }
     let mut planned = Vec::new();
     for stage in &stages.stages {
         let mut set = extra.clone();

@@ -88,11 +88,11 @@ pub(crate) fn run_of(checkpoint: &Path) -> Option<PathBuf> {
 }
 
 /// Removes the checkpoints of `run` beside that of `step`, which is whole: those that are not to be kept, and those of later
-/// steps.
+/// steps. Gives what is to be said of those that stay because they cannot be removed; the next save tries again.
 ///
 /// # Errors
-/// If one cannot be removed.
-pub fn prune(run: &Path, step: u64, keep: Keep) -> Result<()> {
+/// If one of a later step cannot be removed: a resumed run would go on from it.
+pub fn prune(run: &Path, step: u64, keep: Keep) -> Result<Vec<String>> {
     let target = run.join(FOLDER).join(folder_name(step));
     let (earlier, other): (Vec<_>, Vec<_>) =
         list(run)?.into_iter().partition(|path| step_of(path).is_some_and(|(earlier, _)| earlier < step));
@@ -101,35 +101,52 @@ pub fn prune(run: &Path, step: u64, keep: Keep) -> Result<()> {
     let is_replaced = |path: &PathBuf| step_of(path).is_some_and(|(s, _)| keep.replaced == Some(s));
     let (replaced, earlier): (Vec<_>, Vec<_>) = earlier.into_iter().partition(is_replaced);
     let old = earlier.into_iter().rev().skip(keep.newest.max(1) - 1);
-    for old in stale.chain(replaced.into_iter().chain(old).filter(|path| !forever(path))) {
-        remove(&old)?;
+    let (mut hidden, mut left) = (stale.map(|path| hide(&path)).collect::<Result<Vec<_>>>()?, Vec::new());
+    for path in replaced.into_iter().chain(old).filter(|path| !forever(path)) {
+        match hide(&path) {
+            Ok(path) => hidden.push(path),
+            Err(error) => left.push(stays(&error)),
+        }
     }
-    Ok(())
+    left.extend(remove_all(hidden));
+    Ok(left)
 }
 
 /// What is appended to the name of a checkpoint that another of the same step is about to replace.
 pub(super) const REPLACED: &str = ".replaced";
 
-/// Removes a checkpoint: it is none from the first moment on, so that a kill leaves no half of one.
-fn remove(checkpoint: &Path) -> Result<()> {
+/// Gives a checkpoint that is about to be removed a name by which it is none, so that a kill leaves no half of one.
+fn hide(checkpoint: &Path) -> Result<PathBuf> {
     let name = checkpoint.file_name().unwrap_or_default().to_string_lossy();
     let hidden = checkpoint.with_file_name(format!("{REMOVING}{name}"));
     fs::rename(checkpoint, &hidden).map_err(Error::io("remove", checkpoint))?;
-    fs::remove_dir_all(&hidden).map_err(Error::io("remove", checkpoint))
+    Ok(hidden)
+}
+
+/// Removes folders that are no checkpoints; gives what is to be said of those that stay.
+fn remove_all(folders: impl IntoIterator<Item = PathBuf>) -> Vec<String> {
+    let removed = folders.into_iter().map(|path| fs::remove_dir_all(&path).map_err(Error::io("remove", &path)));
+    removed.filter_map(|removed| removed.err().map(|error| stays(&error))).collect()
+}
+
+fn stays(error: &Error) -> String {
+    format!("an old checkpoint takes up space until it can be removed, which every save tries: {error}")
 }
 
 /// What the name of a checkpoint that is being removed begins with.
 const REMOVING: &str = ".removing-";
 
-/// Removes what a process left that was killed while it wrote or removed a checkpoint of `run`.
+/// Removes what a process left that was killed while it wrote or removed a checkpoint of `run`; gives what is to be said of what
+/// cannot be removed, which is no checkpoint.
 ///
 /// # Errors
-/// If it cannot be removed.
-pub fn clear(run: &Path) -> Result<()> {
+/// If the folder cannot be listed.
+pub fn clear(run: &Path) -> Result<Vec<String>> {
     let folder = run.join(FOLDER);
     if !folder.is_dir() {
-        return Ok(());
+        return Ok(Vec::new());
     }
+    let mut left = Vec::new();
     for entry in fs::read_dir(&folder).map_err(Error::io("list", &folder))? {
         let path = entry.map_err(Error::io("list", &folder))?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -137,10 +154,10 @@ pub fn clear(run: &Path) -> Result<()> {
         // The newer one of the same step is in its place.
         let replaced = name.strip_suffix(REPLACED).is_some_and(|name| folder.join(name).join(STATE_FILE).exists());
         if half || replaced || name.starts_with(BUILDING) || name.starts_with(REMOVING) {
-            fs::remove_dir_all(&path).map_err(Error::io("remove", &path))?;
+            left.push(path);
         }
     }
-    Ok(())
+    Ok(remove_all(left))
 }
 
 #[cfg(test)]
@@ -219,6 +236,30 @@ mod tests {
         let mut names: Vec<_> = fs::read_dir(&folder).unwrap().map(|e| e.unwrap().file_name()).collect();
         names.sort();
         assert_eq!(names, ["step-00000001", "step-00000002"]);
+    }
+
+    #[test]
+    fn one_that_cannot_be_removed_is_told_and_stays_unless_it_would_be_resumed() {
+        let run = tempfile::tempdir().unwrap();
+        for step in [10, 20, 30] {
+            save(run.path(), &content(step), Keep::newest(3)).unwrap();
+        }
+        // The name that it would get is taken.
+        let taken = |step: u64| {
+            let path = run.path().join(FOLDER).join(format!("{REMOVING}{}", folder_name(step)));
+            fs::create_dir(&path).unwrap();
+            fs::write(path.join("open"), b"").unwrap();
+        };
+        taken(10);
+        let told = prune(run.path(), 30, Keep::newest(1)).unwrap();
+        assert!(told.len() == 1 && told[0].contains("step-00000010"), "{told:?}");
+        assert_eq!(steps(run.path()).unwrap(), [10, 30]);
+        taken(30);
+        assert!(prune(run.path(), 10, Keep::newest(1)).unwrap_err().to_string().contains("step-00000030"));
+        // What was in the way goes with the next save, and the old one with it.
+        let saved = save(run.path(), &content(40), Keep::newest(1)).unwrap();
+        assert!(saved.left.is_empty(), "{:?}", saved.left);
+        assert_eq!(steps(run.path()).unwrap(), [40]);
     }
 
     #[test]

@@ -23,7 +23,7 @@ pub(crate) use list::{run_of, step_at};
 pub use read::{load, load_newest, load_newest_before, model_bytes, Checkpoint};
 pub(crate) use read::{model, open, recipe_file, set_of, verify};
 pub(crate) use write::is_split;
-pub use write::{save, write, Content, Give, Saving, Written};
+pub use write::{save, write, Content, Give, Saved, Saving, Written};
 
 use std::collections::BTreeMap;
 

@@ -199,7 +199,7 @@ mod tests {
         let run = tempfile::tempdir().unwrap();
         save(run.path(), &content(1), Keep::newest(3)).unwrap();
         let second = save(run.path(), &content(2), Keep::newest(3)).unwrap();
-        let file = second.join("model.safetensors");
+        let file = second.folder.join("model.safetensors");
         let mut bytes = fs::read(&file).unwrap();
         *bytes.last_mut().unwrap() ^= 1;
         fs::write(&file, &bytes).unwrap();
@@ -208,9 +208,9 @@ mod tests {
         assert!(passed[0].to_string().contains("model.safetensors"), "{}", passed[0]);
 
         let third = save(run.path(), &content(3), Keep::newest(3)).unwrap();
-        let file = third.join("optimizer.safetensors");
+        let file = third.folder.join("optimizer.safetensors");
         let bytes = fs::read(&file).unwrap();
         fs::write(&file, &bytes[..bytes.len() / 2]).unwrap();
-        assert!(load(&third).err().unwrap().to_string().contains("optimizer.safetensors"));
+        assert!(load(&third.folder).err().unwrap().to_string().contains("optimizer.safetensors"));
     }
 }

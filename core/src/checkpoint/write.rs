@@ -67,12 +67,12 @@ impl Give for Content {
     }
 }
 
-/// Writes a checkpoint into `run`; gives its folder. Then removes earlier ones that are not to be kept, and those of later
+/// Writes a checkpoint into `run`. Then removes earlier ones that are not to be kept, and those of later
 /// steps: the run will do these steps again.
 ///
 /// # Errors
 /// If it cannot be written; earlier checkpoints stay as they are.
-pub fn save(run: &Path, from: &dyn Give, keep: Keep) -> Result<PathBuf> {
+pub fn save(run: &Path, from: &dyn Give, keep: Keep) -> Result<Saved> {
     let saving = Saving::begin(run)?;
     let written = write(saving.folder(), from, CheckpointConfig::default().file_bytes(), (0, 1))??;
     saving.finish(from.steps(), written, keep)
@@ -87,6 +87,16 @@ pub(crate) fn is_split(from: &dyn Give, most: u64) -> bool {
 pub struct Saving {
     run: PathBuf,
     building: TempDir,
+    left: Vec<String>,
+}
+
+/// A checkpoint that was written.
+#[derive(Debug)]
+pub struct Saved {
+    /// Its folder.
+    pub folder: PathBuf,
+    /// What is to be said of old ones that cannot be removed.
+    pub left: Vec<String>,
 }
 
 /// A file of a checkpoint that was written.
@@ -147,8 +157,8 @@ impl Saving {
     pub fn begin(run: &Path) -> Result<Self> {
         let folder = run.join(FOLDER);
         fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
-        clear(run)?;
-        Ok(Self { run: run.into(), building: new_folder(&folder)? })
+        let left = clear(run)?;
+        Ok(Self { run: run.into(), building: new_folder(&folder)?, left })
     }
 
     /// Where the files are [written](write()).
@@ -160,8 +170,8 @@ impl Saving {
     ///
     /// # Errors
     /// As [`save`].
-    pub fn finish(self, (step, skipped): (u64, u64), written: Vec<Written>, keep: Keep) -> Result<PathBuf> {
-        let Self { run, building } = self;
+    pub fn finish(self, (step, skipped): (u64, u64), written: Vec<Written>, keep: Keep) -> Result<Saved> {
+        let Self { run, building, mut left } = self;
         let folder = run.join(FOLDER);
         let target = folder.join(folder_name(step));
         let mut files: BTreeMap<String, String> =
@@ -191,8 +201,8 @@ impl Saving {
         }
         fs::rename(building.keep(), &target).map_err(Error::io("write", &target))?;
         sync_dir(&folder)?;
-        prune(&run, step, keep)?;
-        Ok(target)
+        left.extend(prune(&run, step, keep)?);
+        Ok(Saved { folder: target, left })
     }
 }
 
@@ -232,7 +242,7 @@ mod tests {
             let of_rank = |rank| write(saving.folder(), &several(), 24, (rank, world)).unwrap().unwrap();
             let parts: Vec<Vec<Written>> = (0..world).map(of_rank).collect();
             assert!(parts.iter().take(3).all(|part| !part.is_empty()), "none of the first writes nothing");
-            let path = saving.finish((7, 1), parts.into_iter().flatten().collect(), Keep::newest(1)).unwrap();
+            let path = saving.finish((7, 1), parts.into_iter().flatten().collect(), Keep::newest(1)).unwrap().folder;
             let checkpoint = load(&path).unwrap();
             for (set, files) in [("student", &checkpoint.model), ("exp_avg", &checkpoint.optimizer)] {
                 let third = files.read(&format!("{set}.3")).unwrap().expect("it is in the second file");
@@ -256,7 +266,7 @@ mod tests {
         let run = tempfile::tempdir().unwrap();
         let saving = Saving::begin(run.path()).unwrap();
         let written = write(saving.folder(), &several(), 24, (0, 1)).unwrap().unwrap();
-        let path = saving.finish((7, 1), written, Keep::newest(1)).unwrap();
+        let path = saving.finish((7, 1), written, Keep::newest(1)).unwrap().folder;
         for name in
             ["model-00002-of-00003.safetensors", "optimizer-00003-of-00003.safetensors", "model.safetensors.index.json"]
         {

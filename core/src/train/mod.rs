@@ -218,8 +218,8 @@ fn run_on(
     if let Some(result) = folder.result(recipe.steps)? {
         return Ok(Some(Outcome::Finished(result)));
     }
-    checkpoint::clear(folder.path())?;
-    let (mut messages, mut happened) = (Vec::new(), Vec::new());
+    let left = checkpoint::clear(folder.path())?.into_iter().map(|left| ("checkpoint", left));
+    let (mut messages, mut happened) = (left.collect::<Vec<_>>(), Vec::new());
     let (train, test) = datasets(recipe)?;
     resolved.check_data(test.as_ref())?;
     let peers = Peers { teacher: student.map(Student::teacher), ..Peers::of(lead.comm().as_ref()) };

@@ -4,16 +4,52 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::contract::{at_size, Dataset, ImageSize, Probe, ProbeContext};
+use crate::contract::{at_size, Dataset, Features, ImageSize, Probe, ProbeContext};
 use crate::recipe::{ProbeEntry, Recipe};
 use crate::step::Learner;
-use crate::Result;
+use crate::{Device, Result, Tensor};
 
 /// The enabled probes, built.
 pub(super) struct Probes {
     probes: Vec<Taken>,
     train: Arc<dyn Dataset>,
     test: Arc<dyn Dataset>,
+}
+
+/// Bytes of features that are remembered while probes run.
+const MOST: usize = 256 << 20;
+
+/// A model that remembers what it gave: several probes look at the same batches. Those that come first are remembered.
+struct Seen<'a> {
+    learner: &'a Learner,
+    known: RefCell<Known>,
+}
+
+/// Features by the hash of the pixels and their shape, and their bytes.
+type Known = (BTreeMap<[u8; 32], Features>, usize);
+
+impl<'a> Seen<'a> {
+    fn new(learner: &'a Learner) -> Self {
+        Self { learner, known: RefCell::default() }
+    }
+
+    /// [`Learner::teacher_features`] of pixels `[B, channels, h, w]`.
+    fn features(&self, pixels: &Tensor) -> Result<Features> {
+        let mut hash = blake3::Hasher::new();
+        hash.update(format!("{:?}", pixels.shape()).as_bytes()).update(pixels.to(Device::Cpu).as_bytes());
+        let hash = *hash.finalize().as_bytes();
+        if let Some(known) = self.known.borrow().0.get(&hash) {
+            return Ok(known.clone());
+        }
+        let features = self.learner.teacher_features(pixels)?;
+        let (known, total) = &mut *self.known.borrow_mut();
+        let bytes: usize = features.tensors().map(|tensor| tensor.as_bytes().len()).sum();
+        if *total + bytes <= MOST {
+            *total += bytes;
+            known.insert(hash, features.clone());
+        }
+        Ok(features)
+    }
 }
 
 /// A probe, when it is taken, and at which sizes; at that of global crops if there is none.
@@ -62,6 +98,7 @@ impl Probes {
     ) -> (BTreeMap<String, f64>, Vec<String>) {
         let mut scores = BTreeMap::new();
         let warnings = RefCell::new(Vec::new());
+        let seen = Seen::new(learner);
         let named = self.probes.iter().filter(|taken| names.contains(&taken.name));
         for (taken, size) in named.flat_map(|taken| taken.sizes().map(move |size| (taken, size))) {
             let at = size.map_or(String::new(), |size| format!("@{size}"));
@@ -71,7 +108,7 @@ impl Probes {
                 None => [self.train.clone(), self.test.clone()],
             };
             let context = ProbeContext {
-                features: &|pixels| learner.teacher_features(pixels)?.finite(),
+                features: &|pixels| seen.features(pixels)?.finite(),
                 train: train.as_ref(),
                 test: test.as_ref(),
                 image_size: size.unwrap_or(ImageSize::square(recipe.crops.global_size)),

@@ -379,7 +379,8 @@ impl Run<'_> {
         let keep = checkpoint::Keep { newest: newest.saturating_add(more), every: config.keep_every, replaced };
         if self.saved == Some(step) {
             // A kill may have come between its writing and the removal of an older one.
-            return checkpoint::prune(self.folder.path(), step, keep);
+            let left = checkpoint::prune(self.folder.path(), step, keep)?;
+            return self.warn_once(step, "checkpoint", left);
         }
         if self.folder.keep_recipe(self.resolved)? {
             self.warn(step, "folder", "the run's recipe.toml was gone while it ran, and is written again")?;
@@ -387,7 +388,8 @@ impl Run<'_> {
         self.log.sync()?;
         let saving = checkpoint::Saving::begin(self.folder.path())?;
         let written = self.lead.save(&self.learner, step, &saving, config.file_bytes())?;
-        saving.finish((step, self.learner.skipped()), written, keep)?;
+        let saved = saving.finish((step, self.learner.skipped()), written, keep)?;
+        self.warn_once(step, "checkpoint", saved.left)?;
         self.saved = Some(step);
         self.aging.saved(begin.elapsed());
         Ok(())

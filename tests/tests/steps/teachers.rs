@@ -211,7 +211,7 @@ fn named_teachers_are_saved_and_resumed_to_the_bit() {
     let folder = std::env::temp_dir().join(format!("dinolab-teachers-{}", std::process::id()));
     let (half, _) = trained(&resolved, 3);
     let saved = checkpoint::save(&folder, &half.content(3).unwrap(), checkpoint::Keep::newest(1)).unwrap();
-    let read = checkpoint::load(&saved).unwrap();
+    let read = checkpoint::load(&saved.folder).unwrap();
     assert!(read.model.has("early_teacher.backbone.") && read.model.has("gram_teacher.backbone."));
     let mut resumed = Learner::from_checkpoint(&resolved.recipe, &read).unwrap();
     let (data, _) = train::datasets(&resolved.recipe).unwrap();
