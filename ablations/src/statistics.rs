@@ -76,7 +76,9 @@ pub fn paired(pairs: &[(f64, f64)]) -> Paired {
     let differences: Vec<f64> = pairs.iter().map(|(arm, baseline)| arm - baseline).collect();
     let n = differences.len();
     let difference = (n > 0).then(|| mean(&differences));
-    let std = std(&differences);
+    // Differences that are all the same, as of a score that counts a few images, vary by what rounding does: by nothing.
+    let same = |std: f64| difference.is_some_and(|difference| std <= 1e-12 * difference.abs());
+    let std = std(&differences).map(|std| if same(std) { 0.0 } else { std });
     let mut result = Paired {
         difference,
         std,
@@ -89,8 +91,8 @@ pub fn paired(pairs: &[(f64, f64)]) -> Paired {
         n,
     };
     if let (Some(difference), Some(std)) = (difference, std) {
-        // Differences that are all the same, as of a score that counts a few images, say nothing of how they would spread.
-        if difference == 0.0 || std > 1e-12 * difference.abs() {
+        // Without any spread, they say nothing of how others would spread.
+        if difference == 0.0 || std > 0.0 {
             result.ci95 = Some(interval(difference, std, n));
             result.p_value = Some(t_test(difference, std, n));
             result.bootstrap95 = Some(bootstrap(&differences));

@@ -180,6 +180,15 @@ pub fn duration(seconds: f64) -> String {
     humantime::format_duration(rounded).to_string()
 }
 
+/// A word for a shell.
+pub fn shell(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "/._=+-:,@%".contains(c);
+    match !word.is_empty() && word.chars().all(plain) {
+        true => word.into(),
+        false => format!("'{}'", word.replace('\'', r"'\''")),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -191,5 +200,14 @@ mod tests {
             [0.0004, 0.34, 7.6, 90.2, 3599.8, 5000.0, 200_000.0].map(duration),
             ["0s", "340ms", "8s", "1m 30s", "1h", "1h 23m", "2days 8h"]
         );
+    }
+
+    #[test]
+    fn words_reach_a_shell_as_they_are() {
+        for word in ["arms/on/seed-0", "it's", "a b", "", "$HOME", "losses.gram={ enabled = true }"] {
+            let said = std::process::Command::new("sh").args(["-c", &format!("printf %s {}", shell(word))]).output();
+            assert_eq!(String::from_utf8_lossy(&said.expect("there is a shell").stdout), word);
+        }
+        assert_eq!(shell("arms/lr=0.1"), "arms/lr=0.1");
     }
 }

@@ -15,14 +15,18 @@ pub(crate) fn classify(logits: &Tensor, own: &Tensor) -> Result<LossValue> {
     Ok(LossValue::of(loss).with_parts(vec![("accuracy", accuracy)]))
 }
 
-/// The share of rows whose own class has the greatest logit.
+/// The share of rows whose own class has the greatest logit. One of k classes that share it, as logits in bf16 often do,
+/// counts 1/k.
 fn accuracy(logits: &Tensor, own: &Tensor) -> Result<Tensor> {
     // By how much the other logits are above the row's own.
     let of_own = logits.mul(own)?.sum_axis(1)?.reshape(&[logits.dim(0), 1])?;
-    let above = logits.sub(&of_own.matmul(&Tensor::full(&[1, logits.dim(1)], logits.dtype(), 1.0)?)?)?.relu()?;
-    let beaten = above.sum_axis(1)?.scale(1e6)?;
-    let right = beaten.neg()?.shift(1.0)?.relu()?.mul(&own.sum_axis(1)?)?;
-    right.mean()
+    let above = logits.sub(&of_own.matmul(&Tensor::full(&[1, logits.dim(1)], logits.dtype(), 1.0)?)?)?;
+    // 1 where a number is 0, and 0 where it is not.
+    let none = |x: &Tensor| x.scale(-1e6)?.shift(1.0)?.relu();
+    let (more, less) = (above.relu()?, above.neg()?.relu()?);
+    let equal = none(&more.add(&less)?)?.sum_axis(1)?;
+    // A row without a class shares its logit with none.
+    none(&more.sum_axis(1)?)?.mul(&own.sum_axis(1)?)?.div(&equal.clamp_min(1.0)?)?.mean()
 }
 
 /// The classes of the crops of a view, drawn for each image: `[B, crops * K]` one-hot numbers, crop by crop, to
@@ -38,4 +42,20 @@ pub(crate) fn drawn_classes(out: &Outputs<'_>, classes: usize, dtype: DType) -> 
 /// A one-hot row.
 pub(crate) fn one_hot(class: usize, classes: usize) -> impl Iterator<Item = f64> {
     (0..classes).map(move |k| f64::from(u8::from(k == class)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shared_greatest_logit_counts_its_share_and_a_row_without_a_class_nothing() {
+        let logits = [[2.0f32, 1.0], [1.0, 2.0], [3.0, 3.0], [5.0, 4.0]];
+        let own = [[1.0f32, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 0.0]];
+        for dtype in [DType::F32, DType::F64] {
+            let of =
+                |rows: [[f32; 2]; 4]| Tensor::from_slice(rows.as_flattened(), &[4, 2]).unwrap().cast(dtype).unwrap();
+            assert_eq!(accuracy(&of(logits), &of(own)).unwrap().to_f64_vec(), [1.5 / 4.0]);
+        }
+    }
 }

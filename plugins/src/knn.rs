@@ -67,11 +67,12 @@ impl Knn {
         // Equal similarities keep the order of the training images, so that the vote is the same everywhere.
         neighbours.sort_by(|a, b| b.0.total_cmp(&a.0));
         neighbours.truncate(most);
+        let nearest = neighbours.first().map_or(0.0, |(similarity, _)| f64::from(*similarity));
         let winner = |k: NonZeroUsize| {
             let mut votes = std::collections::BTreeMap::new();
             for &(similarity, label) in neighbours.iter().take(k.get()) {
-                // Similarities are at most 1, so this does not overflow.
-                *votes.entry(label).or_insert(0.0) += ((f64::from(similarity) - 1.0) / self.temperature).exp();
+                // The nearest has weight 1 at every temperature.
+                *votes.entry(label).or_insert(0.0) += ((f64::from(similarity) - nearest) / self.temperature).exp();
             }
             votes.into_iter().rev().max_by(|a, b| a.1.total_cmp(&b.1)).map(|(label, _)| label)
         };
@@ -152,6 +153,8 @@ mod tests {
     fn nearer_neighbours_outvote_many_far_ones() {
         let knn = Knn::default();
         assert_eq!(knn.vote(vec![(0.1, 0), (0.1, 0), (0.1, 0), (0.9, 1)]), [Some(1)]);
+        let cold = Knn { temperature: 5e-4, ..knn.clone() };
+        assert_eq!(cold.vote(vec![(0.3, 0), (0.6, 2), (0.5, 1), (0.5, 1)]), [Some(2)], "in the limit the nearest wins");
         let knn = Knn { k: NonZeroUsize::MIN, more_k: vec![knn.k], ..knn };
         assert_eq!(knn.vote(vec![(0.5, 2), (0.5, 1), (0.4, 1)]), [Some(2), Some(1)]);
     }

@@ -68,9 +68,10 @@ impl KnnSegmentation {
         // In a fixed order, so that sums are the same everywhere.
         order.truncate(k);
         order.sort_unstable_by(nearer);
+        let nearest = order.first().map_or(0.0, |&at| f64::from(similarities[at]));
         for at in order {
-            // Similarities are at most 1, so this does not overflow.
-            let weight = ((f64::from(similarities[at]) - 1.0) / self.temperature).exp();
+            // The nearest has weight 1 at every temperature.
+            let weight = ((f64::from(similarities[at]) - nearest) / self.temperature).exp();
             votes.iter_mut().zip(&shares[at * classes..]).for_each(|(vote, share)| *vote += weight * f64::from(*share));
         }
         let most = votes.iter().copied().fold(f64::MIN_POSITIVE, f64::max);

@@ -6,6 +6,7 @@ use dinolab_core::text::printable;
 use dinolab_core::{Error, Result};
 
 use super::slot::PROGRAM;
+use crate::style::shell;
 use crate::suite::{has_trunk, Plan, PlannedRun, Status, TRUNK};
 
 /// The commands that do parts of a suite, from any working directory.
@@ -105,15 +106,6 @@ impl Jobs {
     }
 }
 
-/// A word for a shell.
-pub fn shell(word: &str) -> String {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "/._=+-:,@%".contains(c);
-    match !word.is_empty() && word.chars().all(plain) {
-        true => word.into(),
-        false => format!("'{}'", word.replace('\'', r"'\''")),
-    }
-}
-
 /// A copy of this program in the suite's folder: jobs that wait run what was there when they were submitted.
 ///
 /// # Errors
@@ -164,19 +156,5 @@ pub(super) fn trials<'a>(plan: &Plan, untried: &[&'a PlannedRun]) -> Vec<Vec<&'a
         Some(_) if arms.is_empty() => Vec::new(),
         Some(_) => vec![arms],
         None => arms.into_iter().map(|arm| vec![arm]).collect(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::shell;
-
-    #[test]
-    fn words_reach_a_shell_as_they_are() {
-        for word in ["arms/on/seed-0", "it's", "a b", "", "$HOME", "losses.gram={ enabled = true }"] {
-            let said = std::process::Command::new("sh").args(["-c", &format!("printf %s {}", shell(word))]).output();
-            assert_eq!(String::from_utf8_lossy(&said.expect("there is a shell").stdout), word);
-        }
-        assert_eq!(shell("arms/lr=0.1"), "arms/lr=0.1");
     }
 }

@@ -12,7 +12,7 @@ mod slot;
 mod slurm;
 mod status;
 
-pub use job::{shell, Jobs};
+pub use job::Jobs;
 pub use parallel::execute;
 pub use slot::{Slot, PROGRAM};
 pub use slurm::Submission;
@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 
 use dinolab_core::{Device, Error, Result};
 
-use crate::style;
+use crate::style::{self, shell};
 use crate::suite::{claim, untried, Plan, PlannedRun, TRUNK};
 
 /// What the command line says of it.
@@ -42,17 +42,17 @@ pub struct Args {
     /// Kubernetes: the image of the container
     #[arg(long, requires = "on", required_if_eq("on", "kubernetes"))]
     pub image: Option<String>,
-    /// Kubernetes: the claim of the volume on which the working directory lies
-    #[arg(long, requires = "on", default_value = "dinolab")]
-    pub claim: String,
+    /// Kubernetes: the claim of the volume on which the working directory lies; default: dinolab
+    #[arg(long, requires = "on")]
+    pub claim: Option<String>,
     /// Kubernetes: the queue of Kueue
     #[arg(long, requires = "on")]
     pub queue: Option<String>,
     /// Show how far every run is, and what Slurm says of it
-    #[arg(long, conflicts_with_all = ["on", "dry_run"])]
+    #[arg(long, conflicts_with_all = ["on", "dry_run", "arms", "seeds"])]
     pub status: bool,
     /// Take the suite's jobs out of Slurm's queue; those that run save and stop
-    #[arg(long, conflicts_with_all = ["on", "status", "dry_run"])]
+    #[arg(long, conflicts_with_all = ["on", "status", "dry_run", "arms", "seeds"])]
     pub cancel: bool,
     /// Do this run and no other, without a report: what a process of --parallel or a job does
     #[arg(long, value_name = "FOLDER", conflicts_with_all = ["arms", "seeds", "dry_run", "parallel", "on"])]
@@ -61,7 +61,7 @@ pub struct Args {
     #[arg(long, conflicts_with_all = ["run", "dry_run", "parallel", "on"])]
     pub trial: bool,
     /// Write the report of what is done and run nothing
-    #[arg(long, conflicts_with_all = ["run", "trial", "dry_run", "parallel", "on"])]
+    #[arg(long, conflicts_with_all = ["run", "trial", "dry_run", "parallel", "on", "arms", "seeds"])]
     pub report: bool,
 }
 
@@ -94,6 +94,8 @@ pub struct Handover<'a> {
     pub dry: bool,
     /// Failed runs too.
     pub retry_failed: bool,
+    /// End at the first failure, which no scheduler does.
+    pub fail_fast: bool,
     /// Steps of trials.
     pub smoke_steps: u64,
     /// What runs compute on.
@@ -101,17 +103,35 @@ pub struct Handover<'a> {
 }
 
 impl Handover<'_> {
+    /// Fails if an option is given that this scheduler takes no notice of.
+    fn check_options(&self, scheduler: Scheduler) -> Result<()> {
+        let (args, kubernetes) = (self.args, scheduler == Scheduler::Kubernetes);
+        let idle = [
+            ("--slurm", "of Slurm's jobs", scheduler != Scheduler::Slurm && !args.slurm.is_empty()),
+            ("--image", "of Kubernetes' jobs", !kubernetes && args.image.is_some()),
+            ("--claim", "of Kubernetes' jobs", !kubernetes && args.claim.is_some()),
+            ("--queue", "of Kubernetes' jobs", !kubernetes && args.queue.is_some()),
+            (
+                "--parallel",
+                "not of a list: what runs it says how many at a time",
+                scheduler == Scheduler::List && args.parallel.is_some(),
+            ),
+            ("--fail-fast", "not of jobs: a job knows nothing of others", self.fail_fast),
+        ];
+        match idle.into_iter().find(|(.., given)| *given) {
+            Some((option, of, _)) => {
+                Err(Error::user(format!("{option} is {of}"), "leave it out, or choose another --on"))
+            }
+            None => Ok(()),
+        }
+    }
+
     /// Gives these runs of `plan`, as far as they are left, to a scheduler.
     ///
     /// # Errors
     /// If the folder belongs to something else or cannot be written, or the scheduler refuses.
     pub fn give(&self, plan: &Plan, runs: &[&PlannedRun], scheduler: Scheduler) -> Result<()> {
-        if scheduler != Scheduler::Slurm && !self.args.slurm.is_empty() {
-            return Err(Error::user(
-                "--slurm is of Slurm's jobs alone",
-                "leave it out, or give the runs to it: --on slurm",
-            ));
-        }
+        self.check_options(scheduler)?;
         let mut left = job::left(plan, runs, self.retry_failed)?;
         if scheduler == Scheduler::Slurm && !slurm::submitted(&plan.out)?.is_empty() {
             let queued = status::in_queue(&plan.out)?;
@@ -162,15 +182,15 @@ impl Handover<'_> {
                 return Ok(());
             }
             Scheduler::List => {
-                let here = job::shell(&jobs.here().display().to_string());
+                let here = shell(&jobs.here().display().to_string());
                 for (run, again) in &left {
-                    let run = job::shell(&run.dir.display().to_string());
+                    let run = shell(&run.dir.display().to_string());
                     style::print(&format!("cd {here} && {}\n", jobs.run_command(&run, *again)));
                 }
             }
             Scheduler::Kubernetes => {
                 let image = self.args.image.clone().expect("clap asks for it");
-                let (claim, queue) = (self.args.claim.clone(), self.args.queue.clone());
+                let (claim, queue) = (self.args.claim.clone().unwrap_or("dinolab".into()), self.args.queue.clone());
                 let options = kubernetes::Options { image, claim, queue, parallel, gpu: self.device != Device::Cpu };
                 let manifest = kubernetes::manifest(plan, &jobs, &left, &options);
                 style::print(&format!("{}\n", serde_json::to_string_pretty(&manifest).expect("plain data")));

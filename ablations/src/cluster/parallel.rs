@@ -18,8 +18,8 @@ use super::job::Jobs;
 use super::slot::{Slot, PROGRAM};
 use crate::cli::RESUMABLE;
 use crate::suite::{
-    chosen, claim, has_trunk, record_failure, untried, Budget, ExecuteOptions, Next, Plan, PlannedRun, Status, Tally,
-    TRUNK,
+    chosen, claim, has_trunk, record_failure_of, untried, Budget, ExecuteOptions, Next, Plan, PlannedRun, Status,
+    Tally, TRUNK,
 };
 
 /// How often processes are looked at.
@@ -239,7 +239,10 @@ fn ended<'a>(
                 board.say(&format!("{label}: failed, and is tried again: {error}"));
                 return Ok(Some(run));
             }
-            record_failure(&worker.dir, &error)?;
+            if !record_failure_of(plan, run, &error)? {
+                tally.elsewhere.push(label.clone());
+                return Ok(None);
+            }
             board.say(&format!("{label}: failed: {error}"));
             board.done();
             tally.failed.push((shown, error));

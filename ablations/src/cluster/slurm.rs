@@ -12,7 +12,8 @@ use dinolab_core::files::write_file;
 use dinolab_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 
-use super::job::{shell, trials, Jobs};
+use super::job::{trials, Jobs};
+use crate::style::shell;
 use crate::suite::{Plan, PlannedRun, TRUNK};
 
 /// The largest array where Slurm does not say it: its default.
@@ -84,13 +85,10 @@ impl Submission {
             let command = jobs.trial_command("\"$arms\"");
             files.push(("arms.txt", list(&arms)));
             files.push(("trial.sh", format!("{header}{find}{}", step(&command))));
-            calls.push(Call {
-                script: "trial.sh",
-                size: arms.len(),
-                at_once: options.parallel,
-                offset: 0,
-                runs: vec![],
-            });
+            for (chunk, part) in arms.chunks(largest.max(1)).enumerate() {
+                let (script, size, offset) = ("trial.sh", part.len(), chunk * largest);
+                calls.push(Call { script, size, at_once: options.parallel, offset, runs: Vec::new() });
+            }
         }
         let of = |trunk: bool| left.iter().filter(move |(run, _)| (run.arm == TRUNK) == trunk);
         for (script, lines, trunk) in [("trunks.sh", "trunks.txt", true), ("runs.sh", "runs.txt", false)] {

@@ -92,7 +92,8 @@ pub fn run(args: Args) -> Result<ExitCode> {
         let (dry, retry_failed, smoke_steps) = (args.dry_run, args.retry_failed, args.smoke_steps.into());
         let gpu = scheduler == cluster::Scheduler::Kubernetes;
         let device = if gpu { device()? } else { Device::Cpu };
-        let handover = cluster::Handover { args: cluster, dry, retry_failed, smoke_steps, device };
+        let handover =
+            cluster::Handover { args: cluster, dry, retry_failed, fail_fast: args.fail_fast, smoke_steps, device };
         let runs = chosen(&plan, &args.arms, &args.seeds)?;
         return handover.give(&plan, &runs, scheduler).map(|()| ExitCode::SUCCESS);
     }
@@ -201,7 +202,7 @@ fn failed(plan: &Plan) -> Result<Vec<(String, String)>> {
 }
 
 fn conclude(plan: &Plan, tally: &Tally) -> Result<ExitCode> {
-    let command = std::env::args_os().skip(1).map(|word| cluster::shell(&word.to_string_lossy()));
+    let command = std::env::args_os().skip(1).map(|word| style::shell(&word.to_string_lossy()));
     let provenance = Provenance {
         version: env!("CARGO_PKG_VERSION").into(),
         revision: Some(crate::REVISION.to_string()).filter(|r| !r.is_empty()),

@@ -10,22 +10,17 @@ use super::prepared::resolve;
 use crate::report::number;
 use crate::statistics::{effect_found, paired, seeds_needed};
 use crate::style::{self, duration};
-use crate::suite::{Overrides, Plan, PlannedRun, Status, TRUNK};
+use crate::suite::{Overrides, Plan, PlannedRun, Status};
 
 /// Every finished run of the plan: the steps that it did itself, and the seconds that they took.
 pub(super) fn finished(plan: &Plan, runs: &[&PlannedRun]) -> Result<Vec<(u64, f64)>> {
     let mut found = Vec::new();
     for run in runs {
         if let Status::Finished(result) = Status::of(&plan.out.join(&run.dir))? {
-            found.push((result.steps.saturating_sub(start(plan, run)), result.seconds));
+            found.push((result.steps.saturating_sub(plan.start(&run.arm)), result.seconds));
         }
     }
     Ok(found)
-}
-
-/// The step that a run begins at: the fork, for an arm of a suite with a trunk.
-fn start(plan: &Plan, run: &PlannedRun) -> u64 {
-    plan.suite.trunk.as_ref().filter(|_| run.arm != TRUNK).map_or(0, |trunk| trunk.fork)
 }
 
 /// The expansion of a suite's runs: arms, seeds, state and cost.
@@ -50,10 +45,10 @@ pub(super) fn dry_run(plan: &Plan, runs: &[&PlannedRun]) -> Result<()> {
     }
     for run in arms {
         let recipe = resolve(&plan.suite.path, &run.base, &run.overrides)?.recipe;
-        let steps = recipe.steps - start(plan, run);
+        let steps = recipe.steps - plan.start(&run.arm);
         let of_step = cost::cost_on(&recipe, recipe.device()?)?;
         let tera = of_step.flops_per_image * recipe.batch.size as f64 * steps as f64 / 1e12;
-        let (taken, images, flops) = cost::probes(&recipe, start(plan, run))?;
+        let (taken, images, flops) = cost::probes(&recipe, plan.start(&run.arm))?;
         let probes = flops / 1e12;
         let mut states = Vec::new();
         for other in runs.iter().filter(|r| r.arm == run.arm) {
@@ -63,8 +58,11 @@ pub(super) fn dry_run(plan: &Plan, runs: &[&PlannedRun]) -> Result<()> {
         probed += probes * states.len() as f64;
         let probes =
             format!("{probes:.3} ({:.0}%)\n{taken} times, {images:.0} images", 100.0 * probes / tera.max(1e-12));
-        let shown =
-            if start(plan, run) > 0 { format!("{} to {}", start(plan, run), recipe.steps) } else { steps.to_string() };
+        let shown = if plan.start(&run.arm) > 0 {
+            format!("{} to {}", plan.start(&run.arm), recipe.steps)
+        } else {
+            steps.to_string()
+        };
         table.add_row([
             run.arm.clone(),
             changes(plan, run),

@@ -299,6 +299,10 @@ fn wanted(args: &Args, models: &[Model]) -> Result<Wanted> {
     if given.is_none() && own.iter().any(|other| other.wide != own[0].wide) {
         return Err(Error::user("one model saw 8 bits of a value and the other 16", "say which are kept: --bits 16"));
     }
+    if args.background.is_none() && own.iter().any(|other| other.background != own[0].background) {
+        let problem = "the models saw transparent pixels on backgrounds of different colours";
+        return Err(Error::user(problem, "say which it is: --background"));
+    }
     let background = args.background.map_or(own[0].background, |colour| colour.0);
     Ok(Wanted { wide: given.unwrap_or(own[0].wide), background, ..own[0] })
 }

@@ -113,7 +113,9 @@ impl Plan {
             self.data.data,
             data,
             // In the order in which they are taken.
-            self.taken(job, size).map(|(p, drawn)| json!([p.name, p.table, drawn])).collect::<Vec<_>>(),
+            self.taken(job, size)
+                .map(|(p, drawn)| json!([p.name, p.table, drawn, p.probe.stamp()]))
+                .collect::<Vec<_>>(),
         ]);
         blake3::hash(all.to_string().as_bytes()).to_hex()[..24].to_string()
     }

@@ -10,7 +10,7 @@ use dinolab_core::weights::{ModelInfo, Source};
 use dinolab_core::{Error, Result};
 use serde_json::Value as Json;
 
-use crate::cluster::shell;
+use crate::style::shell;
 
 /// The runs that are followed to where a training began: more go in a circle.
 const LONGEST: usize = 100;

@@ -31,7 +31,7 @@ pub use summary::{
 use crate::filmstrip::{filmstrip, to_tensorboard, Filmstrip};
 use crate::pictures::PatchView;
 pub(crate) use crate::style::duration;
-use crate::suite::{lock_folder, Plan, RunRecord, TRUNK};
+use crate::suite::{lock_folder, Plan, RunRecord, Status, TRUNK};
 
 /// What a trained run sees in the held-out images, given its folder: [`look()`].
 pub type Look<'a> = &'a dyn Fn(&Path) -> Result<Vec<PatchView>>;
@@ -43,18 +43,25 @@ pub type Look<'a> = &'a dyn Fn(&Path) -> Result<Vec<PatchView>>;
 /// # Errors
 /// If a run's files cannot be read, or the outputs not be written. A run without pictures is a warning.
 pub fn write(plan: &Plan, provenance: Provenance, look: Look<'_>) -> Result<(Summary, PathBuf)> {
-    let (records, mut gallery) = (records(plan)?, Gallery::default());
-    let mut summary = Summary::new(plan, &records, provenance);
-    gallery.update(plan, &records, look, None);
-    summary.warnings.append(&mut gallery.problems);
-    if let Some(film) = &gallery.film {
-        let given = to_tensorboard(film, &gallery.runs);
-        summary.warnings.extend(given.err().map(|error| format!("TensorBoard has no filmstrip: {error}")));
-    }
-    let json = serde_json::to_string_pretty(&summary).expect("a summary is plain data");
+    let mut gallery = Gallery::default();
     let report = plan.out.join("report.html");
-    let page = html::page(plan, &records, &summary, &gallery, false)?;
-    let _lock = lock_folder(plan)?;
+    let (records, summary, page, _lock) = loop {
+        let records = records(plan)?;
+        let mut summary = Summary::new(plan, &records, provenance.clone());
+        gallery.update(plan, &records, look, None);
+        summary.warnings.extend(gallery.problems.iter().cloned());
+        if let Some(film) = &gallery.film {
+            let given = to_tensorboard(film, &gallery.runs);
+            summary.warnings.extend(given.err().map(|error| format!("TensorBoard has no filmstrip: {error}")));
+        }
+        let page = html::page(plan, &records, &summary, &gallery, false)?;
+        let lock = lock_folder(plan)?;
+        // Pictures take a while: another process may have ended a run and written a report of it, which is not to be lost.
+        if endings(plan)? == records.iter().map(|record| record.status.clone()).collect::<Vec<_>>() {
+            break (records, summary, page, lock);
+        }
+    };
+    let json = serde_json::to_string_pretty(&summary).expect("a summary is plain data");
     let pictures = markdown::pictures(plan, &records, &summary);
     let folder = plan.out.join(markdown::PICTURES);
     std::fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
@@ -83,6 +90,11 @@ pub fn live_page(plan: &Plan, provenance: Provenance, gallery: &mut Gallery) -> 
     gallery.update(plan, &records, &|run| look(run, device), device);
     summary.warnings.extend(gallery.problems.iter().cloned());
     html::page(plan, &records, &summary, gallery, true)
+}
+
+/// How far every run is.
+fn endings(plan: &Plan) -> Result<Vec<Status>> {
+    plan.all_runs().map(|run| Status::of(&plan.out.join(&run.dir))).collect()
 }
 
 fn records(plan: &Plan) -> Result<Vec<RunRecord>> {

@@ -10,7 +10,7 @@ use super::reproduction::{reproduction, Reproduction};
 use super::warnings::warnings;
 use super::{p_text, rounded_to};
 use crate::statistics::{estimate, holm, paired, seeds_needed, Estimate, Paired, ALPHA};
-use crate::suite::{Attempt, Better, Metric, Plan, RunRecord, Status, TRUNK};
+use crate::suite::{Attempt, Better, Metric, Plan, RunRecord, RunResult, Status, TRUNK};
 
 /// `summary.json`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -254,7 +254,7 @@ fn run_summary(plan: &Plan, record: &RunRecord) -> RunSummary {
         error: if let Status::Failed(error) = &record.status { Some(error.clone()) } else { None },
         stopped: record.result().and_then(|r| r.stopped.clone()),
         attempts: record.attempts.clone(),
-        recipe_hash: planned.map(|p| p.hash.clone()).unwrap_or_default(),
+        recipe_hash: record.recipe_hash.clone().or(planned.map(|p| p.hash.clone())).unwrap_or_default(),
     }
 }
 
@@ -305,7 +305,8 @@ fn arm_summary(plan: &Plan, arm: &str, records: &[RunRecord]) -> ArmSummary {
     let set = &plan.suite.arm(arm).expect("arms of a plan are arms of its suite").set;
     let json = |v: &toml::Value| serde_json::to_value(v).expect("TOML values are plain data");
     let seconds: Vec<f64> = finished.iter().map(|r| r.seconds).collect();
-    let speeds: Vec<f64> = finished.iter().filter(|r| r.seconds > 0.0).map(|r| r.steps as f64 / r.seconds).collect();
+    let done = |r: &RunResult| r.steps.saturating_sub(plan.start(arm)) as f64;
+    let speeds: Vec<f64> = finished.iter().filter(|r| r.seconds > 0.0).map(|r| done(r) / r.seconds).collect();
     ArmSummary {
         name: arm.to_string(),
         overrides: set.iter().map(|(k, v)| (k.clone(), json(v))).collect(),

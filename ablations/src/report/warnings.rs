@@ -51,7 +51,13 @@ pub(super) fn warnings(plan: &Plan, records: &[RunRecord]) -> Vec<String> {
     }
     warnings.extend(kinds.into_values().map(|said| told_once(&said)));
     warnings.extend(made_of_others(plan, records));
-    warnings.extend(by_several_builds(records));
+    warnings.extend(by_several("builds of dinolab", records, |record| record.revision.clone()));
+    // `cuda:1 NVIDIA H100` without its number: GPUs of one model give the same numbers.
+    let model = |device: &String| {
+        let (place, name) = device.split_once(' ').unwrap_or((device, ""));
+        format!("{} {name}", place.split(':').next().unwrap_or(place)).trim_end().to_string()
+    };
+    warnings.extend(by_several("devices", records, |record| record.device.as_ref().map(model)));
     for arm in plan.suite.arms.iter().filter(|a| a.name != plan.suite.baseline) {
         let changes = plan.differences(&arm.name);
         let seen: Vec<&str> = changes.iter().map(|c| c.0.as_str()).filter(|key| changes_batches(key)).collect();
@@ -102,16 +108,15 @@ fn weights_of(value: &toml::Value) -> String {
     }
 }
 
-/// Says which builds of the program did which runs, if they were several: numbers may differ between them.
-fn by_several_builds(records: &[RunRecord]) -> Option<String> {
-    let mut builds = BTreeMap::<&str, Vec<String>>::new();
+/// Says which of several builds of the program, or devices, did which runs: numbers may differ between them.
+fn by_several(what: &str, records: &[RunRecord], by: impl Fn(&RunRecord) -> Option<String>) -> Option<String> {
+    let mut groups = BTreeMap::<String, Vec<String>>::new();
     for record in records {
-        let runs = record.revision.as_deref().map(|revision| builds.entry(revision).or_default());
+        let runs = by(record).map(|group| groups.entry(group).or_default());
         runs.into_iter().for_each(|runs| runs.push(format!("{} seed {}", record.arm, record.seed)));
     }
-    let said = builds.iter().map(|(revision, runs)| format!("{revision} ({})", runs.join(", ")));
-    (builds.len() > 1)
-        .then(|| format!("runs were done by different builds of dinolab: {}", said.collect::<Vec<_>>().join(", ")))
+    let said: Vec<String> = groups.iter().map(|(group, runs)| format!("{group} ({})", runs.join(", "))).collect();
+    (groups.len() > 1).then(|| format!("runs were done by different {what}: {}", said.join(", ")))
 }
 
 /// An error without what is to be done about it, which `attempts.json` has.

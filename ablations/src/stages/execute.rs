@@ -12,8 +12,8 @@ use dinolab_core::{Error, Result};
 
 use super::file::{Stage, Stages, FILE, REPORT};
 use crate::suite::{
-    check_unchanged, keeps, named_steps, not_of_others, Event, Job, Outcome, Overrides, Prepare, Prepared, Progress,
-    Status,
+    check_unchanged, keeps, named_steps, not_of_others, put_over, Event, Job, Outcome, Overrides, Prepare, Prepared,
+    Progress, Status,
 };
 
 /// A stage with its resolved recipe.
@@ -51,8 +51,8 @@ pub fn plan(stages: &Stages, out: &Path, extra: &Overrides, prepare: Prepare<'_>
     let mut planned = Vec::new();
     for stage in &stages.stages {
         let mut set = extra.clone();
-        set.extend(stage.placed(&here));
-        let prepared = prepare(&stage.recipe, &set)?;
+        put_over(&mut set, &stage.placed(&here));
+        let prepared = prepare(&stage.recipe, &set).map_err(|error| unknown_model(stage, &here, error))?;
         check_parents(stage, prepared.recipe(), &planned)?;
         let dir = out.join(&stage.name);
         if Status::of(&dir)? != Status::Pending {
@@ -63,7 +63,7 @@ pub fn plan(stages: &Stages, out: &Path, extra: &Overrides, prepare: Prepare<'_>
                     || stage.parents.iter().any(|(named, _)| is_within(key, named)) && step(was) == step(is);
                 key == "steps" || of_parent()
             };
-            check_unchanged(&dir, prepared.as_ref(), "chain", &may)?;
+            check_unchanged(&dir, prepared.as_ref(), "chain", &[], &may)?;
             let (done, steps) = (newest_step(&dir)?.unwrap_or(0), steps_of(prepared.recipe()));
             if steps < done {
                 let problem = format!("this stage has done {done} steps, and its recipe now has {steps}");
@@ -76,6 +76,21 @@ pub fn plan(stages: &Stages, out: &Path, extra: &Overrides, prepare: Prepare<'_>
         planned.push(PlannedStage { stage: stage.clone(), dir, prepared });
     }
     Ok(planned)
+}
+
+/// The error of a stage's recipe, or that its model is that of weights which are not there yet.
+fn unknown_model(stage: &Stage, here: &Path, error: Error) -> Error {
+    let of_weights = |(key, parent): &&(String, String)| key == "backbone.weights" && !here.join(parent).exists();
+    match stage.parents.iter().find(of_weights) {
+        Some((key, parent)) => Error::user(
+            format!(
+                "stage `{}` takes its model from {key}, the weights of `{parent}`, which is not trained yet",
+                stage.name
+            ),
+            "say `backbone.plugin` and its keys in the stage's recipe",
+        ),
+        None => error,
+    }
 }
 
 /// Fails if the folder is that of something else.
@@ -120,7 +135,9 @@ fn check_parents(stage: &Stage, recipe: &toml::Table, before: &[PlannedStage]) -
         return Err(Error::user(problem, help));
     }
     for (key, other) in stage.parents.iter().filter(|(key, _)| is_within(key, "continue_from")) {
-        let written = named.iter().find(|(parent, _)| parent == other).map(|(_, step)| *step);
+        let from = stage.set.iter().filter(|(key, _)| is_within(key, "continue_from"));
+        let from: Overrides = from.map(|(key, value)| (key.clone(), value.clone())).collect();
+        let written = named_steps(&from, other).first().copied();
         let step_key = recipe.get("continue_from").and_then(|from| from.get("step")).and_then(toml::Value::as_integer);
         let of_key = step_key.and_then(|step| u64::try_from(step).ok());
         let Some(done) = written.or(of_key).or_else(|| parent(other).map(steps_of)) else { continue };

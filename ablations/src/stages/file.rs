@@ -9,7 +9,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 use toml::Value;
 
-use crate::suite::{beside, check_name, nearest, overrides, walk, Overrides};
+use crate::suite::{beside, check_name, nearest, overrides, put_over, walk, Overrides};
 
 /// What programs read of a chain, in its folder.
 pub const FILE: &str = "stages.json";
@@ -115,7 +115,7 @@ impl Stages {
                 return Err((format!("stage name `{}` is repeated", entry.name), help));
             }
             let mut set = common.clone();
-            set.extend(overrides(&entry.set));
+            put_over(&mut set, &overrides(&entry.set));
             let mut parents = Vec::new();
             for (key, value) in &set {
                 for named in named(value) {
@@ -162,17 +162,25 @@ impl Stage {
     }
 }
 
-/// The stages that a value names.
+/// The stages that a value names. `{0000..0146}` and `{a,b}` are files of a dataset.
 fn named(value: &Value) -> Vec<String> {
     let mut found = Vec::new();
     walk(&mut value.clone(), &mut |text| {
         let mut rest = text.as_str();
         while let Some((name, after)) = rest.split_once('{').and_then(|(_, inner)| inner.split_once('}')) {
-            found.push(name.to_string());
+            if !name.contains(',') && !is_range(name) {
+                found.push(name.to_string());
+            }
             rest = after;
         }
     });
     found
+}
+
+/// Whether this is a range of numbers: `0000..0146`.
+fn is_range(text: &str) -> bool {
+    let digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    text.split_once("..").is_some_and(|(first, last)| digits(first) && digits(last))
 }
 
 #[cfg(test)]
@@ -185,6 +193,12 @@ mod tests {
     }
 
     const TWO: &str = "[[stage]]\nname = \"a\"\nrecipe = \"../r.toml\"\n[[stage]]\nname = \"b\"\nrecipe = \"r.toml\"\n";
+
+    #[test]
+    fn files_of_a_dataset_are_no_stages() {
+        let set = "set = { data.path = \"train-{000000..000146}.tar\", data.val = \"{a,b}.tar\" }";
+        assert!(load(&format!("{TWO}{set}")).unwrap().stages[1].parents.is_empty());
+    }
 
     #[test]
     fn a_stage_names_earlier_ones_wherever_a_value_has_text() {

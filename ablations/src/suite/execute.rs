@@ -64,8 +64,13 @@ pub fn execute(plan: &Plan, options: &ExecuteOptions, prepare: Prepare<'_>, prog
         }
         if tally.lost_gpu.is_some() {
             // Whoever goes on does not do failed runs again, or it would do this one for ever.
-            let later = all[i + 1..].iter().map(|run| plan.out.join(&run.dir)).filter(|_| options.retry_failed);
-            later.filter(|dir| dir.join(FAILURE).exists()).try_for_each(|dir| retry::forget_failure(&dir))?;
+            for later in all[i + 1..].iter().filter(|_| options.retry_failed) {
+                let dir = plan.out.join(&later.dir);
+                let lock = if dir.join(FAILURE).exists() { try_lock(&lock_path(plan, later)?)? } else { None };
+                if lock.is_some() {
+                    retry::forget_failure(&dir)?;
+                }
+            }
             break;
         }
         if tally.interrupted.is_some() {
@@ -206,7 +211,7 @@ fn one(
         }
         Status::Failed(_) => {
             retry::forget_failure(&dir)?;
-            Status::of(&dir)? == Status::Interrupted
+            Status::of(&dir)? != Status::Pending
         }
         Status::Interrupted => true,
         Status::Pending => false,
@@ -223,7 +228,14 @@ fn one(
         let (ended, dropped) =
             under_rules(plan, changed.as_ref().unwrap_or(&run.prepared).as_ref(), &dir, &how, options, progress);
         let error = match ended {
-            Ok(Outcome::Finished) => break,
+            Ok(Outcome::Finished) => {
+                let Status::Finished(result) = Status::of(&dir)? else { break };
+                // A rule may have been broken by the last step, or by a probe that runs at the end alone.
+                match dropped.or_else(|| rules::judge_end(&plan.suite.drop, &result)) {
+                    Some(why) => return fails(plan, run, &why, progress, tally),
+                    None => break,
+                }
+            }
             Ok(Outcome::Interrupted { .. }) if dropped.is_some() => {
                 return fails(plan, run, &dropped.unwrap_or_default(), progress, tally);
             }

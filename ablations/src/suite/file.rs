@@ -367,6 +367,24 @@ pub fn overrides(table: &toml::Table) -> Overrides {
     into
 }
 
+/// Puts `upper` over `lower`: a value replaces what keys inside it said before, as far as it says something else.
+pub fn put_over(lower: &mut Overrides, upper: &Overrides) {
+    fn says(value: &Value, path: &str) -> bool {
+        let (first, rest) = path.split_once('.').unwrap_or((path, ""));
+        match value {
+            Value::Table(table) => table.get(first).is_some_and(|inner| rest.is_empty() || says(inner, rest)),
+            _ => true,
+        }
+    }
+    for (key, value) in upper {
+        lower.retain(|other, _| {
+            let inside = other.strip_prefix(key.as_str()).and_then(|rest| rest.strip_prefix('.'));
+            !inside.is_some_and(|path| says(value, path))
+        });
+        lower.insert(key.clone(), value.clone());
+    }
+}
+
 /// `base` relative to the folder of `path`, without `folder/..` in it, since people read it in messages.
 pub(crate) fn beside(path: &Path, base: &Path) -> PathBuf {
     let mut joined = path.parent().unwrap_or(Path::new("")).to_path_buf();

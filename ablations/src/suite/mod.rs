@@ -19,7 +19,7 @@ mod trial;
 mod trunk;
 
 pub use execute::{chosen, claim, execute, execute_run, has_trunk, try_arms};
-pub(crate) use file::{beside, check_name, overrides};
+pub(crate) use file::{beside, check_name, overrides, put_over};
 pub use file::{nearest, Arm, Better, Metric, Overrides, Suite, SuiteFile, SuiteMeasured};
 pub use locks::lock_folder;
 pub use options::{ExecuteOptions, LostIn, Tally};
@@ -29,7 +29,7 @@ pub use plan::{
 pub(crate) use progress::bar_style;
 pub use progress::Progress;
 pub use record::{RunRecord, RunResult, Series, Status, Warning};
-pub(crate) use retry::{record_failure, Budget, Next};
+pub(crate) use retry::{record_failure_of, Budget, Next};
 pub use retry::{Attempt, OnOutOfMemory};
 pub use rules::{DropRule, DROPPED};
 pub use state::Origin;

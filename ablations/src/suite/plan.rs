@@ -10,12 +10,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use dinolab_core::checkpoint::newest_step;
-use dinolab_core::recipe::is_within;
-use dinolab_core::resolved::Resolved;
+use dinolab_core::recipe::{is_within, Overrides as Sets, RawRecipe};
+use dinolab_core::resolved::{changes, Resolved};
 use dinolab_core::{Error, Result};
 use toml::Value;
 
-use super::file::{Overrides, Suite};
+use super::file::{put_over, Arm, Metric, Overrides, Suite};
 use super::record::Status;
 use super::retry::{self, OnOutOfMemory, MICRO_BATCHES};
 use super::state::{Origin, State};
@@ -190,8 +190,8 @@ impl Plan {
             })?;
             let with = |set: &Overrides| {
                 let mut overrides = suite.common.clone();
-                overrides.extend(extra.clone());
-                overrides.extend(set.clone());
+                put_over(&mut overrides, &extra);
+                put_over(&mut overrides, set);
                 overrides.insert("seed".into(), Value::Integer(number));
                 overrides
             };
@@ -224,14 +224,38 @@ impl Plan {
         plan.warnings = plan.metric_warnings();
         plan.warnings.extend(plan.idle_follows());
         plan.recipe_warnings = plan.gather_recipe_warnings();
-        let idle = plan.set.keys().filter(|key| plan.suite.arms.iter().all(|arm| arm.set.contains_key(*key)));
-        plan.recipe_warnings.extend(idle.map(|key| format!("--set {key} changes nothing: every arm sets it")));
+        let idle = plan.set.keys().filter_map(|key| {
+            let sets = |arm: &&Arm| arm.set.keys().any(|set| set == key);
+            let arms: Vec<&str> = plan.suite.arms.iter().filter(sets).map(|arm| arm.name.as_str()).collect();
+            match arms.len() {
+                0 => None,
+                n if n == plan.suite.arms.len() => Some(format!("--set {key} changes nothing: every arm sets it")),
+                _ => Some(format!("--set {key} changes nothing in {}: the suite sets it there", arms.join(", "))),
+            }
+        });
+        plan.recipe_warnings.extend(idle.collect::<Vec<_>>());
         Ok(plan)
     }
 
-    /// Whether the command line changed what changes numbers: then the runs are not those that the suite's file tells of.
+    /// Whether the command line or the environment changed what changes numbers: then the runs are not those that the suite's
+    /// file tells of.
     pub fn is_changed(&self) -> bool {
-        self.set.keys().any(|key| key == "steps" || self.runs[0].prepared.matters(key))
+        let matters = |key: &str| key == "steps" || self.runs[0].prepared.matters(key);
+        self.set.keys().any(|key| matters(key)) || self.of_environment().iter().any(|key| matters(key))
+    }
+
+    /// Keys that variables of the environment change in the recipe that all arms share.
+    fn of_environment(&self) -> Vec<String> {
+        let written = |env: bool| {
+            let raw = RawRecipe::load(&self.suite.base).and_then(|raw| raw.with(&Sets { sets: Vec::new(), env }));
+            raw.ok().and_then(|raw| serde_json::to_value(raw.value()).ok()).unwrap_or_default()
+        };
+        changes(&written(false), &written(true)).into_iter().map(|change| change.key).collect()
+    }
+
+    /// The step that runs of an arm begin at: the fork, in a suite with a trunk.
+    pub fn start(&self, arm: &str) -> u64 {
+        self.suite.trunk.as_ref().filter(|_| arm != TRUNK).map_or(0, |trunk| trunk.fork)
     }
 
     /// Every run: each trunk before the arms that go on from it.
@@ -474,7 +498,14 @@ impl Plan {
 
     /// Fails if a run was started with a recipe that gives other numbers than the suite's.
     fn check_unchanged(&self, run: &PlannedRun) -> Result<()> {
-        check_unchanged(&self.out.join(&run.dir), run.prepared.as_ref(), "suite", &|_, _, _| false)
+        let dir = self.out.join(&run.dir);
+        // A finished run has the scores of the probes, and the end, that its recipe had.
+        let probe = |metric: &Metric| Some(metric.name.strip_prefix("probe/")?.split('/').next()?.to_string());
+        let scores = match Status::of(&dir)? {
+            Status::Finished(_) if run.arm != TRUNK => self.suite.metrics.iter().filter_map(probe).collect(),
+            _ => Vec::new(),
+        };
+        check_unchanged(&dir, run.prepared.as_ref(), "suite", &scores, &|_, _, _| false)
     }
 }
 
@@ -482,8 +513,14 @@ impl Plan {
 pub type MayChange<'a> = &'a dyn Fn(&str, Option<&str>, Option<&str>) -> bool;
 
 /// Fails if the run in `dir` was started with a recipe that gives other numbers than that of `by`, which is given now, but for
-/// keys that `may` change so.
-pub fn check_unchanged(dir: &Path, prepared: &dyn Prepared, by: &str, may: MayChange<'_>) -> Result<()> {
+/// keys that `may` change so; or, where it gave the scores of some probes, other scores.
+pub fn check_unchanged(
+    dir: &Path,
+    prepared: &dyn Prepared,
+    by: &str,
+    scores: &[String],
+    may: MayChange<'_>,
+) -> Result<()> {
     let file = dir.join("recipe.toml");
     // It failed before it began: there is nothing that another recipe would change.
     if !file.exists() && !dir.join("result.json").exists() && newest_step(dir)?.is_none() {
@@ -495,9 +532,16 @@ pub fn check_unchanged(dir: &Path, prepared: &dyn Prepared, by: &str, may: MayCh
     let changes: String = match old {
         Some(old) => {
             let mut changes = changed_keys(&old, prepared.recipe());
+            // A probe that it did not have has no score, which the report says.
+            let had = |probe: &&String| old.get("probes").and_then(|probes| probes.get(probe.as_str())).is_some();
+            let scored: Vec<String> = scores.iter().filter(had).map(|probe| format!("probes.{probe}")).collect();
+            let gave = |key: &str| {
+                let of = |probe: &String| is_within(key, probe) && key != format!("{probe}.every");
+                scored.iter().any(of) || !scored.is_empty() && is_within(key, "stop")
+            };
             changes.retain(|(key, was, is)| {
                 let allowed = || may(key, was.as_deref(), is.as_deref()) || trunk::are_same_place(was, is);
-                prepared.matters(key) && !allowed()
+                (prepared.matters(key) || gave(key)) && !allowed()
             });
             if changes.is_empty() {
                 return Ok(());

@@ -99,6 +99,8 @@ pub struct RunRecord {
     pub threads: Option<u64>,
     /// The revision of the program that ran it last, from `run.json`.
     pub revision: Option<String>,
+    /// The hash of the recipe that it was run with, from `run.json`.
+    pub recipe_hash: Option<String>,
     /// Hashes of what it was made of, from `run.json`: of the data, and of weights by the key that names them.
     pub made_of: BTreeMap<String, String>,
     /// The tries before the last, which ended with an error.
@@ -135,6 +137,7 @@ impl RunRecord {
         let device = info.as_ref().and_then(|i| i["device"].as_str().map(String::from));
         let threads = info.as_ref().and_then(|i| i["threads"].as_u64());
         let revision = info.as_ref().and_then(|i| i["revision"].as_str().map(String::from));
+        let recipe_hash = info.as_ref().and_then(|i| i["recipe_hash"].as_str().map(String::from));
         let made_of = info.as_ref().map_or_else(BTreeMap::new, |info| {
             let text = |value: &serde_json::Value| value.as_str().map(String::from);
             let weights = info["parents"].as_object().into_iter().flatten();
@@ -155,6 +158,7 @@ impl RunRecord {
             device,
             threads,
             revision,
+            recipe_hash,
             made_of,
             attempts,
         };

@@ -8,7 +8,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::plan::{Event, Plan, PlannedRun};
-use super::record::Status;
+use super::record::{RunResult, Status};
 
 /// How the error of a run begins that was dropped by a rule.
 pub const DROPPED: &str = "dropped";
@@ -74,6 +74,12 @@ impl DropRule {
 pub(super) fn judge(rules: &[DropRule], event: &Event<'_>) -> Option<String> {
     let (Event::Step { step, values, .. } | Event::Probed { step, values }) = event else { return None };
     rules.iter().find_map(|rule| rule.judge(*step, values))
+}
+
+/// Why a run that did all its steps is dropped, if it is: by its last values.
+pub(super) fn judge_end(rules: &[DropRule], result: &RunResult) -> Option<String> {
+    let values = result.metrics.iter().map(|(name, value)| (name.clone(), value.unwrap_or(f64::NAN))).collect();
+    rules.iter().find_map(|rule| rule.judge(result.steps, &values))
 }
 
 /// Why a run is dropped with its arm: another seed of it was.

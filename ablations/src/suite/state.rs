@@ -8,6 +8,7 @@ use dinolab_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 
 use super::file::Overrides;
+use crate::style::shell;
 
 /// The file in the folder.
 const FILE: &str = "suite.json";
@@ -47,8 +48,9 @@ impl Origin {
 
     /// The command that goes on with the suite in `out`.
     pub fn command(&self, out: &Path) -> String {
-        let sets = self.set.iter().map(|(key, value)| format!(" --set '{key}={value}'"));
-        format!("dinolab ablate {} --out {}{}", self.file.display(), out.display(), sets.collect::<String>())
+        let path = |path: &Path| shell(&path.display().to_string());
+        let sets = self.set.iter().map(|(key, value)| format!(" --set {}", shell(&format!("{key}={value}"))));
+        format!("dinolab ablate {} --out {}{}", path(&self.file), path(out), sets.collect::<String>())
     }
 }
 

@@ -194,6 +194,12 @@ pub trait Probe: fmt::Debug + Send + Sync {
         size
     }
 
+    /// A hash of the names and times of files that the probe itself reads, if it reads any: when they change, scores that were
+    /// kept are measured anew.
+    fn stamp(&self) -> Option<String> {
+        None
+    }
+
     /// Images that it computes features of, each time that it runs: most of what it costs.
     fn images(&self) -> usize {
         0

@@ -250,12 +250,12 @@ fn run_on(
         }
     }
     messages.extend(begun.iter().flat_map(|begun| &begun.differences).map(|text| ("fork", text.clone())));
-    let origin = if resumed { Parent::origin(folder.path())? } else { start };
+    let (origin, skipped_before) = if resumed { Parent::origin(folder.path())? } else { (start, learner.skipped()) };
     let rewinds = match (rewind::Rewinds::read(folder.path())?, &begun) {
         (none, Some(begun)) if none.count() == 0 => begun.rewinds.clone(),
         (own, _) => own,
     };
-    if let Some(rewind::Rewind { at, to }) = rewinds.before(start) {
+    if let Some(rewind::Rewind { at, to, .. }) = rewinds.before(start) {
         let text =
             format!("step {at} was not finite: the run went back to step {to} and goes on with the data behind it");
         messages.push(("non_finite", text));
@@ -316,6 +316,7 @@ fn run_on(
         saved: resumed.then_some(start),
         aging: Aging::new(recipe.checkpoint.minutes, options.save_within),
         origin,
+        skipped_before,
         at: start,
         batch: Vec::new(),
         observer,

@@ -33,6 +33,9 @@ pub struct Parent {
     /// Steps done, if this run goes on from there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub step: Option<u64>,
+    /// Steps that were skipped on the way there.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub skipped: u64,
     /// In what this run's recipe differs from that of the run that it goes on from, and what it has that was not there.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub differences: Vec<String>,
@@ -53,12 +56,13 @@ impl Parent {
         serde_json::from_str(&text).map_err(|e| Error::content(&path, e.to_string(), help))
     }
 
-    /// The step that the run in `folder` began at: not 0 if it continues another.
+    /// The step that the run in `folder` began at, and how many before it were skipped: not 0 if it continues another.
     ///
     /// # Errors
     /// As [`read`](Self::read).
-    pub fn origin(folder: &Path) -> Result<u64> {
-        Ok(Self::read(folder)?.iter().find_map(|parent| parent.step).unwrap_or(0))
+    pub fn origin(folder: &Path) -> Result<(u64, u64)> {
+        let parents = Self::read(folder)?;
+        Ok(parents.iter().find_map(|parent| Some((parent.step?, parent.skipped))).unwrap_or((0, 0)))
     }
 
     /// Whether a key of the run in `folder` names weights that lie in another place than when it began, and are the same: a
@@ -93,14 +97,28 @@ impl Parent {
         };
         // One that this program cannot read, of plugins that it does not have, is no reason to leave its weights.
         let recipe = Resolved::of_source(&source).ok().map(|resolved| resolved.hash);
-        Ok(Self { key: key.into(), path: read, weights: source.hash()?, recipe, step: None, differences: Vec::new() })
+        Ok(Self {
+            key: key.into(),
+            path: read,
+            weights: source.hash()?,
+            recipe,
+            step: None,
+            skipped: 0,
+            differences: Vec::new(),
+        })
     }
+}
+
+fn is_zero(n: &u64) -> bool {
+    *n == 0
 }
 
 /// How a run began that has no checkpoint of its own, as it is written down.
 pub(super) struct Begun {
     /// The step that it begins at: not 0 if it continues another.
     pub(super) step: u64,
+    /// Steps that were skipped before it.
+    pub(super) skipped: u64,
     /// The checkpoint that it goes on from, if it continues another.
     pub(super) from: Option<PathBuf>,
     /// In what it differs from the run that it continues.
@@ -118,8 +136,14 @@ pub(super) struct Begun {
 pub(super) fn begin(resolved: &Resolved, data: &dyn Dataset, peers: Peers<'_>) -> Result<(Learner, Begun)> {
     let recipe = &resolved.recipe;
     resolved.check_sources()?;
-    let mut begun =
-        Begun { step: 0, from: None, differences: Vec::new(), rewinds: Rewinds::default(), parents: Vec::new() };
+    let mut begun = Begun {
+        step: 0,
+        skipped: 0,
+        from: None,
+        differences: Vec::new(),
+        rewinds: Rewinds::default(),
+        parents: Vec::new(),
+    };
     let learner = match &recipe.continue_from {
         None => Learner::new_with(recipe, peers)?,
         Some(from) => {
@@ -131,8 +155,8 @@ pub(super) fn begin(resolved: &Resolved, data: &dyn Dataset, peers: Peers<'_>) -
     for (key, path) in sources_of(recipe)?.into_iter().filter(|(_, path)| Source::is_named(path)) {
         begun.parents.push(match begun.from.as_ref().filter(|_| key == "continue_from") {
             Some(from) => {
-                let (step, differences) = (Some(begun.step), begun.differences.clone());
-                Parent { step, differences, ..Parent::of(&key, from)? }
+                let (step, skipped, differences) = (Some(begun.step), begun.skipped, begun.differences.clone());
+                Parent { step, skipped, differences, ..Parent::of(&key, from)? }
             }
             None => Parent::of(&key, &path)?,
         });
@@ -179,10 +203,10 @@ impl Begun {
             if RunInfo::read(&run)?.is_some_and(|info| info.data != data.fingerprint()) {
                 self.differences.push("the data are others".into());
             }
-            self.rewinds = Rewinds::read(&run)?.until(done);
+            self.rewinds = Rewinds::read(&run)?.taken_over(done);
         }
         self.differences.extend(new);
-        (self.step, self.from) = (done, Some(from.path.clone()));
+        (self.step, self.skipped, self.from) = (done, from.skipped, Some(from.path.clone()));
         Ok(learner)
     }
 

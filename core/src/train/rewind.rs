@@ -20,6 +20,9 @@ const FILE: &str = "rewinds.json";
 pub(super) struct Rewind {
     pub(super) at: u64,
     pub(super) to: u64,
+    /// Whether it was another run's, which this one continues.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    inherited: bool,
 }
 
 /// All of a run, in order.
@@ -47,6 +50,11 @@ impl Rewinds {
         self.0.len() as u64
     }
 
+    /// How many of them were the run's own.
+    pub(super) fn own(&self) -> u64 {
+        self.0.iter().filter(|rewind| !rewind.inherited).count() as u64
+    }
+
     /// That after which the run goes on from `start`.
     pub(super) fn before(&self, start: u64) -> Option<Rewind> {
         self.0.last().copied().filter(|last| last.to == start)
@@ -65,7 +73,7 @@ impl Rewinds {
     pub(super) fn go_back(mut self, folder: &Path, every: u64, at: u64, origin: u64) -> Result<Rewind> {
         let all = checkpoints(folder)?;
         let to = all.iter().map(|(step, _)| *step).filter(|step| is_regular(*step, every) && *step <= at).max();
-        let rewind = Rewind { at, to: to.unwrap_or(origin) };
+        let rewind = Rewind { at, to: to.unwrap_or(origin), inherited: false };
         for (_, path) in all.into_iter().filter(|(step, _)| *step > rewind.to) {
             std::fs::remove_dir_all(&path).map_err(Error::io("remove", &path))?;
         }
@@ -75,8 +83,9 @@ impl Rewinds {
     }
 
     /// Those that a checkpoint of `step` steps is behind: what a run that goes on from it has to know.
-    pub(super) fn until(mut self, step: u64) -> Self {
+    pub(super) fn taken_over(mut self, step: u64) -> Self {
         self.0.retain(|rewind| rewind.to <= step);
+        self.0.iter_mut().for_each(|rewind| rewind.inherited = true);
         self
     }
 

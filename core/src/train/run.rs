@@ -82,6 +82,8 @@ pub(super) struct Run<'a> {
     pub(super) aging: Aging,
     /// The step that the run began at: not 0 if it continues another.
     pub(super) origin: u64,
+    /// Steps that were skipped before it.
+    pub(super) skipped_before: u64,
     /// The step that is being done, and the images in its batch.
     pub(super) at: u64,
     pub(super) batch: Vec<usize>,
@@ -275,7 +277,7 @@ impl Run<'_> {
         let content = self.lead.together(&Order::Content, || self.learner.content(step))?;
         let rewinds = rewind::Rewinds::read(self.folder.path())?.count();
         let path = capture::write(&self.folder, content, self.resolved, (step, rewinds), batches)?;
-        let skipped = self.learner.skipped() - self.learner.spikes();
+        let skipped = self.learner.skipped() - self.skipped_before - self.learner.spikes();
         match self.recipe.on_non_finite {
             OnNonFinite::Skip(most) if skipped <= most => {
                 let text = format!(
@@ -284,9 +286,9 @@ impl Run<'_> {
                 );
                 self.warn(step, "non_finite", &text)
             }
-            OnNonFinite::Rewind(most) if rewind::Rewinds::read(self.folder.path())?.count() < most => {
+            OnNonFinite::Rewind(most) if rewind::Rewinds::read(self.folder.path())?.own() < most => {
                 let rewinds = rewind::Rewinds::read(self.folder.path())?;
-                let count = rewinds.count() + 1;
+                let count = rewinds.own() + 1;
                 let to = rewinds.go_back(self.folder.path(), self.recipe.checkpoint.every, step, self.origin)?.to;
                 let text = format!(
                     "{what} is not finite; the run goes back to step {to} ({count} of at most {most}), captured in {}",

@@ -6,7 +6,10 @@ use dinolab_core::contract::{ImageSize, ProbeContext, Sample};
 use dinolab_core::text::printable;
 use dinolab_core::{Error, Result};
 
+use walkdir::WalkDir;
+
 use super::Tracking;
+use crate::file_hashes::FileHasher;
 use crate::image_folder::{list, read, read_mask};
 use crate::pixels::resized;
 use crate::probe_data::{middle, nearest_pixels};
@@ -29,6 +32,18 @@ pub(super) enum Films {
 pub(super) struct Film {
     name: String,
     frames: Vec<(PathBuf, Option<PathBuf>)>,
+}
+
+/// A hash of the names, lengths and times of the files of a probe's folders.
+pub(super) fn stamp(probe: &Tracking) -> Option<String> {
+    let folders = [probe.frames.as_ref()?, probe.masks.as_ref()?];
+    let mut hasher = FileHasher::default();
+    for folder in folders {
+        let files = WalkDir::new(folder).sort_by_file_name().into_iter().flatten().filter(|e| !e.file_type().is_dir());
+        files.for_each(|file| _ = hasher.add(file.path().strip_prefix(folder).unwrap_or(file.path()), file.path()));
+    }
+    let hashes = hasher.finish();
+    Some(hashes.content + &hashes.written)
 }
 
 impl Films {

@@ -122,6 +122,10 @@ impl Tracking {
 const BATCH: usize = 16;
 
 impl Probe for Tracking {
+    fn stamp(&self) -> Option<String> {
+        films::stamp(self)
+    }
+
     fn run(&self, context: &ProbeContext<'_>) -> Result<Vec<Score>> {
         let films = Films::of(self, context)?;
         let mut objects: Vec<Vec<f64>> = Vec::new();
@@ -185,6 +189,20 @@ plugin!(Probe, "tracking", Tracking, |config: Tracking, _: &mut ()| {
 mod tests {
     use super::*;
     use crate::probe_data::testing::{perfect, random, run, Halves};
+
+    #[test]
+    fn films_that_changed_are_others() {
+        let folder = std::env::temp_dir().join(format!("dinolab-films-{}", std::process::id()));
+        std::fs::create_dir_all(folder.join("masks")).unwrap();
+        let place = |name: &str| Some(folder.join(name));
+        let probe = Tracking { frames: place("frames"), masks: place("masks"), ..Tracking::default() };
+        std::fs::write(folder.join("masks/0.png"), b"one").unwrap();
+        let before = probe.stamp();
+        assert!(before.is_some() && before == probe.stamp() && Tracking::default().stamp().is_none());
+        std::fs::write(folder.join("masks/0.png"), b"other").unwrap();
+        assert_ne!(probe.stamp(), before);
+        std::fs::remove_dir_all(folder).unwrap();
+    }
 
     #[test]
     fn scores_of_drawn_films_are_shares_and_colours_track_better_than_nothing() {

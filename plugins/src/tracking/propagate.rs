@@ -56,14 +56,15 @@ pub(super) fn propagate(
             // In a fixed order, so that sums are the same everywhere.
             found.sort_unstable_by(nearer);
             let mut shares = vec![0.0f64; labels];
-            let mut total = 0.0;
+            let (mut total, nearest) = (0.0, f64::from(found[0].0));
             for (s, source, other) in found {
-                let weight = ((f64::from(s) - 1.0) / probe.temperature).exp();
+                // The nearest has weight 1 at every temperature.
+                let weight = ((f64::from(s) - nearest) / probe.temperature).exp();
                 total += weight;
                 let theirs = &carried[sources[source]][other * labels..][..labels];
                 shares.iter_mut().zip(theirs).for_each(|(share, x)| *share += weight * f64::from(*x));
             }
-            shares.into_iter().map(|share| (share / total.max(f64::MIN_POSITIVE)) as f32).collect::<Vec<f32>>()
+            shares.into_iter().map(|share| (share / total) as f32).collect::<Vec<f32>>()
         };
         let all: Vec<Vec<f32>> = (0..p).into_par_iter().map(of_patch).collect();
         carried.push(all.concat());

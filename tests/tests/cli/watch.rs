@@ -138,7 +138,7 @@ fn a_suite_is_shown_from_its_folder_or_its_file() {
     let (_after, other) = watch(&folder, &["out"]);
     for address in [address, other] {
         let live = wait("a complete suite", || Some(page(address)).filter(|p| p.contains("What the patches see")));
-        assert!(live.contains("<script") && live.contains("--set 'steps=8'") && !live.contains("is pending"));
+        assert!(live.contains("<script") && live.contains("--set steps=8") && !live.contains("is pending"));
         // It is the report, with its numbers.
         let results = |page: &str| {
             let rest = page.split("<h2>Results</h2>").nth(1).expect("results").to_string();

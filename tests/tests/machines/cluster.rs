@@ -277,6 +277,27 @@ fn a_dry_run_shows_scripts_and_chunks_and_submits_nothing() {
     assert!(!folder.path("out").exists());
 }
 
+#[test]
+fn an_option_that_a_scheduler_takes_no_notice_of_is_refused() {
+    let folder = Folder::with_micro();
+    folder.write("suite.toml", SUITE);
+    for (args, said) in [
+        (&["--on", "list", "--parallel", "2"][..], "--parallel is"),
+        (&["--on", "list", "--image", "x"], "--image is of Kubernetes' jobs"),
+        (&["--on", "slurm", "--queue", "x"], "--queue is of Kubernetes' jobs"),
+        (&["--on", "slurm", "--fail-fast"], "--fail-fast is"),
+        (&["--on", "list", "--slurm", "time=1"], "--slurm is of Slurm's jobs"),
+        (&["--on", "slurm", "--slurm", "comment=a\nb"], "an option of sbatch"),
+        (&["--report", "--arms", "slow"], "cannot be used with"),
+    ] {
+        let ended = folder.run(&ablate("out", args));
+        assert!(ended.code == 2 && ended.err.contains(said), "{args:?}: {} {}", ended.code, ended.err);
+        assert!(!folder.path("out").exists(), "{args:?}");
+    }
+    let ended = folder.run(&ablate("o\nut", &["--on", "list"]));
+    assert!(ended.code == 2 && ended.err.contains("has to be one line"), "{}", ended.err);
+}
+
 /// A Slurm of this test's own.
 struct Slurm {
     folder: tempfile::TempDir,

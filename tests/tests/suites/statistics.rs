@@ -73,6 +73,9 @@ fn arms_that_agree_exactly_have_a_p_value_of_one() {
     let counted = paired(&[(0.5, 0.25), (0.75, 0.5), (1.0, 0.75)]);
     assert_eq!((counted.p_value, counted.ci95, counted.bootstrap95), (None, None, None));
     assert_eq!((counted.difference, counted.p_sign_flip), (Some(0.25), Some(0.25)));
+    // 0.1 twice, but for rounding.
+    let rounded = paired(&[(0.3, 0.2), (0.4, 0.3)]);
+    assert_eq!((rounded.std, rounded.ci95, rounded.effect_size), (Some(0.0), None, None));
 }
 
 /// Holm (1979) by hand: 0.01·4, 0.02·3, 0.03·2, 0.9·1.

@@ -97,6 +97,66 @@ fn a_rule_sees_every_number_of_a_step_and_metrics_are_those_of_results() {
 }
 
 #[test]
+fn a_rule_that_the_last_probe_breaks_drops_the_run() {
+    let folder = Folder::with_micro();
+    let metric = "probe/cls_patch_cosine/mean";
+    let rule = format!("metric = \"{metric}\"\nbelow = 2.0\n");
+    folder.write(
+        "suite.toml",
+        &format!("{SUITE}[set]\nprobes.cls_patch_cosine = {{ enabled = true, samples = 4 }}\n[[drop]]\n{rule}"),
+    );
+    for more in [&[][..], &["--retry-failed"]] {
+        let ended = folder.run(&[&["ablate", "suite.toml", "--out", "dropped"], more].concat());
+        assert_eq!(ended.code, 0, "{}", ended.err);
+        assert!(ended.err.contains(&format!("dropped after step 12: {metric} = ")), "{}", ended.err);
+        assert!(folder.read("dropped/summary.md").contains("is not in the numbers"));
+    }
+}
+
+#[test]
+fn an_arm_is_what_it_says_whatever_all_arms_share() {
+    let folder = Folder::with_micro();
+    let arms =
+        "name = \"pair\"\nbase = \"micro.toml\"\nseeds = [0]\nmetrics = [\"loss/total\"]\nbaseline = \"adamw\"\n\
+        [set]\noptimizer.lr = 1e-3\noptimizer.weight_decay = 0.5\n\
+        [[arm]]\nname = \"adamw\"\n[[arm]]\nname = \"sgd\"\nset = { optimizer = { plugin = \"sgd\", lr = 0.1 } }\n";
+    folder.write("suite.toml", arms);
+    let ended = folder.succeed(&["ablate", "suite.toml", "--out", "out", "--steps", "1", "--set", "optimizer.lr=1e-2"]);
+    assert!(!ended.err.contains("changes nothing"), "the arm's table has a key of its own: {}", ended.err);
+    for (arm, lr) in [("adamw", 0.01), ("sgd", 0.1)] {
+        let recipe: toml::Table = folder.read(&format!("out/arms/{arm}/seed-0/recipe.toml")).parse().expect("TOML");
+        assert_eq!(recipe["optimizer"]["lr"].as_float(), Some(lr), "{arm}");
+        assert_eq!(recipe["optimizer"]["weight_decay"].as_float(), Some(0.5), "{arm}");
+    }
+    folder.write(
+        "suite.toml",
+        &arms.replace("set = { optimizer", "set = { optimizer.betas = [0.8, 0.9], optimizer.lr = 0.1 } #"),
+    );
+    let half = folder.succeed(&["ablate", "suite.toml", "--dry-run", "--set", "optimizer.lr=1e-2"]);
+    assert!(half.err.contains("--set optimizer.lr changes nothing in sgd: the suite sets it there"), "{}", half.err);
+}
+
+#[test]
+fn a_probe_that_changed_does_not_mix_with_the_scores_of_finished_runs() {
+    let folder = Folder::with_micro();
+    let suite = |probe: &str, seeds: &str| {
+        let text = SUITE.replace("loss/total", "probe/cls_patch_cosine/mean").replace("[0]", seeds);
+        folder.write("suite.toml", &format!("{text}[set]\n{probe}\nsteps = 2\n"));
+        folder.run(&["ablate", "suite.toml", "--out", "out"])
+    };
+    assert_eq!(suite("probes.cls_patch_cosine = { enabled = true, samples = 4 }", "[0]").code, 0);
+    let other = suite("probes.cls_patch_cosine = { enabled = true, samples = 8 }", "[0, 1]");
+    refused(&other, &["probes.cls_patch_cosine.samples: was 4, is 8"]);
+    let often = suite("probes.cls_patch_cosine = { enabled = true, samples = 4, every = 1 }", "[0, 1]");
+    assert_eq!(often.code, 0, "when it is taken beside changes no final score: {}", often.err);
+    // What a variable of the environment changes is no longer the suite of the file.
+    folder.write("said.toml", &(SUITE.to_string() + "[measured]\non = \"two cores\"\nn = 1\nseconds = 5.0\n"));
+    let dry = |vars: &[(&str, &str)]| folder.run_with(vars, &["ablate", "said.toml", "--dry-run"]).out;
+    assert!(dry(&[]).contains("the suite's [measured]") && dry(&[("DINOLAB_NAME", "x")]).contains("[measured]"));
+    assert!(!dry(&[("DINOLAB_OPTIMIZER__LR", "0.5")]).contains("[measured]"));
+}
+
+#[test]
 fn a_run_goes_on_from_weights_of_its_own_model_alone() {
     let folder = Folder::with_micro();
     folder.succeed(&["train", "micro.toml", "--out", "first", "--set", "steps=2"]);

@@ -159,7 +159,14 @@ fn a_mistake_in_a_chain_is_named_before_anything_runs() {
             "stage `gram` needs step 7 of `pretrain`, and its checkpoint would not be kept",
         ),
         ("steps = 20", "steps = 8", "stage `gram` has 8 steps, all done at step 8 of `pretrain`"),
+        // By where it goes on from, whatever other step it names.
+        (
+            "steps = 20\ncontinue_from = \"{pretrain}@8\"",
+            "steps = 10\ncontinue_from = \"{pretrain}\"",
+            "has 10 steps, all done at step 12 of",
+        ),
         ("[[stage]]", "stagez = 1\n[[stage]]", "stagez: unknown key"),
+        ("init_from = \"{gram}\"", "backbone.weights = \"{gram}\"", "say `backbone.plugin` and its keys"),
     ] {
         folder.write("wrong.toml", &folder.read("chain.toml").replacen(was, is, 1));
         let ended = folder.run(&["stages", "wrong.toml", "--out", "out"]);
