@@ -45,10 +45,11 @@ pub(super) fn dry_run(plan: &Plan, runs: &[&PlannedRun]) -> Result<()> {
     }
     for run in arms {
         let recipe = resolve(&plan.suite.path, &run.base, &run.overrides)?.recipe;
-        let steps = recipe.steps - plan.start(&run.arm);
+        let start = plan.start(&run.arm);
+        let steps = recipe.steps - start;
         let of_step = cost::cost_on(&recipe, recipe.device()?)?;
         let tera = of_step.flops_per_image * recipe.batch.size as f64 * steps as f64 / 1e12;
-        let (taken, images, flops) = cost::probes(&recipe, plan.start(&run.arm))?;
+        let (taken, images, flops) = cost::probes(&recipe, start)?;
         let probes = flops / 1e12;
         let mut states = Vec::new();
         for other in runs.iter().filter(|r| r.arm == run.arm) {
@@ -58,11 +59,7 @@ pub(super) fn dry_run(plan: &Plan, runs: &[&PlannedRun]) -> Result<()> {
         probed += probes * states.len() as f64;
         let probes =
             format!("{probes:.3} ({:.0}%)\n{taken} times, {images:.0} images", 100.0 * probes / tera.max(1e-12));
-        let shown = if plan.start(&run.arm) > 0 {
-            format!("{} to {}", plan.start(&run.arm), recipe.steps)
-        } else {
-            steps.to_string()
-        };
+        let shown = if start > 0 { format!("{start} to {}", recipe.steps) } else { steps.to_string() };
         table.add_row([
             run.arm.clone(),
             changes(plan, run),

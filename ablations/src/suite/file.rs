@@ -369,20 +369,21 @@ pub fn overrides(table: &toml::Table) -> Overrides {
 
 /// Puts `upper` over `lower`: a value replaces what keys inside it said before, as far as it says something else.
 pub fn put_over(lower: &mut Overrides, upper: &Overrides) {
-    fn says(value: &Value, path: &str) -> bool {
+    lower.retain(|key, _| !says(upper, key));
+    lower.extend(upper.clone());
+}
+
+/// Whether overrides give a key its value: by its name, or by a table around it that has it.
+pub fn says(set: &Overrides, key: &str) -> bool {
+    fn has(value: &Value, path: &str) -> bool {
         let (first, rest) = path.split_once('.').unwrap_or((path, ""));
         match value {
-            Value::Table(table) => table.get(first).is_some_and(|inner| rest.is_empty() || says(inner, rest)),
+            Value::Table(table) => table.get(first).is_some_and(|inner| rest.is_empty() || has(inner, rest)),
             _ => true,
         }
     }
-    for (key, value) in upper {
-        lower.retain(|other, _| {
-            let inside = other.strip_prefix(key.as_str()).and_then(|rest| rest.strip_prefix('.'));
-            !inside.is_some_and(|path| says(value, path))
-        });
-        lower.insert(key.clone(), value.clone());
-    }
+    let inside = |table: &str| key.strip_prefix(table)?.strip_prefix('.');
+    set.iter().any(|(name, value)| name == key || inside(name).is_some_and(|path| has(value, path)))
 }
 
 /// `base` relative to the folder of `path`, without `folder/..` in it, since people read it in messages.

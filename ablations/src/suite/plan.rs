@@ -15,7 +15,7 @@ use dinolab_core::resolved::{changes, Resolved};
 use dinolab_core::{Error, Result};
 use toml::Value;
 
-use super::file::{put_over, Arm, Metric, Overrides, Suite};
+use super::file::{put_over, says, Metric, Overrides, Suite};
 use super::record::Status;
 use super::retry::{self, OnOutOfMemory, MICRO_BATCHES};
 use super::state::{Origin, State};
@@ -225,8 +225,8 @@ impl Plan {
         plan.warnings.extend(plan.idle_follows());
         plan.recipe_warnings = plan.gather_recipe_warnings();
         let idle = plan.set.keys().filter_map(|key| {
-            let sets = |arm: &&Arm| arm.set.keys().any(|set| set == key);
-            let arms: Vec<&str> = plan.suite.arms.iter().filter(sets).map(|arm| arm.name.as_str()).collect();
+            let sets = plan.suite.arms.iter().filter(|arm| says(&arm.set, key));
+            let arms: Vec<&str> = sets.map(|arm| arm.name.as_str()).collect();
             match arms.len() {
                 0 => None,
                 n if n == plan.suite.arms.len() => Some(format!("--set {key} changes nothing: every arm sets it")),

@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
 
 use safetensors::tensor::{Dtype, View};
@@ -113,9 +114,29 @@ pub fn write_pieces<S: AsRef<str> + Ord + std::fmt::Display, V: View>(
         safetensors::SafeTensorError::IoError(source) => Error::Io { action: "write", path: path.into(), source },
         other => Error::content(path, other.to_string(), "this is a defect: please report it"),
     })?;
+    sort_metadata(place.path()).map_err(Error::io("write", path))?;
     fs::set_permissions(place.path(), permissions).map_err(Error::io("write", path))?;
     fs::File::open(place.path()).and_then(|f| f.sync_all()).map_err(Error::io("flush", path))?;
     place.persist(path).map(drop).map_err(|e| Error::io("write", path)(e.error))
+}
+
+/// Puts the metadata of a safetensors file, which the library writes in random order, into that of its keys: equal content is
+/// equal bytes.
+fn sort_metadata(path: &Path) -> std::io::Result<()> {
+    let mut file = fs::File::options().read(true).write(true).open(path)?;
+    let mut length = [0; 8];
+    file.read_exact(&mut length)?;
+    let mut header = vec![0; u64::from_le_bytes(length) as usize];
+    file.read_exact(&mut header)?;
+    let mut entries: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(&header)?;
+    if let Some(serde_json::Value::Object(metadata)) = entries.get_mut("__metadata__") {
+        metadata.sort_keys();
+    }
+    let mut sorted = serde_json::to_vec(&entries)?;
+    // Spaces up to a multiple of eight bytes, as before.
+    sorted.resize(header.len(), b' ');
+    file.seek(SeekFrom::Start(8))?;
+    file.write_all(&sorted)
 }
 
 /// Reads every tensor of a safetensors file.
@@ -168,5 +189,27 @@ impl NamedTensors {
     /// Whether some name begins with `prefix`.
     pub fn has(&self, prefix: &str) -> bool {
         self.names().any(|n| n.starts_with(prefix))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn equal_tensors_and_metadata_are_equal_files() {
+        let folder = tempfile::tempdir().unwrap();
+        let about: Vec<(&str, String)> =
+            ["weights", "image", "size", "a \"b\""].map(|key| (key, format!("{key}/é"))).into();
+        let files = [0, 1, 2, 3].map(|i| {
+            let path = folder.path().join(i.to_string());
+            let tensor = Tensor::from_slice(&[1.0f32, 2.0], &[2]).unwrap();
+            write_tensors(&path, &[("x".into(), tensor)], &about).unwrap();
+            assert_eq!(read_tensors(&path).unwrap().tensors["x"].to_f64_vec(), [1.0, 2.0]);
+            fs::read(path).unwrap()
+        });
+        assert!(files.iter().all(|file| *file == files[0]));
+        let (_, header) = SafeTensors::read_metadata(&files[0]).unwrap();
+        assert_eq!(header.metadata().as_ref().unwrap()["size"], "size/é");
     }
 }

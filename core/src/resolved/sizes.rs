@@ -61,7 +61,7 @@ pub fn fit(recipe: &Recipe, device: Device, ranks: usize) -> Result<Option<Fit>>
     let whose = if device == Device::Cpu { "this machine" } else { "the GPU" };
     Ok((total > room).then(|| {
         let message = format!("needs about {}, and {whose} has {}", bytes(total), bytes(room));
-        worst(recipe, device, &cost, message)
+        worst(recipe, device, &cost, (room, message))
     }))
 }
 
@@ -93,26 +93,29 @@ pub(super) fn overflow(recipe: &Recipe) -> Option<Problem> {
     } else {
         return None;
     };
-    let Fit { key, message, help } = worst(recipe, Device::Cpu, &cost, what);
+    let Fit { key, message, help } = worst(recipe, Device::Cpu, &cost, (MOST, what));
     Some(Problem::error(key, message).help(help))
 }
 
-/// The key of which half saves most, and what is needed then.
-fn worst(recipe: &Recipe, device: Device, cost: &RunCost, what: String) -> Fit {
+/// The key of which half saves most; and what is needed when it is halved until the run fits into `room`, or saves nothing more.
+fn worst(recipe: &Recipe, device: Device, cost: &RunCost, (room, what): (f64, String)) -> Fit {
     let Ok(Value::Dict(tag, root)) = Value::serialize(recipe) else { unreachable!("a recipe is a table") };
     let whole = Value::Dict(tag, root);
     let mut keys = Vec::new();
     integers(&serde_json::to_value(recipe).expect("a recipe is plain data"), String::new(), &mut keys);
     let size = |cost: &RunCost| (cost.total_memory(), cost.most_patches);
-    let halved = keys.into_iter().filter_map(|(key, n)| {
-        // A multiple of many numbers stays one that heads and patches divide.
-        let half = if n > 2 * ROUND { n / 2 / ROUND * ROUND } else { n / 2 };
+    // A multiple of many numbers stays one that heads and patches divide.
+    let half = |n: u64| if n > 2 * ROUND { n / 2 / ROUND * ROUND } else { n / 2 };
+    let with = |key: &str, n: u64| {
         let smaller = figment::Figment::from(figment::providers::Serialized::defaults(&whole))
-            .merge(figment::providers::Serialized::default(&key, half))
+            .merge(figment::providers::Serialized::default(key, n))
             .extract::<Recipe>()
             .ok()?;
-        let smaller = cost_on(&smaller, device).ok()?;
-        (size(&smaller) < size(cost)).then_some((key, n, half, size(&smaller)))
+        Some(size(&cost_on(&smaller, device).ok()?))
+    };
+    let halved = keys.into_iter().filter_map(|(key, n)| {
+        let smaller = with(&key, half(n)).filter(|smaller| *smaller < size(cost))?;
+        Some((key, n, half(n), smaller))
     });
     // Of several that matter the one that is largest: a width of a million is the odd one, not the sixteen pixels of a patch.
     let halved: Vec<_> = halved.collect();
@@ -120,9 +123,12 @@ fn worst(recipe: &Recipe, device: Device, cost: &RunCost, what: String) -> Fit {
     let saves = |left: f64| size(cost).0 - left >= 0.3 * (size(cost).0 - least);
     let best = halved.into_iter().filter(|(.., (left, _))| saves(*left)).max_by_key(|(_, n, ..)| *n);
     match best {
-        Some((key, n, half, (left, _))) => {
+        Some((key, n, mut less, (mut left, _))) => {
+            while let Some((smaller, _)) = with(&key, half(less)).filter(|smaller| left > room && smaller.0 < left) {
+                (less, left) = (half(less), smaller);
+            }
             let help = format!(
-                "lower it: with {half} it would be {}; `dinolab recipe check --cost` lists the parts",
+                "lower it: with {less} it would be {}; `dinolab recipe check --cost` lists the parts",
                 bytes(left)
             );
             Fit { key, message: format!("with {n} the run {what}"), help }

@@ -125,3 +125,21 @@ fn checkpoints(folder: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let step = |path: &PathBuf| path.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok();
     Ok(checkpoint::list(folder)?.into_iter().filter_map(|path| Some((step(&path)?, path))).collect())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_taken_over_is_left_out_and_no_budget_of_the_run_that_goes_on() {
+        let [parent, child] = [0, 1].map(|_| tempfile::tempdir().unwrap());
+        Rewinds::default().go_back(parent.path(), 0, 5, 0).unwrap();
+        let rewinds = Rewinds::read(parent.path()).unwrap();
+        assert_eq!((rewinds.count(), rewinds.own()), (1, 1));
+        rewinds.taken_over(10).write(child.path()).unwrap();
+        Rewinds::read(child.path()).unwrap().go_back(child.path(), 0, 12, 10).unwrap();
+        let rewinds = Rewinds::read(child.path()).unwrap();
+        assert_eq!((rewinds.count(), rewinds.own()), (2, 1));
+        assert_eq!(rewinds.left_out(), [(0, 6), (10, 3)]);
+    }
+}
