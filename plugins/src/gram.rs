@@ -76,8 +76,11 @@ impl Default for Gram {
 }
 
 impl Gram {
-    /// The loss over the patches with these flat indices in `[G*B*P]`, batch level.
+    /// The loss over the patches with these flat indices in `[G*B*P]`, batch level; 0 over none, as of a micro-batch without masks.
     fn over(&self, student: &Tensor, teacher: &Tensor, rows: &Tensor) -> Result<Tensor> {
+        if rows.is_empty() {
+            return student.mean()?.scale(0.0);
+        }
         let flat = |x: &Tensor| x.reshape(&[x.dim(0) * x.dim(1), x.dim(2)])?.gather_rows(rows);
         flat(student)?.similarity_distance(&flat(teacher)?, self.options(false))
     }

@@ -233,6 +233,7 @@ fn upright(
         }
         _ => (whole(bytes, format)?.0, None),
     };
+    pixels::check_whole_numbers(&image)?;
     let mut image = convert(image)?;
     if let Some(orientation) = orientation {
         image.apply_orientation(orientation);

@@ -29,6 +29,20 @@ pub(super) fn to_rgb8(image: DynamicImage, background: [u8; 3]) -> Result<RgbIma
     Ok(ImageBuffer::from_raw(width, height, raw).expect("every pixel became three bytes"))
 }
 
+/// What is said of samples that are floats or have a sign: nothing tells where black and white are.
+pub(super) fn no_whole_numbers() -> Refusal {
+    let help = "save it as whole numbers of 8 or 16 bits without a sign, such as `gdal_translate -ot UInt16 -scale`";
+    Refusal { problem: "its samples are no whole numbers of 8 or 16 bits".into(), help }
+}
+
+/// Fails if the image has floats.
+pub(super) fn check_whole_numbers(image: &DynamicImage) -> Result<(), Refusal> {
+    match image {
+        DynamicImage::ImageRgb32F(_) | DynamicImage::ImageRgba32F(_) => Err(no_whole_numbers()),
+        _ => Ok(()),
+    }
+}
+
 /// The image in 8 bits with its opacity.
 ///
 /// # Errors
@@ -151,6 +165,13 @@ mod tests {
         assert_eq!(white.as_raw(), &[255; 6]);
         assert_eq!(to_rgb8(hidden.into(), [1, 2, 3]).unwrap().as_raw(), &[1, 2, 3, 1, 2, 3]);
         assert_eq!(to_rgb8(half.into(), [255; 3]).unwrap().as_raw(), &[177; 6]);
+    }
+
+    #[test]
+    fn floats_are_refused_whatever_they_go_up_to() {
+        let white = image::Rgb32FImage::from_pixel(2, 1, image::Rgb([255.0, 3.0, 1.0]));
+        assert!(check_whole_numbers(&white.into()).unwrap_err().problem.contains("no whole numbers"));
+        assert!(check_whole_numbers(&DynamicImage::new_rgb16(2, 1)).is_ok());
     }
 
     #[test]

@@ -67,11 +67,7 @@ pub(super) fn read(bytes: &[u8], wanted: &Wanted) -> Result<Sample, Refusal> {
         DecodingResult::U16(values) => {
             Ok(pixels::sample((width, height), pixels::narrowed(interleaved(values, n, by_plane), wanted)))
         }
-        _ => {
-            let help =
-                "save it as whole numbers of 8 or 16 bits without a sign, such as `gdal_translate -ot UInt16 -scale`";
-            Err(Refusal { problem: "its samples are no whole numbers of 8 or 16 bits".into(), help })
-        }
+        _ => Err(pixels::no_whole_numbers()),
     }
 }
 
