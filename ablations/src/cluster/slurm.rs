@@ -79,16 +79,22 @@ impl Submission {
         let header = header(plan, jobs, &folder, options);
         let list = |lines: &[String]| lines.iter().map(|line| format!("{line}\n")).collect::<String>();
         let own = |name: &str| shell(&folder.join(name).display().to_string());
+        // Arrays of `n` indexes in all, each at most as long as Slurm takes them.
+        let arrays = |script, n: usize, runs: &[PathBuf]| -> Vec<Call> {
+            let array = |offset: usize| {
+                let indexes = offset..n.min(offset + largest.max(1));
+                let (size, runs) = (indexes.len(), runs.get(indexes).unwrap_or_default().to_vec());
+                Call { script, size, at_once: options.parallel, offset, runs }
+            };
+            (0..n).step_by(largest.max(1)).map(array).collect()
+        };
         let arms: Vec<String> = trials(plan, untried).iter().map(|arms| arms.join(",")).collect();
         if !arms.is_empty() && jobs.tries() {
             let find = find("arms", &own("arms.txt"));
             let command = jobs.trial_command("\"$arms\"");
             files.push(("arms.txt", list(&arms)));
             files.push(("trial.sh", format!("{header}{find}{}", step(&command))));
-            for (chunk, part) in arms.chunks(largest.max(1)).enumerate() {
-                let (script, size, offset) = ("trial.sh", part.len(), chunk * largest);
-                calls.push(Call { script, size, at_once: options.parallel, offset, runs: Vec::new() });
-            }
+            calls.extend(arrays("trial.sh", arms.len(), &[]));
         }
         let of = |trunk: bool| left.iter().filter(move |(run, _)| (run.arm == TRUNK) == trunk);
         for (script, lines, trunk) in [("trunks.sh", "trunks.txt", true), ("runs.sh", "runs.txt", false)] {
@@ -104,10 +110,7 @@ impl Submission {
             let command = jobs.run_command("\"$run\"", again);
             files.push((lines, list(&runs.iter().map(|run| run.display().to_string()).collect::<Vec<_>>())));
             files.push((script, format!("{header}{find}{enter}{}", step(&command))));
-            for (chunk, part) in runs.chunks(largest.max(1)).enumerate() {
-                let (size, offset) = (part.len(), chunk * largest);
-                calls.push(Call { script, size, at_once: options.parallel, offset, runs: part.to_vec() });
-            }
+            calls.extend(arrays(script, runs.len(), &runs));
         }
         files.push(("report.sh", format!("{header}{}\n", jobs.report_command())));
         calls.push(Call { script: "report.sh", size: 0, at_once: None, offset: 0, runs: Vec::new() });

@@ -39,6 +39,8 @@ pub struct Taken {
     pub name: String,
     /// Its table, every default filled in.
     pub table: Json,
+    /// Of the files that it reads, if it reads any.
+    pub stamp: Option<String>,
     /// The sizes that its table lists.
     pub sizes: Vec<ImageSize>,
     /// It.
@@ -113,9 +115,7 @@ impl Plan {
             self.data.data,
             data,
             // In the order in which they are taken.
-            self.taken(job, size)
-                .map(|(p, drawn)| json!([p.name, p.table, drawn, p.probe.stamp()]))
-                .collect::<Vec<_>>(),
+            self.taken(job, size).map(|(p, drawn)| json!([p.name, p.table, drawn, p.stamp])).collect::<Vec<_>>(),
         ]);
         blake3::hash(all.to_string().as_bytes()).to_hex()[..24].to_string()
     }
@@ -204,7 +204,8 @@ fn choose(data: &Measured, named: &[String], test: &dyn Dataset) -> Result<Vec<T
             return Err(Error::user(problem, help));
         }
         let sizes = entry.map_or(Vec::new(), |entry| entry.sizes.clone());
-        chosen.push(Taken { name, table: serde_json::to_value(&plugin).expect("a table is plain data"), sizes, probe });
+        let table = serde_json::to_value(&plugin).expect("a table is plain data");
+        chosen.push(Taken { name, table, stamp: probe.stamp(), sizes, probe });
     }
     if chosen.is_empty() {
         let help = "name some with --probes, or as tables [probes.<name>]; `dinolab plugins probe` lists them";

@@ -67,13 +67,7 @@ impl<'a> Seen<'a> {
     /// As there, or if they cannot be kept.
     pub fn features(&self, pixels: &Tensor) -> Result<Features> {
         let images: Vec<Tensor> = (0..pixels.dim(0)).map(|i| pixels.narrow(i, 1)).collect::<Result<_>>()?;
-        let hash = |image: &Tensor| {
-            let mut hash = blake3::Hasher::new();
-            // Equal bytes of another shape are another image.
-            hash.update(format!("{:?}", image.shape()).as_bytes()).update(image.as_bytes());
-            *hash.finalize().as_bytes()
-        };
-        let hashes: Vec<Hash> = images.iter().map(hash).collect();
+        let hashes: Vec<Hash> = images.iter().map(Tensor::hash).collect();
         let unknown: Vec<usize> =
             (0..images.len()).filter(|&i| !self.known.borrow().images.contains_key(&hashes[i])).collect();
         let mut new = BTreeMap::new();
@@ -84,7 +78,7 @@ impl<'a> Seen<'a> {
                 new.insert(i, one(&found, row)?);
             }
             let hashes: Vec<Hash> = unknown.iter().map(|&i| hashes[i]).collect();
-            let room = self.known.borrow().bytes + bytes(&found) <= MOST;
+            let room = self.known.borrow().bytes + found.bytes() <= MOST;
             if room {
                 self.keep(&hashes, &found)?;
                 self.known.borrow_mut().add(&hashes, new.values().cloned().collect());
@@ -111,7 +105,7 @@ impl<'a> Seen<'a> {
 impl Known {
     fn add(&mut self, hashes: &[Hash], images: Vec<Features>) {
         for (hash, features) in hashes.iter().zip(images) {
-            let bytes = bytes(&features);
+            let bytes = features.bytes();
             if self.bytes + bytes <= MOST && self.images.insert(*hash, features).is_none() {
                 self.bytes += bytes;
             }
@@ -180,10 +174,6 @@ fn one(features: &Features, row: usize) -> Result<Features> {
         layers: features.layers.iter().map(of).collect::<Result<_>>()?,
         grid: features.grid,
     })
-}
-
-fn bytes(features: &Features) -> usize {
-    parts(features).iter().map(|(_, x)| x.as_bytes().len()).sum()
 }
 
 /// Those of several images, which are of one grid.

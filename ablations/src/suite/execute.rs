@@ -346,6 +346,18 @@ fn fails(plan: &Plan, run: &PlannedRun, error: &str, progress: &Progress, tally:
     Ok(())
 }
 
+/// Records how a run ended whose process is gone, unless another process does it by now; says whether it is recorded.
+///
+/// # Errors
+/// If the lock or the folder cannot be written.
+pub(crate) fn record_failure_of(plan: &Plan, run: &PlannedRun, error: &str) -> Result<bool> {
+    let lock = try_lock(&lock_path(plan, run)?)?;
+    if lock.is_some() {
+        record_failure(&plan.out.join(&run.dir), error)?;
+    }
+    Ok(lock.is_some())
+}
+
 /// Overrides in words.
 fn said(overrides: &Overrides) -> String {
     overrides.iter().map(|(key, value)| format!("{key} = {value}")).collect::<Vec<_>>().join(", ")

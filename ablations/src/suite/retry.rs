@@ -12,8 +12,6 @@ use serde::{Deserialize, Serialize};
 use toml::Value;
 
 use super::file::{Overrides, Suite};
-use super::locks::{lock_path, try_lock};
-use super::plan::{Plan, PlannedRun};
 use super::record::{read_json, Failure, FAILURE};
 
 /// The file in a run's folder.
@@ -146,18 +144,6 @@ pub(crate) fn record_failure(dir: &Path, error: &str) -> Result<()> {
     std::fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
     let text = serde_json::to_string_pretty(&Failure { error: error.into() }).expect("a failure is plain data");
     write_file(&dir.join(FAILURE), text.as_bytes())
-}
-
-/// Records how a run ended whose process is gone, unless another process does it by now; says whether it is recorded.
-///
-/// # Errors
-/// If the lock or the folder cannot be written.
-pub(crate) fn record_failure_of(plan: &Plan, run: &PlannedRun, error: &str) -> Result<bool> {
-    let lock = try_lock(&lock_path(plan, run)?)?;
-    if lock.is_some() {
-        record_failure(&plan.out.join(&run.dir), error)?;
-    }
-    Ok(lock.is_some())
 }
 
 /// What follows an error.

@@ -239,6 +239,11 @@ impl Features {
         Ok(self)
     }
 
+    /// Bytes of all tensors.
+    pub fn bytes(&self) -> usize {
+        self.tensors().map(|tensor| tensor.len() * tensor.dtype().size()).sum()
+    }
+
     /// All tensors, in a fixed order.
     pub(crate) fn tensors(&self) -> impl Iterator<Item = &Tensor> {
         [&self.cls, &self.registers, &self.patches, &self.prenorm].into_iter().chain(&self.layers)

@@ -104,6 +104,7 @@ pub fn write_pieces<S: AsRef<str> + Ord + std::fmt::Display, V: View>(
     metadata: &[(&str, String)],
 ) -> Result<()> {
     let metadata: std::collections::HashMap<_, _> = metadata.iter().map(|(k, v)| (k.to_string(), v.clone())).collect();
+    let several = metadata.len() > 1;
     let metadata = Some(metadata).filter(|m| !m.is_empty());
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     // The library's own temporary file can be read by its owner alone: it takes the place, and gets the permissions, of an
@@ -114,7 +115,9 @@ pub fn write_pieces<S: AsRef<str> + Ord + std::fmt::Display, V: View>(
         safetensors::SafeTensorError::IoError(source) => Error::Io { action: "write", path: path.into(), source },
         other => Error::content(path, other.to_string(), "this is a defect: please report it"),
     })?;
-    sort_metadata(place.path()).map_err(Error::io("write", path))?;
+    if several {
+        sort_metadata(place.path()).map_err(Error::io("write", path))?;
+    }
     fs::set_permissions(place.path(), permissions).map_err(Error::io("write", path))?;
     fs::File::open(place.path()).and_then(|f| f.sync_all()).map_err(Error::io("flush", path))?;
     place.persist(path).map(drop).map_err(|e| Error::io("write", path)(e.error))

@@ -352,11 +352,10 @@ fn join(path: &str, key: &str) -> String {
 fn plugins_first<A, B>(keys: &mut [(String, A, B)]) {
     for i in 0..keys.len() {
         let Some(table) = keys[i].0.strip_suffix(".plugin") else { continue };
-        let is_in = |key: &str, table: &str| key.strip_prefix(table).is_some_and(|rest| rest.starts_with('.'));
         // A whole table before it is below it.
-        let above = |(key, ..): &(String, A, B)| *key == keys[i].0 || key == table || is_in(table, key);
+        let above = |(key, ..): &(String, A, B)| *key == keys[i].0 || is_within(table, key);
         let start = keys[..i].iter().rposition(above).map_or(0, |at| at + 1);
-        if let Some(first) = keys[start..i].iter().position(|(key, ..)| is_in(key, table)) {
+        if let Some(first) = keys[start..i].iter().position(|(key, ..)| is_within(key, table)) {
             keys[start + first..=i].rotate_right(1);
         }
     }

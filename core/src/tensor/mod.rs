@@ -291,6 +291,16 @@ impl Tensor {
         &self.buffer.host().bytes()[self.offset * size..(self.offset + self.len()) * size]
     }
 
+    /// BLAKE3 of its shape and elements: equal bytes of another shape are another tensor.
+    ///
+    /// # Panics
+    /// If the tensor is on a GPU.
+    pub fn hash(&self) -> [u8; 32] {
+        let mut hash = blake3::Hasher::new();
+        hash.update(format!("{:?}", self.shape()).as_bytes()).update(self.as_bytes());
+        hash.finalize().into()
+    }
+
     /// An untracked view of `len` elements from `start` with another shape: how a named parameter looks into its flat
     /// buffer.
     ///

@@ -117,8 +117,6 @@ fn is_zero(n: &u64) -> bool {
 pub(super) struct Begun {
     /// The step that it begins at: not 0 if it continues another.
     pub(super) step: u64,
-    /// Steps that were skipped before it.
-    pub(super) skipped: u64,
     /// The checkpoint that it goes on from, if it continues another.
     pub(super) from: Option<PathBuf>,
     /// In what it differs from the run that it continues.
@@ -136,14 +134,8 @@ pub(super) struct Begun {
 pub(super) fn begin(resolved: &Resolved, data: &dyn Dataset, peers: Peers<'_>) -> Result<(Learner, Begun)> {
     let recipe = &resolved.recipe;
     resolved.check_sources()?;
-    let mut begun = Begun {
-        step: 0,
-        skipped: 0,
-        from: None,
-        differences: Vec::new(),
-        rewinds: Rewinds::default(),
-        parents: Vec::new(),
-    };
+    let mut begun =
+        Begun { step: 0, from: None, differences: Vec::new(), rewinds: Rewinds::default(), parents: Vec::new() };
     let learner = match &recipe.continue_from {
         None => Learner::new_with(recipe, peers)?,
         Some(from) => {
@@ -155,7 +147,7 @@ pub(super) fn begin(resolved: &Resolved, data: &dyn Dataset, peers: Peers<'_>) -
     for (key, path) in sources_of(recipe)?.into_iter().filter(|(_, path)| Source::is_named(path)) {
         begun.parents.push(match begun.from.as_ref().filter(|_| key == "continue_from") {
             Some(from) => {
-                let (step, skipped, differences) = (Some(begun.step), begun.skipped, begun.differences.clone());
+                let (step, skipped, differences) = (Some(begun.step), learner.skipped(), begun.differences.clone());
                 Parent { step, skipped, differences, ..Parent::of(&key, from)? }
             }
             None => Parent::of(&key, &path)?,
@@ -206,7 +198,7 @@ impl Begun {
             self.rewinds = Rewinds::read(&run)?.taken_over(done);
         }
         self.differences.extend(new);
-        (self.step, self.skipped, self.from) = (done, from.skipped, Some(from.path.clone()));
+        (self.step, self.from) = (done, Some(from.path.clone()));
         Ok(learner)
     }
 

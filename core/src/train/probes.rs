@@ -25,7 +25,7 @@ struct Seen<'a> {
     known: RefCell<Known>,
 }
 
-/// Features by the hash of the pixels and their shape, and their bytes.
+/// Features by the hash of the pixels, and the bytes of all.
 type Known = (BTreeMap<[u8; 32], Features>, usize);
 
 impl<'a> Seen<'a> {
@@ -35,17 +35,14 @@ impl<'a> Seen<'a> {
 
     /// [`Learner::teacher_features`] of pixels `[B, channels, h, w]`.
     fn features(&self, pixels: &Tensor) -> Result<Features> {
-        let mut hash = blake3::Hasher::new();
-        hash.update(format!("{:?}", pixels.shape()).as_bytes()).update(pixels.to(Device::Cpu).as_bytes());
-        let hash = *hash.finalize().as_bytes();
+        let hash = pixels.to(Device::Cpu).hash();
         if let Some(known) = self.known.borrow().0.get(&hash) {
             return Ok(known.clone());
         }
         let features = self.learner.teacher_features(pixels)?;
         let (known, total) = &mut *self.known.borrow_mut();
-        let bytes: usize = features.tensors().map(|tensor| tensor.as_bytes().len()).sum();
-        if *total + bytes <= MOST {
-            *total += bytes;
+        if *total + features.bytes() <= MOST {
+            *total += features.bytes();
             known.insert(hash, features.clone());
         }
         Ok(features)

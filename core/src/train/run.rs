@@ -275,8 +275,8 @@ impl Run<'_> {
         };
         let batches = if of_others.is_empty() { batches } else { &of_others };
         let content = self.lead.together(&Order::Content, || self.learner.content(step))?;
-        let rewinds = rewind::Rewinds::read(self.folder.path())?.count();
-        let path = capture::write(&self.folder, content, self.resolved, (step, rewinds), batches)?;
+        let rewinds = rewind::Rewinds::read(self.folder.path())?;
+        let path = capture::write(&self.folder, content, self.resolved, (step, rewinds.count()), batches)?;
         let skipped = self.learner.skipped() - self.skipped_before - self.learner.spikes();
         match self.recipe.on_non_finite {
             OnNonFinite::Skip(most) if skipped <= most => {
@@ -286,8 +286,7 @@ impl Run<'_> {
                 );
                 self.warn(step, "non_finite", &text)
             }
-            OnNonFinite::Rewind(most) if rewind::Rewinds::read(self.folder.path())?.own() < most => {
-                let rewinds = rewind::Rewinds::read(self.folder.path())?;
+            OnNonFinite::Rewind(most) if rewinds.own() < most => {
                 let count = rewinds.own() + 1;
                 let to = rewinds.go_back(self.folder.path(), self.recipe.checkpoint.every, step, self.origin)?.to;
                 let text = format!(

@@ -274,6 +274,9 @@ fn a_dry_run_shows_scripts_and_chunks_and_submits_nothing() {
         assert!(ended.out.contains(part), "no `{part}` in\n{}", ended.out);
     }
     assert!(!ended.out.contains("USR2@120"), "an option of the user's replaces the default");
+    let path = fake_slurm(&folder, &[("scontrol", "echo 'MaxArraySize            = 1'"), ("sbatch", "exit 1")]);
+    let one = folder.run_with(&[("PATH", &path)], &ablate("out", &["--on", "slurm", "--dry-run"])).out;
+    assert!(one.contains("trial.sh 1    # <job 2>") && one.contains("runs.sh 3    # <job 6>"), "{one}");
     assert!(!folder.path("out").exists());
 }
 
