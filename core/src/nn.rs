@@ -16,7 +16,7 @@
 //! ```
 
 use crate::ops;
-use crate::params::{Init, ParamBuilder, ParamId, Params};
+use crate::params::{Init, ParamBuilder, ParamId, ParamRole, Params};
 use crate::{Result, Tensor};
 
 /// `x W^T + b` over the last axis. Declares `weight` `[O, I]` and `bias` `[O]`.
@@ -233,10 +233,29 @@ pub struct Mlp {
 impl Mlp {
     /// Layers from each width to the next; all of them have a bias, or none.
     pub fn declare(params: &mut ParamBuilder, widths: &[usize], activation: Activation, bias: bool) -> Self {
+        Self::declare_with(params, widths, activation, bias, None)
+    }
+
+    /// The same, to what is predicted: the last layer is an [`Output`](ParamRole::Output).
+    pub fn declare_to_output(params: &mut ParamBuilder, widths: &[usize], activation: Activation, bias: bool) -> Self {
+        Self::declare_with(params, widths, activation, bias, Some(ParamRole::Output))
+    }
+
+    fn declare_with(
+        params: &mut ParamBuilder,
+        widths: &[usize],
+        activation: Activation,
+        bias: bool,
+        last: Option<ParamRole>,
+    ) -> Self {
         let n = widths.len() - 1;
         let (mut layers, mut norms) = (Vec::new(), Vec::new());
         for (i, pair) in widths.windows(2).enumerate() {
-            layers.push(params.scope((2 * i).to_string(), |p| Linear::declare(p, pair[0], pair[1], bias)));
+            let layer = |p: &mut ParamBuilder| Linear::declare(p, pair[0], pair[1], bias);
+            layers.push(params.scope((2 * i).to_string(), |p| match last.filter(|_| i + 1 == n) {
+                Some(role) => p.role(role, layer),
+                None => layer(p),
+            }));
             if activation == Activation::BatchNormRelu && i + 1 < n {
                 norms.push(params.scope((2 * i + 1).to_string(), |p| BatchNorm::declare(p, pair[1], true)));
             }

@@ -19,14 +19,23 @@ pub(crate) fn classify(logits: &Tensor, own: &Tensor) -> Result<LossValue> {
 /// counts 1/k.
 fn accuracy(logits: &Tensor, own: &Tensor) -> Result<Tensor> {
     // By how much the other logits are above the row's own.
-    let of_own = logits.mul(own)?.sum_axis(1)?.reshape(&[logits.dim(0), 1])?;
-    let above = logits.sub(&of_own.matmul(&Tensor::full(&[1, logits.dim(1)], logits.dtype(), 1.0)?)?)?;
+    let of_own = logits.mul(own)?.sum_axis(1)?;
+    let above = logits.sub(&Tensor::full(logits.shape(), logits.dtype(), 1.0)?.scale_rows(&of_own)?)?;
     // 1 where a number is 0, and 0 where it is not.
     let none = |x: &Tensor| x.scale(-1e6)?.shift(1.0)?.relu();
     let (more, less) = (above.relu()?, above.neg()?.relu()?);
     let equal = none(&more.add(&less)?)?.sum_axis(1)?;
     // A row without a class shares its logit with none.
     none(&more.sum_axis(1)?)?.mul(&own.sum_axis(1)?)?.div(&equal.clamp_min(1.0)?)?.mean()
+}
+
+/// One-hot rows `[N, K]` of labels `[N]`, u32; a row of zeros for K, an image without a label.
+pub(crate) fn of_labels(labels: &Tensor, classes: usize, dtype: DType) -> Result<Tensor> {
+    let numbers: Vec<f64> = (0..=classes).map(|class| class as f64).collect();
+    let numbers = Tensor::from_f64(&numbers, &[classes + 1, 1], dtype)?;
+    let own = Tensor::full(&[labels.len(), classes], dtype, 1.0)?.scale_rows(&numbers.gather_rows(labels)?)?;
+    let apart = own.add_row(&numbers.narrow(0, classes)?.neg()?.reshape(&[classes])?)?.abs()?;
+    apart.neg()?.shift(1.0)?.relu()
 }
 
 /// The classes of the crops of a view, drawn for each image: `[B, crops * K]` one-hot numbers, crop by crop, to
@@ -47,6 +56,15 @@ pub(crate) fn one_hot(class: usize, classes: usize) -> impl Iterator<Item = f64>
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_label_has_a_one_in_its_row_and_an_image_without_one_has_none() {
+        let labels = Tensor::from_slice(&[2u32, 0, 3], &[3]).unwrap();
+        for dtype in [DType::F32, DType::F64] {
+            let rows = of_labels(&labels, 3, dtype).unwrap().to_f64_vec();
+            assert_eq!(rows, [0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
+        }
+    }
 
     #[test]
     fn a_shared_greatest_logit_counts_its_share_and_a_row_without_a_class_nothing() {

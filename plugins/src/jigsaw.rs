@@ -76,7 +76,8 @@ fn permutations(count: usize) -> Vec<[usize; CELLS]> {
 impl JigsawLoss {
     fn build(config: Jigsaw, context: &mut LossContext<'_>) -> Result<Box<dyn Loss>> {
         let widths = [CELLS * context.dim, config.hidden, config.permutations];
-        let classifier = context.params.scope("classifier", |p| Mlp::declare(p, &widths, Activation::Gelu, true));
+        let classifier =
+            context.params.scope("classifier", |p| Mlp::declare_to_output(p, &widths, Activation::Gelu, true));
         let permutations = permutations(config.permutations);
         Ok(Box::new(Self { patch_size: context.patch_size, permutations, classifier }))
     }

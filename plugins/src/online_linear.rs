@@ -8,7 +8,7 @@ use dinolab_core::{plugin, Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::classify::classify;
+use crate::classify::{classify, of_labels};
 
 plugin!(Loss, "online_linear", OnlineLinear, OnlineLinearLoss::build);
 
@@ -47,11 +47,7 @@ impl Loss for OnlineLinearLoss {
 
     fn compute(&self, params: &Params<'_>, out: &Outputs<'_>, context: &StepContext<'_>) -> Result<LossValue> {
         let logits = self.classifier.forward(params, &out.student.cls.detach())?.cast(context.dtype)?;
-        let n = self.classifier.to;
-        // Row `n` is that of an image without a label.
-        let one_hot: Vec<f64> = (0..(n + 1) * n).map(|i| f64::from(u8::from(i / n == i % n))).collect();
-        let own = Tensor::from_f64(&one_hot, &[n + 1, n], context.dtype)?;
-        let own = own.gather_rows(out.labels.expect("`needs` asks for labels"))?;
+        let own = of_labels(out.labels.expect("`needs` asks for labels"), self.classifier.to, context.dtype)?;
         let own = Tensor::cat(&vec![&own; out.globals])?;
         classify(&logits, &own)
     }

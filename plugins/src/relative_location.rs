@@ -52,7 +52,8 @@ struct RelativeLocationLoss {
 impl RelativeLocationLoss {
     fn build(config: RelativeLocation, context: &mut LossContext<'_>) -> Result<Box<dyn Loss>> {
         let widths = [2 * context.dim, config.hidden, NEIGHBOURS];
-        let classifier = context.params.scope("classifier", |p| Mlp::declare(p, &widths, Activation::Gelu, true));
+        let classifier =
+            context.params.scope("classifier", |p| Mlp::declare_to_output(p, &widths, Activation::Gelu, true));
         Ok(Box::new(Self { neighbours: config.neighbours, patch_size: context.patch_size, classifier }))
     }
 }

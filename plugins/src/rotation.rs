@@ -4,7 +4,7 @@ use dinolab_core::contract::{
     ImageContext, ImageDraws, Loss, LossContext, LossCost, LossRows, LossValue, Needs, Outputs, StepContext, Tile, View,
 };
 use dinolab_core::nn::Linear;
-use dinolab_core::params::Params;
+use dinolab_core::params::{ParamRole, Params};
 use dinolab_core::{plugin, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -45,7 +45,8 @@ struct RotationLoss {
 impl RotationLoss {
     fn build(config: Rotation, context: &mut LossContext<'_>) -> Result<Box<dyn Loss>> {
         let dim = context.dim;
-        let classifier = context.params.scope("classifier", |p| Linear::declare(p, dim, TURNS, true));
+        let classifier =
+            context.params.role(ParamRole::Output, |p| p.scope("classifier", |p| Linear::declare(p, dim, TURNS, true)));
         Ok(Box::new(Self { turns: config.turns, classifier }))
     }
 }

@@ -24,6 +24,13 @@ pub struct Checkpoint {
     pub optimizer: TensorFiles,
 }
 
+impl Checkpoint {
+    /// Updates done: steps that were not skipped.
+    pub(crate) fn updates(&self) -> u64 {
+        self.step - self.skipped
+    }
+}
+
 /// Opens one checkpoint folder, if it is what was written.
 ///
 /// # Errors

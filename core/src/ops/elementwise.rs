@@ -110,8 +110,8 @@ unary! {
     tanh, Tanh: |x| x.tanh(), |x, y| T::ONE - y * y;
     /// x^2.
     square, Square: |x| x * x, |x, y| x + x;
-    /// max(x, 0); the derivative at 0 is 0.
-    relu, Relu: |x| x.max(T::ZERO), |x, y| if x > T::ZERO { T::ONE } else { T::ZERO };
+    /// max(x, 0), NaN where x is NaN; the derivative at 0 is 0.
+    relu, Relu: |x| if x <= T::ZERO { T::ZERO } else { x }, |x, y| if x > T::ZERO { T::ONE } else { T::ZERO };
     /// 1 / x.
     recip, Recip: |x| T::ONE / x, |x, y| -y * y;
     /// |x|; the derivative at 0 is 0.
@@ -329,5 +329,22 @@ impl Op for Affine {
 
     fn backward(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
         grads.add(0, if self.factor == 1.0 { dy } else { dy.scale(self.factor)? })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::DType;
+
+    #[test]
+    fn what_is_not_a_number_is_not_made_one() {
+        for dtype in [DType::F32, DType::F64] {
+            let x = Tensor::from_f64(&[f64::NAN, -1.0, -0.0, 2.0], &[4], dtype).unwrap();
+            for (made, rest) in [(x.relu(), [0.0, 0.0, 2.0]), (x.clamp_min(1.0), [1.0, 1.0, 2.0])] {
+                let made = made.unwrap().to_f64_vec();
+                assert!(made[0].is_nan() && made[1..] == rest, "{made:?}");
+            }
+        }
     }
 }

@@ -215,7 +215,7 @@ pub(super) fn table_schema<'a>(schema: &'a Json, table: Option<&Dict>, name: &st
 fn trainer_part(key: &str) -> &'static str {
     match key.split('.').next().unwrap_or_default() {
         "name" | "seed" | "steps" | "device" | "precision" | "init_from" | "init_role" | "continue_from" | "stop"
-        | "on_non_finite" => "trainer",
+        | "on_non_finite" | "on_spike" => "trainer",
         "crops" => "augmentation",
         "batch" => "data loader",
         "optimizer" => "optimizer",

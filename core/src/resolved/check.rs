@@ -9,7 +9,7 @@ use crate::contract::{
 use crate::problem::{Problem, Severity};
 use crate::recipe::{MomentStorage, Precision, ProbeEntry, Recipe};
 use crate::registry::Chosen;
-use crate::step::{build_backbone, build_loss, check_views, declare, Declared, Groups, Share, GLOBALS};
+use crate::step::{build_backbone, build_loss, check_views, declare, Began, Declared, Groups, Share, GLOBALS};
 use crate::{params::ParamBuilder, Error, Result};
 
 /// Everything that is wrong with, or odd about, a recipe whose types and ranges are right.
@@ -525,7 +525,8 @@ fn losses(
 /// Views that cannot be made of global crops of any of the recipe's sizes.
 fn views(recipe: &Recipe, problems: &mut Vec<Problem>) {
     let Ok(model) = declare(recipe) else { return };
-    let groups = Groups::new(&recipe.optimizer, &model.layout, model.backbone.depth(), Share::default());
+    let (depth, alone) = (model.backbone.depth(), Share::default());
+    let groups = Groups::new(&recipe.optimizer, &model.layout, depth, alone, Began::new());
     problems.extend(groups.err().map(|e| refused("optimizer", e)));
     augmentations(recipe, &model, problems);
     let sides = recipe.crops.variants(None).into_iter().map(|r| r.global_size);

@@ -1,7 +1,8 @@
 //! Going on from a checkpoint of another run: everything that both recipes have is taken over, what is new starts as in a new
 //! run.
 
-use super::saved::Stored;
+use super::optimizer::Began;
+use super::saved::{self, Stored};
 use super::weights::{role_of, Of, Weights};
 use super::{Declared, Learner, Peers};
 use crate::checkpoint::Checkpoint;
@@ -16,8 +17,9 @@ pub(crate) fn new_teacher(name: &str) -> String {
 }
 
 impl Learner {
-    /// The model of `recipe` with everything that a checkpoint of a run of `parent` has of it: weights, moments, the losses'
-    /// state, and the count of skipped steps. Gives what the checkpoint does not have, in words: it is as in a new run.
+    /// The model of `recipe` with everything that a checkpoint of a run of `parent` has of it: weights, moments of the same
+    /// optimizer, the losses' state, and the count of skipped steps. Gives what the checkpoint does not have, in words: it is as in
+    /// a new run. Moments that begin here count updates from here.
     ///
     /// A teacher whose table is another than the parent's starts where its policy says, if that is a checkpoint, and
     /// one of `[teachers]` of another table always does.
@@ -38,11 +40,12 @@ impl Learner {
         parent: &Recipe,
         peers: Peers<'_>,
     ) -> Result<(Self, Vec<String>)> {
-        let mut learner = Self::unstarted(recipe, peers)?;
-        let Self { model, weights, teacher, named, kernels, ranks, .. } = &mut learner;
+        let same = recipe.optimizer.plugin.name() == parent.optimizer.plugin.name();
+        let mut learner = Self::unstarted(recipe, peers, |layout, moments| began(from, layout, moments, same))?;
+        let Self { model, weights, teacher, named, kernels, ranks, optimizer, .. } = &mut learner;
         kernels.load()?;
         weights.student.draw(&model.layout, recipe.seed)?;
-        let mut notes = weights.take_over(from, model)?;
+        let mut notes = weights.take_over(from, model, optimizer.began())?;
         if let (role @ Role::Checkpoint(_), true) = (teacher.start(), recipe.teacher != parent.teacher) {
             weights.follow(Of::Teacher, Follow::Copy(role), model, ranks)?;
             notes.push("the teacher starts from the weights that its table names".into());
@@ -61,9 +64,22 @@ impl Learner {
     }
 }
 
+/// When the moments of sub-models began: here, if the checkpoint has not all of them, or not of the `same` optimizer.
+fn began(from: &Checkpoint, layout: &Layout, moments: &[&str], same: bool) -> Result<Began> {
+    let mut began = saved::began(&from.optimizer)?;
+    let there = |module: &str| moments.iter().all(|moment| from.optimizer.has(&format!("{moment}.{module}.")));
+    for module in layout.modules() {
+        if !(same && there(&module)) {
+            began.insert(module, from.updates());
+        }
+    }
+    Ok(began)
+}
+
 impl Weights {
-    /// Student, teacher, moments, state and counts, but for the teachers of `[teachers]`. What is not in the checkpoint is left as it is.
-    fn take_over(&mut self, from: &Checkpoint, model: &Declared) -> Result<Vec<String>> {
+    /// Student, teacher, moments, state and counts, but for the teachers of `[teachers]`. What is not in the checkpoint is left as it
+    /// is, and so are moments that begin where it was written.
+    fn take_over(&mut self, from: &Checkpoint, model: &Declared, began: &Began) -> Result<Vec<String>> {
         let (layout, path) = (&model.layout, from.path.as_path());
         let mut notes = Vec::new();
         let of_model = |role: &str| Stored { files: &from.model, prefix: format!("{role}."), path, adapt: false };
@@ -73,11 +89,18 @@ impl Weights {
         if let Some(teacher) = self.teacher.as_mut().filter(|_| from.model.has("teacher.")) {
             modules(&of_model("teacher"), layout, |_, spec, tensor| teacher.write(spec.offset, tensor))?;
         }
+        let starts = |module: &String| began.get(module) == Some(&from.updates());
+        let unsaid = layout.modules().into_iter().filter(|module| starts(module) && !new.contains(module));
+        let unsaid = unsaid.collect::<Vec<_>>().join(", ");
+        if !(unsaid.is_empty() || self.moment_names.is_empty()) {
+            notes.push(format!("the optimizer's moments of {unsaid} are not there: they start at zero"));
+        }
         for (i, name) in self.moment_names.clone().into_iter().enumerate() {
             let stored = Stored { files: &from.optimizer, prefix: format!("{name}."), path, adapt: false };
-            let missing = modules(&stored, layout, |at, spec, tensor| self.write_moment(i, at, spec, tensor))?;
-            let unsaid = missing.iter().filter(|module| !new.contains(module));
-            notes.extend(unsaid.map(|module| format!("{name} of {module} is not there: it starts at zero")));
+            for module in layout.modules().iter().filter(|module| !starts(module)) {
+                let part = format!("{module}.");
+                stored.load(layout, &part, |at, spec, tensor| self.write_moment(i, at, spec, tensor))?;
+            }
         }
         for (loss, state) in model.losses.iter().zip(&mut self.loss_state) {
             for (own, value) in state {

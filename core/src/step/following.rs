@@ -1,6 +1,7 @@
 //! The teachers follow: what their policies want before and after a step.
 
 use crate::contract::{At, Follow, TeacherPolicy};
+use crate::tensor::catch_out_of_memory;
 use crate::{Error, Result};
 
 use super::weights::Of;
@@ -19,6 +20,21 @@ impl Learner {
             self.weights.follow(Of::Teacher, follow, &self.model, &self.ranks)?;
         }
         self.follow_named(at, |policy| policy.after_step(at))
+    }
+
+    /// After step `step`, whose update was skipped: teachers that copy weights after it copy those that there are. An average takes
+    /// nothing from such a step.
+    ///
+    /// # Errors
+    /// If weights cannot be read, or the device fails.
+    pub fn pass_over(&mut self, step: u64) -> Result<()> {
+        let at = At { step, total: self.total };
+        let copied = |follow| if let Follow::Copy(_) = follow { follow } else { Follow::Keep };
+        let _on = self.device.enter();
+        catch_out_of_memory(|| {
+            self.weights.follow(Of::Teacher, copied(self.teacher.after_step(at)), &self.model, &self.ranks)?;
+            self.follow_named(at, |policy| copied(policy.after_step(at)))
+        })
     }
 
     fn follow_named(&mut self, at: At, what: impl Fn(&dyn TeacherPolicy) -> Follow) -> Result<()> {

@@ -72,6 +72,10 @@ struct Answer {
 /// Recorded steps that are kept: each holds memory.
 const MOST_RECORDED: usize = 16;
 
+/// Kinds of steps that are remembered before all of them are forgotten: where batches have other shapes in every step, none comes
+/// again.
+const MOST_MET: usize = 1024;
+
 /// The draws of one micro-batch, at their fixed address.
 struct PlacedDraws {
     lens: (usize, usize),
@@ -226,6 +230,9 @@ impl Learner {
                 let (answer, health) =
                     feed.during(at, || self.whole_step(update, at, &batches, &draws, health, momentum.is_some()))?;
                 measured = health;
+                if own.met.len() == MOST_MET {
+                    own.met.clear();
+                }
                 own.met.insert(kind);
                 (answer.losses, answer.marks, answer.values.to_f64_vec())
             }

@@ -32,7 +32,8 @@ impl Health {
     pub(super) fn measure(teacher: &TeacherOf<'_>, model: &Declared, samples: &[usize]) -> Result<Self> {
         let features = teacher.features.expect("a step whose health is measured runs the teacher");
         let (n, d) = (features.cls.dim(0), features.cls.dim(1));
-        let cls = features.cls.detach().l2_normalize(1e-12)?;
+        // In bf16 images that differ a little would coincide.
+        let cls = features.cls.detach().cast(features.cls.dtype().wide())?.l2_normalize(1e-12)?;
         let mean = cls.mean_axis(0)?.to_f64_vec();
         let values = cls.to_f64_vec();
         let centred: Vec<f64> = values.iter().enumerate().map(|(i, x)| x - mean[i % d]).collect();
@@ -42,7 +43,7 @@ impl Health {
         let products = rows.matmul_t(&rows)?;
         let coinciding = coinciding(&products.to_f64_vec(), n, samples, COINCIDE * 2.0 * trace / n as f64);
         let squares = products.square()?.sum()?.item();
-        let patches = features.patches.detach().l2_normalize(1e-12)?.mean_axis(1)?;
+        let patches = features.patches.detach().l2_normalize(1e-12)?.mean_axis(1)?.cast(cls.dtype())?;
         let cosine = patches.mul(&cls)?.sum()?.item() / n as f64;
         let mut targets = Vec::new();
         for (declared, t) in model.losses.iter().zip(&teacher.targets) {

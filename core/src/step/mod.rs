@@ -61,7 +61,7 @@ use crate::checkpoint::Checkpoint;
 use crate::comm::{Comm, Ranks};
 use crate::contract::{At, Crops, Features, Follow, Mode, TeacherPolicy};
 use crate::data::Batch;
-use crate::params::Params;
+use crate::params::{Layout, Params};
 use crate::profile;
 use crate::recipe::{Precision, Recipe};
 use crate::registry::Chosen;
@@ -73,7 +73,7 @@ use distillation::TeacherModel;
 use following::follow;
 use gpu::{GpuStep, Kernels};
 pub(crate) use moments::Storage;
-pub(crate) use optimizer::Groups;
+pub(crate) use optimizer::{Began, Groups};
 use pass::Pass;
 use refusal::{Limits, Refusal};
 use spikes::Spikes;
@@ -140,7 +140,7 @@ impl Learner {
     /// # Errors
     /// As [`new`](Self::new), and if it cannot share the teacher.
     pub fn new_with(recipe: &Recipe, peers: Peers<'_>) -> Result<Self> {
-        let mut learner = Self::unstarted(recipe, peers)?;
+        let mut learner = Self::unstarted(recipe, peers, |_, _| Ok(Began::new()))?;
         let Self { model, weights, teacher, named, kernels, ranks, .. } = &mut learner;
         // Each has parts that only one core can do; together they fill them all.
         let (compiled, drawn) = rayon::join(|| kernels.load(), || weights.student.draw(&model.layout, recipe.seed));
@@ -164,7 +164,7 @@ impl Learner {
     /// # Errors
     /// As [`from_checkpoint`](Self::from_checkpoint), and if it cannot share the teacher.
     pub fn from_checkpoint_with(recipe: &Recipe, checkpoint: &Checkpoint, peers: Peers<'_>) -> Result<Self> {
-        let mut learner = Self::unstarted(recipe, peers)?;
+        let mut learner = Self::unstarted(recipe, peers, |_, _| saved::began(&checkpoint.optimizer))?;
         let Self { model, weights, kernels, ranks, .. } = &mut learner;
         kernels.load()?;
         weights.restore(checkpoint, model)?;
@@ -173,14 +173,21 @@ impl Learner {
         Ok(learner)
     }
 
-    fn unstarted(recipe: &Recipe, peers: Peers<'_>) -> Result<Self> {
+    /// All zero; `began` is told the layout and the names of the moments.
+    fn unstarted(
+        recipe: &Recipe,
+        peers: Peers<'_>,
+        began: impl FnOnce(&Layout, &[&str]) -> Result<Began>,
+    ) -> Result<Self> {
         let model = declare(recipe)?;
         let teacher = recipe.teacher.build(&mut ())?;
         let distilled = TeacherModel::of(teacher.as_ref(), &model, recipe)?;
         let named = named_teachers(recipe, &model)?;
         let device = recipe.device()?;
         let dtype = recipe.dtype(device);
-        let mut optimizer = Groups::new(&recipe.optimizer, &model.layout, model.backbone.depth(), peers.share)?;
+        let plugin = recipe.optimizer.plugin.build(&mut ())?;
+        let began = began(&model.layout, plugin.moments())?;
+        let mut optimizer = Groups::new(&recipe.optimizer, &model.layout, model.backbone.depth(), peers.share, began)?;
         if Layers::are_summed(recipe.batch.micro_batches, peers.share.world()) {
             optimizer.sum_by_layer();
         } else if recipe.optimizer.is_fused() && device != Device::Cpu {
@@ -301,7 +308,8 @@ impl Learner {
     }
 
     /// Runs step `step` (0-based) on its micro-batches. When something is not finite, or would not be after the update,
-    /// no weight, moment or state is changed and the report says what it was.
+    /// no weight, moment or state is changed and the report says what it was: the run may go on after
+    /// [`pass_over`](Self::pass_over).
     ///
     /// # Errors
     /// If shapes do not fit, a policy's weights cannot be read, or the device fails or is full.

@@ -31,16 +31,35 @@ pub(crate) struct Groups {
     layout: Arc<Layout>,
     pub(super) rules: Vec<ParamRule>,
     modules: Vec<(String, Range<usize>)>,
-    /// AdamW's numbers, and the parameters that are left to it, by their places in the layout.
-    pub(super) adamw: Vec<(AdamW, Vec<usize>)>,
+    /// AdamW's numbers, and the parameters that are left to it.
+    pub(super) adamw: Vec<(AdamW, Cohort)>,
     /// The parameters that the optimizer directs.
-    pub(super) directed: Vec<usize>,
+    pub(super) directed: Vec<Cohort>,
+    began: Began,
     /// What each rank updates.
     pub(super) parts: Arc<Parts>,
     /// Where the moments of this rank's part are.
     pub(crate) storage: Arc<Storage>,
     /// What becomes of gradients.
     pub(super) gradients: Gradients,
+}
+
+/// Sub-models whose moments began at zero after so many updates of the run: those that were new, or had another optimizer, where it
+/// went on from another run. Others had theirs from the start.
+pub(crate) type Began = BTreeMap<String, u64>;
+
+/// Parameters whose moments have seen the same updates, by their places in the layout.
+pub(super) struct Cohort {
+    /// Updates of the run before.
+    began: u64,
+    pub(super) places: Vec<usize>,
+}
+
+impl Cohort {
+    /// Updates that their moments have seen after `updates` of the run.
+    pub(super) fn updates(&self, updates: u64) -> u64 {
+        updates - self.began
+    }
 }
 
 /// What becomes of the gradients of a step.
@@ -82,11 +101,18 @@ fn lr_multiplier(spec: &ParamSpec, depth: usize, config: &OptimizerConfig) -> f6
 }
 
 impl Groups {
-    /// The groups of a layout whose backbone has `depth` blocks, for one of the ranks that share it.
+    /// The groups of a layout whose backbone has `depth` blocks, for one of the ranks that share it; the moments of some sub-models
+    /// began late.
     ///
     /// # Errors
     /// If the plugin refuses its keys, or leaves parameters to AdamW without its moments.
-    pub(crate) fn new(entry: &OptimizerEntry, layout: &Arc<Layout>, depth: usize, share: Share) -> Result<Self> {
+    pub(crate) fn new(
+        entry: &OptimizerEntry,
+        layout: &Arc<Layout>,
+        depth: usize,
+        share: Share,
+        began: Began,
+    ) -> Result<Self> {
         let (config, optimizer) = (entry.own.clone(), entry.plugin.build(&mut ())?);
         let names = layout.modules();
         let modules: Vec<_> = names.iter().map(|m| (m.clone(), layout.range_of(&format!("{m}.")))).collect();
@@ -98,13 +124,18 @@ impl Groups {
             module: modules.iter().position(|(m, _)| m == spec.module()).expect("a parameter is in a module"),
         };
         let rules = layout.specs().iter().map(rule).collect();
-        let (mut adamw, mut directed): (Vec<(AdamW, Vec<usize>)>, Vec<usize>) = Default::default();
+        let (mut adamw, mut directed): (Vec<(AdamW, Cohort)>, Vec<Cohort>) = Default::default();
         for (i, spec) in layout.specs().iter().enumerate() {
+            let began = began.get(spec.module()).copied().unwrap_or(0);
+            let cohort = || Cohort { began, places: vec![i] };
             match optimizer.adamw(spec) {
-                None => directed.push(i),
-                Some(own) => match adamw.iter_mut().find(|(known, _)| *known == own) {
-                    Some((_, places)) => places.push(i),
-                    None => adamw.push((own, vec![i])),
+                None => match directed.iter_mut().find(|known| known.began == began) {
+                    Some(known) => known.places.push(i),
+                    None => directed.push(cohort()),
+                },
+                Some(own) => match adamw.iter_mut().find(|(of, known)| *of == own && known.began == began) {
+                    Some((_, known)) => known.places.push(i),
+                    None => adamw.push((own, cohort())),
                 },
             }
         }
@@ -119,7 +150,7 @@ impl Groups {
             return Err(Error::user(problem, "set optimizer.moments = \"f32\", or optimizer.plugin = \"adamw\""));
         }
         // What an optimizer directs may look at a whole parameter.
-        let parts = Parts::new(layout, share, |i| directed.binary_search(&i).is_ok());
+        let parts = Parts::new(layout, share, |i| optimizer.adamw(&layout.specs()[i]).is_none());
         let storage = Arc::new(Storage::new(layout, moments, parts.own()));
         if config.is_fused() && !directed.is_empty() {
             let name = entry.plugin.name();
@@ -127,7 +158,7 @@ impl Groups {
             return Err(Error::user(problem, "set optimizer.update = \"whole\", or optimizer.plugin = \"adamw\""));
         }
         let (layout, parts, gradients) = (layout.clone(), Arc::new(parts), Gradients::Kept);
-        Ok(Self { config, optimizer, layout, rules, modules, adamw, directed, parts, storage, gradients })
+        Ok(Self { config, optimizer, layout, rules, modules, adamw, directed, began, parts, storage, gradients })
     }
 
     /// Has the gradients of each layer summed over the ranks as soon as they are known.
@@ -164,9 +195,19 @@ impl Groups {
         self.optimizer.moments()
     }
 
-    /// The optimizer's numbers at update `update`.
-    pub(super) fn numbers(&self, at: At, update: u64) -> Vec<f64> {
-        self.optimizer.numbers(at, update)
+    /// The optimizer's numbers after `updates` of the run, for each of the cohorts that it directs.
+    pub(super) fn numbers(&self, at: At, updates: u64) -> Vec<Vec<f64>> {
+        self.directed.iter().map(|cohort| self.optimizer.numbers(at, cohort.updates(updates))).collect()
+    }
+
+    /// How many each of them has.
+    pub(super) fn number_count(&self) -> usize {
+        self.optimizer.numbers(At { step: 0, total: 1 }, 1).len()
+    }
+
+    /// The sub-models whose moments began late.
+    pub(super) fn began(&self) -> &Began {
+        &self.began
     }
 
     /// The names of the sub-models.
@@ -203,8 +244,7 @@ impl Groups {
         }
     }
 
-    /// What the update at `at` does to a number, at most. Moments begin at zero, so their corrections count `updates`, not
-    /// steps.
+    /// What the update at `at`, number `updates` of the run, does to a number, at most.
     pub(super) fn reach(&self, at: At, updates: u64) -> Reach {
         let (lr, last_layer_lr, weight_decay) = (self.lr(at), self.last_layer_lr(at), self.weight_decay(at));
         let rate = |i: &usize| {
@@ -213,14 +253,17 @@ impl Groups {
             (lr, if rule.decays { weight_decay } else { 0.0 })
         };
         let mut all = Reach::default();
-        for (adamw, places) in &self.adamw {
-            let own = crate::contract::Reach::adamw(*adamw, updates);
-            places.iter().map(rate).for_each(|(lr, decay)| all.include(own, lr, lr * decay));
+        for (adamw, cohort) in &self.adamw {
+            let own = crate::contract::Reach::adamw(*adamw, cohort.updates(updates));
+            cohort.places.iter().map(rate).for_each(|(lr, decay)| all.include(own, lr, lr * decay));
         }
-        for i in &self.directed {
-            let (lr, decay) = rate(i);
-            // A direction is a number itself, before a small rate makes it smaller.
-            all.include(self.optimizer.reach(&self.layout.specs()[*i], at, updates), lr.max(1.0), lr * decay);
+        for cohort in &self.directed {
+            for i in &cohort.places {
+                let (lr, decay) = rate(i);
+                let own = self.optimizer.reach(&self.layout.specs()[*i], at, cohort.updates(updates));
+                // A direction is a number itself, before a small rate makes it smaller.
+                all.include(own, lr.max(1.0), lr * decay);
+            }
         }
         all
     }
@@ -288,27 +331,29 @@ impl Groups {
         let own = self.parts.own();
         let Weights { student, teacher, moments, eight, grads, .. } = weights;
         let gradients = FromElement { tensor: grads, start: self.gradients().start };
-        for (adamw, places) in &self.adamw {
+        for (adamw, cohort) in &self.adamw {
+            let updates = cohort.updates(updates);
             let [mean, square, ..] = &mut moments[..] else { unreachable!("checked when the groups were made") };
             let whole = Moments { mean, square };
             let ema = momentum.zip(teacher.as_mut()).map(|(momentum, flat)| Ema { params: flat.wide_mut(), momentum });
             if let [mean, square] = &mut eight[..] {
                 let placed = |i: usize| (group(&i), self.storage.places[i].place);
-                let groups: Vec<(Group, Place)> = self.own(places).map(placed).collect();
+                let groups: Vec<(Group, Place)> = self.own(&cohort.places).map(placed).collect();
                 let moments = MixedMoments { whole, mean, square };
                 adamw_part_8bit(student.wide_mut(), gradients, moments, ema, &groups, *adamw, updates)?;
             } else {
-                let groups: Vec<Group> = self.own(places).map(|i| group(&i)).collect();
+                let groups: Vec<Group> = self.own(&cohort.places).map(|i| group(&i)).collect();
                 let part = PartMoments { moments: whole, start: own.start };
                 adamw_part(student.wide_mut(), gradients, part, ema, &groups, *adamw, updates)?;
             }
         }
         let dtype = grads.dtype();
-        let numbers: Vec<Tensor> = self.numbers(at, updates).into_iter().map(|x| Tensor::scalar(x, dtype)).collect();
-        for i in self.own(&self.directed) {
+        let scalars = |numbers: Vec<f64>| numbers.into_iter().map(|x| Tensor::scalar(x, dtype)).collect();
+        let numbers: Vec<Vec<Tensor>> = self.numbers(at, updates).into_iter().map(scalars).collect();
+        for (cohort, i) in self.own_directed() {
             let group = group(&i);
             let gradient = self.gradient(i, grads).scale(group.clip)?;
-            let new = self.direction(i, gradient, (student, moments), numbers.clone(), dtype)?;
+            let new = self.direction(i, gradient, (student, moments), numbers[cohort].clone(), dtype)?;
             let ema = momentum.zip(teacher.as_mut()).map(|(momentum, flat)| Ema { params: flat.wide_mut(), momentum });
             descend(student.wide_mut(), &new.direction, ema, &group)?;
             for (flat, new) in moments.iter_mut().zip(&new.moments) {
@@ -321,6 +366,13 @@ impl Groups {
     /// Those of parameters `places` of which something is in this rank's part.
     pub(super) fn own<'a>(&'a self, places: &'a [usize]) -> impl Iterator<Item = usize> + 'a {
         places.iter().copied().filter(|i| !self.storage.places[*i].range.is_empty())
+    }
+
+    /// The parameters that the optimizer directs of which something is in this rank's part, with their cohorts, one cohort after
+    /// the other.
+    pub(super) fn own_directed(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
+        let cohorts = self.directed.iter().enumerate();
+        cohorts.flat_map(|(cohort, of)| self.own(&of.places).map(move |i| (cohort, i)))
     }
 
     /// The gradient of parameter `i` in its own shape.

@@ -12,6 +12,7 @@ use crate::tensor::{catch_out_of_memory, copy_elements};
 use crate::{cuda, DType, Device, Error, Result, Tensor};
 
 use super::flat::Flat;
+use super::optimizer::Began;
 use super::parts::within;
 use super::spikes::Spikes;
 use super::weights::{adapted, is_adapted, role_of, Weights};
@@ -46,18 +47,12 @@ impl Learner {
         self.ranks.world() > 1 && checkpoint::is_split(&Saved::new(self, 0), most)
     }
 
-    /// By sub-model, f64.
-    fn norms(&self) -> Tensor {
-        let norms: Vec<f64> =
-            self.optimizer.modules().map(|name| self.last_norms.get(name).copied().unwrap_or(0.0)).collect();
-        Device::Cpu.with(|| Tensor::from_slice(&norms, &[norms.len()])).expect("a list has one axis")
-    }
-
     /// Takes what is neither weights nor moments from a checkpoint; one that was written without begins anew.
     pub(super) fn restore_rest(&mut self, from: &TensorFiles) -> Result<()> {
-        let names: Vec<String> = self.optimizer.modules().map(String::from).collect();
-        if let Some(norms) = from.read(CLIP_NORMS)?.filter(|norms| norms.len() == names.len()) {
-            self.last_norms = names.into_iter().zip(norms.to_f64_vec()).collect();
+        for module in self.optimizer.modules() {
+            if let Some(norm) = from.read(&format!("{CLIP_NORM}{module}"))? {
+                self.last_norms.insert(module.into(), norm.item());
+            }
         }
         self.spikes.as_mut().map_or(Ok(()), |spikes| spikes.restore(from))
     }
@@ -91,8 +86,24 @@ struct Saved<'a> {
     sets: [Vec<Entry<'a>>; 2],
 }
 
-/// The name of the norms that the next step's gradients are clipped by.
-const CLIP_NORMS: &str = "clip.norms";
+/// What the names begin with of the norms that the next step's gradients are clipped by, by sub-model.
+const CLIP_NORM: &str = "clip.norm.";
+
+/// The same of the updates before a sub-model's moments began.
+const BEGAN: &str = "began.";
+
+/// A number in host memory.
+fn number(value: f64) -> Tensor {
+    Device::Cpu.with(|| Tensor::scalar(value, DType::F64))
+}
+
+/// The sub-models whose moments began late, as a checkpoint says.
+pub(super) fn began(from: &TensorFiles) -> Result<Began> {
+    let modules = from.names().filter_map(|name| name.strip_prefix(BEGAN));
+    let modules: Vec<String> = modules.map(String::from).collect();
+    let began = |module: String| Ok(from.read(&format!("{BEGAN}{module}"))?.map(|began| (module, began.item() as u64)));
+    modules.into_iter().filter_map(|module| began(module).transpose()).collect()
+}
 
 struct Entry<'a> {
     name: String,
@@ -111,7 +122,8 @@ enum Origin<'a> {
 impl<'a> Saved<'a> {
     fn new(learner: &'a Learner, step: u64) -> Self {
         let Learner { weights, model, ranks, spikes, .. } = learner;
-        let norms = learner.optimizer.config().is_fused().then(|| (CLIP_NORMS.to_string(), learner.norms()));
+        let norms = learner.last_norms.iter().filter(|_| learner.optimizer.config().is_fused());
+        let norms = norms.map(|(module, norm)| (format!("{CLIP_NORM}{module}"), number(*norm)));
         let specs = || model.layout.specs().iter().enumerate();
         let of_named = weights.named.iter().map(|(name, flat)| (role_of(name), flat));
         let models = [("student".to_string(), &weights.student)].into_iter();
@@ -135,7 +147,10 @@ impl<'a> Saved<'a> {
         let state = state.flat_map(|(loss, state)| {
             state.iter().map(|(name, value)| (format!("state.{}.{name}", loss.name), value.clone()))
         });
+        let began = learner.optimizer.began().iter().filter(|(_, began)| **began > 0);
+        let began = began.map(|(module, began)| (format!("{BEGAN}{module}"), number(*began as f64)));
         let small = state
+            .chain(began)
             .chain(spikes.iter().flat_map(Spikes::content).chain(norms))
             .map(|(name, value)| Entry { name, from: Origin::Small(value) });
         let moments = weights.moment_names.iter().enumerate().flat_map(of_moment);

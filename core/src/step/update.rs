@@ -13,7 +13,7 @@ use crate::{DType, Device, Error, Result, Tensor};
 
 use super::flat::Flat;
 use super::fused::ByLayer;
-use super::optimizer::{blocks_of, Gradients, Groups};
+use super::optimizer::{blocks_of, Cohort, Gradients, Groups};
 use super::{Limits, Weights};
 
 /// Parameters start at multiples of this many elements.
@@ -96,7 +96,7 @@ impl Rules {
 /// The optimizer's tables on a GPU.
 pub(crate) struct DeviceUpdate {
     gpu: &'static Gpu,
-    /// Those of every parameter that the optimizer directs, in their order.
+    /// Those of every parameter that the optimizer directs, cohort by cohort.
     rules: Tensor,
     adamw: Vec<Pass>,
     /// What codes of eight bits stand for.
@@ -164,20 +164,20 @@ impl DeviceUpdate {
         let first = |module: usize| ranges[module_of.iter().position(|m| *m == module).expect("it has a layer")];
         let modules: Vec<[u32; 3]> = (0..of_modules.len()).map(first).collect();
         let table = |bytes: &[u8]| Tensor::from_slice::<u32>(bytemuck::cast_slice(bytes), &[bytes.len() / 4]);
-        let own = groups.numbers(At { step: 0, total: 1 }, 1).len();
+        let own = groups.directed.len() * groups.number_count();
         Device::Cuda(gpu.ordinal()).with(|| {
             let of = |places: &[usize]| {
                 let (rules, blocks) = rules_of(places);
                 Ok::<_, Error>(Rules { table: table(bytemuck::cast_slice(&rules))?, rules, blocks })
             };
-            let pass = |(_, places): &(_, Vec<usize>)| {
+            let pass = |(_, cohort): &(_, Cohort)| {
                 let is_eight = |i: &usize| matches!(groups.storage.places[*i].place, Place::Eight(_));
-                let (eight, whole): (Vec<usize>, Vec<usize>) = groups.own(places).partition(is_eight);
+                let (eight, whole): (Vec<usize>, Vec<usize>) = groups.own(&cohort.places).partition(is_eight);
                 Ok(Pass { whole: of(&whole)?, eight: Rules { blocks: groups.storage.blocks as u32, ..of(&eight)? } })
             };
             Ok(Self {
                 gpu,
-                rules: of(&groups.own(&groups.directed).collect::<Vec<_>>())?.table,
+                rules: of(&groups.own_directed().map(|(_, i)| i).collect::<Vec<_>>())?.table,
                 adamw: groups.adamw.iter().map(pass).collect::<Result<_>>()?,
                 values: table(bytemuck::cast_slice(&EightBit::values()))?,
                 range_table: table(bytemuck::cast_slice(&ranges))?,
@@ -219,9 +219,9 @@ impl DeviceUpdate {
             greatest_loss: limits.loss as f32,
         };
         let mut all: Vec<f32> = bytemuck::cast_slice(bytemuck::bytes_of(&numbers)).to_vec();
-        all.extend(groups.adamw.iter().flat_map(|(adamw, _)| adamw.on_gpu(updates)));
+        all.extend(groups.adamw.iter().flat_map(|(adamw, cohort)| adamw.on_gpu(cohort.updates(updates))));
         all.extend(groups.modules().map(|name| last_norms.get(name).map_or(0.0, |norm| *norm as f32)));
-        all.extend(groups.numbers(at, updates).into_iter().map(|x| x as f32));
+        all.extend(groups.numbers(at, updates).into_iter().flatten().map(|x| x as f32));
         if all.len() != self.numbers.len() {
             let problem = format!("{} numbers of an update, and {} of the first", all.len(), self.numbers.len());
             return Err(Error::shape("optimizer", problem));
@@ -323,7 +323,6 @@ impl DeviceUpdate {
         let ema = teacher.as_ref().filter(|_| follows);
         let (student_at, ema_at) = (student.place(), ema.map_or_else(Flat::no_place, Flat::place));
         let bytes = if follows { 20.0 } else { 12.0 };
-        let number = |start: usize, len: &[usize]| self.numbers.view(start, len);
         if groups.directed.is_empty() {
             return Ok(());
         }
@@ -331,11 +330,13 @@ impl DeviceUpdate {
         let launch = self.gpu.kernel(&ADAMW, "clips", DType::F32)?.grid(1, 256);
         launch.launch(args![&mut clips, norms, &self.numbers, self.module_count as i32])?;
         let first = NUMBERS + OF_ADAMW * self.adamw.len() + self.module_count;
-        let own: Vec<Tensor> = (first..self.numbers.len()).map(|i| number(i, &[])).collect();
-        for (rule, i) in groups.own(&groups.directed).enumerate() {
+        let numbers: Vec<Tensor> = (first..self.numbers.len()).map(|i| self.numbers.view(i, &[])).collect();
+        let count = groups.number_count();
+        for (rule, (cohort, i)) in groups.own_directed().enumerate() {
             let range = &groups.storage.places[i].range;
             let gradient = groups.gradient(i, grads).mul(&clips.view(groups.rules[i].module, &[]))?;
-            let new = groups.direction(i, gradient, (student, moments), own.clone(), products)?;
+            let own = numbers[cohort * count..][..count].to_vec();
+            let new = groups.direction(i, gradient, (student, moments), own, products)?;
             let len = range.len();
             let launch = self.gpu.kernel(&ADAMW, "descend", DType::F32)?.over(len);
             launch.work(0.0, bytes * len as f64).launch(args![

@@ -40,6 +40,8 @@ pub(super) enum Order {
     Step(u64),
     /// A checkpoint after so many steps is written into a folder by all.
     Save { folder: PathBuf, step: u64 },
+    /// The teachers copy after a step that was skipped.
+    PassOver(u64),
     /// Rank 0 is given what the others have of a checkpoint.
     Content,
     /// All are given the gradients of all.
@@ -219,6 +221,7 @@ pub fn follow(comm: &Arc<dyn Comm>, resolve: &dyn Fn() -> Result<Resolved>, stop
                 exchange(comm.as_ref(), Note { stop: stop.load(Ordering::Relaxed), broken })?;
             }
             (Order::Save { folder, step }, Some(member)) => drop(member.save(step, &folder)?),
+            (Order::PassOver(step), Some(member)) => member.learner.pass_over(step)?,
             (Order::Content, Some(member)) => member.learner.hand_over()?,
             (Order::Gradients, Some(member)) => drop(member.learner.gradients()?),
             _ => return Err(Error::user("rank 0 does another command than this rank, which does a run", SAME)),

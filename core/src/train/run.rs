@@ -252,6 +252,9 @@ impl Run<'_> {
             let text = format!("the loss jumped to {loss:.4}, above {limit:.4}; the update was skipped");
             self.warn(step, "spike", &text)?;
         }
+        if (report.non_finite.is_some() || report.spike.is_some()) && !self.went_back {
+            self.lead.together(&Order::PassOver(step), || self.learner.pass_over(step))?;
+        }
         let elapsed = begin.elapsed();
         self.seconds += elapsed.as_secs_f64();
         self.window.steps += 1;

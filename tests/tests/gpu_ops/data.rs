@@ -218,6 +218,23 @@ gpu_test!(finished_batches_keep_their_place_from_step_to_step, {
     assert!(places.windows(2).all(|w| w[0] == w[1]));
 });
 
+gpu_test!(lists_of_other_lengths_take_no_memory_of_their_own, {
+    let pipeline = Pipeline::new(Arc::new(Pictures), spec(CropConfig::default(), "", None)).unwrap();
+    let made = pipeline.step(0).unwrap().batches;
+    let mut batches = DeviceBatches::new(Gpu::get(0).unwrap(), DType::F32).unwrap();
+    let mut place = None;
+    let masked = made[0].masks.indices.len();
+    for count in (1..=masked).rev() {
+        let mut fewer = made.clone();
+        let masks = &mut fewer[0].masks;
+        (masks.indices, masks.weights) = (masks.indices.view(0, &[count]), masks.weights.view(0, &[count]));
+        let there = &batches.upload(&fewer).unwrap()[0];
+        assert_eq!(there.masks.indices.to(Device::Cpu).as_bytes(), fewer[0].masks.indices.as_bytes());
+        let [global, weights] = [&there.global, &there.masks.weights].map(Tensor::device_address);
+        assert_eq!(*place.get_or_insert((global, weights)), (global, weights), "{count} of {masked}");
+    }
+});
+
 gpu_test!(crops_in_bf16_are_those_in_f32_rounded, {
     let spec = LoaderSpec { device: Device::Cuda(0), dtype: DType::BF16, ..spec(CropConfig::default(), "", None) };
     Gpu::get(0).unwrap();

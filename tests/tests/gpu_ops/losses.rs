@@ -147,6 +147,14 @@ fn cross_entropy(logits: &Tensor, targets: &Tensor, list: &[(u32, u32, f64)], pl
     logits.soft_cross_entropy(&targets, &rows(|p| p.0), &rows(|p| p.1), &weights, 0.3)
 }
 
+gpu_test!(what_is_not_a_number_is_not_made_one_on_a_gpu, {
+    for dtype in [DType::F32, DType::BF16] {
+        let x = Tensor::from_f64(&[f64::NAN, -1.0, 2.0], &[3], DType::F64).unwrap();
+        let made = Place::gpu(dtype).features(&x).relu().unwrap().to(Device::Cpu).to_f64_vec();
+        assert!(made[0].is_nan() && made[1..] == [0.0, 2.0], "{made:?}");
+    }
+});
+
 gpu_test!(soft_cross_entropy_equals_the_cpu, {
     shapes([7, 5, 1300], |[rows, q, k], seed| {
         let targets = rounded(&normal(seed, 1, &[q, k]).softmax().unwrap());

@@ -7,8 +7,9 @@ mod runs;
 use dinolab_core::{DType, Device};
 use dinolab_tests::gpu_test;
 use runs::{
-    a_resumed_run_has_the_bits_of_one_that_was_not_stopped, distance, recipe, run, run_large, start, steps, ECHO,
-    EIGHT_BIT, TABLES,
+    a_resumed_run_has_the_bits_of_one_that_was_not_stopped, distance,
+    moments_that_begin_in_a_fork_count_updates_from_there, recipe, run, run_large, start, steps, ECHO, EIGHT_BIT,
+    TABLES,
 };
 
 gpu_test!(updates_on_a_gpu_are_those_of_the_cpu, {
@@ -57,4 +58,8 @@ gpu_test!(steps_with_any_optimizer_are_recorded_and_equal_the_cpu, {
         }
         assert!(distance(&student, &exact) < 1e-3, "{table}: {:e}", distance(&student, &exact));
     }
+});
+
+gpu_test!(moments_of_what_is_new_in_a_fork_count_updates_from_there_on_a_gpu, {
+    moments_that_begin_in_a_fork_count_updates_from_there("cuda");
 });

@@ -17,8 +17,9 @@ use dinolab_core::testing::contracts;
 use dinolab_core::{DType, Device, Tensor};
 use dinolab_tests::program;
 use runs::{
-    a_resumed_run_has_the_bits_of_one_that_was_not_stopped, distance, entry, gradients, held, large, recipe, run,
-    run_large, start, steps, updates, COMMON, DEPTH, ECHO, EIGHT_BIT, RECIPE, STEPS, TABLES,
+    a_resumed_run_has_the_bits_of_one_that_was_not_stopped, distance, entry, gradients, held, large,
+    moments_that_begin_in_a_fork_count_updates_from_there, recipe, run, run_large, start, steps, updates, COMMON,
+    DEPTH, ECHO, EIGHT_BIT, RECIPE, STEPS, TABLES,
 };
 use serde_json::json;
 
@@ -244,4 +245,9 @@ fn a_momentum_may_be_a_schedule() {
     let at = |step| plugin.numbers(At { step, total: 10 }, 1)[0];
     assert_eq!((at(0), at(2), at(9)), (0.0, 0.4, 0.8));
     assert_eq!(plugin.moments(), ["momentum_buffer"]);
+}
+
+#[test]
+fn moments_of_what_is_new_in_a_fork_count_updates_from_there() {
+    moments_that_begin_in_a_fork_count_updates_from_there("cpu");
 }

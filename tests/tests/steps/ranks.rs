@@ -326,6 +326,15 @@ fn a_run_on_ranks_writes_the_files_of_one_process_and_goes_on_on_any_number() {
         }
     }
     assert!(saved(&folder("one")) == saved(&folder("moved")));
+    // The Gram teacher copies the EMA teacher after step 4, which is skipped: that of the four steps before.
+    let of = |step: &str, role: &str| -> Vec<(String, Vec<f64>)> {
+        let file = folder("four").join("checkpoints").join(step).join("model.safetensors");
+        let tensors = dinolab_core::files::read_tensors(&file).unwrap_or_else(|e| panic!("{e}")).with_prefix(role);
+        tensors.into_iter().map(|(name, tensor)| (name, tensor.to_f64_vec())).collect()
+    };
+    let (copy, mut teacher) = (of("step-00000006", "gram_teacher."), of("step-00000004", "teacher."));
+    teacher.retain(|(name, _)| name.starts_with("backbone."));
+    assert!(!copy.is_empty() && copy == teacher);
     // The step that was not finite is captured with the images of all ranks, and can be done again by one process.
     let capture = folder("four").join("captures").join("step-00000004.safetensors");
     let (_, step, report) = train::replay(&capture, &Overrides::default()).unwrap_or_else(|e| panic!("{e}"));

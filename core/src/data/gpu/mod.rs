@@ -48,31 +48,25 @@ impl Shapes {
         }
     }
 
-    /// A batch of these shapes on the current device.
-    fn make(&self, dtype: DType) -> Batch {
-        let crops = |shape: &[usize; 4]| Tensor::uninit(shape, dtype);
+    /// A batch of these shapes, of memory that is given in the order of [`Batch::tensors`].
+    fn make(&self, dtype: DType, mut take: impl FnMut(&[usize], DType) -> Tensor) -> Batch {
+        let mut crops = |shape: &[usize; 4]| take(shape, dtype);
+        let (global, local) = (crops(&self.global), self.local.as_ref().map(&mut crops));
+        let teacher = self.teacher.as_ref().map(&mut crops);
+        let further = self.further.iter().map(|(name, shape)| (name.clone(), crops(shape))).collect();
         let [masks, indices, unmasked, weights, labels] = self.lists;
-        let list = |n: usize| Tensor::uninit(&[n], DType::U32);
-        Batch {
-            global: crops(&self.global),
-            local: self.local.as_ref().map(crops),
-            teacher: self.teacher.as_ref().map(crops),
-            further: self.further.iter().map(|(name, shape)| (name.clone(), crops(shape))).collect(),
-            masks: Masks {
-                masks: list(masks),
-                indices: list(indices),
-                unmasked: list(unmasked),
-                weights: Tensor::uninit(&[weights], DType::F32),
-            },
-            labels: list(labels),
-            fields: self.fields.iter().map(|(name, shape)| (name.clone(), Tensor::uninit(shape, DType::F32))).collect(),
-            sources: Vec::new(),
-        }
+        let mut list = |n: usize| take(&[n], DType::U32);
+        let (masks, indices, unmasked) = (list(masks), list(indices), list(unmasked));
+        let weights = take(&[weights], DType::F32);
+        let labels = take(&[labels], DType::U32);
+        let fields = self.fields.iter().map(|(name, shape)| (name.clone(), take(shape, DType::F32))).collect();
+        let masks = Masks { masks, indices, unmasked, weights };
+        Batch { global, local, teacher, further, masks, labels, fields, sources: Vec::new() }
     }
 }
 
-/// The micro-batches of the step that runs, on a GPU. Batches of the same shapes always lie at the same addresses: those
-/// of a step are gone when the next one's are made.
+/// The micro-batches of the step that runs, on a GPU. A tensor lies where that of the step before lay, unless it is larger than any
+/// before it: those of a step are gone when the next one's are made.
 #[derive(Debug)]
 pub struct DeviceBatches {
     gpu: &'static Gpu,
@@ -80,7 +74,9 @@ pub struct DeviceBatches {
     /// For finished crops: one is copied while the work that reads the other goes on.
     staging: [Staging; 2],
     turn: usize,
-    sets: Vec<(Vec<Shapes>, Vec<Batch>)>,
+    /// Memory of each tensor of each micro-batch, in their order.
+    rooms: Vec<Tensor>,
+    made: Vec<Batch>,
 }
 
 impl DeviceBatches {
@@ -92,7 +88,14 @@ impl DeviceBatches {
         if !matches!(dtype, DType::F32 | DType::BF16) {
             return Err(Error::shape("batches", format!("crops on a GPU are f32 or bf16, not {dtype:?}")));
         }
-        Ok(Self { gpu, dtype, staging: [Staging::new(gpu)?, Staging::new(gpu)?], turn: 0, sets: Vec::new() })
+        Ok(Self {
+            gpu,
+            dtype,
+            staging: [Staging::new(gpu)?, Staging::new(gpu)?],
+            turn: 0,
+            rooms: Vec::new(),
+            made: Vec::new(),
+        })
     }
 
     /// Copies finished micro-batches of a step, from the host or from elsewhere on the device, behind all work given
@@ -102,9 +105,9 @@ impl DeviceBatches {
     /// If crops or mask weights are of another type than f32 (on the device crops may be of the step's), or the device
     /// fails.
     pub fn upload(&mut self, batches: &[Batch]) -> Result<&[Batch]> {
-        let set = self.set(batches.iter().map(Shapes::of).collect());
+        self.make(batches.iter().map(Shapes::of));
         let mut packed = pack::Pack::default();
-        let pairs = batches.iter().flat_map(Batch::tensors).zip(self.sets[set].1.iter().flat_map(Batch::tensors));
+        let pairs = batches.iter().flat_map(Batch::tensors).zip(self.made.iter().flat_map(Batch::tensors));
         let copies: Vec<(&Tensor, u64, &Tensor)> = pairs
             .map(|(source, target)| match source.dtype() {
                 same if same == target.dtype() => Ok((source, target)),
@@ -139,19 +142,19 @@ impl DeviceBatches {
             }
         }
         staging.release()?;
-        for (batch, source) in self.sets[set].1.iter_mut().zip(batches) {
+        for (batch, source) in self.made.iter_mut().zip(batches) {
             batch.sources.clone_from(&source.sources);
         }
-        Ok(&self.sets[set].1)
+        Ok(&self.made)
     }
 
     /// Makes the crops of a step from its images, behind all work given before. Gives back what they were uploaded with.
     pub(super) fn augment(&mut self, staged: Staged) -> Result<(&[Batch], Staging)> {
         let _scope = scope::enter("augmentation");
         let Staged { mut staging, micros, channels, normal, .. } = staged;
-        let set = self.set(micros.iter().map(|m| m.shapes.clone()).collect());
+        self.make(micros.iter().map(|m| m.shapes.clone()));
         let base = staging.receive()?;
-        for (micro, batch) in micros.iter().zip(&self.sets[set].1) {
+        for (micro, batch) in micros.iter().zip(&self.made) {
             self.crops(micro, batch, base, channels, base + normal)?;
             let Masks { masks, indices, unmasked, weights } = &batch.masks;
             let lists = [masks, indices, unmasked, weights, &batch.labels].into_iter();
@@ -162,10 +165,10 @@ impl DeviceBatches {
             }
         }
         staging.release()?;
-        for (batch, micro) in self.sets[set].1.iter_mut().zip(micros) {
+        for (batch, micro) in self.made.iter_mut().zip(micros) {
             batch.sources = micro.sources;
         }
-        Ok((&self.sets[set].1, staging))
+        Ok((&self.made, staging))
     }
 
     fn crops(&self, micro: &Micro, batch: &Batch, base: u64, channels: usize, normal: u64) -> Result<()> {
@@ -220,13 +223,24 @@ impl DeviceBatches {
         batch.local.iter().try_for_each(|out| finish(local, out))
     }
 
-    /// The place of batches of these shapes, made if it is not there yet.
-    fn set(&mut self, shapes: Vec<Shapes>) -> usize {
-        if let Some(known) = self.sets.iter().position(|(s, _)| *s == shapes) {
-            return known;
-        }
-        let made = Device::Cuda(self.gpu.ordinal()).with(|| shapes.iter().map(|s| s.make(self.dtype)).collect());
-        self.sets.push((shapes, made));
-        self.sets.len() - 1
+    /// Makes batches of these shapes.
+    fn make(&mut self, shapes: impl Iterator<Item = Shapes>) {
+        let Self { gpu, dtype, rooms, .. } = self;
+        let mut next = 0;
+        let mut take = |shape: &[usize], dtype: DType| {
+            let len = shape.iter().product();
+            if next == rooms.len() {
+                rooms.push(Tensor::uninit(&[0], dtype));
+            }
+            let room = &mut rooms[next];
+            next += 1;
+            if room.len() < len || room.dtype() != dtype {
+                // The lengths of lists may change a little from step to step.
+                let most = if shape.len() == 1 { len.next_power_of_two() } else { len };
+                *room = Tensor::uninit(&[most], dtype);
+            }
+            room.view(0, shape)
+        };
+        self.made = Device::Cuda(gpu.ordinal()).with(|| shapes.map(|s| s.make(*dtype, &mut take)).collect());
     }
 }

@@ -218,9 +218,7 @@ pub fn a_resumed_run_has_the_bits_of_one_that_was_not_stopped(device: &str, tabl
         steps(&mut whole, &pipeline, 0..5);
         let (mut first, _) = start(&resolved);
         steps(&mut first, &pipeline, 0..3);
-        let folder = tempfile::tempdir().unwrap();
-        checkpoint::save(folder.path(), &first.content(3).unwrap(), checkpoint::Keep::newest(1)).unwrap();
-        let (checkpoint, _) = checkpoint::load_newest(folder.path()).unwrap().expect("one was saved");
+        let (_folder, checkpoint) = saved(&first, 3);
         let names: Vec<&str> = checkpoint.optimizer.names().filter(|n| !n.starts_with("state.")).collect();
         let moments = resolved.recipe.optimizer.plugin.build(&mut ()).unwrap();
         let parameters = first.model().layout.specs().len();
@@ -233,5 +231,50 @@ pub fn a_resumed_run_has_the_bits_of_one_that_was_not_stopped(device: &str, tabl
         assert!(new.is_empty(), "{table}: {new:?}");
         steps(&mut fork, &pipeline, 3..5);
         assert!(held(&fork) == held(&whole), "{table}");
+    }
+}
+
+/// The learner's state after `step` steps as a checkpoint.
+fn saved(learner: &Learner, step: u64) -> (tempfile::TempDir, checkpoint::Checkpoint) {
+    let folder = tempfile::tempdir().unwrap();
+    checkpoint::save(folder.path(), &learner.content(step).unwrap(), checkpoint::Keep::newest(1)).unwrap();
+    let (checkpoint, _) = checkpoint::load_newest(folder.path()).unwrap().expect("one was saved");
+    (folder, checkpoint)
+}
+
+pub fn moments_that_begin_in_a_fork_count_updates_from_there(device: &str) {
+    const LR: f64 = 1e-3;
+    let all = "lr = 1e-3\nweight_decay = 0.0\nclip_grad = 0.0";
+    let adamw = recipe(device, "auto", &format!("plugin = \"adamw\"\n{all}"));
+    let sgd = recipe(device, "auto", &format!("plugin = \"sgd\"\n{all}"));
+    let muon = recipe(device, "auto", &format!("plugin = \"muon\"\n{all}"));
+    let text = RECIPE.replace("[losses.ibot]", "[losses.ibot]\nenabled = false");
+    let without_ibot = format!("device = \"{device}\"\n{text}plugin = \"adamw\"\n{all}\n");
+    let without_ibot = Resolved::from_text(&without_ibot).unwrap_or_else(|e| panic!("{e}"));
+    for (parent, own, new) in [(&without_ibot, &adamw, "ibot"), (&sgd, &adamw, ""), (&muon, &adamw, "")] {
+        let (mut first, pipeline) = start(parent);
+        steps(&mut first, &pipeline, 0..8);
+        let (_folder, from) = saved(&first, 8);
+        let (mut fork, notes) = Learner::continued(&own.recipe, &from, &parent.recipe).unwrap();
+        assert_eq!(notes.len(), 1, "{notes:?}");
+        let (_, pipeline) = start(own);
+        let before = fork.weights().student.to_f64_vec();
+        steps(&mut fork, &pipeline, 8..9);
+        let after = fork.weights().student.to_f64_vec();
+        // The first update of AdamW moves a weight by the learning rate. Corrected as if there had been eight before, it is
+        // half of that; after a thousand it is three times as much.
+        let specs = fork.model().layout.specs();
+        let moved = specs.iter().filter(|s| s.name.starts_with(new));
+        let most = moved.flat_map(|s| s.range()).map(|i| (after[i] - before[i]).abs()).fold(0.0, f64::max);
+        assert!((0.99 * LR..1.01 * LR).contains(&most), "{new}: {most}");
+        // The count is kept: by a resumed run, and by a fork of the fork.
+        let (_folder, at_9) = saved(&fork, 9);
+        let mut resumed = Learner::from_checkpoint(&own.recipe, &at_9).unwrap();
+        let (mut again, notes) = Learner::continued(&own.recipe, &at_9, &own.recipe).unwrap();
+        assert!(notes.is_empty(), "{notes:?}");
+        for learner in [&mut fork, &mut resumed, &mut again] {
+            steps(learner, &pipeline, 9..11);
+        }
+        assert!(held(&resumed) == held(&fork) && held(&again) == held(&fork), "{new}");
     }
 }
