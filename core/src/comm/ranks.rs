@@ -150,7 +150,7 @@ impl Ranks {
     /// # Errors
     /// If a rank has failed.
     pub(crate) fn least(&self, own: u64) -> Result<u64> {
-        Ok(self.numbers(own)?.into_iter().min().unwrap_or(own))
+        Ok(self.numbers("least", own)?.into_iter().min().unwrap_or(own))
     }
 
     /// The sum of a count over all ranks.
@@ -158,14 +158,22 @@ impl Ranks {
     /// # Errors
     /// If a rank has failed.
     pub(crate) fn sum_of_all(&self, own: usize) -> Result<usize> {
-        Ok(self.numbers(own as u64)?.into_iter().sum::<u64>() as usize)
+        Ok(self.numbers("sum", own as u64)?.into_iter().sum::<u64>() as usize)
     }
 
-    /// Every rank's number, in order of rank.
-    fn numbers(&self, own: u64) -> Result<Vec<u64>> {
-        let mut all = vec![0u64; self.world()];
-        self.comm.all_gather(bytemuck::bytes_of(&own), bytemuck::cast_slice_mut(&mut all))?;
-        Ok(all)
+    /// Every rank's number, in order of rank. All have to ask for the same of them, in at most eight letters: a rank that failed in a
+    /// step and does it in another way would take other numbers for those it asked for.
+    fn numbers(&self, what: &str, own: u64) -> Result<Vec<u64>> {
+        let mut name = [0u8; 8];
+        name[..what.len()].copy_from_slice(what.as_bytes());
+        let name = u64::from_le_bytes(name);
+        let mut all = vec![[0u64; 2]; self.world()];
+        self.comm.all_gather(bytemuck::bytes_of(&[name, own]), bytemuck::cast_slice_mut(&mut all))?;
+        if let Some(rank) = all.iter().position(|other| other[0] != name) {
+            let problem = format!("rank {} and rank {rank} are in different places of a step", self.rank());
+            return Err(Error::user(problem, "one of them has failed, such as for want of memory: see its messages"));
+        }
+        Ok(all.into_iter().map(|[_, number]| number).collect())
     }
 
     /// The greatest number, none of which is below zero, of all ranks.
@@ -174,7 +182,7 @@ impl Ranks {
     /// If a rank has failed.
     pub(crate) fn greatest(&self, own: f64) -> Result<f64> {
         // The bits of such numbers are in their order.
-        Ok(f64::from_bits(self.numbers(own.to_bits())?.into_iter().max().unwrap_or_default()))
+        Ok(f64::from_bits(self.numbers("most", own.to_bits())?.into_iter().max().unwrap_or_default()))
     }
 
     /// The sum of all ranks' tensors in the order of the tree, on all of them. Each rank adds its share of the elements.

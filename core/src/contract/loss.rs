@@ -202,6 +202,9 @@ pub struct Outputs<'a> {
     pub unmasked_indices: &'a Tensor,
     /// 1 / (masked patches of that crop) for every masked patch: `[M]`.
     pub mask_weights: &'a Tensor,
+    /// The masked patches of the whole batch over the number of its micro-batches, on all ranks: what a sum over the masked patches of
+    /// this one is divided by for a mean over those of the batch, since micro-batches may have other numbers of them.
+    pub mask_share: f64,
     /// What the teachers of [`Needs::teachers`] give, by name: see [`teacher`](Self::teacher).
     pub teachers: &'a [(String, NamedTeacher)],
     /// Pixels of the global crops, normalised: `[G*B, 3, height, width]`; `None` without [`Needs::pixels`].

@@ -43,7 +43,7 @@ impl Batch {
 
     /// All tensors, in a fixed order: crops, masks, labels, fields.
     pub fn tensors(&self) -> impl Iterator<Item = &Tensor> {
-        let Masks { masks, indices, unmasked, weights } = &self.masks;
+        let Masks { masks, indices, unmasked, weights, .. } = &self.masks;
         let crops = [Some(&self.global), self.local.as_ref(), self.teacher.as_ref()];
         crops
             .into_iter()
@@ -55,13 +55,19 @@ impl Batch {
 
     /// The same batch with every tensor replaced by `f` of it.
     pub fn map(&self, f: impl Fn(&Tensor) -> Tensor) -> Self {
-        let Masks { masks, indices, unmasked, weights } = &self.masks;
+        let Masks { masks, indices, unmasked, weights, share } = &self.masks;
         Self {
             global: f(&self.global),
             local: self.local.as_ref().map(&f),
             teacher: self.teacher.as_ref().map(&f),
             further: self.further.iter().map(|(name, crops)| (name.clone(), f(crops))).collect(),
-            masks: Masks { masks: f(masks), indices: f(indices), unmasked: f(unmasked), weights: f(weights) },
+            masks: Masks {
+                masks: f(masks),
+                indices: f(indices),
+                unmasked: f(unmasked),
+                weights: f(weights),
+                share: *share,
+            },
             labels: f(&self.labels),
             fields: self.fields.iter().map(|(name, field)| (name.clone(), f(field))).collect(),
             sources: self.sources.clone(),

@@ -42,10 +42,12 @@ pub struct Masks {
     pub unmasked: Tensor,
     /// 1 / (masked patches of that crop) for every masked patch: `[M]`.
     pub weights: Tensor,
+    /// The masked patches of the whole batch, on all ranks, over the number of its parts: what `M` is on average.
+    pub share: f64,
 }
 
 impl Masks {
-    /// From one mask a crop.
+    /// From one mask a crop, of a batch of one part.
     ///
     /// # Errors
     /// If `dtype` is not a real type.
@@ -60,6 +62,7 @@ impl Masks {
             indices: Tensor::from_slice(&indices, &[indices.len()])?,
             unmasked: Tensor::from_slice(&unmasked, &[unmasked.len()])?,
             weights: Tensor::from_f64(&weights, &[weights.len()], dtype)?,
+            share: indices.len() as f64,
         })
     }
 }

@@ -268,11 +268,12 @@ impl Pipeline {
         let rows = draw_masks(masking, name, &mut rng, 2 * size, variant.grid)?;
         let masked = |row: usize| rows[row].iter().filter(|&&m| m).count();
         let of_images: Vec<usize> = (0..size).map(|i| masked(i) + masked(size + i)).collect();
+        let share = of_images.iter().sum::<usize>() as f64 / self.spec.batch.micro_batches as f64;
         let dtype = if self.spec.device == Device::Cpu { self.spec.dtype } else { DType::F32 };
         let part = |places: Vec<usize>| {
             let of_crop = |crop: usize| places.iter().map(move |i| crop * size + i);
             let own: Vec<&[bool]> = of_crop(0).chain(of_crop(1)).map(|row| rows[row].as_slice()).collect();
-            Ok(Part { masks: Masks::from_rows(&own, dtype)?, places })
+            Ok(Part { masks: Masks { share, ..Masks::from_rows(&own, dtype)? }, places })
         };
         let dealt = deal(&of_images, self.spec.batch.micro_batches).into_iter().enumerate();
         dealt.filter(|(micro, _)| self.spec.part.contains(micro)).map(|(_, places)| part(places)).collect()

@@ -79,8 +79,8 @@ KERNEL(column_mass,
 extern "C" __global__ void top_of_runs_f32(float* top, const float* tops, int runs, int k) {
     const int column = blockIdx.x * blockDim.x + threadIdx.x;
     if (column >= k) return;
-    float most = tops[column];
-    for (int run = 1; run < runs; run++) most = fmaxf(most, tops[(size_t)run * k + column]);
+    float most = -INFINITY;
+    for (int run = 0; run < runs; run++) most = fmaxf(most, tops[(size_t)run * k + column]);
     top[column] = most;
 }
 

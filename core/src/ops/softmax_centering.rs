@@ -22,9 +22,12 @@ impl Tensor {
     pub fn centered_softmax(&self, center: &Tensor, temperature: &Tensor) -> Result<Tensor> {
         scalars_of("centered_softmax", self, &[center, temperature])?;
         let k = self.last_dim();
-        if center.len() != k || temperature.len() != 1 || self.is_empty() {
+        if center.len() != k || temperature.len() != 1 || k == 0 {
             let problem = format!("logits {:?}, center {:?}", self.shape(), center.shape());
             return Err(Error::shape("centered_softmax", problem));
+        }
+        if self.is_empty() {
+            return Ok(self.detach());
         }
         if let Some(gpu) = self.gpu() {
             let _on = self.device().enter();

@@ -40,6 +40,8 @@ struct Kind {
     shapes: Vec<Vec<usize>>,
     /// Where the batches are, and what a shared teacher made of them: a recorded step knows them by their addresses.
     places: Vec<u64>,
+    /// [`Masks::share`](crate::data::Masks::share) of every batch.
+    shares: Vec<u64>,
     draws: Vec<(usize, usize)>,
     /// Which teachers of `[teachers]` are active.
     active: Vec<bool>,
@@ -52,6 +54,10 @@ enum Way {
     Eager,
     Record,
     Replay,
+}
+
+impl Way {
+    const ALL: [Self; 3] = [Self::Eager, Self::Record, Self::Replay];
 }
 
 struct Recorded {
@@ -199,6 +205,7 @@ impl Learner {
         let kind = Kind {
             shapes: batches.iter().flat_map(Batch::tensors).map(|t| t.shape().to_vec()).collect(),
             places: of_batches.chain(self.places_of_teacher()).collect(),
+            shares: batches.iter().map(|batch| batch.masks.share.to_bits()).collect(),
             draws: draws.iter().map(|d| (d.flat().0.len(), d.flat().1.len())).collect(),
             active: self.named.iter().map(|teacher| teacher.policy.active(at)).collect(),
             follows: momentum.is_some(),
@@ -210,8 +217,9 @@ impl Learner {
             false if own.reason.is_none() && fresh && own.met.contains(&kind) => Way::Record,
             false => Way::Eager,
         };
-        // All ranks go the same way, or they would wait for each other in different places.
-        let way = if self.ranks.least(way as u64)? == way as u64 { way } else { Way::Eager };
+        // All ranks go the same way, or they would wait for each other in different places: one that has recorded its kind of step
+        // does so again where another has not.
+        let way = Way::ALL[self.ranks.least(way as u64)? as usize];
         let mut eager = way == Way::Eager;
         if way == Way::Record {
             self.record(own, &kind, at, &batches, &draws)?;

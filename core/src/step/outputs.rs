@@ -131,8 +131,7 @@ impl TeacherPass {
                 continue;
             };
             let _scope = scope::enter(format!("losses.{}", declared.name));
-            let masked: usize = batches.iter().map(|batch| batch.masks.indices.len()).sum();
-            if declared.needs.masks && learner.ranks.sum_of_all(masked)? == 0 {
+            if declared.needs.masks && batches.iter().all(|batch| batch.masks.share == 0.0) {
                 let problem =
                     format!("no patch of this step's crops is masked, and the loss `{}` is of those", declared.name);
                 let help =
@@ -249,6 +248,7 @@ impl StudentPass {
             targets: teacher.targets[i][micro].as_ref(),
             unmasked_indices: &batch.masks.unmasked,
             mask_weights: &batch.masks.weights,
+            mask_share: batch.masks.share,
             teachers: if needs.teachers.is_empty() { &[] } else { teachers },
             pixels: needs.pixels.then_some(&batch.global),
             labels: needs.classes.map(|_| &batch.labels),

@@ -360,6 +360,7 @@ pub(super) fn with_outputs<R>(
         targets: targets.as_ref(),
         unmasked_indices: &Tensor::from_slice(&unmasked, &[unmasked.len()])?,
         mask_weights: &Tensor::from_f64(&weights, &[weights.len()], dtype)?,
+        mask_share: weights.len() as f64,
         teachers: &teachers,
         pixels: bound.get("pixels"),
         labels: labels.as_ref(),

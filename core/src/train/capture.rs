@@ -93,7 +93,9 @@ pub fn replay(path: &Path, overrides: &Overrides) -> Result<(Recipe, u64, Report
     };
     let recipe = Resolved::of(RawRecipe::from_text(meta("recipe")?)?.with(overrides)?)?.recipe;
     let (step, skipped, count) = (number("step")?, number("skipped")?, number("batches")?);
-    let batches = (0..count).map(|i| read_batch(&tensors, i, path)).collect::<Result<Vec<_>>>()?;
+    let mut batches = (0..count).map(|i| read_batch(&tensors, i, path)).collect::<Result<Vec<_>>>()?;
+    let masked: f64 = batches.iter().map(|batch| batch.masks.share).sum();
+    batches.iter_mut().for_each(|batch| batch.masks.share = masked / count as f64);
     let [model, optimizer] = [TensorFiles::open(path)?, TensorFiles::open(path)?];
     let checkpoint = Checkpoint { path: path.into(), step, skipped, model, optimizer };
     let mut learner = Learner::from_checkpoint(&recipe, &checkpoint)?;
@@ -107,6 +109,7 @@ fn read_batch(tensors: &NamedTensors, i: u64, path: &Path) -> Result<Batch> {
     let get = |name: &str| {
         optional(name).ok_or_else(|| Error::content(path, format!("no batch.{i}.{name}"), "capture again"))
     };
+    let indices = get("indices")?;
     Ok(Batch {
         global: get("global")?,
         local: optional("local"),
@@ -115,7 +118,8 @@ fn read_batch(tensors: &NamedTensors, i: u64, path: &Path) -> Result<Batch> {
         further: tensors.with_prefix(&format!("{prefix}further.")),
         masks: Masks {
             masks: get("masks")?,
-            indices: get("indices")?,
+            share: indices.len() as f64,
+            indices,
             unmasked: get("unmasked")?,
             weights: get("weights")?,
         },

@@ -148,8 +148,14 @@ fn bits((learner, reports): &(Learner, Vec<Report>)) -> Vec<(String, Vec<u64>)> 
 #[test]
 fn a_step_on_ranks_is_that_of_one_process_to_the_bit() {
     let methods = format!("{IBOT}{LOSSES_OF_PARTS}");
+    // An image a micro-batch, of which only some have masked patches.
+    const FEW: [&str; 4] =
+        ["batch.size=8", "batch.micro_batches=8", "masking.probability=0.125", "losses.koleo.enabled=false"];
+    const SINKHORN: &str = "losses.ibot.centering=\"sinkhorn_knopp\"";
     for (tables, precision, sets) in [
         (DINO, "f32", &[][..]),
+        (DINO, "f32", &FEW),
+        (DINO, "f32", &[FEW[0], FEW[1], FEW[2], FEW[3], SINKHORN]),
         (DINO, "f64", &["batch.micro_batches=4"]),
         (&methods, "f32", &["optimizer.plugin=\"muon\""]),
         // One micro-batch a rank, so that gradients are summed layer by layer: some blocks are computed again.
@@ -219,6 +225,23 @@ fn more_shards_are_the_same_sums_in_another_order() {
         assert!(more != one, "sums of {shards} shards have an order of their own");
         for ((name, a), (_, b)) in one.iter().zip(&more) {
             assert!((a - b).abs() < 1e-9 * (1.0 + a.abs()), "{name} of {shards} shards: {a} and {b}");
+        }
+    }
+}
+
+#[test]
+fn a_mean_over_masked_patches_is_that_of_the_batch_however_it_is_divided() {
+    let of = |parts: usize| {
+        let sets =
+            [&format!("batch.micro_batches={parts}"), "batch.shards=1", "precision=\"f64\"", "backbone.drop_path=0.0"];
+        let resolved = resolve("[losses.inpainting]\n[losses.ibot]\nhead = { prototypes = 8 }", &sets).unwrap();
+        let (_, reports) = trained(&resolved, Arc::new(dinolab_core::comm::Single)).unwrap();
+        reports.into_iter().flat_map(|report| report.losses).collect::<Vec<_>>()
+    };
+    let whole = of(1);
+    for parts in [2, 8, 16] {
+        for ((name, a), (_, b)) in whole.iter().zip(&of(parts)) {
+            assert!((a - b).abs() < 1e-9 * a.abs(), "{name} of {parts} parts: {a} and {b}");
         }
     }
 }

@@ -19,6 +19,9 @@ use pack::{Micro, Section};
 
 cuda_source! { static AUGMENT = "augment" { include_str!("augment.cu") } }
 
+/// Blocks along the second axis of a grid, at most. The kernels' loops take what is left.
+const MOST_BLOCKS: usize = 65_535;
+
 /// Parts of an upload begin at multiples of this many bytes.
 const ALIGN: usize = 256;
 
@@ -37,7 +40,7 @@ struct Shapes {
 impl Shapes {
     fn of(batch: &Batch) -> Self {
         let crops = |t: &Tensor| -> [usize; 4] { t.shape().try_into().expect("crops are [N, C, H, W]") };
-        let Masks { masks, indices, unmasked, weights } = &batch.masks;
+        let Masks { masks, indices, unmasked, weights, .. } = &batch.masks;
         Self {
             global: crops(&batch.global),
             local: batch.local.as_ref().map(crops),
@@ -60,7 +63,7 @@ impl Shapes {
         let weights = take(&[weights], DType::F32);
         let labels = take(&[labels], DType::U32);
         let fields = self.fields.iter().map(|(name, shape)| (name.clone(), take(shape, DType::F32))).collect();
-        let masks = Masks { masks, indices, unmasked, weights };
+        let masks = Masks { masks, indices, unmasked, weights, share: 0.0 };
         Batch { global, local, teacher, further, masks, labels, fields, sources: Vec::new() }
     }
 }
@@ -144,6 +147,7 @@ impl DeviceBatches {
         staging.release()?;
         for (batch, source) in self.made.iter_mut().zip(batches) {
             batch.sources.clone_from(&source.sources);
+            batch.masks.share = source.masks.share;
         }
         Ok(&self.made)
     }
@@ -156,7 +160,7 @@ impl DeviceBatches {
         let base = staging.receive()?;
         for (micro, batch) in micros.iter().zip(&self.made) {
             self.crops(micro, batch, base, channels, base + normal)?;
-            let Masks { masks, indices, unmasked, weights } = &batch.masks;
+            let Masks { masks, indices, unmasked, weights, .. } = &batch.masks;
             let lists = [masks, indices, unmasked, weights, &batch.labels].into_iter();
             for (target, &at) in lists.chain(batch.fields.iter().map(|(_, field)| field)).zip(&micro.lists) {
                 if !target.is_empty() {
@@ -166,7 +170,7 @@ impl DeviceBatches {
         }
         staging.release()?;
         for (batch, micro) in self.made.iter_mut().zip(micros) {
-            batch.sources = micro.sources;
+            (batch.sources, batch.masks.share) = (micro.sources, micro.share);
         }
         Ok((&self.made, staging))
     }
@@ -193,7 +197,7 @@ impl DeviceBatches {
         };
         // Threads take several pixels each, so that small crops beside large ones leave few blocks without work.
         let launch = |of_rgb, of_any, section: &Section| -> Result<Launch> {
-            let blocks = section.most.div_ceil(256 * 8);
+            let blocks = section.most.div_ceil(256 * 8).min(MOST_BLOCKS);
             let kernel = kernel(of_rgb, of_any, DType::U32)?.grid((section.jobs, blocks), 256);
             Ok(kernel.work(0.0, section.bytes))
         };

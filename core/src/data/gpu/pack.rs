@@ -75,6 +75,8 @@ pub(super) struct Micro {
     pub(super) lists: Vec<u64>,
     /// Bytes of scratch memory.
     pub(super) scratch: usize,
+    /// That of the masks.
+    pub(super) share: f64,
     pub(super) sources: Vec<BatchImage>,
 }
 
@@ -120,7 +122,7 @@ pub(crate) fn pack(pipeline: &Pipeline, raw: RawStep, mut staging: Staging) -> R
     let mut micros = Vec::with_capacity(jobs.len());
     for (i, ((jobs, masks), part)) in jobs.iter().zip(&raw.masks).zip(raw.images.chunks(images)).enumerate() {
         let crops = |count: usize, side: usize| [count * images, channels, side, side];
-        let Masks { masks, indices, unmasked, weights } = masks;
+        let Masks { masks, indices, unmasked, weights, share } = masks;
         let fields = &fields[i];
         let lists = [masks, indices, unmasked, weights, &labels[i]].into_iter();
         let lists: Vec<&Tensor> = lists.chain(fields.iter().map(|(_, field)| field)).collect();
@@ -140,6 +142,7 @@ pub(crate) fn pack(pipeline: &Pipeline, raw: RawStep, mut staging: Staging) -> R
             tables: pack.put(bytemuck::cast_slice(&jobs.tables)),
             lists: lists.into_iter().map(|t| pack.put(t.as_bytes())).collect(),
             scratch: jobs.scratch,
+            share: *share,
             sources: part.iter().map(|image| image.source.clone()).collect(),
         });
     }
