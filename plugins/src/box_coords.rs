@@ -1,10 +1,49 @@
 //! Patch centres in a normalised box, and their training-time augmentation: what `rope_box` and `relative_bias_box`
 //! share.
 
+use std::sync::{Mutex, PoisonError};
+
 use dinolab_core::contract::Grid;
 use dinolab_core::rng::Rng;
+use dinolab_core::{DType, Device, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+/// A grid, in a type and on a device.
+type Key = (Grid, DType, Device);
+
+/// What is made of a grid, for the blocks and steps that ask for the same.
+#[derive(Debug)]
+pub(crate) struct ByGrid<T>(Mutex<Vec<(Key, T)>>);
+
+/// Grids that are remembered on a CPU: photographs have thousands.
+const MOST_GRIDS: usize = 32;
+
+impl<T> Default for ByGrid<T> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<T: Clone> ByGrid<T> {
+    /// That of a grid on the current device, made if it is not known.
+    pub(crate) fn get(&self, grid: Grid, dtype: DType, make: impl FnOnce() -> Result<T>) -> Result<T> {
+        let key: Key = (grid, dtype, Device::current());
+        // Only finished ones are pushed, so a panic elsewhere leaves the list whole; none is made under the lock.
+        let all = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, known)) = all().iter().find(|(known, _)| *known == key) {
+            return Ok(known.clone());
+        }
+        let made = make()?;
+        let mut all = all();
+        // On a GPU recorded steps may read any of them.
+        if key.2 == Device::Cpu && all.len() >= MOST_GRIDS {
+            all.remove(0);
+        }
+        all.push((key, made.clone()));
+        Ok(made)
+    }
+}
 
 /// What the box [-1, 1] means for a grid that is not square.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

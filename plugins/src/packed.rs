@@ -194,11 +194,20 @@ pub(crate) struct Labels {
     of: Vec<Option<u32>>,
 }
 
+/// A label as it is written; `None` if nothing is.
+pub(crate) fn written(label: &str) -> Option<String> {
+    Some(label.trim()).filter(|label| !label.is_empty()).map(String::from)
+}
+
+/// Whether a label says that there is none: a number below 0, unless a class has that name.
+pub(crate) fn is_none(label: &str) -> bool {
+    label.parse::<i128>().is_ok_and(|number| number < 0)
+}
+
 impl Labels {
-    /// The label of the next image. A number below 0 is none.
+    /// The label of the next image.
     pub fn push(&mut self, label: Option<String>) {
-        let label = label.map(|label| label.trim().to_string());
-        let label = label.filter(|text| !text.is_empty() && text.parse::<i128>().map_or(true, |number| number >= 0));
+        let label = label.and_then(|label| written(&label));
         let next = self.ids.len() as u32;
         self.of.push(label.map(|label| *self.ids.entry(label).or_insert(next)));
     }
@@ -209,13 +218,17 @@ impl Labels {
     ///
     /// # Errors
     /// The first image whose label is none of `names`, with the label.
-    pub fn classes(self, names: &[String]) -> Result<Classes, (usize, String)> {
+    pub fn classes(mut self, names: &[String]) -> Result<Classes, (usize, String)> {
+        let count = self.ids.len();
+        self.ids.retain(|label, _| !is_none(label) || names.contains(label));
+        let kept: BTreeSet<u32> = self.ids.values().copied().collect();
+        self.of.iter_mut().for_each(|of| *of = of.filter(|id| kept.contains(id)));
         let all: Vec<&String> = match names {
             [] => in_order(self.ids.keys()),
             names => names.iter().collect(),
         };
         let named: BTreeMap<&String, u32> = all.iter().enumerate().map(|(i, name)| (*name, i as u32)).collect();
-        let mut class: Vec<Option<u32>> = vec![None; self.ids.len()];
+        let mut class: Vec<Option<u32>> = vec![None; count];
         let number = |label: &String| label.parse().ok().filter(|&n: &u32| (n as usize) < names.len());
         let named_all = self.ids.keys().all(|label| named.contains_key(label));
         let are_numbers = !named_all && self.ids.keys().all(|label| label.parse::<u32>().is_ok());
@@ -442,6 +455,9 @@ mod tests {
         let shifted = ["1".to_string(), "2".into(), "3".into()];
         assert_eq!(labels(&["0", "1", "2"]).classes(&shifted).unwrap().0, [Some(0), Some(1), Some(2)]);
         assert_eq!(labels(&["1", "3"]).classes(&shifted).unwrap().0, [Some(0), Some(2)]);
+        // A number below 0 is no label, unless a class has that name.
+        let signs = ["-1".to_string(), "1".into()];
+        assert_eq!(labels(&["1", "-1", "-2"]).classes(&signs).unwrap().0, [Some(1), Some(0), None]);
         assert_eq!(labels(&[]).classes(&[]).unwrap(), (vec![], vec![]));
     }
 }

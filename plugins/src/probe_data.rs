@@ -298,8 +298,8 @@ pub(crate) mod testing {
     /// token, and fills the feature.
     pub(crate) fn run(
         probe: &dyn dinolab_core::contract::Probe,
-        train: &Halves,
-        test: &Halves,
+        train: &dyn Dataset,
+        test: &dyn Dataset,
         model: &dyn Fn(usize, &mut Rng, &mut [f32]),
     ) -> Vec<Score> {
         run_at(probe, train, test, model, ImageSize::square(32))
@@ -308,8 +308,8 @@ pub(crate) mod testing {
     /// The same of images of another size; the model is shown 32 pixels all the same.
     pub(crate) fn run_at(
         probe: &dyn dinolab_core::contract::Probe,
-        train: &Halves,
-        test: &Halves,
+        train: &dyn Dataset,
+        test: &dyn Dataset,
         model: &dyn Fn(usize, &mut Rng, &mut [f32]),
         image_size: ImageSize,
     ) -> Vec<Score> {

@@ -1,16 +1,14 @@
 //! Position encoding `relative_bias_box`: a learned bias on the scores, from differences of box coordinates.
 
-use std::sync::{Mutex, PoisonError};
-
 use dinolab_core::contract::{Grid, PosContext, PosEncoding, PosTables};
 use dinolab_core::ops::Linear;
 use dinolab_core::params::{Init, ParamBuilder, ParamId, Params};
 use dinolab_core::rng::Rng;
-use dinolab_core::{plugin, DType, Device, Result, Tensor};
+use dinolab_core::{plugin, DType, Result, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::box_coords::{axes, DrawPer, Normalize, Rescale};
+use crate::box_coords::{axes, ByGrid, DrawPer, Normalize, Rescale};
 
 /// A learned bias on attention scores: a small network on the difference of two patches' box coordinates, the continuous
 /// relative position bias of Swin v2 (arXiv:2111.09883, eq. 4 and 5).
@@ -47,12 +45,12 @@ pub struct RelativeBiasBox {
     /// `fc1.weight`, `fc1.bias`, `fc2.weight`, and the number of heads; empty until declared.
     network: Option<([ParamId; 3], usize)>,
     /// For every grid seen: where in the flat `[differences, H]` output each element of `[H, P, P]` is found.
-    places: Mutex<Vec<(Grid, Tensor)>>,
+    places: ByGrid<Tensor>,
 }
 
 impl RelativeBiasBox {
     fn new(config: RelativeBiasBoxConfig) -> Self {
-        Self { config, network: None, places: Mutex::default() }
+        Self { config, network: None, places: ByGrid::default() }
     }
 
     /// All distinct differences of a grid, multiplied by `factor`: `[(2h - 1) (2w - 1), 2]`.
@@ -75,22 +73,17 @@ impl RelativeBiasBox {
 
     /// Indices from `[H, P, P]` into the flat `[differences, H]`.
     fn places(&self, grid: Grid, heads: usize) -> Result<Tensor> {
-        // Only finished tables are pushed, so a panic elsewhere leaves the list whole.
-        let mut known = self.places.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, places)) = known.iter().find(|k| k.0 == grid && k.1.device() == Device::current()) {
-            return Ok(places.clone());
-        }
-        let (h, w, p) = (grid.height, grid.width, grid.patches());
-        let mut places = Vec::with_capacity(heads * p * p);
-        for head in 0..heads {
-            for (from, to) in (0..p * p).map(|i| (i / p, i % p)) {
-                let (row, column) = (to / w + h - 1 - from / w, to % w + w - 1 - from % w);
-                places.push(((row * (2 * w - 1) + column) * heads + head) as u32);
+        self.places.get(grid, DType::U32, || {
+            let (h, w, p) = (grid.height, grid.width, grid.patches());
+            let mut places = Vec::with_capacity(heads * p * p);
+            for head in 0..heads {
+                for (from, to) in (0..p * p).map(|i| (i / p, i % p)) {
+                    let (row, column) = (to / w + h - 1 - from / w, to % w + w - 1 - from % w);
+                    places.push(((row * (2 * w - 1) + column) * heads + head) as u32);
+                }
             }
-        }
-        let places = Tensor::from_slice(&places, &[places.len()])?;
-        known.push((grid, places.clone()));
-        Ok(places)
+            Tensor::from_slice(&places, &[places.len()])
+        })
     }
 }
 

@@ -1,18 +1,17 @@
 //! Position encoding `rope_box`: axial rotary embedding over coordinates in a box.
 
 use std::f64::consts::TAU;
-use std::sync::{Mutex, PoisonError};
 
 use dinolab_core::contract::{Grid, PosContext, PosEncoding, PosTables};
 use dinolab_core::cuda::args;
 use dinolab_core::params::{ParamBuilder, Params};
 use dinolab_core::rng::Rng;
-use dinolab_core::{cuda_source, plugin, DType, Device, Error, Result, Tensor};
+use dinolab_core::{cuda_source, plugin, DType, Error, Result, Tensor};
 use half::bf16;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::box_coords::{axes, DrawPer, Normalize, Rescale};
+use crate::box_coords::{axes, ByGrid, DrawPer, Normalize, Rescale};
 
 /// Axial rotary embedding over patch centres in a box [-1, 1], with DINOv3's training-time shift, jitter and rescale
 /// (arXiv:2508.10104, section 3.2).
@@ -105,13 +104,13 @@ pub struct RopeBox {
     /// Width D of a head; 0 until declared.
     head_dim: usize,
     /// Evaluation tables: every block asks for the same few.
-    evaluation: Mutex<Vec<(Grid, DType, Device, PosTables)>>,
+    evaluation: ByGrid<PosTables>,
 }
 
 impl RopeBox {
     /// From a config whose numbers are in their ranges.
     pub fn new(config: RopeBoxConfig) -> Self {
-        Self { config, head_dim: 0, evaluation: Mutex::default() }
+        Self { config, head_dim: 0, evaluation: ByGrid::default() }
     }
 
     /// The `head_dim / 4` wavelengths of an axis.
@@ -235,17 +234,7 @@ impl PosEncoding for RopeBox {
             }
             Some(draw) if draw.gpu().is_some() => self.compute_on(grid, draw, dtype),
             Some(draw) => self.compute(grid, draw.as_slice().try_into().expect("checked just above"), dtype),
-            None => {
-                // Only finished tables are pushed, so a panic elsewhere leaves the list whole; none is computed under the lock.
-                let here = Device::current();
-                let known = || self.evaluation.lock().unwrap_or_else(PoisonError::into_inner);
-                if let Some((.., tables)) = known().iter().find(|k| (k.0, k.1, k.2) == (grid, dtype, here)) {
-                    return Ok(tables.clone());
-                }
-                let tables = self.compute(grid, &NEUTRAL, dtype)?;
-                known().push((grid, dtype, here, tables.clone()));
-                Ok(tables)
-            }
+            None => self.evaluation.get(grid, dtype, || self.compute(grid, &NEUTRAL, dtype)),
         }
     }
 }

@@ -22,7 +22,7 @@ const MOST_LABEL: u64 = 1 << 20;
 /// Images in local tar shards, as WebDataset writes them.
 ///
 /// Members whose names are equal up to the first dot are one sample: `000017.jpg` and `000017.cls`. The image is read as `image_folder`
-/// reads a file. Its label is the content of `.cls` (a number or a name) or a key of `.json`. If `masks` is set, its mask is a member
+/// reads a file. Its label is the content of `.cls` (a number, below 0: no label, or a name) or a key of `.json`. If `masks` is set, its mask is a member
 /// such as `000017.mask.png`. Other members are ignored. By default the distinct labels are the classes: numbers in ascending order,
 /// texts in alphabetical order. `classes` overrides this.
 ///

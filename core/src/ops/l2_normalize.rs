@@ -3,7 +3,7 @@
 use crate::cuda::args;
 use crate::tensor::blocks::*;
 use crate::tensor::{Grads, Op, Real};
-use crate::{cuda_source, dispatch_real, simd, DType, Result, Tensor};
+use crate::{cuda_source, dispatch_real, simd, DType, Error, Result, Tensor};
 
 cuda_source! { static L2_NORMALIZE = "l2_normalize" { include_str!("l2_normalize.cu") } }
 
@@ -37,8 +37,11 @@ impl Op for L2Normalize {
     fn forward(&mut self, inputs: &[&Tensor], save: bool) -> Result<Tensor> {
         let x = inputs[0];
         let d = x.last_dim();
+        if d == 0 {
+            return Err(Error::shape("l2_normalize", format!("rows of {:?} have no element", x.shape())));
+        }
         let mut out = Tensor::uninit(x.shape(), x.dtype());
-        let rows = x.len() / d.max(1);
+        let rows = x.len() / d;
         if let Some(gpu) = x.gpu() {
             let mut scale = Tensor::uninit(&[rows], DType::F32);
             let bytes = (2 * x.len() * x.dtype().size()) as f64;

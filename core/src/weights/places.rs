@@ -10,6 +10,9 @@ use crate::{Error, Result};
 /// The index of a sharded model.
 pub(super) const INDEX_FILE: &str = "model.safetensors.index.json";
 
+/// The usual name of a file of PyTorch.
+const PICKLE_FILE: &str = "pytorch_model.bin";
+
 /// Endings of PyTorch's own files.
 const PICKLES: [&str; 5] = ["pth", "pt", "bin", "ckpt", "pkl"];
 
@@ -75,19 +78,29 @@ pub(super) fn published_in(folder: &Path) -> Result<PathBuf> {
     let found: Vec<&String> = names.iter().filter(|n| ends(n, &[".safetensors", ".safetensors.index.json"])).collect();
     let (problem, help): (String, String) = match found[..] {
         [only] => return Ok(folder.join(only)),
-        [] => match names.iter().find(|name| is_pickle(Path::new(name))) {
-            Some(name) => return Ok(folder.join(name)),
-            None => {
-                let problem = format!("this folder has no {MODEL_FILE} and no {INDEX_FILE}");
-                (problem, "name a safetensors file, or a folder with one under that name".into())
+        [] => {
+            let pickles: Vec<&String> = names.iter().filter(|name| is_pickle(Path::new(name))).collect();
+            let usual = pickles.iter().find(|name| name.as_str() == PICKLE_FILE);
+            match pickles[..] {
+                [only] => return Ok(folder.join(only)),
+                [] => {
+                    let problem = format!("this folder has no {MODEL_FILE} and no {INDEX_FILE}");
+                    (problem, "name a safetensors file, or a folder with one under that name".into())
+                }
+                ref several => match usual {
+                    Some(usual) => return Ok(folder.join(usual)),
+                    None => several_of("PyTorch", several),
+                },
             }
-        },
-        ref several => {
-            let list = several.iter().map(|n| n.as_str()).collect::<Vec<_>>().join(", ");
-            (format!("this folder has several safetensors files: {}", printable(list)), "name one of them".into())
         }
+        ref several => several_of("safetensors", several),
     };
     Err(Error::content(folder, problem, help))
+}
+
+fn several_of(kind: &str, names: &[&String]) -> (String, String) {
+    let list = names.iter().map(|n| n.as_str()).collect::<Vec<_>>().join(", ");
+    (format!("this folder has several {kind} files: {}", printable(list)), "name one of them".into())
 }
 
 /// The snapshot of a model in Hugging Face's cache (`models--<owner>--<name>`); `None` for any other folder.

@@ -63,7 +63,12 @@ pub(super) fn label(root: &Path, paths: &[PathBuf]) -> Labelled {
     }
     let mut count: BTreeMap<&OsStr, usize> = BTreeMap::new();
     let mut loose = Vec::new();
-    for path in paths {
+    // Images that are not used say nothing of classes.
+    let used: Vec<&PathBuf> = match &found.split {
+        Some(parts) => parts.iter().flatten().map(|i| &paths[*i]).collect(),
+        None => paths.iter().collect(),
+    };
+    for path in used {
         match folders(root, path).nth(depth) {
             Some(class) => *count.entry(class).or_default() += 1,
             None => loose.push(path),

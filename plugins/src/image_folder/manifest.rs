@@ -13,7 +13,7 @@ use super::depth::Depths;
 use super::labels::{in_order, Labelled, TEST, TRAIN};
 use super::masks::{MaskConfig, Masks};
 use super::{Beside, Files, ImageFolder, Wanted};
-use crate::packed::{unlabelled, without};
+use crate::packed::{is_none, unlabelled, without, written};
 
 /// The columns that are known.
 const COLUMNS: [&str; 5] = ["path", "label", "split", "mask", "depth"];
@@ -22,7 +22,7 @@ const COLUMNS: [&str; 5] = ["path", "label", "split", "mask", "depth"];
 ///
 /// The columns (or keys) are `path` and, optionally, `label`, `split`, `mask` and `depth`; other columns are ignored and reported. Paths
 /// are relative to `root`. Labels are text or whole numbers: the distinct labels are the classes, numbers in ascending order, texts in
-/// alphabetical order; an empty label means no label. `split` is `train` (`training`), or one of `val`, `valid`, `validation` and `test`
+/// alphabetical order; an empty label, or a number below 0, means no label. `split` is `train` (`training`), or one of `val`, `valid`, `validation` and `test`
 /// (`testing`), which are held out for probes. Images, masks and depths are read as `image_folder` does.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -189,7 +189,8 @@ fn read(file: &Path, root: &Path, notes: &mut Vec<String>) -> Result<Vec<Row>> {
         let path = take("path").ok_or_else(|| {
             Error::content(file, format!("line {line}: there is no `path`"), "name the image's file in a column `path`")
         })?;
-        let (label, split) = (take("label"), take("split"));
+        let label = take("label").and_then(|label| written(&label)).filter(|label| !is_none(label));
+        let split = take("split");
         let [mask, depth] = ["mask", "depth"].map(|column| take(column).map(|path| root.join(path)));
         others.extend(cells.into_keys());
         rows.push(Row { line, path: root.join(path), label, split, mask, depth });

@@ -2,6 +2,7 @@
 
 mod corruption;
 
+use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
@@ -13,7 +14,7 @@ use serde::{Deserialize, Serialize};
 pub use corruption::{Corruption, STRENGTHS};
 
 use crate::knn::Knn;
-use crate::probe_data::{draw_two, Look};
+use crate::probe_data::{draw_two, Features, Look};
 
 /// Nearest-neighbour classification of corrupted images among clean ones.
 ///
@@ -65,8 +66,11 @@ impl Probe for Robustness {
         let [train, test] = draw_two(context, self.train_samples.get(), self.test_samples.get());
         let known = Look::cls(context.train, &train).features(context)?;
         let knn = Knn { k: self.k, ..Knn::default() };
-        let right = |features| -> Result<Vec<f64>> {
-            Ok(knn.right(&known, &features)?.into_iter().map(|image| f64::from(u8::from(image[0]))).collect())
+        // By sample, since one that could be read may be missing from a later pass.
+        let right = |features: Features| -> Result<BTreeMap<usize, f64>> {
+            let labelled = features.truth.iter().zip(&features.sources).filter(|(truth, _)| truth.label.is_some());
+            let right = knn.right(&known, &features)?.into_iter().map(|image| f64::from(u8::from(image[0])));
+            Ok(labelled.map(|(_, (sample, _))| *sample).zip(right).collect())
         };
         let clean = right(Look::cls(context.test, &test).features(context)?)?;
         if clean.is_empty() {
@@ -74,19 +78,22 @@ impl Probe for Robustness {
             return Err(Error::user("probe `robustness`: no test image has a label", help));
         }
         let (size, seed) = (context.image_size, context.seed);
-        let mut sums = vec![0.0; clean.len()];
+        let mut sums: BTreeMap<usize, [f64; 2]> =
+            clean.into_iter().map(|(sample, right)| (sample, [right, 0.0])).collect();
         let mut details = Vec::new();
         for &corruption in &self.corruptions {
             for strength in 1..=STRENGTHS {
                 let change = |index: usize, image| corruption.apply(image, size, strength, seed, index);
                 let right = right(Look::cls(context.test, &test).changed(&change).features(context)?)?;
-                sums.iter_mut().zip(&right).for_each(|(sum, right)| *sum += right);
-                details.push(Score::mean(format!("{}/{strength}", corruption.name()), right).as_detail());
+                sums.retain(|sample, _| right.contains_key(sample));
+                sums.iter_mut().for_each(|(sample, sum)| sum[1] += right[sample]);
+                let name = format!("{}/{strength}", corruption.name());
+                details.push(Score::mean(name, right.into_values()).as_detail());
             }
         }
-        let corrupted = sums.into_iter().map(|sum| sum / details.len() as f64);
+        let passes = details.len() as f64;
         let images: Arc<[Vec<f64>]> =
-            clean.iter().zip(corrupted).map(|(clean, corrupted)| vec![*clean, corrupted, 1.0]).collect();
+            sums.into_values().map(|[clean, corrupted]| vec![clean, corrupted / passes, 1.0]).collect();
         let score = |name: &'static str, of: fn(&[f64]) -> f64| {
             Score::of(name, Parts { images: images.clone(), score: Arc::new(of) })
         };
@@ -118,6 +125,10 @@ plugin!(Probe, "robustness", Robustness);
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use dinolab_core::contract::{Dataset, Sample};
+
     use super::*;
     use crate::probe_data::testing::{perfect, random, run, Halves};
 
@@ -129,6 +140,37 @@ mod tests {
         assert_eq!(value("clean"), 1.0);
         assert!(value("blur/1") > 0.95 && value("noise/5") < 0.8, "{scores:?}");
         assert!((value("kept") - value("corrupted")).abs() < 1e-12 && value("kept") < 1.0);
+    }
+
+    /// Images of which one can be read once.
+    #[derive(Debug)]
+    struct Fails {
+        all: Halves,
+        read: AtomicUsize,
+    }
+
+    impl Dataset for Fails {
+        fn len(&self) -> usize {
+            self.all.len()
+        }
+        fn get(&self, index: usize) -> Result<Sample> {
+            match index == 4 && self.read.fetch_add(1, Ordering::Relaxed) > 0 {
+                true => Err(Error::user("it is gone", "put it back")),
+                false => self.all.get(index),
+            }
+        }
+        fn classes(&self) -> usize {
+            self.all.classes()
+        }
+    }
+
+    #[test]
+    fn an_image_that_is_missing_from_one_pass_counts_in_none() {
+        let [train, test] = [30, 10].map(|len| Halves { len, width: 32, height: 32 });
+        let test = Fails { all: test, read: AtomicUsize::new(0) };
+        let scores = run(&Robustness::default(), &train, &test, &perfect);
+        let images = |i: usize| scores[i].parts.as_ref().map(|parts| parts.images.len());
+        assert_eq!([images(0), images(1), images(2), images(3)], [Some(9); 4], "{scores:?}");
     }
 
     #[test]

@@ -372,6 +372,15 @@ fn exact_copies_are_named() {
 }
 
 #[test]
+fn what_lies_in_a_folder_that_is_not_used_says_nothing_of_classes() {
+    let parts = ["train/cat/1.jpg", "train/dog/2.jpg", "val/cat/3.jpg", "val/dog/4.jpg"];
+    let folder = folder_of(&[&parts[..], &["test/5.jpg", "test/bird/6.jpg"]].concat());
+    let dataset = open(folder.path(), 0.0).unwrap();
+    assert_eq!((dataset.len(), dataset.classes(), dataset.get(1).unwrap().label), (2, 2, Some(1)));
+    assert!(said(&dataset).contains("2 files in other folders beside them are not used"), "{}", said(&dataset));
+}
+
+#[test]
 fn images_that_are_held_out_and_trained_on_are_told() {
     let folder = folder_of(&["a/1.jpg", "b/1.jpg", "b/2.jpg"]);
     let with_val = |val: &str| {

@@ -283,7 +283,7 @@ fn tables_in_both_formats_say_the_same() {
     let lines = [
         json!({ "path": "images/cat/a.png", "label": 10, "split": "train", "mask": "masks/cat/a.png" }),
         json!({ "path": "images/cat/b.png", "label": "9", "split": "VAL", "mask": "masks/cat/b.png", "photographer": "y" }),
-        json!({ "path": "images/dog/a.png", "label": null, "split": "train" }),
+        json!({ "path": "images/dog/a.png", "label": -1, "split": "train" }),
     ];
     lab.write("all.jsonl", lines.map(|line| line.to_string()).join("\n"));
     for table in ["all.csv", "all.jsonl"] {

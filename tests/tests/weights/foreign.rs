@@ -417,6 +417,10 @@ fn a_file_that_is_something_else_is_named_as_that() {
     is_refused(&good, &[("config.json", pointer)], &["config.json", "Git LFS pointer"]);
     is_refused(&good, &[("config.json", "{\"model_type\": ")], &["config.json", "not JSON"]);
     is_refused(&Tensors::new(), &[("pytorch_model.bin", "PK")], &["not a PyTorch file"]);
+    // Of several files the one with the usual name is meant, and without it none.
+    let beside = [("optimizer.pt", "PK"), ("pytorch_model.bin", "PK")];
+    is_refused(&Tensors::new(), &beside, &["pytorch_model.bin: this is not a PyTorch file"]);
+    is_refused(&Tensors::new(), &[("a.pth", "PK"), ("b.pth", "PK")], &["several PyTorch files: a.pth, b.pth"]);
 }
 
 #[test]

@@ -229,7 +229,8 @@ fn upright(
         ImageFormat::WebP => (whole(bytes, format)?.0, webp::exif(bytes)?.and_then(|exif| of_exif(&exif))),
         ImageFormat::Tiff => {
             tiff::check(bytes)?;
-            whole(bytes, format)?
+            let (image, orientation) = whole(bytes, format)?;
+            (if tiff::is_associated(bytes) { pixels::straight(image) } else { image }, orientation)
         }
         _ => (whole(bytes, format)?.0, None),
     };
@@ -292,6 +293,25 @@ mod tests {
     fn wholes() -> &'static [Vec<u8>] {
         static FILES: std::sync::OnceLock<Vec<Vec<u8>>> = std::sync::OnceLock::new();
         FILES.get_or_init(encode_all)
+    }
+
+    #[test]
+    fn colours_of_a_tiff_that_are_multiplied_by_the_opacity_are_told_from_others() {
+        use ::tiff::encoder::{colortype::RGBA8, TiffEncoder};
+        let first = |extra: u16| {
+            let mut bytes = Cursor::new(Vec::new());
+            let mut encoder = TiffEncoder::new(&mut bytes).unwrap();
+            let mut image = encoder.new_image::<RGBA8>(3, 2).unwrap();
+            // What the fourth sample is: 2 an opacity that colours are not multiplied by, 1 one that they are.
+            image.encoder().write_tag(::tiff::tags::Tag::ExtraSamples, &[extra][..]).unwrap();
+            image.write_data(&[100, 60, 0, 128].repeat(6)).unwrap();
+            decode(bytes.get_ref(), [200; 3], &Known::default()).unwrap().get_pixel(0, 0).0
+        };
+        let over = |c: u8, opacity: f64| (f64::from(c) * opacity + 200.0 * (127.0 / 255.0)).round() as u8;
+        for (extra, opacity) in [(2, 128.0 / 255.0), (1, 1.0)] {
+            let (found, expected) = (first(extra), [100, 60, 0].map(|c| over(c, opacity)));
+            assert!(found.iter().zip(expected).all(|(a, b)| a.abs_diff(b) <= 1), "{extra}: {found:?}, {expected:?}");
+        }
     }
 
     fn encode_all() -> Vec<Vec<u8>> {

@@ -99,6 +99,28 @@ pub(super) fn as_wanted(image: DynamicImage, wanted: &Wanted) -> Result<Sample, 
     })
 }
 
+/// An image whose colours are multiplied by its opacity, with colours as they are beside it.
+pub(super) fn straight(mut image: DynamicImage) -> DynamicImage {
+    fn divide<const N: usize, T: Copy + Into<u64> + TryFrom<u64>>(raw: &mut [T], whole: u64) {
+        for pixel in raw.as_chunks_mut::<N>().0 {
+            let (alpha, colours) = pixel.split_last_mut().expect("it has an opacity");
+            let alpha = (*alpha).into();
+            for colour in colours {
+                let straight = ((*colour).into() * whole + alpha / 2).checked_div(alpha).unwrap_or(0).min(whole);
+                *colour = T::try_from(straight).ok().expect("at most the greatest value");
+            }
+        }
+    }
+    match &mut image {
+        DynamicImage::ImageLumaA8(image) => divide::<2, u8>(image, 255),
+        DynamicImage::ImageRgba8(image) => divide::<4, u8>(image, 255),
+        DynamicImage::ImageLumaA16(image) => divide::<2, u16>(image, 65535),
+        DynamicImage::ImageRgba16(image) => divide::<4, u16>(image, 65535),
+        _ => {}
+    }
+    image
+}
+
 /// Colours and opacity of 16 bits over a background of 8.
 fn over_16(raw: &[u16], background: [u8; 3]) -> Vec<u16> {
     let mut out = Vec::with_capacity(raw.len() / 4 * 3);
@@ -181,5 +203,22 @@ mod tests {
         for fine in [grey(|_| 0), grey(|x| (x / 8 * 257) as u16), grey(|x| (x * 1000) as u16)] {
             assert!(to_rgb8(fine, [255; 3]).is_ok());
         }
+    }
+
+    #[test]
+    fn colours_that_are_multiplied_by_the_opacity_lie_over_a_background_once() {
+        let straight_8 =
+            RgbaImage::from_raw(4, 1, vec![200, 100, 0, 255, 200, 100, 0, 128, 9, 9, 9, 0, 250, 60, 3, 77]);
+        let straight_8 = straight_8.unwrap();
+        let multiplied = RgbaImage::from_fn(4, 1, |x, y| {
+            let [r, g, b, a] = straight_8.get_pixel(x, y).0;
+            let of = |c: u8| ((u32::from(c) * u32::from(a) + 127) / 255) as u8;
+            Rgba([of(r), of(g), of(b), a])
+        });
+        let on_grey = |image: DynamicImage| to_rgb8(image, [90; 3]).unwrap().into_raw();
+        let (expected, found) = (on_grey(straight_8.into()), on_grey(straight(multiplied.clone().into())));
+        assert!(expected.iter().zip(&found).all(|(a, b)| a.abs_diff(*b) <= 1), "{expected:?} {found:?}");
+        let wide = straight(DynamicImage::from(multiplied).into_rgba16().into());
+        assert!(expected.iter().zip(on_grey(wide)).all(|(a, b)| a.abs_diff(b) <= 1));
     }
 }

@@ -6,7 +6,7 @@ use std::io::Cursor;
 
 use dinolab_core::contract::Sample;
 use tiff::decoder::{Decoder, DecodingResult, Limits};
-use tiff::tags::{ByteOrder, CompressionMethod, PhotometricInterpretation, PlanarConfiguration, Tag};
+use tiff::tags::{ByteOrder, CompressionMethod, PhotometricInterpretation, PlanarConfiguration, Tag, Type};
 
 use super::{affordable, check_channels, no_memory, pixels, Refusal, Wanted};
 
@@ -30,6 +30,12 @@ pub(super) fn check(bytes: &[u8]) -> Result<(), Refusal> {
         }
     }
     Ok(())
+}
+
+/// Whether the colours of the first picture of a TIFF are multiplied by its opacity.
+pub(super) fn is_associated(bytes: &[u8]) -> bool {
+    let extra = |mut decoder: Decoder<_>| decoder.find_tag_unsigned_vec::<u16>(Tag::ExtraSamples);
+    Decoder::new(Cursor::new(bytes)).and_then(extra).is_ok_and(|extra| extra.is_some_and(|extra| extra[..1] == [1]))
 }
 
 /// The first picture of a TIFF with every sample of its pixels, whatever they are said to mean.
@@ -100,6 +106,7 @@ fn as_samples(bytes: &[u8]) -> Result<Cow<'_, [u8]>, Refusal> {
     let (head, entry, value) = if big { (8, 20, 12) } else { (2, 12, 8) };
     let little = decoder.byte_order() == ByteOrder::LittleEndian;
     let short = |x: u16| if little { x.to_le_bytes() } else { x.to_be_bytes() };
+    let long = |x: u32| if little { x.to_le_bytes() } else { x.to_be_bytes() };
     let first = decoder.ifd_pointer().map_or(0, |at| at.0) as usize;
     let mut bytes = bytes.to_vec();
     let entries = (first.saturating_add(head)..bytes.len().saturating_sub(entry)).step_by(entry);
@@ -107,6 +114,11 @@ fn as_samples(bytes: &[u8]) -> Result<Cow<'_, [u8]>, Refusal> {
     let Some(at) = entries.into_iter().find(|&at| bytes[at..at + 2] == tag) else {
         return Err("the file is cut short".into());
     };
-    bytes[at + value..at + value + 2].copy_from_slice(&short(BlackIsZero.to_u16()));
+    // The meaning is a SHORT, and some writers make it a LONG.
+    let meaning = BlackIsZero.to_u16();
+    match bytes[at + 2..at + 4] == short(Type::LONG.to_u16()) {
+        true => bytes[at + value..at + value + 4].copy_from_slice(&long(meaning.into())),
+        false => bytes[at + value..at + value + 2].copy_from_slice(&short(meaning)),
+    }
     Ok(bytes.into())
 }
