@@ -49,8 +49,8 @@ enum Command {
     Features(commands::features::Args),
     /// Score trained weights on a dataset by probes, at several image sizes.
     Eval(commands::eval::Args),
-    /// Check the GPU engine: driver, libraries, kernels, operations and a step against the CPU; under a launcher (mpirun, torchrun, srun), also
-    /// the communication between processes.
+    /// Check the GPU engine: driver, libraries, kernels, operations and a step against the CPU; under a launcher (mpirun, torchrun, srun), the
+    /// communication between processes, and between their GPUs, in place of that.
     Doctor(commands::doctor::Args),
     /// Run a captured step again. Steps are captured when a value is not finite.
     Replay(commands::replay::Args),

@@ -94,7 +94,7 @@ pub enum DrawPer {
     /// For every block and kind of crop: the reference's way.
     #[default]
     Block,
-    /// Once a step.
+    /// Once a step, for each kind of crop.
     Step,
 }
 

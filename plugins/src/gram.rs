@@ -16,9 +16,9 @@ pub enum Tokens {
     /// All patches.
     #[default]
     All,
-    /// Patches that were masked for the student, over the whole batch.
+    /// Patches that were masked for the student, over the whole micro-batch.
     Masked,
-    /// Patches that the student saw, over the whole batch.
+    /// Patches that the student saw, over the whole micro-batch.
     Unmasked,
 }
 
@@ -45,11 +45,11 @@ pub enum RemoveNegative {
 pub struct Gram {
     /// L2-normalise the features first.
     pub normalize: bool,
-    /// Compare patches within a crop; otherwise all patches of the batch with each other.
+    /// Compare patches within a crop; otherwise all patches of the micro-batch with each other.
     pub image_level: bool,
     /// Negative similarities that are set to zero first.
     pub remove_negative: RemoveNegative,
-    /// Which patches are compared. Masked and unmasked are compared over the whole batch.
+    /// Which patches are compared. Masked and unmasked are compared over the whole micro-batch.
     pub tokens: Tokens,
     /// Log the loss on masked and on unmasked patches beside it.
     pub log_parts: bool,

@@ -45,7 +45,8 @@ impl Loss for InpaintingLoss {
         let pixels = out.pixels.expect("`needs` asks for pixels").patchify(self.patch)?;
         let rows = pixels.reshape(&[pixels.len() / predicted.last_dim(), predicted.last_dim()])?;
         let rows = rows.gather_rows(out.student.mask_indices)?.cast(context.dtype)?;
-        let numbers = out.mask_share.max(1.0) * predicted.last_dim() as f64;
+        let masked = if out.mask_share > 0.0 { out.mask_share } else { 1.0 };
+        let numbers = masked * predicted.last_dim() as f64;
         predicted.sub(&rows)?.abs()?.sum()?.scale(1.0 / numbers).map(LossValue::of)
     }
 

@@ -19,7 +19,7 @@ pub struct KoLeo {
     /// Nearest neighbours to keep away from.
     #[schemars(range(min = 1, max = 1_000_000))]
     pub topk: usize,
-    /// Look for neighbours inside consecutive groups of this many images; 0: in the whole batch.
+    /// Look for neighbours inside consecutive groups of this many images; 0: in the whole micro-batch.
     #[schemars(range(max = 1_000_000_000))]
     pub group_size: usize,
 }

@@ -256,6 +256,9 @@ fn processes_on_gpus_write_the_files_of_one() {
             run["ranks"]["world"] == world && run["ranks"]["engine"].as_str().is_some_and(|e| e.contains("NCCL 2.23"))
         );
     }
+    let mut doctor = mpi.command(&folder, 2, &["doctor"]);
+    let ended: Ended = emulator::emulate(&mut doctor, &[]).expect("as before").output().expect("it starts").into();
+    assert!(ended.code == 0 && ended.out.contains("sum over GPUs") && ended.out.contains("NCCL"), "{}", ended.out);
 }
 
 #[test]
@@ -316,24 +319,34 @@ fn a_process_that_dies_ends_all_and_nothing_saved_is_lost() {
 fn a_process_that_hangs_is_told_by_those_that_wait_and_ends_all() {
     let folder = Folder::with_micro();
     let Some(mpi) = found().into_iter().next() else { return };
-    let mut command = mpi.command(&folder, 2, &run("hangs", &["steps=4000", "checkpoint.every=2"]));
-    command.env("DINOLAB_TIMEOUT", "2").stdout(Stdio::piped()).stderr(Stdio::piped());
-    let mut child = command.spawn().expect("the launcher starts");
-    let saved = folder.path("hangs/checkpoints/step-00000002");
-    wait_until(&mut child, || saved.exists());
-    let processes = running("hangs");
-    let rank_of = |id: &u32| {
-        let environment = fs::read_to_string(format!("/proc/{id}/environ")).expect("it runs");
-        environment.split('\0').any(|v| v == "OMPI_COMM_WORLD_RANK=1" || v == "PMI_RANK=1")
-    };
-    let follower = processes.iter().find(|id| rank_of(id)).expect("rank 1 runs").to_string();
-    assert!(Command::new("kill").args(["-STOP", &follower]).status().expect("there is a kill command").success());
-    let begin = Instant::now();
-    let ended: Ended = child.wait_with_output().expect("it ends").into();
-    // One that was stopped ends when it is killed.
-    drop(Command::new("kill").args(["-KILL", &follower]).status());
-    assert!(ended.code != 0 && begin.elapsed() < Duration::from_secs(20), "{}", ended.code);
-    assert!(ended.err.contains("rank 0 of 2 on") && ended.err.contains("has waited"), "{}", ended.err);
+    for device in ["cpu", "cuda"] {
+        let out = format!("hangs-{device}");
+        // On GPUs most steps move nothing through the engine.
+        let sets = ["steps=4000", "checkpoint.every=2", "checkpoint.keep_every=2", "log.every=4000", "precision=f32"];
+        let args = run_on(device, &out, &[&sets[..], &["batch.micro_batches=2", "batch.shards=2"]].concat());
+        let mut command = mpi.command(&folder, 2, &args);
+        command.env("DINOLAB_TIMEOUT", "2").stdout(Stdio::piped()).stderr(Stdio::piped());
+        let emulated = device == "cuda";
+        if emulated && (emulator::has_gpu() || emulator::emulate(&mut command, &[]).is_none()) {
+            continue;
+        }
+        let mut child = command.spawn().expect("the launcher starts");
+        let saved = folder.path(&format!("{out}/checkpoints/step-00000002"));
+        wait_until(&mut child, || saved.exists());
+        let processes = running(&out);
+        let rank_of = |id: &u32| {
+            let environment = fs::read_to_string(format!("/proc/{id}/environ")).expect("it runs");
+            environment.split('\0').any(|v| v == "OMPI_COMM_WORLD_RANK=1" || v == "PMI_RANK=1")
+        };
+        let follower = processes.iter().find(|id| rank_of(id)).expect("rank 1 runs").to_string();
+        assert!(Command::new("kill").args(["-STOP", &follower]).status().expect("there is a kill command").success());
+        let begin = Instant::now();
+        let ended: Ended = child.wait_with_output().expect("it ends").into();
+        // One that was stopped ends when it is killed.
+        drop(Command::new("kill").args(["-KILL", &follower]).status());
+        assert!(ended.code != 0 && begin.elapsed() < Duration::from_secs(20), "{}", ended.code);
+        assert!(ended.err.contains("rank 0 of 2 on") && ended.err.contains("has waited"), "{}", ended.err);
+    }
 }
 
 #[test]
@@ -452,6 +465,7 @@ fn what_is_wrong_is_said_once_and_nobody_waits() {
         say(&run("x", &["batch.shards=1"]), 2, &["2 processes cannot share batch.shards = 1"]);
         say(&run("x", &["batch.shard=1"]), 2, &["did you mean"]);
         say(&["ablate", "suite.toml"], 2, &["2 processes of a command that is one process's work"]);
+        say(&["doctor", "--gpu", "1"], 2, &["--gpu is of one process"]);
         // Ranks with other arguments, or another command.
         let words = |command: &str| command.split(' ').map(String::from).collect::<Vec<_>>();
         let both = |first: &str, second: &str, word: &str| {

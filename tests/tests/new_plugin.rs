@@ -140,3 +140,24 @@ fn names_that_cannot_be_are_refused() {
     let ended = folder.run(&["new", "plugin", "mine", "--kind", "probe"]);
     assert!(ended.err.contains("this is there already"), "{}", ended.err);
 }
+
+#[test]
+fn a_new_plugin_in_a_workspace_that_does_not_name_it_is_one_of_its_own() {
+    let folder = Folder::new();
+    folder.write(
+        "Cargo.toml",
+        "# [workspace]\n[workspace]\nmembers = [\"my_*\", \"others/one\"]\nexclude = [\"my_old\"]\n",
+    );
+    for (name, member) in [("my_loss", true), ("my_old", false), ("loss", false)] {
+        folder.succeed(&["new", "plugin", name, "--kind", "loss"]);
+        assert_eq!(!folder.read(&format!("{name}/Cargo.toml")).contains("\n[workspace]\n"), member, "{name}");
+        let root = Command::new(env!("CARGO"))
+            .args(["locate-project", "--workspace", "--message-format", "plain"])
+            .current_dir(folder.path(name))
+            .output()
+            .expect("cargo starts");
+        let root = String::from_utf8_lossy(&root.stdout).trim().to_string();
+        let expected = if member { folder.path("Cargo.toml") } else { folder.path(&format!("{name}/Cargo.toml")) };
+        assert_eq!(std::fs::canonicalize(root).ok(), std::fs::canonicalize(expected).ok(), "{name}");
+    }
+}

@@ -34,17 +34,23 @@ const STEPS: u64 = 4;
 /// What it is given.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Which GPU
-    #[arg(long, default_value_t = 0, value_name = "N")]
-    gpu: usize,
+    /// Which GPU; 0 if not said
+    #[arg(long, value_name = "N")]
+    gpu: Option<usize>,
 }
 
-/// Runs the command: prints what was found and checked. Fails if anything did. Of several ranks the engine that joins them
-/// is checked.
+/// Runs the command: prints what was found and checked. Fails if anything did. Of several ranks it is what joins them, and their
+/// GPUs, that is checked.
 pub fn run(args: &Args) -> Result<ExitCode> {
     if Launch::detect()?.is_some() {
         let work = |comm: &Arc<dyn Comm>| ranks_of(comm);
-        let lead = |lead: &Lead| lead.share(|| work(lead.comm())).map(|text| style::print(&text)).map(|()| 0);
+        let lead = |lead: &Lead| {
+            if args.gpu.is_some() {
+                let problem = "--gpu is of one process, and a launcher gives each of several a GPU of its own";
+                return Err(Error::user(problem, "leave it out; without a launcher a GPU is checked whole"));
+            }
+            lead.share(|| work(lead.comm())).map(|text| style::print(&text)).map(|()| 0)
+        };
         return ranks::run(ranks::Reduce::default(), lead, |comm| train::join_in(comm, || work(comm).map(drop)));
     }
     let mut failures = 0;
@@ -67,19 +73,20 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         let problem = format!("the driver lacks functions that the engine calls: {}", absent.join(", "));
         return Err(Error::user(problem, "update NVIDIA's driver to 525 or newer, or run with --device cpu"));
     }
-    let gpu = Gpu::get(args.gpu)?;
+    let ordinal = args.gpu.unwrap_or(0);
+    let gpu = Gpu::get(ordinal)?;
     let info = gpu.info();
     let (major, minor) = info.capability;
     style::print(&style::table([
-        vec!["device".into(), format!("{} ({} of {})", info.name, args.gpu, Gpu::count()?)],
+        vec!["device".into(), format!("{} ({} of {})", info.name, ordinal, Gpu::count()?)],
         vec!["architecture".into(), format!("{} (compute capability {major}.{minor})", info.arch)],
         vec!["multiprocessors".into(), info.multiprocessors.to_string()],
         vec!["memory".into(), text::bytes(info.memory as f64)],
     ]));
     kernels(gpu)?;
-    failures += operations(Device::Cuda(args.gpu));
+    failures += operations(Device::Cuda(ordinal));
     for (precision, limit) in [("f32", 1e-3), ("bf16", 3e-2)] {
-        failures += step(args.gpu, precision, limit)?;
+        failures += step(ordinal, precision, limit)?;
     }
     if failures > 0 {
         style::print(&format!("\n{failures} checks failed: report them with this output\n"));
@@ -105,28 +112,50 @@ fn ranks_of(comm: &Arc<dyn Comm>) -> Result<String> {
         Tensor::from_slice(&numbers, &[COUNT])
     };
     let expected = Shards::one().sum((0..world).map(part).collect::<Result<_>>()?)?;
-    let ranks = Ranks::new(comm.clone(), world)?;
-    let mut right = true;
     let own = part(rank)?;
-    let mut best = f64::INFINITY;
-    for _ in 0..TIMES {
-        let mut sum = own.to_owned();
-        let begin = Instant::now();
-        ranks.sum(&mut sum)?;
-        best = best.min(begin.elapsed().as_secs_f64());
-        right &= sum.as_bytes() == expected.as_bytes();
+    // The least time of a sum over ranks, in seconds, where the numbers are.
+    let sum_of = |ranks: &Ranks, device: Device| -> Result<f64> {
+        let (mut right, mut best) = (true, f64::INFINITY);
+        for _ in 0..TIMES {
+            let mut sum = own.to(device).to_owned();
+            let begin = Instant::now();
+            ranks.sum(&mut sum)?;
+            let sum = sum.to(Device::Cpu);
+            best = best.min(begin.elapsed().as_secs_f64());
+            right &= sum.as_bytes() == expected.as_bytes();
+        }
+        match comm.gather_text(if right { "" } else { "wrong" })?.iter().all(String::is_empty) {
+            true => Ok(best),
+            false => {
+                let problem = format!("{} gives a sum over {world} ranks other bits than one process", ranks.engine());
+                Err(Error::user(problem, "report this with the versions of launcher and library"))
+            }
+        }
+    };
+    let told = |name: &str, seconds: f64| {
+        // A rank has its share of all numbers from the others, and then the sums of theirs.
+        let bytes = (COUNT * size_of::<f32>()) as f64;
+        let gb = 2.0 * bytes * (world - 1) as f64 / world as f64 / seconds / 1e9;
+        let (mib, ms) = (bytes / f64::from(1 << 20), seconds * 1e3);
+        let sum = format!("{mib:.0} MiB in {ms:.1} ms, {gb:.2} GB/s received a rank; the bits of one process");
+        vec![name.into(), sum]
+    };
+    let ranks = Ranks::new(comm.clone(), world)?;
+    let mut rows: Vec<Vec<String>> =
+        places.into_iter().enumerate().map(|(rank, place)| vec![format!("rank {rank}"), place]).collect();
+    rows.push(vec!["joined by".into(), comm.engine()]);
+    rows.push(told("sum over ranks", sum_of(&ranks, Device::Cpu)?));
+    let gpu = Gpu::get(0).ok();
+    let with_gpu = comm.gather_text(gpu.map_or("", |gpu| &gpu.info().name))?;
+    let count = with_gpu.iter().filter(|name| !name.is_empty()).count();
+    if let Some(gpu) = gpu.filter(|_| count == world) {
+        let ranks = ranks.on(gpu)?;
+        rows.push(vec!["GPUs joined by".into(), ranks.engine()]);
+        rows.push(told("sum over GPUs", sum_of(&ranks, Device::Cuda(gpu.ordinal()))?));
+    } else {
+        rows.push(vec!["GPUs".into(), format!("not checked: {count} of {world} processes see one")]);
     }
-    let all_right = comm.gather_text(if right { "" } else { "wrong" })?.iter().all(String::is_empty);
-    if !all_right {
-        let problem = format!("{} gives a sum over {world} ranks other bits than one process", comm.engine());
-        return Err(Error::user(problem, "report this with the versions of launcher and library"));
-    }
-    let gb = ranks.traffic().bytes as f64 / f64::from(TIMES) / best / 1e9;
-    let rows = places.into_iter().enumerate().map(|(rank, place)| vec![format!("rank {rank}"), place]);
-    let mib = (COUNT * size_of::<f32>()) >> 20;
-    let sum = format!("{mib} MiB in {:.1} ms, {gb:.2} GB/s received a rank; the bits of one process", best * 1e3);
-    let told = [vec!["joined by".into(), comm.engine()], vec!["sum over ranks".into(), sum]];
-    Ok(style::table(rows.chain(told)) + "\nall is well\n")
+    Ok(style::table(rows) + "\nall is well\n")
 }
 
 /// Compiles all kernels, or finds them in the cache; then finds them again.

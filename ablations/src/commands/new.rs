@@ -295,17 +295,36 @@ fn dependency(folder: &str) -> String {
     }
 }
 
-/// Makes the crate a workspace of its own, unless it lies in one.
+/// Makes the crate a workspace of its own, unless it is a member of one.
 fn add_workspace(folder: &Path) -> Result<()> {
-    let above = fs::canonicalize(folder).map_err(Error::io("read", folder))?;
-    let is_workspace =
-        |folder: &Path| fs::read_to_string(folder.join("Cargo.toml")).is_ok_and(|text| text.contains("[workspace]"));
-    if above.ancestors().skip(1).any(is_workspace) {
+    let here = fs::canonicalize(folder).map_err(Error::io("read", folder))?;
+    let workspace = |folder: &Path| {
+        let text = fs::read_to_string(folder.join("Cargo.toml")).ok()?;
+        text.parse::<toml::Table>().ok()?.get("workspace").cloned()
+    };
+    let above = here.ancestors().skip(1).find_map(|above| Some((above, workspace(above)?)));
+    if above.is_some_and(|(above, workspace)| is_member(&workspace, here.strip_prefix(above).expect("it is above"))) {
         return Ok(());
     }
     let path = folder.join("Cargo.toml");
     let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
     write(&path, &format!("{text}\n[workspace]\n"))
+}
+
+/// Whether `[workspace]` names a folder as a member, by `*` in parts of its path too.
+fn is_member(workspace: &toml::Value, folder: &Path) -> bool {
+    let names = |key: &str| workspace.get(key).and_then(toml::Value::as_array).into_iter().flatten();
+    let fits = |part: &str, name: &str| match part.split_once('*') {
+        Some((begin, end)) => name.len() >= begin.len() + end.len() && name.starts_with(begin) && name.ends_with(end),
+        None => part == name,
+    };
+    let is_named = |pattern: &toml::Value| {
+        let Some(pattern) = pattern.as_str() else { return false };
+        let (pattern, path) = (Path::new(pattern).iter(), folder.iter());
+        pattern.clone().count() == path.clone().count()
+            && pattern.zip(path).all(|(part, name)| fits(&part.to_string_lossy(), &name.to_string_lossy()))
+    };
+    names("members").any(is_named) && !names("exclude").any(is_named)
 }
 
 fn write(path: &Path, text: &str) -> Result<()> {

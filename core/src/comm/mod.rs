@@ -95,6 +95,12 @@ pub trait Comm: Send + Sync + std::fmt::Debug {
     /// What moves the bytes, for a person.
     fn engine(&self) -> String;
 
+    /// This rank begins something that other ranks have to do as well, which ends with [`leave_call`](Self::leave_call).
+    fn enter(&self, _what: &'static str) {}
+
+    /// It is done.
+    fn leave_call(&self) {}
+
     /// What this rank waits for in a call that should not take long, and since when.
     fn waits(&self) -> Option<(&'static str, Duration)> {
         None

@@ -224,6 +224,12 @@ impl Comm for Mpi {
     fn engine(&self) -> String {
         self.version.clone()
     }
+    fn enter(&self, what: &'static str) {
+        self.inside.enter(what);
+    }
+    fn leave_call(&self) {
+        self.inside.leave();
+    }
     fn waits(&self) -> Option<(&'static str, Duration)> {
         self.inside.waits()
     }

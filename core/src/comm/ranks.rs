@@ -25,6 +25,15 @@ pub struct Ranks {
     shards: usize,
 }
 
+/// What a rank is in, with others.
+pub(crate) struct Entered(Arc<Watched>);
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        self.0.leave_call();
+    }
+}
+
 impl Ranks {
     /// One rank with all `shards`.
     pub fn one(shards: usize) -> Self {
@@ -58,7 +67,7 @@ impl Ranks {
     ///
     /// # Errors
     /// If NCCL does not join them.
-    pub(crate) fn on(self, gpu: &'static Gpu) -> Result<Self> {
+    pub fn on(self, gpu: &'static Gpu) -> Result<Self> {
         let nccl = (self.world() > 1).then(|| Nccl::join(self.comm.as_ref(), gpu).map(Arc::new)).transpose()?;
         Ok(Self { nccl, ..self })
     }
@@ -76,6 +85,12 @@ impl Ranks {
     /// Whether this rank has the run's folder, and tells the others what to do.
     pub fn leads(&self) -> bool {
         self.rank() == 0
+    }
+
+    /// All ranks begin something on their GPUs, which ends when what is given is dropped: the engine does not see what moves there.
+    pub(crate) fn enter(&self, what: &'static str) -> Entered {
+        self.comm.enter(what);
+        Entered(self.comm.clone())
     }
 
     /// What moves the bytes.

@@ -276,7 +276,9 @@ impl Comm for Store {
             _ => {
                 // A rank may wait long for an order.
                 self.inside.leave();
-                self.read(client, posted.calls, (0, "all"), bytes)
+                let read = self.read(client, posted.calls, (0, "all"), bytes);
+                self.inside.enter("broadcast");
+                read
             }
         })
     }
@@ -297,6 +299,12 @@ impl Comm for Store {
     }
     fn engine(&self) -> String {
         "torchrun's store".into()
+    }
+    fn enter(&self, what: &'static str) {
+        self.inside.enter(what);
+    }
+    fn leave_call(&self) {
+        self.inside.leave();
     }
     fn waits(&self) -> Option<(&'static str, Duration)> {
         self.inside.waits()

@@ -17,21 +17,21 @@ pub struct Traffic {
     pub time: Duration,
 }
 
-/// The call that a rank is in, and since when, for [`Comm::waits`].
+/// The calls that a rank is in, one in the other, and since when, for [`Comm::waits`].
 #[derive(Default)]
-pub(super) struct Inside(Mutex<Option<(&'static str, Instant)>>);
+pub(super) struct Inside(Mutex<Vec<(&'static str, Instant)>>);
 
 impl Inside {
     pub(super) fn enter(&self, what: &'static str) {
-        *lock(&self.0) = Some((what, Instant::now()));
+        lock(&self.0).push((what, Instant::now()));
     }
 
     pub(super) fn leave(&self) {
-        *lock(&self.0) = None;
+        lock(&self.0).pop();
     }
 
     pub(super) fn waits(&self) -> Option<(&'static str, Duration)> {
-        lock(&self.0).map(|(what, since)| (what, since.elapsed()))
+        lock(&self.0).last().map(|(what, since)| (*what, since.elapsed()))
     }
 }
 
@@ -93,6 +93,12 @@ impl Comm for Watched {
     }
     fn engine(&self) -> String {
         self.inner.engine()
+    }
+    fn enter(&self, what: &'static str) {
+        self.inner.enter(what);
+    }
+    fn leave_call(&self) {
+        self.inner.leave_call();
     }
     fn waits(&self) -> Option<(&'static str, Duration)> {
         self.inner.waits()

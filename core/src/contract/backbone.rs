@@ -250,7 +250,7 @@ impl Features {
     }
 }
 
-/// What a model costs: what `dinolab recipe show --cost` adds up (see [`cost`](crate::resolved::cost)).
+/// What a model costs: what `dinolab recipe check --cost` adds up (see [`cost`](crate::resolved::cost)).
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Cost {
     /// Floating-point operations of one forward over the given tokens.

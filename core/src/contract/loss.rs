@@ -207,7 +207,7 @@ pub struct Outputs<'a> {
     pub mask_share: f64,
     /// What the teachers of [`Needs::teachers`] give, by name: see [`teacher`](Self::teacher).
     pub teachers: &'a [(String, NamedTeacher)],
-    /// Pixels of the global crops, normalised: `[G*B, 3, height, width]`; `None` without [`Needs::pixels`].
+    /// Pixels of the global crops, normalised: `[G*B, C, height, width]`; `None` without [`Needs::pixels`].
     pub pixels: Option<&'a Tensor>,
     /// Class of each image: `[B]`, u32; the number of classes where an image has none. `None` without
     /// [`Needs::classes`].

@@ -90,7 +90,7 @@ pub trait PosEncoding: fmt::Debug + Send + Sync {
         Vec::new()
     }
 
-    /// Whether the draw is made anew for every block and kind of crop (the reference's way) or once a step.
+    /// Whether the draw is made anew for every block and kind of crop (the reference's way), or once a step for each kind of crop.
     fn draws_per_block(&self) -> bool {
         true
     }

@@ -9,7 +9,7 @@ use crate::contract::{
 use crate::problem::{Problem, Severity};
 use crate::recipe::{MomentStorage, Precision, ProbeEntry, Recipe};
 use crate::registry::Chosen;
-use crate::step::{build_backbone, build_loss, check_views, declare, Began, Declared, Groups, Share, GLOBALS};
+use crate::step::{build_backbone, build_loss, check_views, declare, from_the_start, Declared, Groups, Share, GLOBALS};
 use crate::{params::ParamBuilder, Error, Result};
 
 /// Everything that is wrong with, or odd about, a recipe whose types and ranges are right.
@@ -526,7 +526,7 @@ fn losses(
 fn views(recipe: &Recipe, problems: &mut Vec<Problem>) {
     let Ok(model) = declare(recipe) else { return };
     let (depth, alone) = (model.backbone.depth(), Share::default());
-    let groups = Groups::new(&recipe.optimizer, &model.layout, depth, alone, Began::new());
+    let groups = Groups::new(&recipe.optimizer, &model.layout, depth, alone, from_the_start);
     problems.extend(groups.err().map(|e| refused("optimizer", e)));
     augmentations(recipe, &model, problems);
     let sides = recipe.crops.variants(None).into_iter().map(|r| r.global_size);

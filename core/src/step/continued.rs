@@ -66,14 +66,13 @@ impl Learner {
 
 /// When the moments of sub-models began: here, if the checkpoint has not all of them, or not of the `same` optimizer.
 fn began(from: &Checkpoint, layout: &Layout, moments: &[&str], same: bool) -> Result<Began> {
-    let mut began = saved::began(&from.optimizer)?;
+    let mut known = saved::began(&from.optimizer)?;
     let there = |module: &str| moments.iter().all(|moment| from.optimizer.has(&format!("{moment}.{module}.")));
-    for module in layout.modules() {
-        if !(same && there(&module)) {
-            began.insert(module, from.updates());
-        }
-    }
-    Ok(began)
+    let began = |module: String| match same && there(&module) {
+        true => known.remove_entry(&module),
+        false => Some((module, from.updates())),
+    };
+    Ok(layout.modules().into_iter().filter_map(began).collect())
 }
 
 impl Weights {

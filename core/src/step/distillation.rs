@@ -110,8 +110,18 @@ pub(super) fn fits(path: &Path, teacher: &Declared, student: &Declared) -> Resul
         return Err(Error::content(path, problem, "choose a teacher that was trained on images of as many channels"));
     }
     for loss in &student.losses {
-        let Some(spec) = loss.needs.targets else { continue };
         let name = &loss.name;
+        let deepest = loss.needs.layers.iter().max().filter(|_| loss.needs.runs_teacher());
+        let depth = if teacher.backbone.gives_layers() { teacher.backbone.depth() } else { 0 };
+        if let Some(layer) = deepest.filter(|layer| **layer > depth) {
+            let problem = match depth {
+                0 => format!("`{name}` reads tokens of inner layers, and the teacher gives none"),
+                _ => format!("`{name}` reads tokens after {layer} blocks, and the teacher has {depth}"),
+            };
+            let help = "name layers that both have, or choose another teacher";
+            return Err(Error::content(path, problem, help));
+        }
+        let Some(spec) = loss.needs.targets else { continue };
         if spec.features {
             let (theirs, ours) = (teacher.backbone.dim(), spec.width);
             if theirs != ours {

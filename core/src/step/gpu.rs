@@ -181,7 +181,9 @@ impl Learner {
     /// [`Learner::step`] on a GPU, after the policies have acted.
     pub(super) fn step_on_gpu(&mut self, at: At, batches: &[Batch], health: bool) -> Result<Report> {
         let mut own = self.gpu_step.take().expect("called for a learner on a GPU");
+        let inside = self.ranks.enter("a step on the GPUs");
         let result = self.run_on_gpu(&mut own, at, batches, health);
+        drop(inside);
         self.gpu_step = Some(own);
         result
     }

@@ -73,7 +73,7 @@ use distillation::TeacherModel;
 use following::follow;
 use gpu::{GpuStep, Kernels};
 pub(crate) use moments::Storage;
-pub(crate) use optimizer::{Began, Groups};
+pub(crate) use optimizer::{from_the_start, Groups};
 use pass::Pass;
 use refusal::{Limits, Refusal};
 use spikes::Spikes;
@@ -140,7 +140,7 @@ impl Learner {
     /// # Errors
     /// As [`new`](Self::new), and if it cannot share the teacher.
     pub fn new_with(recipe: &Recipe, peers: Peers<'_>) -> Result<Self> {
-        let mut learner = Self::unstarted(recipe, peers, |_, _| Ok(Began::new()))?;
+        let mut learner = Self::unstarted(recipe, peers, from_the_start)?;
         let Self { model, weights, teacher, named, kernels, ranks, .. } = &mut learner;
         // Each has parts that only one core can do; together they fill them all.
         let (compiled, drawn) = rayon::join(|| kernels.load(), || weights.student.draw(&model.layout, recipe.seed));
@@ -173,11 +173,11 @@ impl Learner {
         Ok(learner)
     }
 
-    /// All zero; `began` is told the layout and the names of the moments.
+    /// All zero; `began` as in [`Groups::new`].
     fn unstarted(
         recipe: &Recipe,
         peers: Peers<'_>,
-        began: impl FnOnce(&Layout, &[&str]) -> Result<Began>,
+        began: impl FnOnce(&Layout, &[&str]) -> Result<optimizer::Began>,
     ) -> Result<Self> {
         let model = declare(recipe)?;
         let teacher = recipe.teacher.build(&mut ())?;
@@ -185,8 +185,6 @@ impl Learner {
         let named = named_teachers(recipe, &model)?;
         let device = recipe.device()?;
         let dtype = recipe.dtype(device);
-        let plugin = recipe.optimizer.plugin.build(&mut ())?;
-        let began = began(&model.layout, plugin.moments())?;
         let mut optimizer = Groups::new(&recipe.optimizer, &model.layout, model.backbone.depth(), peers.share, began)?;
         if Layers::are_summed(recipe.batch.micro_batches, peers.share.world()) {
             optimizer.sum_by_layer();

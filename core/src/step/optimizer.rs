@@ -48,6 +48,11 @@ pub(crate) struct Groups {
 /// went on from another run. Others had theirs from the start.
 pub(crate) type Began = BTreeMap<String, u64>;
 
+/// All had.
+pub(crate) fn from_the_start(_: &Layout, _: &[&str]) -> Result<Began> {
+    Ok(Began::new())
+}
+
 /// Parameters whose moments have seen the same updates, by their places in the layout.
 pub(super) struct Cohort {
     /// Updates of the run before.
@@ -101,8 +106,8 @@ fn lr_multiplier(spec: &ParamSpec, depth: usize, config: &OptimizerConfig) -> f6
 }
 
 impl Groups {
-    /// The groups of a layout whose backbone has `depth` blocks, for one of the ranks that share it; the moments of some sub-models
-    /// began late.
+    /// The groups of a layout whose backbone has `depth` blocks, for one of the ranks that share it. `began` is told the layout and
+    /// the names of the moments.
     ///
     /// # Errors
     /// If the plugin refuses its keys, or leaves parameters to AdamW without its moments.
@@ -111,9 +116,10 @@ impl Groups {
         layout: &Arc<Layout>,
         depth: usize,
         share: Share,
-        began: Began,
+        began: impl FnOnce(&Layout, &[&str]) -> Result<Began>,
     ) -> Result<Self> {
         let (config, optimizer) = (entry.own.clone(), entry.plugin.build(&mut ())?);
+        let began = began(layout, optimizer.moments())?;
         let names = layout.modules();
         let modules: Vec<_> = names.iter().map(|m| (m.clone(), layout.range_of(&format!("{m}.")))).collect();
         let rule = |spec: &ParamSpec| ParamRule {

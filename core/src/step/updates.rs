@@ -9,7 +9,7 @@ use crate::params::Layout;
 use crate::recipe::OptimizerEntry;
 use crate::{cuda, DType, Device, Result, Tensor};
 
-use super::optimizer::{Began, Groups};
+use super::optimizer::{from_the_start, Groups};
 use super::parts::Share;
 use super::update::DeviceUpdate;
 use super::{Limits, ParamRule, Weights};
@@ -36,7 +36,7 @@ impl Updates {
         total: u64,
         (device, features): (Device, DType),
     ) -> Result<Self> {
-        let groups = Groups::new(entry, layout, depth, Share::default(), Began::new())?;
+        let groups = Groups::new(entry, layout, depth, Share::default(), from_the_start)?;
         let mut weights = device.with(|| Weights::of_layout(layout, &groups, true, [], features))?;
         weights.student.draw(layout, 0)?;
         let on_gpu = device.gpu().map(|gpu| DeviceUpdate::new(gpu, &groups)).transpose()?;

@@ -215,7 +215,11 @@ pub fn follow(comm: &Arc<dyn Comm>, resolve: &dyn Fn() -> Result<Resolved>, stop
     loop {
         match (Order::next(comm.as_ref())?, &mut member) {
             (Order::End(code), _) => return Ok(code),
-            (order @ Order::Begin { .. }, _) => member = Some(Member::begin(&resolve()?.absolute()?, comm, order)?),
+            (order @ Order::Begin { .. }, before) => {
+                // Of a run that goes back, there may be no memory for two.
+                *before = None;
+                *before = Some(Member::begin(&resolve()?.absolute()?, comm, order)?);
+            }
             (Order::Step(step), Some(member)) => {
                 let broken = member.step(step)?;
                 exchange(comm.as_ref(), Note { stop: stop.load(Ordering::Relaxed), broken })?;

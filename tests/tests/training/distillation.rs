@@ -271,6 +271,22 @@ fn a_student_that_fails_ends_no_other() {
 }
 
 #[test]
+fn layers_that_the_teacher_does_not_have_are_refused() {
+    let folder = with_students();
+    for layer in [2, 3] {
+        let (out, set) = (format!("out-{layer}"), format!("losses.cka.layer={layer}"));
+        let sets = ["--set", "backbone.depth=3", "--set", "steps=2", "--set", &set];
+        let ended = folder.run(&[&["train", "student.toml", "--out", &out], &sets[..]].concat());
+        match layer {
+            2 => assert_eq!(ended.code, 0, "{}", ended.err),
+            _ => assert!(
+                ended.code == 2 && ended.err.contains("`cka` reads tokens after 3 blocks, and the teacher has 2")
+            ),
+        }
+    }
+}
+
+#[test]
 fn students_that_cannot_share_a_teacher_are_refused_before_any_begins() {
     let folder = with_students();
     let other = |name: &str, text: &str| {

@@ -142,6 +142,9 @@ fn measure(args: &Args, resolved: &Resolved, comm: &Arc<dyn Comm>, begin: Instan
     let (warmup, steps) = (u64::from(args.warmup), u64::from(args.steps));
     let (mut times, mut first_step_s, mut before) = (Vec::new(), None, Traffic::default());
     for step in 0..warmup + steps {
+        if step == warmup {
+            before = learner.ranks().traffic();
+        }
         let (report, ms) = timed(gpu, || learner.step(step, &ready, false))?;
         first_step_s.get_or_insert_with(|| begin.elapsed().as_secs_f64());
         if let Some(what) = report.non_finite {
@@ -150,8 +153,6 @@ fn measure(args: &Args, resolved: &Resolved, comm: &Arc<dyn Comm>, begin: Instan
         }
         if step >= warmup {
             times.push(ms);
-        } else {
-            before = learner.ranks().traffic();
         }
     }
     let peak = match gpu {
@@ -186,7 +187,8 @@ fn measure(args: &Args, resolved: &Resolved, comm: &Arc<dyn Comm>, begin: Instan
         gflop_per_image: cost.flops_per_image / 1e9,
         tflop_per_s,
         ceiling,
-        mfu: ceiling.map(|c| tflop_per_s / c.tflops),
+        // Of all processes, each of which has its own.
+        mfu: ceiling.map(|c| tflop_per_s / (c.tflops * comm.world() as f64)),
         peak_gib: peak as f64 / f64::from(1 << 30),
         first_step_s: first_step_s.unwrap_or_default(),
         eager: learner.eager_reason().map(String::from),
