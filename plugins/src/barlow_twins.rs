@@ -71,6 +71,10 @@ impl Loss for BarlowTwinsLoss {
     }
 
     fn cost(&self, rows: &LossRows) -> LossCost {
-        self.projector.cost(rows.globals, 0.0)
+        let correlation = (self.config.projector.output as f64).powi(2);
+        let of_projector = self.projector.cost(rows.globals, 0.0);
+        let forward_flops = of_projector.forward_flops + rows.globals * correlation;
+        // As a product, and over the images.
+        LossCost { forward_flops, of_batch: 2.0 * correlation, ..of_projector }
     }
 }

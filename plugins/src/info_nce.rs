@@ -39,12 +39,14 @@ impl Default for InfoNce {
 struct InfoNceLoss {
     config: InfoNce,
     projector: Projector,
+    /// Of a batch.
+    images: usize,
 }
 
 impl InfoNceLoss {
     fn build(config: InfoNce, context: &mut LossContext<'_>) -> Result<Box<dyn Loss>> {
         let projector = Projector::declare(context.params, "projector", context.dim, &config.projector);
-        Ok(Box::new(Self { config, projector }))
+        Ok(Box::new(Self { config, projector, images: context.images }))
     }
 }
 
@@ -72,6 +74,10 @@ impl Loss for InfoNceLoss {
     }
 
     fn cost(&self, rows: &LossRows) -> LossCost {
-        self.projector.cost(rows.globals, 0.0)
+        let (all, output) = (rows.globals * self.images as f64, self.config.projector.output as f64);
+        let of_projector = self.projector.cost(rows.globals, 0.0);
+        let forward_flops = of_projector.forward_flops + 2.0 * rows.globals * all * output;
+        // Similarities, and who is whose partner.
+        LossCost { forward_flops, of_batch: 2.0 * all.powi(2), ..of_projector }
     }
 }

@@ -106,6 +106,7 @@ impl Head {
             activations: student * (activations + bottleneck),
             outputs: student * prototypes,
             targets: teacher * prototypes,
+            ..LossCost::default()
         }
     }
 }

@@ -55,6 +55,7 @@ impl Projector {
             activations: student * self.0.activations(),
             outputs: student * output,
             targets: teacher * output,
+            ..LossCost::default()
         }
     }
 }

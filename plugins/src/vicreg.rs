@@ -102,6 +102,10 @@ impl Loss for VicRegLoss {
     }
 
     fn cost(&self, rows: &LossRows) -> LossCost {
-        self.projector.cost(rows.globals, 0.0)
+        let covariance = (self.config.projector.output as f64).powi(2);
+        let of_projector = self.projector.cost(rows.globals, 0.0);
+        let forward_flops = of_projector.forward_flops + 2.0 * rows.globals * covariance;
+        // Each crop's as a product and over the images: four, of which two have a gradient at a time.
+        LossCost { forward_flops, of_batch: 3.0 * covariance, ..of_projector }
     }
 }

@@ -272,6 +272,9 @@ pub struct LossCost {
     pub outputs: f64,
     /// Numbers of the targets.
     pub targets: f64,
+    /// Numbers of products over the images of a (micro-)batch, such as a covariance, in the type of losses: those of all its images
+    /// together that are kept from forward to backward. There are as many of their gradient.
+    pub of_batch: f64,
 }
 
 /// A loss and what is worth logging about it.

@@ -145,6 +145,8 @@ fn cost_at(
         heads.activations += cost.activations;
         heads.outputs += cost.outputs;
         heads.targets += cost.targets;
+        heads.of_batch += cost.of_batch;
+        most.of_batch = most.of_batch.max(cost.of_batch);
         most.outputs = most.outputs.max(cost.outputs);
         most.targets = most.targets.max(cost.targets);
     }
@@ -186,8 +188,12 @@ fn cost_at(
         (CROPS, number * all * (crops + teacher_pixels)),
         ("teacher's features and targets", number * all * (teacher.features + heads.targets)),
     ]);
+    let wide = recipe.dtype(device).wide().size() as f64;
     memory.extend(match kept + backward >= teaching {
-        true => vec![("activations", number * kept), ("logits and gradients", number * backward)],
+        true => vec![
+            ("activations", number * kept + wide * heads.of_batch),
+            ("logits and gradients", number * backward + wide * most.of_batch),
+        ],
         false => vec![("teacher's logits", number * teaching)],
     });
     let patches = |(count, grid): (usize, Grid)| part * count as f64 * grid.patches() as f64;

@@ -93,6 +93,7 @@ gpu_test!(the_predicted_peak_is_within_a_twentieth_of_what_is_taken, {
     let (before, rest) = RECIPE.split_once("[losses.dino]").expect("it has one");
     let (_, after) = rest.split_once("[losses.gram]").expect("it has one");
     let projector = "projector = { hidden = 512, output = 256, layers = 3 }";
+    let wide = "projector = { hidden = 512, output = 4096, layers = 3 }";
     for loss in [
         "rotation]".to_string(),
         "jigsaw]\nhidden = 128".to_string(),
@@ -100,14 +101,19 @@ gpu_test!(the_predicted_peak_is_within_a_twentieth_of_what_is_taken, {
         "inpainting]".to_string(),
         format!("sigreg]\n{projector}"),
         format!("vicreg]\n{projector}"),
+        format!("vicreg]\n{wide}"),
     ] {
         let recipe = format!("{before}[losses.{loss}\n[losses.gram]{after}");
         // None of them learns from a teacher.
         hold(&loss, &recipe.replace("plugin = \"ema\"", "plugin = \"none\""), gpu);
     }
-    for loss in
-        ["byol]".to_string(), "cka]".to_string(), format!("barlow_twins]\n{projector}"), "info_nce]".to_string()]
-    {
+    for loss in [
+        "byol]".to_string(),
+        "cka]".to_string(),
+        format!("barlow_twins]\n{projector}"),
+        format!("barlow_twins]\n{wide}"),
+        "info_nce]".to_string(),
+    ] {
         hold(&loss, &format!("{before}[losses.{loss}\n[losses.gram]{after}"), gpu);
     }
 });
