@@ -11,6 +11,11 @@
 
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 
+use std::collections::BTreeSet;
+use std::sync::OnceLock;
+
+use dinolab_core::registry;
+
 pub mod cli;
 pub mod cluster;
 pub mod commands;
@@ -31,6 +36,24 @@ pub mod suite;
 
 /// The git revision that this program was built from.
 pub const REVISION: &str = env!("PROGRAM_REVISION");
+
+/// The crates that the revision speaks of.
+const OWN: [&str; 3] = ["dinolab_core", "dinolab_plugins", "dinolab"];
+
+/// The same with the hash of the program where it has plugins of other crates, of which the revision says nothing.
+pub fn build() -> &'static str {
+    static BUILD: OnceLock<String> = OnceLock::new();
+    BUILD.get_or_init(|| {
+        let all = registry::all().into_iter().filter_map(|plugin| plugin.module.split("::").next());
+        let others: BTreeSet<&str> = all.filter(|name| !OWN.contains(name)).collect();
+        if others.is_empty() {
+            return REVISION.into();
+        }
+        let hash = std::env::current_exe().and_then(std::fs::read).map(|program| blake3::hash(&program).to_hex());
+        let hash = hash.map_or("unknown".into(), |hash| hash[..8].to_string());
+        format!("{REVISION} with {} in {hash}", others.into_iter().collect::<Vec<_>>().join(", "))
+    })
+}
 
 // Linked for its registrations.
 use dinolab_plugins as _;

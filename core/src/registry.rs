@@ -115,6 +115,8 @@ pub struct Registration<K: ?Sized + Kind> {
     pub default: bool,
     /// The source file that registers it.
     pub file: &'static str,
+    /// The module that registers it, its crate first.
+    pub module: &'static str,
     /// JSON schema of its config, with docs and defaults.
     pub schema: fn(&mut schemars::SchemaGenerator) -> schemars::Schema,
     /// Reads a table (without `plugin`) and gives it back with every default filled in.
@@ -135,6 +137,8 @@ pub struct PluginInfo {
     pub summary: String,
     /// The source file that registers it.
     pub file: &'static str,
+    /// The module that registers it, its crate first.
+    pub module: &'static str,
     /// JSON schema of its config.
     pub schema: schemars::Schema,
 }
@@ -155,7 +159,14 @@ impl<K: ?Sized + Kind> Registration<K> {
 
     fn info(&'static self) -> PluginInfo {
         let schema = self.root_schema();
-        PluginInfo { kind: K::NAME, name: self.name, summary: self.summary(), file: self.file, schema }
+        PluginInfo {
+            kind: K::NAME,
+            name: self.name,
+            summary: self.summary(),
+            file: self.file,
+            module: self.module,
+            schema,
+        }
     }
 }
 
@@ -212,6 +223,7 @@ macro_rules! plugin {
                 name: $name,
                 default: $default,
                 file: file!(),
+                module: module_path!(),
                 schema: <$config as $crate::schemars::JsonSchema>::json_schema,
                 resolve: $crate::registry::resolve_config::<$config>,
                 build: |value, context| ($build)($crate::registry::read_config::<$config>($name, value)?, context),

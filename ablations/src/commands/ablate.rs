@@ -205,7 +205,7 @@ fn conclude(plan: &Plan, tally: &Tally) -> Result<ExitCode> {
     let command = std::env::args_os().skip(1).map(|word| style::shell(&word.to_string_lossy()));
     let provenance = Provenance {
         version: env!("CARGO_PKG_VERSION").into(),
-        revision: Some(crate::REVISION.to_string()).filter(|r| !r.is_empty()),
+        revision: Some(crate::build().to_string()).filter(|r| !r.is_empty()),
         device: None,
         command: ["dinolab".to_string()].into_iter().chain(command).collect::<Vec<_>>().join(" "),
     };

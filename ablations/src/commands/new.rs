@@ -221,7 +221,7 @@ pub fn run(command: &Command) -> Result<ExitCode> {
         return Err(Error::content(&folder, "this is there already", help));
     }
     let camel: String = name.split('_').map(capitalised).collect();
-    let [core, program] = ["core", "ablations"].map(dependency);
+    let (core, program) = (dependency("core")?, dependency("ablations")?);
     for (path, text) in kind.files() {
         let text = text.replace("my_plugin", name).replace("MyPlugin", &camel).replace("KIND", &kind.name());
         let text = text.replace("DINOLAB", &program).replace("CORE", &core);
@@ -285,13 +285,23 @@ fn capitalised(word: &str) -> String {
 }
 
 /// How the crate depends on one of this program's: on its source where that lies, else on the repository.
-fn dependency(folder: &str) -> String {
+///
+/// # Errors
+/// If neither is known.
+fn dependency(folder: &str) -> Result<String> {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the program's crate is in a workspace");
     if source.join(folder).join("Cargo.toml").exists() {
-        format!("{{ path = {:?} }}", source.join(folder))
-    } else {
-        let revision = crate::REVISION.trim_end_matches("-modified");
-        format!("{{ git = {:?}, rev = {revision:?} }}", env!("CARGO_PKG_REPOSITORY"))
+        return Ok(format!("{{ path = {:?} }}", source.join(folder)));
+    }
+    match env!("CARGO_PKG_REPOSITORY") {
+        "" => {
+            let problem = "the source of this program, which a plugin is compiled with, is not there any more";
+            Err(Error::content(source, problem, "put it back, or build the program anew where it is now"))
+        }
+        url => {
+            let revision = crate::REVISION.split('-').next().unwrap_or_default();
+            Ok(format!("{{ git = {url:?}, rev = {revision:?} }}"))
+        }
     }
 }
 

@@ -65,7 +65,7 @@ impl Prepared for Recipe {
 
     fn run(&self, job: Job<'_>) -> Result<Outcome> {
         let Job { out, resume, stop, save_within, watch } = job;
-        let revision = crate::REVISION.into();
+        let revision = crate::build().into();
         let options = RunOptions { out: out.to_path_buf(), resume, stop, revision, save_within };
         Ok(match train::run(&self.resolved, &options, &mut Watcher(watch))? {
             train::Outcome::Finished(_) => Outcome::Finished,

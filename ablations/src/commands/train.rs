@@ -127,7 +127,7 @@ impl Run {
             out: args.out.clone().unwrap_or_else(named),
             resume: args.resume,
             stop: signals::stop_flag(),
-            revision: crate::REVISION.into(),
+            revision: crate::build().into(),
             save_within: None,
         };
         if options.resume && checkpoint::newest_step(&options.out).is_ok_and(|step| step.is_none()) {

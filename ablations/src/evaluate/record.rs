@@ -215,7 +215,7 @@ impl Evaluation {
         });
         Self {
             dinolab: env!("CARGO_PKG_VERSION"),
-            revision: crate::REVISION,
+            revision: crate::build(),
             data: serde_json::to_value(&plan.data.data).expect("a table is plain data"),
             content: plan.train.summary().content,
             seed: plan.data.seed,

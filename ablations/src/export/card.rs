@@ -74,7 +74,7 @@ pub fn card(about: &About<'_>) -> Result<String> {
         about.library
     );
     let name = recipe.as_ref().map_or_else(|| printable(about.source.path()), |r| r.recipe.name.clone());
-    let (version, revision) = (env!("CARGO_PKG_VERSION"), crate::REVISION);
+    let (version, revision) = (env!("CARGO_PKG_VERSION"), crate::build());
     let command = ["dinolab".to_string()]
         .into_iter()
         .chain(std::env::args_os().skip(1).map(|word| shell(&word.to_string_lossy())))

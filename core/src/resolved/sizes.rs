@@ -87,7 +87,7 @@ pub fn fit_students(recipes: &[&Recipe], device: Device) -> Result<Option<Fit>> 
 pub(super) fn overflow(recipe: &Recipe) -> Option<Problem> {
     let cost = cost_on(recipe, Device::Cpu).ok()?;
     let what = if cost.most_patches > MOST_PATCHES {
-        format!("a micro-batch has {:.1e} patches; they are counted to {:.1e}", cost.most_patches, MOST_PATCHES)
+        format!("has {:.1e} patches in a micro-batch; they are counted to {:.1e}", cost.most_patches, MOST_PATCHES)
     } else if cost.total_memory() > MOST || cost.parameters() > isize::MAX as usize / 8 {
         format!("needs about {}, which no machine has", bytes(cost.total_memory()))
     } else {
@@ -127,10 +127,10 @@ fn worst(recipe: &Recipe, device: Device, cost: &RunCost, (room, what): (f64, St
             while let Some((smaller, _)) = with(&key, half(less)).filter(|smaller| left > room && smaller.0 < left) {
                 (less, left) = (half(less), smaller);
             }
-            let help = format!(
-                "lower it: with {less} it would be {}; `dinolab recipe check --cost` lists the parts",
-                bytes(left)
-            );
+            let help = match left <= room {
+                true => format!("lower it: with {less} it would be {}", bytes(left)),
+                false => format!("lower it and others, or choose a smaller model: all else needs {}", bytes(left)),
+            } + "; `dinolab recipe check --cost` lists the parts";
             Fit { key, message: format!("with {n} the run {what}"), help }
         }
         None => Fit { key: "backbone".into(), message: what, help: "choose a smaller model".into() },

@@ -81,8 +81,10 @@ impl RanksInfo {
 }
 
 /// What a run writes after its recipe.
-const WRITTEN: [&str; 6] =
-    ["metrics.jsonl", "events.jsonl", "messages.jsonl", "run.json", "parents.json", checkpoint::FOLDER];
+const WRITTEN: [&str; 6] = ["metrics.jsonl", "events.jsonl", "messages.jsonl", RUN, "parents.json", checkpoint::FOLDER];
+
+/// Who runs it, on what.
+const RUN: &str = "run.json";
 
 /// The way out where a run cannot go on.
 const ANEW: &str =
@@ -128,8 +130,12 @@ impl RunFolder {
         remove_unfinished(&path)?;
         let recipe_path = path.join("recipe.toml");
         let is_run = checkpoint::newest_step(&path)?.is_some() || path.join(RESULT).exists();
-        if !recipe_path.exists() && !is_run {
-            if let Some(name) = WRITTEN.iter().find(|name| path.join(name).exists()) {
+        let begun = recipe_path.exists() && path.join(RUN).exists();
+        if !begun && !is_run {
+            // A run that was ended before it wrote more leaves its own recipe.
+            let other = fs::read_to_string(&recipe_path).is_ok_and(|text| text != resolved.to_toml());
+            let written = WRITTEN.into_iter().find(|name| path.join(name).exists());
+            if let Some(name) = written.or(other.then_some("recipe.toml")) {
                 let problem = format!("there is no run in this folder, and it has what one would write over: {name}");
                 return Err(Error::content(&path, problem, "move it away, or choose another folder (--out)"));
             }
@@ -228,7 +234,7 @@ impl RunFolder {
             fs::remove_file(&result).map_err(Error::io("remove", &result))?;
         }
         let info = serde_json::to_string_pretty(&info).expect("plain data");
-        write_file(&self.path.join("run.json"), info.as_bytes())?;
+        write_file(&self.path.join(RUN), info.as_bytes())?;
         Ok(notes)
     }
 

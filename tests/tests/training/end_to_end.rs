@@ -80,6 +80,26 @@ fn rare_steps_that_are_not_finite_are_skipped_if_the_recipe_allows_it() {
     assert!(folder.read("run/messages.jsonl").contains("was skipped"));
 }
 
+#[test]
+fn a_recipe_alone_in_a_folder_is_the_users_and_no_run() {
+    let folder = Folder::with_micro();
+    ["own", "begun"].map(|name| fs::create_dir(folder.path(name)).expect("the folder can be written"));
+    folder.write("own/recipe.toml", "extends = \"../micro.toml\"\nsteps = 2\n");
+    for resume in [&[][..], &["--resume"]] {
+        let ended = folder.run(&[&["train", "own/recipe.toml", "--out", "own"][..], resume].concat());
+        assert!(ended.code == 2 && ended.err.contains("no run in this folder"), "{}: {}", ended.code, ended.err);
+    }
+    assert!(folder.read("own/recipe.toml").starts_with("extends"));
+    // What a run left that was ended as soon as it had begun is its own.
+    folder.succeed(&["train", "own/recipe.toml", "--out", "run"]);
+    let recipe = folder.read("run/recipe.toml");
+    folder.write("begun/recipe.toml", &recipe);
+    folder.succeed(&["train", "own/recipe.toml", "--out", "begun", "--resume"]);
+    // The tests' program has plugins of its own, whose code no revision of dinolab tells.
+    let run: serde_json::Value = serde_json::from_str(&folder.read("run/run.json")).expect("JSON");
+    assert!(run["revision"].as_str().is_some_and(|revision| revision.contains(" with ")), "{}", run["revision"]);
+}
+
 /// The most memory the process has held so far, in KiB.
 fn peak_rss(child: &Child) -> Option<u64> {
     let status = fs::read_to_string(format!("/proc/{}/status", child.id())).ok()?;

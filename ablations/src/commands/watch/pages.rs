@@ -96,7 +96,7 @@ impl Pages {
         let suite = Suite::load(self.suite.as_ref().unwrap_or(&origin.file))?;
         let provenance = Provenance {
             version: env!("CARGO_PKG_VERSION").into(),
-            revision: Some(crate::REVISION.to_string()).filter(|r| !r.is_empty()),
+            revision: Some(crate::build().to_string()).filter(|r| !r.is_empty()),
             device: None,
             command: origin.command(&self.folder),
         };
