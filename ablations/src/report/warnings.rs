@@ -73,7 +73,9 @@ pub(super) fn warnings(plan: &Plan, records: &[RunRecord]) -> Vec<String> {
 fn made_of_others(plan: &Plan, records: &[RunRecord]) -> Vec<String> {
     // By what a recipe names: arms may differ in it, and seeds that go on from a trunk have one of their own.
     let mut known = BTreeMap::<(String, String), (&RunRecord, &String)>::new();
+    let mut of_seed = BTreeMap::<(String, String, u64), (&RunRecord, &String)>::new();
     let mut warnings = Vec::new();
+    let of = |record: &RunRecord| format!("{} seed {}", record.arm, record.seed);
     for record in records {
         let Some(run) = plan.all_runs().find(|run| run.arm == record.arm && run.seed == record.seed) else { continue };
         for (key, hash) in &record.made_of {
@@ -82,15 +84,19 @@ fn made_of_others(plan: &Plan, records: &[RunRecord]) -> Vec<String> {
             });
             let Some(Some(named)) = parts else { continue };
             let named = if key == "data" { named.to_string() } else { weights_of(named) };
+            let what = if key == "data" { "data" } else { "weights" };
+            let (pair, of_pair) = *of_seed.entry((key.clone(), named.clone(), record.seed)).or_insert((record, hash));
             let (first, before) = *known.entry((key.clone(), named)).or_insert((record, hash));
-            if before != hash {
-                let of = |record: &RunRecord| format!("{} seed {}", record.arm, record.seed);
+            if of_pair != hash {
+                let (one, two) = (of(pair), of(record));
                 warnings.push(format!(
-                    "{} was made of other {} than {}: files at `{key}` changed between them",
-                    of(record),
-                    if key == "data" { "data" } else { "weights" },
-                    of(first)
+                    "{one} and {two} are paired, and were made of different {what}: files at `{key}` changed between them; \
+                     remove the folder of one to have it run again"
                 ));
+            } else if before != hash {
+                let (one, two) = (of(record), of(first));
+                warnings
+                    .push(format!("{one} was made of other {what} than {two}: files at `{key}` changed between them"));
             }
         }
     }

@@ -199,7 +199,18 @@ impl Suite {
     /// If the file cannot be read, has an unknown key or a wrong type, repeats a seed or an arm name, has fewer than
     /// two arms, or names a baseline that is no arm.
     pub fn load(path: &Path) -> Result<Self> {
+        if path.is_dir() {
+            let help =
+                "name the suite's file, such as ablations/gram_on_off.toml; --out names the folder of its results";
+            return Err(Error::content(path, "this is a folder, no suite", help));
+        }
         let text = read_text(path).map_err(|e| e.error(path))?;
+        // A recipe says what a model is, which no suite does.
+        if text.parse::<toml::Table>().is_ok_and(|table| table.contains_key("backbone") && !table.contains_key("base"))
+        {
+            let help = "train it with `dinolab train`, or name it as the `base` of a suite";
+            return Err(Error::content(path, "this is a recipe, no suite", help));
+        }
         let file: SuiteFile = toml::from_str(&text).map_err(|e| {
             let help = "`dinolab recipe schema suite` prints every key that a suite may have";
             Error::content(path, plain_words(e.to_string().trim_end()), help)

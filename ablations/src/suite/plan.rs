@@ -25,6 +25,12 @@ pub const TRIAL_TRUNK: &str = ".trial-trunk";
 /// Resolves a recipe file with overrides: every default filled in, every check of a recipe passed.
 pub type Prepare<'a> = &'a dyn Fn(&Path, &Overrides) -> Result<Box<dyn Prepared>>;
 
+/// Whether a recipe has a loss or probe of this name that is on.
+fn enabled(recipe: &toml::Table, table: &str, name: &str) -> bool {
+    let entry = recipe.get(table).and_then(|t| t.get(name));
+    entry.is_some_and(|e| e.get("enabled").and_then(Value::as_bool) != Some(false))
+}
+
 /// A resolved recipe that can be run.
 pub trait Prepared {
     /// The resolved recipe.
@@ -221,6 +227,7 @@ impl Plan {
         plan.check_declared()?;
         plan.warnings = plan.metric_warnings();
         plan.warnings.extend(plan.idle_follows());
+        plan.warnings.extend(plan.idle_sets());
         plan.recipe_warnings = plan.gather_recipe_warnings();
         let idle = plan.set.keys().filter_map(|key| {
             let sets = plan.suite.arms.iter().filter(|arm| says(&arm.set, key));
@@ -317,10 +324,7 @@ impl Plan {
         for run in self.first_of_each_arm() {
             if let Some(other) = seen.insert(run.prepared.hash().to_string(), &run.arm) {
                 let problem = format!("arms `{other}` and `{}` resolve to the same recipe", run.arm);
-                let help = format!(
-                    "their overrides change nothing over {}; correct a value, or remove an arm",
-                    self.suite.base.display()
-                );
+                let help = "one of them has to set something else: correct a value, or remove an arm";
                 return Err(Error::content(&self.suite.path, problem, help));
             }
         }
@@ -395,12 +399,32 @@ impl Plan {
         idle.map(|named| format!("`follows` names `{named}`, in which no arm differs from the baseline")).collect()
     }
 
+    /// Keys of losses and probes that an arm sets, and that are off in it.
+    fn idle_sets(&self) -> Vec<String> {
+        let idle = |run: &PlannedRun| {
+            let set = &self.suite.arm(&run.arm).expect("it is an arm of the suite").set;
+            let of_arm = set.iter().filter_map(|(key, value)| {
+                let (table, rest) = key.split_once('.').filter(|(table, _)| ["losses", "probes"].contains(table))?;
+                let (name, own) = rest.split_once('.').map_or((rest, None), |(name, own)| (name, Some(own)));
+                let says_more = match own {
+                    Some(own) => !["enabled", "plugin"].contains(&own),
+                    None => value.as_table().is_some_and(|t| t.keys().any(|k| !["enabled", "plugin"].contains(&k.as_str()))),
+                };
+                (says_more && !enabled(run.prepared.recipe(), table, name)).then(|| {
+                    format!(
+                        "arm `{}` sets {key}, which nothing reads: {table}.{name} is off in it; set {table}.{name}.enabled = true, or \
+                         leave the key out",
+                        run.arm
+                    )
+                })
+            });
+            of_arm.collect::<Vec<_>>()
+        };
+        self.first_of_each_arm().iter().flat_map(idle).collect()
+    }
+
     /// Metrics that no probe or loss of an arm's recipe will give. The smoke runs check the exact names.
     fn metric_warnings(&self) -> Vec<String> {
-        let enabled = |recipe: &toml::Table, table: &str, name: &str| {
-            let entry = recipe.get(table).and_then(|t| t.get(name));
-            entry.is_some_and(|e| e.get("enabled").and_then(Value::as_bool) != Some(false))
-        };
         // With `sizes` a score has one of them in its name.
         let sized = |recipe: &toml::Table, name: &str, metric: &str| {
             let sizes = recipe.get("probes").and_then(|t| t.get(name)).and_then(|t| t.get("sizes"));

@@ -219,7 +219,7 @@ impl RunFolder {
         };
         let mut notes = if resumed { self.compare(&info)? } else { Vec::new() };
         let told = self.changes.iter().filter(|change| change.key != "name");
-        notes.extend(told.map(|change| format!("the run goes on with another {change}")));
+        notes.extend(told.map(|change| format!("the run goes on with a change: {change}")));
         let seams = self.old_steps.map_or(Vec::new(), |old| resolved.seams(old, start));
         if !seams.is_empty() {
             notes.extend(seams.iter().map(ToString::to_string));

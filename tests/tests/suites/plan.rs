@@ -31,6 +31,15 @@ fn arms_that_resolve_to_the_same_recipe_are_refused() {
 }
 
 #[test]
+fn a_key_that_an_arm_sets_and_nothing_reads_is_told() {
+    let off = "\"losses.gram.enabled\" = false";
+    let plan = Lab::new().plan(&suite().replace(off, &format!("{off}, \"losses.gram.weight\" = 3"))).expect("a suite");
+    let said = plan.warnings.join("\n");
+    assert!(said.contains("arm `off` sets losses.gram.weight, which nothing reads: losses.gram is off"), "{said}");
+    assert!(!said.contains("arm `on`") && Lab::new().plan(&suite()).expect("a suite").warnings.is_empty(), "{said}");
+}
+
+#[test]
 fn an_unknown_key_of_a_suite_is_named_with_its_line() {
     let error = refused(&suite().replace("seeds =", "seedz ="));
     assert!(error.contains("seedz") && error.contains("line 5"), "{error}");

@@ -101,16 +101,22 @@ fn runs_that_were_made_of_other_data_or_weights_are_told() {
         .expect("a folder");
     let plan = lab.plan(&suite()).expect("a valid suite");
     lab.execute(&plan, |_| ()).expect("it ran");
-    for (arm, revision, teacher) in [("off", "1", "t"), ("on", "2", "u")] {
+    for (arm, seed, revision, teacher) in
+        [("off", 0, "1", "t"), ("on", 0, "2", "u"), ("off", 1, "1", "v"), ("on", 1, "2", "v")]
+    {
         let info = json!({ "data": "a", "revision": revision, "parents": { "teacher.checkpoint": teacher } });
-        let path = lab.out().join(format!("arms/{arm}/seed-0/run.json"));
+        let path = lab.out().join(format!("arms/{arm}/seed-{seed}/run.json"));
         fs::write(path, info.to_string()).expect("it is there");
     }
     let (summary, _) = report::write(&plan, provenance(), &look).expect("it was written");
     let said = summary.warnings.join("\n");
-    assert!(said.contains("on seed 0 was made of other weights than off seed 0"), "{said}");
+    assert!(said.contains("off seed 0 and on seed 0 are paired, and were made of different weights"), "{said}");
+    assert!(said.contains("off seed 1 was made of other weights than off seed 0"), "{said}");
     assert!(said.contains("`teacher.checkpoint`") && !said.contains("other data"), "{said}");
-    assert!(said.contains("different builds of dinolab: 1 (off seed 0), 2 (on seed 0)"), "{said}");
+    assert!(
+        said.contains("different builds of dinolab: 1 (off seed 0, off seed 1), 2 (on seed 0, on seed 1)"),
+        "{said}"
+    );
 }
 
 #[test]

@@ -83,7 +83,9 @@ fn rare_steps_that_are_not_finite_are_skipped_if_the_recipe_allows_it() {
 #[test]
 fn a_recipe_alone_in_a_folder_is_the_users_and_no_run() {
     let folder = Folder::with_micro();
-    ["own", "begun"].map(|name| fs::create_dir(folder.path(name)).expect("the folder can be written"));
+    for name in ["own", "begun"] {
+        fs::create_dir(folder.path(name)).expect("the folder can be written");
+    }
     folder.write("own/recipe.toml", "extends = \"../micro.toml\"\nsteps = 2\n");
     for resume in [&[][..], &["--resume"]] {
         let ended = folder.run(&[&["train", "own/recipe.toml", "--out", "own"][..], resume].concat());
