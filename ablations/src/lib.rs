@@ -11,7 +11,6 @@
 
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 
-use std::collections::BTreeSet;
 use std::sync::OnceLock;
 
 use dinolab_core::registry;
@@ -44,14 +43,13 @@ const OWN: [&str; 3] = ["dinolab_core", "dinolab_plugins", "dinolab"];
 pub fn build() -> &'static str {
     static BUILD: OnceLock<String> = OnceLock::new();
     BUILD.get_or_init(|| {
-        let all = registry::all().into_iter().filter_map(|plugin| plugin.module.split("::").next());
-        let others: BTreeSet<&str> = all.filter(|name| !OWN.contains(name)).collect();
+        let others: Vec<&str> = registry::crates().into_iter().filter(|name| !OWN.contains(name)).collect();
         if others.is_empty() {
             return REVISION.into();
         }
         let hash = std::env::current_exe().and_then(std::fs::read).map(|program| blake3::hash(&program).to_hex());
         let hash = hash.map_or("unknown".into(), |hash| hash[..8].to_string());
-        format!("{REVISION} with {} in {hash}", others.into_iter().collect::<Vec<_>>().join(", "))
+        format!("{REVISION} with {} in {hash}", others.join(", "))
     })
 }
 

@@ -38,6 +38,7 @@
 
 mod schedule;
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 use serde::de::Error as _;
@@ -79,6 +80,13 @@ macro_rules! kinds {
         pub fn all() -> Vec<PluginInfo> {
             let mut all = Vec::new();
             $(all.extend(plugins::<dyn $contract>().into_iter().map(Registration::info));)*
+            all
+        }
+
+        /// The crates that register plugins.
+        pub fn crates() -> BTreeSet<&'static str> {
+            let mut all = BTreeSet::new();
+            $(all.extend(plugins::<dyn $contract>().iter().filter_map(|plugin| plugin.module.split("::").next()));)*
             all
         }
 
@@ -137,8 +145,6 @@ pub struct PluginInfo {
     pub summary: String,
     /// The source file that registers it.
     pub file: &'static str,
-    /// The module that registers it, its crate first.
-    pub module: &'static str,
     /// JSON schema of its config.
     pub schema: schemars::Schema,
 }
@@ -159,14 +165,7 @@ impl<K: ?Sized + Kind> Registration<K> {
 
     fn info(&'static self) -> PluginInfo {
         let schema = self.root_schema();
-        PluginInfo {
-            kind: K::NAME,
-            name: self.name,
-            summary: self.summary(),
-            file: self.file,
-            module: self.module,
-            schema,
-        }
+        PluginInfo { kind: K::NAME, name: self.name, summary: self.summary(), file: self.file, schema }
     }
 }
 
