@@ -22,6 +22,7 @@ pub mod evaluate;
 pub mod export;
 pub mod features;
 pub mod filmstrip;
+pub mod given;
 pub mod pictures;
 pub mod pulse;
 pub mod ranks;

@@ -16,7 +16,7 @@ use crate::suite::{
     chosen, execute, execute_run, try_arms, ExecuteOptions, LostIn, Overrides, Plan, PlannedRun, Progress, Status,
     Suite, Tally, Tried, DROPPED,
 };
-use crate::{cluster, signals, style};
+use crate::{cluster, given, signals, style};
 
 /// Runs an ablation: every arm of a suite with every seed, then statistics and a report.
 ///
@@ -202,12 +202,11 @@ fn failed(plan: &Plan) -> Result<Vec<(String, String)>> {
 }
 
 fn conclude(plan: &Plan, tally: &Tally) -> Result<ExitCode> {
-    let command = std::env::args_os().skip(1).map(|word| style::shell(&word.to_string_lossy()));
     let provenance = Provenance {
         version: env!("CARGO_PKG_VERSION").into(),
         revision: Some(crate::build().to_string()).filter(|r| !r.is_empty()),
         device: None,
-        command: ["dinolab".to_string()].into_iter().chain(command).collect::<Vec<_>>().join(" "),
+        command: given::command(),
     };
     let (summary, report) = report::write(plan, provenance, &|run| report::look(run, None))?;
     for comparison in &summary.comparisons {

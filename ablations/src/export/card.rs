@@ -10,8 +10,6 @@ use dinolab_core::weights::{ModelInfo, Source};
 use dinolab_core::{Error, Result};
 use serde_json::Value as Json;
 
-use crate::style::shell;
-
 /// The runs that are followed to where a training began: more go in a circle.
 const LONGEST: usize = 100;
 
@@ -75,11 +73,7 @@ pub fn card(about: &About<'_>) -> Result<String> {
     );
     let name = recipe.as_ref().map_or_else(|| printable(about.source.path()), |r| r.recipe.name.clone());
     let (version, revision) = (env!("CARGO_PKG_VERSION"), crate::build());
-    let command = ["dinolab".to_string()]
-        .into_iter()
-        .chain(std::env::args_os().skip(1).map(|word| shell(&word.to_string_lossy())))
-        .collect::<Vec<_>>()
-        .join(" ");
+    let command = crate::given::command();
     write!(
         text,
         "# {name}\n\nFeatures of images, learned without labels. Exported by dinolab {version} ({revision}) with\n\n    {command}\n\n\

@@ -101,6 +101,7 @@ pub(super) fn verdict_word(verdict: super::Verdict) -> &'static str {
         super::Verdict::Suggestive => "suggestive",
         super::Verdict::Inconclusive => "inconclusive",
         super::Verdict::NoInterval => "no interval",
+        super::Verdict::Unlike => "not comparable",
     }
 }
 

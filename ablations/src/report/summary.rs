@@ -202,6 +202,8 @@ pub enum Verdict {
     Inconclusive,
     /// Fewer than two pairs, or all differ by the same: nothing can be said about spread.
     NoInterval,
+    /// The metric is another quantity in the arm than in the baseline: its difference is no result.
+    Unlike,
 }
 
 impl Summary {
@@ -341,12 +343,25 @@ fn compare(plan: &Plan, metric: &Metric, records: &[RunRecord]) -> Vec<Compariso
             sentence: String::new(),
         });
     }
-    let tested: Vec<usize> = (0..comparisons.len()).filter(|&i| comparisons[i].paired.p_value.is_some()).collect();
+    let unlike: Vec<Vec<String>> = comparisons.iter().map(|c| plan.measured_otherwise(&c.arm, &metric.name)).collect();
+    let is_tested = |&i: &usize| unlike[i].is_empty() && comparisons[i].paired.p_value.is_some();
+    let tested: Vec<usize> = (0..comparisons.len()).filter(is_tested).collect();
     let p_values: Vec<f64> = tested.iter().filter_map(|&i| comparisons[i].paired.p_value).collect();
     for (&i, p) in tested.iter().zip(holm(&p_values)) {
         comparisons[i].p_holm = Some(p);
     }
-    for comparison in &mut comparisons {
+    for (comparison, unlike) in comparisons.iter_mut().zip(unlike) {
+        if !unlike.is_empty() {
+            comparison.verdict = Verdict::Unlike;
+            comparison.sentence = format!(
+                "{} is another quantity in {} than in {}, so that their difference is no result: it depends on {}.",
+                metric.name,
+                comparison.arm,
+                comparison.baseline,
+                unlike.join(", ")
+            );
+            continue;
+        }
         // Differences without any spread find everything.
         let spread = comparison.paired.std.filter(|std| *std > 0.0);
         comparison.seeds_for_effect =

@@ -6,11 +6,13 @@
 
 mod changes;
 mod claims;
+mod doubts;
 mod execute;
 mod file;
 mod grid_names;
 mod locks;
 mod options;
+mod places;
 mod plan;
 mod progress;
 mod record;

@@ -16,6 +16,7 @@ use toml::Value;
 
 use super::changes::{changed_keys, said};
 use super::file::{put_over, says, Overrides, Suite};
+use super::places::explained;
 use super::retry::{self, OnOutOfMemory, MICRO_BATCHES};
 use super::trunk::{self, TRUNK};
 
@@ -24,12 +25,6 @@ pub const TRIAL_TRUNK: &str = ".trial-trunk";
 
 /// Resolves a recipe file with overrides: every default filled in, every check of a recipe passed.
 pub type Prepare<'a> = &'a dyn Fn(&Path, &Overrides) -> Result<Box<dyn Prepared>>;
-
-/// Whether a recipe has a loss or probe of this name that is on.
-fn enabled(recipe: &toml::Table, table: &str, name: &str) -> bool {
-    let entry = recipe.get(table).and_then(|t| t.get(name));
-    entry.is_some_and(|e| e.get("enabled").and_then(Value::as_bool) != Some(false))
-}
 
 /// A resolved recipe that can be run.
 pub trait Prepared {
@@ -155,7 +150,7 @@ pub struct Plan {
     pub runs: Vec<PlannedRun>,
     /// One run a seed that its arms go on from, if the suite has a trunk.
     pub trunks: Vec<PlannedRun>,
-    /// Metrics that not every arm measures.
+    /// What a reader of the report must know: metrics that not every arm measures, or not alike, keys that change nothing.
     pub warnings: Vec<String>,
     /// What in the arms' recipes probably does not mean what it says, with the arms it is true of.
     pub recipe_warnings: Vec<String>,
@@ -188,6 +183,8 @@ impl Plan {
         }
         let here = std::path::absolute(&out).map_err(Error::io("find", &out))?;
         let (mut runs, mut trunks) = (Vec::new(), Vec::new());
+        // What is wrong with one arm is no reason to hide what is wrong with the next.
+        let mut refused = Vec::new();
         for &seed in &suite.seeds {
             let number = i64::try_from(seed).map_err(|_| {
                 Error::content(&suite.path, format!("seed {seed} is too large"), "TOML integers end at 2^63 - 1")
@@ -204,30 +201,43 @@ impl Plan {
                 overrides.insert("steps".into(), Value::Integer(trunk.steps as i64));
                 let (arm, dir, base) = (TRUNK.to_string(), trunk::folder(seed), trunk.base.clone());
                 let trial = overrides.clone();
-                let (prepared, hash) =
-                    fitted(&suite, &out.join(&dir), &base, &mut overrides, &|p| p.hash().into(), prepare)?;
-                trunks.push(PlannedRun { arm, seed, dir, base, overrides, trial, prepared, hash });
+                match fitted(&suite, &out.join(&dir), &base, &mut overrides, &|p| p.hash().into(), prepare) {
+                    Ok((prepared, hash)) => {
+                        trunks.push(PlannedRun { arm, seed, dir, base, overrides, trial, prepared, hash });
+                    }
+                    Err(error) => refused.push((TRUNK, error)),
+                }
             }
             for arm in &suite.arms {
                 let mut overrides = from_trunk(with(&arm.set), &out.join(trunk::folder(seed)), false);
                 let trial = from_trunk(with(&arm.set), &out.join(TRIAL_TRUNK), true);
                 let dir = Path::new("arms").join(&arm.name).join(format!("seed-{seed}"));
-                let (arm, base) = (arm.name.clone(), suite.base.clone());
+                let (name, base) = (arm.name.as_str(), suite.base.clone());
                 let hash = |prepared: &dyn Prepared| match suite.trunk {
                     None => prepared.hash().to_string(),
                     Some(_) => hash_anywhere(prepared.recipe(), &here),
                 };
-                let (prepared, hash) = fitted(&suite, &out.join(&dir), &base, &mut overrides, &hash, prepare)?;
-                runs.push(PlannedRun { arm, seed, dir, base, overrides, trial, prepared, hash });
+                match fitted(&suite, &out.join(&dir), &base, &mut overrides, &hash, prepare) {
+                    Ok((prepared, hash)) => {
+                        runs.push(PlannedRun { arm: name.into(), seed, dir, base, overrides, trial, prepared, hash });
+                    }
+                    Err(error) => refused.push((name, error)),
+                }
+            }
+            if !refused.is_empty() {
+                return Err(explained(&suite, &set, refused));
             }
         }
         let mut plan = Self { suite, out, set, runs, trunks, warnings: Vec::new(), recipe_warnings: Vec::new() };
         plan.check_trunk()?;
         plan.check_arms()?;
         plan.check_declared()?;
-        plan.warnings = plan.metric_warnings();
-        plan.warnings.extend(plan.idle_follows());
-        plan.warnings.extend(plan.idle_sets());
+        plan.warnings = plan.doubts();
+        let keys = plan.of_environment();
+        if !keys.is_empty() {
+            let keys = keys.join(", ");
+            plan.warnings.push(format!("variables of the environment change the recipe of all arms, in {keys}"));
+        }
         plan.recipe_warnings = plan.gather_recipe_warnings();
         let idle = plan.set.keys().filter_map(|key| {
             let sets = plan.suite.arms.iter().filter(|arm| says(&arm.set, key));
@@ -311,11 +321,13 @@ impl Plan {
 
     /// What an arm's resolved recipe says otherwise than the baseline's, key by key.
     pub fn differences(&self, arm: &str) -> Vec<(String, Option<String>, Option<String>)> {
-        let recipe = |name: &str| {
-            let run = self.first_of_each_arm().iter().find(|r| r.arm == name);
-            run.expect("every arm has a run with the first seed").prepared.recipe()
-        };
-        changed_keys(recipe(&self.suite.baseline), recipe(arm))
+        changed_keys(self.recipe_of(&self.suite.baseline), self.recipe_of(arm))
+    }
+
+    /// The resolved recipe of an arm with the first seed.
+    pub(super) fn recipe_of(&self, arm: &str) -> &toml::Table {
+        let run = self.first_of_each_arm().iter().find(|run| run.arm == arm);
+        run.expect("every arm has a run with the first seed").prepared.recipe()
     }
 
     /// Two arms that resolve to the same recipe are one arm: their difference would be zero by construction.
@@ -389,72 +401,6 @@ impl Plan {
             }
         };
         arms.into_iter().map(say).collect()
-    }
-
-    /// Keys of `follows` in which no arm differs from the baseline.
-    fn idle_follows(&self) -> Vec<String> {
-        let arms = self.first_of_each_arm().iter().map(|run| &run.arm);
-        let differ: Vec<String> = arms.flat_map(|arm| self.differences(arm)).map(|(key, ..)| key).collect();
-        let idle = self.suite.follows.iter().filter(|named| !differ.iter().any(|key| is_within(key, named)));
-        idle.map(|named| format!("`follows` names `{named}`, in which no arm differs from the baseline")).collect()
-    }
-
-    /// Keys of losses and probes that an arm sets, and that are off in it.
-    fn idle_sets(&self) -> Vec<String> {
-        let idle = |run: &PlannedRun| {
-            let set = &self.suite.arm(&run.arm).expect("it is an arm of the suite").set;
-            let of_arm = set.iter().filter_map(|(key, value)| {
-                let (table, rest) = key.split_once('.').filter(|(table, _)| ["losses", "probes"].contains(table))?;
-                let (name, own) = rest.split_once('.').map_or((rest, None), |(name, own)| (name, Some(own)));
-                let says_more = match own {
-                    Some(own) => !["enabled", "plugin"].contains(&own),
-                    None => value.as_table().is_some_and(|t| t.keys().any(|k| !["enabled", "plugin"].contains(&k.as_str()))),
-                };
-                (says_more && !enabled(run.prepared.recipe(), table, name)).then(|| {
-                    format!(
-                        "arm `{}` sets {key}, which nothing reads: {table}.{name} is off in it; set {table}.{name}.enabled = true, or \
-                         leave the key out",
-                        run.arm
-                    )
-                })
-            });
-            of_arm.collect::<Vec<_>>()
-        };
-        self.first_of_each_arm().iter().flat_map(idle).collect()
-    }
-
-    /// Metrics that no probe or loss of an arm's recipe will give. The smoke runs check the exact names.
-    fn metric_warnings(&self) -> Vec<String> {
-        // With `sizes` a score has one of them in its name.
-        let sized = |recipe: &toml::Table, name: &str, metric: &str| {
-            let sizes = recipe.get("probes").and_then(|t| t.get(name)).and_then(|t| t.get("sizes"));
-            let sizes = sizes.and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
-            let has = |size: &str| sizes.iter().any(|v| v.as_str() == Some(size) || v.to_string() == size);
-            metric.rsplit_once('@').map_or(sizes.is_empty(), |(_, size)| has(size))
-        };
-        let missing = |run: &&PlannedRun, metric: &str| {
-            let mut parts = metric.split('/');
-            match (parts.next(), parts.next()) {
-                (Some("probe"), Some(name)) => {
-                    let recipe = run.prepared.recipe();
-                    !enabled(recipe, "probes", name) || !sized(recipe, name, metric)
-                }
-                (Some("loss"), Some(name)) => name != "total" && !enabled(run.prepared.recipe(), "losses", name),
-                _ => false,
-            }
-        };
-        let warning = |metric: &str| {
-            let without = self.first_of_each_arm().iter().filter(|run| missing(run, metric));
-            let arms: Vec<&str> = without.map(|run| run.arm.as_str()).collect();
-            let which = if arms.len() == self.suite.arms.len() { "any arm".to_string() } else { arms.join(", ") };
-            (!arms.is_empty()).then(|| format!("metric `{metric}` is not measured by {which}"))
-        };
-        // A rule may be of a loss that some arms do not have.
-        let of_rules =
-            self.suite.drop.iter().filter_map(|rule| warning(&rule.metric).filter(|w| w.ends_with("any arm")));
-        let mut all: Vec<String> = self.suite.metrics.iter().filter_map(|m| warning(&m.name)).chain(of_rules).collect();
-        all.dedup();
-        all
     }
 }
 

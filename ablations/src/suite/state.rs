@@ -8,6 +8,7 @@ use dinolab_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 
 use super::file::Overrides;
+use crate::given::program;
 use crate::style::shell;
 
 /// The file in the folder.
@@ -50,7 +51,7 @@ impl Origin {
     pub fn command(&self, out: &Path) -> String {
         let path = |path: &Path| shell(&path.display().to_string());
         let sets = self.set.iter().map(|(key, value)| format!(" --set {}", shell(&format!("{key}={value}"))));
-        format!("dinolab ablate {} --out {}{}", path(&self.file), path(out), sets.collect::<String>())
+        format!("{} ablate {} --out {}{}", program(), path(&self.file), path(out), sets.collect::<String>())
     }
 }
 

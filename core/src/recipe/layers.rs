@@ -40,6 +40,19 @@ pub const ENV_PREFIX: &str = "DINOLAB_";
 /// are told.
 const NO_KEYS: [&str; 9] = ["cache", "cuda_sync", "fuzz", "golden", "mpi", "python", "ranks", "timeout", "write_table"];
 
+/// Variables of the environment that set keys, with their values, in the order of their names.
+pub fn key_variables() -> Vec<(String, String)> {
+    let sets_a_key = |name: &str| {
+        let key = name.get(..ENV_PREFIX.len()).filter(|prefix| prefix.eq_ignore_ascii_case(ENV_PREFIX));
+        key.is_some_and(|_| !NO_KEYS.iter().any(|no_key| name[ENV_PREFIX.len()..].eq_ignore_ascii_case(no_key)))
+    };
+    let variables = std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value)));
+    let variables = variables.filter(|(name, _)| sets_a_key(name));
+    let mut all: Vec<_> = variables.map(|(name, value)| (name, value.to_string_lossy().into_owned())).collect();
+    all.sort();
+    all
+}
+
 /// The version of what recipes say. Files that dinolab writes have it as `schema`; it is no key of a recipe, and a file
 /// without one is of this version.
 pub const SCHEMA: i64 = 1;
@@ -326,6 +339,38 @@ impl RawRecipe {
     /// Where exactly this key was set: [`Origin::Default`] if nobody set it.
     pub fn set_by(&self, key: &str) -> Origin {
         self.origins.get(key).cloned().unwrap_or(Origin::Default)
+    }
+
+    /// What else than `key` was set by those who came after the layer that set it, or beside it on a command line, where a person
+    /// finds it: `--set batch.size=15`, `crops.global_size (a.toml:7)`.
+    pub(crate) fn set_over(&self, key: &str) -> Vec<String> {
+        let at = self.origin(key);
+        let layer = |origin: &Origin| match origin {
+            Origin::Default => 0,
+            Origin::File { source, .. } if source.path != self.path => 1,
+            Origin::File { .. } => 2,
+            Origin::Env(_) => 3,
+            Origin::Set(_) => 4,
+            Origin::Override(_) => 5,
+        };
+        let beside = |of: &Origin| layer(of) == layer(&at) && layer(of) > 2;
+        let is_table = |key: &str| self.get(key).is_some_and(|value| value.as_dict().is_some());
+        let is_later = |name: &str, of: &Origin| {
+            // A seed draws; it makes nothing unfit.
+            let other = !is_table(name) && name != "seed" && name != key;
+            other && at != Origin::Default && (layer(of) > layer(&at) || beside(of))
+        };
+        let mut later: Vec<_> = self.origins.iter().filter(|(name, of)| is_later(name, of)).collect();
+        later.sort_by_key(|(_, of)| std::cmp::Reverse(layer(of)));
+        let mut said: Vec<String> = Vec::new();
+        for (name, of) in later {
+            said.push(match of {
+                Origin::Set(_) | Origin::Env(_) => of.to_string(),
+                _ => format!("{name} ({of})"),
+            });
+        }
+        said.dedup();
+        said
     }
 
     /// Overrides that change nothing.

@@ -22,7 +22,7 @@ pub use beside::*;
 pub use continue_from::ContinueFrom;
 pub use entries::*;
 pub use expected::{Curve, Expected, Spread, MOST_RUNS};
-pub use layers::{is_within, parse_set, read_text, NoText, Overrides, RawRecipe, ENV_PREFIX, SCHEMA};
+pub use layers::{is_within, key_variables, parse_set, read_text, NoText, Overrides, RawRecipe, ENV_PREFIX, SCHEMA};
 pub use schema::*;
 pub use toml_text::toml_value;
 

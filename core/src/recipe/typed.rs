@@ -27,6 +27,9 @@ pub(crate) struct Typed {
     pub(crate) idle: Vec<(String, String)>,
 }
 
+/// Keys of later layers that are named with a problem.
+const MOST_LATER: usize = 6;
+
 impl RawRecipe {
     /// Reads it as a type, with every default filled in.
     ///
@@ -50,6 +53,25 @@ impl RawRecipe {
             true => Ok(()),
             false => Err(problems.into_iter().map(|p| self.place(p)).collect::<Vec<_>>().into()),
         }
+    }
+
+    /// Refuses the recipe if keys do not fit each other: a problem is at one of them, and another may have been set over it.
+    ///
+    /// # Errors
+    /// As [`refuse`](Self::refuse), each with what later layers set.
+    pub(crate) fn refuse_unfit(&self, problems: Vec<Problem>) -> Result<()> {
+        let with_later = |problem: Problem| {
+            let later = self.set_over(&problem.key);
+            if later.is_empty() {
+                return problem;
+            }
+            let more = later.len().saturating_sub(MOST_LATER);
+            let more = if more > 0 { format!(", and {more} more") } else { String::new() };
+            let later = format!("set over it: {}{more}", later[..later.len().min(MOST_LATER)].join(", "));
+            let help = problem.help.as_ref().map_or(later.clone(), |help| format!("{help}\n  {later}"));
+            problem.help(help)
+        };
+        self.refuse(problems.into_iter().map(with_later).collect())
     }
 
     /// With the place where its key was set.

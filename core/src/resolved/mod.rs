@@ -83,7 +83,7 @@ impl Resolved {
         let Typed { recipe, value, idle } = raw.typed()?;
         let (errors, odd): (Vec<_>, Vec<_>) =
             check::check(&recipe).into_iter().partition(|p| p.severity == Severity::Error);
-        raw.refuse(errors)?;
+        raw.refuse_unfit(errors)?;
         let idle = unread::check(&recipe, &raw, idle);
         let odd = odd.into_iter().chain(idle).map(|p| raw.place(p));
         let (warnings, notes) =
@@ -105,7 +105,7 @@ impl Resolved {
     /// # Errors
     /// If a probe needs something that `data` does not have.
     pub fn check_data(&self, data: &dyn Dataset) -> Result<()> {
-        self.raw.refuse(check::check_data(&self.recipe, data))
+        self.raw.refuse_unfit(check::check_data(&self.recipe, data))
     }
 
     /// Checks the weights that the recipe starts from; gives what there is to warn of.

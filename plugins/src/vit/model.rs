@@ -233,7 +233,7 @@ impl Vit {
 }
 
 fn check(config: &VitConfig) -> Result<()> {
-    let bad = |problem: String, help: &str| Err(Error::user(format!("backbone: {problem}"), help));
+    let bad = |problem: String, help: &str| Err(Error::user(problem, help));
     if !config.dim.is_multiple_of(config.heads) {
         let help = "choose heads that divide dim; DINOv3 uses 64 or 128 numbers a head";
         return bad(format!("heads = {} does not divide dim = {}", config.heads, config.dim), help);

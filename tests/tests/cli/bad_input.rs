@@ -232,3 +232,35 @@ fn captures_that_are_none_are_refused() {
     assert_eq!(ended.code, 2);
     assert!(ended.err.contains("text.safetensors") && ended.err.contains("help"), "{}", ended.err);
 }
+
+#[test]
+fn what_is_wrong_with_arms_is_told_of_all_of_them_where_their_file_says_it() {
+    let folder = Folder::with_micro();
+    let suite = "name = \"s\"\nbase = \"micro.toml\"\nseeds = [0]\nmetrics = [\"loss/dino\"]\nbaseline = \"a\"\n\n[set]\nSET\n\n\
+        [[arm]]\nname = \"a\"\nset = { \"losses.koleo.wieght\" = 1 }\n\n[[arm]]\nname = \"b\"\n[arm.set.losses.koleo]\nweight = \"x\"\n";
+    let refused = |set: &str, args: &[&str]| {
+        folder.write("suite.toml", &suite.replace("SET", set));
+        folder.run(&[&["ablate", "suite.toml", "--dry-run"], args].concat()).err
+    };
+    let error = refused("log.every = 5", &[]);
+    for part in [
+        "suite.toml:12:9: losses.koleo.wieght: unknown key (arm `a`)",
+        "suite.toml:17:10: losses.koleo.weight: expected a number",
+        "(arm `b`)",
+    ] {
+        assert!(error.contains(part), "no `{part}` in {error}");
+    }
+    // What all arms have is told once, and without their names.
+    let error = refused("batch.siz = 8", &[]);
+    assert_eq!(error.matches("suite.toml:8:7: batch.siz: unknown key\n").count(), 1, "{error}");
+    let error = refused("", &["--set", "batch.siz=8"]);
+    assert_eq!(error.matches("--set batch.siz=8: batch.siz: unknown key\n").count(), 1, "{error}");
+
+    // Keys that do not fit each other: the one that is told may not be the one that was changed.
+    let fits = suite.replace("wieght", "weight").replace("\"x\"", "2").replace("SET", "batch.size = 1");
+    folder.write("suite.toml", &fits);
+    let error = folder.run(&["ablate", "suite.toml", "--dry-run"]).err;
+    assert!(error.contains("set over it: batch.size (suite.toml)"), "{error}");
+    let error = folder.run(&["recipe", "check", "micro.toml", "--set", "batch.size=1"]).err;
+    assert!(error.contains("set over it: --set batch.size=1"), "{error}");
+}

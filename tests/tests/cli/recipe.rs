@@ -179,6 +179,11 @@ fn explain_says_value_origin_and_reader() {
     let Ended { out, .. } = folder.run(&["recipe", "explain", "backbone.patch_size", &path]);
     assert_eq!(["value", "from", "read by"].map(|n| row(&out, n)), ["16", "default", "backbone plugin `toy_matrix`"]);
     assert_eq!(row(&out, "doc"), "Side of a patch in pixels.");
+    let tiny = root().join("recipes/tiny.toml").to_string_lossy().into_owned();
+    let Ended { out, .. } = folder.run(&["recipe", "explain", "backbone.dim", &tiny]);
+    assert!(out.contains("the preset vit_tiny_test, chosen by") && out.contains("tiny.toml:13"), "{out}");
+    let Ended { code, err, .. } = folder.run(&["recipe", "explain", &path, "steps"]);
+    assert!(code == 2 && err.contains(&format!("dinolab recipe explain steps {path}")), "{err}");
     let Ended { code, err, .. } = folder.run(&["recipe", "explain", "backbone.patchsize", &path]);
     assert_eq!(code, 2);
     assert!(err.contains("did you mean `backbone.patch_size`?"), "{err}");

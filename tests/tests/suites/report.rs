@@ -15,20 +15,41 @@ fn an_effect_that_is_worth_finding_says_what_it_takes() {
     assert!(error.contains("a difference above zero"), "{error}");
 
     let lab = Lab::new();
-    let plan = lab.plan(&format!("effect = {{ \"loss/total\" = 0.01 }}\n{}", suite())).expect("a valid suite");
+    let plan = lab.plan(&format!("effect = {{ \"probe/seg/miou\" = 0.01 }}\n{}", suite())).expect("a valid suite");
     lab.execute(&plan, |_| ()).expect("it ran");
     // Differences of -0.02, 0.01 and 0.04: a standard deviation of 0.03, three times the effect.
-    for (seed, total) in [(0, 0.98), (1, 1.02), (2, 1.06)] {
-        let path = lab.out().join(format!("arms/on/seed-{seed}/result.json"));
-        let metrics = json!({ "probe/seg/miou": 0.5, "loss/total": total });
-        fs::write(path, json!({ "steps": 40, "seconds": 40.0, "metrics": metrics }).to_string()).expect("it is there");
+    for (seed, miou) in [(0, 0.48), (1, 0.51), (2, 0.54)] {
+        for (arm, miou) in [("off", 0.5), ("on", miou)] {
+            let path = lab.out().join(format!("arms/{arm}/seed-{seed}/result.json"));
+            let metrics = json!({ "probe/seg/miou": miou, "loss/total": 1.0 });
+            fs::write(path, json!({ "steps": 40, "seconds": 40.0, "metrics": metrics }).to_string())
+                .expect("it is there");
+        }
     }
     let (summary, _) = report::write(&plan, provenance(), &look).expect("it was written");
-    let loss = summary.comparisons.iter().find(|c| c.metric == "loss/total").expect("it was compared");
-    let seeds = loss.seeds_for_effect.expect("it is in reach");
+    let miou = &summary.comparisons[0];
+    let seeds = miou.seeds_for_effect.expect("it is in reach");
     // 2 + (1.96 + 0.84)² · 9 = 73 by the normal approximation.
     assert!((71..=75).contains(&seeds), "{seeds}");
-    assert!(loss.sentence.contains(&format!("To find a difference of 0.01 four times in five takes {seeds} seeds")));
+    assert!(miou.sentence.contains(&format!("To find a difference of 0.01 four times in five takes {seeds} seeds")));
+}
+
+#[test]
+fn a_metric_that_is_another_quantity_in_an_arm_gets_no_verdict() {
+    let lab = Lab::new();
+    let plan = lab.plan(&suite()).expect("a valid suite");
+    assert!(plan.warnings[0].contains("`loss/total` is another quantity in on"), "{:?}", plan.warnings);
+    assert_eq!(plan.measured_otherwise("on", "loss/total"), ["losses.gram.enabled"]);
+    for alike in ["loss/gram", "loss/dino", "probe/seg/miou", "health/param_norm"] {
+        assert_eq!(plan.measured_otherwise("on", alike), [""; 0], "{alike}");
+    }
+    lab.execute(&plan, |_| ()).expect("it ran");
+    let (summary, _) = report::write(&plan, provenance(), &look).expect("it was written");
+    let [miou, total] = &summary.comparisons[..] else { panic!("two metrics of one arm") };
+    assert_eq!((miou.verdict, total.verdict, total.p_holm), (Verdict::Higher, Verdict::Unlike, None));
+    assert!(total.sentence.contains("their difference is no result: it depends on losses.gram.enabled"));
+    let page = fs::read_to_string(lab.out().join("summary.md")).expect("it was written");
+    assert!(page.contains("| not comparable |"), "{page}");
 }
 
 /// The suite with a head that says what it gave.

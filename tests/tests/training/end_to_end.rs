@@ -331,7 +331,8 @@ baseline = "optimizer.lr=0.001"
 fn a_killed_suite_goes_on_to_the_same_report() {
     let folder = Folder::with_micro();
     folder.write("suite.toml", SUITE);
-    folder.succeed(&["ablate", "suite.toml", "--out", "whole"]);
+    let ended = folder.run_with(&[("DINOLAB_CHECKPOINT__EVERY", "3")], &["ablate", "suite.toml", "--out", "whole"]);
+    assert_eq!(ended.code, 0, "{}", ended.err);
     let args = ["ablate", "suite.toml", "--out", "killed"];
     let mut child = folder.start(&args);
     wait_until(&mut child, || folder.path("killed/arms/optimizer.lr=0.002/seed-0/checkpoints").exists());
@@ -347,6 +348,13 @@ fn a_killed_suite_goes_on_to_the_same_report() {
         summary["comparisons"].clone()
     };
     assert_eq!(comparisons("whole"), comparisons("killed"));
+
+    // The command that gives it again has what the environment said, and the name of the program with these plugins.
+    let summary: serde_json::Value = serde_json::from_str(&folder.read("whole/summary.json")).expect("JSON");
+    let command = "DINOLAB_CHECKPOINT__EVERY=3 with_plugins ablate suite.toml --out whole";
+    assert_eq!(summary["provenance"]["command"], command);
+    let said = "variables of the environment change the recipe of all arms, in checkpoint.every";
+    assert!(summary["warnings"].to_string().contains(said), "{}", summary["warnings"]);
 }
 
 fn files(folder: &str, ending: &str) -> Vec<PathBuf> {

@@ -5,12 +5,22 @@ use std::path::Path;
 use dinolab_core::problem::{nearest, Origin, Problem};
 use dinolab_core::recipe::{describe::Guide, toml_value, Overrides};
 use dinolab_core::resolved::Resolved;
-use dinolab_core::Result;
+use dinolab_core::text::printable;
+use dinolab_core::{Error, Result};
 
-use crate::style;
+use crate::style::{self, shell};
+
+/// A dotted key as a JSON pointer.
+fn pointer_of(key: &str) -> String {
+    format!("/{}", key.replace('.', "/"))
+}
 
 /// Runs the command.
 pub(super) fn run(key: &str, path: &Path, overrides: &Overrides) -> Result<()> {
+    if Path::new(key).exists() && !path.exists() {
+        let help = format!("the key comes first: dinolab recipe explain {} {}", shell(&printable(path)), shell(key));
+        return Err(Error::user(format!("{}: there is no such recipe", printable(path)), help));
+    }
     let resolved = Resolved::load(path, overrides)?;
     let guide = Guide::default();
     // The resolved recipe names every plugin, also those that were defaults.
@@ -36,9 +46,18 @@ pub(super) fn run(key: &str, path: &Path, overrides: &Overrides) -> Result<()> {
             return unknown(named.keys().map(|name| format!("{table}.{name}")).collect());
         }
     }
-    let pointer = format!("/{}", key.replace('.', "/"));
+    let pointer = pointer_of(key);
     let from = match (resolved.raw.set_by(key), resolved.value.pointer(&pointer)) {
         (Origin::Default, Some(v)) if v.is_object() => "the keys inside".to_string(),
+        // What nobody set, and is not what the key's reader takes by itself.
+        (Origin::Default, Some(v)) if !v.is_null() && known.default.as_ref() != Some(v) => {
+            let preset = key.rsplit_once('.').map(|(table, _)| format!("{table}.preset"));
+            let chosen = preset.as_ref().and_then(|preset| resolved.value.pointer(&pointer_of(preset))?.as_str());
+            match preset.as_ref().zip(chosen) {
+                Some((key, chosen)) => format!("the preset {chosen}, chosen by {}", resolved.raw.set_by(key)),
+                None => format!("{}, from other keys", known.reader),
+            }
+        }
         (origin, _) => origin.to_string(),
     };
     let style = style::out();
