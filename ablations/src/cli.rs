@@ -144,7 +144,7 @@ impl DeviceArgs {
 }
 
 /// A recipe and what overrides it, for the commands that run one.
-#[derive(Debug, clap::Args)]
+#[derive(Clone, Debug, clap::Args)]
 pub struct RecipeArgs {
     /// A recipe, or the folder of a run.
     #[arg(value_name = "RECIPE")]
@@ -168,6 +168,12 @@ impl RecipeArgs {
 }
 
 impl RecipeArgs {
+    /// With so many steps, if a number is given.
+    pub fn with_steps(mut self, steps: Option<u32>) -> Self {
+        self.set.sets.extend(steps.map(|steps| format!("steps={steps}")));
+        self
+    }
+
     /// The resolved recipe, whose warnings were printed by another process.
     ///
     /// # Errors
@@ -230,6 +236,7 @@ pub fn main() -> ExitCode {
     let ended = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(unwound);
     style::exit_code(ended.unwrap_or_else(|error| {
         style::error(&error);
+        crate::of_another_program(&error).into_iter().for_each(style::note);
         ExitCode::from(exit_code(&error))
     }))
 }

@@ -13,7 +13,10 @@
 
 use std::sync::OnceLock;
 
-use dinolab_core::registry;
+use dinolab_core::problem::Origin;
+use dinolab_core::text::printable;
+use dinolab_core::train::RunInfo;
+use dinolab_core::{registry, Error};
 
 pub mod cli;
 pub mod cluster;
@@ -52,6 +55,27 @@ pub fn build() -> &'static str {
         let hash = hash.map_or("unknown".into(), |hash| hash[..8].to_string());
         format!("{REVISION} with {} in {hash}", others.join(", "))
     })
+}
+
+/// Whose plugins this program lacks, where `error` is of the recipe of a run that a program with plugins of its own made.
+fn of_another_program(error: &Error) -> Option<String> {
+    let Error::Recipe(recipe) = error else { return None };
+    let file = recipe.0.iter().find_map(|problem| match &problem.origin {
+        Origin::File { source, .. } => Some(&source.path),
+        _ => None,
+    })?;
+    // That of a run, or of one of its checkpoints.
+    let info =
+        [1, 3].into_iter().filter_map(|up| file.ancestors().nth(up)).find_map(|run| RunInfo::read(run).ok()?)?;
+    let (_, with) = info.revision.split_once(" with ")?;
+    let here = registry::crates();
+    let missing: Vec<&str> = with.rsplit_once(" in ")?.0.split(", ").filter(|name| !here.contains(name)).collect();
+    let text = format!(
+        "{} is of a run that a program with the plugins of {} made: give the command to that program",
+        printable(file),
+        missing.join(", ")
+    );
+    (!missing.is_empty()).then_some(text)
 }
 
 // Linked for its registrations.

@@ -55,7 +55,7 @@ pub enum Error {
     /// A loss or gradient stopped being a finite number.
     #[error("step {step}: {what} is not finite{}\n  help: the weights were not updated; {help}", capture.as_ref().map(|p| format!(" (captured in {})", printable(p))).unwrap_or_default())]
     NonFinite {
-        /// The step that failed.
+        /// The step that failed; the first is 1.
         step: u64,
         /// Which loss or gradient, and the first operation that produced it.
         what: String,
@@ -78,12 +78,16 @@ pub enum Error {
 
 /// What to do about a failure of the operating system, where it is plain.
 fn advice(source: &std::io::Error) -> &'static str {
-    use std::io::ErrorKind::{FileTooLarge, PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull};
+    use std::io::ErrorKind::{
+        AlreadyExists, FileTooLarge, NotADirectory, PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull,
+    };
     match source.kind() {
         StorageFull | QuotaExceeded | FileTooLarge => {
             "\n  help: make room and give the command again; `train` goes on from what was saved with --resume"
         }
         PermissionDenied | ReadOnlyFilesystem => "\n  help: choose a place where you may, or change its permissions",
+        AlreadyExists => "\n  help: something else has this name: move it away, or choose another",
+        NotADirectory => "\n  help: a part of this path is a file: move it away, or choose another",
         _ => "",
     }
 }

@@ -5,6 +5,7 @@ use std::sync::{Mutex, PoisonError};
 
 use dinolab_core::contract::Grid;
 use dinolab_core::rng::Rng;
+use dinolab_core::tensor::is_recording;
 use dinolab_core::{DType, Device, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -14,9 +15,17 @@ type Key = (Grid, DType, Device);
 
 /// What is made of a grid, for the blocks and steps that ask for the same.
 #[derive(Debug)]
-pub(crate) struct ByGrid<T>(Mutex<Vec<(Key, T)>>);
+pub(crate) struct ByGrid<T>(Mutex<Vec<Known<T>>>);
 
-/// Grids that are remembered on a CPU: photographs have thousands.
+#[derive(Debug)]
+struct Known<T> {
+    key: Key,
+    made: T,
+    /// Whether a recorded step reads it.
+    recorded: bool,
+}
+
+/// Grids that are remembered beside those of recorded steps: photographs have thousands.
 const MOST_GRIDS: usize = 32;
 
 impl<T> Default for ByGrid<T> {
@@ -31,16 +40,18 @@ impl<T: Clone> ByGrid<T> {
         let key: Key = (grid, dtype, Device::current());
         // Only finished ones are pushed, so a panic elsewhere leaves the list whole; none is made under the lock.
         let all = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, known)) = all().iter().find(|(known, _)| *known == key) {
-            return Ok(known.clone());
+        let recorded = is_recording();
+        if let Some(known) = all().iter_mut().find(|known| known.key == key) {
+            known.recorded |= recorded;
+            return Ok(known.made.clone());
         }
         let made = make()?;
         let mut all = all();
-        // On a GPU recorded steps may read any of them.
-        if key.2 == Device::Cpu && all.len() >= MOST_GRIDS {
-            all.remove(0);
+        if all.iter().filter(|known| !known.recorded).count() >= MOST_GRIDS {
+            let oldest = all.iter().position(|known| !known.recorded);
+            oldest.map(|oldest| all.remove(oldest));
         }
-        all.push((key, made.clone()));
+        all.push(Known { key, made: made.clone(), recorded });
         Ok(made)
     }
 }
@@ -111,4 +122,30 @@ pub(crate) fn axes(grid: Grid, normalize: Normalize, round: impl Fn(f64) -> f64)
         let centre = |i: usize| round((i as f64 + 0.5) / n as f64);
         (0..side).map(|i| round(2.0 * centre(i) - 1.0)).collect()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn as_many_grids_are_remembered_as_a_crop_plan_has_and_no_more() {
+        let (known, made) = (ByGrid::default(), std::cell::Cell::new(0));
+        let get = |height: usize| {
+            let grid = Grid { height, width: 1 };
+            let make = || {
+                made.set(made.get() + 1);
+                Ok(height)
+            };
+            assert_eq!(known.get(grid, DType::F32, make).expect("nothing can fail"), height);
+        };
+        (1..=MOST_GRIDS).chain(1..=MOST_GRIDS).for_each(get);
+        assert_eq!(made.get(), MOST_GRIDS, "none is made twice");
+        get(MOST_GRIDS + 1);
+        get(MOST_GRIDS + 1);
+        get(2);
+        assert_eq!(made.get(), MOST_GRIDS + 1, "the oldest makes room, and no other");
+        get(1);
+        assert_eq!(made.get(), MOST_GRIDS + 2);
+    }
 }

@@ -149,9 +149,16 @@ fn ranks_of(comm: &Arc<dyn Comm>) -> Result<String> {
     let with_gpu = comm.gather_text(gpu.map_or("", |gpu| &gpu.info().name))?;
     let count = with_gpu.iter().filter(|name| !name.is_empty()).count();
     if let Some(gpu) = gpu.filter(|_| count == world) {
-        let ranks = ranks.on(gpu)?;
-        rows.push(vec!["GPUs joined by".into(), ranks.engine()]);
-        rows.push(told("sum over GPUs", sum_of(&ranks, Device::Cuda(gpu.ordinal()))?));
+        // Processes on one GPU, or without NCCL, may still share a run on their processors.
+        let joined = ranks.on(gpu);
+        let why = joined.as_ref().map_or_else(Error::problem, |_| String::new());
+        match (joined, comm.gather_text(&why)?.into_iter().find(|why| !why.is_empty())) {
+            (Ok(ranks), None) => {
+                rows.push(vec!["GPUs joined by".into(), ranks.engine()]);
+                rows.push(told("sum over GPUs", sum_of(&ranks, Device::Cuda(gpu.ordinal()))?));
+            }
+            (_, why) => rows.push(vec!["GPUs".into(), format!("not checked: {}", why.unwrap_or_default())]),
+        }
     } else {
         rows.push(vec!["GPUs".into(), format!("not checked: {count} of {world} processes see one")]);
     }

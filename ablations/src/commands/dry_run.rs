@@ -1,7 +1,7 @@
 //! `dinolab ablate --dry-run`: what a suite would run, what it changes, and what it costs.
 
 use comfy_table::presets::UTF8_FULL_CONDENSED;
-use comfy_table::Table;
+use comfy_table::{ContentArrangement, Table};
 use dinolab_core::resolved::cost;
 use dinolab_core::text::{self, printable};
 use dinolab_core::Result;
@@ -27,7 +27,7 @@ pub(super) fn finished(plan: &Plan, runs: &[&PlannedRun]) -> Result<Vec<(u64, f6
 pub(super) fn dry_run(plan: &Plan, runs: &[&PlannedRun]) -> Result<()> {
     plan.check_folder()?;
     let mut table = Table::new();
-    table.load_style(UTF8_FULL_CONDENSED).set_header([
+    table.load_style(UTF8_FULL_CONDENSED).set_content_arrangement(ContentArrangement::Dynamic).set_header([
         "arm",
         "changes",
         "steps",

@@ -18,7 +18,7 @@ use crate::report::expectation;
 use crate::{ranks, signals, style};
 
 /// What it is given.
-#[derive(Debug, clap::Args)]
+#[derive(Clone, Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
     recipe: RecipeArgs,
@@ -29,7 +29,10 @@ pub struct Args {
     /// several times
     #[arg(long, value_name = "RECIPE", conflicts_with = "out")]
     with: Vec<PathBuf>,
-    /// Continue the run in the folder from its newest checkpoint; --set steps=N makes it longer
+    /// Steps of the run, in place of the recipe's
+    #[arg(long)]
+    steps: Option<u32>,
+    /// Continue the run in the folder from its newest checkpoint; --steps makes it longer
     #[arg(long)]
     resume: bool,
     /// Who adds the gradients of several processes
@@ -46,6 +49,7 @@ impl Args {
 
 /// Runs the command.
 pub fn run(args: &Args) -> Result<ExitCode> {
+    let args = &Args { recipe: args.recipe.clone().with_steps(args.steps), ..args.clone() };
     let follow = |comm: &_| train::follow(comm, &|| args.recipe.resolve_quietly(), &signals::stop_flag());
     ranks::run(args.reduce, |lead| if args.has_students() { students(args, lead) } else { one(args, lead) }, follow)
 }
@@ -220,6 +224,11 @@ impl Observer for Bar {
         }
         self.bar.set_message(text);
         self.bar.set_position(p.step);
+    }
+
+    fn note(&mut self, text: &str) {
+        let of = self.bar.prefix();
+        self.bar.suspend(|| style::note(format!("{of}{text}")));
     }
 
     fn warning(&mut self, text: &str) {

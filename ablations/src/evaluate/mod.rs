@@ -36,13 +36,22 @@ pub fn measure(
     begun: &mut dyn FnMut(&str) -> bool,
 ) -> Option<SizeRecord> {
     let begin = Instant::now();
-    let (warnings, pictures) = (RefCell::new(Vec::new()), RefCell::new(Vec::new()));
+    let (warnings, pictures) = (RefCell::new(Vec::<(String, Vec<&str>)>::new()), RefCell::new(Vec::new()));
     let mut record = SizeRecord::at(size);
     let drawn_parts = at_size(&plan.train, &plan.test, size);
     for (Taken { name, probe, .. }, drawn) in plan.taken(job, size) {
         if !begun(name) {
             return None;
         }
+        // Probes that read the same images meet the same broken ones.
+        let warn = |name, text: String| {
+            let mut all = warnings.borrow_mut();
+            match all.iter_mut().find(|(known, _)| *known == text) {
+                Some((_, probes)) if probes.last() == Some(&name) => {}
+                Some((_, probes)) => probes.push(name),
+                None => all.push((text, vec![name])),
+            }
+        };
         let [train, test] = if drawn { drawn_parts.clone() } else { [plan.train.clone(), plan.test.clone()] };
         let context = ProbeContext {
             features: &|pixels| seen.features(pixels)?.finite(),
@@ -52,19 +61,24 @@ pub fn measure(
             patch_size: trained.backbone.patch_size(),
             normalization: (&trained.normalization.0, &trained.normalization.1),
             seed: plan.data.seed,
-            warn: &|text| warnings.borrow_mut().push(format!("probe `{name}` at {size} pixels: {text}")),
+            warn: &|text| warn(name, text),
             show: Some(&|picture| pictures.borrow_mut().push(PictureRecord::of(name, &picture))),
         };
         match probe.run(&context) {
             Ok(scores) => record.scores.extend(records(name, &scores)),
             Err(error) => {
                 record.failed = true;
-                warnings.borrow_mut().push(format!("probe `{name}` could not be taken at {size} pixels: {error}"));
+                warn(name, format!("could not be taken: {error}"));
             }
         }
     }
     record.seconds = begin.elapsed().as_secs_f64();
-    (record.warnings, record.pictures) = (warnings.into_inner(), pictures.into_inner());
+    let say = |(text, probes): (String, Vec<&str>)| {
+        let s = if probes.len() > 1 { "s" } else { "" };
+        format!("probe{s} `{}` at {size} pixels: {text}", probes.join("`, `"))
+    };
+    record.warnings = warnings.into_inner().into_iter().map(say).collect();
+    record.pictures = pictures.into_inner();
     Some(record)
 }
 

@@ -19,6 +19,8 @@ pub(super) fn warnings(plan: &Plan, records: &[RunRecord]) -> Vec<String> {
             Status::Failed(error) => warnings.push(format!("{run} failed and is not in the numbers: {error}")),
             // It may be going on at this moment.
             Status::Interrupted => warnings.push(format!("{run} is not finished and not in the numbers")),
+            // Arms that are finished need it no more.
+            Status::Pending if record.arm == TRUNK => {}
             Status::Pending => warnings.push(format!("{run} is pending and not in the numbers")),
         }
         let mut again = BTreeMap::<&str, usize>::new();
@@ -85,7 +87,11 @@ fn made_of_others(plan: &Plan, records: &[RunRecord]) -> Vec<String> {
             let Some(Some(named)) = parts else { continue };
             let named = if key == "data" { named.to_string() } else { weights_of(named) };
             let what = if key == "data" { "data" } else { "weights" };
-            let (pair, of_pair) = *of_seed.entry((key.clone(), named.clone(), record.seed)).or_insert((record, hash));
+            // Arms are paired with each other, not with what they go on from.
+            let (pair, of_pair) = match record.arm == TRUNK {
+                true => (record, hash),
+                false => *of_seed.entry((key.clone(), named.clone(), record.seed)).or_insert((record, hash)),
+            };
             let (first, before) = *known.entry((key.clone(), named)).or_insert((record, hash));
             if of_pair != hash {
                 let (one, two) = (of(pair), of(record));

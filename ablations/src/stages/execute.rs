@@ -95,7 +95,7 @@ fn unknown_model(stage: &Stage, here: &Path, error: Error) -> Error {
 
 /// Fails if the folder is that of something else.
 fn check_folder(stages: &Stages, out: &Path) -> Result<()> {
-    not_of_others(out, &["suite.json"], "chain of stages")?;
+    not_of_others(out, &["suite.json", "run.json"], "chain of stages")?;
     let path = out.join(FILE);
     if !path.exists() {
         return match stages.stages.iter().any(|stage| out.join(&stage.name).is_dir()) {

@@ -38,7 +38,11 @@ impl Plan {
     fn checked_folder(&self) -> Result<State> {
         let known = State::read(&self.out)?;
         if known.is_none() && !self.out.join("arms").is_dir() {
-            not_of_others(&self.out, &["stages.json", "report.html", "summary.json", "summary.md"], "suite")?;
+            not_of_others(
+                &self.out,
+                &["stages.json", "run.json", "report.html", "summary.json", "summary.md"],
+                "suite",
+            )?;
         }
         let mut state = known.unwrap_or_else(|| State { suite: self.suite.name.clone(), ..State::default() });
         if state.suite != self.suite.name {

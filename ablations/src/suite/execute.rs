@@ -50,7 +50,7 @@ pub fn execute(plan: &Plan, options: &ExecuteOptions, prepare: Prepare<'_>, prog
             return Ok(tally);
         }
     }
-    let all = with_trunks(plan, &runs);
+    let all = with_trunks(plan, &runs)?;
     for (i, run) in all.iter().enumerate() {
         if options.stop.load(Ordering::Relaxed) {
             tally.interrupted = Some((run.label(), Some(0)));
@@ -157,15 +157,27 @@ fn select<'a>(plan: &'a Plan, arms: &[String], seeds: &[u64]) -> Result<Vec<&'a 
 /// # Errors
 /// If the suite has no such arm or seed.
 pub fn chosen<'a>(plan: &'a Plan, arms: &[String], seeds: &[u64]) -> Result<Vec<&'a PlannedRun>> {
-    Ok(with_trunks(plan, &select(plan, arms, seeds)?))
+    with_trunks(plan, &select(plan, arms, seeds)?)
 }
 
-/// These runs, each seed's after its trunk.
-fn with_trunks<'a>(plan: &'a Plan, runs: &[&'a PlannedRun]) -> Vec<&'a PlannedRun> {
-    let chosen = |run: &&PlannedRun| {
-        runs.iter().any(|r| r.seed == run.seed && (run.arm == TRUNK || (&r.arm, r.seed) == (&run.arm, run.seed)))
-    };
-    plan.all_runs().filter(chosen).collect()
+/// These runs, each seed's after its trunk; one that was moved away is not trained again for arms that are finished.
+fn with_trunks<'a>(plan: &'a Plan, runs: &[&'a PlannedRun]) -> Result<Vec<&'a PlannedRun>> {
+    let is_finished =
+        |run: &PlannedRun| -> Result<bool> { Ok(matches!(Status::of(&plan.out.join(&run.dir))?, Status::Finished(_))) };
+    let mut all = Vec::new();
+    for run in plan.all_runs() {
+        let chosen = |arm: &&&PlannedRun| arm.seed == run.seed && (run.arm == TRUNK || arm.arm == run.arm);
+        let mine: Vec<_> = runs.iter().filter(chosen).collect();
+        let mut needed = !mine.is_empty();
+        if needed && run.arm == TRUNK && !is_finished(run)? {
+            needed = false;
+            for arm in mine {
+                needed |= !is_finished(arm)?;
+            }
+        }
+        all.extend(needed.then_some(run));
+    }
+    Ok(all)
 }
 
 /// Whether the trunk that an arm goes on from is done; true where there is none to wait for.

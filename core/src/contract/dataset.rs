@@ -158,6 +158,7 @@ pub trait Dataset: fmt::Debug + Send + Sync {
     fn summary(&self) -> Summary {
         let classes = match self.classes() {
             0 => String::new(),
+            1 => " in 1 class".into(),
             n => format!(" in {n} classes"),
         };
         let held_out = self.held_out().map(|part| format!(", {} held out for probes", part.len()));

@@ -126,6 +126,17 @@ impl Guide {
         alternatives(schema).iter().filter(one_key).count() > 1
     }
 
+    /// The plugins that read `key`, which the one that its table names does not.
+    pub(super) fn readers_of(&self, value: &Dict, key: &str) -> Vec<&'static str> {
+        let Some((table, name)) = key.rsplit_once('.') else { return Vec::new() };
+        let Some((.., schema)) = self.steps(value, table).and_then(|steps| steps.last().copied()) else {
+            return Vec::new();
+        };
+        let reads =
+            |s: &&&Json| s.get("x-kind").is_some() && s.get("properties").is_some_and(|p| p.get(name).is_some());
+        alternatives(schema).iter().filter(reads).filter_map(|s| s.get("title")?.as_str()).collect()
+    }
+
     /// The dotted keys that could stand where `key` does.
     pub fn siblings(&self, value: &Dict, key: &str) -> Vec<String> {
         let mut schema = self.schema;

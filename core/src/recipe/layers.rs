@@ -353,11 +353,12 @@ impl RawRecipe {
             Origin::Set(_) => 4,
             Origin::Override(_) => 5,
         };
-        let beside = |of: &Origin| layer(of) == layer(&at) && layer(of) > 2;
+        // Overrides of a suite share their origin; that of a `--set` is itself.
+        let beside = |of: &Origin| layer(of) == layer(&at) && (layer(of) == 5 || layer(of) > 2 && *of != at);
         let is_table = |key: &str| self.get(key).is_some_and(|value| value.as_dict().is_some());
         let is_later = |name: &str, of: &Origin| {
-            // A seed draws; it makes nothing unfit.
-            let other = !is_table(name) && name != "seed" && name != key;
+            // A seed draws, and a name or the number of steps makes nothing unfit.
+            let other = !is_table(name) && !["seed", "steps", "name"].contains(&name) && name != key;
             other && at != Origin::Default && (layer(of) > layer(&at) || beside(of))
         };
         let mut later: Vec<_> = self.origins.iter().filter(|(name, of)| is_later(name, of)).collect();

@@ -122,7 +122,16 @@ fn read(raw: &RawRecipe) -> Result<Recipe, Vec<Problem>> {
             Fault::Missing => drop(missing.insert(key)),
             _ => meant.extend(nested.meant()),
         }
-        problems.push(raw.place(Problem::of(&nested)));
+        let mut problem = Problem::of(&nested);
+        if nested.fault == Fault::UnknownKey && nested.nearest().is_none() {
+            let readers = guide.readers_of(raw.value(), &problem.key).join(", ");
+            let help = problem.help.take().filter(|_| readers.is_empty());
+            problem.help = help.or_else(|| {
+                let (table, name) = problem.key.rsplit_once('.')?;
+                Some(format!("`{name}` is a key of other plugins: set {table}.plugin to one of them ({readers})"))
+            });
+        }
+        problems.push(raw.place(problem));
         // Without its plugin or a key it needs, the table around says nothing more; a wrong list element, its list.
         let whole = nested.fault == Fault::Missing || nested.path.last().is_some_and(|k| k == "plugin");
         let mut path = nested.path.as_slice();

@@ -68,10 +68,17 @@ fn compare(key: &str, before: Option<&Json>, after: Option<&Json>, found: &mut V
 }
 
 impl Resolved {
-    /// Whether `key` changes the numbers of a run. Paths of data do not: a run knows its data by their content.
+    /// Whether `key` changes the numbers of a run. Paths of data do not: a run knows its data by their content. Nor does what is
+    /// said of a loss or probe that is off, but that it is.
     pub fn matters(&self, key: &str) -> bool {
         let place_of_data = || key.starts_with("data.") && self.is_path(key);
-        !(NO_NUMBERS.iter().any(|table| is_within(key, table)) || place_of_data())
+        let of_idle = || {
+            let mut parts = key.splitn(3, '.');
+            let (table, name, own) = (parts.next()?, parts.next()?, parts.next()?);
+            let entry = ["losses", "probes"].contains(&table).then(|| self.value.get(table)?.get(name))??;
+            Some(entry["enabled"] == false && own != "enabled")
+        };
+        !(NO_NUMBERS.iter().any(|table| is_within(key, table)) || place_of_data() || of_idle().unwrap_or(false))
     }
 
     /// Whether the value of `key` is a path.

@@ -90,7 +90,7 @@ fn probe_sizes(recipe: &Recipe, probes: &Probes<'_>, backbone: &dyn Backbone) ->
 pub(super) fn check_data(recipe: &Recipe, data: &dyn Dataset) -> Vec<Problem> {
     let built = probes(recipe).into_iter().filter_map(|(name, _, probe)| Some((name, probe.ok()?)));
     let lacking = built.flat_map(|(name, probe)| {
-        probe.lacks(data).into_iter().map(move |what| lacking(recipe, format!("probes.{name}"), what))
+        probe.lacks(data).into_iter().map(move |what| lacking(recipe, format!("probes.{name}"), what, data))
     });
     let channels = channels_of(recipe, data.channels());
     lacking
@@ -101,10 +101,29 @@ pub(super) fn check_data(recipe: &Recipe, data: &dyn Dataset) -> Vec<Problem> {
         .collect()
 }
 
+/// What a user may not expect of the data, and of the recipe with them.
+pub fn data_notes(recipe: &Recipe, data: &dyn Dataset) -> Vec<String> {
+    let mut notes = data.summary().notes;
+    let (batch, there) = (recipe.batch.size, data.len());
+    if batch > there {
+        notes.push(format!("a batch of {batch} images has some of the {there} more than once"));
+    }
+    if data.classes() == 1 {
+        notes.push(
+            "all labels are of one class: what tells classes apart is right without having learned anything".into(),
+        );
+    }
+    notes
+}
+
+/// Notes of the data that are told where something is missing: datasets begin with what folders are taken for.
+const MOST_NOTES: usize = 2;
+
 /// What has the table `key` needs what the dataset does not have.
-fn lacking(recipe: &Recipe, key: String, what: Annotation) -> Problem {
+fn lacking(recipe: &Recipe, key: String, what: Annotation, data: &dyn Dataset) -> Problem {
     let (what, dataset) = (what.name(), recipe.data.name());
-    let help = format!("set {key}.enabled = false, or choose data with {what}");
+    let notes: String = data.summary().notes.iter().take(MOST_NOTES).map(|note| format!("\n  data: {note}")).collect();
+    let help = format!("set {key}.enabled = false, or choose data with {what}{notes}");
     Problem::error(key, format!("needs {what}, and the dataset `{dataset}` gives none")).help(help)
 }
 
@@ -115,7 +134,7 @@ fn labels(recipe: &Recipe, data: &dyn Dataset) -> Vec<Problem> {
         let (asked, there) = (loss.needs.classes?, data.classes());
         let key = format!("losses.{}", loss.name);
         if there == 0 {
-            return Some(lacking(recipe, key, Annotation::Labels));
+            return Some(lacking(recipe, key, Annotation::Labels, data));
         }
         let message = format!("tells {asked} classes apart, and the data has {there}");
         let help = format!("set {key}.classes = {there}");
@@ -480,7 +499,9 @@ fn losses(
         if needs.min_batch > images {
             let least = needs.min_batch;
             let message = format!("needs at least {least} images of a micro-batch; there is {images}");
-            let help = format!("raise batch.size, lower batch.micro_batches, or {off}");
+            // Two are what any comparison takes; more were asked for.
+            let asks = if least > 2 { format!(", lower what {key} asks for") } else { String::new() };
+            let help = format!("raise batch.size, lower batch.micro_batches{asks}, or {off}");
             problems.push(Problem::error(&key, message).help(help));
         }
         let parts = recipe.batch.micro_batches;

@@ -10,6 +10,7 @@ use crate::contract::Dataset;
 use crate::problem::{Nested, Problem};
 use crate::recipe::{check_tables, Overrides, Probes, RawRecipe};
 use crate::registry::Chosen;
+use crate::text::printable;
 use crate::{Error, Result};
 
 /// The keys of a recipe that say what is measured on what.
@@ -32,6 +33,13 @@ impl Measured {
     /// # Errors
     /// All that is wrong with it.
     pub fn load(path: &Path, overrides: &Overrides) -> Result<Self> {
+        if path.is_dir() && !path.join("recipe.toml").exists() {
+            let help = format!(
+                "name a recipe, a run, or a TOML file that says what the data are:\n    [data]\n    plugin = \"image_folder\"\n    path = {:?}",
+                printable(path)
+            );
+            return Err(Error::content(path, "this is a folder without a recipe.toml", help));
+        }
         let raw = RawRecipe::load(path)?.with(overrides)?;
         if ["backbone", "losses", "steps"].iter().any(|key| raw.get(key).is_some()) {
             let key = |set: &String| set.split(['.', '=']).next().unwrap_or_default().trim().to_string();

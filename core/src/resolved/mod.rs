@@ -27,6 +27,7 @@ use crate::weights::{with_model_of_weights, Source};
 use crate::Result;
 
 pub use changes::{changes, Change};
+pub use check::data_notes;
 pub use length::Seam;
 pub use measured::Measured;
 pub use sizes::{fit, fit_students, Fit};

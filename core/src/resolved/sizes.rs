@@ -61,7 +61,7 @@ pub fn fit(recipe: &Recipe, device: Device, ranks: usize) -> Result<Option<Fit>>
     let whose = if device == Device::Cpu { "this machine" } else { "the GPU" };
     Ok((total > room).then(|| {
         let message = format!("needs about {}, and {whose} has {}", bytes(total), bytes(room));
-        worst(recipe, device, &cost, (room, message))
+        worst(recipe, (device, ranks), &cost, (room, message))
     }))
 }
 
@@ -93,12 +93,13 @@ pub(super) fn overflow(recipe: &Recipe) -> Option<Problem> {
     } else {
         return None;
     };
-    let Fit { key, message, help } = worst(recipe, Device::Cpu, &cost, (MOST, what));
+    let Fit { key, message, help } = worst(recipe, (Device::Cpu, 1), &cost, (MOST, what));
     Some(Problem::error(key, message).help(help))
 }
 
-/// The key of which half saves most; and what is needed when it is halved until the run fits into `room`, or saves nothing more.
-fn worst(recipe: &Recipe, device: Device, cost: &RunCost, (room, what): (f64, String)) -> Fit {
+/// The key of which half saves most in one of so many processes on a device; and what is needed when it is halved until the run fits
+/// into `room`, or saves nothing more.
+fn worst(recipe: &Recipe, (device, ranks): (Device, usize), cost: &RunCost, (room, what): (f64, String)) -> Fit {
     let Ok(Value::Dict(tag, root)) = Value::serialize(recipe) else { unreachable!("a recipe is a table") };
     let whole = Value::Dict(tag, root);
     let mut keys = Vec::new();
@@ -111,7 +112,7 @@ fn worst(recipe: &Recipe, device: Device, cost: &RunCost, (room, what): (f64, St
             .merge(figment::providers::Serialized::default(key, n))
             .extract::<Recipe>()
             .ok()?;
-        Some(size(&cost_on(&smaller, device).ok()?))
+        Some(size(&shared_on(&smaller, device, ranks).ok()?.own))
     };
     let halved = keys.into_iter().filter_map(|(key, n)| {
         let smaller = with(&key, half(n)).filter(|smaller| *smaller < size(cost))?;

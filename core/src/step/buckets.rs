@@ -19,16 +19,24 @@ pub(super) struct Buckets<'a> {
     ranks: &'a Ranks,
     layers: &'a Layers,
     open: Open<'a>,
-    /// This rank's share of the sums of each layer, one behind the other.
+    /// This rank's share of the sums of each layer, one behind the other, and where that of each begins.
     shares: Tensor,
+    begins: Vec<usize>,
 }
 
 impl<'a> Buckets<'a> {
     /// So many tapes add to the gradient of each parameter; gradients are like `grads`.
     pub(super) fn new(ranks: &'a Ranks, layers: &'a Layers, uses: &[usize], grads: &Tensor) -> Self {
         let open = Open::new(layers, uses, grads.device(), grads.dtype());
-        let len = layers.ranges().iter().map(|range| ranks.shares(range.len())[ranks.rank()].len()).sum();
-        Self { ranks, layers, open, shares: grads.device().with(|| Tensor::zeros(&[len], grads.dtype())) }
+        let mut len = 0;
+        let begin = |range: &Range<usize>| {
+            let begin = len;
+            len += ranks.shares(range.len())[ranks.rank()].len();
+            begin
+        };
+        let begins = layers.ranges().iter().map(begin).collect();
+        let shares = grads.device().with(|| Tensor::zeros(&[len], grads.dtype()));
+        Self { ranks, layers, open, shares, begins }
     }
 
     /// Gives the sums to those whose they are: each rank has the elements of its window, in order of rank.
@@ -73,11 +81,9 @@ impl<'a> Buckets<'a> {
     /// Sums a layer's gradients over the ranks, once: this one takes its share.
     fn close(&mut self, layer: usize) -> Result<()> {
         let Some(mut sum) = self.open.close(layer) else { return Ok(()) };
-        let rank = self.ranks.rank();
         let shares = self.ranks.shares(sum.len());
         self.ranks.sum_to(&mut sum, &shares)?;
-        let before = self.shares_of(rank)[..layer].iter().map(Range::len).sum();
-        copy_elements(&mut self.shares, before, &sum, shares[rank].clone())
+        copy_elements(&mut self.shares, self.begins[layer], &sum, shares[self.ranks.rank()].clone())
     }
 }
 

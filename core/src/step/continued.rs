@@ -18,7 +18,7 @@ pub(crate) fn new_teacher(name: &str) -> String {
 
 impl Learner {
     /// The model of `recipe` with everything that a checkpoint of a run of `parent` has of it: weights, moments of the same
-    /// optimizer, the losses' state, and the count of skipped steps. Gives what the checkpoint does not have, in words: it is as in
+    /// optimizer, the losses' state, the count of skipped steps, and the last losses if they are the same sum. Gives what the checkpoint does not have, in words: it is as in
     /// a new run. Moments that begin here count updates from here.
     ///
     /// A teacher whose table is another than the parent's starts where its policy says, if that is a checkpoint, and
@@ -60,6 +60,9 @@ impl Learner {
         weights.forget_bounds();
         weights.bounds(model, ranks)?;
         learner.restore_rest(&from.optimizer)?;
+        if let Some(spikes) = &mut learner.spikes {
+            spikes.begin(recipe.losses == parent.losses);
+        }
         Ok((learner, notes))
     }
 }

@@ -266,7 +266,7 @@ impl Learner {
             let what = bad.map_or("is too large for the weights to stay finite".into(), |(name, _)| {
                 format!("of {name} is not finite")
             });
-            let problem = format!("step {}: the gradient {what}, and some layers are updated already", at.step);
+            let problem = format!("step {}: the gradient {what}, and some layers are updated already", at.step + 1);
             let help = "go on from the newest checkpoint with --resume; optimizer.update = \"whole\" sees it before an update, says where \
                 it began, and can skip the step";
             return Err(Error::user(problem, help));

@@ -62,6 +62,14 @@ impl Spikes {
         ]
     }
 
+    /// Goes on from those of another run: jumps are counted from here, and losses that are another sum are not compared with.
+    pub(super) fn begin(&mut self, same_losses: bool) {
+        self.skipped = 0;
+        if !same_losses {
+            self.recent.clear();
+        }
+    }
+
     /// From a checkpoint; one that was written without begins anew.
     pub(super) fn restore(&mut self, from: &TensorFiles) -> Result<()> {
         if let (Some(losses), Some(skipped)) = (from.read(LOSSES)?, from.read(SKIPPED)?) {
@@ -95,6 +103,17 @@ mod tests {
         spikes.seen(10.0, true);
         spikes.seen(10.0, true);
         assert_eq!((spikes.limit(), spikes.skipped()), (20.0, 2));
+    }
+
+    #[test]
+    fn a_run_that_goes_on_from_another_counts_its_own_jumps_and_compares_what_is_the_same_sum() {
+        let mut parent = spikes(2.0, &[1.0; 3]);
+        parent.seen(1.5, true);
+        for (same, limit) in [(true, 2.0), (false, f64::INFINITY)] {
+            let mut child = parent.clone();
+            child.begin(same);
+            assert_eq!((child.skipped(), child.limit()), (0, limit));
+        }
     }
 
     #[test]

@@ -78,8 +78,9 @@ pub(super) fn constant(bytes: &[u8], shape: &[usize], dtype: DType) -> Result<Te
     Ok(made)
 }
 
-/// Whether this thread records a step.
-pub(crate) fn is_recording() -> bool {
+/// Whether this thread records a step, which reads the same memory again whenever it is replayed: what a plugin keeps from step to
+/// step, and gives here, it has to keep for good.
+pub fn is_recording() -> bool {
     RECORDING.with_borrow(Option::is_some)
 }
 

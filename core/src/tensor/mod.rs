@@ -18,8 +18,8 @@ mod watch;
 use std::fmt;
 use std::sync::Arc;
 
-pub use device::catch_out_of_memory;
 pub(crate) use device::{cannot_record, copy_elements, recording};
+pub use device::{catch_out_of_memory, is_recording};
 pub use kernels::parallel;
 pub(crate) use kernels::{blocks, columns, greatest};
 pub use real::{Element, Real};

@@ -13,7 +13,8 @@ use crate::{Device, Error, Result, Tensor};
 
 use super::folder::RunFolder;
 
-/// Writes the capture of `step`, after which there is this content, of a run that went back so many times; gives its path.
+/// Writes the capture of the step after `step` steps, after which there is this content, of a run that went back so many times;
+/// gives its path.
 pub(super) fn write(
     folder: &RunFolder,
     content: Content,
@@ -25,7 +26,7 @@ pub(super) fn write(
     std::fs::create_dir_all(&captures).map_err(Error::io("create", &captures))?;
     // The step may have failed before the run went back, with other images.
     let again = if rewinds > 0 { format!("-rewind-{rewinds}") } else { String::new() };
-    let path = captures.join(format!("step-{step:08}{again}.safetensors"));
+    let path = captures.join(format!("step-{:08}{again}.safetensors", step + 1));
     // The step that failed was counted as skipped; what is captured is the state before it.
     let skipped = content.skipped - 1;
     let mut tensors = content.model;
@@ -77,8 +78,8 @@ fn numbers_of(crop: CropBox) -> [f64; BOX] {
     [crop.x, crop.y, crop.width, crop.height, f64::from(u8::from(crop.flip))]
 }
 
-/// Runs a captured step again, on another device if `overrides` says so, and gives its recipe, its number and its
-/// report.
+/// Runs a captured step again, on another device if `overrides` says so, and gives its recipe, its number (the first step is 1)
+/// and its report.
 ///
 /// # Errors
 /// If the file is not a capture, or was made by plugins that are not here.
@@ -100,7 +101,7 @@ pub fn replay(path: &Path, overrides: &Overrides) -> Result<(Recipe, u64, Report
     let checkpoint = Checkpoint { path: path.into(), step, skipped, model, optimizer };
     let mut learner = Learner::from_checkpoint(&recipe, &checkpoint)?;
     let report = learner.step(step, &batches, true)?;
-    Ok((recipe, step, report))
+    Ok((recipe, step + 1, report))
 }
 
 fn read_batch(tensors: &NamedTensors, i: u64, path: &Path) -> Result<Batch> {

@@ -10,7 +10,7 @@ use crate::resolved::Resolved;
 use super::folder::{RunFolder, RunInfo};
 use super::log::Log;
 
-/// Writes the report of a run that ended in step `step`, whose batch held `samples`; gives its path. A report that cannot
+/// Writes the report of a run that ended in the step after `step` steps, whose batch held `samples`; gives its path. A report that cannot
 /// be written is left out: what went wrong is said anyway.
 pub(super) fn write(
     folder: &RunFolder,
@@ -22,10 +22,10 @@ pub(super) fn write(
 ) -> Option<PathBuf> {
     let crashes = folder.path().join("crash");
     std::fs::create_dir_all(&crashes).ok()?;
-    let path = crashes.join(format!("step-{step:08}.json"));
+    let path = crashes.join(format!("step-{:08}.json", step + 1));
     let report = json!({
         "message": message,
-        "step": step,
+        "step": step + 1,
         "samples": samples,
         "last_metrics": log.last(),
         "run": RunInfo::read(folder.path()).ok().flatten(),

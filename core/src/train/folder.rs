@@ -83,6 +83,12 @@ impl RanksInfo {
 /// What a run writes after its recipe.
 const WRITTEN: [&str; 6] = ["metrics.jsonl", "events.jsonl", "messages.jsonl", RUN, "parents.json", checkpoint::FOLDER];
 
+/// What a suite and a chain of stages are known by, whose runs lie in folders of their own.
+const OF_OTHERS: [(&str, &str); 2] = [("suite.json", "a suite"), ("stages.json", "a chain of stages")];
+
+/// The file that whoever is in the folder holds.
+const LOCK: &str = ".lock";
+
 /// Who runs it, on what.
 const RUN: &str = "run.json";
 
@@ -107,6 +113,17 @@ pub struct RunFolder {
     _lock: File,
 }
 
+impl Drop for RunFolder {
+    /// A run that was refused before it wrote anything leaves no folder: removing one that is not empty fails.
+    fn drop(&mut self) {
+        let lock = self.path.join(LOCK);
+        let is_lock = |entry: std::io::Result<fs::DirEntry>| entry.is_ok_and(|entry| entry.path() == lock);
+        if fs::read_dir(&self.path).is_ok_and(|mut entries| entries.all(is_lock)) {
+            let _ = fs::remove_file(&lock).and_then(|()| fs::remove_dir(&self.path));
+        }
+    }
+}
+
 impl RunFolder {
     /// Makes the folder, or opens it to go on. Nothing is written yet, so that a run that cannot start leaves no run.
     /// `only_moved` says whether a key names the same weights as before, in another place.
@@ -121,7 +138,7 @@ impl RunFolder {
     ) -> Result<Self> {
         let path = options.out.clone();
         fs::create_dir_all(&path).map_err(Error::io("create", &path))?;
-        let lock_path = path.join(".lock");
+        let lock_path = path.join(LOCK);
         let lock = File::create(&lock_path).map_err(Error::io("write in", &path))?;
         if lock.try_lock().is_err() {
             let help = "wait for it, or choose another folder (--out, or another `name` of the recipe)";
@@ -130,12 +147,18 @@ impl RunFolder {
         remove_unfinished(&path)?;
         let recipe_path = path.join("recipe.toml");
         let is_run = checkpoint::newest_step(&path)?.is_some() || path.join(RESULT).exists();
-        let begun = recipe_path.exists() && path.join(RUN).exists();
+        let text = fs::read_to_string(&recipe_path).ok();
+        let own = text.as_ref().is_some_and(|text| *text == resolved.to_toml());
+        let written = WRITTEN.into_iter().find(|name| path.join(name).exists());
+        // A run that lost its `run.json` has its own recipe, and what it wrote after it.
+        let begun = text.is_some() && path.join(RUN).exists() || own && written.is_some();
         if !begun && !is_run {
+            if let Some((_, what)) = OF_OTHERS.into_iter().find(|(name, _)| path.join(name).exists()) {
+                let problem = format!("this is the folder of {what}, and no place for a run");
+                return Err(Error::content(&path, problem, "choose another folder (--out)"));
+            }
             // A run that was ended before it wrote more leaves its own recipe.
-            let other = fs::read_to_string(&recipe_path).is_ok_and(|text| text != resolved.to_toml());
-            let written = WRITTEN.into_iter().find(|name| path.join(name).exists());
-            if let Some(name) = written.or(other.then_some("recipe.toml")) {
+            if let Some(name) = written.or((text.is_some() && !own).then_some("recipe.toml")) {
                 let problem = format!("there is no run in this folder, and it has what one would write over: {name}");
                 return Err(Error::content(&path, problem, "move it away, or choose another folder (--out)"));
             }

@@ -117,6 +117,10 @@ pub trait Observer {
     fn step(&mut self, progress: &Progress<'_>) {
         let _ = progress;
     }
+    /// Something to tell the user, which is as it should be.
+    fn note(&mut self, text: &str) {
+        self.warning(text);
+    }
     /// Something to warn the user of.
     fn warning(&mut self, text: &str) {
         let _ = text;

@@ -234,15 +234,17 @@ impl Run<'_> {
             Ok(report)
         });
         let texts = self.broken.count(broken);
-        self.warn_once(step, "data", texts)?;
+        // What is said of a step counts it as the log does: the first is step 1.
+        let done = step + 1;
+        self.warn_once(done, "data", texts)?;
         if step == self.origin {
             let lost = self.log.crops(&batches.batches, self.recipe);
-            self.warn_of(step, "log", lost)?;
+            self.warn_of(done, "log", lost)?;
         }
         let report = report?;
         if let Some(reason) = self.learner.eager_reason().filter(|_| !self.told_eager).map(String::from) {
             self.told_eager = true;
-            self.warn(step, "device", &format!("steps are not recorded as a graph, which is slower: {reason}"))?;
+            self.warn(done, "device", &format!("steps are not recorded as a graph, which is slower: {reason}"))?;
         }
         if let Some(what) = &report.non_finite {
             self.non_finite(step, what, &batches.batches)?;
@@ -250,7 +252,7 @@ impl Run<'_> {
         if let Some(limit) = report.spike {
             let loss = report.losses["loss/total"];
             let text = format!("the loss jumped to {loss:.4}, above {limit:.4}; the update was skipped");
-            self.warn(step, "spike", &text)?;
+            self.warn(done, "spike", &text)?;
         }
         if (report.non_finite.is_some() || report.spike.is_some()) && !self.went_back {
             self.lead.together(&Order::PassOver(step), || self.learner.pass_over(step))?;
@@ -261,7 +263,7 @@ impl Run<'_> {
         self.window.elapsed += elapsed;
         self.window.waited += waited;
         let (images_per_s, data_wait) = self.window.rates(self.recipe.batch.size);
-        let progress = Progress { step: step + 1, total: self.recipe.steps, report: &report, images_per_s, data_wait };
+        let progress = Progress { step: done, total: self.recipe.steps, report: &report, images_per_s, data_wait };
         self.observer.step(&progress);
         Ok(Some(report))
     }
@@ -287,7 +289,7 @@ impl Run<'_> {
                     "{what} is not finite; the update was skipped ({skipped} of at most {most}), captured in {}",
                     path.display()
                 );
-                self.warn(step, "non_finite", &text)
+                self.warn(step + 1, "non_finite", &text)
             }
             OnNonFinite::Rewind(most) if rewinds.own() < most => {
                 let count = rewinds.own() + 1;
@@ -297,7 +299,7 @@ impl Run<'_> {
                     path.display()
                 );
                 self.went_back = true;
-                self.warn(step, "non_finite", &text)
+                self.warn(step + 1, "non_finite", &text)
             }
             policy => {
                 let mut help = format!("look at it with `dinolab replay {}`", path.display());
@@ -305,7 +307,7 @@ impl Run<'_> {
                 if policy == OnNonFinite::Stop {
                     help += "; to go on over rare ones set `on_non_finite = { skip = 3 }` or `{ rewind = 3 }`";
                 }
-                Err(Error::NonFinite { step, what: what.into(), capture: Some(path), help })
+                Err(Error::NonFinite { step: step + 1, what: what.into(), capture: Some(path), help })
             }
         }
     }
@@ -337,9 +339,14 @@ impl Run<'_> {
         self.warn_of(event.step, "log", lost)
     }
 
-    /// Warns of something of a `kind` (reports gather by it), after `step` steps.
+    /// Tells of something of a `kind` (reports gather by it), after `step` steps.
     pub(super) fn warn(&mut self, step: u64, kind: &str, text: &str) -> Result<()> {
-        self.observer.warning(&format!("step {step}: {text}"));
+        let said = format!("step {step}: {text}");
+        match kind {
+            // It is what was asked for.
+            "fork" => self.observer.note(&said),
+            _ => self.observer.warning(&said),
+        }
         self.log.warning(step, kind, text)
     }
 

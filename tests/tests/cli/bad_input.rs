@@ -256,6 +256,13 @@ fn what_is_wrong_with_arms_is_told_of_all_of_them_where_their_file_says_it() {
     let error = refused("", &["--set", "batch.siz=8"]);
     assert_eq!(error.matches("--set batch.siz=8: batch.siz: unknown key\n").count(), 1, "{error}");
 
+    // A key of another plugin.
+    let error = folder.run(&["recipe", "check", "micro.toml", "--set", "data.path=photos"]).err;
+    assert!(
+        error.contains("`path` is a key of other plugins: set data.plugin to one of them (cut_outs, image_folder"),
+        "{error}"
+    );
+
     // Keys that do not fit each other: the one that is told may not be the one that was changed.
     let fits = suite.replace("wieght", "weight").replace("\"x\"", "2").replace("SET", "batch.size = 1");
     folder.write("suite.toml", &fits);

@@ -2,10 +2,10 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Child;
+use std::process::{Child, Command};
 use std::time::Duration;
 
-use dinolab_tests::program::{assert_same_weights, final_weights, root, wait_until, Folder};
+use dinolab_tests::program::{assert_same_weights, final_weights, root, wait_until, with_plugins, Folder};
 
 /// The `step` of every logged line.
 fn logged_steps(folder: &Folder, run: &str) -> Vec<u64> {
@@ -53,7 +53,7 @@ fn the_same_seed_gives_the_same_bytes_on_any_number_of_threads() {
     assert_ne!(final_weights(&folder, "1", 12)[0].1, final_weights(&folder, "other", 12)[0].1);
 }
 
-/// A loss of the tests' own that is infinite at step 6.
+/// A loss of the tests' own that is infinite after six steps, in step 7.
 const SPIKE: [&str; 2] = ["--set", "losses.toy_spike.at_step=6"];
 
 #[test]
@@ -61,13 +61,19 @@ fn a_loss_that_is_not_finite_is_captured_before_the_update_and_replayed() {
     let folder = Folder::with_micro();
     let ended = folder.run(&[&["train", "micro.toml", "--out", "run"][..], &SPIKE].concat());
     assert_eq!(ended.code, 1, "{}", ended.err);
-    assert!(ended.err.contains("step 6") && ended.err.contains("toy_spike"), "{}", ended.err);
-    let capture = "run/captures/step-00000006.safetensors";
+    assert!(ended.err.contains("step 7: ") && ended.err.contains("toy_spike"), "{}", ended.err);
+    let capture = "run/captures/step-00000007.safetensors";
     assert!(ended.err.contains(capture) && ended.err.contains("dinolab replay"), "{}", ended.err);
 
     let replayed = folder.run(&["replay", capture]);
     assert_eq!(replayed.code, 1, "the failure reproduces: {}{}", replayed.out, replayed.err);
-    assert!(replayed.out.contains("not finite") && replayed.out.contains("toy_spike"), "{}", replayed.out);
+    assert!(
+        replayed.out.contains("step 7 of `micro`")
+            && replayed.out.contains("not finite")
+            && replayed.out.contains("toy_spike"),
+        "{}",
+        replayed.out
+    );
 }
 
 #[test]
@@ -78,6 +84,15 @@ fn rare_steps_that_are_not_finite_are_skipped_if_the_recipe_allows_it() {
     let result: serde_json::Value = serde_json::from_str(&folder.read("run/result.json")).expect("JSON");
     assert_eq!(result["skipped"], 1);
     assert!(folder.read("run/messages.jsonl").contains("was skipped"));
+
+    // A program without the loss says who has it, of the run and of a checkpoint of it.
+    let plain = with_plugins().with_file_name("dinolab");
+    for of in ["run", "run/checkpoints/step-00000012"] {
+        let args = ["recipe", "show", of];
+        let ended = Command::new(&plain).args(args).current_dir(folder.path("")).output().expect("it was built");
+        let said = String::from_utf8_lossy(&ended.stderr);
+        assert!(said.contains("the plugins of with_plugins made: give the command to that program"), "{said}");
+    }
 }
 
 #[test]
@@ -97,6 +112,16 @@ fn a_recipe_alone_in_a_folder_is_the_users_and_no_run() {
     let recipe = folder.read("run/recipe.toml");
     folder.write("begun/recipe.toml", &recipe);
     folder.succeed(&["train", "own/recipe.toml", "--out", "begun", "--resume"]);
+    // So is one that lost its `run.json` before its first checkpoint.
+    for file in ["run.json", "result.json"] {
+        fs::remove_file(folder.path("begun").join(file)).expect("it was written");
+    }
+    fs::remove_dir_all(folder.path("begun/checkpoints")).expect("it was written");
+    folder.succeed(&["train", "own/recipe.toml", "--out", "begun", "--resume"]);
+    assert_same_weights(&folder, "run", "begun", 2);
+    // A run that is refused leaves no folder.
+    let ended = folder.run(&["train", "own/recipe.toml", "--out", "refused", "--set", "init_from=nowhere"]);
+    assert!(ended.code == 2 && !folder.path("refused").exists(), "{}", ended.err);
     // The tests' program has plugins of its own, whose code no revision of dinolab tells.
     let run: serde_json::Value = serde_json::from_str(&folder.read("run/run.json")).expect("JSON");
     assert!(run["revision"].as_str().is_some_and(|revision| revision.contains(" with ")), "{}", run["revision"]);
@@ -277,9 +302,9 @@ fn a_run_that_fails_leaves_a_report_and_names_it() {
     let folder = Folder::with_micro();
     let ended = folder.run(&[&["train", "micro.toml", "--out", "run"][..], &SPIKE].concat());
     assert_eq!(ended.code, 1, "{}", ended.err);
-    assert!(ended.err.contains("run/crash/step-00000006.json"), "{}", ended.err);
-    let report: serde_json::Value = serde_json::from_str(&folder.read("run/crash/step-00000006.json")).expect("JSON");
-    assert_eq!((&report["step"], &report["last_metrics"]["step"]), (&6.into(), &6.into()));
+    assert!(ended.err.contains("run/crash/step-00000007.json"), "{}", ended.err);
+    let report: serde_json::Value = serde_json::from_str(&folder.read("run/crash/step-00000007.json")).expect("JSON");
+    assert_eq!((&report["step"], &report["last_metrics"]["step"]), (&7.into(), &6.into()));
     assert_eq!(report["samples"].as_array().expect("a list").len(), 4);
     assert!(report["message"].as_str().expect("text").contains("toy_spike"), "{report}");
     assert!(report["run"]["device"].is_string() && report["recipe"].as_str().expect("text").contains("[optimizer]"));
@@ -348,6 +373,12 @@ fn a_killed_suite_goes_on_to_the_same_report() {
         summary["comparisons"].clone()
     };
     assert_eq!(comparisons("whole"), comparisons("killed"));
+
+    // Suites and runs keep out of each other's folders.
+    let inside = folder.run(&["train", "micro.toml", "--out", "whole"]);
+    assert!(inside.code == 2 && inside.err.contains("the folder of a suite"), "{}", inside.err);
+    let inside = folder.run(&["ablate", "suite.toml", "--out", "whole/arms/optimizer.lr=0.001/seed-0"]);
+    assert!(inside.code == 2 && inside.err.contains("was not begun in this folder"), "{}", inside.err);
 
     // The command that gives it again has what the environment said, and the name of the program with these plugins.
     let summary: serde_json::Value = serde_json::from_str(&folder.read("whole/summary.json")).expect("JSON");

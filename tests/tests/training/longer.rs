@@ -449,6 +449,12 @@ fn arms_of_a_suite_go_on_from_one_trunk_a_seed() {
     // Finished trunks are not trained again.
     let again = folder.succeed(&["ablate", "suite.toml", "--out", "out"]);
     assert!(!again.err.contains("trunk seed"), "{}", again.err);
+    // Nor one whose folder is gone, which no arm needs any more.
+    fs::remove_dir_all(folder.path("out/trunk/seed-0")).expect("it was trained");
+    folder.succeed(&["ablate", "suite.toml", "--out", "out"]);
+    assert!(!folder.path("out/trunk/seed-0/result.json").exists(), "it was trained again");
+    let warnings = json(&folder, "out/summary.json")["warnings"].to_string();
+    assert!(!warnings.contains("trunk seed 0 is pending"), "{warnings}");
 }
 
 #[test]

@@ -35,7 +35,9 @@ pub(super) fn check(bytes: &[u8]) -> Result<(), Refusal> {
 /// Whether the colours of the first picture of a TIFF are multiplied by its opacity.
 pub(super) fn is_associated(bytes: &[u8]) -> bool {
     let extra = |mut decoder: Decoder<_>| decoder.find_tag_unsigned_vec::<u16>(Tag::ExtraSamples);
-    Decoder::new(Cursor::new(bytes)).and_then(extra).is_ok_and(|extra| extra.is_some_and(|extra| extra[..1] == [1]))
+    Decoder::new(Cursor::new(bytes))
+        .and_then(extra)
+        .is_ok_and(|extra| extra.is_some_and(|extra| extra.first() == Some(&1)))
 }
 
 /// The first picture of a TIFF with every sample of its pixels, whatever they are said to mean.
