@@ -331,10 +331,18 @@ impl ParamBuilder {
     }
 }
 
+/// What has parameters that are not in one flat buffer.
+pub(crate) trait Elsewhere {
+    /// A parameter, by its place in the layout.
+    fn get(&self, param: usize, spec: &ParamSpec) -> Tensor;
+}
+
 /// Named tensors looked up in one flat buffer; tracked if a tape is given.
 pub struct Params<'a> {
     layout: &'a Arc<Layout>,
+    /// Of those that are elsewhere, some.
     flat: &'a Tensor,
+    elsewhere: Option<&'a dyn Elsewhere>,
     tape: Option<&'a Tape>,
     tracked: RefCell<Vec<Option<Tensor>>>,
     uses: Option<Noted>,
@@ -368,7 +376,12 @@ impl Uses {
 impl<'a> Params<'a> {
     /// Plain weights: nothing is recorded (teachers, evaluation).
     pub fn frozen(layout: &'a Arc<Layout>, flat: &'a Tensor) -> Self {
-        Self { layout, flat, tape: None, tracked: Default::default(), uses: None }
+        Self { layout, flat, elsewhere: None, tape: None, tracked: Default::default(), uses: None }
+    }
+
+    /// The same, of weights of which `here` are some, and `elsewhere` gives any.
+    pub(crate) fn gathered(layout: &'a Arc<Layout>, here: &'a Tensor, elsewhere: &'a dyn Elsewhere) -> Self {
+        Self { elsewhere: Some(elsewhere), ..Self::frozen(layout, here) }
     }
 
     /// The same, where `uses` is told which of them are used.
@@ -400,6 +413,9 @@ impl<'a> Params<'a> {
             }
         }
         let spec = &self.layout.specs[id.0];
+        if let Some(elsewhere) = self.elsewhere {
+            return elsewhere.get(id.0, spec);
+        }
         let view = || self.flat.view(spec.offset, &spec.shape);
         let Some(tape) = self.tape else { return view() };
         let tracked = tape.param(&view(), spec.range());

@@ -139,6 +139,18 @@ CUresult exchange(const std::vector<Part>& parts) {
     return CUDA_SUCCESS;
 }
 
+CUresult broadcast(Communicator& comm, uint64_t from, uint64_t to, size_t bytes, int root) {
+    if (!fits(comm.rank == root ? from : to, bytes)) return CUDA_ERROR_ILLEGAL_ADDRESS;
+    for (size_t start = 0; start < bytes || start == 0; start += ROOM) {
+        const size_t piece = std::min(size_t(ROOM), bytes - start);
+        if (comm.rank == root) std::memcpy(comm.of(root), reinterpret_cast<char*>(from) + start, piece);
+        if (!agree(comm, 4 + root, bytes)) return CUDA_ERROR_LAUNCH_FAILED;
+        if (comm.rank != root) std::memcpy(reinterpret_cast<char*>(to) + start, comm.of(root), piece);
+        if (!comm.meet()) return CUDA_ERROR_LAUNCH_FAILED;
+    }
+    return CUDA_SUCCESS;
+}
+
 ncclResult given(CUresult result) { return result == CUDA_SUCCESS ? ncclSuccess : ncclUnhandledCudaError; }
 
 /// One send and one receive for every rank, as a group has that exchanges pieces.
@@ -208,6 +220,12 @@ NCCL_API ncclReduceScatter(uint64_t from, uint64_t to, size_t count, int type, i
                            CUstream stream) {
     if (type != 7 || operation != 0) return ncclInvalidArgument;
     return given(enqueue(stream, NodeType::Kernel, [=] { return reduce_scatter(*comm, from, to, count); }));
+}
+
+/// In a group too: ranks give them in the same order.
+NCCL_API ncclBroadcast(uint64_t from, uint64_t to, size_t count, int type, int root, Communicator* comm, CUstream stream) {
+    if (type != 0 || root < 0 || root >= comm->world) return ncclInvalidArgument;
+    return given(enqueue(stream, NodeType::Kernel, [=] { return broadcast(*comm, from, to, count, root); }));
 }
 
 NCCL_API ncclGroupStart() {

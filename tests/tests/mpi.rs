@@ -226,7 +226,12 @@ fn processes_on_gpus_write_the_files_of_one() {
         "losses.koleo.enabled=true",
     ];
     // All that a rank has of its part alone: lower halves, of a teacher that is averaged too, and moments in both forms.
-    let eight_bit = ["optimizer.moments=8bit", "backbone.dim=64", "teachers.gram={ plugin = \"ema\", momentum = 0.9 }"];
+    let eight_bit = [
+        "optimizer.moments=8bit",
+        "optimizer.shard_teachers=true",
+        "backbone.dim=64",
+        "teachers.gram={ plugin = \"ema\", momentum = 0.9 }",
+    ];
     // An image a rank: ranks have other numbers of masked patches, so that kinds of steps come again at other times.
     let uneven = [
         "steps=12",
@@ -236,7 +241,9 @@ fn processes_on_gpus_write_the_files_of_one() {
         "batch.shards=4",
         "losses.koleo.enabled=false",
     ];
-    for (kind, world, more) in [("f32", 2, &[][..]), ("8bit", 2, &eight_bit), ("uneven", 4, &uneven)] {
+    // A head so large that the first rank updates all of the backbone, and thus of a further teacher that is averaged.
+    let large = ["losses.dino.head.prototypes=8000", "teachers.gram={ plugin = \"ema\", momentum = 0.9 }"];
+    for (kind, world, more) in [("f32", 2, &large[..]), ("8bit", 2, &eight_bit), ("uneven", 4, &uneven)] {
         let (one, several) = (format!("one-{kind}"), format!("several-{kind}"));
         let sets = [&sets, more].concat();
         let mut alone = folder.command(&run_on("cuda", &one, &sets));
@@ -356,22 +363,26 @@ fn what_processes_move_is_what_the_cost_says() {
     // So large that the rest of a block of the norm is little of it.
     let model = ["backbone.dim=192", "backbone.depth=4", "backbone.heads=3"];
     let sets = ["batch.micro_batches=2", "batch.shards=2", "losses.koleo.enabled=false"];
-    let sets: Vec<&str> = sets.into_iter().chain(model).flat_map(|set| ["--set", set]).collect();
-    let bench = ["bench", "micro.toml", "--device", "cpu", "--steps", "3", "--json"];
-    let ended = mpi.run(&folder, 2, &[&bench[..], &sets].concat());
-    assert_eq!(ended.code, 0, "{}{}", ended.out, ended.err);
-    let line = ended.out.lines().find(|line| line.starts_with('{')).expect("one object");
-    let measured =
-        serde_json::from_str::<serde_json::Value>(line).expect("JSON")["ranks"]["mib"].as_f64().expect("a number");
-    let sets = ["device=cpu"].into_iter().chain(model).map(String::from).collect();
-    let overrides = dinolab_core::recipe::Overrides { sets, env: false };
-    let raw = dinolab_core::recipe::RawRecipe::load(folder.path("micro.toml")).expect("a recipe");
-    let mut recipe =
-        dinolab_core::resolved::Resolved::of(raw.with(&overrides).expect("a recipe")).expect("a recipe").recipe;
-    (recipe.batch.micro_batches, recipe.batch.shards) = (2, 2);
-    let expected =
-        dinolab_core::resolved::cost::shared(&recipe, 2).expect("two share it").received / f64::from(1 << 20);
-    assert!((measured / expected - 1.0).abs() < 0.05, "{measured} MiB of {expected}");
+    for more in [&[][..], &["optimizer.shard_teachers=true", "losses.gram.enabled=true", "teachers.gram.first_step=0"]]
+    {
+        let sets: Vec<&str> =
+            sets.into_iter().chain(model).chain(more.iter().copied()).flat_map(|set| ["--set", set]).collect();
+        let bench = ["bench", "micro.toml", "--device", "cpu", "--steps", "3", "--json"];
+        let ended = mpi.run(&folder, 2, &[&bench[..], &sets].concat());
+        assert_eq!(ended.code, 0, "{}{}", ended.out, ended.err);
+        let line = ended.out.lines().find(|line| line.starts_with('{')).expect("one object");
+        let measured =
+            serde_json::from_str::<serde_json::Value>(line).expect("JSON")["ranks"]["mib"].as_f64().expect("a number");
+        let sets = ["device=cpu"].into_iter().chain(model).chain(more.iter().copied()).map(String::from).collect();
+        let overrides = dinolab_core::recipe::Overrides { sets, env: false };
+        let raw = dinolab_core::recipe::RawRecipe::load(folder.path("micro.toml")).expect("a recipe");
+        let mut recipe =
+            dinolab_core::resolved::Resolved::of(raw.with(&overrides).expect("a recipe")).expect("a recipe").recipe;
+        (recipe.batch.micro_batches, recipe.batch.shards) = (2, 2);
+        let expected =
+            dinolab_core::resolved::cost::shared(&recipe, 2).expect("two share it").received / f64::from(1 << 20);
+        assert!((measured / expected - 1.0).abs() < 0.05, "{measured} MiB of {expected}");
+    }
 }
 
 /// The program on processes that `torchrun` starts, if it is here.

@@ -202,13 +202,7 @@ fn failed(plan: &Plan) -> Result<Vec<(String, String)>> {
 }
 
 fn conclude(plan: &Plan, tally: &Tally) -> Result<ExitCode> {
-    let provenance = Provenance {
-        version: env!("CARGO_PKG_VERSION").into(),
-        revision: Some(crate::build().to_string()).filter(|r| !r.is_empty()),
-        device: None,
-        command: given::command(),
-    };
-    let (summary, report) = report::write(plan, provenance, &|run| report::look(run, None))?;
+    let (summary, report) = report::write(plan, Provenance::of(given::command()), &|run| report::look(run, None))?;
     for comparison in &summary.comparisons {
         style::say(&comparison.sentence);
     }

@@ -67,6 +67,14 @@ pub struct Provenance {
     pub command: String,
 }
 
+impl Provenance {
+    /// Of this program, and the command that produces its report again.
+    pub fn of(command: String) -> Self {
+        let revision = Some(crate::build().to_string()).filter(|revision| !revision.is_empty());
+        Self { version: env!("CARGO_PKG_VERSION").into(), revision, device: None, command }
+    }
+}
+
 /// One arm over its seeds.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ArmSummary {

@@ -29,6 +29,7 @@ pub use store::Store;
 pub use threads::{threads, Threads};
 pub use watch::Traffic;
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -57,6 +58,12 @@ pub trait Comm: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// If a rank has failed.
     fn all_gather(&self, own: &[u8], all: &mut [u8]) -> Result<()>;
+
+    /// All-gather of unequal lengths: of `all`, range r of `ranges` is what rank r has, and is the same on all ranks afterwards.
+    ///
+    /// # Errors
+    /// If a rank has failed.
+    fn gather_ranges(&self, all: &mut [u8], ranges: &[Range<usize>]) -> Result<()>;
 
     /// All-to-all: of `world` pieces of equal length, piece r goes to rank r; `received` has the pieces for this rank, in order
     /// of rank.
@@ -131,6 +138,9 @@ impl Comm for Single {
     }
     fn all_gather(&self, own: &[u8], all: &mut [u8]) -> Result<()> {
         all.copy_from_slice(own);
+        Ok(())
+    }
+    fn gather_ranges(&self, _: &mut [u8], _: &[Range<usize>]) -> Result<()> {
         Ok(())
     }
     fn exchange(&self, pieces: &[u8], received: &mut [u8]) -> Result<()> {

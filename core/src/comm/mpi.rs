@@ -5,6 +5,7 @@
 //! handles are small numbers. Of each a dozen functions are called, by one thread at a time.
 
 use std::ffi::{c_char, c_int, c_void, CStr};
+use std::ops::Range;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -22,6 +23,17 @@ type InitThread = unsafe extern "C" fn(*mut c_int, *mut c_void, c_int, *mut c_in
 type Ask = unsafe extern "C" fn(Handle, *mut c_int) -> c_int;
 /// `MPI_Allgather` and `MPI_Alltoall`.
 type Collective = unsafe extern "C" fn(*const c_void, c_int, Handle, *mut c_void, c_int, Handle, Handle) -> c_int;
+/// `MPI_Allgatherv(sent, count, type, received, counts, displacements, type, comm)`.
+type GatherUneven = unsafe extern "C" fn(
+    *const c_void,
+    c_int,
+    Handle,
+    *mut c_void,
+    *const c_int,
+    *const c_int,
+    Handle,
+    Handle,
+) -> c_int;
 /// `MPI_Reduce_scatter_block(sent, received, count, type, operation, comm)`.
 type Reduce = unsafe extern "C" fn(*const c_void, *mut c_void, c_int, Handle, Handle, Handle) -> c_int;
 /// `MPI_Ibcast(buffer, count, type, root, comm, request)`.
@@ -58,6 +70,7 @@ pub struct Mpi {
     size: usize,
     rank: usize,
     all_gather: Symbol<Collective>,
+    gather_uneven: Symbol<GatherUneven>,
     all_to_all: Symbol<Collective>,
     reduce: Symbol<Reduce>,
     broadcast: Symbol<Ibcast>,
@@ -114,6 +127,7 @@ impl Mpi {
             return Err(Error::user(problem, format!("it is not the launcher's: name that one with {LIBRARY}=path")));
         }
         let [all_gather, all_to_all] = [symbol(&library, "MPI_Allgather")?, symbol(&library, "MPI_Alltoall")?];
+        let gather_uneven = symbol(&library, "MPI_Allgatherv")?;
         let (broadcast, test) = (symbol(&library, "MPI_Ibcast")?, symbol(&library, "MPI_Test")?);
         let (version, everyone) = (version(&library)?, handles.world);
         let reduce = symbol(&library, "MPI_Reduce_scatter_block")?;
@@ -127,6 +141,7 @@ impl Mpi {
             size,
             rank,
             all_gather,
+            gather_uneven,
             all_to_all,
             reduce,
             broadcast,
@@ -162,6 +177,24 @@ impl Comm for Mpi {
     fn all_gather(&self, own: &[u8], all: &mut [u8]) -> Result<()> {
         assert_eq!(all.len(), own.len() * self.size, "as much from every rank");
         self.collective("MPI_Allgather", &self.all_gather, (own, all), own.len())
+    }
+    fn gather_ranges(&self, all: &mut [u8], ranges: &[Range<usize>]) -> Result<()> {
+        assert!(
+            ranges.len() == self.size && ranges.iter().all(|range| range.end <= all.len()),
+            "one range of each rank"
+        );
+        let own = all[ranges[self.rank].clone()].to_vec();
+        let counts: Vec<c_int> = ranges.iter().map(|range| count_of(range.len())).collect::<Result<_>>()?;
+        let starts: Vec<c_int> = ranges.iter().map(|range| count_of(range.start)).collect::<Result<_>>()?;
+        self.inside.enter("MPI_Allgatherv");
+        let (from, to, byte) = (own.as_ptr().cast(), all.as_mut_ptr().cast(), self.handles.byte);
+        let (counts_at, starts_at) = (counts.as_ptr(), starts.as_ptr());
+        // SAFETY: `all` holds what every rank brings at its place, as asserted, and `own` what this one brings.
+        let code = unsafe {
+            (self.gather_uneven)(from, counts[self.rank], byte, to, counts_at, starts_at, byte, self.everyone)
+        };
+        self.inside.leave();
+        check(&self.library, "MPI_Allgatherv", code)
     }
     fn exchange(&self, pieces: &[u8], received: &mut [u8]) -> Result<()> {
         assert!(pieces.len() == received.len() && pieces.len().is_multiple_of(self.size), "as much for every rank");

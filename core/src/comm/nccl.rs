@@ -4,6 +4,7 @@
 //! one GPU: NCCL refuses two processes on one.
 
 use std::ffi::{c_char, c_int, c_void, CStr};
+use std::ops::Range;
 
 use libloading::os::unix::{Library, Symbol, RTLD_LOCAL, RTLD_NOW};
 
@@ -34,6 +35,8 @@ type AllGather = unsafe extern "C" fn(u64, u64, usize, c_int, *mut c_void, *mut 
 type ReduceScatter = unsafe extern "C" fn(u64, u64, usize, c_int, c_int, *mut c_void, *mut c_void) -> c_int;
 /// `ncclSend` and `ncclRecv(buffer, count, type, peer, comm, stream)`.
 type Move = unsafe extern "C" fn(u64, usize, c_int, c_int, *mut c_void, *mut c_void) -> c_int;
+/// `ncclBroadcast(sent, received, count, type, root, comm, stream)`.
+type Broadcast = unsafe extern "C" fn(u64, u64, usize, c_int, c_int, *mut c_void, *mut c_void) -> c_int;
 /// `ncclGroupStart` and `ncclGroupEnd`.
 type Group = unsafe extern "C" fn() -> c_int;
 type ErrorString = unsafe extern "C" fn(c_int) -> *const c_char;
@@ -48,6 +51,7 @@ pub(super) struct Nccl {
     reduce_scatter: Symbol<ReduceScatter>,
     send: Symbol<Move>,
     receive: Symbol<Move>,
+    broadcast: Symbol<Broadcast>,
     start: Symbol<Group>,
     end: Symbol<Group>,
     error: Symbol<ErrorString>,
@@ -102,6 +106,7 @@ impl Nccl {
             reduce_scatter: symbol(&library, "ncclReduceScatter")?,
             send: symbol(&library, "ncclSend")?,
             receive: symbol(&library, "ncclRecv")?,
+            broadcast: symbol(&library, "ncclBroadcast")?,
             start: symbol(&library, "ncclGroupStart")?,
             end: symbol(&library, "ncclGroupEnd")?,
             error,
@@ -122,6 +127,21 @@ impl Nccl {
         // SAFETY: both lie in memory of the GPU of the communicator, and work of its stream alone writes there.
         let code = unsafe { (self.all_gather)(from, to, bytes, BYTES, self.comm, stream) };
         told(&self.error, "ncclAllGather", code)
+    }
+
+    /// Of `all`, range r is what rank r has; afterwards all have all. One broadcast a range, in one group.
+    pub(super) fn gather_ranges(&self, all: &Tensor, ranges: &[Range<usize>]) -> Result<()> {
+        let (size, stream) = (all.dtype().size(), self.gpu.stream().cast());
+        // SAFETY: as in `all_gather`; all ranks send and receive at the same places.
+        unsafe {
+            told(&self.error, "ncclGroupStart", (self.start)())?;
+            for (rank, range) in ranges.iter().enumerate().filter(|(_, range)| !range.is_empty()) {
+                let at = all.device_address() + (range.start * size) as u64;
+                let code = (self.broadcast)(at, at, range.len() * size, BYTES, rank as c_int, self.comm, stream);
+                told(&self.error, "ncclBroadcast", code)?;
+            }
+            told(&self.error, "ncclGroupEnd", (self.end)())
+        }
     }
 
     /// Of pieces of equal length in f32, `sum` is NCCL's sum over ranks of those for this one.

@@ -303,6 +303,21 @@ impl Ranks {
         })
     }
 
+    /// The same of ranges of any lengths, each moved once: no bytes stand in for what a rank has not.
+    ///
+    /// # Errors
+    /// If a rank has failed.
+    pub(crate) fn gather_ranges(&self, x: &mut Tensor, ranges: &[Range<usize>]) -> Result<()> {
+        let size = x.dtype().size();
+        match &self.nccl {
+            Some(nccl) => nccl.gather_ranges(x, ranges),
+            None => {
+                let bytes: Vec<Range<usize>> = ranges.iter().map(|r| r.start * size..r.end * size).collect();
+                self.comm.gather_ranges(x.bytes_mut(), &bytes)
+            }
+        }
+    }
+
     /// The same in host memory, where `x` is, by way of the GPUs if ranks are on some.
     ///
     /// # Errors

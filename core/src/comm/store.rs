@@ -6,6 +6,7 @@
 
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
+use std::ops::Range;
 use std::sync::Mutex;
 use std::time::Duration;
 
@@ -249,6 +250,15 @@ impl Comm for Store {
                     true => bytes.copy_from_slice(own),
                     false => self.read(client, posted.calls, (from, "all"), bytes)?,
                 }
+            }
+            Self::tidy(client, posted)
+        })
+    }
+    fn gather_ranges(&self, all: &mut [u8], ranges: &[Range<usize>]) -> Result<()> {
+        self.call("all-gather", |client, posted| {
+            self.post(client, posted, "all", &all[ranges[self.rank].clone()])?;
+            for (from, range) in ranges.iter().enumerate().filter(|(from, _)| *from != self.rank) {
+                self.read(client, posted.calls, (from, "all"), &mut all[range.clone()])?;
             }
             Self::tidy(client, posted)
         })

@@ -1,5 +1,6 @@
 //! Ranks that are threads of one process: every test of ranks without a launcher.
 
+use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use super::Comm;
@@ -69,6 +70,11 @@ impl Comm for Threads {
     }
     fn all_gather(&self, own: &[u8], all: &mut [u8]) -> Result<()> {
         all.copy_from_slice(&self.meet(own)?.concat());
+        Ok(())
+    }
+    fn gather_ranges(&self, all: &mut [u8], ranges: &[Range<usize>]) -> Result<()> {
+        let brought = self.meet(&all[ranges[self.rank].clone()])?;
+        ranges.iter().zip(brought.iter()).for_each(|(range, bytes)| all[range.clone()].copy_from_slice(bytes));
         Ok(())
     }
     fn exchange(&self, pieces: &[u8], received: &mut [u8]) -> Result<()> {

@@ -1,5 +1,6 @@
 //! What moves between ranks, counted, and the calls that ranks are in.
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -75,6 +76,10 @@ impl Comm for Watched {
     }
     fn all_gather(&self, own: &[u8], all: &mut [u8]) -> Result<()> {
         self.timed(all.len() - own.len(), || self.inner.all_gather(own, all))
+    }
+    fn gather_ranges(&self, all: &mut [u8], ranges: &[Range<usize>]) -> Result<()> {
+        let others = ranges.iter().map(Range::len).sum::<usize>() - ranges[self.rank()].len();
+        self.timed(others, || self.inner.gather_ranges(all, ranges))
     }
     fn exchange(&self, pieces: &[u8], received: &mut [u8]) -> Result<()> {
         self.timed(pieces.len() - pieces.len() / self.world(), || self.inner.exchange(pieces, received))

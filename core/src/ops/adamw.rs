@@ -78,10 +78,30 @@ pub(crate) struct PartMoments<'a> {
 
 /// The EMA teacher that follows in the same pass.
 pub struct Ema<'a> {
-    /// Its parameters, in the student's layout.
+    /// Its parameters, in the student's layout, or a part of them.
     pub params: &'a mut Tensor,
+    /// The element of the student's parameters that its first is of.
+    pub start: usize,
     /// How much of the old value stays.
     pub momentum: f64,
+}
+
+impl Ema<'_> {
+    /// These elements of the student's layout.
+    ///
+    /// # Errors
+    /// If it has other ones, or of another type.
+    pub(super) fn slice<T: Element>(&mut self, range: Range<usize>) -> Result<&mut [T]> {
+        let held = self.start..self.start + self.params.len();
+        if self.params.dtype() != T::DTYPE || !(range.is_empty() || held.start <= range.start && range.end <= held.end)
+        {
+            let problem =
+                format!("a teacher with elements {held:?} {:?} in an update of {range:?}", self.params.dtype());
+            return Err(Error::shape("ema", problem));
+        }
+        let from = range.start.max(held.start) - held.start;
+        Ok(&mut self.params.as_mut_slice::<T>()[from..from + range.len()])
+    }
 }
 
 /// Step `step` (from 1) of AdamW, then of the EMA with the parameters just updated:
@@ -114,12 +134,11 @@ pub(crate) fn adamw_part(
     params: &mut Tensor,
     grads: FromElement<'_>,
     PartMoments { moments, start: from }: PartMoments<'_>,
-    ema: Option<Ema<'_>>,
+    mut ema: Option<Ema<'_>>,
     groups: &[Group],
     config: AdamW,
     step: u64,
 ) -> Result<()> {
-    ema.as_ref().map_or(Ok(()), |ema| same_layout("adamw", params, ema.params))?;
     same_layout("adamw", moments.mean, moments.square)?;
     let part = from..from + moments.mean.len();
     let ends = [from].into_iter().chain(groups.iter().map(|g| g.range.end));
@@ -135,8 +154,8 @@ pub(crate) fn adamw_part(
     }
     dispatch_real!("adamw", params.dtype(), T => {
         let updates: Vec<Update<T>> = groups.iter().map(|g| Update::new(g, config, ema.as_ref(), step)).collect();
-        let mut ema: Vec<&mut [T]> = match ema {
-            Some(ema) => ema.params.as_mut_slice::<T>()[part.clone()].chunks_mut(BLOCK).collect(),
+        let mut ema: Vec<&mut [T]> = match &mut ema {
+            Some(ema) => ema.slice::<T>(part.clone())?.chunks_mut(BLOCK).collect(),
             None => (0..part.len().div_ceil(BLOCK)).map(|_| <&mut [T]>::default()).collect(),
         };
         let (m, v) = (moments.mean.as_mut_slice::<T>(), moments.square.as_mut_slice::<T>());
@@ -298,7 +317,7 @@ mod tests {
         let grads = Tensor::full(&[len], DType::F64, 0.5).unwrap();
         for step in 1..=steps {
             let moments = Moments { mean: &mut r.mean, square: &mut r.square };
-            let ema = Some(Ema { params: &mut r.ema, momentum: 0.9 });
+            let ema = Some(Ema { params: &mut r.ema, start: 0, momentum: 0.9 });
             adamw_step(&mut r.params, &grads, moments, ema, groups, CONFIG, step).unwrap();
         }
         r

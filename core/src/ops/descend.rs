@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::adamw::{same_layout, Ema, Group};
+use super::adamw::{Ema, Group};
 use crate::tensor::blocks::*;
 use crate::tensor::parallel::BLOCK;
 use crate::tensor::Real;
@@ -15,9 +15,6 @@ use crate::{dispatch_real, Error, Result, Tensor};
 /// If types or lengths differ.
 pub(crate) fn descend(params: &mut Tensor, direction: &Tensor, ema: Option<Ema<'_>>, group: &Group) -> Result<()> {
     fits("descend", params, direction, &group.range)?;
-    if let Some(ema) = &ema {
-        same_layout("descend", params, ema.params)?;
-    }
     let Group { range, lr, weight_decay, .. } = group.clone();
     dispatch_real!("descend", params.dtype(), T => {
         let (keep, lr) = (T::of(1.0 - lr * weight_decay), T::of(lr));
@@ -26,12 +23,12 @@ pub(crate) fn descend(params: &mut Tensor, direction: &Tensor, ema: Option<Ema<'
         let step = |(p, d): (&mut [T], &[T])| {
             p.iter_mut().zip(d).for_each(|(p, &d)| *p = *p * keep - lr * d);
         };
-        let Some(Ema { params: ema, momentum }) = ema else {
+        let Some(mut ema) = ema else {
             places.for_each(step);
             return Ok(());
         };
-        let (stays, comes) = (T::of(momentum), T::of(1.0 - momentum));
-        places.zip(ema.as_mut_slice::<T>()[range].par_chunks_mut(BLOCK)).for_each(|((p, d), ema)| {
+        let (stays, comes) = (T::of(ema.momentum), T::of(1.0 - ema.momentum));
+        places.zip(ema.slice::<T>(range)?.par_chunks_mut(BLOCK)).for_each(|((p, d), ema)| {
             step((&mut *p, d));
             ema.iter_mut().zip(p).for_each(|(e, p)| *e = stays * *e + comes * *p);
         });
@@ -71,7 +68,7 @@ mod tests {
         let full = |len: usize, x: f64| Tensor::full(&[len], DType::F64, x).unwrap();
         let (mut p, mut e, d) = (full(len + 5, 2.0), full(len + 5, 1.0), full(len, 3.0));
         let group = Group { range: 2..len + 2, lr: 0.1, weight_decay: 0.5, clip: 1.0 };
-        descend(&mut p, &d, Some(Ema { params: &mut e, momentum: 0.75 }), &group).unwrap();
+        descend(&mut p, &d, Some(Ema { params: &mut e, start: 0, momentum: 0.75 }), &group).unwrap();
         let after = 2.0 * 0.95 - 0.1 * 3.0;
         for (i, (p, e)) in p.to_f64_vec().into_iter().zip(e.to_f64_vec()).enumerate() {
             let (want, follows) = if group.range.contains(&i) { (after, 0.75 + 0.25 * after) } else { (2.0, 1.0) };

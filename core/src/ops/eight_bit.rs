@@ -251,7 +251,6 @@ pub(crate) fn adamw_part_8bit(
     config: AdamW,
     step: u64,
 ) -> Result<()> {
-    ema.as_ref().map_or(Ok(()), |ema| same_layout("adamw", params, ema.params))?;
     if params.dtype() != DType::F32 {
         return Err(Error::shape("adamw", format!("moments in eight bits are those of f32, not {:?}", params.dtype())));
     }
@@ -260,7 +259,7 @@ pub(crate) fn adamw_part_8bit(
         let update = Update::<f32>::new(group, config, ema.as_ref(), step);
         let range = group.range.clone();
         let (p, g) = (&mut params.as_mut_slice::<f32>()[range.clone()], grads.slice::<f32>(range.clone()));
-        let ema = ema.as_mut().map(|e| &mut e.params.as_mut_slice::<f32>()[range]);
+        let ema = ema.as_mut().map(|ema| ema.slice::<f32>(range)).transpose()?;
         let numbers = p.len();
         let part = match place {
             Place::Whole(_) => parallel::BLOCK,

@@ -78,6 +78,7 @@ impl OwnKeys for OptimizerConfig {
         "moments",
         "offload",
         "offload_moments",
+        "shard_teachers",
         "update",
     ];
 }

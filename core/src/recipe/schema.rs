@@ -368,6 +368,11 @@ pub struct OptimizerConfig {
     /// On a GPU: keep the moments that take 32 bits in pinned host memory, which only updates read. This takes 8 bytes per weight off
     /// the GPU with `moments = "f32"` and moves 16 over the bus in every step. No result changes.
     pub offload_moments: bool,
+    /// Of several processes each keeps its part of the teachers' weights alone; a layer is gathered when the teacher's forward pass
+    /// comes to it, and let go behind it (ZeRO stage 3 for teachers, Rajbhandari et al., arXiv:1910.02054). This takes the teachers'
+    /// bytes off all but one process a number, and moves those of a teacher's features once a micro-batch. No result changes. A
+    /// `frozen` model that is learned from stays whole.
+    pub shard_teachers: bool,
     /// When weights are updated; by default `whole`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub update: Option<UpdateOrder>,
@@ -419,6 +424,7 @@ impl Default for OptimizerConfig {
             moments: None,
             offload: false,
             offload_moments: false,
+            shard_teachers: false,
             update: None,
         }
     }

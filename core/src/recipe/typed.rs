@@ -125,11 +125,11 @@ fn read(raw: &RawRecipe) -> Result<Recipe, Vec<Problem>> {
         let mut problem = Problem::of(&nested);
         if nested.fault == Fault::UnknownKey && nested.nearest().is_none() {
             let readers = guide.readers_of(raw.value(), &problem.key).join(", ");
-            let help = problem.help.take().filter(|_| readers.is_empty());
-            problem.help = help.or_else(|| {
-                let (table, name) = problem.key.rsplit_once('.')?;
-                Some(format!("`{name}` is a key of other plugins: set {table}.plugin to one of them ({readers})"))
-            });
+            let of_others = problem.key.rsplit_once('.').filter(|_| !readers.is_empty());
+            let of_others = of_others
+                .map(|(table, name)| format!("`{name}` is a key of other choices of {table}.plugin: {readers}"));
+            problem.help =
+                problem.help.into_iter().chain(of_others).reduce(|known, others| format!("{known}\n  {others}"));
         }
         problems.push(raw.place(problem));
         // Without its plugin or a key it needs, the table around says nothing more; a wrong list element, its list.

@@ -14,7 +14,7 @@ use crate::{Error, Result};
 /// Keys, and tables of keys, that change no number of a run: its name, where it runs (arithmetic is told apart by the
 /// device itself), how data are read ahead, where weights are kept, what is written, kept and measured, and when it may end before its
 /// time.
-const NO_NUMBERS: [&str; 12] = [
+const NO_NUMBERS: [&str; 13] = [
     "name",
     "device",
     "batch.loader_threads",
@@ -27,6 +27,7 @@ const NO_NUMBERS: [&str; 12] = [
     "on_non_finite",
     "optimizer.offload",
     "optimizer.offload_moments",
+    "optimizer.shard_teachers",
 ];
 
 /// A key in which two recipes differ.

@@ -167,6 +167,9 @@ fn cost_at(
     };
     let of_models = (model.layout.len(), has_teacher, named_len, distilled_len);
     let (mut memory, pinned) = weights(recipe, (device, ranks), of_models, (gradients, &storage));
+    // While a pass of a sharded teacher is in a layer, it has that and the last one.
+    let gathered = if shards_teachers(recipe, ranks) && (has_teacher || named_len > 0) { layers.largest(2) } else { 0 };
+    memory.extend((gathered > 0).then(|| ("gathered layers", (gathered * recipe.dtype(device).size()) as f64)));
     let moved = 2 * Ranks::at_once_on(device).min(longest) * recipe.dtype(device).wide().size();
     memory.extend((ranks > 1).then_some(("moved between processes", moved as f64)));
 
@@ -234,7 +237,7 @@ pub struct Shared {
     pub images: usize,
     /// What it costs it: memory is its own.
     pub own: RunCost,
-    /// Bytes that it receives: its part of the gradients of all others, and the weights of student and teacher that they
+    /// Bytes that it receives: its part of the gradients of all others, and the weights of student and teachers that they
     /// updated. What losses exchange is little beside it: a number a prototype, a few times.
     pub received: f64,
 }
@@ -263,13 +266,24 @@ pub fn shared_on(recipe: &Recipe, device: Device, ranks: usize) -> Result<Shared
     own.batch.shards /= ranks;
     let model = declare(&own)?;
     let features = own.dtype(device);
-    let models = if own.teacher.build(&mut ())?.exists() { 2 } else { 1 };
+    let teacher = if own.teacher.build(&mut ())?.exists() { 1.0 } else { 0.0 };
+    // A sharded teacher is gathered for each micro-batch that it sees, another is spread after its update.
+    let further = named_teachers(&own, &model)?.len() as f64 * model.layout.range_of("backbone.").len() as f64;
+    let teachers = match shards_teachers(recipe, ranks) {
+        true => own.batch.micro_batches as f64 * (teacher + further / model.layout.len() as f64),
+        false => teacher,
+    };
     // Sums of gradients that are taken layer by layer go to those whose they are afterwards.
     let sums = if Layers::are_summed(recipe.batch.micro_batches, ranks) { 1.0 / ranks as f64 } else { 0.0 };
-    let of_number = (1.0 + sums) * features.wide().size() as f64 + (models * features.size()) as f64;
+    let of_number = (1.0 + sums) * features.wide().size() as f64 + (1.0 + teachers) * features.size() as f64;
     let of_others = model.layout.len() as f64 * (ranks - 1) as f64 / ranks as f64;
     let cost = cost_of(&own, &model, (device, ranks));
     Ok(Shared { images: own.batch.size, own: cost, received: of_others * of_number })
+}
+
+/// Whether each of so many processes has a part of the teachers alone.
+fn shards_teachers(recipe: &Recipe, ranks: usize) -> bool {
+    recipe.optimizer.shard_teachers && ranks > 1
 }
 
 /// Numbers in the parameters whose names begin with `prefix`.
@@ -295,13 +309,17 @@ fn weights(
     };
     let rounded = |n: usize| n as f64 * features.size() as f64;
     let kept = |n: usize| rounded(n) + in_place * (wide(n) - rounded(n));
+    let of_teacher = |n: usize| match shards_teachers(recipe, ranks) {
+        true => kept(n) - rounded(n) * (1.0 - 1.0 / ranks as f64),
+        false => kept(n),
+    };
     let all = own + if teacher { own } else { 0 } + further;
     let mut pinned = beside * (wide(all) - rounded(all));
     let mut memory = vec![("student", kept(own)), ("gradients", wide(gradients))];
     // Shards wait for each other in a tree; their sum is made beside them.
     let waiting = recipe.batch.shards.ilog2();
     memory.extend((waiting > 0).then(|| ("gradients of shards", f64::from(waiting + 1) * wide(own))));
-    memory.extend(teacher.then(|| ("EMA teacher", kept(own))));
+    memory.extend(teacher.then(|| ("EMA teacher", of_teacher(own))));
     let moments = recipe.optimizer.plugin.build(&mut ()).map_or(0, |optimizer| optimizer.moments().len());
     let offload = recipe.optimizer.offload_moments && device != Device::Cpu;
     let moment = |offload| storage.bytes(features.wide(), offload);
@@ -314,7 +332,7 @@ fn weights(
         _ => Some(("optimizer (moments)", of_moments)),
     });
     memory.extend(distilled.map(|n| (DISTILLED, n as f64 * features.size() as f64)));
-    memory.extend((further > 0).then(|| ("further teachers", kept(further))));
+    memory.extend((further > 0).then(|| ("further teachers", of_teacher(further))));
     if device != Device::Cpu {
         memory.push(("workspace of matrix products", cuda::WORKSPACE as f64));
     }

@@ -13,6 +13,7 @@ use crate::tensor::greatest;
 use crate::{DType, Error, Result, Tensor};
 
 use super::flat::Flat;
+use super::parts::within;
 use super::weights::role_of;
 use super::{Declared, Weights};
 
@@ -66,9 +67,13 @@ impl Bounds {
             if most.is_finite() {
                 return Ok(most);
             }
-            let inside = specs.iter().filter(|s| s.range().end <= flat.len());
+            let inside = specs.iter().filter(|spec| !within(&spec.range(), flat.held()).is_empty());
             let of = |spec: &ParamSpec| {
-                of_tensor(&format!("{role}.{}", spec.name), &flat.rounded().view(spec.offset, &spec.shape))
+                let here = within(&spec.range(), flat.held());
+                of_tensor(
+                    &format!("{role}.{}", spec.name),
+                    &flat.here().view(here.start - flat.held().start, &[here.len()]),
+                )
             };
             inside.map(of).try_fold(0.0, |most: f64, of| Ok(most.max(of?)))
         };
@@ -169,7 +174,7 @@ mod tests {
             prop_assume!(gradient <= bounds.longest_gradient(reach));
             let moments = Moments { mean: &mut m, square: &mut v };
             let groups = [Group { range: 0..1, lr, weight_decay, clip: 1.0 }];
-            let follow = Some(Ema { params: &mut ema, momentum: 0.5 });
+            let follow = Some(Ema { params: &mut ema, start: 0, momentum: 0.5 });
             adamw_step(&mut p, &number(gradient), moments, follow, &groups, config, step).unwrap();
             let after = bounds.after(reach, gradient);
             // Below the smallest normal number a product keeps few digits, before it is divided by eps.

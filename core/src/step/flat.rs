@@ -4,7 +4,8 @@
 //! is, and its lower bits. Both together are the f32, exactly, for every pattern of bits: 4 bytes a number in place of 6.
 //! Numbers half way between two of bf16 are rounded away from zero, since from a number rounded to even the upper bits could
 //! not be told. Only updates need the lower bits, so they may lie in host memory ([`OptimizerConfig`]'s `offload`), and each of
-//! several ranks has those of the part that it updates ([`parts`](super::parts)).
+//! several ranks has those of the part that it updates ([`parts`](super::parts)). Of a teacher that is sharded it has nothing else:
+//! what a step computes with is [gathered](super::gathered).
 //!
 //! [`OptimizerConfig`]: crate::recipe::OptimizerConfig
 
@@ -14,11 +15,12 @@ use half::bf16;
 use rayon::prelude::*;
 
 use crate::cuda::{args, Arg};
+use crate::ops::Ema;
 use crate::params::Layout;
 use crate::tensor::{copy_elements, greatest};
 use crate::{cuda_source, ops, DType, Device, Error, Result, Tensor};
 
-use super::parts::within;
+use super::parts::{within, Share};
 
 cuda_source! { static HALVES = "halves" { include_str!("halves.cu") } }
 
@@ -29,7 +31,27 @@ const DRAWN_TOGETHER: usize = 1 << 26;
 const CHUNK: usize = 1 << 16;
 
 /// Flat numbers: f32 or f64, or f32 in halves.
-pub struct Flat(Kept);
+pub struct Flat {
+    kept: Kept,
+    len: usize,
+    /// Those that are here: all, or this rank's part.
+    held: Range<usize>,
+    /// Whether each rank has its part alone, which for one may be all of a model; or its lower halves.
+    sharded: bool,
+    spread: bool,
+}
+
+/// How a rank keeps numbers.
+pub(super) struct Keeping {
+    /// Those that it updates, from and to even ones.
+    pub(super) own: Range<usize>,
+    /// Which of the ranks it is.
+    pub(super) share: Share,
+    /// Whether lower halves are in host memory.
+    pub(super) offload: bool,
+    /// Whether those of each rank are nowhere else.
+    pub(super) sharded: bool,
+}
 
 enum Kept {
     Wide(Tensor),
@@ -68,58 +90,96 @@ fn join(rounded: bf16, lower: u16) -> f32 {
 
 impl From<Tensor> for Flat {
     fn from(wide: Tensor) -> Self {
-        Self(Kept::Wide(wide))
+        Self { len: wide.len(), held: 0..wide.len(), kept: Kept::Wide(wide), sharded: false, spread: false }
     }
 }
 
 impl Flat {
-    /// `len` zeros for features of type `features`, of which this rank updates `own`, from and to even numbers; with `offload`,
-    /// lower halves are in host memory.
+    /// `len` zeros for features of type `features`.
     ///
     /// # Errors
     /// If there is not that much host memory.
-    pub(super) fn zeros(len: usize, own: Range<usize>, features: DType, offload: bool) -> Result<Self> {
+    pub(super) fn zeros(
+        len: usize,
+        features: DType,
+        Keeping { own, share, offload, sharded }: Keeping,
+    ) -> Result<Self> {
+        let shared = share.world() > 1;
+        let sharded = sharded && shared;
+        let held = if sharded { own.clone() } else { 0..len };
         if features != DType::BF16 {
-            return Ok(Tensor::zeros(&[len], features).into());
+            let kept = Kept::Wide(Tensor::zeros(&[held.len()], features));
+            return Ok(Self { kept, len, held, sharded, spread: sharded });
         }
-        let rounded = Tensor::zeros(&[len], DType::BF16);
+        let rounded = Tensor::zeros(&[held.len()], DType::BF16);
         let lower = match rounded.gpu().filter(|_| offload) {
             Some(gpu) => Tensor::zeros_beside(gpu, &[own.len() / 2], DType::U32)?,
             None => Tensor::zeros(&[own.len() / 2], DType::U32),
         };
-        Ok(Self(Kept::Halves { rounded, lower, own }))
+        Ok(Self { kept: Kept::Halves { rounded, lower, own }, len, held, sharded, spread: shared })
     }
 
     /// How many numbers they are.
     #[allow(clippy::len_without_is_empty)]
     pub fn len(&self) -> usize {
-        self.rounded().len()
+        self.len
     }
 
     /// The type in which they are updated.
     pub fn dtype(&self) -> DType {
-        self.rounded().dtype().wide()
+        self.here().dtype().wide()
     }
 
-    /// What a step computes with.
+    /// What a step computes with: all numbers are here.
     pub(super) fn rounded(&self) -> &Tensor {
-        match &self.0 {
+        assert!(!self.is_sharded(), "a sharded model is gathered");
+        self.here()
+    }
+
+    /// What a step computes with, of the numbers that are here.
+    pub(super) fn here(&self) -> &Tensor {
+        match &self.kept {
             Kept::Wide(wide) => wide,
             Kept::Halves { rounded, .. } => rounded,
         }
     }
 
+    /// Which they are: all, or of a teacher that is sharded this rank's part.
+    pub fn held(&self) -> &Range<usize> {
+        &self.held
+    }
+
+    /// Whether each rank has its part of them alone.
+    pub fn is_sharded(&self) -> bool {
+        self.sharded
+    }
+
+    /// Those of others that are here.
+    fn here_of(&self, other: &Tensor, others: &Range<usize>) -> Tensor {
+        let start = self.held.start.max(others.start) - others.start;
+        other.view(start, &[self.held.len()])
+    }
+
+    /// A teacher of a CPU that follows in the update.
+    pub(super) fn ema(&mut self, momentum: f64) -> Ema<'_> {
+        let start = self.held.start;
+        Ema { params: self.wide_mut(), start, momentum }
+    }
+
     /// Where they are on a GPU, for the kernels of `adamw.cu`.
     pub(super) fn place(&self) -> Arg {
-        Arg::plain(match &self.0 {
-            Kept::Wide(wide) => [wide.device_address(), 0, 0],
-            Kept::Halves { rounded, lower, own } => [0, rounded.device_address(), lower_of_first(lower, own)],
+        // Kernels count from the first element.
+        let first = |of: &Tensor| of.device_address().wrapping_sub((of.dtype().size() * self.held.start) as u64);
+        Arg::plain(match &self.kept {
+            Kept::Wide(wide) => [first(wide), 0, 0],
+            Kept::Halves { rounded, lower, own } => [0, first(rounded), lower_of_first(lower, own)],
         })
     }
 
     /// What a step computes with, to be given by the ranks that updated it to the others.
     pub(super) fn rounded_mut(&mut self) -> &mut Tensor {
-        match &mut self.0 {
+        assert!(!self.is_sharded(), "a sharded model is gathered");
+        match &mut self.kept {
             Kept::Wide(wide) => wide,
             Kept::Halves { rounded, .. } => rounded,
         }
@@ -132,7 +192,7 @@ impl Flat {
 
     /// Those of a CPU, to be updated.
     pub(super) fn wide_mut(&mut self) -> &mut Tensor {
-        match &mut self.0 {
+        match &mut self.kept {
             Kept::Wide(wide) => wide,
             Kept::Halves { .. } => unreachable!("features on a CPU are as wide as weights"),
         }
@@ -146,10 +206,13 @@ impl Flat {
         self.read(0..self.len())
     }
 
-    /// The same of those of a range, which begins at an even one.
+    /// The same of those of a range, which begins at an even one and is here.
     pub(super) fn read(&self, range: Range<usize>) -> Result<Tensor> {
-        let part = |flat: &Tensor| flat.view(range.start, &[range.len()]).to(Device::Cpu);
-        let (rounded, lower, own) = match &self.0 {
+        if range.is_empty() {
+            return Ok(Device::Cpu.with(|| Tensor::zeros(&[0], self.dtype())));
+        }
+        let part = |flat: &Tensor| flat.view(range.start - self.held.start, &[range.len()]).to(Device::Cpu);
+        let (rounded, lower, own) = match &self.kept {
             Kept::Wide(wide) => return Ok(part(wide)),
             Kept::Halves { rounded, lower, own } => (part(rounded), lower, own),
         };
@@ -166,9 +229,9 @@ impl Flat {
         Ok(out)
     }
 
-    /// Whether each rank has its part alone.
+    /// Whether each rank has its part alone, or its lower halves.
     pub(super) fn is_spread(&self) -> bool {
-        matches!(&self.0, Kept::Halves { rounded, own, .. } if own.len() < rounded.len())
+        self.spread
     }
 
     /// All of them, widened.
@@ -184,7 +247,8 @@ impl Flat {
     /// # Errors
     /// If the device fails.
     pub fn view(&self, start: usize, shape: &[usize]) -> Result<Tensor> {
-        match &self.0 {
+        assert!(!self.is_sharded(), "what is updated is whole");
+        match &self.kept {
             Kept::Wide(wide) => Ok(wide.view(start, shape)),
             Kept::Halves { rounded, lower, own } => {
                 let gpu = rounded.gpu().expect("halves are on a GPU");
@@ -226,15 +290,20 @@ impl Flat {
     /// The same of those from `start` on, which is even.
     pub(super) fn write(&mut self, start: usize, numbers: &Tensor) -> Result<()> {
         let numbers = Device::Cpu.with(|| numbers.cast(self.dtype()))?;
-        let (rounded, lower, own) = match &mut self.0 {
-            Kept::Wide(wide) => return copy_elements(wide, start, &numbers, 0..numbers.len()),
+        let here = within(&(start..start + numbers.len()), &self.held);
+        if here.is_empty() {
+            return Ok(());
+        }
+        let (from, at) = (here.start - start..here.end - start, here.start - self.held.start);
+        let (rounded, lower, own) = match &mut self.kept {
+            Kept::Wide(wide) => return copy_elements(wide, at, &numbers, from),
             Kept::Halves { rounded, lower, own } => (rounded, lower, own.clone()),
         };
         let mut of_rounded = Device::Cpu.with(|| Tensor::uninit(numbers.shape(), DType::BF16));
         let numbers = numbers.as_slice::<f32>();
         let all = of_rounded.as_mut_slice::<bf16>().par_iter_mut().zip(numbers).with_min_len(CHUNK);
         all.for_each(|(rounded, x)| *rounded = split(*x).0);
-        copy_elements(rounded, start, &of_rounded, 0..numbers.len())?;
+        copy_elements(rounded, at, &of_rounded, from)?;
         let part = within(&(start..start + numbers.len()), &own);
         if part.is_empty() {
             return Ok(());
@@ -246,11 +315,14 @@ impl Flat {
 
     /// Takes the first numbers of others, which are kept alike.
     pub(super) fn copy_from(&mut self, other: &Flat) -> Result<()> {
-        let n = self.len();
-        match (&mut self.0, &other.0) {
-            (Kept::Wide(own), Kept::Wide(other)) => own.copy_from(&other.view(0, &[n])),
-            (Kept::Halves { rounded, lower, .. }, Kept::Halves { rounded: others, lower: others_lower, .. }) => {
-                rounded.copy_from(&others.view(0, &[n]))?;
+        if self.held.is_empty() {
+            return Ok(());
+        }
+        let theirs = self.here_of(other.here(), &other.held);
+        match (&mut self.kept, &other.kept) {
+            (Kept::Wide(own), Kept::Wide(_)) => own.copy_from(&theirs),
+            (Kept::Halves { rounded, lower, .. }, Kept::Halves { lower: others_lower, .. }) => {
+                rounded.copy_from(&theirs)?;
                 lower.copy_from(&others_lower.view(0, &[lower.len()]))
             }
             _ => unreachable!("all weights of a run are kept alike"),
@@ -260,14 +332,18 @@ impl Flat {
     /// `self = momentum self + (1 - momentum) other`, by the first numbers of others, which are kept alike; of those that are
     /// spread over ranks, this rank's part.
     pub(super) fn average(&mut self, other: &Flat, momentum: f64) -> Result<()> {
-        let n = self.len();
-        match (&mut self.0, &other.0) {
-            (Kept::Wide(own), Kept::Wide(other)) => ops::ema_update(own, &other.view(0, &[n]), momentum),
+        if self.held.is_empty() {
+            return Ok(());
+        }
+        let (theirs, held, others) = (self.here_of(other.here(), &other.held), self.held.start, other.held.start);
+        match (&mut self.kept, &other.kept) {
+            (Kept::Wide(own), Kept::Wide(_)) => ops::ema_update(own, &theirs, momentum),
             (Kept::Halves { own, .. }, _) if Range::is_empty(own) => Ok(()),
-            (Kept::Halves { rounded, lower, own }, Kept::Halves { rounded: others, lower: others_lower, .. }) => {
+            (Kept::Halves { rounded, lower, own }, Kept::Halves { rounded: of_others, lower: others_lower, .. }) => {
                 let gpu = rounded.gpu().expect("halves are on a GPU");
                 let n = own.len();
-                let [rounded, others] = [&*rounded, others].map(|of| of.view(own.start, &[n]));
+                let [rounded, others] =
+                    [(&*rounded, held), (of_others, others)].map(|(of, start)| of.view(own.start - start, &[n]));
                 let launch = gpu.kernel(&HALVES, "average", DType::F32)?.over(n).work(0.0, 12.0 * n as f64);
                 launch.launch(args![&rounded, &*lower, &others, others_lower, momentum as f32, n])
             }
@@ -277,7 +353,10 @@ impl Flat {
 
     /// A number that no `|x|` is greater than; NaN if there is one.
     pub(super) fn bound(&self) -> Result<f64> {
-        match &self.0 {
+        if self.held.is_empty() {
+            return Ok(0.0);
+        }
+        match &self.kept {
             Kept::Wide(wide) => greatest(wide),
             // Rounding takes away less than a part in 256.
             Kept::Halves { rounded, .. } => Ok(greatest(rounded)? * (1.0 + 1.0 / 256.0)),

@@ -50,6 +50,11 @@ impl Layers {
         &self.ranges
     }
 
+    /// The layer of a parameter, by its place in the layout.
+    pub(super) fn of_param(&self, param: usize) -> usize {
+        self.of_param[param]
+    }
+
     fn of_range(&self, range: &Range<usize>) -> usize {
         self.of_param[self.begins.partition_point(|begin| *begin <= range.start) - 1]
     }

@@ -15,6 +15,7 @@ mod distillation;
 mod flat;
 mod following;
 mod fused;
+mod gathered;
 mod gpu;
 mod health;
 mod layers;
@@ -115,6 +116,8 @@ pub struct Learner {
     /// Whether products on a GPU drop bits of f32.
     tf32: bool,
     spikes: Option<Spikes>,
+    /// What is evaluated, if it is gathered for that.
+    evaluated: Option<Tensor>,
     /// Of the last step that was taken, as in [`Report::grad_norms`].
     last_norms: BTreeMap<String, f64>,
     gpu_step: Option<GpuStep>,
@@ -213,6 +216,7 @@ impl Learner {
             kernels,
             tf32: recipe.precision == Precision::Tf32,
             spikes: recipe.on_spike.as_ref().map(Spikes::new),
+            evaluated: None,
             last_norms: BTreeMap::new(),
             gpu_step: gpu_step.transpose()?,
         };
@@ -384,6 +388,27 @@ impl Learner {
         Ok(report)
     }
 
+    /// Whether what is evaluated has to be [gathered](Self::gather_evaluated) for it.
+    pub(crate) fn is_sharded(&self) -> bool {
+        self.weights.evaluated().is_sharded()
+    }
+
+    /// The rank that leads gets all weights of what is evaluated; all ranks have to ask for it.
+    ///
+    /// # Errors
+    /// If a rank fails, or there is no room for them.
+    pub(crate) fn gather_evaluated(&mut self) -> Result<()> {
+        let keep = self.ranks.leads();
+        let _on = self.device.enter();
+        self.evaluated = catch_out_of_memory(|| self.weights.gather_evaluated(&self.ranks, keep))?;
+        Ok(())
+    }
+
+    /// Lets them go.
+    pub(crate) fn forget_evaluated(&mut self) {
+        self.evaluated = None;
+    }
+
     /// What the teacher, or without one the student, gives of normalised pixels `[B, 3, h, w]`, in evaluation, in host memory: what probes and
     /// pictures see.
     pub fn teacher_features(&self, pixels: &Tensor) -> Result<Features> {
@@ -392,7 +417,8 @@ impl Learner {
             catch_out_of_memory(|| {
                 // Between steps their memory is free.
                 let _step = cuda::step_scope();
-                let params = Params::frozen(&self.model.layout, self.weights.evaluated());
+                let flat = self.evaluated.as_ref().unwrap_or_else(|| self.weights.evaluated().rounded());
+                let params = Params::frozen(&self.model.layout, flat);
                 let crops = Crops::global(pixels.to(self.device));
                 let mut features = self.model.backbone.forward(&params, &[crops], Mode::Eval)?;
                 features.pop().ok_or_else(|| Error::shape("backbone", "no features"))?.to_host()

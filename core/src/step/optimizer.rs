@@ -7,8 +7,8 @@ use std::sync::Arc;
 use crate::comm::Ranks;
 use crate::contract::{At, Direction, Optimizer, ParamUpdate};
 use crate::ops::{
-    adamw_part, adamw_part_8bit, descend, square_sums, write_range, AdamW, Ema, FromElement, Group, MixedMoments,
-    Moments, PartMoments, Place, NORM_BLOCK,
+    adamw_part, adamw_part_8bit, descend, square_sums, write_range, AdamW, FromElement, Group, MixedMoments, Moments,
+    PartMoments, Place, NORM_BLOCK,
 };
 use crate::params::{Layout, ParamRole, ParamSpec};
 use crate::recipe::{MomentStorage, OptimizerConfig, OptimizerEntry};
@@ -341,7 +341,7 @@ impl Groups {
             let updates = cohort.updates(updates);
             let [mean, square, ..] = &mut moments[..] else { unreachable!("checked when the groups were made") };
             let whole = Moments { mean, square };
-            let ema = momentum.zip(teacher.as_mut()).map(|(momentum, flat)| Ema { params: flat.wide_mut(), momentum });
+            let ema = momentum.zip(teacher.as_mut()).map(|(momentum, flat)| flat.ema(momentum));
             if let [mean, square] = &mut eight[..] {
                 let placed = |i: usize| (group(&i), self.storage.places[i].place);
                 let groups: Vec<(Group, Place)> = self.own(&cohort.places).map(placed).collect();
@@ -360,7 +360,7 @@ impl Groups {
             let group = group(&i);
             let gradient = self.gradient(i, grads).scale(group.clip)?;
             let new = self.direction(i, gradient, (student, moments), numbers[cohort].clone(), dtype)?;
-            let ema = momentum.zip(teacher.as_mut()).map(|(momentum, flat)| Ema { params: flat.wide_mut(), momentum });
+            let ema = momentum.zip(teacher.as_mut()).map(|(momentum, flat)| flat.ema(momentum));
             descend(student.wide_mut(), &new.direction, ema, &group)?;
             for (flat, new) in moments.iter_mut().zip(&new.moments) {
                 write_range(flat, group.range.start - own.start..group.range.end - own.start, new)?;

@@ -8,7 +8,7 @@ use crate::params::Params;
 use crate::scope;
 use crate::{DType, Error, Result, Tensor};
 
-use super::{views, DeclaredLoss, Learner, Teacher};
+use super::{views, Declared, DeclaredLoss, Learner, Teacher};
 
 /// The teacher over all micro-batches, and every loss's targets.
 pub(super) struct TeacherPass {
@@ -90,12 +90,26 @@ impl TeacherPass {
     /// `features`: whether they are needed although no loss asks for them.
     pub(super) fn run(learner: &Learner, batches: &[Batch], draws: &[Draws], at: At, features: bool) -> Result<Self> {
         let _scope = scope::enter("teacher");
-        // A frozen model of its own, or the student's EMA.
-        let (model, flat) = match &learner.distilled {
-            Some(teacher) => (&teacher.model, teacher.flat()),
-            None => (&learner.model, learner.weights.evaluated()),
+        let run = |model: &Declared, params: &Params<'_>| {
+            Self::of_model(learner, (model, params), (batches, draws), at, features)
         };
-        let params = Params::frozen(&model.layout, flat);
+        // A frozen model of its own, or the student's EMA.
+        match &learner.distilled {
+            Some(teacher) => run(&teacher.model, &Params::frozen(&teacher.model.layout, teacher.flat())),
+            None => {
+                let (model, weights) = (&learner.model, &learner.weights);
+                weights.with_frozen(&model.layout, weights.evaluated(), &learner.ranks, |params| run(model, params))
+            }
+        }
+    }
+
+    fn of_model(
+        learner: &Learner,
+        (model, params): (&Declared, &Params<'_>),
+        (batches, draws): (&[Batch], &[Draws]),
+        at: At,
+        features: bool,
+    ) -> Result<Self> {
         let needed = features || learner.model.losses.iter().any(|l| l.needs.runs_teacher());
         let losses = &learner.model.losses;
         let (mut features, mut layers, mut views) =
@@ -109,7 +123,7 @@ impl TeacherPass {
                 None => {
                     let global = Crops::global(batch.global.clone()).with_layers(asked.clone());
                     let crops: Vec<Crops> = [global].into_iter().chain(of_views.iter().flatten().cloned()).collect();
-                    model.backbone.forward(&params, &crops, Mode::Eval)?
+                    model.backbone.forward(params, &crops, Mode::Eval)?
                 }
             };
             let mut given = given.into_iter();
@@ -139,7 +153,7 @@ impl TeacherPass {
                 return Err(Error::user(problem, help));
             }
             let project = |((features, layers), batch): ((&Features, &Vec<Tensor>), &Batch)| {
-                taught.loss.project(&params, &tokens(features, None, layers, &taught.needs, batch))
+                taught.loss.project(params, &tokens(features, None, layers, &taught.needs, batch))
             };
             let parts = features.iter().zip(&layers[targets.len()]).zip(batches).map(project);
             let parts: Vec<Tensor> = parts.collect::<Result<_>>()?;
@@ -273,8 +287,8 @@ impl Learner {
         let model = &self.model;
         let own = batch.teacher.as_ref().filter(|_| teacher.policy.crop_size().is_some());
         let crops = Crops::global(own.unwrap_or(&batch.global).clone());
-        let params = Params::frozen(&model.layout, self.weights.named(i));
-        let mut features = model.backbone.forward(&params, &[crops], Mode::Eval)?;
+        let forward = |params: &Params<'_>| model.backbone.forward(params, &[crops], Mode::Eval);
+        let mut features = self.weights.with_frozen(&model.layout, self.weights.named(i), &self.ranks, forward)?;
         let Features { cls, patches, grid: from, .. } =
             features.pop().ok_or_else(|| Error::shape("backbone", "no features for a teacher's crops"))?;
         let patch = model.backbone.patch_size();

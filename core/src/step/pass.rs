@@ -87,6 +87,9 @@ impl Learner {
         (grads, update): (&mut Tensor, Update<'_>),
         health: bool,
     ) -> Result<Pass> {
+        // A teacher that is sharded runs on all ranks or on none; one of them is asked for its health.
+        let runs = || self.model.losses.iter().any(|declared| declared.needs.runs_teacher());
+        let health = health && (!self.is_sharded() || runs());
         let teacher = TeacherPass::run(self, batches, draws, at, health)?;
         let mut states = teacher.state.clone();
         let (mut values, mut updated) = (Vec::with_capacity(batches.len()), None);

@@ -15,7 +15,8 @@ use crate::weights::Source;
 use crate::{cuda, DType, Device, Error, Result, Tensor};
 
 use super::bounds::{Bounds, Reach};
-use super::flat::Flat;
+use super::flat::{Flat, Keeping};
+use super::layers::Layers;
 use super::moments::{Placed, Storage};
 use super::optimizer::Groups;
 use super::parts::Parts;
@@ -47,6 +48,8 @@ pub struct Weights {
     pub skipped: u64,
     /// Gradients of the last step: those of [`Groups::gradients`].
     pub(super) grads: Tensor,
+    /// The layers in which teachers that are sharded are gathered.
+    pub(super) gather: Option<Layers>,
     /// How large numbers are at most, once they were measured.
     bounds: Option<Bounds>,
 }
@@ -96,15 +99,18 @@ impl Weights {
     ) -> Result<Self> {
         let dtype = features.wide();
         let parts = optimizer.parts.clone();
-        let zeros = |len| Flat::zeros(len, parts.own_of(len), features, optimizer.config().offload);
-        let named = named.into_iter().map(|name| Ok((name.to_string(), zeros(backbone_len(layout))?)));
+        let (share, offload) = (parts.share(), optimizer.config().offload);
+        let shards = optimizer.config().shard_teachers;
+        let zeros =
+            |len, sharded| Flat::zeros(len, features, Keeping { own: parts.own_of(len), share, offload, sharded });
+        let named = named.into_iter().map(|name| Ok((name.to_string(), zeros(backbone_len(layout), shards)?)));
         let (storage, offload_moments) = (optimizer.storage.clone(), optimizer.config().offload_moments);
         // AdamW's two: others are refused when the groups are made.
         let eight = if storage.blocks == 0 { &[][..] } else { &[Map::Signed, Map::Unsigned] };
         let eight = eight.iter().map(|map| EightBit::zeros(*map, storage.blocks)).collect();
         Ok(Self {
-            student: zeros(layout.len())?,
-            teacher: teacher.then(|| zeros(layout.len())).transpose()?,
+            student: zeros(layout.len(), false)?,
+            teacher: teacher.then(|| zeros(layout.len(), shards)).transpose()?,
             named: named.collect::<Result<_>>()?,
             moments: optimizer
                 .moments()
@@ -118,6 +124,7 @@ impl Weights {
             loss_state: Vec::new(),
             skipped: 0,
             grads: Tensor::zeros(&[optimizer.gradients().len()], dtype),
+            gather: shards.then(|| Layers::of(layout)),
             bounds: None,
         })
     }
@@ -160,13 +167,13 @@ impl Weights {
     }
 
     /// What the teacher computes with; without one, the student: what is evaluated.
-    pub(super) fn evaluated(&self) -> &Tensor {
-        self.teacher.as_ref().unwrap_or(&self.student).rounded()
+    pub(super) fn evaluated(&self) -> &Flat {
+        self.teacher.as_ref().unwrap_or(&self.student)
     }
 
     /// What a teacher of `[teachers]` computes with.
-    pub(super) fn named(&self, i: usize) -> &Tensor {
-        self.named[i].1.rounded()
+    pub(super) fn named(&self, i: usize) -> &Flat {
+        &self.named[i].1
     }
 
     /// Moment `moment` of what this rank has of a parameter, by its place in the layout, in host memory.
@@ -272,7 +279,7 @@ impl Weights {
     pub(super) fn spread(&mut self, follows: bool, ranks: &Ranks) -> Result<()> {
         let Self { student, teacher, parts, .. } = self;
         ranks.spread(student.rounded_mut(), parts.ranges())?;
-        match teacher.as_mut().filter(|_| follows) {
+        match teacher.as_mut().filter(|teacher| follows && !teacher.is_sharded()) {
             Some(teacher) => ranks.spread(teacher.rounded_mut(), parts.ranges()),
             None => Ok(()),
         }
@@ -312,7 +319,7 @@ impl Weights {
             (Of::Named(i), teacher) => (&mut named[i].1, teacher.as_ref().unwrap_or(student)),
         };
         flat.average(other, momentum)?;
-        match flat.is_spread() {
+        match flat.is_spread() && !flat.is_sharded() {
             true => {
                 let _step = cuda::step_scope();
                 let ranges = parts.ranges_of(flat.len());

@@ -46,6 +46,8 @@ pub(super) enum Order {
     Content,
     /// All are given the gradients of all.
     Gradients,
+    /// Rank 0 is given the weights that are evaluated.
+    Evaluated,
     /// What the command is about is done by all.
     Work,
     /// The program ends with this code.
@@ -228,6 +230,7 @@ pub fn follow(comm: &Arc<dyn Comm>, resolve: &dyn Fn() -> Result<Resolved>, stop
             (Order::PassOver(step), Some(member)) => member.learner.pass_over(step)?,
             (Order::Content, Some(member)) => member.learner.hand_over()?,
             (Order::Gradients, Some(member)) => drop(member.learner.gradients()?),
+            (Order::Evaluated, Some(member)) => member.learner.gather_evaluated()?,
             _ => return Err(Error::user("rank 0 does another command than this rank, which does a run", SAME)),
         }
     }

@@ -192,7 +192,11 @@ impl Run<'_> {
 
     /// Scores of probes after `done` steps: `probe/<name>/<score>`.
     fn measure(&mut self, done: u64, probes: &[String]) -> Result<BTreeMap<String, f64>> {
+        if !probes.is_empty() && self.learner.is_sharded() {
+            self.lead.together(&Order::Evaluated, || self.learner.gather_evaluated())?;
+        }
         let (scores, warnings) = self.probes.run(probes, &self.learner, self.recipe);
+        self.learner.forget_evaluated();
         self.warn_once(done, "probe", warnings)?;
         let undefined = scores.iter().filter(|(_, score)| !score.is_finite());
         let undefined = undefined.map(|(name, _)| format!("{name} is not a number here: nothing is written of it"));

@@ -151,15 +151,27 @@ fn a_step_on_ranks_is_that_of_one_process_to_the_bit() {
     // An image a micro-batch, of which only some have masked patches.
     const FEW: [&str; 4] =
         ["batch.size=8", "batch.micro_batches=8", "masking.probability=0.125", "losses.koleo.enabled=false"];
+    // Teachers of which each rank has a part.
+    const SHARD: &str = "optimizer.shard_teachers=true";
     const SINKHORN: &str = "losses.ibot.centering=\"sinkhorn_knopp\"";
     for (tables, precision, sets) in [
         (DINO, "f32", &[][..]),
         (DINO, "f32", &FEW),
-        (DINO, "f32", &[FEW[0], FEW[1], FEW[2], FEW[3], SINKHORN]),
-        (DINO, "f64", &["batch.micro_batches=4"]),
+        (DINO, "f32", &[FEW[0], FEW[1], FEW[2], FEW[3], SINKHORN, SHARD]),
+        (DINO, "f64", &["batch.micro_batches=4", SHARD]),
         (&methods, "f32", &["optimizer.plugin=\"muon\""]),
+        // Position encodings whose parameters all blocks share, and a teacher that nobody asks.
+        (
+            "[losses.koleo]\n[losses.breaks]\nstep = 4",
+            "f32",
+            &["backbone.pos_encoding={ plugin = \"relative_bias_box\" }", SHARD],
+        ),
         // One micro-batch a rank, so that gradients are summed layer by layer: some blocks are computed again.
-        (&methods, "f32", &["optimizer.plugin=\"muon\"", "batch.micro_batches=4", "backbone.checkpointing=\"full\""]),
+        (
+            &methods,
+            "f32",
+            &["optimizer.plugin=\"muon\"", "batch.micro_batches=4", "backbone.checkpointing=\"full\"", SHARD],
+        ),
         // So many numbers that they are moved in several pieces, all at the end and layer by layer.
         (DINO, "f32", &["losses.dino.head.prototypes=70000", "steps=3", "losses.breaks.step=1"]),
         (
@@ -171,6 +183,7 @@ fn a_step_on_ranks_is_that_of_one_process_to_the_bit() {
                 "losses.breaks.step=1",
                 "batch.micro_batches=2",
                 "batch.shards=2",
+                SHARD,
             ],
         ),
         (
@@ -181,19 +194,24 @@ fn a_step_on_ranks_is_that_of_one_process_to_the_bit() {
                 "backbone.dim=64",
                 "batch.micro_batches=4",
                 "teachers.gram={ plugin = \"ema\" }",
+                SHARD,
             ],
         ),
     ] {
         let precision = format!("precision=\"{precision}\"");
         let resolved = resolve(tables, &[sets, &[&precision]].concat()).unwrap_or_else(|e| panic!("{e}"));
         let one = trained(&resolved, Arc::new(dinolab_core::comm::Single)).unwrap_or_else(|e| panic!("{e}"));
-        assert_eq!(one.0.skipped(), u64::from(tables == DINO), "the step that breaks is not taken");
+        assert_eq!(one.0.skipped(), u64::from(tables.contains("breaks")), "the step that breaks is not taken");
         let expected = bits(&one);
         for world in [2, 4].into_iter().filter(|world| *world <= resolved.recipe.batch.shards) {
             let by_layer = resolved.recipe.batch.micro_batches == world;
             let all = on_ranks(world, |comm| {
                 trained(&resolved, comm).map(|run| {
                     let (weights, len) = (run.0.weights(), run.0.model().layout.len());
+                    let teachers = weights.teacher.iter().chain(weights.named.iter().map(|(_, flat)| flat));
+                    teachers.for_each(|flat| assert_eq!(flat.is_sharded(), sets.contains(&SHARD)));
+                    let held = weights.teacher.as_ref().expect("there is one").held().len();
+                    assert!(if sets.contains(&SHARD) { held < len } else { held == len }, "{held} of {len}");
                     (bits(&run), (weights.moments[0].len(), weights.grads().len() < len))
                 })
             });
@@ -328,22 +346,31 @@ fn saved(folder: &Path) -> Vec<Vec<u8>> {
 fn logged(folder: &Path) -> Vec<String> {
     let text = std::fs::read_to_string(folder.join("metrics.jsonl")).unwrap();
     let lines = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
-    lines.map(|line| format!("{} {} {}", line["step"], line["loss/total"], line["grad_norm/backbone"])).collect()
+    let names = ["step", "loss/total", "grad_norm/backbone", "probe/cls_patch_cosine/mean"];
+    lines.map(|line| names.map(|name| line[name].to_string()).join(" ")).collect()
 }
 
 #[test]
 fn a_run_on_ranks_writes_the_files_of_one_process_and_goes_on_on_any_number() {
     let sets = ["log.every=1", "checkpoint.every=2", "on_non_finite={ skip = 2 }"];
-    let resolved = resolve(DINO, &sets).unwrap();
+    let probe = "[probes.cls_patch_cosine]\nevery = 2";
+    let resolved = resolve(&format!("{DINO}{probe}"), &sets).unwrap();
+    // Probes see a teacher that each rank has a part of; which ones have it may change from one start to the next.
+    let sharded =
+        resolve(&format!("{DINO}{probe}"), &[&sets[..], &["optimizer.shard_teachers=true"]].concat()).unwrap();
     let temp = tempfile::tempdir().unwrap();
     let folder = |name: &str| temp.path().join(name);
     run(&resolved, &folder("one"), 1, None);
     run(&resolved, &folder("four"), 4, None);
+    run(&sharded, &folder("sharded"), 4, None);
+    assert!(saved(&folder("one")) == saved(&folder("sharded")));
+    assert_eq!(logged(&folder("one")), logged(&folder("sharded")));
     assert!(saved(&folder("one")) == saved(&folder("four")));
     assert_eq!(logged(&folder("one")), logged(&folder("four")));
     // A signal to a rank that follows stops all after the first step; two go on, are stopped, and one ends it.
     for (world, stop) in [(4, Some(3)), (2, Some(1)), (1, None)] {
-        match run(&resolved, &folder("moved"), world, stop) {
+        let resolved = if world == 2 { &sharded } else { &resolved };
+        match run(resolved, &folder("moved"), world, stop) {
             Outcome::Interrupted { step } => assert_eq!(step, if world == 4 { 1 } else { 2 }),
             Outcome::Finished(result) => assert_eq!((result.steps, world), (6, 1)),
         }
@@ -359,10 +386,10 @@ fn a_run_on_ranks_writes_the_files_of_one_process_and_goes_on_on_any_number() {
     teacher.retain(|(name, _)| name.starts_with("backbone."));
     assert!(!copy.is_empty() && copy == teacher);
     // The step that was not finite is captured with the images of all ranks, and can be done again by one process.
-    let capture = folder("four").join("captures").join("step-00000004.safetensors");
+    let capture = folder("four").join("captures").join("step-00000005.safetensors");
     let (_, step, report) = train::replay(&capture, &Overrides::default()).unwrap_or_else(|e| panic!("{e}"));
     let what = report.non_finite.expect("it breaks again");
-    assert!(step == 4 && what.starts_with("loss/breaks"), "{step} {what}");
+    assert!(step == 5 && what.starts_with("loss/breaks"), "{step} {what}");
 }
 
 #[test]
@@ -389,7 +416,7 @@ fn a_run_that_goes_back_does_so_on_all_ranks() {
             .collect::<Vec<String>>()
     };
     let (one, two) = (ended(1), ended(2));
-    assert!(one[0].contains("step 3") && one[0].contains("not finite"), "{one:?}");
+    assert!(one[0].contains("step 4: ") && one[0].contains("not finite"), "{one:?}");
     assert_eq!(two[1], "1");
     assert_eq!(one[0].split(" (captured").next(), two[0].split(" (captured").next());
 }

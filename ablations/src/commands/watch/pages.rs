@@ -94,12 +94,7 @@ impl Pages {
 
     fn suite_page(&mut self, origin: Origin) -> Result<String> {
         let suite = Suite::load(self.suite.as_ref().unwrap_or(&origin.file))?;
-        let provenance = Provenance {
-            version: env!("CARGO_PKG_VERSION").into(),
-            revision: Some(crate::build().to_string()).filter(|r| !r.is_empty()),
-            device: None,
-            command: origin.command(&self.folder),
-        };
+        let provenance = Provenance::of(origin.command(&self.folder));
         let file = suite.path.clone();
         let prepare = |base: &Path, overrides: &Overrides| prepare(&file, base, overrides);
         let plan = Plan::new(suite, self.folder.clone(), &origin.set, &prepare)?;
