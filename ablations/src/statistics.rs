@@ -63,7 +63,7 @@ pub struct Paired {
     pub p_sign_flip: Option<f64>,
     /// Cohen's d_z: mean difference over its standard deviation (Lakens 2013, eq. 6).
     pub effect_size: Option<f64>,
-    /// Seeds that a suite needs to find an effect of this size with 80% power.
+    /// Seeds that a suite needs to find an effect of this size with 80% power, corrected for the arms that it compares.
     pub seeds_for_80_percent_power: Option<usize>,
     /// Pairs that went in.
     pub n: usize,
@@ -99,7 +99,7 @@ pub fn paired(pairs: &[(f64, f64)]) -> Paired {
         }
         result.p_sign_flip = (n <= MAX_EXACT_PAIRS).then(|| sign_flip(&differences));
         result.effect_size = (std > 0.0 && result.p_value.is_some()).then(|| difference / std);
-        result.seeds_for_80_percent_power = result.effect_size.and_then(seeds_needed);
+        result.seeds_for_80_percent_power = result.effect_size.and_then(|d| seeds_needed(d, 1));
     }
     result
 }
@@ -118,32 +118,35 @@ pub fn holm(p_values: &[f64]) -> Vec<f64> {
     adjusted
 }
 
-/// Pairs needed for 80% power to find an effect of Cohen's `d_z` with a two-sided paired t-test at 5%; `None` if more
-/// than ten thousand.
-pub fn seeds_needed(d_z: f64) -> Option<usize> {
+/// Pairs needed for 80% power to find an effect of Cohen's `d_z` with a two-sided paired t-test at 5%, divided by `tests`: that is what
+/// Holm's correction asks of the clearest of as many; `None` if more than ten thousand.
+pub fn seeds_needed(d_z: f64, tests: usize) -> Option<usize> {
     let d = d_z.abs();
     let normal = Normal::standard();
     // The normal approximation is a little low, and so a safe place to start.
-    let z = normal.inverse_cdf(1.0 - ALPHA / 2.0) + normal.inverse_cdf(POWER);
+    let alpha = ALPHA / tests.max(1) as f64;
+    let z = normal.inverse_cdf(1.0 - alpha / 2.0) + normal.inverse_cdf(POWER);
     let start = (z / d).powi(2);
     if start.is_nan() || start > MAX_SEEDS as f64 {
         return None;
     }
-    (2.max(start as usize)..=MAX_SEEDS).find(|&n| power(d, n) >= POWER)
+    (2.max(start as usize)..=MAX_SEEDS).find(|&n| power(d, n, alpha) >= POWER)
 }
 
-/// The smallest effect, as Cohen's d_z, that `n` pairs find with 80% power; `None` for fewer than two.
-pub fn effect_found(n: usize) -> Option<f64> {
+/// The smallest effect, as Cohen's d_z, that `n` pairs find with 80% power among `tests`, as [`seeds_needed`] counts them; `None` for
+/// fewer than two.
+pub fn effect_found(n: usize, tests: usize) -> Option<f64> {
     if n < 2 {
         return None;
     }
+    let alpha = ALPHA / tests.max(1) as f64;
     let (mut low, mut high) = (0.0, 1.0);
-    while power(high, n) < POWER {
+    while power(high, n, alpha) < POWER {
         high *= 2.0;
     }
     for _ in 0..60 {
         let middle = 0.5 * (low + high);
-        if power(middle, n) < POWER {
+        if power(middle, n, alpha) < POWER {
             low = middle;
         } else {
             high = middle;
@@ -162,15 +165,15 @@ pub fn prediction(mean: f64, sd: f64, n: usize, m: usize) -> Option<[f64; 2]> {
     Some([mean - half, mean + half])
 }
 
-/// Power of the two-sided paired t-test with `n` pairs and effect `d`: the chance that a noncentral t with n - 1 degrees
+/// Power of the two-sided paired t-test at `alpha` with `n` pairs and effect `d`: the chance that a noncentral t with n - 1 degrees
 /// of freedom and noncentrality d√n falls outside ± t(1 - α/2).
 ///
 /// Given s = √(χ²/ν), the statistic is (Z + d√n) / s with Z standard normal; the chance is averaged over the density of
 /// s, `2 (ν/2)^(ν/2) / Γ(ν/2) · s^(ν-1) · exp(-ν s² / 2)`, by Simpson's rule.
-pub fn power(d: f64, n: usize) -> f64 {
+pub fn power(d: f64, n: usize, alpha: f64) -> f64 {
     let dof = (n - 1) as f64;
     let normal = Normal::standard();
-    let critical = student(n).inverse_cdf(1.0 - ALPHA / 2.0);
+    let critical = student(n).inverse_cdf(1.0 - alpha / 2.0);
     let shift = d * (n as f64).sqrt();
     let log_norm = 2.0f64.ln() + 0.5 * dof * (0.5 * dof).ln() - ln_gamma(0.5 * dof);
     let integrand = |s: f64| {

@@ -134,7 +134,7 @@ pub fn left<'a>(plan: &Plan, runs: &[&'a PlannedRun], retry_failed: bool) -> Res
     for &run in runs {
         match Status::of(&plan.out.join(&run.dir))? {
             Status::Finished(_) => {}
-            Status::Failed(_) if !retry_failed => {}
+            failed if failed.final_failure(retry_failed).is_some() => {}
             status => left.push((run, matches!(status, Status::Failed(_)))),
         }
     }

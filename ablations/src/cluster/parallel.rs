@@ -130,15 +130,17 @@ pub fn execute(plan: &Plan, options: &ExecuteOptions, jobs: &Jobs, slots: &[Slot
     }
     let mut todo = VecDeque::new();
     for run in left {
-        match Status::of(&plan.out.join(&run.dir))? {
+        let status = Status::of(&plan.out.join(&run.dir))?;
+        if let Some((error, why)) = status.final_failure(options.retry_failed) {
+            pool.board.say(&format!("{}: {why}", run.label()));
+            pool.board.done();
+            tally.failed.push((run.dir.display().to_string(), error.into()));
+            continue;
+        }
+        match status {
             Status::Finished(_) => {
                 tally.skipped += 1;
                 pool.board.done();
-            }
-            Status::Failed(error) if !options.retry_failed => {
-                pool.board.say(&format!("{}: failed before; --retry-failed does it again", run.label()));
-                pool.board.done();
-                tally.failed.push((run.dir.display().to_string(), error));
             }
             status => todo.push_back((run, matches!(status, Status::Failed(_)))),
         }

@@ -108,7 +108,9 @@ fn effects(plan: &Plan) -> Result<Vec<String>> {
     let mut lines = Vec::new();
     for (metric, &effect) in &suite.effect {
         let (n, size) = (suite.seeds.len(), number(effect));
-        let least = effect_found(n).map(|d| number(effect / d));
+        let others = || suite.arms.iter().filter(|arm| arm.name != suite.baseline);
+        let tests = others().count();
+        let least = effect_found(n, tests).map(|d| number(effect / d));
         let mut line = match least {
             Some(spread) => format!(
                 "a difference of {size} in {metric}: {n} seeds find it four times in five if differences vary by at most \
@@ -116,15 +118,17 @@ fn effects(plan: &Plan) -> Result<Vec<String>> {
             ),
             None => format!("a difference of {size} in {metric}: one seed finds nothing"),
         };
-        for arm in suite.arms.iter().filter(|arm| arm.name != suite.baseline) {
+        for arm in others() {
             let mut pairs = Vec::new();
             for &seed in &suite.seeds {
                 pairs.extend(score(plan, &arm.name, seed, metric)?.zip(score(plan, &suite.baseline, seed, metric)?));
             }
             let std = paired(&pairs).std.filter(|std| *std > 0.0);
-            if let Some(seeds) = std.and_then(|std| seeds_needed(effect / std)) {
+            if let Some(seeds) = std.and_then(|std| seeds_needed(effect / std, tests)) {
                 line += &format!("; by the {} pairs so far {} takes {seeds} seeds", pairs.len(), arm.name);
-            } else if let Some(seeds) = unpaired(plan, &arm.name, metric).and_then(|std| seeds_needed(effect / std)) {
+            } else if let Some(seeds) =
+                unpaired(plan, &arm.name, metric).and_then(|std| seeds_needed(effect / std, tests))
+            {
                 line += &format!("; by the suite's [measured] {} takes {seeds} seeds at most", arm.name);
             }
         }

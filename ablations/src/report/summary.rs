@@ -354,6 +354,7 @@ fn compare(plan: &Plan, metric: &Metric, records: &[RunRecord]) -> Vec<Compariso
     let unlike: Vec<Vec<String>> = comparisons.iter().map(|c| plan.measured_otherwise(&c.arm, &metric.name)).collect();
     let is_tested = |&i: &usize| unlike[i].is_empty() && comparisons[i].paired.p_value.is_some();
     let tested: Vec<usize> = (0..comparisons.len()).filter(is_tested).collect();
+    let tests = tested.len();
     let p_values: Vec<f64> = tested.iter().filter_map(|&i| comparisons[i].paired.p_value).collect();
     for (&i, p) in tested.iter().zip(holm(&p_values)) {
         comparisons[i].p_holm = Some(p);
@@ -373,9 +374,11 @@ fn compare(plan: &Plan, metric: &Metric, records: &[RunRecord]) -> Vec<Compariso
         // Differences without any spread find everything.
         let spread = comparison.paired.std.filter(|std| *std > 0.0);
         comparison.seeds_for_effect =
-            comparison.effect.zip(spread).and_then(|(effect, std)| seeds_needed(effect / std));
+            comparison.effect.zip(spread).and_then(|(effect, std)| seeds_needed(effect / std, tests));
+        let size = comparison.paired.effect_size;
+        comparison.paired.seeds_for_80_percent_power = size.and_then(|d| seeds_needed(d, tests));
         comparison.verdict = verdict(comparison);
-        comparison.sentence = sentence(comparison, metric, tested.len()) + &of_effect(comparison);
+        comparison.sentence = sentence(comparison, metric, tests) + &of_effect(comparison);
     }
     comparisons
 }

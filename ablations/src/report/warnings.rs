@@ -1,8 +1,10 @@
 //! What a reader must know before believing the numbers.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use dinolab_core::recipe::is_within;
+use dinolab_core::text::printable;
 
 use crate::suite::{Plan, RunRecord, Status, Warning, DROPPED, TRUNK};
 
@@ -53,6 +55,7 @@ pub(super) fn warnings(plan: &Plan, records: &[RunRecord]) -> Vec<String> {
     }
     warnings.extend(kinds.into_values().map(|said| told_once(&said)));
     warnings.extend(made_of_others(plan, records));
+    warnings.extend(unnamed(plan));
     warnings.extend(by_several("builds of dinolab", records, |record| record.revision.clone()));
     // `cuda:1 NVIDIA H100` without its number: GPUs of one model give the same numbers.
     let model = |device: &String| {
@@ -69,6 +72,29 @@ pub(super) fn warnings(plan: &Plan, records: &[RunRecord]) -> Vec<String> {
         }
     }
     warnings
+}
+
+/// Finished runs in the folder that the suite does not name, or not any more.
+fn unnamed(plan: &Plan) -> Option<String> {
+    let entries = |folder: &Path| -> Vec<PathBuf> {
+        let entries = std::fs::read_dir(folder).into_iter().flatten();
+        entries.filter_map(|entry| Some(entry.ok()?.path())).collect()
+    };
+    let mut found: Vec<String> = entries(&plan.out.join("arms"))
+        .iter()
+        .flat_map(|arm| entries(arm))
+        .filter_map(|run| run.strip_prefix(&plan.out).map(Path::to_path_buf).ok())
+        .filter(|dir| plan.runs.iter().all(|run| run.dir != *dir))
+        .filter(|dir| matches!(Status::of(&plan.out.join(dir)), Ok(Status::Finished(_))))
+        .map(|dir| printable(&dir))
+        .collect();
+    found.sort();
+    (!found.is_empty()).then(|| {
+        format!(
+            "finished runs lie in the folder that the suite does not name, and are not in the numbers: {}",
+            found.join(", ")
+        )
+    })
 }
 
 /// Runs whose recipes name the same data or weights, of which something else was there at another time.

@@ -51,9 +51,16 @@ impl Plan {
         }
         let file = std::path::absolute(&self.suite.path).map_err(Error::io("find", &self.suite.path))?;
         state.origin = Some(Origin { file, set: self.set.clone() });
+        let rules = state.drop.replace(self.suite.drop.clone());
+        let other_rules = rules.is_some_and(|rules| rules != self.suite.drop);
         for run in self.all_runs() {
             if Status::of(&self.out.join(&run.dir))? != Status::Pending {
                 self.check_unchanged(run)?;
+                if other_rules && run.arm != TRUNK {
+                    let problem = format!("{} was held to other rules than [[drop]] of the suite has now", run.label());
+                    let help = "use another --out for the changed suite, or take back the change";
+                    return Err(Error::content(&self.out, problem, help));
+                }
             }
             state.runs.insert(run.dir.clone(), run.hash.clone());
         }

@@ -210,15 +210,16 @@ fn one(
         return Ok(());
     };
     // The status is read under the lock: another process may have ended this run a moment ago.
-    let mut resume = match Status::of(&dir)? {
+    let status = Status::of(&dir)?;
+    if let Some((error, why)) = status.final_failure(options.retry_failed) {
+        progress.say(&format!("{label}: {why}"));
+        progress.done();
+        tally.failed.push((run.dir.display().to_string(), error.into()));
+        return Ok(());
+    }
+    let mut resume = match status {
         Status::Finished(_) => {
             tally.skipped += 1;
-            return Ok(());
-        }
-        Status::Failed(error) if !options.retry_failed => {
-            progress.say(&format!("{label}: failed before; --retry-failed does it again"));
-            progress.done();
-            tally.failed.push((run.dir.display().to_string(), error));
             return Ok(());
         }
         Status::Failed(_) => {
@@ -353,6 +354,12 @@ fn under_rules(
 fn fails(plan: &Plan, run: &PlannedRun, error: &str, progress: &Progress, tally: &mut Tally) -> Result<()> {
     record_failure(&plan.out.join(&run.dir), error)?;
     progress.say(&format!("{}: failed: {error}", run.label()));
+    // Whichever seed comes first: those of the arm that are finished go with it.
+    for other in rules::of_its_arm(plan, run, error) {
+        if matches!(Status::of(&plan.out.join(&other.dir))?, Status::Finished(_)) {
+            record_failure_of(plan, other, &rules::with(run))?;
+        }
+    }
     progress.done();
     tally.failed.push((run.dir.display().to_string(), error.into()));
     Ok(())

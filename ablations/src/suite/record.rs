@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::plan::PlannedRun;
 use super::retry::Attempt;
+use super::rules::DROPPED;
 
 /// Written into a run's folder when it ends with an error, so that the suite knows on its next start.
 pub(crate) const FAILURE: &str = "failure.json";
@@ -60,6 +61,18 @@ impl Status {
         }
         // A run writes its recipe before anything else.
         Ok(if dir.join("recipe.toml").exists() { Self::Interrupted } else { Self::Pending })
+    }
+
+    /// The error of a run that failed and stays so, and what is said of it: unless failed runs are to be done again, or for good if a
+    /// rule dropped it, since from its checkpoint it would go on behind what the rule forbids.
+    pub fn final_failure(&self, retry_failed: bool) -> Option<(&str, &'static str)> {
+        match self {
+            Self::Failed(error) if error.starts_with(DROPPED) => {
+                Some((error, "was dropped before; without its folder it is done again"))
+            }
+            Self::Failed(error) if !retry_failed => Some((error, "failed before; --retry-failed does it again")),
+            _ => None,
+        }
     }
 
     /// In one word.

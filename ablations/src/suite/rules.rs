@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use schemars::JsonSchema;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::plan::{Event, Plan, PlannedRun};
 use super::record::{RunResult, Status};
@@ -13,9 +13,12 @@ use super::record::{RunResult, Status};
 /// How the error of a run begins that was dropped by a rule.
 pub const DROPPED: &str = "dropped";
 
+/// What it says of a rule that drops an arm.
+const WITH_ARM: &str = ", and its arm with it";
+
 /// A rule: `[[drop]]` of a suite. It holds from step `after` on, of every value that a step or a probe gives. Without a
 /// bound it drops what is not a finite number.
-#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DropRule {
     /// The name of the value, such as `loss/total` or `probe/knn/top1`.
@@ -30,7 +33,7 @@ pub struct DropRule {
     /// Steps before which the rule does not hold.
     #[serde(default)]
     pub after: u64,
-    /// Whether the other seeds of the arm are dropped too: those that have not finished.
+    /// Whether the other seeds of the arm are dropped too, whether they are finished or not.
     #[serde(default)]
     pub arm: bool,
 }
@@ -65,7 +68,7 @@ impl DropRule {
             (_, Some(bound)) if value < bound => format!("is below {bound}"),
             _ => return None,
         };
-        let arm = if self.arm { ", and its arm with it" } else { "" };
+        let arm = if self.arm { WITH_ARM } else { "" };
         Some(format!("{DROPPED} after step {step}{arm}: {} = {value:.4} {why}", self.metric))
     }
 }
@@ -92,13 +95,24 @@ pub(super) fn with_its_arm(plan: &Plan, run: &PlannedRun) -> dinolab_core::Resul
     }
     for other in plan.runs.iter().filter(|other| other.arm == run.arm && other.seed != run.seed) {
         if was_dropped_with_its_arm(&plan.out.join(&other.dir))? {
-            return Ok(Some(format!("{DROPPED} with its arm: see {}", other.label())));
+            return Ok(Some(with(other)));
         }
     }
     Ok(None)
 }
 
+/// Why a run is dropped with `first`.
+pub(super) fn with(first: &PlannedRun) -> String {
+    format!("{DROPPED} with its arm: see {}", first.label())
+}
+
+/// The other seeds that are dropped with a run that ended with `error`.
+pub(super) fn of_its_arm<'a>(plan: &'a Plan, run: &'a PlannedRun, error: &str) -> impl Iterator<Item = &'a PlannedRun> {
+    let drops = error.starts_with(DROPPED) && error.contains(WITH_ARM);
+    plan.runs.iter().filter(move |other| drops && other.arm == run.arm && other.seed != run.seed)
+}
+
 fn was_dropped_with_its_arm(dir: &Path) -> dinolab_core::Result<bool> {
     let status = Status::of(dir)?;
-    Ok(matches!(status, Status::Failed(error) if error.starts_with(DROPPED) && error.contains(", and its arm with it")))
+    Ok(matches!(status, Status::Failed(error) if error.starts_with(DROPPED) && error.contains(WITH_ARM)))
 }

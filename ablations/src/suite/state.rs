@@ -8,6 +8,7 @@ use dinolab_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 
 use super::file::Overrides;
+use super::rules::DropRule;
 use crate::given::program;
 use crate::style::shell;
 
@@ -20,6 +21,9 @@ pub(super) struct State {
     pub(super) suite: String,
     #[serde(default)]
     pub(super) origin: Option<Origin>,
+    /// The rules that its runs were held to.
+    #[serde(default)]
+    pub(super) drop: Option<Vec<DropRule>>,
     /// Hash of its recipe by the folder of a run.
     pub(super) runs: BTreeMap<PathBuf, String>,
 }

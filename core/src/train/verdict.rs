@@ -11,6 +11,8 @@ use crate::step::{Declared, Learner, Report};
 #[derive(Default)]
 pub(super) struct Verdict {
     measured: usize,
+    /// The least standard deviation of the CLS feature.
+    least_std: Option<f64>,
     best_rank: f64,
     first_cosine: Option<f64>,
     at_uniform: usize,
@@ -21,6 +23,8 @@ pub(super) struct Verdict {
 const PATIENCE: usize = 5;
 /// Standard deviation of the CLS feature below which it counts as constant.
 const CONSTANT: f64 = 0.02;
+/// How many times the least that it was it may be, and counts as no longer so.
+const GROWS: f64 = 2.0;
 
 impl Verdict {
     /// What was seen until a run was stopped, by the lines of its log.
@@ -63,6 +67,8 @@ impl Verdict {
         let [Some(feature_std), Some(rank), Some(cosine)] = of_health else { return Vec::new() };
         self.measured += 1;
         self.best_rank = self.best_rank.max(rank);
+        let least_std = self.least_std.map_or(feature_std, |least| least.min(feature_std));
+        self.least_std = Some(least_std);
         let mut found: Vec<(&'static str, String)> = Vec::new();
 
         let uniform = model.losses.iter().find_map(|l| {
@@ -80,10 +86,14 @@ impl Verdict {
             found.push(("uniform", text));
         }
         if self.measured > PATIENCE {
-            if feature_std < CONSTANT {
+            // Blocks whose layer_scale begins near 0 begin alike, and grow apart.
+            if feature_std < CONSTANT && feature_std < GROWS * least_std {
+                let advice = match model.losses.iter().any(|l| l.needs.runs_teacher()) {
+                    true => "a loss that spreads features, a higher teacher temperature or more EMA momentum",
+                    false => "a loss that spreads features, a lower learning rate, or backbone.layer_scale = 1.0 for a short run",
+                };
                 let text = format!(
-                    "the CLS feature is nearly constant (standard deviation {feature_std:.4}): one-hot collapse; try \
-                    a loss that spreads features, a higher teacher temperature or more EMA momentum"
+                    "the CLS feature is nearly constant (standard deviation {feature_std:.4}): collapse; try {advice}"
                 );
                 found.push(("constant", text));
             }

@@ -4,7 +4,7 @@ use std::fs;
 use std::rc::Rc;
 
 use dinolab::report;
-use dinolab::suite::ExecuteOptions;
+use dinolab::suite::{ExecuteOptions, Status, DROPPED};
 
 use super::lab::*;
 
@@ -215,6 +215,19 @@ fn a_rule_drops_a_run_or_its_arm_and_says_so() {
     let tally = lab.execute(&plan, |_| ()).expect("it ran");
     assert_eq!(lab.log().iter().filter(|run| run.starts_with("on")).count(), 1, "one seed drops the arm");
     assert!(tally.failed[2].1.contains("dropped with its arm: see on seed 0"), "{:?}", tally.failed);
+
+    // Nor is a dropped run done again, from behind what the rule forbids; nor do runs of another rule count with these.
+    let again = lab.execute(&plan, |o| o.retry_failed = true).expect("nothing is left");
+    assert_eq!((again.finished, again.failed.len(), again.skipped), (0, 3, 3));
+    let error = lab.plan(&rule("arm = true\nafter = 2")).map(|plan| plan.check_folder()).expect("a valid suite");
+    assert!(error.expect_err("other rules").to_string().contains("was held to other rules than [[drop]]"));
+    // A seed that was finished when a later one dropped the arm goes with it.
+    let lab = Lab::new();
+    let last = format!("{}\n[[drop]]\nabove = 1.015\nafter = 40\narm = true\n", suite());
+    let plan = lab.plan(&last).expect("a valid suite");
+    lab.execute(&plan, |_| ()).expect("it ran");
+    let status = |seed: u64| Status::of(&lab.out().join(format!("arms/on/seed-{seed}"))).expect("it was begun");
+    assert!((0..3).all(|seed| matches!(status(seed), Status::Failed(error) if error.starts_with(DROPPED))));
 
     for (bounds, said) in [("above = nan", "by NaN"), ("above = 1.0\nbelow = 2.0", "let `below` be at most")] {
         let error = refused(&format!("{}\n[[drop]]\n{bounds}\n", suite()));

@@ -178,6 +178,11 @@ fn missing_and_failed_runs_are_said_and_their_pairs_left_out() {
     assert_eq!(summary.comparisons[0].verdict, Verdict::NoInterval);
     let said = summary.warnings.join("\n");
     assert!(said.contains("on seed 1 failed") && said.contains("off seed 2 is pending"), "{said}");
+    // A seed that the suite does not name any more is not in the numbers, and the report says so.
+    let plan = lab.plan(&suite().replace("[0, 1, 2]", "[1, 2]")).expect("a valid suite");
+    let (summary, _) = report::write(&plan, provenance(), &look).expect("it was written");
+    let said = summary.warnings.join("\n");
+    assert!(said.contains("not in the numbers: arms/off/seed-0, arms/on/seed-0"), "{said}");
 }
 
 #[test]

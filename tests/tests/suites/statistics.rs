@@ -91,20 +91,22 @@ fn holms_correction_steps_down() {
 #[test]
 fn seeds_needed_are_the_tabulated_sample_sizes() {
     for (d, n) in [(0.2, 199), (0.5, 34), (0.8, 15), (1.0, 10)] {
-        assert_eq!((seeds_needed(d), seeds_needed(-d)), (Some(n), Some(n)), "d = {d}");
+        assert_eq!((seeds_needed(d, 1), seeds_needed(-d, 1)), (Some(n), Some(n)), "d = {d}");
     }
-    assert_eq!(seeds_needed(0.0), None);
-    assert_eq!(seeds_needed(1e-4), None);
+    // Of several arms, at Holm's first step.
+    assert_eq!([1, 3, 7].map(|arms| seeds_needed(1.5, arms)), [Some(6), Some(8), Some(10)]);
+    assert_eq!(seeds_needed(0.0, 1), None);
+    assert_eq!(seeds_needed(1e-4, 1), None);
 }
 
 #[test]
 fn the_smallest_effect_that_seeds_find_is_the_inverse_of_the_seeds_needed() {
-    assert_eq!((effect_found(0), effect_found(1)), (None, None));
+    assert_eq!((effect_found(0, 1), effect_found(1, 1)), (None, None));
     for n in [2, 3, 5, 10, 34] {
-        let d = effect_found(n).expect("two seeds or more");
-        assert!(close(power(d, n), 0.8, 1e-9), "{n}: {d}");
+        let d = effect_found(n, 1).expect("two seeds or more");
+        assert!(close(power(d, n, 0.05), 0.8, 1e-9), "{n}: {d}");
         // A little more is found by as many, a little less is not.
-        assert_eq!((seeds_needed(1.001 * d), seeds_needed(0.999 * d)), (Some(n), Some(n + 1)));
+        assert_eq!((seeds_needed(1.001 * d, 1), seeds_needed(0.999 * d, 1)), (Some(n), Some(n + 1)));
     }
 }
 
@@ -121,7 +123,7 @@ fn the_interval_of_a_further_mean_uses_the_t_table() {
 #[test]
 fn without_an_effect_power_is_the_error_rate() {
     for n in [2, 3, 5, 30] {
-        assert!((power(0.0, n) - 0.05).abs() < 1e-4, "n = {n}: {}", power(0.0, n));
+        assert!((power(0.0, n, 0.05) - 0.05).abs() < 1e-4, "n = {n}: {}", power(0.0, n, 0.05));
     }
 }
 
