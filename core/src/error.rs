@@ -83,7 +83,7 @@ fn advice(source: &std::io::Error) -> &'static str {
     };
     match source.kind() {
         StorageFull | QuotaExceeded | FileTooLarge => {
-            "\n  help: make room and give the command again; `train` goes on from what was saved with --resume"
+            "\n  help: make room and give the command again; `train` goes on from what was saved with --resume, `ablate` with --retry-failed"
         }
         PermissionDenied | ReadOnlyFilesystem => "\n  help: choose a place where you may, or change its permissions",
         AlreadyExists => "\n  help: something else has this name: move it away, or choose another",

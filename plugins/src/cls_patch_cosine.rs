@@ -1,8 +1,9 @@
 //! Probe `cls_patch_cosine`: do patches still say something of their own?
 
 use std::num::NonZeroUsize;
+use std::sync::Arc;
 
-use dinolab_core::contract::{Probe, ProbeContext, Score};
+use dinolab_core::contract::{Combine, Parts, Probe, ProbeContext, Score};
 use dinolab_core::{plugin, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -36,7 +37,20 @@ impl Probe for ClsPatchCosine {
         let mean = |x: &mut dyn Iterator<Item = f64>| x.sum::<f64>() / cosines.len() as f64;
         let average = mean(&mut cosines.iter().copied());
         let variance = mean(&mut cosines.iter().map(|c| (c - average).powi(2)));
-        Ok(vec![Score::new("mean", average), Score::new("std", variance.sqrt())])
+        // Of every image the sum of its cosines, that of their squares, and how many they are.
+        let of_image =
+            |cosines: &[f64]| vec![cosines.iter().sum(), cosines.iter().map(|c| c * c).sum(), cosines.len() as f64];
+        let images: Arc<[Vec<f64>]> = cosines.chunks(cosines.len() / n).map(of_image).collect();
+        let score =
+            |name, value, score: Combine| Score { value, ..Score::of(name, Parts { images: images.clone(), score }) };
+        Ok(vec![
+            score("mean", average, Arc::new(|sum| sum[0] / sum[2])),
+            score(
+                "std",
+                variance.sqrt(),
+                Arc::new(|sum| (sum[1] / sum[2] - (sum[0] / sum[2]).powi(2)).max(0.0).sqrt()),
+            ),
+        ])
     }
 
     fn images(&self) -> usize {

@@ -1,8 +1,9 @@
 //! Probe `patch_similarity`: how local is the similarity of patches?
 
 use std::num::NonZeroUsize;
+use std::sync::Arc;
 
-use dinolab_core::contract::{Annotation, Probe, ProbeContext, Score};
+use dinolab_core::contract::{Annotation, Combine, Parts, Probe, ProbeContext, Score};
 use dinolab_core::{plugin, Error, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -34,11 +35,14 @@ impl Probe for PatchSimilarity {
         let (p, classes) = (test.grid.patches(), context.test.mask_classes());
         let patches = test.patches.l2_normalize(1e-12)?;
         let (mut inside, mut outside, mut references) = (0.0, 0.0, 0u64);
+        // The same of each image.
+        let mut images = Vec::new();
         for (i, truth) in test.truth.iter().enumerate() {
             let Some(mask) = truth.mask.as_ref().filter(|_| classes > 0) else { continue };
             let region = majority(&class_counts(mask, context.image_size, test.grid, classes), classes);
             let patches = patches.narrow(i, 1)?;
             let gram = patches.matmul_t(&patches)?;
+            let mut of_image = vec![0.0; 3];
             for (from, row) in gram.as_slice::<f32>().chunks(p).enumerate().filter(|(from, _)| region[*from] > Some(0))
             {
                 // (sum, count) of the patches of the same region, and of the others.
@@ -48,18 +52,28 @@ impl Probe for PatchSimilarity {
                     *side = (side.0 + f64::from(similarity), side.1 + 1);
                 }
                 if let [(same, 1..), (other, 1..)] = sides {
-                    inside += same / f64::from(sides[0].1);
-                    outside += other / f64::from(sides[1].1);
+                    let of_patch = [same / f64::from(sides[0].1), other / f64::from(sides[1].1), 1.0];
+                    inside += of_patch[0];
+                    outside += of_patch[1];
                     references += 1;
+                    of_image.iter_mut().zip(of_patch).for_each(|(sum, x)| *sum += x);
                 }
             }
+            images.push(of_image);
         }
         if references == 0 {
             let help = "use a dataset with pixel masks in which objects cover several patches, or take the probe out";
             return Err(Error::user("probe `patch_similarity`: no patch lies in an object of a mask", help));
         }
         let (inside, outside) = (inside / references as f64, outside / references as f64);
-        Ok(vec![Score::new("inside", inside), Score::new("outside", outside), Score::new("gap", inside - outside)])
+        let images: Arc<[Vec<f64>]> = images.into();
+        let score =
+            |name, value, score: Combine| Score { value, ..Score::of(name, Parts { images: images.clone(), score }) };
+        Ok(vec![
+            score("inside", inside, Arc::new(|sum| sum[0] / sum[2])),
+            score("outside", outside, Arc::new(|sum| sum[1] / sum[2])),
+            score("gap", inside - outside, Arc::new(|sum| (sum[0] - sum[1]) / sum[2])),
+        ])
     }
 
     fn needs(&self) -> &'static [Annotation] {

@@ -123,7 +123,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
         retry_failed: args.retry_failed,
         stop: signals::stop_flag(),
     };
-    let all: Vec<&PlannedRun> = plan.all_runs().collect();
+    let all: Vec<&PlannedRun> = chosen(&plan, &args.arms, &args.seeds)?;
     let progress =
         || -> Result<Progress> { Ok(Progress::new(&plan.suite.name, all.len(), finished(&plan, &all)?.len())) };
     if cluster.trial {

@@ -10,7 +10,7 @@ use dinolab_core::{Error, Result};
 use super::prepared::prepare;
 use crate::cli::{DeviceArgs, RESUMABLE};
 use crate::stages::{execute, plan, write, Stages};
-use crate::suite::{Overrides, Progress, Status};
+use crate::suite::{says, Overrides, Progress, Status};
 use crate::{signals, style};
 
 /// Runs stages that go on from each other: pretraining, Gram anchoring, high resolution.
@@ -45,6 +45,13 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let extra = sets.map(|text| parse_set(&text)).collect::<Result<Overrides>>()?;
     let prepare = |base: &Path, overrides: &Overrides| prepare(&args.file, base, overrides);
     let planned = plan(&stages, &out, &extra, &prepare)?;
+    for key in extra.keys() {
+        let sets = stages.stages.iter().filter(|stage| says(&stage.set, key));
+        let names: Vec<&str> = sets.map(|stage| stage.name.as_str()).collect();
+        if !names.is_empty() {
+            style::warn(format!("--set {key} changes nothing in {}: the chain sets it there", names.join(", ")));
+        }
+    }
     let mut done = 0;
     let mut rows = Vec::new();
     for stage in &planned {

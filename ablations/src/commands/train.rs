@@ -173,6 +173,9 @@ impl Run {
             }
         }
         let (steps, seconds) = (result.steps, result.seconds);
+        if result.skipped > 0 {
+            style::say(&format!("{} of the updates were skipped: messages.jsonl says why", result.skipped));
+        }
         style::say(&format!("finished {steps} steps in {seconds:.0} s; everything is in {}", printable(out)));
         Ok(0)
     }

@@ -75,7 +75,8 @@ pub(super) fn page(summary: &Summary, pictures: &[(String, String)]) -> String {
     let revision = p.revision.as_ref().map_or(String::new(), |r| format!(" ({r})"));
     let hours = Some(summary.compute.words()).filter(|words| !words.is_empty());
     let hours = hours.map_or(String::new(), |words| format!(" ({words}, probes not counted)"));
-    text += &format!("\nAll runs took {}{hours}; dinolab {}{revision}.\n", duration(summary.seconds), p.version);
+    text +=
+        &format!("\nAll finished runs took {}{hours}; dinolab {}{revision}.\n", duration(summary.seconds), p.version);
     text += &format!("\n```sh\n{}\n```\n", p.command);
     text
 }

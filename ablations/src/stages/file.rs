@@ -93,6 +93,9 @@ impl Stages {
     /// If it cannot be read, has an unknown key or a wrong type, repeats a name, or a stage names one that is not before it.
     pub fn load(path: &Path) -> Result<Self> {
         let text = read_text(path).map_err(|e| e.error(path))?;
+        if text.parse::<toml::Table>().is_ok_and(|table| table.contains_key("arm") || table.contains_key("grid")) {
+            return Err(Error::content(path, "this is the file of a suite", "run it with `dinolab ablate`"));
+        }
         let file: StagesFile = toml::from_str(&text).map_err(|e| {
             let help = "`dinolab recipe schema stages` prints every key that it may have";
             Error::content(path, plain_words(e.to_string().trim_end()), help)

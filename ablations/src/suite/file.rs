@@ -212,7 +212,10 @@ impl Suite {
             return Err(Error::content(path, "this is a recipe, no suite", help));
         }
         let file: SuiteFile = toml::from_str(&text).map_err(|e| {
-            let help = "`dinolab recipe schema suite` prints every key that a suite may have";
+            let help = match e.to_string().contains("expected a sequence") && text.contains("[grid]") {
+                true => "a key of [grid] is one word: quote it where it has dots, \"optimizer.lr\" = [1e-3, 1e-4]",
+                false => "`dinolab recipe schema suite` prints every key that a suite may have",
+            };
             Error::content(path, plain_words(e.to_string().trim_end()), help)
         })?;
         Self::check(file, path).map_err(|(problem, help)| Error::content(path, problem, help))

@@ -26,7 +26,7 @@ pub use changes::changed_keys;
 pub use claims::{check_unchanged, not_of_others};
 pub(crate) use execute::record_failure_of;
 pub use execute::{chosen, claim, execute, execute_run, has_trunk, try_arms};
-pub(crate) use file::{beside, check_name, overrides, put_over};
+pub(crate) use file::{beside, check_name, overrides, put_over, says};
 pub use file::{nearest, Arm, Better, Metric, Overrides, Suite, SuiteFile, SuiteMeasured};
 pub use locks::lock_folder;
 pub use options::{ExecuteOptions, LostIn, Tally};

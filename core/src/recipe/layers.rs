@@ -341,18 +341,23 @@ impl RawRecipe {
         self.origins.get(key).cloned().unwrap_or(Origin::Default)
     }
 
-    /// What else than `key` was set by those who came after the layer that set it, or beside it on a command line, where a person
-    /// finds it: `--set batch.size=15`, `crops.global_size (a.toml:7)`.
-    pub(crate) fn set_over(&self, key: &str) -> Vec<String> {
-        let at = self.origin(key);
-        let layer = |origin: &Origin| match origin {
+    /// How late the layer of a value comes: one over the other.
+    pub(crate) fn layer(&self, origin: &Origin) -> u8 {
+        match origin {
             Origin::Default => 0,
             Origin::File { source, .. } if source.path != self.path => 1,
             Origin::File { .. } => 2,
             Origin::Env(_) => 3,
             Origin::Set(_) => 4,
             Origin::Override(_) => 5,
-        };
+        }
+    }
+
+    /// What else than `key` was set by those who came after the layer that set it, or beside it on a command line, where a person
+    /// finds it: `--set batch.size=15`, `crops.global_size (a.toml:7)`.
+    pub(crate) fn set_over(&self, key: &str) -> Vec<String> {
+        let at = self.origin(key);
+        let layer = |origin: &Origin| self.layer(origin);
         // Overrides of a suite share their origin; that of a `--set` is itself.
         let beside = |of: &Origin| layer(of) == layer(&at) && (layer(of) == 5 || layer(of) > 2 && *of != at);
         let is_table = |key: &str| self.get(key).is_some_and(|value| value.as_dict().is_some());

@@ -2,21 +2,47 @@
 
 use std::collections::BTreeSet;
 
-use figment::value::Value;
+use figment::value::{Dict, Value};
+use serde_json::Value as Json;
 
-use crate::contract::{At, TeacherPolicy};
+use crate::contract::{At, Backbone, TeacherPolicy};
 use crate::params::ParamBuilder;
 use crate::problem::{Origin, Problem, Severity};
 use crate::recipe::{RawRecipe, Recipe};
+use crate::registry::Chosen;
 use crate::step::{build_loss, declare, Declared};
 use crate::{DType, Device};
+
+/// A preset that was chosen over keys that it would fill in, which stay as they were.
+fn presets(recipe: &Recipe, raw: &RawRecipe) -> Option<Problem> {
+    let chosen = raw.set_by("backbone.preset");
+    let backbone = &recipe.backbone.plugin;
+    let preset = backbone.config().get("preset")?.as_str().filter(|_| chosen != Origin::Default)?;
+    let filled = |preset: Option<&str>| {
+        let table = preset.into_iter().map(|name| ("preset".to_string(), Value::from(name)));
+        let table = table.chain([("plugin".to_string(), Value::from(backbone.name()))]).collect::<Dict>();
+        Chosen::<dyn Backbone>::from_value(&table.into(), None).ok().map(|chosen| chosen.config().clone())
+    };
+    let (with, without) = (filled(Some(preset))?, filled(None)?);
+    let stays = |(key, value): (&String, &Json)| {
+        let origin = raw.set_by(&format!("backbone.{key}"));
+        let own = backbone.config().get(key)?;
+        let earlier = origin != Origin::Default && raw.layer(&origin) < raw.layer(&chosen);
+        let of_preset = without.get(key) != Some(value) && key != "preset";
+        (earlier && of_preset && own != value).then(|| format!("{key} = {own} ({origin}), not {value}"))
+    };
+    let stays: Vec<String> = with.as_object()?.iter().filter_map(stays).collect();
+    let message = format!("the preset fills in what is not said, and the recipe has {}", stays.join(", "));
+    let help = "set these keys as well, or begin from a recipe that leaves them to the preset";
+    (!stays.is_empty()).then(|| Problem::warning("backbone.preset", message).help(help))
+}
 
 /// What was given and is not read. `idle` are keys beside a key that makes them idle, and what that would have to be.
 ///
 /// What was typed for this run is a warning. A file may keep values ready for a suite that turns the part on, and weights
 /// bring all keys of their model: a note.
 pub(super) fn check(recipe: &Recipe, raw: &RawRecipe, idle: Vec<(String, String)>) -> Vec<Problem> {
-    let mut found = Vec::new();
+    let mut found: Vec<Problem> = presets(recipe, raw).into_iter().collect();
     let mut tell = |table: String, keys: Vec<String>, message: &dyn Fn(&str) -> String, help: String| {
         if keys.is_empty() {
             return;

@@ -260,6 +260,7 @@ fn run_on(
         (own, _) => own,
     };
     if let Some(rewind::Rewind { at, to, .. }) = rewinds.before(start) {
+        let at = at + 1;
         let text =
             format!("step {at} was not finite: the run went back to step {to} and goes on with the data behind it");
         messages.push(("non_finite", text));

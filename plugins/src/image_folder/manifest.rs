@@ -185,10 +185,16 @@ fn read(file: &Path, root: &Path, notes: &mut Vec<String>) -> Result<Vec<Row>> {
     let mut others: BTreeSet<String> = BTreeSet::new();
     let mut rows = Vec::with_capacity(table.len());
     for (line, mut cells) in table {
+        if cells.get("path").is_none_or(String::is_empty) {
+            let found: Vec<String> = cells.keys().map(|name| format!("`{name}`")).collect();
+            let help = format!(
+                "name the image's file in a column `path`; the columns, between commas, are {}",
+                found.join(", ")
+            );
+            return Err(Error::content(file, format!("line {line}: there is no `path`"), help));
+        }
         let mut take = |column: &str| cells.remove(column).filter(|cell| !cell.is_empty());
-        let path = take("path").ok_or_else(|| {
-            Error::content(file, format!("line {line}: there is no `path`"), "name the image's file in a column `path`")
-        })?;
+        let path = take("path").expect("it was just seen");
         let label = take("label").and_then(|label| written(&label)).filter(|label| !is_none(label));
         let split = take("split");
         let [mask, depth] = ["mask", "depth"].map(|column| take(column).map(|path| root.join(path)));

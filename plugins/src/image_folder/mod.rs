@@ -10,6 +10,7 @@ pub mod manifest;
 mod masks;
 mod npy;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -279,6 +280,16 @@ impl Dataset for ImageFolder {
             content += &format!(", {} more held out for probes", held_out.len());
         }
         let mut all = labelled.notes.clone();
+        let seen: BTreeSet<u32> = self.part.iter().filter_map(|&i| labelled.labels.get(i).copied().flatten()).collect();
+        let unseen: Vec<&str> =
+            (0u32..).zip(&classes).filter(|(label, _)| !seen.contains(label)).map(|(_, name)| name.as_str()).collect();
+        // What is held out may lack a class; what is trained on had better not.
+        if !unseen.is_empty() && self.held_out.is_some() {
+            all.push(format!(
+                "no image to train on is of {}: scores of labels count these as wrong",
+                listing::some(unseen.into_iter().map(String::from))
+            ));
+        }
         all.extend(notes.iter().cloned());
         all.extend(masks.as_ref().and_then(|masks| masks.classes.note()));
         all.extend(copies::note(paths, sizes));
@@ -406,13 +417,15 @@ pub(crate) fn count_classes(classes: &[String], labels: impl Iterator<Item = Opt
     if classes.is_empty() {
         return String::new();
     }
-    let mut count = vec![0usize; classes.len()];
+    let n = classes.len();
+    let mut count = vec![0usize; n];
     labels.flatten().for_each(|label| count[label as usize] += 1);
     let mut named: Vec<String> = classes.iter().zip(count).take(NAMED).map(|(name, n)| format!("{name} {n}")).collect();
     if classes.len() > NAMED {
         named.push("...".into());
     }
-    format!(" in {} classes ({})", classes.len(), named.join(", "))
+    let classes = if classes.len() == 1 { "class" } else { "classes" };
+    format!(" in {n} {classes} ({})", named.join(", "))
 }
 
 /// The images of the folder that a key names.

@@ -256,6 +256,12 @@ fn what_is_wrong_with_arms_is_told_of_all_of_them_where_their_file_says_it() {
     let error = refused("", &["--set", "batch.siz=8"]);
     assert_eq!(error.matches("--set batch.siz=8: batch.siz: unknown key\n").count(), 1, "{error}");
 
+    // A preset over keys that it would fill in.
+    let ended = folder.run(&["recipe", "check", "micro.toml", "--set", "backbone.preset=vit_b16"]);
+    assert!(ended.err.contains("the recipe has dim = 32 (micro.toml:6), not 768"), "{}", ended.err);
+    let error = folder.run(&["stages", "suite.toml", "--dry-run"]).err;
+    assert!(error.contains("this is the file of a suite"), "{error}");
+
     // A key of another plugin.
     let error = folder.run(&["recipe", "check", "micro.toml", "--set", "data.path=photos"]).err;
     assert!(error.contains("`path` is a key of other choices of data.plugin: cut_outs, image_folder"), "{error}");

@@ -69,10 +69,12 @@ fn metrics(a: &RunResult, b: &RunResult) -> String {
     let style = style::out();
     let names: BTreeSet<&String> = a.metrics.keys().chain(b.metrics.keys()).collect();
     let head = ["metric", "A", "B", "B - A"].map(|h| style.dim(h)).to_vec();
+    // Scores of runs that ended elsewhere are of another training.
+    let steps = (a.steps != b.steps).then(|| vec![style.bold("steps"), a.steps.to_string(), b.steps.to_string()]);
     let rows = names.into_iter().map(|name| {
         let (a, b) = (a.metrics.get(name).copied(), b.metrics.get(name).copied());
         let show = |value: Option<f64>| value.map_or("–".into(), number);
         vec![style.bold(name), show(a), show(b), show(a.zip(b).map(|(a, b)| b - a))]
     });
-    format!("\n{}", style::table(std::iter::once(head).chain(rows)))
+    format!("\n{}", style::table(std::iter::once(head).chain(steps).chain(rows)))
 }

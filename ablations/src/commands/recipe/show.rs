@@ -61,7 +61,7 @@ fn timeline(resolved: &Resolved) -> Result<String> {
         let (least, most) = range(schedule, total).unwrap_or_default();
         let points: Vec<(f32, f32)> =
             samples(total).map(|step| (step as f32, schedule.at(At { step, total }) as f32)).collect();
-        writeln!(text, "\n{}  {least} .. {most}", style.bold(key)).expect("writing to a string");
+        writeln!(text, "\n{}  {} .. {}", style.bold(key), number(least), number(most)).expect("writing to a string");
         let mut chart = Chart::new_with_y_range(140, 32, 0.0, total as f32, least as f32, most as f32);
         let line = Shape::Lines(&points);
         // textplots' own labels have one decimal, which says nothing of a learning rate.
