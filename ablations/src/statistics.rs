@@ -63,7 +63,8 @@ pub struct Paired {
     pub p_sign_flip: Option<f64>,
     /// Cohen's d_z: mean difference over its standard deviation (Lakens 2013, eq. 6).
     pub effect_size: Option<f64>,
-    /// Seeds that a suite needs to find an effect of this size with 80% power, corrected for the arms that it compares.
+    /// Seeds that a suite needs to find an effect of this size with 80% power, corrected for the arms that it compares: whoever knows
+    /// these fills it in.
     pub seeds_for_80_percent_power: Option<usize>,
     /// Pairs that went in.
     pub n: usize,
@@ -99,7 +100,6 @@ pub fn paired(pairs: &[(f64, f64)]) -> Paired {
         }
         result.p_sign_flip = (n <= MAX_EXACT_PAIRS).then(|| sign_flip(&differences));
         result.effect_size = (std > 0.0 && result.p_value.is_some()).then(|| difference / std);
-        result.seeds_for_80_percent_power = result.effect_size.and_then(|d| seeds_needed(d, 1));
     }
     result
 }

@@ -6,6 +6,7 @@ use dinolab_core::text::printable;
 use dinolab_core::{Error, Result};
 
 use super::slot::PROGRAM;
+use crate::given::program;
 use crate::style::shell;
 use crate::suite::{has_trunk, Plan, PlannedRun, Status, TRUNK};
 
@@ -113,8 +114,9 @@ impl Jobs {
 pub fn freeze(out: &Path) -> Result<PathBuf> {
     let bytes = std::fs::read(PROGRAM).map_err(Error::io("read", PROGRAM))?;
     let hash = blake3::hash(&bytes).to_hex();
-    let folder = std::path::absolute(out).map_err(Error::io("find", out))?.join("jobs");
-    let path = folder.join(format!("dinolab-{}", &hash[..8]));
+    let folder = std::path::absolute(out).map_err(Error::io("find", out))?.join("jobs").join(&hash[..8]);
+    // Reports name the program.
+    let path = folder.join(program());
     if !path.exists() {
         std::fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
         dinolab_core::files::write_file(&path, &bytes)?;

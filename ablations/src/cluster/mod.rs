@@ -156,7 +156,7 @@ impl Handover<'_> {
         }
         let program = match (scheduler, self.dry) {
             (Scheduler::Kubernetes, _) => PathBuf::from("dinolab"),
-            (_, true) => plan.out.join("jobs/dinolab"),
+            (_, true) => plan.out.join("jobs").join(crate::given::program()),
             (_, false) => job::freeze(&plan.out)?,
         };
         let jobs = Jobs::new(plan, self.smoke_steps, program)?;

@@ -118,7 +118,7 @@ impl<'a> Pool<'a> {
 /// # Errors
 /// As there; and if processes cannot be started, or one cannot begin its run.
 pub fn execute(plan: &Plan, options: &ExecuteOptions, jobs: &Jobs, slots: &[Slot]) -> Result<Tally> {
-    let mut left: Vec<&PlannedRun> = chosen(plan, &options.arms, &options.seeds)?;
+    let mut left: Vec<&PlannedRun> = chosen(plan, &options.arms, &options.seeds, options.retry_failed)?;
     left.sort_by_key(|run| run.arm != TRUNK);
     claim(plan)?;
     let mut tally = Tally::default();

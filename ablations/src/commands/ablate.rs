@@ -94,11 +94,11 @@ pub fn run(args: Args) -> Result<ExitCode> {
         let device = if gpu { device()? } else { Device::Cpu };
         let handover =
             cluster::Handover { args: cluster, dry, retry_failed, fail_fast: args.fail_fast, smoke_steps, device };
-        let runs = chosen(&plan, &args.arms, &args.seeds)?;
+        let runs = chosen(&plan, &args.arms, &args.seeds, args.retry_failed)?;
         return handover.give(&plan, &runs, scheduler).map(|()| ExitCode::SUCCESS);
     }
     if args.dry_run {
-        return dry_run(&plan, &chosen(&plan, &args.arms, &args.seeds)?).map(|()| ExitCode::SUCCESS);
+        return dry_run(&plan, &chosen(&plan, &args.arms, &args.seeds, args.retry_failed)?).map(|()| ExitCode::SUCCESS);
     }
     if cluster.status {
         style::print(&cluster::table(&plan)?);
@@ -123,7 +123,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
         retry_failed: args.retry_failed,
         stop: signals::stop_flag(),
     };
-    let all: Vec<&PlannedRun> = chosen(&plan, &args.arms, &args.seeds)?;
+    let all: Vec<&PlannedRun> = chosen(&plan, &args.arms, &args.seeds, args.retry_failed)?;
     let progress =
         || -> Result<Progress> { Ok(Progress::new(&plan.suite.name, all.len(), finished(&plan, &all)?.len())) };
     if cluster.trial {

@@ -10,7 +10,7 @@ use super::prepared::resolve;
 use crate::report::number;
 use crate::statistics::{effect_found, paired, seeds_needed};
 use crate::style::{self, duration};
-use crate::suite::{Overrides, Plan, PlannedRun, Status};
+use crate::suite::{Arm, Overrides, Plan, PlannedRun, Status};
 
 /// Every finished run of the plan: the steps that it did itself, and the seconds that they took.
 pub(super) fn finished(plan: &Plan, runs: &[&PlannedRun]) -> Result<Vec<(u64, f64)>> {
@@ -108,7 +108,8 @@ fn effects(plan: &Plan) -> Result<Vec<String>> {
     let mut lines = Vec::new();
     for (metric, &effect) in &suite.effect {
         let (n, size) = (suite.seeds.len(), number(effect));
-        let others = || suite.arms.iter().filter(|arm| arm.name != suite.baseline);
+        let compared = |arm: &&Arm| arm.name != suite.baseline && plan.measured_otherwise(&arm.name, metric).is_empty();
+        let others = || suite.arms.iter().filter(compared);
         let tests = others().count();
         let least = effect_found(n, tests).map(|d| number(effect / d));
         let mut line = match least {

@@ -56,7 +56,7 @@ impl Plan {
         for run in self.all_runs() {
             if Status::of(&self.out.join(&run.dir))? != Status::Pending {
                 self.check_unchanged(run)?;
-                if other_rules && run.arm != TRUNK {
+                if other_rules {
                     let problem = format!("{} was held to other rules than [[drop]] of the suite has now", run.label());
                     let help = "use another --out for the changed suite, or take back the change";
                     return Err(Error::content(&self.out, problem, help));

@@ -17,14 +17,23 @@ impl Plan {
 
     /// The keys of what `metric` is, in which `arm` differs from the baseline: with any, its values are of two quantities, whose
     /// difference is no result. The total loss is its terms with their weights; a loss is everything that is said of it but its
-    /// weight; a probe is its keys, but for when it is taken, and the held-out data.
+    /// weight; a probe is its keys, but for when it is taken, and the images that are held out.
     pub fn measured_otherwise(&self, arm: &str, metric: &str) -> Vec<String> {
         let mut parts = metric.split('/');
         let (kind, name) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
+        // Images that are held out are a share of those that are trained on, unless they have keys of their own.
+        let own_images = || {
+            let of = |arm: &str| self.recipe_of(arm).get("data").and_then(|data| data.get("val")).is_some();
+            of(arm) && of(&self.suite.baseline)
+        };
         let (tables, apart) = match (kind, name) {
             ("loss", "total") => (vec!["losses".to_string()], vec![]),
             ("loss", _) => (vec![format!("losses.{name}")], vec!["weight", "enabled"]),
-            ("probe", _) => (vec![format!("probes.{name}"), "data.val".into()], vec!["every", "enabled"]),
+            ("probe", _) if own_images() => (
+                vec![format!("probes.{name}"), "data".into()],
+                vec!["every", "enabled", "count", "path", "masks", "depth"],
+            ),
+            ("probe", _) => (vec![format!("probes.{name}"), "data".into()], vec!["every", "enabled", "count"]),
             _ => return Vec::new(),
         };
         // What is said of a loss that neither has is no part of it.

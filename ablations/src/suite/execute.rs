@@ -18,7 +18,7 @@ use super::locks::{lock_folder, lock_path, try_lock};
 use super::options::{ExecuteOptions, LostIn, Tally};
 use super::plan::{Event, Job, Outcome, Plan, PlannedRun, Prepare, Prepared};
 use super::progress::Progress;
-use super::record::{RunResult, Status, FAILURE};
+use super::record::{RunResult, Status};
 use super::retry::{self, loses_the_gpu, record_failure, Budget, Next};
 use super::rules;
 use super::trial::{smoke, untried, Tried};
@@ -50,15 +50,16 @@ pub fn execute(plan: &Plan, options: &ExecuteOptions, prepare: Prepare<'_>, prog
             return Ok(tally);
         }
     }
-    let all = with_trunks(plan, &runs)?;
+    let all = with_trunks(plan, &runs, options.retry_failed)?;
     for (i, run) in all.iter().enumerate() {
         if options.stop.load(Ordering::Relaxed) {
             tally.interrupted = Some((run.label(), Some(0)));
             break;
         }
         let before = tally.failed.len();
+        let is_old = Status::of(&plan.out.join(&run.dir))?.final_failure(options.retry_failed).is_some();
         one(plan, run, options, prepare, progress, &mut tally)?;
-        if options.fail_fast && tally.failed.len() > before {
+        if options.fail_fast && !is_old && tally.failed.len() > before {
             tally.lost_gpu = None;
             break;
         }
@@ -66,7 +67,9 @@ pub fn execute(plan: &Plan, options: &ExecuteOptions, prepare: Prepare<'_>, prog
             // Whoever goes on does not do failed runs again, or it would do this one for ever.
             for later in all[i + 1..].iter().filter(|_| options.retry_failed) {
                 let dir = plan.out.join(&later.dir);
-                let lock = if dir.join(FAILURE).exists() { try_lock(&lock_path(plan, later)?)? } else { None };
+                let status = Status::of(&dir)?;
+                let is_done_again = matches!(status, Status::Failed(_)) && status.final_failure(true).is_none();
+                let lock = if is_done_again { try_lock(&lock_path(plan, later)?)? } else { None };
                 if lock.is_some() {
                     retry::forget_failure(&dir)?;
                 }
@@ -156,28 +159,34 @@ fn select<'a>(plan: &'a Plan, arms: &[String], seeds: &[u64]) -> Result<Vec<&'a 
 ///
 /// # Errors
 /// If the suite has no such arm or seed.
-pub fn chosen<'a>(plan: &'a Plan, arms: &[String], seeds: &[u64]) -> Result<Vec<&'a PlannedRun>> {
-    with_trunks(plan, &select(plan, arms, seeds)?)
+pub fn chosen<'a>(plan: &'a Plan, arms: &[String], seeds: &[u64], retry_failed: bool) -> Result<Vec<&'a PlannedRun>> {
+    with_trunks(plan, &select(plan, arms, seeds)?, retry_failed)
 }
 
-/// These runs, each seed's after its trunk; one that was moved away is not trained again for arms that are finished.
-fn with_trunks<'a>(plan: &'a Plan, runs: &[&'a PlannedRun]) -> Result<Vec<&'a PlannedRun>> {
-    let is_finished =
-        |run: &PlannedRun| -> Result<bool> { Ok(matches!(Status::of(&plan.out.join(&run.dir))?, Status::Finished(_))) };
+/// These runs, each seed's after its trunk. A trunk that is not there is trained for arms that are to be done, and no others: those
+/// that are finished or failed for good need it no more.
+fn with_trunks<'a>(plan: &'a Plan, runs: &[&'a PlannedRun], retry_failed: bool) -> Result<Vec<&'a PlannedRun>> {
+    let mut open = Vec::new();
+    for run in runs {
+        let status = Status::of(&plan.out.join(&run.dir))?;
+        let is_closed = matches!(status, Status::Finished(_)) || status.final_failure(retry_failed).is_some();
+        open.extend((!is_closed).then_some(run.seed));
+    }
     let mut all = Vec::new();
     for run in plan.all_runs() {
-        let chosen = |arm: &&&PlannedRun| arm.seed == run.seed && (run.arm == TRUNK || arm.arm == run.arm);
-        let mine: Vec<_> = runs.iter().filter(chosen).collect();
-        let mut needed = !mine.is_empty();
-        if needed && run.arm == TRUNK && !is_finished(run)? {
-            needed = false;
-            for arm in mine {
-                needed |= !is_finished(arm)?;
-            }
-        }
-        all.extend(needed.then_some(run));
+        let has = |run: &PlannedRun| runs.iter().any(|r| (&r.arm, r.seed) == (&run.arm, run.seed));
+        let chosen = match run.arm == TRUNK {
+            true => open.contains(&run.seed) || runs.iter().any(|r| r.seed == run.seed) && has_trunk_run(plan, run)?,
+            false => has(run),
+        };
+        all.extend(chosen.then_some(run));
     }
     Ok(all)
+}
+
+/// Whether a trunk is done.
+fn has_trunk_run(plan: &Plan, trunk: &PlannedRun) -> Result<bool> {
+    Ok(matches!(Status::of(&plan.out.join(&trunk.dir))?, Status::Finished(_)))
 }
 
 /// Whether the trunk that an arm goes on from is done; true where there is none to wait for.
@@ -186,7 +195,7 @@ fn with_trunks<'a>(plan: &'a Plan, runs: &[&'a PlannedRun]) -> Result<Vec<&'a Pl
 /// If the trunk's folder has files that cannot be understood.
 pub fn has_trunk(plan: &Plan, run: &PlannedRun) -> Result<bool> {
     let trunk = plan.trunks.iter().find(|trunk| trunk.seed == run.seed && run.arm != TRUNK);
-    trunk.map_or(Ok(true), |trunk| Ok(matches!(Status::of(&plan.out.join(&trunk.dir))?, Status::Finished(_))))
+    trunk.map_or(Ok(true), |trunk| has_trunk_run(plan, trunk))
 }
 
 /// Does one run if it is to be done, its trunk is there and nobody else does it; again, as often as the suite allows it.
@@ -199,7 +208,8 @@ fn one(
     tally: &mut Tally,
 ) -> Result<()> {
     let (dir, label) = (plan.out.join(&run.dir), run.label());
-    if !has_trunk(plan, run)? {
+    let is_open = Status::of(&dir)?.final_failure(options.retry_failed).is_none();
+    if is_open && !has_trunk(plan, run)? {
         progress.say(&format!("{label}: waits for its trunk"));
         tally.waiting.push(label);
         return Ok(());
@@ -244,7 +254,9 @@ fn one(
             Ok(Outcome::Finished) => {
                 let Status::Finished(result) = Status::of(&dir)? else { break };
                 // A rule may have been broken by the last step, or by a probe that runs at the end alone.
-                match dropped.or_else(|| rules::judge_end(&plan.suite.drop, &result)) {
+                let why = dropped.or_else(|| rules::judge_end(&plan.suite.drop, &result));
+                // Another seed may have dropped the arm meanwhile.
+                match why.map_or_else(|| rules::with_its_arm(plan, run), |why| Ok(Some(why)))? {
                     Some(why) => return fails(plan, run, &why, progress, tally),
                     None => break,
                 }

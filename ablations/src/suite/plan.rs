@@ -255,7 +255,8 @@ impl Plan {
     /// Whether the command line or the environment changed what changes numbers: then the runs are not those that the suite's
     /// file tells of.
     pub fn is_changed(&self) -> bool {
-        let matters = |key: &str| key == "steps" || self.runs[0].prepared.matters(key);
+        let matters =
+            |key: &str| key == "steps" || self.first_of_each_arm().iter().any(|run| run.prepared.matters(key));
         self.set.keys().any(|key| matters(key)) || self.of_environment().iter().any(|key| matters(key))
     }
 

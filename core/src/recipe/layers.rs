@@ -357,17 +357,21 @@ impl RawRecipe {
     /// finds it: `--set batch.size=15`, `crops.global_size (a.toml:7)`.
     pub(crate) fn set_over(&self, key: &str) -> Vec<String> {
         let at = self.origin(key);
-        let layer = |origin: &Origin| self.layer(origin);
-        // Overrides of a suite share their origin; that of a `--set` is itself.
-        let beside = |of: &Origin| layer(of) == layer(&at) && (layer(of) == 5 || layer(of) > 2 && *of != at);
         let is_table = |key: &str| self.get(key).is_some_and(|value| value.as_dict().is_some());
         let is_later = |name: &str, of: &Origin| {
             // A seed draws, and a name or the number of steps makes nothing unfit.
             let other = !is_table(name) && !["seed", "steps", "name"].contains(&name) && name != key;
-            other && at != Origin::Default && (layer(of) > layer(&at) || beside(of))
+            other
+                && match (of, &at) {
+                    (_, Origin::Default) => false,
+                    // A suite gives all of its own at once; a `--set` and a variable are of one key each.
+                    (Origin::Override(_), Origin::Override(_)) => true,
+                    (Origin::Set(_), Origin::Set(_)) | (Origin::Env(_), Origin::Env(_)) => *of != at,
+                    _ => self.layer(of) > self.layer(&at),
+                }
         };
         let mut later: Vec<_> = self.origins.iter().filter(|(name, of)| is_later(name, of)).collect();
-        later.sort_by_key(|(_, of)| std::cmp::Reverse(layer(of)));
+        later.sort_by_key(|(_, of)| std::cmp::Reverse(self.layer(of)));
         let mut said: Vec<String> = Vec::new();
         for (name, of) in later {
             said.push(match of {

@@ -371,7 +371,7 @@ pub struct OptimizerConfig {
     /// Of several processes each keeps its part of the teachers' weights alone; a layer is gathered when the teacher's forward pass
     /// comes to it, and let go behind it (ZeRO stage 3 for teachers, Rajbhandari et al., arXiv:1910.02054). This takes the teachers'
     /// bytes off all but one process a number, and moves those of a teacher's features once a micro-batch. No result changes. A
-    /// `frozen` model that is learned from stays whole.
+    /// `frozen` model that is learned from stays whole, and a teacher that no loss asks has no health measured.
     pub shard_teachers: bool,
     /// When weights are updated; by default `whole`.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -125,11 +125,10 @@ fn read(raw: &RawRecipe) -> Result<Recipe, Vec<Problem>> {
         let mut problem = Problem::of(&nested);
         if nested.fault == Fault::UnknownKey && nested.nearest().is_none() {
             let readers = guide.readers_of(raw.value(), &problem.key).join(", ");
-            let of_others = problem.key.rsplit_once('.').filter(|_| !readers.is_empty());
-            let of_others = of_others
-                .map(|(table, name)| format!("`{name}` is a key of other choices of {table}.plugin: {readers}"));
-            problem.help =
-                problem.help.into_iter().chain(of_others).reduce(|known, others| format!("{known}\n  {others}"));
+            if let Some((table, name)) = problem.key.rsplit_once('.').filter(|_| !readers.is_empty()) {
+                let known = problem.help.take().map(|known| known + "\n  ").unwrap_or_default();
+                problem.help = Some(format!("{known}`{name}` is a key of other choices of {table}.plugin: {readers}"));
+            }
         }
         problems.push(raw.place(problem));
         // Without its plugin or a key it needs, the table around says nothing more; a wrong list element, its list.

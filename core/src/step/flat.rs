@@ -36,9 +36,17 @@ pub struct Flat {
     len: usize,
     /// Those that are here: all, or this rank's part.
     held: Range<usize>,
-    /// Whether each rank has its part alone, which for one may be all of a model; or its lower halves.
-    sharded: bool,
-    spread: bool,
+    spread: Spread,
+}
+
+/// What each of several ranks has of its part alone. The part of one may be all of a small model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Spread {
+    Nothing,
+    /// The lower halves.
+    Lower,
+    /// Everything.
+    All,
 }
 
 /// How a rank keeps numbers.
@@ -90,7 +98,7 @@ fn join(rounded: bf16, lower: u16) -> f32 {
 
 impl From<Tensor> for Flat {
     fn from(wide: Tensor) -> Self {
-        Self { len: wide.len(), held: 0..wide.len(), kept: Kept::Wide(wide), sharded: false, spread: false }
+        Self { len: wide.len(), held: 0..wide.len(), kept: Kept::Wide(wide), spread: Spread::Nothing }
     }
 }
 
@@ -104,19 +112,23 @@ impl Flat {
         features: DType,
         Keeping { own, share, offload, sharded }: Keeping,
     ) -> Result<Self> {
-        let shared = share.world() > 1;
-        let sharded = sharded && shared;
-        let held = if sharded { own.clone() } else { 0..len };
+        let spread = match (share.world() > 1, sharded) {
+            (false, _) => Spread::Nothing,
+            (true, true) => Spread::All,
+            (true, false) if features == DType::BF16 => Spread::Lower,
+            (true, false) => Spread::Nothing,
+        };
+        let held = if spread == Spread::All { own.clone() } else { 0..len };
         if features != DType::BF16 {
             let kept = Kept::Wide(Tensor::zeros(&[held.len()], features));
-            return Ok(Self { kept, len, held, sharded, spread: sharded });
+            return Ok(Self { kept, len, held, spread });
         }
         let rounded = Tensor::zeros(&[held.len()], DType::BF16);
         let lower = match rounded.gpu().filter(|_| offload) {
             Some(gpu) => Tensor::zeros_beside(gpu, &[own.len() / 2], DType::U32)?,
             None => Tensor::zeros(&[own.len() / 2], DType::U32),
         };
-        Ok(Self { kept: Kept::Halves { rounded, lower, own }, len, held, sharded, spread: shared })
+        Ok(Self { kept: Kept::Halves { rounded, lower, own }, len, held, spread })
     }
 
     /// How many numbers they are.
@@ -151,7 +163,7 @@ impl Flat {
 
     /// Whether each rank has its part of them alone.
     pub fn is_sharded(&self) -> bool {
-        self.sharded
+        self.spread == Spread::All
     }
 
     /// Those of others that are here.
@@ -229,8 +241,8 @@ impl Flat {
         Ok(out)
     }
 
-    /// Whether each rank has its part alone, or its lower halves.
-    pub(super) fn is_spread(&self) -> bool {
+    /// What each rank has of its part alone.
+    pub(super) fn spread(&self) -> Spread {
         self.spread
     }
 

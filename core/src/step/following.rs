@@ -52,7 +52,7 @@ impl Learner {
 pub(super) fn follow(follow: Follow, at: At) -> Result<Follow> {
     match follow {
         Follow::Ema { momentum } if !(0.0..=1.0).contains(&momentum) => Err(Error::user(
-            format!("the teacher's momentum is {momentum} at step {}", at.step),
+            format!("the teacher's momentum is {momentum} in step {}", at.step + 1),
             "it is the share of the teacher that is kept: let its schedule stay in [0, 1]",
         )),
         follow => Ok(follow),

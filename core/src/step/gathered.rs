@@ -36,6 +36,8 @@ impl Gathered<'_> {
     /// All of a layer, on all ranks.
     fn layer(&self, layer: usize) -> Result<Tensor> {
         let range = &self.layers.ranges()[layer];
+        let (here, held) = (self.flat.here(), self.flat.held());
+        let mut whole = here.device().with(|| Tensor::uninit(&[range.len()], here.dtype()));
         let inside = |part: &Range<usize>| {
             let part = within(range, part);
             if part.is_empty() {
@@ -44,13 +46,12 @@ impl Gathered<'_> {
                 part.start - range.start..part.end - range.start
             }
         };
-        let (here, held) = (self.flat.here(), self.flat.held());
-        let mut whole = here.device().with(|| Tensor::uninit(&[range.len()], here.dtype()));
-        let own = within(range, held);
-        if !own.is_empty() {
-            copy_elements(&mut whole, own.start - range.start, here, own.start - held.start..own.end - held.start)?;
-        }
         let ranges: Vec<Range<usize>> = self.parts.ranges_of(self.flat.len()).iter().map(inside).collect();
+        let own = &ranges[self.ranks.rank()];
+        if !own.is_empty() {
+            let from = range.start + own.start - held.start;
+            copy_elements(&mut whole, own.start, here, from..from + own.len())?;
+        }
         self.ranks.gather_ranges(&mut whole, &ranges)?;
         Ok(whole)
     }
@@ -88,6 +89,13 @@ impl Elsewhere for Gathered<'_> {
 }
 
 impl Weights {
+    /// A model of which each rank has a part; nothing if all have all of it.
+    fn gathered<'a>(&'a self, flat: &'a Flat, ranks: &'a Ranks) -> Option<Gathered<'a>> {
+        let layers = self.gather.as_ref().filter(|_| flat.is_sharded())?;
+        let (here, failed) = Default::default();
+        Some(Gathered { flat, layers, parts: &self.parts, ranks, here, failed })
+    }
+
     /// What `work` makes of a model's weights, which are followed by no tape: one of the teachers, or the student.
     ///
     /// # Errors
@@ -99,11 +107,9 @@ impl Weights {
         ranks: &Ranks,
         work: impl FnOnce(&Params<'_>) -> Result<R>,
     ) -> Result<R> {
-        let Some(layers) = self.gather.as_ref().filter(|_| flat.is_sharded()) else {
+        let Some(gathered) = self.gathered(flat, ranks) else {
             return work(&Params::frozen(layout, flat.rounded()));
         };
-        let (here, failed) = Default::default();
-        let gathered = Gathered { flat, layers, parts: &self.parts, ranks, here, failed };
         let done = work(&Params::gathered(layout, flat.here(), &gathered));
         gathered.failed.into_inner().map_or(done, Err)
     }
@@ -115,11 +121,9 @@ impl Weights {
     /// If a rank fails.
     pub(super) fn gather_evaluated(&self, ranks: &Ranks, keep: bool) -> Result<Option<Tensor>> {
         let flat = self.evaluated();
-        let Some(layers) = self.gather.as_ref().filter(|_| flat.is_sharded()) else { return Ok(None) };
-        let (here, failed) = Default::default();
-        let gathered = Gathered { flat, layers, parts: &self.parts, ranks, here, failed };
+        let Some(gathered) = self.gathered(flat, ranks) else { return Ok(None) };
         let mut all = keep.then(|| flat.here().device().with(|| Tensor::zeros(&[flat.len()], flat.here().dtype())));
-        for (i, range) in layers.ranges().iter().enumerate() {
+        for (i, range) in gathered.layers.ranges().iter().enumerate() {
             let _step = cuda::step_scope();
             let layer = gathered.layer(i)?;
             if let Some(all) = &mut all {

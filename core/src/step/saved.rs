@@ -11,7 +11,7 @@ use crate::params::{check_shapes, Layout, ParamSpec};
 use crate::tensor::{catch_out_of_memory, copy_elements};
 use crate::{cuda, DType, Device, Error, Result, Tensor};
 
-use super::flat::Flat;
+use super::flat::{Flat, Spread};
 use super::optimizer::Began;
 use super::parts::within;
 use super::spikes::Spikes;
@@ -182,7 +182,7 @@ impl<'a> Saved<'a> {
         let _step = cuda::step_scope();
         let (part, i) = match from {
             Origin::Small(tensor) => return Ok(keep.then(|| tensor.to(Device::Cpu))),
-            Origin::Weights(flat, i) if !flat.is_spread() => {
+            Origin::Weights(flat, i) if flat.spread() == Spread::Nothing => {
                 let spec = self.spec(*i);
                 let read = || Ok(flat.read(spec.range())?.view(0, &spec.shape));
                 return keep.then(read).transpose();

@@ -15,7 +15,7 @@ use crate::weights::Source;
 use crate::{cuda, DType, Device, Error, Result, Tensor};
 
 use super::bounds::{Bounds, Reach};
-use super::flat::{Flat, Keeping};
+use super::flat::{Flat, Keeping, Spread};
 use super::layers::Layers;
 use super::moments::{Placed, Storage};
 use super::optimizer::Groups;
@@ -319,13 +319,13 @@ impl Weights {
             (Of::Named(i), teacher) => (&mut named[i].1, teacher.as_ref().unwrap_or(student)),
         };
         flat.average(other, momentum)?;
-        match flat.is_spread() && !flat.is_sharded() {
-            true => {
+        match flat.spread() {
+            Spread::Lower => {
                 let _step = cuda::step_scope();
                 let ranges = parts.ranges_of(flat.len());
                 ranks.spread(flat.rounded_mut(), &ranges)
             }
-            false => Ok(()),
+            Spread::Nothing | Spread::All => Ok(()),
         }
     }
 }

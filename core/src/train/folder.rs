@@ -110,12 +110,17 @@ pub struct RunFolder {
     old_steps: Option<u64>,
     /// Whether `recipe.toml` says what the run goes on with.
     written: bool,
+    /// Whether it was made for this run.
+    made: bool,
     _lock: File,
 }
 
 impl Drop for RunFolder {
-    /// A run that was refused before it wrote anything leaves no folder: removing one that is not empty fails.
+    /// A run that was refused before it wrote anything leaves no folder that was not there: removing one that is not empty fails.
     fn drop(&mut self) {
+        if !self.made {
+            return;
+        }
         let lock = self.path.join(LOCK);
         let is_lock = |entry: std::io::Result<fs::DirEntry>| entry.is_ok_and(|entry| entry.path() == lock);
         if fs::read_dir(&self.path).is_ok_and(|mut entries| entries.all(is_lock)) {
@@ -137,6 +142,7 @@ impl RunFolder {
         only_moved: &dyn Fn(&str) -> Result<bool>,
     ) -> Result<Self> {
         let path = options.out.clone();
+        let made = !path.exists();
         fs::create_dir_all(&path).map_err(Error::io("create", &path))?;
         let lock_path = path.join(LOCK);
         let lock = File::create(&lock_path).map_err(Error::io("write in", &path))?;
@@ -162,7 +168,7 @@ impl RunFolder {
                 let problem = format!("there is no run in this folder, and it has what one would write over: {name}");
                 return Err(Error::content(&path, problem, "move it away, or choose another folder (--out)"));
             }
-            return Ok(Self { path, changes: Vec::new(), old_steps: None, written: false, _lock: lock });
+            return Ok(Self { path, changes: Vec::new(), old_steps: None, written: false, made, _lock: lock });
         }
         if !options.resume {
             let help = "continue it with --resume, or choose another folder (--out, or another `name` of the recipe)";
@@ -205,7 +211,7 @@ impl RunFolder {
                 format!("name at least {done} (--set steps={done}), or {ANEW}"),
             ));
         }
-        Ok(Self { path, changes, old_steps, written, _lock: lock })
+        Ok(Self { path, changes, old_steps, written, made: false, _lock: lock })
     }
 
     /// Writes what is known before the first step: the resolved recipe, and who runs it on what. Gives in what a

@@ -75,7 +75,7 @@ pub(super) fn label(root: &Path, paths: &[PathBuf]) -> Labelled {
         }
     }
     if count.len() < 2 {
-        let name = count.keys().next().filter(|_| loose.is_empty()).map(printable);
+        let name = count.keys().next().filter(|_| loose.is_empty() && found.split.is_none()).map(printable);
         found.notes.extend(name.map(|name| {
             format!(
                 "all images lie in the one folder {name}, and classes are two folders or more: if its folders are the classes, name it \

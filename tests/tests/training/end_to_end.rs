@@ -2,10 +2,10 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::Child;
 use std::time::Duration;
 
-use dinolab_tests::program::{assert_same_weights, final_weights, root, wait_until, with_plugins, Folder};
+use dinolab_tests::program::{assert_same_weights, final_weights, root, wait_until, Folder};
 
 /// The `step` of every logged line.
 fn logged_steps(folder: &Folder, run: &str) -> Vec<u64> {
@@ -86,12 +86,19 @@ fn rare_steps_that_are_not_finite_are_skipped_if_the_recipe_allows_it() {
     assert!(folder.read("run/messages.jsonl").contains("was skipped"));
 
     // A program without the loss says who has it, of the run and of a checkpoint of it.
-    let plain = with_plugins().with_file_name("dinolab");
-    for of in ["run", "run/checkpoints/step-00000012"] {
-        let args = ["recipe", "show", of];
-        let ended = Command::new(&plain).args(args).current_dir(folder.path("")).output().expect("it was built");
-        let said = String::from_utf8_lossy(&ended.stderr);
-        assert!(said.contains("the plugins of with_plugins made: give the command to that program"), "{said}");
+    let checkpoint = "run/checkpoints/step-00000012";
+    for (file, from, to) in [
+        ("run/run.json", " with with_plugins in ", " with their_plugins in "),
+        ("run/recipe.toml", "toy_spike", "their_spike"),
+        ("run/checkpoints/step-00000012/recipe.toml", "toy_spike", "their_spike"),
+    ] {
+        let text = folder.read(file);
+        assert!(text.contains(from), "{file}: {text}");
+        folder.write(file, &text.replace(from, to));
+    }
+    for of in ["run", checkpoint] {
+        let said = folder.run(&["recipe", "show", of]).err;
+        assert!(said.contains("the plugins of their_plugins made: give the command to that program"), "{said}");
     }
 }
 
@@ -386,6 +393,20 @@ fn a_killed_suite_goes_on_to_the_same_report() {
     assert_eq!(summary["provenance"]["command"], command);
     let said = "variables of the environment change the recipe of all arms, in checkpoint.every";
     assert!(summary["warnings"].to_string().contains(said), "{}", summary["warnings"]);
+}
+
+#[test]
+fn a_run_of_a_suite_that_fails_before_its_first_step_is_tried_again_and_recorded() {
+    let folder = Folder::with_micro();
+    let retries = SUITE.replace("seeds = [0, 1]", "seeds = [0]\nretries = 1\nset = { init_from = \"nowhere\" }");
+    folder.write("suite.toml", &retries);
+    let ended = folder.run(&["ablate", "suite.toml", "--out", "out", "--smoke-steps", "0"]);
+    assert!(ended.code == 1 && ended.err.contains("is tried again"), "{}: {}{}", ended.code, ended.out, ended.err);
+    for arm in ["optimizer.lr=0.001", "optimizer.lr=0.002"] {
+        let attempts = folder.read(&format!("out/arms/{arm}/seed-0/attempts.json"));
+        assert!(attempts.contains("nowhere"), "{attempts}");
+        assert!(folder.path(&format!("out/arms/{arm}/seed-0/failure.json")).exists());
+    }
 }
 
 fn files(folder: &str, ending: &str) -> Vec<PathBuf> {

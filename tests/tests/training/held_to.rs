@@ -57,7 +57,7 @@ fn a_dry_run_refuses_what_the_run_refuses() {
     refused(&ablate("seed=3"), &["--seeds"]);
     let idle = ablate("losses.koleo.weight=5");
     assert!(idle.code == 0 && idle.err.contains("changes nothing: every arm sets it"), "{}", idle.err);
-    refused(&ablate("losses.koleo.wieght=5"), &["suite.toml: losses.koleo.wieght", "`weight`"]);
+    refused(&ablate("losses.koleo.wieght=5"), &["--set losses.koleo.wieght=5: losses.koleo.wieght", "`weight`"]);
 }
 
 #[test]
