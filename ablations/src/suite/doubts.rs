@@ -12,6 +12,7 @@ impl Plan {
         all.extend(self.unlike_metrics());
         all.extend(self.idle_follows());
         all.extend(self.idle_sets());
+        all.extend(self.idle_rules());
         all
     }
 
@@ -71,6 +72,18 @@ impl Plan {
         let differ: Vec<String> = arms.flat_map(|arm| self.differences(arm)).map(|(key, ..)| key).collect();
         let idle = self.suite.follows.iter().filter(|named| !differ.iter().any(|key| is_within(key, named)));
         idle.map(|named| format!("`follows` names `{named}`, in which no arm differs from the baseline")).collect()
+    }
+
+    /// Rules of `[[drop]]` that begin to hold when all runs are done.
+    fn idle_rules(&self) -> Vec<String> {
+        let steps =
+            |run: &PlannedRun| run.prepared.recipe().get("steps").and_then(Value::as_integer).unwrap_or(i64::MAX);
+        let most = self.first_of_each_arm().iter().map(steps).max().unwrap_or(i64::MAX);
+        let idle = self.suite.drop.iter().filter(|rule| i64::try_from(rule.after).is_ok_and(|after| after > most));
+        idle.map(|rule| {
+            format!("a rule of [[drop]] holds from step {} on, and no arm has more than {most}", rule.after)
+        })
+        .collect()
     }
 
     /// Keys of losses and probes that an arm sets, and that are off in it.

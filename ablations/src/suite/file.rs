@@ -90,7 +90,10 @@ pub struct SuiteFile {
 
 /// A metric: its name, or a table that also says which way is better.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
-#[serde(untagged)]
+#[serde(
+    untagged,
+    expecting = "expected the name of a metric, or a table { name = \"...\", better = \"higher\" or \"lower\" }"
+)]
 pub enum MetricEntry {
     /// The name alone: higher is better, except for `loss/...`.
     Name(String),

@@ -24,14 +24,14 @@ pub(super) const MASK: Kind = Kind {
     name: "mask",
     key: "data.masks",
     endings: &["png"],
-    help: "a mask is a PNG at the image's path below data.path: add them, or move these images away",
+    help: "a mask is a PNG in this folder, at the path that its image has below data.path: add them, or move these images away",
 };
 
 pub(super) const DEPTH: Kind = Kind {
     name: "depth",
     key: "data.depth",
     endings: &["png", "npy"],
-    help: "a depth is a PNG or .npy at the image's path below data.path: add them, or move these images away",
+    help: "a depth is a PNG or .npy in this folder, at the path that its image has below data.path: add them, or move these images away",
 };
 
 /// The files in `folder` of images below `root`: at the image's own path with another ending.

@@ -199,6 +199,8 @@ fn a_rule_drops_a_run_or_its_arm_and_says_so() {
     let lab = Lab::new();
     let plan = lab.plan(&rule("after = 50")).expect("a valid suite");
     assert_eq!(lab.execute(&plan, |_| ()).expect("it ran").finished, 6, "the rule holds from step 50 on");
+    let said = "a rule of [[drop]] holds from step 50 on, and no arm has more than 40";
+    assert!(plan.warnings.iter().any(|warning| warning == said), "{:?}", plan.warnings);
 
     let lab = Lab::new();
     let plan = lab.plan(&rule("")).expect("a valid suite");
