@@ -174,19 +174,18 @@ fn with_trunks<'a>(plan: &'a Plan, runs: &[&'a PlannedRun], retry_failed: bool) 
     }
     let mut all = Vec::new();
     for run in plan.all_runs() {
-        let has = |run: &PlannedRun| runs.iter().any(|r| (&r.arm, r.seed) == (&run.arm, run.seed));
+        let of_seed = || runs.iter().any(|arm| arm.seed == run.seed);
         let chosen = match run.arm == TRUNK {
-            true => open.contains(&run.seed) || runs.iter().any(|r| r.seed == run.seed) && has_trunk_run(plan, run)?,
-            false => has(run),
+            true => open.contains(&run.seed) || of_seed() && is_finished(plan, run)?,
+            false => runs.iter().any(|arm| (&arm.arm, arm.seed) == (&run.arm, run.seed)),
         };
         all.extend(chosen.then_some(run));
     }
     Ok(all)
 }
 
-/// Whether a trunk is done.
-fn has_trunk_run(plan: &Plan, trunk: &PlannedRun) -> Result<bool> {
-    Ok(matches!(Status::of(&plan.out.join(&trunk.dir))?, Status::Finished(_)))
+fn is_finished(plan: &Plan, run: &PlannedRun) -> Result<bool> {
+    Ok(matches!(Status::of(&plan.out.join(&run.dir))?, Status::Finished(_)))
 }
 
 /// Whether the trunk that an arm goes on from is done; true where there is none to wait for.
@@ -195,7 +194,7 @@ fn has_trunk_run(plan: &Plan, trunk: &PlannedRun) -> Result<bool> {
 /// If the trunk's folder has files that cannot be understood.
 pub fn has_trunk(plan: &Plan, run: &PlannedRun) -> Result<bool> {
     let trunk = plan.trunks.iter().find(|trunk| trunk.seed == run.seed && run.arm != TRUNK);
-    trunk.map_or(Ok(true), |trunk| has_trunk_run(plan, trunk))
+    trunk.map_or(Ok(true), |trunk| is_finished(plan, trunk))
 }
 
 /// Does one run if it is to be done, its trunk is there and nobody else does it; again, as often as the suite allows it.
@@ -368,7 +367,7 @@ fn fails(plan: &Plan, run: &PlannedRun, error: &str, progress: &Progress, tally:
     progress.say(&format!("{}: failed: {error}", run.label()));
     // Whichever seed comes first: those of the arm that are finished go with it.
     for other in rules::of_its_arm(plan, run, error) {
-        if matches!(Status::of(&plan.out.join(&other.dir))?, Status::Finished(_)) {
+        if is_finished(plan, other)? {
             record_failure_of(plan, other, &rules::with(run))?;
         }
     }

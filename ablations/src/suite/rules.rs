@@ -101,6 +101,11 @@ pub(super) fn with_its_arm(plan: &Plan, run: &PlannedRun) -> dinolab_core::Resul
     Ok(None)
 }
 
+/// Whether a run that ended with `error` was dropped by a rule that drops its arm.
+fn drops_its_arm(error: &str) -> bool {
+    error.starts_with(DROPPED) && error.contains(WITH_ARM)
+}
+
 /// Why a run is dropped with `first`.
 pub(super) fn with(first: &PlannedRun) -> String {
     format!("{DROPPED} with its arm: see {}", first.label())
@@ -108,11 +113,11 @@ pub(super) fn with(first: &PlannedRun) -> String {
 
 /// The other seeds that are dropped with a run that ended with `error`.
 pub(super) fn of_its_arm<'a>(plan: &'a Plan, run: &'a PlannedRun, error: &str) -> impl Iterator<Item = &'a PlannedRun> {
-    let drops = error.starts_with(DROPPED) && error.contains(WITH_ARM);
+    let drops = drops_its_arm(error);
     plan.runs.iter().filter(move |other| drops && other.arm == run.arm && other.seed != run.seed)
 }
 
 fn was_dropped_with_its_arm(dir: &Path) -> dinolab_core::Result<bool> {
     let status = Status::of(dir)?;
-    Ok(matches!(status, Status::Failed(error) if error.starts_with(DROPPED) && error.contains(WITH_ARM)))
+    Ok(matches!(status, Status::Failed(error) if drops_its_arm(&error)))
 }

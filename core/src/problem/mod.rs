@@ -139,6 +139,12 @@ impl Problem {
         Self { help: Some(help.into()), ..self }
     }
 
+    /// With one more line of what to do.
+    pub(crate) fn further_help(self, line: impl Into<String>) -> Self {
+        let line = line.into();
+        Self { help: Some(self.help.map_or_else(|| line.clone(), |help| format!("{help}\n  {line}"))), ..self }
+    }
+
     /// With where it was said.
     pub fn at(self, origin: Origin) -> Self {
         Self { origin, ..self }

@@ -12,6 +12,7 @@ mod expected;
 mod layers;
 mod old_names;
 mod ranges;
+mod read;
 mod schema;
 #[cfg(test)]
 pub(crate) mod test_plugins;
@@ -22,11 +23,12 @@ pub use beside::*;
 pub use continue_from::ContinueFrom;
 pub use entries::*;
 pub use expected::{Curve, Expected, Spread, MOST_RUNS};
-pub use layers::{is_within, key_variables, parse_set, read_text, NoText, Overrides, RawRecipe, ENV_PREFIX, SCHEMA};
+pub use layers::{is_within, key_variables, parse_set, Overrides, RawRecipe, ENV_PREFIX, SCHEMA};
 pub use schema::*;
 pub use toml_text::toml_value;
 
 pub(crate) use layers::check_schema;
 pub(crate) use ranges::check_tables;
+pub use read::{read_text, NoText};
 pub(crate) use toml_text::bare;
 pub(crate) use typed::Typed;

@@ -67,9 +67,7 @@ impl RawRecipe {
             }
             let more = later.len().saturating_sub(MOST_LATER);
             let more = if more > 0 { format!(", and {more} more") } else { String::new() };
-            let later = format!("set over it: {}{more}", later[..later.len().min(MOST_LATER)].join(", "));
-            let help = problem.help.as_ref().map_or(later.clone(), |help| format!("{help}\n  {later}"));
-            problem.help(help)
+            problem.further_help(format!("set over it: {}{more}", later[..later.len().min(MOST_LATER)].join(", ")))
         };
         self.refuse(problems.into_iter().map(with_later).collect())
     }
@@ -126,8 +124,8 @@ fn read(raw: &RawRecipe) -> Result<Recipe, Vec<Problem>> {
         if nested.fault == Fault::UnknownKey && nested.nearest().is_none() {
             let readers = guide.readers_of(raw.value(), &problem.key).join(", ");
             if let Some((table, name)) = problem.key.rsplit_once('.').filter(|_| !readers.is_empty()) {
-                let known = problem.help.take().map(|known| known + "\n  ").unwrap_or_default();
-                problem.help = Some(format!("{known}`{name}` is a key of other choices of {table}.plugin: {readers}"));
+                let line = format!("`{name}` is a key of other choices of {table}.plugin: {readers}");
+                problem = problem.further_help(line);
             }
         }
         problems.push(raw.place(problem));

@@ -7,6 +7,7 @@
 mod changes;
 mod check;
 pub mod cost;
+mod data;
 mod length;
 mod measured;
 mod sizes;
@@ -27,7 +28,7 @@ use crate::weights::{with_model_of_weights, Source};
 use crate::Result;
 
 pub use changes::{changes, Change};
-pub use check::data_notes;
+pub use data::data_notes;
 pub use length::Seam;
 pub use measured::Measured;
 pub use sizes::{fit, fit_students, Fit};
@@ -106,7 +107,7 @@ impl Resolved {
     /// # Errors
     /// If a probe needs something that `data` does not have.
     pub fn check_data(&self, data: &dyn Dataset) -> Result<()> {
-        self.raw.refuse_unfit(check::check_data(&self.recipe, data))
+        self.raw.refuse_unfit(data::check(&self.recipe, data))
     }
 
     /// Checks the weights that the recipe starts from; gives what there is to warn of.
