@@ -1,7 +1,7 @@
 //! A recipe and its data: what it asks of them, and what a user may not expect.
 
 use super::check::{channels_of, probes};
-use crate::contract::{Annotation, Dataset};
+use crate::contract::{Annotation, Dataset, Summary};
 use crate::params::ParamBuilder;
 use crate::problem::Problem;
 use crate::recipe::Recipe;
@@ -22,9 +22,9 @@ pub(super) fn check(recipe: &Recipe, data: &dyn Dataset) -> Vec<Problem> {
         .collect()
 }
 
-/// What a user may not expect of the data, and of the recipe with them.
-pub fn data_notes(recipe: &Recipe, data: &dyn Dataset) -> Vec<String> {
-    let mut notes = data.summary().notes;
+/// What the data are, and what a user may not expect of them, and of the recipe with them.
+pub fn summary_of_data(recipe: &Recipe, data: &dyn Dataset) -> Summary {
+    let Summary { content, mut notes } = data.summary();
     let (batch, there) = (recipe.batch.size, data.len());
     if batch > there {
         notes.push(format!("a batch of {batch} images has some of the {there} more than once"));
@@ -34,7 +34,7 @@ pub fn data_notes(recipe: &Recipe, data: &dyn Dataset) -> Vec<String> {
             "all labels are of one class: what tells classes apart is right without having learned anything".into(),
         );
     }
-    notes
+    Summary { content, notes }
 }
 
 /// Notes of the data that are told where something is missing: datasets begin with what folders are taken for.

@@ -28,7 +28,7 @@ use crate::weights::{with_model_of_weights, Source};
 use crate::Result;
 
 pub use changes::{changes, Change};
-pub use data::data_notes;
+pub use data::summary_of_data;
 pub use length::Seam;
 pub use measured::Measured;
 pub use sizes::{fit, fit_students, Fit};

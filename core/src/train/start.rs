@@ -7,7 +7,7 @@ use super::RanksInfo;
 use crate::contract::{Dataset, Summary};
 use crate::cuda::Gpu;
 use crate::recipe::Recipe;
-use crate::resolved::{cost, data_notes};
+use crate::resolved::{cost, summary_of_data};
 use crate::step::Learner;
 use crate::text::printable;
 use crate::{DType, Device, Result};
@@ -50,7 +50,7 @@ impl Start {
             step,
             steps: recipe.steps,
             out: out.into(),
-            data: Summary { notes: data_notes(recipe, data), ..data.summary() },
+            data: summary_of_data(recipe, data),
             held_out: data.held_out().is_some(),
             batch: recipe.batch.size,
             device,

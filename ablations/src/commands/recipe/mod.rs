@@ -12,7 +12,7 @@ use std::process::ExitCode;
 use dinolab_core::checkpoint;
 use dinolab_core::contract::DataContext;
 use dinolab_core::recipe::{describe, Overrides, Recipe};
-use dinolab_core::resolved::{cost, data_notes, fit, Resolved};
+use dinolab_core::resolved::{cost, fit, summary_of_data, Resolved};
 use dinolab_core::text::{self, printable};
 use dinolab_core::Result;
 
@@ -167,7 +167,10 @@ fn check(path: &Path, overrides: &Overrides, cost: Option<Asked>) -> bool {
         match recipe.data.build(&mut DataContext { seed: recipe.seed }) {
             Ok(data) => {
                 resolved.check_data(data.as_ref())?;
-                data_notes(recipe, data.as_ref()).iter().for_each(|note| style::note(format!("data: {note}")));
+                summary_of_data(recipe, data.as_ref())
+                    .notes
+                    .iter()
+                    .for_each(|note| style::note(format!("data: {note}")));
             }
             // Data and memory may be those of another machine than the one where recipes are written.
             Err(error) if !data_are_here(&resolved) => warn(&format!("data: {error}")),
